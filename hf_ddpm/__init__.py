@@ -1,0 +1,40 @@
+"""Denoising Diffusion Probabilistic Models (Ho et al. 2020) as a Hugging Face package.
+
+Every public name loads its module on first use, so that `import hf_ddpm` costs nothing and the mathematics
+(`GaussianDiffusion`) never imports diffusers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DDPMPipeline": "hf_ddpm.pipelines.pipeline_ddpm",
+    "DDPMScheduler": "hf_ddpm.schedulers.scheduling_ddpm",
+    "GaussianDiffusion": "hf_ddpm.diffusion",
+    # The diffusers loader looks the base classes up on the library that a component names.
+    "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
+    "UNet2DModel": "hf_ddpm.models.unet_2d",
+}
+
+__all__ = ["DDPMPipeline", "DDPMScheduler", "GaussianDiffusion", "ModelMixin", "SchedulerMixin", "UNet2DModel"]
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin, SchedulerMixin
+
+    from hf_ddpm.diffusion import GaussianDiffusion
+    from hf_ddpm.models.unet_2d import UNet2DModel
+    from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+    from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

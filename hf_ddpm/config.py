@@ -1,0 +1,262 @@
+"""What a run is made of: options with their defaults (those of the paper's CIFAR-10 model), presets, files, flags.
+
+A preset and a YAML file are turned into the same words that a command line is made of, in front of it: one parser
+checks all three, and the command line wins.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+PRESETS = resources.files("hf_ddpm") / "presets"
+
+
+def option(help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
+    """Declares an option with its default and the line that `--help` prints."""
+    return field(default=default, default_factory=factory, metadata={"help": help})
+
+
+@dataclass
+class DataConfig:
+    """Which images."""
+
+    dataset: str = option("digits, a folder of images or parquet files, a parquet file, or a Hub id", "")
+    split: str = option("split to train on", "train")
+    image_column: str | None = option("column of the images; guessed by default", None)
+    resolution: int = option("height and width in pixels; images are resized and cropped to it", 32)
+    channels: Literal[1, 3, 4] = option("channels of the images: gray, RGB or RGBA", 3)
+    horizontal_flip: bool = option("whether to mirror half of the images at random", False)
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _require(self, "dataset", bool(self.dataset), "the name of a data set (or give --preset)")
+        _require(self, "resolution", self.resolution >= 1, "at least 1")
+
+
+@dataclass
+class ModelConfig:
+    """Which U-Net."""
+
+    block_out_channels: list[int] = option("channels at each resolution", factory=lambda: [128, 256, 256, 256])
+    layers_per_block: int = option("residual blocks a resolution", 2)
+    attention_resolutions: list[int] = option("resolutions with self-attention; 0 for none", factory=lambda: [16])
+    attention_head_dim: int | None = option("channels of an attention head; one head by default", None)
+    norm_num_groups: int = option("groups of the normalizations", 32)
+    dropout: float = option("dropout probability", 0.1)
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _require(self, "layers_per_block", self.layers_per_block >= 1, "at least 1")
+        _require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        for width in self.block_out_channels:
+            groups_fit = self.norm_num_groups >= 1 and width >= 1 and width % self.norm_num_groups == 0
+            _require(self, "block_out_channels", groups_fit, f"multiples of norm_num_groups={self.norm_num_groups}")
+
+
+@dataclass
+class DiffusionConfig:
+    """Which diffusion process, and what the network says about it."""
+
+    num_train_timesteps: int = option("number T of diffusion steps", 1000)
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = option(
+        "variances of the forward process", "linear"
+    )
+    beta_start: float = option("first variance", 1e-4)
+    beta_end: float = option("last variance", 0.02)
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = option("what the network predicts", "epsilon")
+    variance_type: Literal["fixed_small", "fixed_large"] = option("variance of the reverse steps", "fixed_large")
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _require(self, "num_train_timesteps", self.num_train_timesteps >= 1, "at least 1")
+        _require(self, "beta_start", 0 < self.beta_start < 1, "in (0, 1)")
+        _require(self, "beta_end", 0 < self.beta_end < 1, "in (0, 1)")
+
+
+@dataclass
+class TrainingConfig:
+    """How long, how fast, and what is kept."""
+
+    output_dir: str = option("folder of the run", "runs/ddpm")
+    seed: int = option("seed of everything random", 0)
+    max_train_steps: int = option("optimizer steps", 800_000)
+    train_batch_size: int = option("images a process and pass", 128)
+    gradient_accumulation_steps: int = option("passes an optimizer step", 1)
+    learning_rate: float = option("learning rate of Adam after the warm-up", 2e-4)
+    lr_schedule: Literal["constant", "cosine"] = option("what follows the warm-up: cosine ends at zero", "constant")
+    warmup_steps: int = option("steps over which the learning rate rises from zero", 5000)
+    adam_beta2: float = option("decay of Adam's second moment", 0.999)
+    max_grad_norm: float = option("gradients are scaled down to this norm", 1.0)
+    ema_decay: float = option("decay of the average of the weights, which is what is exported", 0.9999)
+    ema_warmup: bool = option("whether the decay starts small, as min(decay, (1 + step) / (10 + step))", False)
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("precision of the network's passes", "no")
+    log_steps: int = option("steps between lines of metrics.jsonl", 50)
+    checkpointing_steps: int = option("steps between checkpoints", 5000)
+    keep_checkpoints: int = option("checkpoints that are kept", 2)
+    resume: str = option("latest, never, or the folder of a checkpoint", "latest")
+    sample_steps: int = option("steps between samples.png; 0 for only at the end", 0)
+    num_samples: int = option("images in samples.png", 64)
+    num_inference_steps: int = option("sampling steps for samples.png", 1000)
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "log_steps")
+        for name in (*counts, "checkpointing_steps", "keep_checkpoints", "num_samples", "num_inference_steps"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "sample_steps", "seed"):
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
+        for name in ("learning_rate", "max_grad_norm"):
+            _require(self, name, getattr(self, name) > 0, "more than 0")
+        for name in ("adam_beta2", "ema_decay"):
+            _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    data: DataConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    training: TrainingConfig
+
+    def __post_init__(self) -> None:
+        """Checks what concerns more than one part."""
+        multiple = 2 ** (len(self.model.block_out_channels) - 1)
+        fits = self.data.resolution % multiple == 0
+        _require(self.data, "resolution", fits, f"multiples of {multiple}, for the U-Net's {multiple.bit_length() - 1}"
+                 " halvings (block_out_channels)")  # fmt: skip
+        steps, most = self.training.num_inference_steps, self.diffusion.num_train_timesteps
+        _require(self.training, "num_inference_steps", steps <= most, f"at most num_train_timesteps={most}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all options by name: what `--config` reads."""
+        parts = (self.data, self.model, self.diffusion, self.training)
+        return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+
+    def save(self, path: Path) -> None:
+        """Writes all options as YAML."""
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    def unet(self) -> dict[str, Any]:
+        """Returns the options of the `UNet2DModel`; those of the paper's code where there is no choice."""
+        channels = self.model.block_out_channels
+        resolutions = [self.data.resolution // 2**i for i in range(len(channels))]
+        attends = [resolution in self.model.attention_resolutions for resolution in resolutions]
+        return {
+            "sample_size": self.data.resolution,
+            "in_channels": self.data.channels,
+            "out_channels": self.data.channels,
+            "block_out_channels": tuple(channels),
+            "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+            "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+            "layers_per_block": self.model.layers_per_block,
+            "attention_head_dim": self.model.attention_head_dim,
+            "norm_num_groups": self.model.norm_num_groups,
+            "dropout": self.model.dropout,
+            "downsample_padding": 0,
+            "flip_sin_to_cos": False,
+            "freq_shift": 1,
+            "norm_eps": 1e-6,
+        }
+
+    def scheduler(self) -> dict[str, Any]:
+        """Returns the options of the `DDPMScheduler`."""
+        return dataclasses.asdict(self.diffusion)
+
+
+@dataclass
+class Sources:
+    """Where options come from besides the command line."""
+
+    preset: str | None = option("name of a preset, such as digits or cifar10", None)
+    config: str | None = option("YAML file of options, such as the config.yaml of a run", None)
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong in one line, not under a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Reads `[--preset NAME] [--config FILE.yaml] [--OPTION VALUE ...]`; what stands later wins.
+
+    Args:
+        argv: The command line without the program's name.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: If an option is unknown or its value not allowed; one line.
+    """
+    parser = _Parser((Sources,), add_help=False, allow_abbrev=False)
+    sources, _ = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    words = []
+    if sources.preset is not None:
+        words += _yaml_words(preset_path(sources.preset))
+    if sources.config is not None:
+        words += _yaml_words(Path(sources.config))
+    *parts, _ = parse_options(words + argv, DataConfig, ModelConfig, DiffusionConfig, TrainingConfig, Sources)
+    return Config(*parts)
+
+
+def parse_options(argv: list[str], *parts: type) -> list[Any]:
+    """Reads the options that some dataclasses declare.
+
+    Args:
+        argv: The command line without the program's name.
+        parts: The dataclasses.
+
+    Returns:
+        An instance of each.
+
+    Raises:
+        ValueError: If an option is unknown or its value not allowed; one line.
+    """
+    parser = _Parser(parts, allow_abbrev=False)
+    *options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        raise ValueError(f"unknown option {unknown[0]}" + (f": did you mean {close[0]}?" if close else ": see --help"))
+    return options
+
+
+def preset_names() -> list[str]:
+    """Returns the names of the presets."""
+    return sorted(path.name.removesuffix(".yaml") for path in PRESETS.iterdir() if path.name.endswith(".yaml"))
+
+
+def preset_path(name: str) -> Any:
+    """Returns the file of a preset, or raises a `ValueError` with those there are."""
+    if name not in preset_names():
+        raise ValueError(f"preset={name!r} is not allowed: one of {', '.join(preset_names())}")
+    return PRESETS / f"{name}.yaml"
+
+
+def _yaml_words(path: Any) -> list[str]:
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"config {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"config {str(path)!r} holds no options: lines of the form `name: value` are")
+    words = []
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def _require(config: Any, name: str, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={getattr(config, name)!r} is not allowed: {allowed}")

@@ -1,0 +1,1 @@
+"""Images from anywhere, decoded once, as batches of bytes."""

@@ -1,0 +1,247 @@
+r"""The diffusion process of Ho et al. 2020 (arXiv 2006.11239): forward, posterior and the conversions between them.
+
+A forward process adds Gaussian noise to an image :math:`x_0` in :math:`T` steps,
+
+.. math:: q(x_t \mid x_{t-1}) = \mathcal{N}(\sqrt{1 - \beta_t} \, x_{t-1}, \beta_t I) \tag{2}
+
+and a network learns to walk back, :math:`p_\theta(x_{t-1} \mid x_t) = \mathcal{N}(\mu_\theta(x_t, t), \sigma_t^2 I)`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_ddpm.diffusion.schedules import shift_right
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+VARIANCE_TYPES = ("fixed_small", "fixed_large")
+
+
+class GaussianDiffusion:
+    r"""A discrete Gaussian diffusion, as a function of its variances :math:`\beta_t` alone.
+
+    It takes the *outputs* of a network, never the network. All coefficients are computed once in float64 and enter
+    float32 arithmetic at the very end: :math:`1 - \bar\alpha_t` loses its digits in float32 at small `t`.
+
+    Time `t` is 0-based: the paper's :math:`t` minus 1. It is an index into this process, given either as an `int` for
+    the whole batch (no tensor is made, no device waits) or as an int64 tensor with one entry an image.
+
+    Args:
+        betas: The variances :math:`\beta_t` in (0, 1] of the whole process, shape `(T,)`.
+        timesteps: The steps of the whole process that this one keeps, in any order; all by default. The remaining
+            process has :math:`\beta'_i = 1 - \bar\alpha_{\tau_i} / \bar\alpha_{\tau_{i-1}}`, so that it visits the
+            same marginals (Nichol & Dhariwal 2021, Eq. 19).
+
+    Attributes:
+        timesteps: What the network is shown at index `t`: steps of the whole process, ascending int64.
+        betas: :math:`\beta_t`.
+        alphas_cumprod: :math:`\bar\alpha_t = \prod_{s \le t} (1 - \beta_s)`.
+
+    Raises:
+        ValueError: If a variance lies outside (0, 1], or a timestep outside [0, T) or stands twice.
+    """
+
+    def __init__(self, betas: Tensor | Sequence[float], timesteps: Sequence[int] | None = None):
+        whole = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        if whole.ndim != 1 or len(whole) == 0 or not bool(((whole > 0) & (whole <= 1)).all()):
+            raise ValueError("betas are not allowed: a non-empty sequence of variances in (0, 1] is")
+        kept = sorted(range(len(whole)) if timesteps is None else timesteps)
+        if not kept or len(set(kept)) < len(kept) or not 0 <= kept[0] <= kept[-1] < len(whole):
+            raise ValueError(f"timesteps={kept} are not allowed: distinct steps in [0, {len(whole)}) are")
+
+        self.timesteps = torch.tensor(kept)
+        self.alphas_cumprod = torch.cumprod(1 - whole, dim=0)[self.timesteps]
+        before = shift_right(self.alphas_cumprod)
+        self.betas = whole if timesteps is None else 1 - self.alphas_cumprod / before
+        posterior_var = self.betas * (1 - before) / (1 - self.alphas_cumprod)
+        # The posterior of the first step is a point. Its log-variance would be -inf: the paper's likelihood takes
+        # that of the second step instead, and for both choices of the variance.
+        first = posterior_var[1:2] if len(kept) > 1 else self.betas[:1]
+        self._tables = {
+            "signal": self.alphas_cumprod.sqrt(),
+            "noise": (1 - self.alphas_cumprod).sqrt(),
+            "posterior_start": before.sqrt() * self.betas / (1 - self.alphas_cumprod),
+            "posterior_x_t": (1 - self.betas).sqrt() * (1 - before) / (1 - self.alphas_cumprod),
+            "fixed_small": torch.cat([first, posterior_var[1:]]).log(),
+            "fixed_large": torch.cat([first, self.betas[1:]]).log(),
+        }
+        self._on_device: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def __len__(self) -> int:
+        """Returns the number of steps of this process."""
+        return len(self.timesteps)
+
+    def respaced(self, timesteps: Sequence[int]) -> "GaussianDiffusion":
+        """Returns the process that visits only these of its steps: fewer steps, same marginals, same network."""
+        process = GaussianDiffusion(self.betas, timesteps)
+        process.timesteps = self.timesteps[process.timesteps]
+        return process
+
+    def q_sample(self, x_start: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        r"""Diffuses images to step `t` at once.
+
+        .. math:: x_t = \sqrt{\bar\alpha_t} \, x_0 + \sqrt{1 - \bar\alpha_t} \, \epsilon \tag{4}
+
+        Args:
+            x_start: Images :math:`x_0` in [-1, 1], shape `(B, C, H, W)`.
+            t: Step in [0, T).
+            noise: Standard normal :math:`\epsilon`, same shape.
+
+        Returns:
+            :math:`x_t`, same shape.
+        """
+        return self._at("signal", t, x_start) * x_start + self._at("noise", t, x_start) * noise
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, float | Tensor]:
+        r"""Returns mean and log-variance of the forward posterior :math:`q(x_{t-1} \mid x_t, x_0)`.
+
+        .. math:: \tilde\mu_t = \frac{\sqrt{\bar\alpha_{t-1}} \beta_t}{1 - \bar\alpha_t} x_0
+            + \frac{\sqrt{\alpha_t} (1 - \bar\alpha_{t-1})}{1 - \bar\alpha_t} x_t, \quad
+            \tilde\beta_t = \frac{1 - \bar\alpha_{t-1}}{1 - \bar\alpha_t} \beta_t \tag{6, 7}
+
+        With the network's estimate for `x_start` the mean is that of the reverse step,
+        :math:`\mu_\theta(x_t, t)` (Eq. 11).
+
+        Args:
+            x_start: :math:`x_0`, or an estimate, shape `(B, C, H, W)`.
+            x_t: The diffused images, same shape.
+            t: Step in [0, T).
+
+        Returns:
+            :math:`\tilde\mu_t`, same shape, and :math:`\log \tilde\beta_t`, broadcastable to it. At `t = 0`, where
+            the variance is zero, the log-variance is that of step 1.
+        """
+        mean = self._at("posterior_start", t, x_t) * x_start + self._at("posterior_x_t", t, x_t) * x_t
+        return mean, self._at("fixed_small", t, x_t)
+
+    def fixed_log_var(self, t: int | Tensor, like: Tensor, variance_type: str) -> float | Tensor:
+        r"""Returns :math:`\log \sigma_t^2` of the reverse step, for the two choices of Section 3.2.
+
+        `fixed_large` is :math:`\beta_t`, best for :math:`x_0 \sim \mathcal{N}(0, I)`; `fixed_small` is
+        :math:`\tilde\beta_t`, best for a single point :math:`x_0`. At `t = 0` both are :math:`\tilde\beta_1`: it is
+        the variance of the decoder, and sampling adds no noise there.
+
+        Args:
+            t: Step in [0, T).
+            like: A tensor of the shape, dtype and device that the result is to be combined with.
+            variance_type: One of `VARIANCE_TYPES`.
+
+        Returns:
+            The log-variance in nats, broadcastable to `like`.
+
+        Raises:
+            ValueError: If `variance_type` is not allowed.
+        """
+        if variance_type not in VARIANCE_TYPES:
+            raise ValueError(f"variance_type={variance_type!r} is not allowed: one of {', '.join(VARIANCE_TYPES)}")
+        return self._at(variance_type, t, like)
+
+    def target(self, x_start: Tensor, t: int | Tensor, noise: Tensor, prediction_type: str = "epsilon") -> Tensor:
+        r"""Returns what a network of the given kind is trained to say about :math:`x_t`.
+
+        - `epsilon`: the noise :math:`\epsilon` (Eq. 14).
+        - `sample`: the image :math:`x_0`.
+        - `v_prediction`: :math:`v = \sqrt{\bar\alpha_t} \, \epsilon - \sqrt{1 - \bar\alpha_t} \, x_0`
+          (Salimans & Ho 2022).
+
+        Args:
+            x_start: Images :math:`x_0`, shape `(B, C, H, W)`.
+            t: Step in [0, T).
+            noise: The :math:`\epsilon` of `q_sample`, same shape.
+            prediction_type: One of `PREDICTION_TYPES`.
+
+        Returns:
+            The target, same shape.
+
+        Raises:
+            ValueError: If `prediction_type` is not allowed.
+        """
+        if prediction_type == "epsilon":
+            return noise
+        if prediction_type == "sample":
+            return x_start
+        if prediction_type == "v_prediction":
+            return self._at("signal", t, noise) * noise - self._at("noise", t, noise) * x_start
+        raise ValueError(_unknown_prediction(prediction_type))
+
+    def predict_start(
+        self, prediction: Tensor, x_t: Tensor, t: int | Tensor, prediction_type: str = "epsilon"
+    ) -> Tensor:
+        r"""Returns the image that a network's prediction amounts to.
+
+        .. math:: \hat x_0 = \frac{x_t - \sqrt{1 - \bar\alpha_t} \, \hat\epsilon}{\sqrt{\bar\alpha_t}} \tag{15}
+
+        or :math:`\hat x_0 = \sqrt{\bar\alpha_t} \, x_t - \sqrt{1 - \bar\alpha_t} \, \hat v`.
+
+        Args:
+            prediction: The output of the network, shape `(B, C, H, W)`.
+            x_t: Its input, same shape.
+            t: Step in [0, T).
+            prediction_type: One of `PREDICTION_TYPES`.
+
+        Returns:
+            :math:`\hat x_0`, same shape, not clipped.
+
+        Raises:
+            ValueError: If `prediction_type` is not allowed.
+        """
+        if prediction_type == "epsilon":
+            return (x_t - self._at("noise", t, x_t) * prediction) / self._at("signal", t, x_t)
+        if prediction_type == "sample":
+            return prediction
+        if prediction_type == "v_prediction":
+            return self._at("signal", t, x_t) * x_t - self._at("noise", t, x_t) * prediction
+        raise ValueError(_unknown_prediction(prediction_type))
+
+    def predict_eps(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
+        r"""Returns the noise that leads from `x_start` to `x_t`, the inverse of Eq. 4.
+
+        .. math:: \hat\epsilon = \frac{x_t - \sqrt{\bar\alpha_t} \, \hat x_0}{\sqrt{1 - \bar\alpha_t}}
+
+        Args:
+            x_start: :math:`x_0`, or an estimate, shape `(B, C, H, W)`.
+            x_t: The diffused images, same shape.
+            t: Step in [0, T).
+
+        Returns:
+            :math:`\hat\epsilon`, same shape.
+        """
+        return (x_t - self._at("signal", t, x_t) * x_start) / self._at("noise", t, x_t)
+
+    def _at(self, name: str, t: int | Tensor, like: Tensor) -> float | Tensor:
+        """Gathers a coefficient at `t`: a number, or one an image, shaped to multiply `like`."""
+        table = self._tables[name]
+        if not isinstance(t, Tensor):
+            if not 0 <= t < len(table):
+                raise ValueError(f"t={t} is not allowed: a step in [0, {len(table)}) is")
+            return table[t].item()
+        # Low-precision images meet float32 coefficients and so promote to float32: in bfloat16 the coefficients of
+        # the first steps would round to "no noise at all".
+        key = (name, t.device, torch.promote_types(like.dtype, torch.float32))
+        if key not in self._on_device:
+            self._on_device[key] = table.to(device=key[1], dtype=key[2])
+        return self._on_device[key][t].view(-1, *[1] * (like.ndim - 1))
+
+
+def dynamic_threshold(x_start: Tensor, ratio: float, max_value: float) -> Tensor:
+    r"""Pulls over-saturated images back into [-1, 1] (Saharia et al. 2022, Section 2.3).
+
+    With :math:`s` the `ratio` quantile of the absolute pixel values of an image, kept within [1, `max_value`], the
+    image is clipped to :math:`[-s, s]` and divided by :math:`s`.
+
+    Args:
+        x_start: Estimated images, float32 or float64, shape `(B, C, H, W)`.
+        ratio: Quantile in [0, 1].
+        max_value: Largest allowed :math:`s`, at least 1.
+
+    Returns:
+        Images in [-1, 1], same shape.
+    """
+    s = torch.quantile(x_start.abs().flatten(1), ratio, dim=1).clamp(1, max_value)
+    s = s.view(-1, *[1] * (x_start.ndim - 1))
+    return x_start.clamp(-s, s) / s
+
+
+def _unknown_prediction(prediction_type: str) -> str:
+    return f"prediction_type={prediction_type!r} is not allowed: one of {', '.join(PREDICTION_TYPES)}"

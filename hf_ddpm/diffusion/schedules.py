@@ -1,0 +1,91 @@
+r"""Variance schedules :math:`\beta_0, \dots, \beta_{T-1}` of the forward process, in float64.
+
+Time is 0-based everywhere in this package: index `t` is the paper's :math:`t + 1`.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+
+
+def beta_schedule(
+    name: str = "linear", num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> Tensor:
+    r"""Returns the variances :math:`\beta_t` of a named schedule.
+
+    - `linear`: from `beta_start` to `beta_end` in equal steps (Ho et al. 2020, Section 4).
+    - `scaled_linear`: the same for :math:`\sqrt{\beta_t}` (Rombach et al. 2022).
+    - `squaredcos_cap_v2`: the cosine schedule (Nichol & Dhariwal 2021, Eq. 17), which knows no range.
+    - `sigmoid`: a logistic curve between the two ends (Xu et al. 2022).
+
+    Args:
+        name: One of `BETA_SCHEDULES`.
+        num_timesteps: Number :math:`T` of diffusion steps, at least 1.
+        beta_start: First variance, in (0, 1).
+        beta_end: Last variance, in (0, 1).
+
+    Returns:
+        The variances, float64, shape `(num_timesteps,)`.
+
+    Raises:
+        ValueError: If `name` or `num_timesteps` is not allowed.
+    """
+    if num_timesteps < 1:
+        raise ValueError(f"num_timesteps={num_timesteps} is not allowed: at least 1")
+    if name == "linear":
+        return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+    if name == "scaled_linear":
+        return torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
+    if name == "squaredcos_cap_v2":
+        return betas_for_alpha_bar(num_timesteps, cosine_alpha_bar)
+    if name == "sigmoid":
+        ramp = torch.sigmoid(torch.linspace(-6, 6, num_timesteps, dtype=torch.float64))
+        return beta_start + (beta_end - beta_start) * ramp
+    raise ValueError(f"beta_schedule={name!r} is not allowed: one of {', '.join(BETA_SCHEDULES)}")
+
+
+def cosine_alpha_bar(u: float) -> float:
+    r"""Returns :math:`\cos^2\left(\frac{u + 0.008}{1.008} \frac{\pi}{2}\right)` at the time fraction `u` in [0, 1]."""
+    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def betas_for_alpha_bar(num_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999) -> Tensor:
+    r"""Discretizes a continuous :math:`\bar\alpha(u)`, :math:`u \in [0, 1]`, into variances.
+
+    .. math:: \beta_t = \min\left(1 - \frac{\bar\alpha((t + 1) / T)}{\bar\alpha(t / T)}, \beta_\max\right)
+
+    Args:
+        num_timesteps: Number :math:`T` of diffusion steps.
+        alpha_bar: The signal variance that is left at a time fraction; decreasing.
+        max_beta: Cap that keeps the last step from destroying the signal altogether.
+
+    Returns:
+        The variances, float64, shape `(num_timesteps,)`.
+    """
+    ends = [alpha_bar(t / num_timesteps) for t in range(num_timesteps + 1)]
+    betas = [min(1 - after / before, max_beta) for before, after in zip(ends[:-1], ends[1:], strict=True)]
+    return torch.tensor(betas, dtype=torch.float64)
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    r"""Shifts and scales :math:`\sqrt{\bar\alpha_t}` so that the last step holds no signal (Lin et al. 2023, Alg. 1).
+
+    Args:
+        betas: The variances, shape `(T,)`.
+
+    Returns:
+        The rescaled variances, same shape; the last one is 1.
+    """
+    signal = torch.cumprod(1 - betas, dim=0).sqrt()
+    first, last = signal[0].clone(), signal[-1].clone()
+    alphas_cumprod = ((signal - last) * first / (first - last)) ** 2
+    return 1 - alphas_cumprod / shift_right(alphas_cumprod)
+
+
+def shift_right(alphas_cumprod: Tensor) -> Tensor:
+    r"""Returns :math:`\bar\alpha_{t-1}`, where nothing has been diffused before the first step: 1 at `t = 0`."""
+    return torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])

@@ -1,0 +1,29 @@
+"""How a script starts and ends."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+
+def run_script(main: Callable[[list[str]], int]) -> NoReturn:
+    """Runs a script's `main` and exits with its code; a wrong input, a `ValueError`, is one line and code 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def use_own_cores() -> None:
+    """Gives this process its share of the cores that the machine lets it use.
+
+    `accelerate launch` and torchrun start every process with one thread, even the only process of a large machine.
+    """
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if is_launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

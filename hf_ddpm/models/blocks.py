@@ -1,0 +1,295 @@
+"""The parts of the U-Net: residual block, attention, resampling, and the stages that they make up.
+
+The attribute names are the keys of the checkpoints of diffusers, and the order of construction and of registration
+is that of its U-Net: the same seed gives the same weights, and `parameters()` the same list.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResnetBlock(nn.Module):
+    r"""The residual block of the paper's Appendix B, with the time embedding added between its two convolutions.
+
+    .. math:: h = \text{conv}_1(\text{silu}(\text{norm}_1(x))) + W \, \text{silu}(e_t), \quad
+        y = \text{shortcut}(x) + \text{conv}_2(\text{dropout}(\text{silu}(\text{norm}_2(h))))
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        time_dim: Channels of the activated time embedding :math:`\text{silu}(e_t)`.
+        groups: Groups of the normalizations.
+        eps: Their epsilon.
+        dropout: Probability in [0, 1).
+        scale_shift: Whether the embedding scales and shifts the normalized features, instead of being added
+            (Nichol & Dhariwal 2021).
+        resample: What happens to both branches before the first convolution, if anything.
+        scale: Divisor of the output.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        time_dim: int,
+        groups: int,
+        eps: float,
+        dropout: float,
+        scale_shift: bool = False,
+        resample: nn.Module | None = None,
+        scale: float = 1.0,
+    ):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, 2 * out_channels if scale_shift else out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.resample = resample
+        self.scale_shift = scale_shift
+        self.scale = scale
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Maps `(B, C, H, W)` and the activated time embedding `(B, time_dim)` to `(B, C', H', W')`."""
+        h = F.silu(self.norm1(x))
+        if self.resample is not None:
+            x, h = self.resample(x), self.resample(h)
+        h = self.conv1(h)
+
+        emb = self.time_emb_proj(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+
+        h = self.conv2(self.dropout(F.silu(h)))
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return _divide(shortcut + h, self.scale)
+
+
+class Attention(nn.Module):
+    r"""Self-attention over the :math:`HW` positions of a feature map, around a residual.
+
+    Args:
+        channels: Channels of the input and the output.
+        head_dim: Channels of one head.
+        groups: Groups of the normalization; none if None.
+        eps: Its epsilon.
+        scale: Divisor of the output.
+    """
+
+    # Old checkpoints say query, key, value and proj_attn; the diffusers loader renames them where this stands.
+    _from_deprecated_attn_block = True
+
+    def __init__(self, channels: int, *, head_dim: int, groups: int | None, eps: float, scale: float = 1.0):
+        super().__init__()
+        if channels < head_dim:
+            raise ValueError(f"attention_head_dim={head_dim} is not allowed: at most the {channels} channels there")
+        self.heads = channels // head_dim
+        inner = self.heads * head_dim
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps) if groups is not None else nn.Identity()
+        self.to_q = nn.Linear(channels, inner)
+        self.to_k = nn.Linear(channels, inner)
+        self.to_v = nn.Linear(channels, inner)
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(B, C, H, W)` to the same shape."""
+        h = self.group_norm(x).flatten(2).transpose(1, 2)
+        q, k, v = (
+            project(h).unflatten(2, (self.heads, -1)).transpose(1, 2) for project in (self.to_q, self.to_k, self.to_v)
+        )
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = self.to_out[0](h).transpose(1, 2).reshape(x.shape)
+        return _divide(x + h, self.scale)
+
+
+class Downsample(nn.Module):
+    """Halves a feature map by a convolution of stride 2; padding 0 pads below and to the right, as TensorFlow does."""
+
+    def __init__(self, channels: int, padding: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(B, C, H, W)` to `(B, C, H/2, W/2)`."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.conv.padding == (0, 0) else x)
+
+
+class Upsample(nn.Module):
+    """Doubles a feature map by repetition and a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(B, C, H, W)` to `(B, C, 2H, 2W)`."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """What the stages of the U-Net share: their parts, and gradient checkpointing of the residual blocks."""
+
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
+    def __init__(self, resnets: list[ResnetBlock], attentions: list[Attention]):
+        super().__init__()
+        # Attentions are registered first, and only where there are any: see the head of this file.
+        if attentions:
+            self.attentions = nn.ModuleList(attentions)
+        self.resnets = nn.ModuleList(resnets)
+        self.gradient_checkpointing = False
+
+    def attend(self, i: int, x: Tensor) -> Tensor:
+        """Applies the attention behind residual block `i`, if this stage has one."""
+        return self.attentions[i](x) if hasattr(self, "attentions") else x
+
+    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """Calls a block, forgetting its activations until the backward pass if gradient checkpointing is on."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
+
+
+class DownStage(Stage):
+    """One resolution on the way down: residual blocks, each perhaps followed by attention, then a downsampling.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of all outputs.
+        layers: Number of residual blocks.
+        head_dim: Channels of an attention head; None for no attention.
+        downsample: `conv`, `resnet`, or None at the lowest resolution.
+        padding: Padding of the convolution that downsamples.
+        time_dim, groups, eps, dropout, scale_shift: As in `ResnetBlock`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        layers: int,
+        head_dim: int | None,
+        downsample: str | None,
+        padding: int,
+        groups: int,
+        eps: float,
+        **resnet: float,
+    ):
+        resnets, attentions = [], []
+        for i in range(layers):
+            channels = in_channels if i == 0 else out_channels
+            resnets.append(ResnetBlock(channels, out_channels, groups=groups, eps=eps, **resnet))
+            if head_dim is not None:
+                attentions.append(Attention(out_channels, head_dim=head_dim, groups=groups, eps=eps))
+        super().__init__(resnets, attentions)
+        if downsample == "conv":
+            self.downsamplers = nn.ModuleList([Downsample(out_channels, padding)])
+        elif downsample == "resnet":
+            pool = nn.AvgPool2d(2)
+            block = ResnetBlock(out_channels, out_channels, groups=groups, eps=eps, resample=pool, **resnet)
+            self.downsamplers = nn.ModuleList([block])
+
+    def forward(self, x: Tensor, emb: Tensor) -> list[Tensor]:
+        """Maps `(B, C, H, W)` to every feature map on the way, for the skips; the last one goes on down."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = self.attend(i, self.run(resnet, x, emb))
+            skips.append(x)
+        for downsampler in getattr(self, "downsamplers", []):
+            skips.append(downsampler(x, emb) if isinstance(downsampler, ResnetBlock) else downsampler(x))
+        return skips
+
+
+class MidStage(Stage):
+    """The bottom: a residual block, attention, a residual block.
+
+    Args:
+        channels: Channels throughout.
+        head_dim: Channels of an attention head; None for no attention.
+        attn_groups: Groups of the normalization of the attention; none if None.
+        time_dim, groups, eps, dropout, scale_shift, scale: As in `ResnetBlock`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        head_dim: int | None,
+        attn_groups: int | None,
+        eps: float,
+        scale: float,
+        **resnet: float,
+    ):
+        first = ResnetBlock(channels, channels, eps=eps, scale=scale, **resnet)
+        attentions = []
+        if head_dim is not None:
+            attentions.append(Attention(channels, head_dim=head_dim, groups=attn_groups, eps=eps, scale=scale))
+        super().__init__([first, ResnetBlock(channels, channels, eps=eps, scale=scale, **resnet)], attentions)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Maps `(B, C, H, W)` to the same shape."""
+        x = self.attend(0, self.run(self.resnets[0], x, emb))
+        return self.run(self.resnets[1], x, emb)
+
+
+class UpStage(Stage):
+    """One resolution on the way up: residual blocks that each take in a skip, perhaps attention, then an upsampling.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        skip_channels: Channels of the skips, in the order in which they are taken in; one a residual block.
+        head_dim: Channels of an attention head; None for no attention.
+        upsample: `conv`, `resnet`, or None at the highest resolution.
+        time_dim, groups, eps, dropout, scale_shift: As in `ResnetBlock`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        skip_channels: list[int],
+        head_dim: int | None,
+        upsample: str | None,
+        groups: int,
+        eps: float,
+        **resnet: float,
+    ):
+        resnets, attentions = [], []
+        for i, skip in enumerate(skip_channels):
+            channels = in_channels if i == 0 else out_channels
+            resnets.append(ResnetBlock(channels + skip, out_channels, groups=groups, eps=eps, **resnet))
+            if head_dim is not None:
+                attentions.append(Attention(out_channels, head_dim=head_dim, groups=groups, eps=eps))
+        super().__init__(resnets, attentions)
+        if upsample == "conv":
+            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+        elif upsample == "resnet":
+            repeat = nn.Upsample(scale_factor=2.0, mode="nearest")
+            block = ResnetBlock(out_channels, out_channels, groups=groups, eps=eps, resample=repeat, **resnet)
+            self.upsamplers = nn.ModuleList([block])
+
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
+        """Maps `(B, C, H, W)` upwards; takes its skips off the end of the list."""
+        for i, resnet in enumerate(self.resnets):
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = self.attend(i, self.run(resnet, x, emb))
+        for upsampler in getattr(self, "upsamplers", []):
+            x = upsampler(x, emb) if isinstance(upsampler, ResnetBlock) else upsampler(x)
+        return x
+
+
+def _divide(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else x / scale

@@ -1,0 +1,270 @@
+"""The U-Net of the paper, drop-in for that of diffusers: same options, same keys, same initial weights."""
+
+import json
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+from hf_ddpm.models.blocks import DownStage, MidStage, UpStage
+from hf_ddpm.models.embeddings import TimestepEmbedding, sinusoidal
+
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+
+
+class UNet2DModel(ModelMixin, ConfigMixin):
+    r"""Predicts from :math:`x_t` and `t`, at every pixel, the noise (or what else it was trained for).
+
+    The network of Ho et al. 2020, Appendix B: a U-Net of residual blocks with group normalization, a sinusoidal time
+    embedding added in each block, and self-attention at chosen resolutions. Configuration and state dict are those of
+    `diffusers.UNet2DModel`, so that either class loads what the other saves.
+
+    Args:
+        sample_size: Height and width of the images, one number if they are equal.
+        in_channels: Channels of the images.
+        out_channels: Channels of the prediction; twice as many with a learned variance.
+        center_input_sample: Whether images come in [0, 1] and are to be brought to [-1, 1] here.
+        time_embedding_type: Only `positional`, the sinusoids.
+        time_embedding_dim: Size of the time embedding; four times the first of `block_out_channels` by default.
+        freq_shift: See `sinusoidal`; 1 in the paper's code.
+        flip_sin_to_cos: See `sinusoidal`; False in the paper's code.
+        down_block_types: `DownBlock2D` or, with attention, `AttnDownBlock2D`, from the highest resolution down.
+        mid_block_type: `UNetMidBlock2D`, or None.
+        up_block_types: `UpBlock2D` or `AttnUpBlock2D`, from the lowest resolution up.
+        block_out_channels: Channels at each resolution.
+        layers_per_block: Residual blocks a resolution on the way down; one more on the way up.
+        mid_block_scale_factor: Divisor of the outputs of the middle.
+        downsample_padding: 1, or 0 for the asymmetric padding of the paper's code.
+        downsample_type: `conv` or, where there is attention, `resnet`.
+        upsample_type: `conv` or, where there is attention, `resnet`.
+        dropout: Probability in [0, 1).
+        act_fn: Only `silu`.
+        attention_head_dim: Channels of an attention head; None for one head, as in the paper.
+        norm_num_groups: Groups of the normalizations.
+        attn_norm_num_groups: Those of the attention in the middle.
+        norm_eps: Epsilon of the normalizations.
+        resnet_time_scale_shift: How time enters: `default` (added) or `scale_shift`.
+        add_attention: Whether there is attention in the middle.
+        class_embed_type: Only None.
+        num_class_embeds: Number of classes that the network is conditioned on; None for no conditioning.
+        num_train_timesteps: Unused with `positional` embeddings; kept because checkpoints name it.
+
+    Raises:
+        ValueError: If an option asks for an architecture other than the above.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        center_input_sample: bool = False,
+        time_embedding_type: str = "positional",
+        time_embedding_dim: int | None = None,
+        freq_shift: int = 0,
+        flip_sin_to_cos: bool = True,
+        down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        mid_block_type: str | None = "UNetMidBlock2D",
+        up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels: tuple[int, ...] = (224, 448, 672, 896),
+        layers_per_block: int = 2,
+        mid_block_scale_factor: float = 1,
+        downsample_padding: int = 1,
+        downsample_type: str = "conv",
+        upsample_type: str = "conv",
+        dropout: float = 0.0,
+        act_fn: str = "silu",
+        attention_head_dim: int | None = 8,
+        norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        resnet_time_scale_shift: str = "default",
+        add_attention: bool = True,
+        class_embed_type: str | None = None,
+        num_class_embeds: int | None = None,
+        num_train_timesteps: int | None = None,
+    ):
+        super().__init__()
+        self._check_config()
+        channels = block_out_channels
+        time_dim = time_embedding_dim or channels[0] * 4
+        resnet = {
+            "time_dim": time_dim,
+            "groups": norm_num_groups,
+            "eps": norm_eps,
+            "dropout": dropout,
+            "scale_shift": resnet_time_scale_shift == "scale_shift",
+        }
+
+        def head_dim(block_type: str, width: int) -> int | None:
+            return (attention_head_dim or width) if block_type.startswith("Attn") else None
+
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], time_dim)
+        self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds, time_dim)
+
+        self.down_blocks = nn.ModuleList()
+        self.up_blocks = nn.ModuleList()  # registered before, filled after the middle: see blocks.py
+        skip_channels = [channels[0]]
+        last = len(channels) - 1
+        for i, (block_type, width) in enumerate(zip(down_block_types, channels, strict=True)):
+            resample = downsample_type if block_type.startswith("Attn") else "conv"
+            stage = DownStage(
+                channels[max(i - 1, 0)],
+                width,
+                layers=layers_per_block,
+                head_dim=head_dim(block_type, width),
+                downsample=resample if i < last else None,
+                padding=downsample_padding,
+                **resnet,
+            )
+            self.down_blocks.append(stage)
+            skip_channels += [width] * (layers_per_block + (i < last))
+
+        self.mid_block = None
+        if mid_block_type is not None:
+            attn_groups = norm_num_groups if resnet_time_scale_shift == "default" else None
+            self.mid_block = MidStage(
+                channels[-1],
+                head_dim=head_dim("Attn" if add_attention else "", channels[-1]),
+                attn_groups=attn_norm_num_groups or attn_groups,
+                scale=mid_block_scale_factor,
+                **resnet,
+            )
+
+        for i, (block_type, width) in enumerate(zip(up_block_types, reversed(channels), strict=True)):
+            resample = upsample_type if block_type.startswith("Attn") else "conv"
+            stage = UpStage(
+                channels[min(last - i + 1, last)],
+                width,
+                skip_channels=[skip_channels.pop() for _ in range(layers_per_block + 1)],
+                head_dim=head_dim(block_type, width),
+                upsample=resample if i < last else None,
+                **resnet,
+            )
+            self.up_blocks.append(stage)
+
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        r"""Predicts.
+
+        Args:
+            sample: :math:`x_t`, shape `(B, C, H, W)`; `H` and `W` are multiples of `size_multiple`.
+            timestep: `t` in [0, T), one number or shape `(B,)`.
+            class_labels: Classes in [0, `num_class_embeds`), int64, shape `(B,)`, for a conditioned network.
+            return_dict: Whether to wrap the result.
+
+        Returns:
+            The prediction, shape `(B, out_channels, H, W)`, as `.sample` or in a tuple.
+
+        Raises:
+            ValueError: If the size cannot be halved often enough, or classes are missing or superfluous.
+        """
+        self._check_input(sample, class_labels)
+        if self.config.center_input_sample:
+            sample = 2 * sample - 1
+
+        emb = self.time_embedding(self._sinusoids(timestep, sample))
+        if self.class_embedding is not None:
+            emb = emb + self.class_embedding(class_labels)
+        emb = F.silu(emb)  # every residual block begins with this
+
+        x = self.conv_in(sample)
+        skips = [x]
+        for down in self.down_blocks:
+            skips += down(x, emb)
+            x = skips[-1]
+        if self.mid_block is not None:
+            x = self.mid_block(x, emb)
+        for up in self.up_blocks:
+            x = up(x, skips, emb)
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+
+        return UNet2DOutput(sample=x) if return_dict else (x,)
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width must be multiples of: they are halved once a resolution but the last."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def to_json_string(self) -> str:
+        """Serializes the configuration, without the local path that the weights were read from."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def _sinusoids(self, timestep: Tensor | float | int, sample: Tensor) -> Tensor:
+        batch = sample.shape[0]
+        if not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu"):
+            # A number is filled in on the device: no copy, no wait.
+            t = torch.full((batch,), float(timestep), device=sample.device)
+        else:
+            t = timestep.to(sample.device).expand(batch)
+        sinusoids = sinusoidal(
+            t,
+            self.config.block_out_channels[0],
+            flip_sin_to_cos=self.config.flip_sin_to_cos,
+            freq_shift=self.config.freq_shift,
+        )
+        return sinusoids.to(self.dtype)
+
+    def _check_input(self, sample: Tensor, class_labels: Tensor | None) -> None:
+        height, width = sample.shape[-2:]
+        if height % self.size_multiple or width % self.size_multiple:
+            raise ValueError(
+                f"images of {height}x{width} cannot be halved {len(self.config.block_out_channels) - 1} times: "
+                f"height and width must be multiples of {self.size_multiple}"
+            )
+        if (class_labels is None) != (self.class_embedding is None):
+            state = "needs class_labels" if class_labels is None else "takes no class_labels: num_class_embeds is None"
+            raise ValueError(f"this U-Net {state}")
+
+    def _check_config(self) -> None:
+        config = self.config
+        allowed = {
+            "time_embedding_type": ("positional",),
+            "mid_block_type": ("UNetMidBlock2D", None),
+            "downsample_padding": (0, 1),
+            "downsample_type": ("conv", "resnet"),
+            "upsample_type": ("conv", "resnet"),
+            "act_fn": ("silu",),
+            "resnet_time_scale_shift": ("default", "scale_shift"),
+            "class_embed_type": (None,),
+        }
+        given = [(name, config[name], options) for name, options in allowed.items()]
+        given += [("down_block_types", block, DOWN_BLOCKS) for block in config.down_block_types]
+        given += [("up_block_types", block, UP_BLOCKS) for block in config.up_block_types]
+        for name, value, options in given:
+            if value not in options:
+                raise ValueError(
+                    f"hf_ddpm's UNet2DModel has no {name}={value!r}, only {', '.join(map(repr, options))}; for other "
+                    "architectures pass unet=diffusers.UNet2DModel.from_pretrained(...) to the pipeline"
+                )
+        levels = len(config.block_out_channels)
+        if not len(config.down_block_types) == len(config.up_block_types) == levels:
+            raise ValueError(
+                f"down_block_types={config.down_block_types}, up_block_types={config.up_block_types} and "
+                f"block_out_channels={config.block_out_channels} must be equally long: one entry a resolution"
+            )
+        for width in config.block_out_channels:
+            if width % config.norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels={config.block_out_channels} must be multiples of "
+                    f"norm_num_groups={config.norm_num_groups}"
+                )

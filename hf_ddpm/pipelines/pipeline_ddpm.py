@@ -1,0 +1,168 @@
+"""Sampling as a diffusers pipeline, and the on-disk format: stock on disk, ours in memory."""
+
+import inspect
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from hf_ddpm.images import to_bytes, to_pil, to_unit
+from hf_ddpm.models.unet_2d import UNet2DModel
+from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+
+OURS = {"UNet2DModel": UNet2DModel, "DDPMScheduler": DDPMScheduler}
+
+
+class DDPMPipeline(DiffusionPipeline):
+    """Generates images with a denoising diffusion probabilistic model (Ho et al. 2020).
+
+    `from_pretrained` reads every DDPM repository of diffusers, and `save_pretrained` writes one: weights and
+    configurations are the same, and `diffusers.DDPMPipeline` loads them where this package is not installed.
+
+    Args:
+        unet: The network; one of diffusers for architectures that ours does not have.
+        scheduler: The reverse process: ours, or any of diffusers, by
+            `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ("latents", "pred_original_sample")
+
+    def __init__(self, unet: UNet2DModel | diffusers.UNet2DModel, scheduler: DDPMScheduler | SchedulerMixin):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 1000,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        latents: Tensor | None = None,
+        callback_on_step_end: Callable[["DDPMPipeline", int, Tensor, dict[str, Tensor]], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+        class_labels: Tensor | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        r"""Samples images (Algorithm 2).
+
+        Args:
+            batch_size: Number of images.
+            generator: Source of the noise; a list of `batch_size` gives each image its own.
+            num_inference_steps: Number of steps of the reverse process.
+            output_type: `pil`, `np` (NHWC in [0, 1]) or `pt` (NCHW in [0, 1]).
+            return_dict: Whether to wrap the result.
+            latents: :math:`x_T` to start from, shape `(batch_size, C, H, W)`; drawn by default.
+            callback_on_step_end: Called as `f(pipe, i, t, tensors)` after step `i`; `tensors` holds those asked for,
+                and a returned `latents` takes the place of :math:`x_{t-1}`.
+            callback_on_step_end_tensor_inputs: Any of `latents` (:math:`x_{t-1}`) and `pred_original_sample`
+                (:math:`\hat x_0`, with schedulers that give it).
+            class_labels: Classes, int64, shape `(batch_size,)`, for a conditioned network.
+
+        Returns:
+            The images, as `.images` or in a tuple.
+
+        Raises:
+            ValueError: If an argument is not allowed.
+        """
+        shape = self._image_shape(batch_size)
+        self._check_arguments(shape, generator, output_type, latents, callback_on_step_end_tensor_inputs)
+        device = self._execution_device
+        unet = self.unet
+        was_training = unet.training
+        unet.eval()  # dropout is for training
+
+        # The chain stays in float32; only the network works in its own dtype.
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        self.scheduler.set_timesteps(num_inference_steps)
+        x_t = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        noise_source = self._noise_source(generator)
+        if class_labels is not None:
+            class_labels = class_labels.to(device)
+
+        try:
+            for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+                x_in = self.scheduler.scale_model_input(x_t, t).to(unet.dtype)
+                prediction = unet(x_in, t, class_labels=class_labels).sample.float()
+                output = self.scheduler.step(prediction, t, x_t, **noise_source)
+                x_t = output.prev_sample
+                if callback_on_step_end is not None:
+                    tensors = {"latents": x_t, "pred_original_sample": getattr(output, "pred_original_sample", None)}
+                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    x_t = (callback_on_step_end(self, i, t, wanted) or {}).get("latents", x_t)
+        finally:
+            unet.train(was_training)
+
+        images = {"pil": _as_pil, "np": _as_numpy, "pt": to_unit}[output_type](x_t)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Reads a pipeline's index as diffusers does, and maps its classes to ours of the same name."""
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, component in index.items():
+            if isinstance(component, list) and component[0] == "diffusers" and component[1] in OURS:
+                index[name] = ["hf_ddpm", component[1]]
+        return loaded
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """Writes the pipeline's index, in which our classes go by the names of those of diffusers."""
+        index = json.loads(self.to_json_string())
+        index.pop("_name_or_path", None)
+        for name, component in self.components.items():
+            kind = type(getattr(component, "_orig_mod", component))  # look through torch.compile
+            if kind in OURS.values():
+                index[name] = ["diffusers", kind.__name__]
+        Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _image_shape(self, batch_size: int) -> tuple[int, int, int, int]:
+        config = self.unet.config
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is not allowed: at least 1")
+        if config.sample_size is None:
+            raise ValueError("the U-Net's sample_size is None: which size of images it was trained for is not known")
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return batch_size, config.in_channels, height, width
+
+    def _check_arguments(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        latents: Tensor | None,
+        tensor_inputs: list[str] | tuple[str, ...],
+    ) -> None:
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type={output_type!r} is not allowed: one of pil, np, pt")
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for batch_size={shape[0]}: one an image, or one alone")
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents of shape {tuple(latents.shape)} are not allowed: {shape}")
+        for name in tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                allowed = ", ".join(self._callback_tensor_inputs)
+                raise ValueError(f"callback_on_step_end_tensor_inputs: {name!r} is not allowed: any of {allowed}")
+
+    def _noise_source(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
+        """Returns `generator` for schedulers that take one: some are deterministic."""
+        return {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+
+
+def _as_numpy(signed: Tensor) -> Any:
+    return to_unit(signed).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _as_pil(signed: Tensor) -> list:
+    return to_pil(to_bytes(to_unit(signed)))

@@ -1,0 +1,55 @@
+"""Images by number: image `i` of a seed is the same in any batch and on any process."""
+
+from collections.abc import Iterator, Sequence
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from hf_ddpm.images import to_bytes
+from hf_ddpm.seeds import generator
+
+# Other walks through the same reverse process; None is the pipeline's own.
+SCHEDULERS = {"ddpm": None, "ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
+
+
+def use_scheduler(pipe: DiffusionPipeline, name: str) -> None:
+    """Gives a pipeline the scheduler of that name in `SCHEDULERS`, with the configuration of its own."""
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler={name!r} is not allowed: one of {', '.join(SCHEDULERS)}")
+    if SCHEDULERS[name] is not None:
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+
+
+def sample_images(
+    pipe: DiffusionPipeline,
+    ids: Sequence[int],
+    *,
+    seed: int,
+    num_inference_steps: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[int, Tensor]]:
+    """Generates images by their numbers.
+
+    Args:
+        pipe: The pipeline, on `device`.
+        ids: Numbers of the images, at least 0.
+        seed: Which infinite row of images the numbers count.
+        num_inference_steps: Steps of the reverse process.
+        batch_size: Images at a time.
+        device: Where noise is drawn; the numbers drawn differ between kinds of devices.
+
+    Yields:
+        The number of an image and the image, uint8, shape `(C, H, W)`, on the CPU.
+    """
+    for start in range(0, len(ids), batch_size):
+        chunk = ids[start : start + batch_size]
+        unit = pipe(
+            batch_size=len(chunk),
+            generator=[generator(seed, i, device=device) for i in chunk],
+            num_inference_steps=num_inference_steps,
+            output_type="pt",
+        ).images
+        yield from zip(chunk, to_bytes(unit).cpu(), strict=True)

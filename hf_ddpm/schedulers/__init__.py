@@ -1,0 +1,1 @@
+"""The reverse process as a scheduler of diffusers."""

@@ -1,0 +1,243 @@
+"""The reverse process as a diffusers scheduler: an adapter over `hf_ddpm.diffusion`, with no mathematics of its own."""
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from hf_ddpm.diffusion.gaussian import PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion, dynamic_threshold
+from hf_ddpm.diffusion.schedules import beta_schedule as named_beta_schedule
+from hf_ddpm.diffusion.schedules import rescale_zero_terminal_snr
+
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+
+
+class DDPMScheduler(SchedulerMixin, ConfigMixin):
+    r"""Walks from :math:`x_T` to :math:`x_0` (Ho et al. 2020, Algorithm 2), in all steps or in fewer.
+
+    Options and defaults are those of `diffusers.DDPMScheduler`: either class reads the other's configuration, and
+    `from_config` swaps it against the other schedulers of diffusers. It differs from it in three ways. Coefficients
+    come from float64 tables and meet images in float32, whatever their dtype. No noise is added in the last step,
+    wherever that is: with `trailing` spacing and `fixed_large`, diffusers returns images with the noise of its last
+    step, :math:`t = T/S - 1`, left in. Unknown names are refused.
+
+    Args:
+        num_train_timesteps: Number :math:`T` of diffusion steps.
+        beta_start: First variance of a named schedule.
+        beta_end: Last variance of a named schedule.
+        beta_schedule: See `hf_ddpm.diffusion.schedules.beta_schedule`.
+        trained_betas: The variances themselves, shape `(T,)`, instead of a named schedule.
+        variance_type: `fixed_small` or `fixed_large` (Section 3.2); the `_log` forms of diffusers mean the same.
+        clip_sample: Whether to clip the estimate of :math:`x_0` in each step.
+        prediction_type: What the network predicts: `epsilon`, `sample` or `v_prediction`.
+        thresholding: Whether to use dynamic thresholding instead of clipping.
+        dynamic_thresholding_ratio: Quantile for it.
+        clip_sample_range: Largest absolute value that clipping leaves.
+        sample_max_value: Largest threshold of dynamic thresholding.
+        timestep_spacing: How fewer steps are spread: `leading`, `linspace` or `trailing`.
+        steps_offset: Added to the steps of `leading`.
+        rescale_betas_zero_snr: Whether to leave no signal at the last step; not with `epsilon`.
+
+    Raises:
+        ValueError: If an option is not allowed.
+    """
+
+    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        _one_of("variance_type", variance_type.removesuffix("_log"), VARIANCE_TYPES)
+        _one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+        _one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        if rescale_betas_zero_snr and prediction_type == "epsilon":
+            raise ValueError("rescale_betas_zero_snr=True is not allowed with prediction_type='epsilon': x_T is noise")
+        if trained_betas is not None:
+            betas = torch.as_tensor(np.asarray(trained_betas), dtype=torch.float64)
+        else:
+            betas = named_beta_schedule(beta_schedule, num_train_timesteps, beta_start, beta_end)
+        if len(betas) != num_train_timesteps:
+            raise ValueError(f"trained_betas has {len(betas)} entries, num_train_timesteps is {num_train_timesteps}")
+        if rescale_betas_zero_snr:
+            betas = rescale_zero_terminal_snr(betas)
+
+        self.diffusion = GaussianDiffusion(betas)
+        # For code that reads them off a scheduler, as diffusers' training scripts do.
+        self.betas = betas.float()
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = self.diffusion.alphas_cumprod.float()
+        self.init_noise_sigma = 1.0
+        self.variance_type = variance_type
+        self.num_inference_steps: int | None = None
+        self.custom_timesteps = False
+        self._set_chain(list(reversed(range(num_train_timesteps))), device=None)
+
+    def __len__(self) -> int:
+        """Returns the number of diffusion steps that the network was trained for."""
+        return self.config.num_train_timesteps
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Chooses the steps of the reverse process.
+
+        Args:
+            num_inference_steps: Their number, in [1, T].
+            device: Where `self.timesteps` goes. The CPU, the default, spares a wait for the GPU in every step.
+            timesteps: The steps themselves, descending, instead of their number.
+
+        Raises:
+            ValueError: If not exactly one of the two is given, or it is not allowed.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("set_timesteps takes either num_inference_steps or timesteps")
+        if timesteps is None:
+            if not 1 <= num_inference_steps <= len(self):
+                raise ValueError(f"num_inference_steps={num_inference_steps} is not allowed: 1 to {len(self)}")
+            steps = self._spaced(num_inference_steps)
+        else:
+            steps = [int(t) for t in timesteps]
+            if not steps or any(after >= before for before, after in zip(steps[:-1], steps[1:], strict=True)):
+                raise ValueError(f"timesteps={steps} are not allowed: descending steps are")
+        self._set_chain(steps, device)
+        self.num_inference_steps = num_inference_steps
+        self.custom_timesteps = timesteps is not None
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """Returns `sample` as it is; schedulers of other families scale it."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        r"""Takes one step of the reverse process.
+
+        .. math:: x_{t-1} = \mu_\theta(x_t, t) + \sigma_t z, \quad z \sim \mathcal{N}(0, I) \tag{Alg. 2}
+
+        where :math:`\mu_\theta` is the posterior mean (Eq. 7) at the clipped :math:`\hat x_0`, and there is no
+        noise in the last step.
+
+        Args:
+            model_output: Prediction of the network at `timestep`, shape `(B, C, H, W)`.
+            timestep: One of `self.timesteps`.
+            sample: :math:`x_t`, same shape.
+            generator: Source of :math:`z`; a list gives each image its own.
+            return_dict: Whether to wrap the result.
+
+        Returns:
+            :math:`x_{t-1}` as `.prev_sample` and :math:`\hat x_0` as `.pred_original_sample`, or both in a tuple, in
+            the dtype of `sample`.
+
+        Raises:
+            ValueError: If `timestep` is none of `self.timesteps`, or the shapes differ.
+        """
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"model_output of shape {tuple(model_output.shape)} does not fit sample of shape {tuple(sample.shape)}"
+            )
+        t = self._index_of.get(int(timestep))
+        if t is None:
+            raise ValueError(f"timestep={int(timestep)} is not one of the {len(self.timesteps)} that were set")
+        x_t, prediction = _at_least_float32(sample), _at_least_float32(model_output)
+
+        x_start = self._chain.predict_start(prediction, x_t, t, self.config.prediction_type)
+        x_start = self._bound(x_start)
+        x_prev, _ = self._chain.q_posterior(x_start, x_t, t)
+        if t > 0:
+            log_var = self._chain.fixed_log_var(t, x_t, self.variance_type.removesuffix("_log"))
+            noise = randn_tensor(
+                sample.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
+            )
+            x_prev = x_prev + np.exp(0.5 * log_var) * noise
+
+        x_prev, x_start = x_prev.to(sample.dtype), x_start.to(sample.dtype)
+        if not return_dict:
+            return x_prev, x_start
+        return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_start)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Diffuses images to steps of the whole process (Eq. 4), in float32 or better inside.
+
+        Args:
+            original_samples: Images in [-1, 1], shape `(B, C, H, W)`.
+            noise: Standard normal noise, same shape.
+            timesteps: Steps in [0, T), int64, shape `(B,)` or `(1,)`.
+
+        Returns:
+            The noisy images, same shape and dtype.
+        """
+        t = timesteps.to(original_samples.device)
+        return self.diffusion.q_sample(original_samples, t, noise).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Returns the target of a network that predicts `v` (Salimans & Ho 2022); arguments as in `add_noise`."""
+        t = timesteps.to(sample.device)
+        return self.diffusion.target(sample, t, noise, "v_prediction").to(sample.dtype)
+
+    def previous_timestep(self, timestep: int | Tensor) -> int:
+        """Returns the step that `step` goes to from `timestep`; -1 from the last one."""
+        index = self._index_of[int(timestep)]
+        return int(self._chain.timesteps[index - 1]) if index > 0 else -1
+
+    def _spaced(self, count: int) -> list[int]:
+        """Returns `count` steps, descending, as Lin et al. 2023, Table 2 name and space them."""
+        total = len(self)
+        if self.config.timestep_spacing == "linspace":
+            steps = np.linspace(0, total - 1, count).round()[::-1]
+        elif self.config.timestep_spacing == "leading":
+            steps = np.arange(count)[::-1] * (total // count) + self.config.steps_offset
+        else:
+            steps = np.round(np.arange(total, 0, -total / count)) - 1
+        return [int(t) for t in steps]
+
+    def _set_chain(self, descending: list[int], device: str | torch.device | None) -> None:
+        self._chain = self.diffusion.respaced(descending)
+        self._index_of = {int(t): index for index, t in enumerate(self._chain.timesteps)}
+        self.timesteps = torch.tensor(descending, device=device)
+
+    def _bound(self, x_start: Tensor) -> Tensor:
+        """Keeps the estimate of the image within the range of images, as the configuration says."""
+        config = self.config
+        if config.thresholding:
+            return dynamic_threshold(x_start, config.dynamic_thresholding_ratio, config.sample_max_value)
+        if config.clip_sample:
+            return x_start.clamp(-config.clip_sample_range, config.clip_sample_range)
+        return x_start
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not allowed: one of {', '.join(allowed)}")

@@ -1,0 +1,1 @@
+"""Training: Algorithm 1, and what it takes to run it for days."""

@@ -1,0 +1,28 @@
+"""The exponential moving average of the weights: what is sampled from, evaluated and exported."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    r"""Keeps :math:`\bar\theta \leftarrow \bar\theta + (1 - d)(\theta - \bar\theta)` beside a network.
+
+    Args:
+        model: The network that is trained.
+        decay: :math:`d` in [0, 1).
+        warmup: Whether the decay starts at :math:`(1 + n) / (10 + n)` after `n` steps, for short runs.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.warmup = warmup
+        self._averages = list(self.model.parameters())
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Moves the average towards the weights of `model` after optimizer step `step`, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+        torch._foreach_lerp_(self._averages, list(model.parameters()), 1 - decay)

@@ -1,0 +1,132 @@
+"""Algorithm 1 of the paper, on one page."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from hf_ddpm.config import Config
+from hf_ddpm.data.store import ImageStore
+from hf_ddpm.diffusion.losses import simple_loss
+from hf_ddpm.images import to_signed
+from hf_ddpm.models.unet_2d import UNet2DModel
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+from hf_ddpm.seeds import derived_seed
+from hf_ddpm.training.ema import EMA
+from hf_ddpm.training.optimization import learning_rate
+from hf_ddpm.training.randomness import DROPOUT, batch_indices, draw
+from hf_ddpm.training.signals import StopSignal
+
+
+@dataclass
+class Run:
+    """A training run: what it consists of, and where it stands.
+
+    Attributes:
+        step: Optimizer steps done.
+        loss: Mean loss of the last step over the images of this process, on the device.
+        grad_norm: Norm of its gradient before clipping, on the device.
+        stopped_by: The signal that ended the run early, if one did.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    unet: UNet2DModel
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    scheduler: DDPMScheduler
+    step: int = 0
+    loss: Tensor = field(default_factory=lambda: torch.tensor(float("nan")))
+    grad_norm: Tensor = field(default_factory=lambda: torch.tensor(float("nan")))
+    stopped_by: int | None = None
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images an optimizer step, over all processes."""
+        training = self.config.training
+        return training.train_batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def pipeline(self) -> DDPMPipeline:
+        """Returns the pipeline of the averaged weights."""
+        return DDPMPipeline(unet=self.ema.model, scheduler=self.scheduler)
+
+
+class Callback:
+    """Looks at a run as it goes; every process calls it, at the same steps."""
+
+    def on_start(self, run: Run) -> None:
+        """Called before the first step."""
+
+    def on_step(self, run: Run) -> None:
+        """Called after each step."""
+
+    def on_checkpoint(self, run: Run) -> None:
+        """Called every `checkpointing_steps` steps, and after the last one of this session."""
+
+    def on_end(self, run: Run) -> None:
+        """Called when all steps are done, not when a signal has ended the session."""
+
+
+def train(run: Run, images: ImageStore, callbacks: Sequence[Callback] = ()) -> None:
+    r"""Takes gradient steps on :math:`\| \epsilon - \epsilon_\theta(x_t, t) \|^2` from `run.step` to the end.
+
+    Args:
+        run: The run; its weights, average, optimizer and step are advanced in place.
+        images: The training images.
+        callbacks: Called in this order.
+    """
+    config, accelerator, diffusion = run.config.training, run.accelerator, run.scheduler.diffusion
+    network, optimizer = accelerator.prepare(run.unet, run.optimizer)
+    network.train()
+
+    # This process's rows of each global batch, and the passes that they are divided into.
+    share = run.global_batch_size // accelerator.num_processes
+    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    shape = (run.global_batch_size, *images.shape)
+
+    with StopSignal(accelerator) as stop:
+        for callback in callbacks:
+            callback.on_start(run)
+        while run.step < config.max_train_steps and run.stopped_by is None:
+            step = run.step
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+
+            indices = batch_indices(config.seed, step, run.global_batch_size, len(images))[mine]
+            x_start = to_signed(images[indices])
+            draws = draw(config.seed, step, shape, len(diffusion), accelerator.device).rows(mine)
+            if run.config.data.horizontal_flip:
+                x_start = torch.where(draws.flip.view(-1, 1, 1, 1), x_start.flip(-1), x_start)
+            x_t = diffusion.q_sample(x_start, draws.t, draws.noise)  # in float32, whatever the network's precision
+            target = diffusion.target(x_start, draws.t, draws.noise, run.scheduler.config.prediction_type)
+
+            torch.manual_seed(derived_seed(config.seed, DROPOUT, step, accelerator.process_index))
+            losses = []
+            for start in range(0, share, config.train_batch_size):
+                part = slice(start, start + config.train_batch_size)
+                is_last = part.stop == share
+                with nullcontext() if is_last else accelerator.no_sync(network):
+                    prediction = network(x_t[part], draws.t[part]).sample
+                    loss = simple_loss(prediction, target[part]).mean() / config.gradient_accumulation_steps
+                    accelerator.backward(loss)
+                losses.append(loss.detach())
+            run.grad_norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.ema.update(run.unet, step)
+
+            run.step, run.loss = step + 1, torch.stack(losses).sum()
+            run.stopped_by = stop.received()
+            for callback in callbacks:
+                callback.on_step(run)
+            is_done = run.step == config.max_train_steps or run.stopped_by is not None
+            if is_done or run.step % config.checkpointing_steps == 0:
+                for callback in callbacks:
+                    callback.on_checkpoint(run)
+        if run.stopped_by is None:
+            for callback in callbacks:
+                callback.on_end(run)

@@ -1,0 +1,202 @@
+"""Checkpoints that survive a kill at any moment, and the state of a run.
+
+A checkpoint is a folder `step-000001000/` of safetensors and JSON. It is written under another name, flushed to disk,
+given a manifest of sizes and checksums, and only then renamed; older ones go after that. Whoever loads takes the
+newest folder that its manifest confirms.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_ddpm.training.loop import Callback, Run
+
+# Options that may differ between the sessions of a run: they change what is kept and shown, not what is computed.
+FREE_OPTIONS = {
+    "output_dir", "max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints", "resume",
+    "sample_steps", "num_samples", "num_inference_steps",
+}  # fmt: skip
+
+
+class Checkpoints(Callback):
+    """Saves the run's checkpoints to `folder`, and keeps the newest few."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self.keep = keep
+
+    def on_checkpoint(self, run: Run) -> None:
+        """Saves, then removes what is too old."""
+        if run.accelerator.is_main_process:
+            save_checkpoint(run, self.folder)
+            for old in checkpoints(self.folder)[: -self.keep]:
+                trash = old.with_name(f".trash-{old.name}")
+                old.rename(trash)  # a folder that is only half removed must not look like a checkpoint
+                shutil.rmtree(trash)
+        run.accelerator.wait_for_everyone()
+
+
+def save_checkpoint(run: Run, folder: Path) -> Path:
+    """Writes all that a run needs to go on exactly as if it had not stopped, and returns the checkpoint's folder."""
+    final = folder / f"step-{run.step:09d}"
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _save_tensors(run.unet.state_dict(), partial / "unet.safetensors")
+    _save_tensors(run.ema.model.state_dict(), partial / "ema.safetensors")
+    _save_tensors(_flat(run.optimizer.state_dict()["state"]), partial / "optimizer.safetensors")
+    scaler = run.accelerator.scaler
+    state = {
+        "step": run.step,
+        "global_batch_size": run.global_batch_size,
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "config": run.config.to_dict(),
+    }
+    (partial / "state.json").write_text(json.dumps(state, indent=2))
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in partial.iterdir()}
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    for file in [*partial.iterdir(), partial]:
+        _flush(file)
+    if final.exists():  # damaged, or of a session that a fall-back has undone
+        shutil.rmtree(final)
+    partial.rename(final)
+    _flush(folder)
+    return final
+
+
+def load_checkpoint(run: Run, path: Path) -> None:
+    """Puts a checkpoint's weights, average, optimizer and step into a run.
+
+    Raises:
+        ValueError: If the run differs from the checkpoint's in an option that changes what is computed.
+    """
+    state = json.loads((path / "state.json").read_text())
+    _check_same_run(run, state, path)
+    run.unet.load_state_dict(load_file(path / "unet.safetensors"))
+    run.ema.model.load_state_dict(load_file(path / "ema.safetensors"))
+    optimizer = run.optimizer.state_dict()
+    optimizer["state"] = _nested(load_file(path / "optimizer.safetensors"))
+    run.optimizer.load_state_dict(optimizer)
+    if run.accelerator.scaler is not None and state["scaler"] is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.step = state["step"]
+
+
+def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """Chooses the checkpoint to go on from.
+
+    Args:
+        folder: Where the run keeps its checkpoints.
+        resume: `latest` (the newest sound one), `never`, or the path of one.
+
+    Returns:
+        Its path, or None to start afresh, and what is wrong with newer ones.
+
+    Raises:
+        ValueError: If the one named is missing or damaged, or all there are, or there are some and it is `never`.
+    """
+    found = checkpoints(folder)
+    if resume == "never":
+        if found:
+            raise ValueError(f"resume=never, but {folder} holds checkpoints: choose another output_dir or remove them")
+        return None, []
+    if resume != "latest":
+        damage = find_damage(Path(resume))
+        if damage is not None:
+            raise ValueError(f"resume={resume!r} is not allowed: {damage}")
+        return Path(resume), []
+    complaints = []
+    for path in reversed(found):
+        damage = find_damage(path)
+        if damage is None:
+            return path, complaints
+        complaints.append(f"{path.name} is passed over: {damage}")
+    if complaints:
+        raise ValueError(f"no checkpoint in {folder} is sound: {'; '.join(complaints)}")
+    return None, []
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Returns the checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def find_damage(path: Path) -> str | None:
+    """Compares a checkpoint with its manifest; returns what is wrong with it, or None."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, entry in manifest.items():
+            if (path / name).stat().st_size != entry["bytes"] or _sha256(path / name) != entry["sha256"]:
+                return f"{name} differs from its checksum"
+    except (OSError, ValueError) as error:
+        return f"it is no whole checkpoint ({error})"
+    return None
+
+
+@contextmanager
+def status_file(path: Path, run: Run) -> Iterator[None]:
+    """Keeps `status.json` true: running, then finished, preempted or failed (with the error), and at which step."""
+
+    def write(status: str, **more: Any) -> None:
+        if run.accelerator.is_main_process:
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_text(json.dumps({"status": status, "step": run.step, **more}) + "\n")
+            partial.replace(path)
+
+    write("running")
+    try:
+        yield
+    except BaseException as error:
+        write("failed", error=f"{type(error).__name__}: {error}")
+        raise
+    write("finished" if run.stopped_by is None else "preempted")
+
+
+def _check_same_run(run: Run, state: dict[str, Any], path: Path) -> None:
+    now, then = run.config.to_dict(), state["config"]
+    # How a global batch is divided does not matter, only its size.
+    free = FREE_OPTIONS | {"train_batch_size", "gradient_accumulation_steps"}
+    if now["lr_schedule"] != "constant":
+        free = free - {"max_train_steps"}
+    changed = [f"{k}={now[k]!r} (was {then.get(k)!r})" for k in now if k not in free and now[k] != then.get(k)]
+    if run.global_batch_size != state["global_batch_size"]:
+        changed.append(f"images a step: {run.global_batch_size} (was {state['global_batch_size']})")
+    if changed:
+        raise ValueError(f"{path} is of another run, choose another output_dir: {', '.join(changed)}")
+
+
+def _flat(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+
+
+def _nested(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = value
+    return state
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

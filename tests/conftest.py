@@ -1,0 +1,53 @@
+"""One thread, no network, a cache of its own, and the tiny models that the tests share."""
+
+import os
+import tempfile
+
+# Before anything imports the Hub's clients: they read these once.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_ddpm-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["DIFFUSERS_VERBOSITY"] = "error"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+# Two resolutions, with every part that a U-Net has: attention, shortcuts, resampling, dropout.
+TINY_UNET = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": None,
+    "dropout": 0.1,
+}
+
+# The same for the command line, over the digits.
+TINY_RUN = [
+    *("--preset", "digits", "--block_out_channels", "8", "16", "--norm_num_groups", "4", "--layers_per_block", "1"),
+    *("--train_batch_size", "8", "--num_samples", "4", "--num_inference_steps", "2", "--log_steps", "2"),
+    *("--lr_schedule", "constant", "--warmup_steps", "2"),
+]
+
+
+@pytest.fixture
+def tiny_unet():
+    from hf_ddpm import UNet2DModel
+
+    torch.manual_seed(0)
+    return UNet2DModel(**TINY_UNET).eval()
+
+
+@pytest.fixture
+def tiny_pipeline(tiny_unet):
+    from hf_ddpm import DDPMPipeline, DDPMScheduler
+
+    pipe = DDPMPipeline(unet=tiny_unet, scheduler=DDPMScheduler(variance_type="fixed_large"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

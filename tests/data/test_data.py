@@ -1,0 +1,145 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+from hf_ddpm.data import store
+from hf_ddpm.data.sources import find_image_column, open_dataset
+from hf_ddpm.data.store import load_images
+
+
+def write_images(folder, count=3, size=(8, 8), mode="RGB"):
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        channels = len(PILImage.new(mode, (1, 1)).getbands())
+        array = rng.integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+        PILImage.fromarray(array.squeeze()).save(folder / f"{i}.png")
+    return folder
+
+
+def parquet(path, **columns):
+    features = {name: Image() if isinstance(values[0], dict) else Value("int64") for name, values in columns.items()}
+    Dataset.from_dict(columns, Features(features)).to_parquet(str(path))
+    return str(path)
+
+
+def png(array):
+    file = io.BytesIO()
+    PILImage.fromarray(array).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def test_digits_are_those_of_scikit_learn():
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    order = np.random.default_rng(0).permutation(1797)
+    for split, rows in [("train", order[:898]), ("test", order[898:])]:
+        images = load_images("digits", split=split, resolution=8, channels=1)
+        expected = np.round(digits.images[rows] * 255 / 16).astype(np.uint8)
+        np.testing.assert_array_equal(images[torch.arange(len(images))][:, 0].numpy(), expected)
+        assert open_dataset("digits", split)["label"] == digits.target[rows].tolist()
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_batches_hold_the_images_asked_for(monkeypatch, resident):
+    if not resident:
+        monkeypatch.setattr(store, "RESIDENT_BYTES", 0)
+    images = load_images("digits", resolution=8, channels=1)
+    pictures = open_dataset("digits")["image"]
+    batch = images[torch.tensor([5, 0, 5])]
+    assert batch.shape == (3, 1, 8, 8) and batch.dtype == torch.uint8
+    for row, index in zip(batch, [5, 0, 5], strict=True):
+        np.testing.assert_array_equal(row[0].numpy(), np.asarray(pictures[index]))
+
+
+def test_folders_of_images_and_of_parquet_load_alike(tmp_path):
+    folder = write_images(tmp_path / "images", count=4)
+    from_folder = load_images(str(folder), resolution=8, channels=3)
+    arrays = [np.asarray(PILImage.open(folder / f"{i}.png")) for i in range(4)]
+    (tmp_path / "table").mkdir()
+    file = parquet(tmp_path / "table" / "train.parquet", img=[png(array) for array in arrays], label=[0, 1, 2, 3])
+    for images in (from_folder, load_images(file, resolution=8, channels=3),
+                   load_images(str(tmp_path / "table"), resolution=8, channels=3)):  # fmt: skip
+        np.testing.assert_array_equal(images[torch.arange(4)].numpy(), np.stack(arrays).transpose(0, 3, 1, 2))
+
+
+def test_images_are_fitted_and_converted(tmp_path):
+    left, right = np.zeros((16, 12, 3), np.uint8), np.full((16, 12, 3), 255, np.uint8)
+    PILImage.fromarray(np.concatenate([left, right], axis=1)).save(tmp_path / "a.png")  # 24 x 16: black, white
+    (gray,) = load_images(str(tmp_path), resolution=8, channels=1)[torch.tensor([0])]
+    assert gray.shape == (1, 8, 8)
+    assert gray[0, :, 0].max() <= 2 and gray[0, :, -1].min() >= 253  # the middle square, halved
+    rgba = load_images(str(tmp_path), resolution=16, channels=4)[torch.tensor([0])]
+    assert rgba.shape == (1, 4, 16, 16) and bool((rgba[0, 3] == 255).all())
+
+
+def test_the_camera_orientation_is_applied(tmp_path):
+    picture = PILImage.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4)
+    exif = PILImage.Exif()
+    exif[0x0112] = 3  # upside down
+    picture.save(tmp_path / "a.png", exif=exif)
+    image = load_images(str(tmp_path), resolution=8, channels=1)[torch.tensor([0])]
+    np.testing.assert_array_equal(image[0, 0].numpy(), np.asarray(picture)[::-1, ::-1])
+
+
+def test_image_columns_are_guessed_or_named(tmp_path):
+    pixel = png(np.zeros((8, 8), np.uint8))
+    two = open_dataset(parquet(tmp_path / "two.parquet", left=[pixel], right=[pixel], label=[1]))
+    assert find_image_column(two, "right") == "right"
+    with pytest.raises(
+        ValueError, match=r"name it by image_column: columns are left \(Image\), right \(Image\), label"
+    ):
+        find_image_column(two)
+    with pytest.raises(ValueError, match="image_column='up' does not exist: columns are left"):
+        find_image_column(two, "up")
+    with pytest.raises(ValueError, match="image_column='label' holds no images"):
+        find_image_column(two, "label")
+    assert find_image_column(open_dataset(parquet(tmp_path / "one.parquet", scan=[pixel], mask=[0]))) == "scan"
+    assert find_image_column(open_dataset(parquet(tmp_path / "usual.parquet", mask=[pixel], img=[pixel]))) == "img"
+
+
+def test_missing_and_empty_data_sets_are_refused_by_name(tmp_path):
+    (tmp_path / "note.txt").write_text("no image")
+    for name, message in [
+        ("./nowhere", "dataset './nowhere' is not there"),
+        ("a/b/c", "dataset 'a/b/c' is not there"),
+        (str(tmp_path / "nowhere"), "is not there"),
+        ("somebody/something", "dataset 'somebody/something' is (neither a folder|no folder)"),
+        (str(tmp_path / "note.txt"), "is a file that is not parquet"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_images(name, resolution=8, channels=3)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="is empty: the folder holds no image"):
+        load_images(str(tmp_path / "empty"), resolution=8, channels=3)
+    with pytest.raises(ValueError, match="dataset 'digits' has no split 'validation': one of train, test"):
+        load_images("digits", split="validation", resolution=8, channels=1)
+
+
+def broken(folder, name, content):
+    (folder / name).write_bytes(content)
+    return name
+
+
+def test_unusable_images_are_refused_with_row_file_and_reason(tmp_path):
+    for case, spoil, reason in [
+        ("text", lambda folder: broken(folder, "x.png", b"this is no picture"), "cannot identify"),
+        ("cut", lambda folder: broken(folder, "x.png", (folder / "0.png").read_bytes()[:90]), "truncated|broken|unrec"),
+        ("small", lambda folder: PILImage.new("RGB", (7, 30)).save(folder / "x.png"), "7x30 is smaller than resolution=8"),
+        ("deep", lambda folder: PILImage.fromarray(np.full((8, 8), 40_000, np.uint16)).save(folder / "x.png"), "8 bits"),
+    ]:  # fmt: skip
+        folder = write_images(tmp_path / case)
+        spoil(folder)
+        with pytest.raises(ValueError, match=rf"image in row 3 \(.*x\.png\) is not usable: .*({reason})"):
+            load_images(str(folder), resolution=8, channels=3)
+
+
+def test_a_missing_image_is_named_by_its_row(tmp_path):
+    features = Features({"image": Image()})
+    data = Dataset.from_dict({"image": [png(np.zeros((8, 8), np.uint8)), None]}, features)
+    data.to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(ValueError, match=r"image in row 1 \(column 'image'\) is not usable: there is none"):
+        load_images(str(tmp_path / "a.parquet"), resolution=8, channels=1)

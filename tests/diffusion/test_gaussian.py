@@ -1,0 +1,195 @@
+"""The process against theory: expected values are derived afresh in float64, never read off the class."""
+
+import pytest
+import torch
+
+from hf_ddpm import GaussianDiffusion
+from hf_ddpm.diffusion.gaussian import dynamic_threshold
+from hf_ddpm.diffusion.losses import simple_loss
+
+T = 1000
+BETAS = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+ALPHA_BARS = torch.cumprod(1 - BETAS, dim=0)
+ONE = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+SUBSET = [0, 3, 50, 51, 400, 998, 999]
+
+
+@pytest.fixture(params=["whole", "respaced"])
+def process(request):
+    """The process, and the cumulative products that its steps must have."""
+    whole = GaussianDiffusion(BETAS)
+    if request.param == "whole":
+        return whole, ALPHA_BARS
+    return whole.respaced(SUBSET), ALPHA_BARS[SUBSET]
+
+
+def single_steps(alpha_bars):
+    """The variances of single steps that multiply to given cumulative products."""
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]])
+    return 1 - alpha_bars / before, before
+
+
+def test_q_sample_is_the_composition_of_single_steps(process):
+    # Eq. 2 applied t + 1 times: means multiply, variances shrink and grow. Eq. 4 must say the same at once.
+    diffusion, alpha_bars = process
+    betas, _ = single_steps(alpha_bars)
+    mean, variance = 1.0, 0.0
+    for t in range(len(diffusion)):
+        mean = mean * (1 - betas[t]).sqrt()
+        variance = (1 - betas[t]) * variance + betas[t]
+        torch.testing.assert_close(diffusion.q_sample(ONE, t, 0 * ONE), mean * ONE, rtol=1e-11, atol=0)
+        torch.testing.assert_close(diffusion.q_sample(0 * ONE, t, ONE) ** 2, variance * ONE, rtol=1e-9, atol=0)
+
+
+def test_q_posterior_is_bayes(process):
+    # q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0): precisions add, and so do
+    # precision-weighted means. At t = 0 the second factor is a point.
+    diffusion, alpha_bars = process
+    betas, before = single_steps(alpha_bars)
+    x_start, x_t = 0.3 * ONE, -1.2 * ONE
+    for t in range(1, len(diffusion)):
+        precision = (1 - betas[t]) / betas[t] + 1 / (1 - before[t])
+        weighted = (1 - betas[t]).sqrt() / betas[t] * x_t + before[t].sqrt() / (1 - before[t]) * x_start
+        mean, log_var = diffusion.q_posterior(x_start, x_t, t)
+        torch.testing.assert_close(mean, weighted / precision, rtol=1e-9, atol=0)
+        assert log_var == pytest.approx(-precision.log().item(), rel=1e-9)
+    torch.testing.assert_close(diffusion.q_posterior(x_start, x_t, 0)[0], x_start, rtol=1e-12, atol=0)
+
+
+def test_the_reverse_mean_is_equation_11():
+    diffusion = GaussianDiffusion(BETAS)
+    x_t, eps = 0.7 * ONE, -0.4 * ONE
+    for t in range(T):
+        expected = (x_t - BETAS[t] / (1 - ALPHA_BARS[t]).sqrt() * eps) / (1 - BETAS[t]).sqrt()
+        mean, _ = diffusion.q_posterior(diffusion.predict_start(eps, x_t, t), x_t, t)
+        torch.testing.assert_close(mean, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_the_exact_prediction_gives_the_image_back(process, prediction_type):
+    diffusion, _ = process
+    generator = torch.Generator().manual_seed(0)
+    t = torch.arange(len(diffusion))
+    x_start, noise = torch.randn(2, len(t), 1, 2, 2, generator=generator, dtype=torch.float64)
+    x_t = diffusion.q_sample(x_start, t, noise)
+    target = diffusion.target(x_start, t, noise, prediction_type)
+    found = diffusion.predict_start(target, x_t, t, prediction_type)
+    torch.testing.assert_close(found, x_start, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(diffusion.predict_eps(x_start, x_t, t), noise, rtol=1e-9, atol=1e-9)
+
+
+def test_v_is_the_velocity_on_the_circle():
+    # With signal = cos(phi) and noise = sin(phi), v is the derivative of x_t along phi (Salimans & Ho 2022, App. D).
+    diffusion, t, h = GaussianDiffusion(BETAS), 300, 1e-6
+    x_start, noise = 0.3 * ONE, -0.8 * ONE
+    phi = torch.acos(ALPHA_BARS[t].sqrt())
+    x = [(phi + s).cos() * x_start + (phi + s).sin() * noise for s in (-h, h)]
+    torch.testing.assert_close(diffusion.target(x_start, t, noise, "v_prediction"), (x[1] - x[0]) / (2 * h))
+
+
+def test_log_variances_are_beta_and_beta_tilde_with_the_second_step_first():
+    diffusion = GaussianDiffusion(BETAS)
+    beta_tilde_1 = (1 - ALPHA_BARS[0]) / (1 - ALPHA_BARS[1]) * BETAS[1]
+    assert beta_tilde_1.item() == pytest.approx(5.453188e-5, rel=1e-6)
+    for t in range(T):
+        small, large = (diffusion.fixed_log_var(t, ONE, f"fixed_{size}") for size in ("small", "large"))
+        beta_tilde = (1 - ALPHA_BARS[t - 1]) / (1 - ALPHA_BARS[t]) * BETAS[t] if t > 0 else beta_tilde_1
+        assert small == pytest.approx(beta_tilde.log().item(), rel=1e-9)
+        assert large == pytest.approx((BETAS[t] if t > 0 else beta_tilde_1).log().item(), rel=1e-12)
+
+
+def test_the_whole_chain_on_standard_normal_data():
+    # For x_0 ~ N(0, I) the ideal denoiser is E[x_0 | x_t] = sqrt(alpha_bar_t) x_t, so each reverse step is linear and
+    # the variance of the chain can be followed exactly. With fixed_large it stays 1 until the noiseless last step
+    # takes beta_0 away. This one number sees every coefficient of every step.
+    diffusion, variance = GaussianDiffusion(BETAS), 1.0
+    for t in reversed(range(T)):
+        gain, _ = diffusion.q_posterior(ALPHA_BARS[t].sqrt() * ONE, ONE, t)
+        added = torch.tensor(diffusion.fixed_log_var(t, ONE, "fixed_large")).exp() if t > 0 else 0.0
+        variance = gain.item() ** 2 * variance + float(added)
+    assert variance == pytest.approx(1 - BETAS[0].item(), rel=1e-6)
+
+
+def test_the_whole_chain_on_a_point(process):
+    # For data that are one point the ideal denoiser knows it, and fixed_small makes the reverse steps exact: every
+    # marginal of the chain is that of the forward process.
+    diffusion, alpha_bars = process
+    point, mean, variance = 0.6, 0.6 * alpha_bars[-1].sqrt().item(), 1 - alpha_bars[-1].item()
+    for t in reversed(range(1, len(diffusion))):
+        offset, log_var = diffusion.q_posterior(point * ONE, 0 * ONE, t)
+        gain = diffusion.q_posterior(0 * ONE, ONE, t)[0].item()
+        assert log_var == diffusion.fixed_log_var(t, ONE, "fixed_small")
+        mean = gain * mean + offset.item()
+        variance = gain**2 * variance + float(torch.tensor(log_var, dtype=torch.float64).exp())
+        assert mean == pytest.approx(point * alpha_bars[t - 1].sqrt().item(), rel=1e-8)
+        assert variance == pytest.approx(1 - alpha_bars[t - 1].item(), rel=1e-8)
+
+
+def test_respacing_keeps_the_marginals_and_tells_the_network_the_original_step():
+    whole = GaussianDiffusion(BETAS)
+    some = whole.respaced(list(reversed(SUBSET)))
+    assert some.timesteps.tolist() == SUBSET
+    torch.testing.assert_close(some.alphas_cumprod, ALPHA_BARS[SUBSET], rtol=0, atol=0)
+    torch.testing.assert_close(torch.cumprod(1 - some.betas, 0), ALPHA_BARS[SUBSET], rtol=1e-12, atol=0)
+    assert some.respaced([1, 4]).timesteps.tolist() == [3, 400]
+    torch.testing.assert_close(whole.respaced(range(T)).betas, BETAS, rtol=1e-9, atol=1e-14)
+
+
+def test_a_number_and_a_tensor_of_times_agree():
+    diffusion = GaussianDiffusion(BETAS)
+    x_start, noise = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    for t in (0, 500, 999):
+        together = diffusion.q_sample(x_start, torch.full((3,), t), noise)
+        torch.testing.assert_close(together, diffusion.q_sample(x_start, t, noise), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_images_are_diffused_in_float32(dtype):
+    # In bfloat16 alpha_bar_t rounds to 1 for the first ten steps, and 1 - alpha_bar_t to no noise at all.
+    diffusion, t = GaussianDiffusion(BETAS), torch.arange(10)
+    x_start, noise = torch.randn(2, 10, 1, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x_t = diffusion.q_sample(x_start, t, noise)
+    expected = diffusion.q_sample(x_start.float(), t, noise.float())
+    assert x_t.dtype == torch.float32
+    torch.testing.assert_close(x_t, expected, rtol=0, atol=0)
+    assert bool((x_t != x_start).any(dim=(1, 2, 3)).all())
+
+
+def test_float32_results_carry_float64_coefficients():
+    diffusion, t = GaussianDiffusion(BETAS), torch.arange(T)
+    one = torch.ones(T, 1, 1, 1)
+    found = diffusion.q_sample(0 * one, t, one).flatten().double()
+    torch.testing.assert_close(found, (1 - ALPHA_BARS).sqrt(), rtol=1e-7, atol=0)
+
+
+def test_wrong_arguments_are_refused():
+    diffusion = GaussianDiffusion(BETAS)
+    for betas in ([], [0.1, 0.0], [0.1, 1.1], [float("nan")]):
+        with pytest.raises(ValueError, match="betas"):
+            GaussianDiffusion(betas)
+    for timesteps in ([], [0, 0], [-1, 3], [1000]):
+        with pytest.raises(ValueError, match="timesteps"):
+            diffusion.respaced(timesteps)
+    for t in (-1, 1000):
+        with pytest.raises(ValueError, match=f"t={t}"):
+            diffusion.q_sample(ONE, t, ONE)
+    with pytest.raises(ValueError, match="prediction_type='eps' is not allowed: one of epsilon"):
+        diffusion.target(ONE, 0, ONE, "eps")
+    with pytest.raises(ValueError, match="prediction_type='eps'"):
+        diffusion.predict_start(ONE, ONE, 0, "eps")
+    with pytest.raises(ValueError, match="variance_type='learned' is not allowed: one of fixed_small"):
+        diffusion.fixed_log_var(0, ONE, "learned")
+
+
+def test_dynamic_threshold_divides_only_what_is_saturated():
+    flat = torch.linspace(-0.5, 0.5, 100).view(1, 1, 10, 10)
+    images = torch.cat([flat, 4 * flat, 40 * flat])
+    bounded = dynamic_threshold(images, ratio=1.0, max_value=10.0)
+    torch.testing.assert_close(bounded[0], images[0])  # within [-1, 1]: as it was
+    torch.testing.assert_close(bounded[1], images[1] / 2)  # up to 2: scaled
+    torch.testing.assert_close(bounded[2], images[2].clamp(-10, 10) / 10)  # up to 20: the threshold has a limit
+
+
+def test_simple_loss_is_one_number_an_image():
+    prediction = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
+    torch.testing.assert_close(simple_loss(prediction, torch.zeros(2, 1, 4, 4)), torch.tensor([1.0, 9.0]))

@@ -1,0 +1,182 @@
+import diffusers
+import pytest
+import torch
+
+from hf_ddpm import UNet2DModel
+from hf_ddpm.config import parse_config
+from hf_ddpm.models.initialization import initialize_like_paper
+from tests.conftest import TINY_UNET
+
+VARIANTS = {
+    "plain": {},
+    "paper": {"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6},
+    "heads": {"attention_head_dim": 4},
+    "resnet resampling": {
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "down_block_types": ("AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
+    },
+    "scale and shift": {"resnet_time_scale_shift": "scale_shift"},
+    "scale and shift, norm": {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 2},
+    "no attention": {
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "add_attention": False,
+    },
+    "no middle": {"mid_block_type": None},
+    "scaled middle": {"mid_block_scale_factor": 2**0.5},
+    "three levels": {
+        "block_out_channels": (4, 8, 12),
+        "down_block_types": ("AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 2,
+    },
+    "classes": {"num_class_embeds": 5},
+    "centered, six channels": {"center_input_sample": True, "in_channels": 3, "out_channels": 6},
+    "embedding size": {"time_embedding_dim": 20},
+    "rectangle": {"sample_size": (8, 16)},
+}
+
+
+def pair(**changes):
+    """Our network and that of diffusers, each constructed from seed 0."""
+    networks = []
+    for kind in (UNet2DModel, diffusers.UNet2DModel):
+        torch.manual_seed(0)
+        networks.append(kind(**{**TINY_UNET, **changes}))
+    return networks
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_network_is_that_of_diffusers(changes):
+    ours, theirs = pair(**changes)
+    mine, stock = ours.state_dict(), theirs.state_dict()
+    assert list(mine) == list(stock)
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    assert all(torch.equal(mine[name], stock[name]) for name in mine)
+    assert dict(ours.config) == dict(theirs.config)
+
+    size = ours.config.sample_size
+    x = torch.randn(3, ours.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    labels = torch.tensor([0, 4, 2]) if ours.config.num_class_embeds else None
+    t = torch.tensor([0, 17, 999])
+    ours.eval(), theirs.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, t, labels).sample, theirs(x, t, labels).sample, rtol=0, atol=2e-6)
+        for t in (3, 3.0, torch.tensor(3), torch.tensor([3])):
+            (found,) = ours(x, t, labels, return_dict=False)
+            torch.testing.assert_close(found, theirs(x, t, labels).sample, rtol=0, atol=2e-6)
+
+
+def test_gradients_are_those_of_diffusers():
+    ours, theirs = pair(dropout=0.0)
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 10, 100, 900])
+    for network in (ours, theirs):
+        network(x, t).sample.square().mean().backward()
+    for (name, mine), stock in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, stock.grad, rtol=1e-4, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_paper_network_has_its_size_and_the_keys_of_diffusers():
+    options = parse_config(["--preset", "cifar10"]).unet()
+    with torch.device("meta"):
+        ours, theirs = UNet2DModel(**options), diffusers.UNet2DModel(**options)
+    assert ours.num_parameters() == 35_746_307
+    shapes = [{name: tensor.shape for name, tensor in network.state_dict().items()} for network in (ours, theirs)]
+    assert shapes[0] == shapes[1] and len(shapes[0]) == 328
+
+
+def train_steps(network, count):
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        x, eps = torch.randn(2, 8, 1, 8, 8, generator=generator)
+        loss = (network(x, torch.randint(1000, (8,), generator=generator)).sample - eps).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def changed_by_training(network, count):
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    train_steps(network, count)
+    return {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def test_one_step_from_the_initialization_of_diffusers_changes_everything(tiny_unet):
+    assert changed_by_training(tiny_unet, 1) == set(tiny_unet.state_dict())
+
+
+def test_from_the_initialization_of_the_paper_it_takes_a_few_steps(tiny_unet):
+    # The last layer is zero, and so are the last ones of all branches: gradients work their way back through them.
+    initialize_like_paper(tiny_unet)
+    assert changed_by_training(tiny_unet, 1) == {"conv_out.weight", "conv_out.bias"}
+    assert changed_by_training(tiny_unet, 4) == set(tiny_unet.state_dict())
+
+
+def test_the_initialization_of_the_paper_starts_at_zero_and_keeps_variance():
+    network = UNet2DModel(**{**TINY_UNET, "block_out_channels": (32, 64)})
+    initialize_like_paper(network)
+    assert network(torch.randn(2, 1, 8, 8), 5).sample.abs().max() == 0
+    weight = network.down_blocks[1].resnets[0].conv1.weight
+    assert weight.var().item() == pytest.approx(2 / (32 * 9 + 64 * 9), rel=0.05)
+    assert network.down_blocks[0].resnets[0].conv2.weight.abs().max() == 0
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_unet):
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 500])
+    gradients = []
+    for enable in (False, True):
+        if enable:
+            tiny_unet.enable_gradient_checkpointing()
+        tiny_unet.zero_grad()
+        tiny_unet(x, t).sample.square().mean().backward()
+        gradients.append([p.grad.clone() for p in tiny_unet.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_gradient_checkpointing_recomputes(tiny_unet, monkeypatch):
+    calls = []
+    forward = type(tiny_unet.mid_block.resnets[0]).forward
+    monkeypatch.setattr(
+        type(tiny_unet.mid_block.resnets[0]), "forward", lambda self, *args: (calls.append(1), forward(self, *args))[1]
+    )
+    for enable in (False, True):
+        calls.clear()
+        if enable:
+            tiny_unet.enable_gradient_checkpointing()
+        tiny_unet(torch.randn(2, 1, 8, 8, requires_grad=True), 5).sample.sum().backward()
+        blocks = sum(
+            len(stage.resnets) for stage in [*tiny_unet.down_blocks, tiny_unet.mid_block, *tiny_unet.up_blocks]
+        )
+        assert len(calls) == blocks * (2 if enable else 1)
+
+
+def test_other_architectures_are_refused_by_name():
+    for name, value in {
+        "down_block_types": ("SkipDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "SkipUpBlock2D"),
+        "time_embedding_type": "fourier",
+        "act_fn": "mish",
+        "class_embed_type": "timestep",
+        "resnet_time_scale_shift": "spatial",
+        "downsample_padding": 2,
+    }.items():
+        with pytest.raises(ValueError, match=rf"no {name}=.*pass unet=diffusers.UNet2DModel.from_pretrained"):
+            UNet2DModel(**{**TINY_UNET, name: value})
+    with pytest.raises(ValueError, match="equally long"):
+        UNet2DModel(**{**TINY_UNET, "block_out_channels": (4, 8, 8)})
+    with pytest.raises(ValueError, match="multiples of norm_num_groups=3"):
+        UNet2DModel(**{**TINY_UNET, "norm_num_groups": 3})
+    with pytest.raises(ValueError, match="attention_head_dim=32 is not allowed"):
+        UNet2DModel(**{**TINY_UNET, "attention_head_dim": 32})
+
+
+def test_wrong_inputs_are_refused(tiny_unet):
+    with pytest.raises(ValueError, match="7x8 cannot be halved 1 times: .* multiples of 2"):
+        tiny_unet(torch.randn(1, 1, 7, 8), 3)
+    with pytest.raises(ValueError, match="takes no class_labels"):
+        tiny_unet(torch.randn(1, 1, 8, 8), 3, torch.tensor([0]))
+    with pytest.raises(ValueError, match="needs class_labels"):
+        UNet2DModel(**TINY_UNET, num_class_embeds=3)(torch.randn(1, 1, 8, 8), 3)

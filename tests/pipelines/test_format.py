@@ -1,0 +1,155 @@
+"""Stock on disk, ours in memory: what diffusers writes we read, what we write diffusers reads."""
+
+import json
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from tests.conftest import TINY_UNET
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def stock_folder(tmp_path):
+    """A pipeline as diffusers saves it."""
+    torch.manual_seed(0)
+    pipe = diffusers.DDPMPipeline(diffusers.UNet2DModel(**TINY_UNET), diffusers.DDPMScheduler())
+    pipe.save_pretrained(tmp_path / "stock")
+    return tmp_path / "stock"
+
+
+def is_ours(pipe):
+    return type(pipe.unet) is UNet2DModel and type(pipe.scheduler) is DDPMScheduler
+
+
+def sample(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(2, torch.Generator().manual_seed(0), 20, output_type="np").images
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_stock_pipelines_load_as_ours_and_save_as_stock(stock_folder, tmp_path):
+    pipe = DDPMPipeline.from_pretrained(stock_folder)
+    assert is_ours(pipe)
+    np.testing.assert_allclose(
+        sample(pipe), sample(diffusers.DDPMPipeline.from_pretrained(stock_folder)), rtol=0, atol=1e-5
+    )
+    # Save, load, save: the same bytes in every file, and no trace of the folders in between.
+    pipe.save_pretrained(tmp_path / "once")
+    DDPMPipeline.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice")
+    assert files(tmp_path / "once") == files(tmp_path / "twice") == files(stock_folder)
+
+
+def test_diffusers_loads_ours_where_hf_ddpm_is_not_installed(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path)
+    code = f"""
+import sys
+sys.modules["hf_ddpm"] = None  # import hf_ddpm now raises
+import diffusers, numpy, torch
+pipe = diffusers.DDPMPipeline.from_pretrained({str(tmp_path)!r})
+assert type(pipe.unet) is diffusers.UNet2DModel
+pipe.set_progress_bar_config(disable=True)
+images = pipe(2, torch.Generator().manual_seed(0), 20, output_type="np").images
+numpy.save({str(tmp_path / "images.npy")!r}, images)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    np.testing.assert_allclose(np.load(tmp_path / "images.npy"), sample(tiny_pipeline), rtol=0, atol=1e-5)
+
+
+def test_a_stock_scheduler_stays_itself(tiny_pipeline, tmp_path):
+    tiny_pipeline.scheduler = diffusers.DDIMScheduler.from_config(tiny_pipeline.scheduler.config)
+    tiny_pipeline.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert type(DDPMPipeline.from_pretrained(tmp_path).scheduler) is diffusers.DDIMScheduler
+
+
+def test_a_subclass_is_not_passed_off_as_stock(tmp_path):
+    class Mine(UNet2DModel):
+        pass
+
+    DDPMPipeline(Mine(**TINY_UNET), DDPMScheduler()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["unet"][1] == "Mine" and index["scheduler"] == ["diffusers", "DDPMScheduler"]
+
+
+def test_a_compiled_network_is_saved_as_what_it_is(tiny_pipeline, tmp_path):
+    tiny_pipeline.unet = torch.compile(tiny_pipeline.unet)  # compiles at the first call, which there is none of
+    tiny_pipeline.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
+    assert not any(name.startswith("_orig_mod") for name in load_file(tmp_path / WEIGHTS))
+
+
+def test_old_repositories_load(stock_folder):
+    # As google/ddpm-cifar10-32: no subfolders, pickled weights, the first names of the attention's layers.
+    state = load_file(stock_folder / WEIGHTS)
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = {}
+    for key, value in state.items():
+        for new, former in names.items():
+            key = key.replace(f".{new}.", f".{former}.")
+        old[key] = value
+    assert any(".proj_attn." in key for key in old)
+    expected = sample(diffusers.DDPMPipeline.from_pretrained(stock_folder))
+    (stock_folder / WEIGHTS).unlink()
+    torch.save(old, stock_folder / "diffusion_pytorch_model.bin")
+    for name in ("unet/config.json", "scheduler/scheduler_config.json"):
+        (stock_folder / name).rename(stock_folder / name.split("/")[1])
+        (stock_folder / name).parent.rmdir()
+    pipe = DDPMPipeline.from_pretrained(stock_folder)
+    assert is_ours(pipe)
+    np.testing.assert_allclose(sample(pipe), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_shards_and_variants_load(stock_folder, tmp_path, low_cpu_mem_usage):
+    stock = diffusers.DDPMPipeline.from_pretrained(stock_folder)
+    stock.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards" / "unet").glob("*-of-*.safetensors"))) > 1
+    stock.to(torch.float16).save_pretrained(tmp_path / "variant", variant="fp16")
+    for folder, options in [("shards", {}), ("variant", {"variant": "fp16", "dtype": torch.float16})]:
+        pipe = DDPMPipeline.from_pretrained(tmp_path / folder, low_cpu_mem_usage=low_cpu_mem_usage, **options)
+        assert is_ours(pipe) and pipe.unet.dtype == options.get("dtype", torch.float32)
+        for name, value in pipe.unet.state_dict().items():
+            torch.testing.assert_close(value, stock.unet.state_dict()[name].to(value.dtype), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes_load_and_save(stock_folder, tmp_path, dtype):
+    pipe = DDPMPipeline.from_pretrained(stock_folder, dtype=dtype)
+    pipe.save_pretrained(tmp_path / "half")
+    assert pipe.unet.dtype == diffusers.DDPMPipeline.from_pretrained(tmp_path / "half", dtype=dtype).unet.dtype == dtype
+
+
+def test_broken_safetensors_are_an_error_and_never_replaced_by_a_pickle(stock_folder):
+    torch.save({"code": print}, stock_folder / "unet" / "diffusion_pytorch_model.bin")
+    weights = stock_folder / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(Exception, match="(?i)safetensors|header|incomplete|deserializ"):
+        DDPMPipeline.from_pretrained(stock_folder)
+
+
+def test_from_pipe_goes_both_ways(tiny_pipeline, stock_folder):
+    ours = DDPMPipeline.from_pipe(diffusers.DDPMPipeline.from_pretrained(stock_folder))
+    assert type(ours.unet) is diffusers.UNet2DModel
+    assert sample(ours).shape == (2, 8, 8, 1)
+
+
+def test_a_network_of_diffusers_can_be_passed(stock_folder):
+    unet = diffusers.UNet2DModel.from_pretrained(stock_folder, subfolder="unet")
+    pipe = DDPMPipeline.from_pretrained(stock_folder, unet=unet)
+    assert pipe.unet is unet and type(pipe.scheduler) is DDPMScheduler
+
+
+def test_components_load_alone(stock_folder):
+    assert type(UNet2DModel.from_pretrained(stock_folder, subfolder="unet")) is UNet2DModel
+    assert type(DDPMScheduler.from_pretrained(stock_folder, subfolder="scheduler")) is DDPMScheduler

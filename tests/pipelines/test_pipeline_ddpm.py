@@ -1,0 +1,145 @@
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from tests.conftest import TINY_UNET
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_images_are_those_of_diffusers_over_all_steps(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path)
+    stock = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    stock.set_progress_bar_config(disable=True)
+    mine = tiny_pipeline(batch_size=2, generator=seeded(), output_type="np").images
+    theirs = stock(batch_size=2, generator=seeded(), output_type="np").images
+    # A network that has learned nothing does not pull the two chains together: the float32 tables of diffusers are
+    # worth 2e-5 here, after 1000 steps.
+    np.testing.assert_allclose(mine, theirs, rtol=0, atol=5e-5)
+
+
+def test_output_types_are_one_picture(tiny_pipeline):
+    def sample(output_type):
+        return tiny_pipeline(2, generator=seeded(), num_inference_steps=5, output_type=output_type).images
+
+    pil, numpy, torch_ = sample("pil"), sample("np"), sample("pt")
+    assert isinstance(pil[0], Image.Image) and pil[0].mode == "L" and pil[0].size == (8, 8)
+    assert numpy.shape == (2, 8, 8, 1) and torch_.shape == (2, 1, 8, 8)
+    np.testing.assert_array_equal(np.asarray(pil[1]), np.round(numpy[1, ..., 0] * 255))
+    np.testing.assert_array_equal(numpy, torch_.permute(0, 2, 3, 1).numpy())
+    assert 0 <= numpy.min() and numpy.max() <= 1
+
+
+def test_a_list_of_generators_makes_images_independent_of_the_batch(tiny_pipeline):
+    def sample(seeds):
+        generators = [seeded(seed) for seed in seeds]
+        return tiny_pipeline(len(seeds), generator=generators, num_inference_steps=5, output_type="pt").images
+
+    together, alone = sample([1, 2, 3]), sample([2])
+    torch.testing.assert_close(together[1], alone[0], rtol=0, atol=1e-6)
+    assert not torch.equal(together[0], together[1])
+
+
+def test_sampling_is_in_eval_mode_and_leaves_the_mode_alone(tiny_pipeline):
+    images = []
+    for training in (False, True):
+        tiny_pipeline.unet.train(training)
+        images.append(tiny_pipeline(generator=seeded(), num_inference_steps=3, output_type="pt").images)
+        assert tiny_pipeline.unet.training is training
+    torch.testing.assert_close(*images, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_networks_sample_and_give_arrays(tiny_pipeline, dtype):
+    full = tiny_pipeline(generator=seeded(), num_inference_steps=5, output_type="np").images
+    half = tiny_pipeline.to(dtype)(generator=seeded(), num_inference_steps=5, output_type="np").images
+    assert half.dtype == np.float32
+    np.testing.assert_allclose(half, full, atol=0.05)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_channels_and_rectangles(channels, mode):
+    options = {**TINY_UNET, "sample_size": (8, 12), "in_channels": channels, "out_channels": channels}
+    pipe = DDPMPipeline(UNet2DModel(**options), DDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe(num_inference_steps=2).images[0]
+    assert image.mode == mode and image.size == (12, 8)
+
+
+def test_classes_reach_the_network():
+    pipe = DDPMPipeline(UNet2DModel(**TINY_UNET, num_class_embeds=3), DDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample(labels):
+        labels = torch.tensor(labels)
+        generators = [seeded(), seeded()]
+        return pipe(2, generators, 3, output_type="pt", class_labels=labels).images
+
+    same, different = sample([1, 1]), sample([1, 2])
+    torch.testing.assert_close(same[0], same[1])
+    assert not torch.equal(different[0], different[1])
+
+
+def test_callback_sees_and_steers_the_chain(tiny_pipeline):
+    seen = []
+
+    def callback(pipe, i, t, tensors):
+        seen.append((i, int(t), tensors["pred_original_sample"].abs().max().item()))
+        return {"latents": torch.zeros_like(tensors["latents"])} if i == 3 else {}
+
+    images = tiny_pipeline(
+        num_inference_steps=4,
+        output_type="pt",
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
+    ).images
+    assert [(i, t) for i, t, _ in seen] == [(0, 750), (1, 500), (2, 250), (3, 0)]
+    assert all(largest <= 1 for _, _, largest in seen)  # x_0-hat is clipped
+    assert bool((images == 0.5).all())
+
+
+def test_latents_are_the_start_of_the_chain(tiny_pipeline):
+    x_T = torch.randn(2, 1, 8, 8, generator=seeded(5))
+    sample = [tiny_pipeline(2, seeded(), 4, output_type="pt", latents=x_T).images for _ in range(2)]
+    torch.testing.assert_close(*sample, rtol=0, atol=0)
+    assert not torch.equal(sample[0], tiny_pipeline(2, seeded(), 4, output_type="pt", latents=-x_T).images)
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep", "UniPCMultistep", "PNDM", "EulerDiscrete", "DDPM"])
+def test_schedulers_of_diffusers_drive_the_pipeline(tiny_pipeline, name):
+    tiny_pipeline.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(tiny_pipeline.scheduler.config)
+    images = tiny_pipeline(2, seeded(), 10, output_type="pt").images
+    assert images.shape == (2, 1, 8, 8) and bool(images.isfinite().all())
+
+
+def test_schedulers_that_scale_get_scaled_noise():
+    # Euler starts from noise of deviation sigma_max, 157 here, and shows the network x / sqrt(sigma^2 + 1). With an
+    # ideal denoiser of the single image 0.5 its chain must end there; unscaled, it ends in noise.
+    class Ideal(UNet2DModel):
+        def forward(self, sample, timestep, class_labels=None, return_dict=True):
+            a = DDPMScheduler().alphas_cumprod[int(timestep.round())]
+            return diffusers.models.unets.unet_2d.UNet2DOutput((sample - a.sqrt() * 0.5) / (1 - a).sqrt())
+
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(DDPMScheduler().config)
+    pipe = DDPMPipeline(Ideal(**TINY_UNET), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(2, seeded(), 50, output_type="pt").images
+    torch.testing.assert_close(images, torch.full_like(images, 0.75), rtol=0, atol=0.01)
+
+
+def test_wrong_arguments_are_refused(tiny_pipeline):
+    for arguments, message in [
+        ({"batch_size": 0}, "batch_size=0 is not allowed"),
+        ({"output_type": "jpg"}, "output_type='jpg' is not allowed: one of pil, np, pt"),
+        ({"generator": [seeded()], "batch_size": 2}, "1 generators for batch_size=2"),
+        ({"latents": torch.zeros(1, 1, 4, 4)}, r"latents of shape \(1, 1, 4, 4\)"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "'noise' is not allowed: any of latents"),
+        ({"num_inference_steps": 1001}, "num_inference_steps=1001 is not allowed: 1 to 1000"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tiny_pipeline(**arguments)

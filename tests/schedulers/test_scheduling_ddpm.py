@@ -1,0 +1,196 @@
+import diffusers
+import pytest
+import torch
+
+from hf_ddpm import DDPMScheduler
+
+T = 1000
+
+
+def both(**config):
+    return DDPMScheduler(**config), diffusers.DDPMScheduler(**config)
+
+
+def inputs(*, dtype=torch.float32):
+    x_start, noise = torch.randn(2, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return x_start.clamp(-1, 1).to(dtype), noise.to(dtype)
+
+
+def step(scheduler, t, x_t, prediction):
+    return scheduler.step(prediction, t, x_t, generator=torch.Generator().manual_seed(1)).prev_sample
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("count", [T, 50, 7])
+def test_steps_are_those_of_diffusers(variance_type, spacing, count):
+    # diffusers computes its coefficients in float32, and the tolerances are its errors: up to 1.3e-4 at t = 2 and
+    # 3.2e-6 from t = 50 on, for |x| up to 3. Ours is 3.8e-7 at most: test_steps_are_those_of_theory.
+    ours, theirs = both(variance_type=variance_type, timestep_spacing=spacing)
+    ours.set_timesteps(count)
+    theirs.set_timesteps(count)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+    x_start, noise = inputs()
+    for t in ours.timesteps:
+        x_t = ours.add_noise(x_start, noise, t.view(1))
+        if t == ours.timesteps[-1] and t > 0 and variance_type == "fixed_large":
+            continue  # here diffusers leaves noise in the image: test_the_last_step_adds_no_noise
+        mine, stock = step(ours, t, x_t, noise), step(theirs, t, x_t, noise)
+        torch.testing.assert_close(mine, stock, rtol=0, atol=1.3e-4 if t < 50 else 4e-6)
+        assert ours.previous_timestep(t) == theirs.previous_timestep(t)
+
+
+@pytest.mark.parametrize("count", [T, 50])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_steps_are_those_of_theory(prediction_type, count):
+    # Algorithm 2 with beta' = 1 - alpha_bar / alpha_bar', derived here in float64, noise included.
+    scheduler = DDPMScheduler(variance_type="fixed_large", prediction_type=prediction_type, clip_sample=False)
+    scheduler.set_timesteps(count)
+    alpha_bars = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0).tolist()
+    x_start, eps = inputs(dtype=torch.float64)
+    steps = [*scheduler.timesteps.tolist(), -1]
+    for t, before in zip(steps[:-1], steps[1:], strict=True):
+        a, a_before = alpha_bars[t], alpha_bars[before] if before >= 0 else 1.0
+        beta = 1 - a / a_before
+        x_t = a**0.5 * x_start + (1 - a) ** 0.5 * eps
+        expected = (x_t - beta / (1 - a) ** 0.5 * eps) / (1 - beta) ** 0.5
+        if before >= 0:
+            z = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            expected = expected + beta**0.5 * z
+        v = a**0.5 * eps - (1 - a) ** 0.5 * x_start
+        prediction = {"epsilon": eps, "sample": x_start, "v_prediction": v}[prediction_type]
+        torch.testing.assert_close(step(scheduler, t, x_t, prediction), expected, rtol=0, atol=1e-12)
+
+
+def test_float32_steps_are_within_rounding_of_float64_ones():
+    # As the only step of a chain, so without noise: both precisions see the same inputs, and x_0-hat comes out.
+    scheduler = DDPMScheduler(clip_sample=False)
+    signal = scheduler.alphas_cumprod.sqrt().tolist()
+    x_start, eps = inputs()
+    for t in range(1, T):
+        x_t = scheduler.add_noise(x_start, eps, torch.tensor([t]))
+        scheduler.set_timesteps(timesteps=[t])
+        single = step(scheduler, t, x_t, eps)
+        double = step(scheduler, t, x_t.double(), eps.double())
+        torch.testing.assert_close(single.double(), double, rtol=3e-7, atol=5e-7 / signal[t])
+
+
+def test_the_last_step_adds_no_noise_wherever_it_is():
+    # Trailing steps end at t = 19. diffusers tests t > 0 and returns images with noise of deviation 0.06 in them.
+    ours, theirs = both(variance_type="fixed_large", timestep_spacing="trailing", clip_sample=False)
+    ours.set_timesteps(50)
+    theirs.set_timesteps(50)
+    last = ours.timesteps[-1]
+    x_start, noise = inputs()
+    x_t = ours.add_noise(x_start, noise, last.view(1))
+    torch.testing.assert_close(step(ours, last, x_t, noise), x_start, rtol=0, atol=1e-5)
+    assert (step(theirs, last, x_t, noise) - x_start).std() > 0.05
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9},
+        {"clip_sample_range": 0.5},
+        {"clip_sample": False},
+        {"variance_type": "fixed_small_log"},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        {"prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": [1e-3 * (1 + i / 1000) for i in range(T)]},
+        {"steps_offset": 1},
+    ],
+    ids=lambda config: "-".join(config),
+)
+def test_options_mean_what_they_mean_in_diffusers(config):
+    ours, theirs = both(**config)
+    ours.set_timesteps(20)
+    theirs.set_timesteps(20)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+    x_start, noise = inputs()
+    for t in ours.timesteps:
+        x_t = ours.add_noise(2 * x_start, noise, t.view(1))
+        # A cosine schedule divides by 1 - alpha_bar of 4e-5 in float32.
+        torch.testing.assert_close(step(ours, t, x_t, noise), step(theirs, t, x_t, noise), rtol=1e-4, atol=1e-4)
+
+
+def test_fixed_large_log_is_fixed_large():
+    # diffusers takes the square root of a negative logarithm here: NaN.
+    x_start, noise = inputs()
+    plain, log = (DDPMScheduler(variance_type=name) for name in ("fixed_large", "fixed_large_log"))
+    torch.testing.assert_close(step(log, 500, x_start, noise), step(plain, 500, x_start, noise), rtol=0, atol=0)
+
+
+def test_custom_timesteps():
+    ours, theirs = both()
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(timesteps=[900, 500, 20, 0])
+    x_start, noise = inputs()
+    for t in ours.timesteps:
+        torch.testing.assert_close(step(ours, t, x_start, noise), step(theirs, t, x_start, noise), rtol=1e-4, atol=1e-5)
+    for steps in ([], [1, 5], [5, 5], [1000, 3], [3, -1]):
+        with pytest.raises(ValueError, match="timesteps"):
+            ours.set_timesteps(timesteps=steps)
+    with pytest.raises(ValueError, match="either"):
+        ours.set_timesteps(10, timesteps=[3])
+
+
+def test_noise_and_velocity_are_those_of_diffusers():
+    ours, theirs = both()
+    x_start, noise = torch.randn(2, T, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    t = torch.arange(T)
+    torch.testing.assert_close(
+        ours.add_noise(x_start, noise, t), theirs.add_noise(x_start, noise, t), rtol=0, atol=1e-5
+    )
+    mine, stock = ours.get_velocity(x_start, noise, t), theirs.get_velocity(x_start, noise, t)
+    torch.testing.assert_close(mine, stock, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_keeps_its_dtype_and_its_noise():
+    scheduler = DDPMScheduler()
+    x_start, noise = (x.bfloat16() for x in inputs())
+    noisy = scheduler.add_noise(x_start, noise, torch.tensor([3]))
+    assert noisy.dtype == torch.bfloat16 and not torch.equal(noisy, x_start)
+    output = scheduler.step(noise, 500, x_start)
+    assert output.prev_sample.dtype == output.pred_original_sample.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep", "UniPCMultistep", "PNDM", "EulerDiscrete"])
+def test_swapping_schedulers_and_back_keeps_every_option(name):
+    config = {
+        "beta_end": 0.03,
+        "variance_type": "fixed_large",
+        "clip_sample_range": 0.9,
+        "timestep_spacing": "trailing",
+    }
+    ours = DDPMScheduler(**config)
+    other = getattr(diffusers, f"{name}Scheduler").from_config(ours.config)
+    assert type(other) in ours.compatibles
+    back = DDPMScheduler.from_config(other.config)
+    assert {key: back.config[key] for key in config} == config
+
+
+def test_configuration_is_that_of_diffusers(tmp_path):
+    ours, theirs = both(variance_type="fixed_large")
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    file = "scheduler_config.json"
+    assert (tmp_path / "ours" / file).read_text() == (tmp_path / "theirs" / file).read_text()
+
+
+def test_wrong_values_are_refused_with_the_allowed_ones():
+    for name in ("variance_type", "prediction_type", "timestep_spacing", "beta_schedule"):
+        with pytest.raises(ValueError, match=f"{name}='nonsense' is not allowed: one of "):
+            DDPMScheduler(**{name: "nonsense"})
+    with pytest.raises(ValueError, match="trained_betas has 2 entries"):
+        DDPMScheduler(trained_betas=[0.1, 0.2])
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
+        DDPMScheduler(rescale_betas_zero_snr=True)
+    scheduler, (x_start, noise) = DDPMScheduler(), inputs()
+    for count in (0, 1001):
+        with pytest.raises(ValueError, match=f"num_inference_steps={count} is not allowed: 1 to 1000"):
+            scheduler.set_timesteps(count)
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match="timestep=901 is not one of the 10"):
+        scheduler.step(noise, 901, x_start)
+    with pytest.raises(ValueError, match="does not fit"):
+        scheduler.step(torch.cat([noise, noise], dim=1), 900, x_start)

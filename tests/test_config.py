@@ -1,0 +1,99 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from hf_ddpm.config import Config, DataConfig, parse_config, preset_names, preset_path
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("learning_rate: 1e-4\nseed: 3\nhorizontal_flip: true\nblock_out_channels: [32, 64]\n")
+    config = parse_config(["--preset", "digits", "--config", str(file), "--seed", "7"])
+    assert config.training.seed == 7
+    assert config.training.learning_rate == 1e-4  # which YAML alone reads as a string
+    assert config.data.horizontal_flip is True
+    assert config.model.block_out_channels == [32, 64]
+    assert config.data.dataset == "digits"
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_say_only_what_options_say_and_where_they_come_from(name):
+    text = preset_path(name).read_text()
+    assert text.startswith("# ")
+    config = parse_config(["--preset", name])
+    assert yaml.safe_load(text).items() <= config.to_dict().items()
+
+
+def test_the_defaults_are_those_of_the_paper():
+    # Section 4 and Appendix B, for CIFAR-10.
+    paper, default = parse_config(["--preset", "cifar10"]), parse_config(["--dataset", "cifar10"])
+    for part in ("model", "diffusion"):
+        assert getattr(paper, part) == getattr(default, part)
+    training = paper.training
+    assert (training.learning_rate, training.train_batch_size, training.warmup_steps) == (2e-4, 128, 5000)
+    assert (training.max_grad_norm, training.ema_decay, training.max_train_steps) == (1.0, 0.9999, 800_000)
+    assert paper.model.dropout == 0.1 and paper.data.horizontal_flip is True
+    assert paper.diffusion.variance_type == "fixed_large"
+
+
+def test_the_options_are_a_contract():
+    options = {field.name for part in Config.__dataclass_fields__.values() for field in dataclasses.fields(part.type)}
+    assert options >= {
+        "dataset", "image_column", "resolution", "train_batch_size", "max_train_steps", "checkpointing_steps", "resume",
+        "seed", "mixed_precision", "gradient_accumulation_steps", "prediction_type", "variance_type", "beta_schedule",
+        "output_dir",
+    }  # fmt: skip
+
+
+def test_the_saved_options_make_the_same_run(tmp_path):
+    config = parse_config(["--preset", "digits", "--seed", "5", "--attention_head_dim", "8"])
+    config.save(tmp_path / "config.yaml")
+    assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lerning_rate 1", "unknown option --lerning_rate: did you mean --learning_rate?"),
+        ("--nonsense 1", "unknown option --nonsense: see --help"),
+        ("--preset cats", "preset='cats' is not allowed: one of cifar10, digits"),
+        ("--config none.yaml", "config 'none.yaml' cannot be read"),
+        ("--max_train_steps many", "argument --max_train_steps: invalid int value: 'many'"),
+        ("--max_train_steps 0", "max_train_steps=0 is not allowed: at least 1"),
+        ("--learning_rate -1", "learning_rate=-1.0 is not allowed: more than 0"),
+        ("--dropout 1", r"dropout=1.0 is not allowed: in \[0, 1\)"),
+        ("--ema_decay 1", r"ema_decay=1.0 is not allowed: in \[0, 1\)"),
+        ("--beta_schedule cosine", "argument --beta_schedule: invalid choice: 'cosine'"),
+        ("--variance_type learnt", "argument --variance_type: invalid choice: 'learnt'"),
+        ("--channels 2", "argument --channels: invalid choice: 2"),
+        ("--resolution 9", "resolution=9 is not allowed: multiples of 2, for the U-Net's 1 halvings"),
+        ("--norm_num_groups 5", "is not allowed: multiples of norm_num_groups=5"),
+        ("--num_inference_steps 2000", "num_inference_steps=2000 is not allowed: at most num_train_timesteps=1000"),
+    ],
+)
+def test_wrong_options_are_one_line_that_says_what_is_allowed(words, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_config(["--preset", "digits", *words.split()])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_must_be_named():
+    with pytest.raises(ValueError, match="dataset='' is not allowed: the name of a data set"):
+        parse_config([])
+    with pytest.raises(ValueError, match="dataset=''"):
+        DataConfig()
+
+
+def test_files_that_hold_no_options_are_refused(tmp_path):
+    for content, message in [("- a\n- b\n", "holds no options"), ("a: [", "cannot be read"), ("size: 3", "--size")]:
+        (tmp_path / "x.yaml").write_text(content)
+        with pytest.raises(ValueError, match=message) as caught:
+            parse_config(["--config", str(tmp_path / "x.yaml"), "--dataset", "digits"])
+        assert "\n" not in str(caught.value)
+
+
+def test_attention_stands_at_its_resolutions():
+    unet = parse_config(["--preset", "cifar10"]).unet()
+    assert unet["down_block_types"] == ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
+    assert unet["up_block_types"] == ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")

@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_ddpm.images import from_pil, grid, save_picture, to_bytes, to_pil, to_signed, to_unit
+
+
+def test_bytes_survive_the_round_trip():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    signed = to_signed(pixels)
+    assert signed.min() == -1 and signed.max() == 1
+    assert torch.equal(to_bytes(to_unit(signed)), pixels)
+
+
+def test_signed_values_beyond_the_range_are_clipped():
+    assert to_bytes(to_unit(torch.tensor([[[[-7.0, 7.0]]]]))).flatten().tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_pil_and_back(channels):
+    pixels = torch.randint(256, (1, channels, 5, 7), dtype=torch.uint8)
+    (picture,) = to_pil(pixels)
+    assert picture.size == (7, 5)
+    np.testing.assert_array_equal(from_pil(picture, channels), pixels[0].numpy())
+
+
+def test_two_channels_are_no_picture():
+    with pytest.raises(ValueError, match="2 channels are no picture: one of 1, 3, 4"):
+        to_pil(torch.zeros(1, 2, 4, 4, dtype=torch.uint8))
+
+
+def test_a_grid_holds_every_image_in_its_place(tmp_path):
+    tiles = [Image.new("L", (2, 3), color) for color in (10, 20, 30)]
+    sheet = np.asarray(grid(tiles, columns=2, scale=2))
+    assert sheet.shape == (2 * 7 - 1, 2 * 5 - 1)
+    assert sheet[0, 0] == 10 and sheet[0, 5] == 20 and sheet[7, 0] == 30 and sheet[7, 5] == 0
+    save_picture(grid(tiles), tmp_path / "grid.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
