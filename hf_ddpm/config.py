@@ -6,6 +6,7 @@ checks all three, and the command line wins.
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -183,7 +184,7 @@ class _Parser(HfArgumentParser):
     """Says what is wrong in one line, not under a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ValueError(re.sub(r"/--[\w-]+", "", message))  # an option has an alias with dashes: one name will do
 
 
 def parse_config(argv: list[str]) -> Config:
@@ -226,7 +227,7 @@ def parse_options(argv: list[str], *parts: type) -> list[Any]:
     *options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         known = [name for action in parser._actions for name in action.option_strings]
-        close = difflib.get_close_matches(unknown[0], known, n=1)
+        close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.75)
         raise ValueError(f"unknown option {unknown[0]}" + (f": did you mean {close[0]}?" if close else ": see --help"))
     return options
 

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     use_own_cores()
     try:
         pipe = DDPMPipeline.from_pretrained(config.model).to(state.device)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"model {config.model!r} cannot be loaded: {' '.join(str(error).split())}") from error
     use_scheduler(pipe, config.scheduler)
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)

@@ -1,7 +1,9 @@
 """One thread, no network, a cache of its own, and the tiny models that the tests share."""
 
+import importlib.util
 import os
 import tempfile
+from pathlib import Path
 
 # Before anything imports the Hub's clients: they read these once.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_ddpm-tests-")
@@ -51,3 +53,27 @@ def tiny_pipeline(tiny_unet):
     pipe = DDPMPipeline(unet=tiny_unet, scheduler=DDPMScheduler(variance_type="fixed_large"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load_script(name):
+    """Returns a file of scripts/ as a module."""
+    path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def run_training():
+    """Trains a tiny network on the digits, in this process; returns the exit code."""
+    script = load_script("train")
+    return lambda folder, *words: script.main([*TINY_RUN, "--output_dir", str(folder), *words])
+
+
+@pytest.fixture(scope="session")
+def trained(run_training, tmp_path_factory):
+    """The folder of a finished tiny run; not to be written to."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_training(folder, "--max_train_steps", "4")
+    return folder

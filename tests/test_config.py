@@ -66,7 +66,7 @@ def test_the_saved_options_make_the_same_run(tmp_path):
         ("--ema_decay 1", r"ema_decay=1.0 is not allowed: in \[0, 1\)"),
         ("--beta_schedule cosine", "argument --beta_schedule: invalid choice: 'cosine'"),
         ("--variance_type learnt", "argument --variance_type: invalid choice: 'learnt'"),
-        ("--channels 2", "argument --channels: invalid choice: 2"),
+        ("--channels 2", "argument --channels: invalid choice: '2'"),
         ("--resolution 9", "resolution=9 is not allowed: multiples of 2, for the U-Net's 1 halvings"),
         ("--norm_num_groups 5", "is not allowed: multiples of norm_num_groups=5"),
         ("--num_inference_steps 2000", "num_inference_steps=2000 is not allowed: at most num_train_timesteps=1000"),

@@ -4,7 +4,7 @@ from importlib import resources
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Image, load_dataset
-from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError
 
 # In this order: what image columns are mostly called.
 USUAL_COLUMNS = ("image", "img", "images", "pixel_values", "picture")
@@ -62,27 +62,20 @@ def _load(name: str) -> DatasetDict:
         folder = resources.files("hf_ddpm.data") / "digits"
         return load_dataset("parquet", data_files={s: str(folder / f"{s}.parquet") for s in ("train", "test")})
     path = Path(name)
-    if not path.exists():
-        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
-            raise ValueError(f"dataset {name!r} is not there: a folder, a parquet file, a Hub id or digits")
-        return _load_from_hub(name)
-    if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"dataset {name!r} is a file that is not parquet: a folder, a parquet file or a Hub id")
-        return load_dataset("parquet", data_files={"train": name})
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ValueError(f"dataset {name!r} is not there: a folder, a parquet file, a Hub id or digits is allowed")
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"dataset {name!r} is not allowed: of files, only parquet is")
     try:
-        return load_dataset(name)
-    except DataFilesNotFoundError as error:
-        raise ValueError(f"dataset {name!r} is empty: the folder holds no image and no parquet file") from error
-
-
-def _load_from_hub(name: str) -> DatasetDict:
-    try:
-        return load_dataset(name)
-    except (DatasetNotFoundError, DataFilesNotFoundError) as error:
-        raise ValueError(f"dataset {name!r} is neither a folder here nor a data set of images on the Hub") from error
+        return load_dataset("parquet", data_files={"train": name}) if path.is_file() else load_dataset(name)
+    except FileNotFoundError as error:
+        what = "is empty: the folder holds no image" if path.is_dir() else "is neither a folder here nor on the Hub"
+        raise ValueError(f"dataset {name!r} {what}") from error
     except ConnectionError as error:
         raise ValueError(f"dataset {name!r} is no folder here, and the Hub cannot be reached") from error
+    except (DatasetGenerationError, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"dataset {name!r} cannot be read: {reason}") from error
 
 
 def _described(dataset: Dataset) -> str:

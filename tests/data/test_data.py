@@ -107,11 +107,14 @@ def test_missing_and_empty_data_sets_are_refused_by_name(tmp_path):
         ("./nowhere", "dataset './nowhere' is not there"),
         ("a/b/c", "dataset 'a/b/c' is not there"),
         (str(tmp_path / "nowhere"), "is not there"),
-        ("somebody/something", "dataset 'somebody/something' is (neither a folder|no folder)"),
-        (str(tmp_path / "note.txt"), "is a file that is not parquet"),
+        ("somebody/something", "dataset 'somebody/something' is (neither a|no) folder here"),
+        (str(tmp_path / "note.txt"), "is not allowed: of files, only parquet is"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_images(name, resolution=8, channels=3)
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ValueError, match="bad.parquet' cannot be read: Parquet magic bytes not found"):
+        load_images(str(tmp_path / "bad.parquet"), resolution=8, channels=3)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="is empty: the folder holds no image"):
         load_images(str(tmp_path / "empty"), resolution=8, channels=3)
@@ -119,22 +122,20 @@ def test_missing_and_empty_data_sets_are_refused_by_name(tmp_path):
         load_images("digits", split="validation", resolution=8, channels=1)
 
 
-def broken(folder, name, content):
-    (folder / name).write_bytes(content)
-    return name
+UNUSABLE = {
+    "text": (lambda file: file.write_bytes(b"this is no picture"), "cannot identify"),
+    "cut": (lambda file: file.write_bytes((file.parent / "0.png").read_bytes()[:90]), "truncated|broken|unrecognized"),
+    "small": (lambda file: PILImage.new("RGB", (7, 30)).save(file), "7x30 is smaller than resolution=8"),
+    "deep": (lambda file: PILImage.fromarray(np.full((8, 8), 40_000, np.uint16)).save(file), "more than 8 bits"),
+}
 
 
-def test_unusable_images_are_refused_with_row_file_and_reason(tmp_path):
-    for case, spoil, reason in [
-        ("text", lambda folder: broken(folder, "x.png", b"this is no picture"), "cannot identify"),
-        ("cut", lambda folder: broken(folder, "x.png", (folder / "0.png").read_bytes()[:90]), "truncated|broken|unrec"),
-        ("small", lambda folder: PILImage.new("RGB", (7, 30)).save(folder / "x.png"), "7x30 is smaller than resolution=8"),
-        ("deep", lambda folder: PILImage.fromarray(np.full((8, 8), 40_000, np.uint16)).save(folder / "x.png"), "8 bits"),
-    ]:  # fmt: skip
-        folder = write_images(tmp_path / case)
-        spoil(folder)
-        with pytest.raises(ValueError, match=rf"image in row 3 \(.*x\.png\) is not usable: .*({reason})"):
-            load_images(str(folder), resolution=8, channels=3)
+@pytest.mark.parametrize(("spoil", "reason"), UNUSABLE.values(), ids=UNUSABLE)
+def test_unusable_images_are_refused_with_row_file_and_reason(tmp_path, spoil, reason):
+    folder = write_images(tmp_path / "images")
+    spoil(folder / "x.png")
+    with pytest.raises(ValueError, match=rf"image in row 3 \(.*x\.png\) is not usable: .*({reason})"):
+        load_images(str(folder), resolution=8, channels=3)
 
 
 def test_a_missing_image_is_named_by_its_row(tmp_path):

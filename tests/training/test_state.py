@@ -1,0 +1,171 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_ddpm.training.state import find_checkpoint, find_damage
+from tests.conftest import TINY_RUN
+
+ROOT = Path(__file__).parents[2]
+FILES = ("unet.safetensors", "ema.safetensors", "optimizer.safetensors")
+
+
+def newest(folder):
+    return sorted((folder / "checkpoints").glob("step-*"))[-1]
+
+
+def assert_same_run(one, other):
+    """Weights, averages and optimizer bit for bit, and every line of the metrics but the speed."""
+    assert newest(one).name == newest(other).name
+    for name in FILES:
+        mine, yours = load_file(newest(one) / name), load_file(newest(other) / name)
+        assert mine.keys() == yours.keys()
+        assert all(torch.equal(mine[key], yours[key]) for key in mine), name
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
+    for line in [*lines[0], *lines[1]]:
+        line.pop("images_per_second")
+    assert lines[0] == lines[1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run_training, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run_training(folder, "--max_train_steps", "12", "--checkpointing_steps", "4", "--keep_checkpoints", "2")
+    return folder
+
+
+def test_the_newest_checkpoints_are_kept(uninterrupted):
+    assert [path.name for path in sorted((uninterrupted / "checkpoints").iterdir())] == [
+        "step-000000008",
+        "step-000000012",
+    ]
+    assert all(find_damage(path) is None for path in (uninterrupted / "checkpoints").iterdir())
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(run_training, uninterrupted, tmp_path):
+    run_training(tmp_path, "--max_train_steps", "8", "--checkpointing_steps", "4")
+    run_training(tmp_path, "--max_train_steps", "12", "--checkpointing_steps", "4")
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_name(run_training, uninterrupted, tmp_path, capsys):
+    run_training(tmp_path, "--max_train_steps", "8", "--checkpointing_steps", "4")
+    weights = newest(tmp_path) / "unet.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 8, "los')  # as a kill leaves it
+    run_training(tmp_path, "--max_train_steps", "12", "--checkpointing_steps", "4")
+    assert "step-000000008 is passed over: unet.safetensors differs from its checksum" in capsys.readouterr().out
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_half_a_checkpoint_is_none(trained, tmp_path):
+    for name in ("step-000000001", ".step-000000002.partial", ".trash-step-000000003"):
+        (tmp_path / name).mkdir()
+    assert "no whole checkpoint" in find_damage(tmp_path / "step-000000001")
+    with pytest.raises(ValueError, match="no checkpoint in .* is sound: step-000000001 is passed over"):
+        find_checkpoint(tmp_path, "latest")
+    with pytest.raises(ValueError, match="resume=.*step-000000001' is not allowed"):
+        find_checkpoint(tmp_path, str(tmp_path / "step-000000001"))
+    assert find_checkpoint(tmp_path / "nothing", "latest") == (None, [])
+
+
+def test_starting_anew_loses_nothing(run_training, trained):
+    with pytest.raises(ValueError, match="resume=never, but .* holds checkpoints"):
+        run_training(trained, "--resume", "never")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--learning_rate 0.5", r"learning_rate=0.5 \(was 0.0"),
+        ("--seed 5", r"seed=5 \(was 0\)"),
+        ("--block_out_channels 8 24", r"block_out_channels=\[8, 24\]"),
+        ("--train_batch_size 16", r"images a step: 16 \(was 8\)"),
+    ],
+)
+def test_a_run_is_not_continued_as_another_one(run_training, trained, words, message):
+    with pytest.raises(ValueError, match=message):
+        run_training(trained, "--max_train_steps", "6", *words.split())
+
+
+def test_accumulation_is_the_same_run(run_training, tmp_path):
+    words = ["--max_train_steps", "6", "--dropout", "0", "--log_steps", "1"]
+    run_training(tmp_path / "one", *words, "--train_batch_size", "8")
+    run_training(tmp_path / "two", *words, "--train_batch_size", "4", "--gradient_accumulation_steps", "2")
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_failed_run_says_so(run_training, tmp_path):
+    with pytest.raises(FloatingPointError, match="loss=(nan|inf) between step"):
+        run_training(tmp_path, "--learning_rate", "1e30", "--max_train_steps", "20", "--warmup_steps", "0")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["status"] == "failed" and "FloatingPointError" in status["error"]
+
+
+def start(folder, *words, launcher=(), **environment):
+    command = [*TINY_RUN, "--output_dir", str(folder), *words]
+    return subprocess.Popen(
+        [*(launcher or [sys.executable]), str(ROOT / "scripts" / "train.py"), *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(folder, step, process):
+    for _ in range(1200):
+        lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+        if lines and json.loads(lines[-1])["step"] >= step:
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+@pytest.mark.slow
+def test_signals_and_kills_lose_nothing(run_training, tmp_path):
+    words = ["--max_train_steps", "300", "--checkpointing_steps", "50", "--log_steps", "1"]
+    folder = tmp_path / "interrupted"
+    for number, status in [(signal.SIGTERM, "preempted"), (signal.SIGKILL, "running")]:
+        process = start(folder, *words)
+        wait_for_step(folder, 60 if status == "preempted" else 120, process)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert json.loads((folder / "status.json").read_text())["status"] == status, output
+        assert process.returncode == (128 + number if status == "preempted" else -number)
+    run_training(folder, *words)
+    run_training(tmp_path / "uninterrupted", *words)
+    assert_same_run(tmp_path / "uninterrupted", folder)
+    assert json.loads((folder / "status.json").read_text()) == {"status": "finished", "step": 300}
+
+
+@pytest.mark.slow
+def test_two_processes_are_the_same_run(run_training, tmp_path):
+    words = ["--max_train_steps", "6", "--dropout", "0", "--log_steps", "1"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    process = start(tmp_path / "two", *words, "--train_batch_size", "4", launcher=launcher, ACCELERATE_USE_CPU="true")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "2 x cpu" in output
+    run_training(tmp_path / "one", *words)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert (tmp_path / "two" / "samples.png").read_bytes() == (tmp_path / "one" / "samples.png").read_bytes()

@@ -1,0 +1,94 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_ddpm.config import parse_config
+from hf_ddpm.training.ema import EMA
+from hf_ddpm.training.optimization import learning_rate
+from hf_ddpm.training.randomness import batch_indices, draw
+
+
+def test_every_image_once_an_epoch_and_no_epoch_like_another():
+    # Batches of 8 do not divide 50 images: they straddle epochs, and still nothing is lost or repeated.
+    stream = torch.cat([batch_indices(0, step, 8, 50) for step in range(25)])
+    epochs = stream.view(4, 50)
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(50))
+    assert not torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(stream[:8], batch_indices(1, 0, 8, 50))
+
+
+def test_the_order_does_not_depend_on_the_batch_size():
+    small = torch.cat([batch_indices(3, step, 4, 30) for step in range(30)])
+    large = torch.cat([batch_indices(3, step, 40, 30) for step in range(3)])
+    assert torch.equal(small, large)
+
+
+def test_draws_depend_on_the_place_alone():
+    torch.manual_seed(0)
+    first = draw(0, 7, (4, 1, 8, 8), 1000, "cpu")
+    torch.manual_seed(99)
+    again, other_step, other_seed = (draw(s, n, (4, 1, 8, 8), 1000, "cpu") for s, n in [(0, 7), (0, 8), (1, 7)])
+    assert torch.equal(first.noise, again.noise) and torch.equal(first.t, again.t)
+    assert not torch.equal(first.noise, other_step.noise) and not torch.equal(first.noise, other_seed.noise)
+    part = first.rows(slice(1, 3))
+    assert torch.equal(part.noise, first.noise[1:3]) and torch.equal(part.t, first.t[1:3]) and len(part.flip) == 2
+
+
+def test_draws_have_the_distributions_of_algorithm_1():
+    draws = draw(0, 0, (20_000, 1, 4, 4), 10, "cpu")
+    counts = torch.bincount(draws.t, minlength=10)
+    # Within five standard deviations: 2000 +- 5 sqrt(20000 x 0.09), and 0.5 +- 5 x 0.5 / sqrt(20000).
+    assert len(counts) == 10 and bool(((counts - 2000).abs() < 212).all())
+    assert abs(draws.flip.float().mean() - 0.5) < 0.018
+    assert abs(draws.noise.mean()) < 5 / math.sqrt(320_000) and abs(draws.noise.var() - 1) < 5 * math.sqrt(2 / 320_000)
+
+
+def test_the_learning_rate_rises_then_stays_or_falls_to_zero():
+    words = ["--preset", "digits", "--learning_rate", "1e-3", "--warmup_steps", "10", "--max_train_steps", "110"]
+    constant = parse_config([*words, "--lr_schedule", "constant"]).training
+    assert [learning_rate(constant, step) for step in (0, 4, 9, 10, 109)] == pytest.approx(
+        [1e-4, 5e-4, 1e-3, 1e-3, 1e-3]
+    )
+    cosine = parse_config([*words, "--lr_schedule", "cosine"]).training
+    assert [learning_rate(cosine, step) for step in (9, 10, 60, 110)] == pytest.approx([1e-3, 1e-3, 5e-4, 0])
+
+
+def test_the_average_is_that_of_its_formula():
+    model = torch.nn.Linear(2, 2)
+    ema, expected = EMA(model, 0.9), model.weight.detach().clone()
+    for step in range(5):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(2, 2))
+        ema.update(model, step)
+        expected = 0.9 * expected + 0.1 * model.weight.detach()
+    torch.testing.assert_close(ema.model.weight, expected)
+    assert not ema.model.weight.requires_grad
+
+
+def test_the_average_warms_up():
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = EMA(model, 0.9999, warmup=True)
+    torch.nn.init.zeros_(ema.model.weight)
+    torch.nn.init.ones_(model.weight)
+    ema.update(model, 0)
+    assert ema.model.weight.item() == pytest.approx(0.9)  # decay 1 / 10
+    ema.update(model, 8)
+    assert ema.model.weight.item() == pytest.approx(0.95)  # decay 9 / 18
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_digits_are_learned(run_training, tmp_path):
+    # A hundred steps of a tiny network: the loss falls from 1, that of predicting no noise, and the result is used.
+    run_training(tmp_path, "--max_train_steps", "100", "--log_steps", "10", "--learning_rate", "3e-3")
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert losses[0] > 0.8 and np.mean(losses[-3:]) < 0.5
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(10, 101, 10))
+    assert metrics(tmp_path)[-1]["images"] == 800
+    assert json.loads((tmp_path / "status.json").read_text()) == {"status": "finished", "step": 100}
