@@ -32,12 +32,14 @@ class DataConfig:
     image_column: str | None = option("column of the images; guessed by default", None)
     resolution: int = option("height and width in pixels; images are resized and cropped to it", 32)
     channels: Literal[1, 3, 4] = option("channels of the images: gray, RGB or RGBA", 3)
+    levels: int = option("evenly spaced values that a pixel takes, which likelihoods are about", 256)
     horizontal_flip: bool = option("whether to mirror half of the images at random", False)
 
     def __post_init__(self) -> None:
         """Checks the values."""
         _require(self, "dataset", bool(self.dataset), "the name of a data set (or give --preset)")
         _require(self, "resolution", self.resolution >= 1, "at least 1")
+        _require(self, "levels", 2 <= self.levels <= 256, "2 to 256")
 
 
 @dataclass
@@ -65,13 +67,22 @@ class DiffusionConfig:
     """Which diffusion process, and what the network says about it."""
 
     num_train_timesteps: int = option("number T of diffusion steps", 1000)
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = option(
+    beta_schedule: Literal["linear", "scaled_linear", "quad", "const", "squaredcos_cap_v2", "sigmoid"] = option(
         "variances of the forward process", "linear"
     )
     beta_start: float = option("first variance", 1e-4)
     beta_end: float = option("last variance", 0.02)
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = option("what the network predicts", "epsilon")
-    variance_type: Literal["fixed_small", "fixed_large"] = option("variance of the reverse steps", "fixed_large")
+    rescale_betas_zero_snr: bool = option("whether the last step holds no signal at all", False)
+    prediction_type: Literal["epsilon", "sample", "mean", "v_prediction"] = option(
+        "what the network predicts", "epsilon"
+    )
+    variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = option(
+        "variance of the reverse steps", "fixed_large"
+    )
+
+    timestep_spacing: Literal["leading", "linspace", "trailing"] = option(
+        "how sampling in fewer steps spreads them", "leading"
+    )
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -89,6 +100,7 @@ class TrainingConfig:
     max_train_steps: int = option("optimizer steps", 800_000)
     train_batch_size: int = option("images a process and pass", 128)
     gradient_accumulation_steps: int = option("passes an optimizer step", 1)
+    objective: Literal["simple", "vlb", "hybrid", "min_snr"] = option("what is minimized", "simple")
     learning_rate: float = option("learning rate of Adam after the warm-up", 2e-4)
     lr_schedule: Literal["constant", "cosine"] = option("what follows the warm-up: cosine ends at zero", "constant")
     warmup_steps: int = option("steps over which the learning rate rises from zero", 5000)
@@ -153,7 +165,7 @@ class Config:
         return {
             "sample_size": self.data.resolution,
             "in_channels": self.data.channels,
-            "out_channels": self.data.channels,
+            "out_channels": self.data.channels * (2 if self.diffusion.variance_type.startswith("learned") else 1),
             "block_out_channels": tuple(channels),
             "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
             "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),

@@ -16,9 +16,13 @@ from torch import Tensor
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def to_signed(pixels: Tensor) -> Tensor:
-    """Returns bytes as signed images: 0 is -1, 255 is 1."""
-    return pixels.float() / 127.5 - 1
+def to_signed(pixels: Tensor, levels: int = 256) -> Tensor:
+    """Returns bytes as signed images: 0 is -1, 255 is 1.
+
+    Images that take only some evenly spaced values, such as the 17 of the digits, lie beside them by the rounding to
+    bytes; they are moved onto the nearest of `levels` values.
+    """
+    return (pixels.float() * ((levels - 1) / 255)).round() / ((levels - 1) / 2) - 1
 
 
 def to_unit(signed: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from hf_ddpm import DDPMScheduler, UNet2DModel
 from hf_ddpm.config import Config, parse_config
 from hf_ddpm.data.store import load_images
+from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.images import grid, save_picture, to_pil
 from hf_ddpm.launch import run_script, use_own_cores
 from hf_ddpm.models.initialization import initialize_like_paper
@@ -138,6 +139,12 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         ema=EMA(unet, config.training.ema_decay, config.training.ema_warmup),
         optimizer=adam(unet, config.training),
         scheduler=DDPMScheduler(**config.scheduler()),
+        objective=Objective(
+            config.training.objective,
+            prediction_type=config.diffusion.prediction_type,
+            variance_type=config.diffusion.variance_type,
+            levels=config.data.levels,
+        ),
     )
 
 

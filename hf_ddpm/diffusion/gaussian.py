@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hf_ddpm.diffusion.schedules import shift_right
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-VARIANCE_TYPES = ("fixed_small", "fixed_large")
+PREDICTION_TYPES = ("epsilon", "sample", "mean", "v_prediction")
+VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 
 class GaussianDiffusion:
@@ -65,6 +65,8 @@ class GaussianDiffusion:
             "posterior_x_t": (1 - self.betas).sqrt() * (1 - before) / (1 - self.alphas_cumprod),
             "fixed_small": torch.cat([first, posterior_var[1:]]).log(),
             "fixed_large": torch.cat([first, self.betas[1:]]).log(),
+            "log_beta": self.betas.log(),
+            "snr": self.alphas_cumprod / (1 - self.alphas_cumprod),
         }
         self._on_device: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
@@ -115,33 +117,48 @@ class GaussianDiffusion:
         mean = self._at("posterior_start", t, x_t) * x_start + self._at("posterior_x_t", t, x_t) * x_t
         return mean, self._at("fixed_small", t, x_t)
 
-    def fixed_log_var(self, t: int | Tensor, like: Tensor, variance_type: str) -> float | Tensor:
-        r"""Returns :math:`\log \sigma_t^2` of the reverse step, for the two choices of Section 3.2.
+    def log_var(
+        self, t: int | Tensor, like: Tensor, variance_type: str, output: Tensor | None = None
+    ) -> float | Tensor:
+        r"""Returns :math:`\log \sigma_t^2` of the reverse step.
 
-        `fixed_large` is :math:`\beta_t`, best for :math:`x_0 \sim \mathcal{N}(0, I)`; `fixed_small` is
-        :math:`\tilde\beta_t`, best for a single point :math:`x_0`. At `t = 0` both are :math:`\tilde\beta_1`: it is
-        the variance of the decoder, and sampling adds no noise there.
+        - `fixed_large`: :math:`\beta_t`, best for :math:`x_0 \sim \mathcal{N}(0, I)` (Section 3.2).
+        - `fixed_small`: :math:`\tilde\beta_t`, best for a single point :math:`x_0`.
+        - `learned`: the network's own, a diagonal.
+        - `learned_range`: between the two, :math:`u \log \beta_t + (1 - u) \log \tilde\beta_t` with
+          :math:`u = (o + 1) / 2` of the network's output :math:`o` (Nichol & Dhariwal 2021, Eq. 15).
+
+        At `t = 0` the fixed ones, and :math:`\tilde\beta_t` above, are :math:`\tilde\beta_1`: it is the variance of
+        the decoder, and sampling adds no noise there.
 
         Args:
             t: Step in [0, T).
             like: A tensor of the shape, dtype and device that the result is to be combined with.
             variance_type: One of `VARIANCE_TYPES`.
+            output: What the network says about the variance, shape of `like`; for the learned ones.
 
         Returns:
             The log-variance in nats, broadcastable to `like`.
 
         Raises:
-            ValueError: If `variance_type` is not allowed.
+            ValueError: If `variance_type` is not allowed, or `output` is missing.
         """
-        if variance_type not in VARIANCE_TYPES:
-            raise ValueError(f"variance_type={variance_type!r} is not allowed: one of {', '.join(VARIANCE_TYPES)}")
-        return self._at(variance_type, t, like)
+        _one_of("variance_type", variance_type, VARIANCE_TYPES)
+        if variance_type.startswith("fixed"):
+            return self._at(variance_type, t, like)
+        if output is None:
+            raise ValueError(f"variance_type={variance_type!r} needs a network with twice the channels of the images")
+        if variance_type == "learned":
+            return output
+        u = (output + 1) / 2
+        return u * self._at("log_beta", t, like) + (1 - u) * self._at("fixed_small", t, like)
 
     def target(self, x_start: Tensor, t: int | Tensor, noise: Tensor, prediction_type: str = "epsilon") -> Tensor:
         r"""Returns what a network of the given kind is trained to say about :math:`x_t`.
 
         - `epsilon`: the noise :math:`\epsilon` (Eq. 14).
         - `sample`: the image :math:`x_0`.
+        - `mean`: the posterior mean :math:`\tilde\mu_t(x_t, x_0)` (Eq. 7), the baseline of Table 2.
         - `v_prediction`: :math:`v = \sqrt{\bar\alpha_t} \, \epsilon - \sqrt{1 - \bar\alpha_t} \, x_0`
           (Salimans & Ho 2022).
 
@@ -157,13 +174,14 @@ class GaussianDiffusion:
         Raises:
             ValueError: If `prediction_type` is not allowed.
         """
+        _one_of("prediction_type", prediction_type, PREDICTION_TYPES)
         if prediction_type == "epsilon":
             return noise
         if prediction_type == "sample":
             return x_start
-        if prediction_type == "v_prediction":
-            return self._at("signal", t, noise) * noise - self._at("noise", t, noise) * x_start
-        raise ValueError(_unknown_prediction(prediction_type))
+        if prediction_type == "mean":
+            return self.q_posterior(x_start, self.q_sample(x_start, t, noise), t)[0]
+        return self._at("signal", t, noise) * noise - self._at("noise", t, noise) * x_start
 
     def predict_start(
         self, prediction: Tensor, x_t: Tensor, t: int | Tensor, prediction_type: str = "epsilon"
@@ -172,7 +190,7 @@ class GaussianDiffusion:
 
         .. math:: \hat x_0 = \frac{x_t - \sqrt{1 - \bar\alpha_t} \, \hat\epsilon}{\sqrt{\bar\alpha_t}} \tag{15}
 
-        or :math:`\hat x_0 = \sqrt{\bar\alpha_t} \, x_t - \sqrt{1 - \bar\alpha_t} \, \hat v`.
+        for the noise; the inverse of what `target` says for the other kinds.
 
         Args:
             prediction: The output of the network, shape `(B, C, H, W)`.
@@ -186,13 +204,14 @@ class GaussianDiffusion:
         Raises:
             ValueError: If `prediction_type` is not allowed.
         """
+        _one_of("prediction_type", prediction_type, PREDICTION_TYPES)
         if prediction_type == "epsilon":
             return (x_t - self._at("noise", t, x_t) * prediction) / self._at("signal", t, x_t)
         if prediction_type == "sample":
             return prediction
-        if prediction_type == "v_prediction":
-            return self._at("signal", t, x_t) * x_t - self._at("noise", t, x_t) * prediction
-        raise ValueError(_unknown_prediction(prediction_type))
+        if prediction_type == "mean":
+            return (prediction - self._at("posterior_x_t", t, x_t) * x_t) / self._at("posterior_start", t, x_t)
+        return self._at("signal", t, x_t) * x_t - self._at("noise", t, x_t) * prediction
 
     def predict_eps(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         r"""Returns the noise that leads from `x_start` to `x_t`, the inverse of Eq. 4.
@@ -208,6 +227,28 @@ class GaussianDiffusion:
             :math:`\hat\epsilon`, same shape.
         """
         return (x_t - self._at("signal", t, x_t) * x_start) / self._at("noise", t, x_t)
+
+    def score(self, eps: Tensor, t: int | Tensor) -> Tensor:
+        r"""Returns the score of the diffused data that a noise prediction amounts to.
+
+        .. math:: \nabla_{x_t} \log q(x_t) \approx -\frac{\epsilon_\theta(x_t, t)}{\sqrt{1 - \bar\alpha_t}}
+
+        since :math:`\nabla_{x_t} \log q(x_t \mid x_0) = -\epsilon / \sqrt{1 - \bar\alpha_t}`: Eq. 14 is denoising score
+        matching (Vincent 2011) over all noise levels at once, and Algorithm 2 looks like annealed Langevin dynamics
+        with this score (Song & Ermon 2019), as Section 3.2 of the paper says.
+
+        Args:
+            eps: The predicted noise, shape `(B, C, H, W)`.
+            t: Step in [0, T).
+
+        Returns:
+            The score, same shape.
+        """
+        return -eps / self._at("noise", t, eps)
+
+    def snr(self, t: int | Tensor, like: Tensor) -> float | Tensor:
+        r"""Returns the signal-to-noise ratio :math:`\bar\alpha_t / (1 - \bar\alpha_t)`, broadcastable to `like`."""
+        return self._at("snr", t, like)
 
     def _at(self, name: str, t: int | Tensor, like: Tensor) -> float | Tensor:
         """Gathers a coefficient at `t`: a number, or one an image, shaped to multiply `like`."""
@@ -243,5 +284,14 @@ def dynamic_threshold(x_start: Tensor, ratio: float, max_value: float) -> Tensor
     return x_start.clamp(-s, s) / s
 
 
-def _unknown_prediction(prediction_type: str) -> str:
-    return f"prediction_type={prediction_type!r} is not allowed: one of {', '.join(PREDICTION_TYPES)}"
+def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """Splits a network's output into its prediction and, where there are twice the channels, its variance output."""
+    if output.shape[1] == channels:
+        return output, None
+    prediction, variance_output = output.chunk(2, dim=1)
+    return prediction, variance_output
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not allowed: one of {', '.join(allowed)}")

@@ -1,20 +1,93 @@
-"""Training objectives, an image at a time."""
+"""Training objectives: functions of what a network said about a batch, an image at a time."""
+
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_ddpm.diffusion.gaussian import GaussianDiffusion, split_output
+from hf_ddpm.diffusion.likelihood import bound_nats
 
-def simple_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    r"""The simplified objective of the paper.
+OBJECTIVES = ("simple", "vlb", "hybrid", "min_snr")
+LEARNED = ("learned", "learned_range")
 
-    .. math:: L_\text{simple} = \mathbb{E}_{t, x_0, \epsilon} \| \epsilon - \epsilon_\theta(x_t, t) \|^2 \tag{14}
+# Weight of the bound beside the simple objective (Nichol & Dhariwal 2021, Eq. 16), and cap of the signal-to-noise
+# ratio (Hang et al. 2023).
+BOUND_WEIGHT = 0.001
+SNR_CAP = 5.0
 
-    as a mean, not a sum, over the dimensions of an image.
+
+@dataclass(frozen=True)
+class Objective:
+    r"""What a network is trained for.
+
+    - `simple`: :math:`\| \epsilon - \epsilon_\theta \|^2` (Eq. 14), or the like for other predictions.
+    - `vlb`: the variational bound itself (Eq. 5), an unbiased estimate from one step an image, in nats a dimension.
+      For noise predictions and a fixed variance it is Eq. 12: the above with the weight
+      :math:`\beta_t^2 / (2 \sigma_t^2 \alpha_t (1 - \bar\alpha_t))`, and a constant.
+    - `hybrid`: `simple` for the mean and, with a small weight, `vlb` for the variance alone.
+    - `min_snr`: `simple`, with the weight of a noise error limited to that of an image error of
+      :math:`\text{SNR} \le 5` (Hang et al. 2023).
 
     Args:
-        prediction: Output of the network, shape `(B, C, H, W)`.
-        target: What it should have been, such as :math:`\epsilon`, same shape.
+        name: One of `OBJECTIVES`.
+        prediction_type: See `GaussianDiffusion.target`.
+        variance_type: See `GaussianDiffusion.log_var`.
+        levels: Number of pixel values that the data take.
 
-    Returns:
-        The loss of each image, float32, shape `(B,)`.
+    Raises:
+        ValueError: If the objective is unknown, or leaves a learned variance without training.
     """
-    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+
+    name: str
+    prediction_type: str = "epsilon"
+    variance_type: str = "fixed_large"
+    levels: int = 256
+
+    def __post_init__(self) -> None:
+        """Checks the combination."""
+        if self.name not in OBJECTIVES:
+            raise ValueError(f"objective={self.name!r} is not allowed: one of {', '.join(OBJECTIVES)}")
+        allowed = ("vlb", "hybrid") if self.variance_type in LEARNED else ("simple", "vlb", "min_snr")
+        if self.name not in allowed:
+            raise ValueError(
+                f"objective={self.name!r} is not allowed with variance_type={self.variance_type!r}: "
+                f"one of {', '.join(allowed)}"
+            )
+        if self.name == "min_snr" and self.prediction_type == "mean":
+            raise ValueError("objective='min_snr' is not allowed with prediction_type='mean'")
+
+    def __call__(
+        self, diffusion: GaussianDiffusion, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor, x_t: Tensor
+    ) -> Tensor:
+        """Evaluates the objective.
+
+        Args:
+            diffusion: The process.
+            output: What the network said about `x_t`, shape `(B, C, H, W)`, or `(B, 2C, H, W)` with a learned variance.
+            x_start: The images, shape `(B, C, H, W)`.
+            t: Their steps, int64, shape `(B,)`.
+            noise: What they were diffused with, shape of `x_start`.
+            x_t: The diffused images, same shape.
+
+        Returns:
+            The loss of each image, float32, shape `(B,)`.
+        """
+        prediction, variance_output = split_output(output.float(), x_start.shape[1])
+        target = diffusion.target(x_start, t, noise, self.prediction_type)
+        simple = (prediction - target).square().flatten(1).mean(dim=1)
+        if self.name == "simple":
+            return simple
+        if self.name == "min_snr":
+            return simple * self._min_snr_weight(diffusion, t, x_start).flatten()
+
+        mean_source = prediction.detach() if self.name == "hybrid" else prediction
+        x_start_hat = diffusion.predict_start(mean_source, x_t, t, self.prediction_type)
+        log_var = diffusion.log_var(t, x_t, self.variance_type, variance_output)
+        bound = len(diffusion) * bound_nats(diffusion, x_start, x_start_hat, x_t, t, log_var, self.levels)
+        return bound if self.name == "vlb" else simple + BOUND_WEIGHT * bound
+
+    def _min_snr_weight(self, diffusion: GaussianDiffusion, t: Tensor, like: Tensor) -> Tensor:
+        snr = diffusion.snr(t, like)
+        assert isinstance(snr, Tensor)
+        per_image_error = {"sample": snr / snr, "epsilon": snr, "v_prediction": snr + 1}[self.prediction_type]
+        return snr.clamp(max=SNR_CAP) / per_image_error

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+BETA_SCHEDULES = ("linear", "scaled_linear", "quad", "const", "squaredcos_cap_v2", "sigmoid")
 
 
 def beta_schedule(
@@ -18,7 +18,8 @@ def beta_schedule(
     r"""Returns the variances :math:`\beta_t` of a named schedule.
 
     - `linear`: from `beta_start` to `beta_end` in equal steps (Ho et al. 2020, Section 4).
-    - `scaled_linear`: the same for :math:`\sqrt{\beta_t}` (Rombach et al. 2022).
+    - `scaled_linear`, or `quad` in the paper's code: the same for :math:`\sqrt{\beta_t}`.
+    - `const`: `beta_end` throughout.
     - `squaredcos_cap_v2`: the cosine schedule (Nichol & Dhariwal 2021, Eq. 17), which knows no range.
     - `sigmoid`: a logistic curve between the two ends (Xu et al. 2022).
 
@@ -38,7 +39,9 @@ def beta_schedule(
         raise ValueError(f"num_timesteps={num_timesteps} is not allowed: at least 1")
     if name == "linear":
         return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
-    if name == "scaled_linear":
+    if name == "const":
+        return torch.full((num_timesteps,), beta_end, dtype=torch.float64)
+    if name in ("scaled_linear", "quad"):
         return torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
     if name == "squaredcos_cap_v2":
         return betas_for_alpha_bar(num_timesteps, cosine_alpha_bar)

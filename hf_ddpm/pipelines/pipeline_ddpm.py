@@ -13,11 +13,14 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from hf_ddpm.diffusion.gaussian import split_output
 from hf_ddpm.images import to_bytes, to_pil, to_unit
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
-OURS = {"UNet2DModel": UNet2DModel, "DDPMScheduler": DDPMScheduler}
+# Our classes by the names that they are stored under. diffusers has no class of the last one and refuses to load it:
+# its scheduler would take a learned log-variance for a variance.
+OURS = {"UNet2DModel": UNet2DModel, "DDPMScheduler": DDPMScheduler, "HFDDPMScheduler": DDPMScheduler}
 
 
 class DDPMPipeline(DiffusionPipeline):
@@ -86,6 +89,7 @@ class DDPMPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         x_t = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
         noise_source = self._noise_source(generator)
+        takes_variance = isinstance(self.scheduler, DDPMScheduler | diffusers.DDPMScheduler)
         if class_labels is not None:
             class_labels = class_labels.to(device)
 
@@ -93,6 +97,8 @@ class DDPMPipeline(DiffusionPipeline):
             for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
                 x_in = self.scheduler.scale_model_input(x_t, t).to(unet.dtype)
                 prediction = unet(x_in, t, class_labels=class_labels).sample.float()
+                if not takes_variance:
+                    prediction, _ = split_output(prediction, x_t.shape[1])
                 output = self.scheduler.step(prediction, t, x_t, **noise_source)
                 x_t = output.prev_sample
                 if callback_on_step_end is not None:
@@ -113,7 +119,7 @@ class DDPMPipeline(DiffusionPipeline):
         index = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, component in index.items():
             if isinstance(component, list) and component[0] == "diffusers" and component[1] in OURS:
-                index[name] = ["hf_ddpm", component[1]]
+                index[name] = ["hf_ddpm", OURS[component[1]].__name__]
         return loaded
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
@@ -123,7 +129,8 @@ class DDPMPipeline(DiffusionPipeline):
         for name, component in self.components.items():
             kind = type(getattr(component, "_orig_mod", component))  # look through torch.compile
             if kind in OURS.values():
-                index[name] = ["diffusers", kind.__name__]
+                misread = kind is DDPMScheduler and component.config.variance_type == "learned"
+                index[name] = ["diffusers", "HFDDPMScheduler" if misread else kind.__name__]
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _image_shape(self, batch_size: int) -> tuple[int, int, int, int]:

@@ -1,5 +1,7 @@
 """The reverse process as a diffusers scheduler: an adapter over `hf_ddpm.diffusion`, with no mathematics of its own."""
 
+import math
+
 import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -9,10 +11,17 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from hf_ddpm.diffusion.gaussian import PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion, dynamic_threshold
+from hf_ddpm.diffusion.gaussian import (
+    PREDICTION_TYPES,
+    VARIANCE_TYPES,
+    GaussianDiffusion,
+    dynamic_threshold,
+    split_output,
+)
 from hf_ddpm.diffusion.schedules import beta_schedule as named_beta_schedule
 from hf_ddpm.diffusion.schedules import rescale_zero_terminal_snr
 
+STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 
@@ -31,9 +40,9 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         beta_end: Last variance of a named schedule.
         beta_schedule: See `hf_ddpm.diffusion.schedules.beta_schedule`.
         trained_betas: The variances themselves, shape `(T,)`, instead of a named schedule.
-        variance_type: `fixed_small` or `fixed_large` (Section 3.2); the `_log` forms of diffusers mean the same.
+        variance_type: See `GaussianDiffusion.log_var`; the `_log` forms of diffusers mean the same as those without.
         clip_sample: Whether to clip the estimate of :math:`x_0` in each step.
-        prediction_type: What the network predicts: `epsilon`, `sample` or `v_prediction`.
+        prediction_type: What the network predicts: `epsilon`, `sample`, `mean` or `v_prediction`.
         thresholding: Whether to use dynamic thresholding instead of clipping.
         dynamic_thresholding_ratio: Quantile for it.
         clip_sample_range: Largest absolute value that clipping leaves.
@@ -79,6 +88,10 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             betas = named_beta_schedule(beta_schedule, num_train_timesteps, beta_start, beta_end)
         if len(betas) != num_train_timesteps:
             raise ValueError(f"trained_betas has {len(betas)} entries, num_train_timesteps is {num_train_timesteps}")
+        if beta_schedule not in STOCK_SCHEDULES:
+            # diffusers knows it by its values, which are then no default that from_config may drop.
+            defaults = [name for name in self.config.get("_use_default_values", []) if name != "trained_betas"]
+            self.register_to_config(beta_schedule="linear", trained_betas=betas.tolist(), _use_default_values=defaults)
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
 
@@ -160,24 +173,25 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If `timestep` is none of `self.timesteps`, or the shapes differ.
         """
-        if model_output.shape != sample.shape:
+        channels = sample.shape[1] * (2 if self.variance_type.startswith("learned") else 1)
+        if model_output.shape != (sample.shape[0], channels, *sample.shape[2:]):
             raise ValueError(
-                f"model_output of shape {tuple(model_output.shape)} does not fit sample of shape {tuple(sample.shape)}"
+                f"model_output of shape {tuple(model_output.shape)} does not fit sample of shape {tuple(sample.shape)} "
+                f"with variance_type={self.variance_type!r}"
             )
         t = self._index_of.get(int(timestep))
         if t is None:
             raise ValueError(f"timestep={int(timestep)} is not one of the {len(self.timesteps)} that were set")
-        x_t, prediction = _at_least_float32(sample), _at_least_float32(model_output)
+        x_t = _at_least_float32(sample)
+        prediction, variance_output = split_output(_at_least_float32(model_output), sample.shape[1])
 
         x_start = self._chain.predict_start(prediction, x_t, t, self.config.prediction_type)
         x_start = self._bound(x_start)
         x_prev, _ = self._chain.q_posterior(x_start, x_t, t)
         if t > 0:
-            log_var = self._chain.fixed_log_var(t, x_t, self.variance_type.removesuffix("_log"))
-            noise = randn_tensor(
-                sample.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
-            )
-            x_prev = x_prev + np.exp(0.5 * log_var) * noise
+            log_var = self._chain.log_var(t, x_t, self.variance_type.removesuffix("_log"), variance_output)
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
+            x_prev = x_prev + _deviation(log_var) * noise
 
         x_prev, x_start = x_prev.to(sample.dtype), x_start.to(sample.dtype)
         if not return_dict:
@@ -236,6 +250,10 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _deviation(log_var: float | Tensor) -> float | Tensor:
+    return torch.exp(0.5 * log_var) if isinstance(log_var, Tensor) else math.exp(0.5 * log_var)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_ddpm.config import Config
 from hf_ddpm.data.store import ImageStore
-from hf_ddpm.diffusion.losses import simple_loss
+from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.images import to_signed
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
@@ -39,6 +39,7 @@ class Run:
     ema: EMA
     optimizer: torch.optim.Optimizer
     scheduler: DDPMScheduler
+    objective: Objective
     step: int = 0
     loss: Tensor = field(default_factory=lambda: torch.tensor(float("nan")))
     grad_norm: Tensor = field(default_factory=lambda: torch.tensor(float("nan")))
@@ -97,12 +98,11 @@ def train(run: Run, images: ImageStore, callbacks: Sequence[Callback] = ()) -> N
                 group["lr"] = learning_rate(config, step)
 
             indices = batch_indices(config.seed, step, run.global_batch_size, len(images))[mine]
-            x_start = to_signed(images[indices])
+            x_start = to_signed(images[indices], run.config.data.levels)
             draws = draw(config.seed, step, shape, len(diffusion), accelerator.device).rows(mine)
             if run.config.data.horizontal_flip:
                 x_start = torch.where(draws.flip.view(-1, 1, 1, 1), x_start.flip(-1), x_start)
             x_t = diffusion.q_sample(x_start, draws.t, draws.noise)  # in float32, whatever the network's precision
-            target = diffusion.target(x_start, draws.t, draws.noise, run.scheduler.config.prediction_type)
 
             torch.manual_seed(derived_seed(config.seed, DROPOUT, step, accelerator.process_index))
             losses = []
@@ -110,8 +110,9 @@ def train(run: Run, images: ImageStore, callbacks: Sequence[Callback] = ()) -> N
                 part = slice(start, start + config.train_batch_size)
                 is_last = part.stop == share
                 with nullcontext() if is_last else accelerator.no_sync(network):
-                    prediction = network(x_t[part], draws.t[part]).sample
-                    loss = simple_loss(prediction, target[part]).mean() / config.gradient_accumulation_steps
+                    output = network(x_t[part], draws.t[part]).sample
+                    loss = run.objective(diffusion, output, x_start[part], draws.t[part], draws.noise[part], x_t[part])
+                    loss = loss.mean() / config.gradient_accumulation_steps
                     accelerator.backward(loss)
                 losses.append(loss.detach())
             run.grad_norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)

@@ -5,7 +5,6 @@ import torch
 
 from hf_ddpm import GaussianDiffusion
 from hf_ddpm.diffusion.gaussian import dynamic_threshold
-from hf_ddpm.diffusion.losses import simple_loss
 
 T = 1000
 BETAS = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -65,7 +64,7 @@ def test_the_reverse_mean_is_equation_11():
         torch.testing.assert_close(mean, expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "mean", "v_prediction"])
 def test_the_exact_prediction_gives_the_image_back(process, prediction_type):
     diffusion, _ = process
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +91,7 @@ def test_log_variances_are_beta_and_beta_tilde_with_the_second_step_first():
     beta_tilde_1 = (1 - ALPHA_BARS[0]) / (1 - ALPHA_BARS[1]) * BETAS[1]
     assert beta_tilde_1.item() == pytest.approx(5.453188e-5, rel=1e-6)
     for t in range(T):
-        small, large = (diffusion.fixed_log_var(t, ONE, f"fixed_{size}") for size in ("small", "large"))
+        small, large = (diffusion.log_var(t, ONE, f"fixed_{size}") for size in ("small", "large"))
         beta_tilde = (1 - ALPHA_BARS[t - 1]) / (1 - ALPHA_BARS[t]) * BETAS[t] if t > 0 else beta_tilde_1
         assert small == pytest.approx(beta_tilde.log().item(), rel=1e-9)
         assert large == pytest.approx((BETAS[t] if t > 0 else beta_tilde_1).log().item(), rel=1e-12)
@@ -105,7 +104,7 @@ def test_the_whole_chain_on_standard_normal_data():
     diffusion, variance = GaussianDiffusion(BETAS), 1.0
     for t in reversed(range(T)):
         gain, _ = diffusion.q_posterior(ALPHA_BARS[t].sqrt() * ONE, ONE, t)
-        added = torch.tensor(diffusion.fixed_log_var(t, ONE, "fixed_large")).exp() if t > 0 else 0.0
+        added = torch.tensor(diffusion.log_var(t, ONE, "fixed_large")).exp() if t > 0 else 0.0
         variance = gain.item() ** 2 * variance + float(added)
     assert variance == pytest.approx(1 - BETAS[0].item(), rel=1e-6)
 
@@ -118,7 +117,7 @@ def test_the_whole_chain_on_a_point(process):
     for t in reversed(range(1, len(diffusion))):
         offset, log_var = diffusion.q_posterior(point * ONE, 0 * ONE, t)
         gain = diffusion.q_posterior(0 * ONE, ONE, t)[0].item()
-        assert log_var == diffusion.fixed_log_var(t, ONE, "fixed_small")
+        assert log_var == diffusion.log_var(t, ONE, "fixed_small")
         mean = gain * mean + offset.item()
         variance = gain**2 * variance + float(torch.tensor(log_var, dtype=torch.float64).exp())
         assert mean == pytest.approx(point * alpha_bars[t - 1].sqrt().item(), rel=1e-8)
@@ -177,8 +176,10 @@ def test_wrong_arguments_are_refused():
         diffusion.target(ONE, 0, ONE, "eps")
     with pytest.raises(ValueError, match="prediction_type='eps'"):
         diffusion.predict_start(ONE, ONE, 0, "eps")
-    with pytest.raises(ValueError, match="variance_type='learned' is not allowed: one of fixed_small"):
-        diffusion.fixed_log_var(0, ONE, "learned")
+    with pytest.raises(ValueError, match="variance_type='learnt' is not allowed: one of fixed_small"):
+        diffusion.log_var(0, ONE, "learnt")
+    with pytest.raises(ValueError, match="variance_type='learned' needs a network with twice the channels"):
+        diffusion.log_var(0, ONE, "learned")
 
 
 def test_dynamic_threshold_divides_only_what_is_saturated():
@@ -188,8 +189,3 @@ def test_dynamic_threshold_divides_only_what_is_saturated():
     torch.testing.assert_close(bounded[0], images[0])  # within [-1, 1]: as it was
     torch.testing.assert_close(bounded[1], images[1] / 2)  # up to 2: scaled
     torch.testing.assert_close(bounded[2], images[2].clamp(-10, 10) / 10)  # up to 20: the threshold has a limit
-
-
-def test_simple_loss_is_one_number_an_image():
-    prediction = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
-    torch.testing.assert_close(simple_loss(prediction, torch.zeros(2, 1, 4, 4)), torch.tensor([1.0, 9.0]))

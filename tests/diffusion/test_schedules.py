@@ -23,11 +23,23 @@ def test_cosine_has_the_closed_form_of_nichol_and_dhariwal():
     assert beta_schedule("squaredcos_cap_v2", 100)[-1] == 0.999
 
 
-@pytest.mark.parametrize("name", BETA_SCHEDULES)
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
 @pytest.mark.parametrize("count", [10, 1000])
 def test_every_schedule_is_that_of_diffusers(name, count):
     theirs = diffusers.DDPMScheduler(count, beta_schedule=name).betas
     torch.testing.assert_close(beta_schedule(name, count).float(), theirs, rtol=2e-4, atol=1e-9)
+
+
+def test_the_schedules_of_the_paper_code_have_their_closed_forms():
+    # beta_t = (sqrt(b_0) + (sqrt(b_T) - sqrt(b_0)) t / (T - 1))^2, and b_T throughout.
+    quad, const = (beta_schedule(name, 11, 1e-4, 0.04) for name in ("quad", "const"))
+    expected = torch.tensor([(0.01 + 0.019 * t) ** 2 for t in range(11)], dtype=torch.float64)
+    torch.testing.assert_close(quad, expected, rtol=1e-12, atol=0)
+    assert bool((const == 0.04).all())
+
+
+def test_every_named_schedule_is_made():
+    assert all(len(beta_schedule(name, 7)) == 7 for name in BETA_SCHEDULES)
 
 
 def test_zero_terminal_snr_keeps_the_first_step_and_empties_the_last():

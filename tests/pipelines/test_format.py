@@ -153,3 +153,23 @@ def test_a_network_of_diffusers_can_be_passed(stock_folder):
 def test_components_load_alone(stock_folder):
     assert type(UNet2DModel.from_pretrained(stock_folder, subfolder="unet")) is UNet2DModel
     assert type(DDPMScheduler.from_pretrained(stock_folder, subfolder="scheduler")) is DDPMScheduler
+
+
+def test_a_learned_variance_is_nothing_that_diffusers_would_load_and_misread(tmp_path):
+    unet = UNet2DModel(**{**TINY_UNET, "out_channels": 2})
+    DDPMPipeline(unet, DDPMScheduler(variance_type="learned")).save_pretrained(tmp_path)
+    assert is_ours(DDPMPipeline.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match="no class `HFDDPMScheduler`"):
+        diffusers.DDPMPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler"])
+def test_a_learned_range_pipeline_loads_in_diffusers_and_swaps_schedulers(tmp_path, scheduler):
+    torch.manual_seed(0)
+    unet = UNet2DModel(**{**TINY_UNET, "out_channels": 2})
+    pipe = DDPMPipeline(unet, DDPMScheduler(variance_type="learned_range"))
+    pipe.save_pretrained(tmp_path)
+    stock = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    np.testing.assert_allclose(sample(pipe), sample(stock), rtol=0, atol=2e-5)
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    assert np.isfinite(sample(pipe)).all()

@@ -41,7 +41,7 @@ def test_steps_are_those_of_diffusers(variance_type, spacing, count):
 
 
 @pytest.mark.parametrize("count", [T, 50])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "mean", "v_prediction"])
 def test_steps_are_those_of_theory(prediction_type, count):
     # Algorithm 2 with beta' = 1 - alpha_bar / alpha_bar', derived here in float64, noise included.
     scheduler = DDPMScheduler(variance_type="fixed_large", prediction_type=prediction_type, clip_sample=False)
@@ -58,7 +58,9 @@ def test_steps_are_those_of_theory(prediction_type, count):
             z = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
             expected = expected + beta**0.5 * z
         v = a**0.5 * eps - (1 - a) ** 0.5 * x_start
-        prediction = {"epsilon": eps, "sample": x_start, "v_prediction": v}[prediction_type]
+        mean = a_before**0.5 * beta / (1 - a) * x_start + (1 - beta) ** 0.5 * (1 - a_before) / (1 - a) * x_t
+        predictions = {"epsilon": eps, "sample": x_start, "mean": mean, "v_prediction": v}
+        prediction = predictions[prediction_type]
         torch.testing.assert_close(step(scheduler, t, x_t, prediction), expected, rtol=0, atol=1e-12)
 
 
@@ -152,6 +154,39 @@ def test_bfloat16_keeps_its_dtype_and_its_noise():
     assert noisy.dtype == torch.bfloat16 and not torch.equal(noisy, x_start)
     output = scheduler.step(noise, 500, x_start)
     assert output.prev_sample.dtype == output.pred_original_sample.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("count", [T, 20])
+def test_learned_range_is_that_of_diffusers(count):
+    ours, theirs = both(variance_type="learned_range")
+    ours.set_timesteps(count)
+    theirs.set_timesteps(count)
+    x_start, noise = inputs()
+    output = torch.cat([noise, noise.flip(0).clamp(-1, 1)], dim=1)
+    for t in ours.timesteps:
+        x_t = ours.add_noise(x_start, noise, t.view(1))
+        tolerance = 2e-4 if t < 50 else 1e-5
+        torch.testing.assert_close(step(ours, t, x_t, output), step(theirs, t, x_t, output), rtol=0, atol=tolerance)
+
+
+def test_learned_variances_are_log_variances():
+    # diffusers takes the square root of the network's output: NaN for half of it.
+    scheduler, (x_start, noise) = DDPMScheduler(variance_type="learned"), inputs()
+    log_var = torch.full_like(noise, -3.0)
+    found = step(scheduler, 500, x_start, torch.cat([noise, log_var], dim=1))
+    silent = step(scheduler, 500, x_start, torch.cat([noise, log_var - 80], dim=1))
+    z = torch.randn(noise.shape, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(found - silent, torch.tensor(-1.5).exp() * z)
+    with pytest.raises(ValueError, match="does not fit sample .* with variance_type='learned'"):
+        step(scheduler, 500, x_start, noise)
+
+
+@pytest.mark.parametrize("name", ["quad", "const"])
+def test_schedules_that_diffusers_does_not_name_are_written_by_value(name):
+    ours = DDPMScheduler(beta_schedule=name, num_train_timesteps=50)
+    stock = diffusers.DDPMScheduler.from_config(dict(ours.config))
+    torch.testing.assert_close(stock.betas, ours.betas)
+    torch.testing.assert_close(DDPMScheduler.from_config(stock.config).betas, ours.betas)
 
 
 @pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep", "UniPCMultistep", "PNDM", "EulerDiscrete"])

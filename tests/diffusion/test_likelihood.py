@@ -1,0 +1,118 @@
+"""The terms of the bound: divergences against quadrature, bins against their sum, identities of the paper."""
+
+import math
+
+import pytest
+import torch
+
+from hf_ddpm import GaussianDiffusion
+from hf_ddpm.diffusion.likelihood import bound_nats, decoder_log_likelihood, gaussian_kl, prior_nats
+
+T = 1000
+BETAS = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+ALPHA_BARS = torch.cumprod(1 - BETAS, dim=0)
+DIFFUSION = GaussianDiffusion(BETAS)
+
+
+def constant(value):
+    return torch.full((1, 1, 1, 1), value, dtype=torch.float64)
+
+
+def draw(count=6):
+    generator = torch.Generator().manual_seed(0)
+    x_start = torch.rand(count, 1, 4, 4, generator=generator, dtype=torch.float64) * 2 - 1
+    noise, error = torch.randn(2, count, 1, 4, 4, generator=generator, dtype=torch.float64)
+    return x_start, noise, error
+
+
+def test_gaussian_kl_is_its_integral():
+    x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    p = torch.distributions.Normal(torch.tensor(0.4, dtype=torch.float64), math.exp(0.25))
+    q = torch.distributions.Normal(torch.tensor(-0.3, dtype=torch.float64), math.exp(-0.4))
+    integral = torch.trapezoid(q.log_prob(x).exp() * (q.log_prob(x) - p.log_prob(x)), x)
+    found = gaussian_kl(constant(-0.3), -0.8, constant(0.4), 0.5)
+    torch.testing.assert_close(found.squeeze(), integral, rtol=1e-9, atol=0)
+    assert gaussian_kl(constant(0.2), -3.0, constant(0.2), -3.0).item() == 0
+
+
+@pytest.mark.parametrize("levels", [256, 17])
+@pytest.mark.parametrize("deviation", [0.003, 0.01, 0.3])
+def test_probabilities_of_all_levels_sum_to_one(levels, deviation):
+    values = torch.linspace(-1, 1, levels, dtype=torch.float64)
+    for mean in (-1.2, -1.0, 0.031, 1.0):
+        log_p = decoder_log_likelihood(values, torch.full_like(values, mean), 2 * math.log(deviation), levels)
+        # Those below 1e-12 count as that.
+        assert log_p.exp().sum().item() == pytest.approx(1, abs=levels * 1e-12)
+
+
+def test_a_bin_is_the_normal_distribution_over_it():
+    # The approximation of the distribution function, the paper's, is off by 3e-4 at most.
+    values = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    normal = torch.distributions.Normal(0.1, 0.05)
+    edges = torch.cat([torch.tensor([-9.0]), (values[1:] + values[:-1]) / 2, torch.tensor([9.0])])
+    expected = normal.cdf(edges[1:]) - normal.cdf(edges[:-1])
+    found = decoder_log_likelihood(values, torch.full_like(values, 0.1), 2 * math.log(0.05)).exp()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.cumsum(0), expected.cumsum(0), rtol=0, atol=3e-4)
+
+
+def test_numbers_of_the_linear_schedule():
+    bits = 1 / math.log(2)
+    log_var = DIFFUSION.log_var(0, constant(0.0), "fixed_large")
+    # L_0 of an exact mean in an inner bin: 1.3054 with the true normal distribution, 3e-4 more with its approximation.
+    exact = -math.log2(math.erf(1 / 255 / math.sqrt(2 * 5.453188e-5)))
+    found = -decoder_log_likelihood(constant(0.0), constant(0.0), log_var).item() * bits
+    assert exact == pytest.approx(1.3054, abs=1e-4) and found == pytest.approx(exact, abs=3e-4)
+    # With beta_0 for the variance there it would be 1.7128.
+    wrong = -decoder_log_likelihood(constant(0.0), constant(0.0), math.log(1e-4)).item() * bits
+    assert wrong == pytest.approx(1.7128, abs=3e-4)
+    # What the end of the chain tells of natural images, whose pixels have a mean square of about 0.25.
+    assert prior_nats(DIFFUSION, constant(0.5)).item() * bits == pytest.approx(9e-6, abs=3e-6)
+    # What beta_t costs where beta-tilde_t would be exact: a sum over t of pure variance mismatch.
+    zero = constant(0.0)
+    terms = [gaussian_kl(zero, DIFFUSION.log_var(t, zero, "fixed_small"), zero,
+                         DIFFUSION.log_var(t, zero, "fixed_large")).item() for t in range(1, T)]  # fmt: skip
+    assert sum(terms) * bits == pytest.approx(0.4864, abs=1e-4)
+
+
+def test_the_prior_is_the_divergence_of_the_last_marginal():
+    a = ALPHA_BARS[-1].item()
+    for x in (-1.0, 0.3):
+        expected = 0.5 * (a * x**2 + (1 - a) - 1 - math.log(1 - a))
+        assert prior_nats(DIFFUSION, constant(x)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def terms(x_start, x_start_hat, noise, t, variance_type):
+    times = torch.full((len(x_start),), t)
+    x_t = DIFFUSION.q_sample(x_start, times, noise)
+    log_var = DIFFUSION.log_var(times, x_t, variance_type)
+    return bound_nats(DIFFUSION, x_start, x_start_hat(x_t, times), x_t, times, log_var)
+
+
+def test_the_true_noise_makes_every_divergence_zero():
+    x_start, noise, _ = draw()
+    for t in range(1, T):
+        found = terms(x_start, lambda x_t, t: DIFFUSION.predict_start(noise, x_t, t), noise, t, "fixed_small")
+        torch.testing.assert_close(found, torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_noise_errors_cost_what_equation_12_says(variance_type):
+    x_start, noise, error = draw()
+    betas, before = BETAS, torch.cat([torch.ones(1, dtype=torch.float64), ALPHA_BARS[:-1]])
+    tilde = betas * (1 - before) / (1 - ALPHA_BARS)
+    for t in range(1, T):
+        sigma2 = {"fixed_small": tilde, "fixed_large": betas}[variance_type][t]
+        weight = betas[t] ** 2 / (2 * sigma2 * (1 - betas[t]) * (1 - ALPHA_BARS[t]))
+        ratio = tilde[t] / sigma2
+        expected = weight * error.square().flatten(1).mean(dim=1) + (ratio - 1 - ratio.log()) / 2
+        found = terms(x_start, lambda x_t, t: DIFFUSION.predict_start(noise + error, x_t, t), noise, t, variance_type)
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
+
+
+def test_the_first_term_is_the_decoder():
+    x_start, noise, error = draw()
+    found = terms(x_start, lambda x_t, t: x_start + 0.01 * error, noise, 0, "fixed_small")
+    # At t = 0 the mean is the estimate itself.
+    log_p = decoder_log_likelihood(x_start, x_start + 0.01 * error, math.log(5.453188e-5))
+    torch.testing.assert_close(found, -log_p.flatten(1).mean(dim=1), rtol=1e-5, atol=0)
