@@ -1,0 +1,169 @@
+r"""The variational bound on the negative log-likelihood of images, in bits a dimension, term by term.
+
+.. math:: L = L_T + \sum_{t > 1} L_{t-1} + L_0 \tag{5}
+
+One fresh noise is drawn for each image and step. It depends on the seed, the image and the step alone, so that the
+figures are the same for any batch size and any number of processes.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+from hf_ddpm.data.store import ImageStore
+from hf_ddpm.diffusion.gaussian import split_output
+from hf_ddpm.diffusion.likelihood import bound_nats, prior_nats
+from hf_ddpm.images import to_signed
+from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+from hf_ddpm.seeds import generator
+
+STEPS, NOISE = range(2)
+
+
+@dataclass(frozen=True)
+class Bound:
+    r"""Sums over images, by `t`, float64 of shape `(T,)`; those of several processes add up.
+
+    Attributes:
+        terms: :math:`L_0` at 0 and :math:`L_t` elsewhere, in nats a dimension.
+        squared_errors: Mean squared errors of the clipped :math:`\hat x_0` on the scale [-1, 1].
+        evaluations: Images whose step `t` was evaluated.
+        prior: :math:`L_T`, shape `()`.
+        images: Number of images, shape `()`.
+    """
+
+    terms: Tensor
+    squared_errors: Tensor
+    evaluations: Tensor
+    prior: Tensor
+    images: Tensor
+
+    def summed(self, add_up: Callable[[Tensor], Tensor]) -> "Bound":
+        """Returns the sums over all processes; `add_up` does it for a tensor."""
+        return Bound(*(add_up(value) for value in vars(self).values()))
+
+    def report(self) -> dict[str, object]:
+        r"""Returns the figures, means over the images in bits a dimension.
+
+        `total_bpd` is `prior_bpd` (:math:`L_T`) + `vlb_bpd` (:math:`\sum_{t > 1} L_{t-1}`) + `decoder_bpd`
+        (:math:`L_0`). If not every step of every image was evaluated they are unbiased estimates, and `is_estimate`
+        says so. Otherwise there are also the points of Fig. 5 by `t`: `rate_bpd`, what has been received when the
+        reverse process stands at `t`, :math:`L_T + \sum_{s > t} L_s`, and `distortion`, the root mean squared error
+        of the :math:`\hat x_0` of that moment on the scale [0, 255].
+        """
+        terms = self.terms / self.images / math.log(2)
+        prior = (self.prior / self.images).item() / math.log(2)
+        is_estimate = bool((self.evaluations < self.images).any())
+        report: dict[str, object] = {
+            "total_bpd": prior + terms.sum().item(),
+            "prior_bpd": prior,
+            "vlb_bpd": terms[1:].sum().item(),
+            "decoder_bpd": terms[0].item(),
+            "is_estimate": is_estimate,
+            "num_images": int(self.images),
+            "evaluations_per_image": round((self.evaluations.sum() / self.images).item()),
+        }
+        if not is_estimate:
+            report["terms_bpd"] = terms.tolist()
+            report["rate_bpd"] = (prior + terms.sum() - terms.cumsum(0)).tolist()
+            report["distortion"] = (127.5 * (self.squared_errors / self.images).sqrt()).tolist()
+        return report
+
+
+@torch.no_grad()
+def variational_bound(
+    unet: ModelMixin,
+    scheduler: DDPMScheduler,
+    images: ImageStore,
+    ids: Sequence[int],
+    *,
+    seed: int,
+    batch_size: int,
+    levels: int = 256,
+    steps_per_image: int | None = None,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Bound:
+    """Evaluates the bound on images, :math:`T` network evaluations an image.
+
+    Args:
+        unet: The network, in eval mode, on the device of the images.
+        scheduler: Its process, kind of prediction and variance.
+        images: The images.
+        ids: Which of them.
+        seed: Seed of the noise.
+        batch_size: Network evaluations at a time, over images and steps alike.
+        levels: Number of evenly spaced values that a pixel takes.
+        steps_per_image: Number of steps evaluated an image, from 2; all by default. Fewer give an unbiased estimate:
+            the first step, whose term is the largest, and one at random in each of equal stretches of the others.
+        progress: Told the number of evaluations after each batch.
+
+    Returns:
+        Sums over these images.
+
+    Raises:
+        ValueError: If `steps_per_image` is not allowed.
+    """
+    diffusion = scheduler.diffusion
+    total = len(diffusion)
+    per_image = total if steps_per_image is None else steps_per_image
+    if not 2 <= per_image <= total:
+        raise ValueError(f"steps_per_image={steps_per_image} is not allowed: 2 to {total}")
+    sums = torch.zeros(3, total, dtype=torch.float64, device=images.device)
+    prior = torch.zeros((), dtype=torch.float64, device=images.device)
+    for start in range(0, len(ids), batch_size):
+        chunk = torch.tensor(ids[start : start + batch_size])
+        prior += prior_nats(diffusion, to_signed(images[chunk], levels)).flatten(1).mean(dim=1).double().sum()
+
+    for pairs in _batches(_pairs(ids, seed, total, per_image), batch_size):
+        numbers, t, weights = (torch.tensor(column) for column in zip(*pairs, strict=True))
+        x_start = to_signed(images[numbers], levels)
+        noise = torch.stack([_noise(seed, i, s, images.shape) for i, s, _ in pairs]).to(x_start.device)
+        t, weights = t.to(x_start.device), weights.to(x_start.device)
+        terms, squared_errors = _evaluate(unet, scheduler, x_start, t, noise, levels)
+        sums.index_add_(1, t, torch.stack([weights * terms, squared_errors, torch.ones_like(terms)]).double())
+        progress(len(pairs))
+    return Bound(*sums, prior, torch.tensor(float(len(ids)), dtype=torch.float64, device=images.device))
+
+
+def _evaluate(
+    unet: ModelMixin, scheduler: DDPMScheduler, x_start: Tensor, t: Tensor, noise: Tensor, levels: int
+) -> tuple[Tensor, Tensor]:
+    diffusion, config = scheduler.diffusion, scheduler.config
+    x_t = diffusion.q_sample(x_start, t, noise)
+    output = unet(x_t.to(unet.dtype), t).sample.float()
+    prediction, variance_output = split_output(output, x_start.shape[1])
+    x_start_hat = diffusion.predict_start(prediction, x_t, t, config.prediction_type).clamp(-1, 1)
+    log_var = diffusion.log_var(t, x_t, config.variance_type.removesuffix("_log"), variance_output)
+    terms = bound_nats(diffusion, x_start, x_start_hat, x_t, t, log_var, levels)
+    return terms, (x_start - x_start_hat).square().flatten(1).mean(dim=1)
+
+
+def _pairs(ids: Sequence[int], seed: int, total: int, per_image: int) -> Iterator[tuple[int, int, float]]:
+    """Yields image, step and the number of steps that this one stands for."""
+    for i in ids:
+        yield i, 0, 1.0
+        # One step in each of equal stretches of 1 .. total - 1; all steps if a stretch holds one.
+        width = (total - 1) / (per_image - 1)
+        offsets = torch.rand(per_image - 1, generator=generator(seed, STEPS, i), dtype=torch.float64)
+        for stretch, offset in enumerate(offsets.tolist()):
+            step = stretch if per_image == total else min(int((stretch + offset) * width), total - 2)
+            yield i, 1 + step, width
+
+
+def _batches(items: Iterator[tuple], size: int) -> Iterator[list[tuple]]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _noise(seed: int, image: int, step: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=generator(seed, NOISE, image, step))

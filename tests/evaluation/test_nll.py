@@ -1,0 +1,142 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_ddpm import DDPMScheduler, UNet2DModel
+from hf_ddpm.data.store import load_images
+from hf_ddpm.evaluation.nll import NOISE, variational_bound
+from hf_ddpm.seeds import generator
+from tests.conftest import TINY_UNET, load_script
+
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_images("digits", split="test", resolution=8, channels=1)
+
+
+def network(variance_type):
+    torch.manual_seed(1)
+    return UNet2DModel(**{**TINY_UNET, "out_channels": 2 if variance_type == "learned_range" else 1}).eval()
+
+
+def cdf(z):
+    return 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+
+
+def independent_bound(unet, levels_of_images, variance_type, images, total):
+    """The bound of Eq. 5 from the formulas alone, in float64 numpy; only the noise and the network are shared."""
+    betas = np.linspace(1e-4, 0.02, total)
+    bars = np.cumprod(1 - betas)
+    before = np.append(1.0, bars[:-1])
+    tilde = betas * (1 - before) / (1 - bars)
+    tilde[0] = tilde[1]
+    terms, prior = np.zeros(total), 0.0
+    for number, levels in zip(images, levels_of_images, strict=True):
+        x0 = levels.astype(np.float64) / 8 - 1  # level 0..16 on [-1, 1]
+        shape = (1, *x0.shape)
+        eps = np.concatenate([torch.randn(shape[1:], generator=generator(SEED, NOISE, number, t)).double().numpy()[None]
+                              for t in range(total)])  # fmt: skip
+        root, noise = (np.sqrt(v).reshape(-1, 1, 1, 1) for v in (bars, 1 - bars))
+        xt = root * x0 + noise * eps
+        with torch.no_grad():
+            output = unet(torch.tensor(xt, dtype=torch.float32), torch.arange(total)).sample.double().numpy()
+        x0_hat = np.clip((xt - noise * output[:, :1]) / root, -1, 1)
+        for t in range(total):
+            c1 = np.sqrt(before[t]) * betas[t] / (1 - bars[t])
+            c2 = np.sqrt(1 - betas[t]) * (1 - before[t]) / (1 - bars[t])
+            true, mean = c1 * x0 + c2 * xt[t], c1 * x0_hat[t] + c2 * xt[t]
+            if variance_type == "fixed_small":
+                log_var = np.log(tilde[t])
+            elif variance_type == "fixed_large":
+                log_var = np.log(betas[t] if t > 0 else tilde[0])
+            else:
+                u = (output[t, 1:] + 1) / 2
+                log_var = u * np.log(betas[t]) + (1 - u) * np.log(tilde[t])
+            if t == 0:
+                s = np.exp(-0.5 * log_var)
+                upper, lower = cdf(s * (x0 - mean + 1 / 16)), cdf(s * (x0 - mean - 1 / 16))
+                p = np.where(x0 < -0.99, upper, np.where(x0 > 0.99, 1 - lower, upper - lower))
+                terms[t] += -np.log(np.maximum(p, 1e-12)).mean()
+            else:
+                kl = 0.5 * (log_var - np.log(tilde[t]) - 1 + (tilde[t] + (true - mean) ** 2) / np.exp(log_var))
+                terms[t] += kl.mean()
+        prior += 0.5 * (bars[-1] * x0**2 + (1 - bars[-1]) - 1 - np.log(1 - bars[-1])).mean()
+    count = len(images) * math.log(2)
+    return terms / count, prior / count
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
+def test_every_term_is_that_of_an_independent_implementation(digits, variance_type):
+    unet, ids = network(variance_type), [0, 7, 31]
+    pixels = digits[torch.tensor(ids)].numpy()
+    levels = np.round(pixels.astype(np.float64) * 16 / 255)
+    terms, prior = independent_bound(unet, levels, variance_type, ids, 1000)
+    scheduler = DDPMScheduler(variance_type=variance_type)
+    report = variational_bound(unet, scheduler, digits, ids, seed=SEED, batch_size=100, levels=17).report()
+    np.testing.assert_allclose(report["terms_bpd"], terms, rtol=0, atol=1e-4)
+    assert report["prior_bpd"] == pytest.approx(prior, abs=1e-8)
+    assert report["total_bpd"] == pytest.approx(terms.sum() + prior, abs=1e-4)
+    assert report["total_bpd"] == pytest.approx(report["prior_bpd"] + report["vlb_bpd"] + report["decoder_bpd"])
+    # Fig. 5: at the last step all but L_0 has been received, at the first step of the reverse process only L_T.
+    assert report["rate_bpd"][0] == pytest.approx(report["prior_bpd"] + report["vlb_bpd"])
+    assert report["rate_bpd"][-1] == pytest.approx(report["prior_bpd"])
+    assert not report["is_estimate"]
+
+
+@pytest.fixture(scope="module")
+def small():
+    return network("fixed_small"), DDPMScheduler(num_train_timesteps=20, beta_start=5e-3, beta_end=0.5)
+
+
+def bound(small, digits, ids, **options):
+    return variational_bound(*small, digits, ids, **{"seed": 0, "batch_size": 64, "levels": 17, **options})
+
+
+def test_the_bound_depends_neither_on_batches_nor_on_processes(small, digits):
+    alone = bound(small, digits, range(10)).report()
+    batches = bound(small, digits, range(10), batch_size=7).report()
+    parts = [bound(small, digits, range(10)[rank::3]) for rank in range(3)]
+    together = type(parts[0])(
+        *(sum(values) for values in zip(*(vars(p).values() for p in parts), strict=True))
+    ).report()
+    for other in (batches, together):
+        np.testing.assert_allclose(other["terms_bpd"], alone["terms_bpd"], rtol=1e-5)
+        assert other["num_images"] == 10
+
+
+def test_a_subset_of_the_steps_is_an_unbiased_estimate_and_says_so(small, digits):
+    # Over many images the estimate from 4 of 20 steps must approach the exact value: within 5 standard errors.
+    ids = range(300)
+    exact = bound(small, digits, ids).report()
+    runs = [bound(small, digits, ids, steps_per_image=4, seed=seed).report() for seed in range(8)]
+    totals = np.array([run["total_bpd"] for run in runs])
+    error = totals.std(ddof=1) / math.sqrt(len(totals))
+    assert abs(totals.mean() - exact["total_bpd"]) < 5 * error < 0.15 * exact["total_bpd"]
+    assert runs[0]["is_estimate"] and runs[0]["evaluations_per_image"] == 4 and "rate_bpd" not in runs[0]
+    assert exact["evaluations_per_image"] == 20
+    for steps in (1, 21):
+        with pytest.raises(ValueError, match=f"steps_per_image={steps} is not allowed: 2 to 20"):
+            bound(small, digits, range(2), steps_per_image=steps)
+
+
+def test_the_script_writes_the_figures(trained, tmp_path):
+    main = load_script("evaluate").main
+    words = ["--model", str(trained), "--dataset", "digits", "--num_images", "2", "--output", str(tmp_path / "r.json")]
+    main([*words, "--metrics", "nll"])
+    results = json.loads((tmp_path / "r.json").read_text())
+    nll = results["nll"]
+    assert nll["total_bpd"] == pytest.approx(nll["prior_bpd"] + nll["vlb_bpd"] + nll["decoder_bpd"])
+    assert nll["num_images"] == 2 and len(nll["terms_bpd"]) == 1000 and results["config"]["levels"] == 17
+    for wrong, message in [
+        (["--metrics", "fid"], "metrics='fid' is not allowed: any of nll"),
+        (["--num_images", "1000"], "num_images=1000 is not allowed: at most the 899 of 'digits'"),
+        (["--split", "validation"], "no split 'validation'"),
+        (["--model", "no/such/model"], "model 'no/such/model' cannot be loaded"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            main([*words, *wrong])
