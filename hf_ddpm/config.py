@@ -55,10 +55,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        _require(self, "norm_num_groups", self.norm_num_groups >= 1, "at least 1")
+        _require(self, "attention_head_dim", (self.attention_head_dim or 1) >= 1, "at least 1")
         _require(self, "layers_per_block", self.layers_per_block >= 1, "at least 1")
         _require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         for width in self.block_out_channels:
-            groups_fit = self.norm_num_groups >= 1 and width >= 1 and width % self.norm_num_groups == 0
+            groups_fit = width >= 1 and width % self.norm_num_groups == 0
             _require(self, "block_out_channels", groups_fit, f"multiples of norm_num_groups={self.norm_num_groups}")
 
 
@@ -125,9 +127,14 @@ class TrainingConfig:
         for name in ("warmup_steps", "sample_steps", "seed"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "max_grad_norm"):
-            _require(self, name, getattr(self, name) > 0, "more than 0")
+            _require(self, name, 0 < getattr(self, name) < float("inf"), "more than 0")
+        for name in ("output_dir", "resume"):
+            _require(self, name, bool(getattr(self, name)), "a path")
         for name in ("adam_beta2", "ema_decay"):
             _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+
+
+PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig)
 
 
 @dataclass
@@ -145,6 +152,14 @@ class Config:
         fits = self.data.resolution % multiple == 0
         _require(self.data, "resolution", fits, f"multiples of {multiple}, for the U-Net's {multiple.bit_length() - 1}"
                  " halvings (block_out_channels)")  # fmt: skip
+        reached = [self.data.resolution // 2**i for i in range(len(self.model.block_out_channels))]
+        attends = [width for width, size in zip(self.model.block_out_channels, reached, strict=True)
+                   if size in self.model.attention_resolutions]  # fmt: skip
+        known = all(size in (0, *reached) for size in self.model.attention_resolutions)
+        _require(self.model, "attention_resolutions", known, f"any of {reached}, or 0 for none")
+        head_dim = self.model.attention_head_dim or 1
+        widest = min([*attends, self.model.block_out_channels[-1]])
+        _require(self.model, "attention_head_dim", head_dim <= widest, f"at most the {widest} channels there")
         steps, most = self.training.num_inference_steps, self.diffusion.num_train_timesteps
         _require(self.training, "num_inference_steps", steps <= most, f"at most num_train_timesteps={most}")
 
@@ -196,7 +211,8 @@ class _Parser(HfArgumentParser):
     """Says what is wrong in one line, not under a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(re.sub(r"/--[\w-]+", "", message))  # an option has an alias with dashes: one name will do
+        # An option has an alias with dashes: one name will do.
+        raise ValueError(re.sub(r"^(argument --\w+)/--[\w-]+", r"\1", message))
 
 
 def parse_config(argv: list[str]) -> Config:
@@ -213,12 +229,13 @@ def parse_config(argv: list[str]) -> Config:
     """
     parser = _Parser((Sources,), add_help=False, allow_abbrev=False)
     sources, _ = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    words = []
+    options = {}
     if sources.preset is not None:
-        words += _yaml_words(preset_path(sources.preset))
+        options |= _read_yaml(preset_path(sources.preset))
     if sources.config is not None:
-        words += _yaml_words(Path(sources.config))
-    *parts, _ = parse_options(words + argv, DataConfig, ModelConfig, DiffusionConfig, TrainingConfig, Sources)
+        options |= _read_yaml(Path(sources.config))
+    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", *value)]
+    *parts, _ = parse_options(words + argv, *PARTS, Sources)
     return Config(*parts)
 
 
@@ -238,9 +255,7 @@ def parse_options(argv: list[str], *parts: type) -> list[Any]:
     parser = _Parser(parts, allow_abbrev=False)
     *options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
-        known = [name for action in parser._actions for name in action.option_strings]
-        close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.75)
-        raise ValueError(f"unknown option {unknown[0]}" + (f": did you mean {close[0]}?" if close else ": see --help"))
+        raise ValueError(f"unknown option {unknown[0]}: {_hint(unknown[0].lstrip('-'), parts, '--')}")
     return options
 
 
@@ -256,18 +271,31 @@ def preset_path(name: str) -> Any:
     return PRESETS / f"{name}.yaml"
 
 
-def _yaml_words(path: Any) -> list[str]:
+def _read_yaml(path: Any) -> dict[str, list[str] | None]:
+    """Reads options as the words of a command line; None stands for the default."""
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+        # The base loader leaves all values as they are written: `no` and `1e-4` are for the command line's parser.
+        options = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"config {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise ValueError(f"config {str(path)!r} holds no options: lines of the form `name: value` are")
-    words = []
+    kinds = {field.name: field.type for part in PARTS for field in dataclasses.fields(part)}
+    words: dict[str, list[str] | None] = {}
     for name, value in options.items():
-        if value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        if name not in kinds:
+            raise ValueError(f"config {str(path)!r}: unknown option {name}: {_hint(name, PARTS)}")
+        if isinstance(value, dict) or isinstance(value, list) != (kinds[name] == list[int]) or value == []:
+            what = "a list with an entry" if kinds[name] == list[int] else "one value"
+            raise ValueError(f"config {str(path)!r}: {name}={value!r} is not allowed: {what}")
+        words[name] = None if value in ("", "~", "null") else value if isinstance(value, list) else [value]
     return words
+
+
+def _hint(name: str, parts: tuple[type, ...], prefix: str = "") -> str:
+    known = [field.name for part in parts for field in dataclasses.fields(part)]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"did you mean {prefix}{close[0]}?" if close else "see --help"
 
 
 def _require(config: Any, name: str, holds: bool, allowed: str) -> None:

@@ -10,12 +10,15 @@ import torch
 
 
 def run_script(main: Callable[[list[str]], int]) -> NoReturn:
-    """Runs a script's `main` and exits with its code; a wrong input, a `ValueError`, is one line and code 2."""
+    """Runs a script's `main` and exits with its code.
+
+    A wrong input, a `ValueError`, is one line and code 2; a failing disk or a diverged run is one line and code 1.
+    """
     try:
         sys.exit(main(sys.argv[1:]))
-    except ValueError as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
 def use_own_cores() -> None:

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from hf_ddpm.images import to_bytes
-from hf_ddpm.seeds import generator
+from hf_ddpm.seeds import SAMPLES, generator
 
 # Other walks through the same reverse process; None is the pipeline's own.
 SCHEDULERS = {"ddpm": None, "ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
@@ -48,7 +48,7 @@ def sample_images(
         chunk = ids[start : start + batch_size]
         unit = pipe(
             batch_size=len(chunk),
-            generator=[generator(seed, i, device=device) for i in chunk],
+            generator=[generator(seed, SAMPLES, i, device=device) for i in chunk],
             num_inference_steps=num_inference_steps,
             output_type="pt",
         ).images

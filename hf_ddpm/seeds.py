@@ -3,12 +3,16 @@
 import numpy as np
 import torch
 
-
-def derived_seed(*place: int) -> int:
-    """Mixes numbers that name a place, such as a run's seed, a purpose and a step, into a seed in [0, 2**63)."""
-    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
+# What numbers are drawn for. A stream has no two purposes.
+ORDER, DIFFUSION, DROPOUT, INITIALIZATION, SAMPLES, BOUND_STEPS, BOUND_NOISE = range(7)
 
 
-def generator(*place: int, device: torch.device | str = "cpu") -> torch.Generator:
+def derived_seed(seed: int, purpose: int, *place: int) -> int:
+    """Mixes a user's seed, a purpose and a place, such as a step or an image, into a seed in [0, 2**63)."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(purpose, *place))
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+def generator(seed: int, purpose: int, *place: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Returns a fresh generator for a place."""
-    return torch.Generator(device).manual_seed(derived_seed(*place))
+    return torch.Generator(device).manual_seed(derived_seed(seed, purpose, *place))

@@ -39,11 +39,15 @@ class SampleConfig:
         for name in ("num_images", "batch_size", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} is not allowed: at least 0")
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
     (config,) = parse_options(argv, SampleConfig)
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
     state = PartialState(cpu=not torch.cuda.is_available())
     use_own_cores()
     try:
@@ -53,8 +57,6 @@ def main(argv: list[str]) -> int:
     use_scheduler(pipe, config.scheduler)
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
 
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     mine = range(config.num_images)[state.process_index :: state.num_processes]
     with tqdm(total=len(mine), desc="Images", unit="image", disable=not state.is_main_process) as bar:
         for number, image in sample_images(

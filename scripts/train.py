@@ -6,28 +6,22 @@
 The same command goes on from the last checkpoint. `--help` lists the options, hf_ddpm/presets the presets.
 """
 
-import os
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from hf_ddpm import DDPMScheduler, UNet2DModel
-from hf_ddpm.config import Config, parse_config
+from hf_ddpm.config import parse_config
 from hf_ddpm.data.store import load_images
-from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.images import grid, save_picture, to_pil
-from hf_ddpm.launch import run_script, use_own_cores
-from hf_ddpm.models.initialization import initialize_like_paper
+from hf_ddpm.launch import run_script
 from hf_ddpm.sampling import sample_images
-from hf_ddpm.seeds import derived_seed
-from hf_ddpm.training.ema import EMA
+from hf_ddpm.training.build import build_run, start_accelerator
 from hf_ddpm.training.loop import Callback, Run, train
-from hf_ddpm.training.optimization import adam
 from hf_ddpm.training.progress import Progress
-from hf_ddpm.training.randomness import INITIALIZATION
-from hf_ddpm.training.state import Checkpoints, find_checkpoint, load_checkpoint, status_file
+from hf_ddpm.training.state import Checkpoints, find_checkpoint, load_checkpoint, set_aside, sole_run, status_file
 
 
 class SampleGrid(Callback):
@@ -40,9 +34,13 @@ class SampleGrid(Callback):
         """Draws every `sample_steps` steps; the last time is `on_end`."""
         every, last = run.config.training.sample_steps, run.config.training.max_train_steps
         if every and run.step % every == 0 and run.step < last:
-            self.on_end(run)
+            self.draw(run)
 
     def on_end(self, run: Run) -> None:
+        """Draws."""
+        self.draw(run)
+
+    def draw(self, run: Run) -> None:
         """Draws; each process its share."""
         training, accelerator = run.config.training, run.accelerator
         pipe = run.pipeline()
@@ -77,75 +75,49 @@ def main(argv: list[str]) -> int:
     config = parse_config(argv)
     accelerator = start_accelerator(config)
     folder = Path(config.training.output_dir)
-    checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
-    with accelerator.main_process_first():  # the others find the decoded images in the cache
-        images = load_images(
-            config.data.dataset,
-            split=config.data.split,
-            column=config.data.image_column,
-            resolution=config.data.resolution,
-            channels=config.data.channels,
-            device=accelerator.device,
-        )
-    run = build_run(config, accelerator)
-    if checkpoint is not None:
-        load_checkpoint(run, checkpoint)
-
-    origin = "from the start" if checkpoint is None else f"from {checkpoint}"
-    accelerator.print(*complaints, sep="\n", end="\n" if complaints else "")
-    accelerator.print(
-        f"{len(images):,} images, {run.unet.num_parameters():,} parameters, {run.global_batch_size} images a step, "
-        f"{accelerator.num_processes} x {accelerator.device}, {torch.get_num_threads()} threads, {origin}"
-    )
     folder.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        config.save(folder / "config.yaml")
-    callbacks = [
-        Progress(folder / "metrics.jsonl"),
-        Checkpoints(folder / "checkpoints", config.training.keep_checkpoints),
-        SampleGrid(folder / "samples.png"),
-        Export(folder),
-    ]
-    with status_file(folder / "status.json", run):
-        train(run, images, callbacks)
-    accelerator.end_training()
+    with sole_run(folder) if accelerator.is_main_process else nullcontext():
+        checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
+        with accelerator.main_process_first():  # the others find the decoded images in the cache
+            images = load_images(
+                config.data.dataset,
+                split=config.data.split,
+                column=config.data.image_column,
+                resolution=config.data.resolution,
+                channels=config.data.channels,
+                device=accelerator.device,
+            )
+        run = build_run(config, accelerator)
+        if checkpoint is not None:
+            load_checkpoint(run, checkpoint)
+        accelerator.wait_for_everyone()  # all have read before the folder changes
+        if accelerator.is_main_process:
+            set_aside(folder / "checkpoints", run.step)
+            config.save(folder / "config.yaml")
+
+        origin = "from the start" if checkpoint is None else f"from {checkpoint}"
+        accelerator.print(*complaints, sep="\n", end="\n" if complaints else "")
+        accelerator.print(
+            f"{len(images):,} images, {run.unet.num_parameters():,} parameters, {run.global_batch_size} images a step, "
+            f"{accelerator.num_processes} x {accelerator.device}, {torch.get_num_threads()} threads, {origin}"
+        )
+        callbacks = [
+            Progress(folder / "metrics.jsonl"),
+            Checkpoints(folder / "checkpoints", config.training.keep_checkpoints),
+            SampleGrid(folder / "samples.png"),
+            Export(folder),
+        ]
+        try:
+            with status_file(folder / "status.json", run):
+                train(run, images, callbacks)
+        except KeyboardInterrupt:
+            run.stopped_by = run.stopped_by or signal.SIGINT
+        accelerator.end_training()
     if run.stopped_by is not None:
-        accelerator.print(f"stopped at step {run.step}: the same command goes on from there")
+        accelerator.print(f"stopped at step {run.step}: the same command goes on from the last checkpoint")
         return 128 + run.stopped_by
     accelerator.print(f"{folder / 'samples.png'} shows samples; DDPMPipeline.from_pretrained({str(folder)!r}) loads")
     return 0
-
-
-def start_accelerator(config: Config) -> Accelerator:
-    """Returns the accelerator; a world of another size than the launcher was asked for is an error."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.training.mixed_precision)
-    use_own_cores()
-    asked = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != asked:
-        raise ValueError(f"{asked} processes were launched, but they do not see each other")
-    return accelerator
-
-
-def build_run(config: Config, accelerator: Accelerator) -> Run:
-    """Returns a run at step 0."""
-    torch.manual_seed(derived_seed(config.training.seed, INITIALIZATION))
-    unet = UNet2DModel(**config.unet())
-    initialize_like_paper(unet)
-    unet.to(accelerator.device)
-    return Run(
-        config=config,
-        accelerator=accelerator,
-        unet=unet,
-        ema=EMA(unet, config.training.ema_decay, config.training.ema_warmup),
-        optimizer=adam(unet, config.training),
-        scheduler=DDPMScheduler(**config.scheduler()),
-        objective=Objective(
-            config.training.objective,
-            prediction_type=config.diffusion.prediction_type,
-            variance_type=config.diffusion.variance_type,
-            levels=config.data.levels,
-        ),
-    )
 
 
 if __name__ == "__main__":

@@ -86,7 +86,11 @@ def test_a_data_set_must_be_named():
 
 
 def test_files_that_hold_no_options_are_refused(tmp_path):
-    for content, message in [("- a\n- b\n", "holds no options"), ("a: [", "cannot be read"), ("size: 3", "--size")]:
+    for content, message in [
+        ("- a\n- b\n", "holds no options"),
+        ("a: [", "cannot be read"),
+        ("size: 3", "unknown option size: see --help"),
+    ]:
         (tmp_path / "x.yaml").write_text(content)
         with pytest.raises(ValueError, match=message) as caught:
             parse_config(["--config", str(tmp_path / "x.yaml"), "--dataset", "digits"])

@@ -5,6 +5,10 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Image, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from PIL.Image import registered_extensions
+
+# Folders of these names at the top are splits; all other folders are classes.
+SPLITS = ("train", "validation", "test")
 
 # In this order: what image columns are mostly called.
 USUAL_COLUMNS = ("image", "img", "images", "pixel_values", "picture")
@@ -67,7 +71,9 @@ def _load(name: str) -> DatasetDict:
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"dataset {name!r} is not allowed: of files, only parquet is")
     try:
-        return load_dataset("parquet", data_files={"train": name}) if path.is_file() else load_dataset(name)
+        if path.is_file():
+            return load_dataset("parquet", data_files={"train": name})
+        return _load_folder(path) if path.is_dir() else load_dataset(name)
     except FileNotFoundError as error:
         what = "is empty: the folder holds no image" if path.is_dir() else "is neither a folder here nor on the Hub"
         raise ValueError(f"dataset {name!r} {what}") from error
@@ -76,6 +82,17 @@ def _load(name: str) -> DatasetDict:
     except (DatasetGenerationError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"dataset {name!r} cannot be read: {reason}") from error
+
+
+def _load_folder(path: Path) -> DatasetDict:
+    """Loads a folder; left to itself, `datasets` takes class folders such as testing_cats/ for splits."""
+    if any(path.rglob("*.parquet")):
+        return load_dataset(str(path))
+    if not any(file.suffix.lower() in registered_extensions() for file in path.rglob("*")):
+        raise FileNotFoundError
+    splits = [name for name in SPLITS if (path / name).is_dir()]
+    files = {name: str(path / name / "**") for name in splits} or {"train": str(path / "**")}
+    return load_dataset("imagefolder", data_files=files)
 
 
 def _described(dataset: Dataset) -> str:

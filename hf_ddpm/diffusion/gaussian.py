@@ -28,36 +28,29 @@ class GaussianDiffusion:
     the whole batch (no tensor is made, no device waits) or as an int64 tensor with one entry an image.
 
     Args:
-        betas: The variances :math:`\beta_t` in (0, 1] of the whole process, shape `(T,)`.
-        timesteps: The steps of the whole process that this one keeps, in any order; all by default. The remaining
-            process has :math:`\beta'_i = 1 - \bar\alpha_{\tau_i} / \bar\alpha_{\tau_{i-1}}`, so that it visits the
-            same marginals (Nichol & Dhariwal 2021, Eq. 19).
+        betas: The variances :math:`\beta_t` in (0, 1], shape `(T,)`.
 
     Attributes:
-        timesteps: What the network is shown at index `t`: steps of the whole process, ascending int64.
         betas: :math:`\beta_t`.
         alphas_cumprod: :math:`\bar\alpha_t = \prod_{s \le t} (1 - \beta_s)`.
+        timesteps: What the network is shown at index `t`, int64; `t` itself unless the process is respaced.
 
     Raises:
-        ValueError: If a variance lies outside (0, 1], or a timestep outside [0, T) or stands twice.
+        ValueError: If a variance lies outside (0, 1].
     """
 
-    def __init__(self, betas: Tensor | Sequence[float], timesteps: Sequence[int] | None = None):
-        whole = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
-        if whole.ndim != 1 or len(whole) == 0 or not bool(((whole > 0) & (whole <= 1)).all()):
-            raise ValueError("betas are not allowed: a non-empty sequence of variances in (0, 1] is")
-        kept = sorted(range(len(whole)) if timesteps is None else timesteps)
-        if not kept or len(set(kept)) < len(kept) or not 0 <= kept[0] <= kept[-1] < len(whole):
-            raise ValueError(f"timesteps={kept} are not allowed: distinct steps in [0, {len(whole)}) are")
+    def __init__(self, betas: Tensor | Sequence[float]):
+        self.betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        if self.betas.ndim != 1 or len(self.betas) == 0 or not bool(((self.betas > 0) & (self.betas <= 1)).all()):
+            raise ValueError("betas must be a sequence of variances in (0, 1]")
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
+        self.timesteps = torch.arange(len(self.betas))
 
-        self.timesteps = torch.tensor(kept)
-        self.alphas_cumprod = torch.cumprod(1 - whole, dim=0)[self.timesteps]
         before = shift_right(self.alphas_cumprod)
-        self.betas = whole if timesteps is None else 1 - self.alphas_cumprod / before
         posterior_var = self.betas * (1 - before) / (1 - self.alphas_cumprod)
         # The posterior of the first step is a point. Its log-variance would be -inf: the paper's likelihood takes
         # that of the second step instead, and for both choices of the variance.
-        first = posterior_var[1:2] if len(kept) > 1 else self.betas[:1]
+        first = posterior_var[1:2] if len(self) > 1 else self.betas
         self._tables = {
             "signal": self.alphas_cumprod.sqrt(),
             "noise": (1 - self.alphas_cumprod).sqrt(),
@@ -72,12 +65,32 @@ class GaussianDiffusion:
 
     def __len__(self) -> int:
         """Returns the number of steps of this process."""
-        return len(self.timesteps)
+        return len(self.betas)
 
     def respaced(self, timesteps: Sequence[int]) -> "GaussianDiffusion":
-        """Returns the process that visits only these of its steps: fewer steps, same marginals, same network."""
-        process = GaussianDiffusion(self.betas, timesteps)
-        process.timesteps = self.timesteps[process.timesteps]
+        r"""Returns the process that visits only some of the steps: the same marginals, and the same network.
+
+        Its variances are :math:`\beta'_i = 1 - \bar\alpha_{\tau_i} / \bar\alpha_{\tau_{i-1}}`
+        (Nichol & Dhariwal 2021, Eq. 19).
+
+        Args:
+            timesteps: The steps :math:`\tau_i` to keep, distinct, in any order.
+
+        Returns:
+            The process, shorter; its `timesteps` tell what the network is to be shown.
+
+        Raises:
+            ValueError: If a step lies outside [0, T) or stands twice.
+        """
+        kept = sorted(timesteps)
+        for t in kept:
+            if not 0 <= t < len(self):
+                raise ValueError(f"timesteps hold {t}, which is not in [0, {len(self)})")
+        if not kept or len(set(kept)) < len(kept):
+            raise ValueError(f"timesteps must be distinct steps, at least one: {kept}")
+        alphas_cumprod = self.alphas_cumprod[kept]
+        process = GaussianDiffusion(1 - alphas_cumprod / shift_right(alphas_cumprod))
+        process.timesteps = self.timesteps[kept]
         return process
 
     def q_sample(self, x_start: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
@@ -255,7 +268,7 @@ class GaussianDiffusion:
         table = self._tables[name]
         if not isinstance(t, Tensor):
             if not 0 <= t < len(table):
-                raise ValueError(f"t={t} is not allowed: a step in [0, {len(table)}) is")
+                raise ValueError(f"t={t} is not in [0, {len(table)})")
             return table[t].item()
         # Low-precision images meet float32 coefficients and so promote to float32: in bfloat16 the coefficients of
         # the first steps would round to "no noise at all".

@@ -4,7 +4,6 @@ Time is 0-based everywhere in this package: index `t` is the paper's :math:`t + 
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ def beta_schedule(
     - `linear`: from `beta_start` to `beta_end` in equal steps (Ho et al. 2020, Section 4).
     - `scaled_linear`, or `quad` in the paper's code: the same for :math:`\sqrt{\beta_t}`.
     - `const`: `beta_end` throughout.
-    - `squaredcos_cap_v2`: the cosine schedule (Nichol & Dhariwal 2021, Eq. 17), which knows no range.
+    - `squaredcos_cap_v2`: the cosine schedule (Nichol & Dhariwal 2021, Eq. 17), capped at 0.999; it knows no range.
     - `sigmoid`: a logistic curve between the two ends (Xu et al. 2022).
 
     Args:
@@ -44,34 +43,13 @@ def beta_schedule(
     if name in ("scaled_linear", "quad"):
         return torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
     if name == "squaredcos_cap_v2":
-        return betas_for_alpha_bar(num_timesteps, cosine_alpha_bar)
+        u = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
+        alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     if name == "sigmoid":
         ramp = torch.sigmoid(torch.linspace(-6, 6, num_timesteps, dtype=torch.float64))
         return beta_start + (beta_end - beta_start) * ramp
     raise ValueError(f"beta_schedule={name!r} is not allowed: one of {', '.join(BETA_SCHEDULES)}")
-
-
-def cosine_alpha_bar(u: float) -> float:
-    r"""Returns :math:`\cos^2\left(\frac{u + 0.008}{1.008} \frac{\pi}{2}\right)` at the time fraction `u` in [0, 1]."""
-    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-
-
-def betas_for_alpha_bar(num_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999) -> Tensor:
-    r"""Discretizes a continuous :math:`\bar\alpha(u)`, :math:`u \in [0, 1]`, into variances.
-
-    .. math:: \beta_t = \min\left(1 - \frac{\bar\alpha((t + 1) / T)}{\bar\alpha(t / T)}, \beta_\max\right)
-
-    Args:
-        num_timesteps: Number :math:`T` of diffusion steps.
-        alpha_bar: The signal variance that is left at a time fraction; decreasing.
-        max_beta: Cap that keeps the last step from destroying the signal altogether.
-
-    Returns:
-        The variances, float64, shape `(num_timesteps,)`.
-    """
-    ends = [alpha_bar(t / num_timesteps) for t in range(num_timesteps + 1)]
-    betas = [min(1 - after / before, max_beta) for before, after in zip(ends[:-1], ends[1:], strict=True)]
-    return torch.tensor(betas, dtype=torch.float64)
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:

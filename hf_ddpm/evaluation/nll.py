@@ -19,9 +19,7 @@ from hf_ddpm.diffusion.gaussian import split_output
 from hf_ddpm.diffusion.likelihood import bound_nats, prior_nats
 from hf_ddpm.images import to_signed
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
-from hf_ddpm.seeds import generator
-
-STEPS, NOISE = range(2)
+from hf_ddpm.seeds import BOUND_NOISE, BOUND_STEPS, generator
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ def _pairs(ids: Sequence[int], seed: int, total: int, per_image: int) -> Iterato
         yield i, 0, 1.0
         # One step in each of equal stretches of 1 .. total - 1; all steps if a stretch holds one.
         width = (total - 1) / (per_image - 1)
-        offsets = torch.rand(per_image - 1, generator=generator(seed, STEPS, i), dtype=torch.float64)
+        offsets = torch.rand(per_image - 1, generator=generator(seed, BOUND_STEPS, i), dtype=torch.float64)
         for stretch, offset in enumerate(offsets.tolist()):
             step = stretch if per_image == total else min(int((stretch + offset) * width), total - 2)
             yield i, 1 + step, width
@@ -166,4 +164,4 @@ def _batches(items: Iterator[tuple], size: int) -> Iterator[list[tuple]]:
 
 
 def _noise(seed: int, image: int, step: int, shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=generator(seed, NOISE, image, step))
+    return torch.randn(shape, generator=generator(seed, BOUND_NOISE, image, step))

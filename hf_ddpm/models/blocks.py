@@ -5,6 +5,7 @@ is that of its U-Net: the same seed gives the same weights, and `parameters()` t
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,8 +120,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `(B, C, H, W)` to `(B, C, H/2, W/2)`."""
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Maps `(B, C, H, W)` to `(B, C, H/2, W/2)`, whatever the time."""
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.conv.padding == (0, 0) else x)
 
 
@@ -131,8 +132,8 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `(B, C, H, W)` to `(B, C, 2H, 2W)`."""
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Maps `(B, C, H, W)` to `(B, C, 2H, 2W)`, whatever the time."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -143,15 +144,14 @@ class Stage(nn.Module):
 
     def __init__(self, resnets: list[ResnetBlock], attentions: list[Attention]):
         super().__init__()
-        # Attentions are registered first, and only where there are any: see the head of this file.
-        if attentions:
-            self.attentions = nn.ModuleList(attentions)
+        # Attentions are registered first: see the head of this file.
+        self.attentions = nn.ModuleList(attentions)
         self.resnets = nn.ModuleList(resnets)
         self.gradient_checkpointing = False
 
     def attend(self, i: int, x: Tensor) -> Tensor:
         """Applies the attention behind residual block `i`, if this stage has one."""
-        return self.attentions[i](x) if hasattr(self, "attentions") else x
+        return self.attentions[i](x) if self.attentions else x
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """Calls a block, forgetting its activations until the backward pass if gradient checkpointing is on."""
@@ -184,7 +184,7 @@ class DownStage(Stage):
         padding: int,
         groups: int,
         eps: float,
-        **resnet: float,
+        **resnet: Any,
     ):
         resnets, attentions = [], []
         for i in range(layers):
@@ -193,12 +193,13 @@ class DownStage(Stage):
             if head_dim is not None:
                 attentions.append(Attention(out_channels, head_dim=head_dim, groups=groups, eps=eps))
         super().__init__(resnets, attentions)
+        self.downsamplers = nn.ModuleList()
         if downsample == "conv":
-            self.downsamplers = nn.ModuleList([Downsample(out_channels, padding)])
+            self.downsamplers.append(Downsample(out_channels, padding))
         elif downsample == "resnet":
             pool = nn.AvgPool2d(2)
             block = ResnetBlock(out_channels, out_channels, groups=groups, eps=eps, resample=pool, **resnet)
-            self.downsamplers = nn.ModuleList([block])
+            self.downsamplers.append(block)
 
     def forward(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """Maps `(B, C, H, W)` to every feature map on the way, for the skips; the last one goes on down."""
@@ -206,8 +207,8 @@ class DownStage(Stage):
         for i, resnet in enumerate(self.resnets):
             x = self.attend(i, self.run(resnet, x, emb))
             skips.append(x)
-        for downsampler in getattr(self, "downsamplers", []):
-            skips.append(downsampler(x, emb) if isinstance(downsampler, ResnetBlock) else downsampler(x))
+        for downsampler in self.downsamplers:
+            skips.append(downsampler(x, emb))
         return skips
 
 
@@ -229,7 +230,7 @@ class MidStage(Stage):
         attn_groups: int | None,
         eps: float,
         scale: float,
-        **resnet: float,
+        **resnet: Any,
     ):
         first = ResnetBlock(channels, channels, eps=eps, scale=scale, **resnet)
         attentions = []
@@ -265,7 +266,7 @@ class UpStage(Stage):
         upsample: str | None,
         groups: int,
         eps: float,
-        **resnet: float,
+        **resnet: Any,
     ):
         resnets, attentions = [], []
         for i, skip in enumerate(skip_channels):
@@ -274,20 +275,21 @@ class UpStage(Stage):
             if head_dim is not None:
                 attentions.append(Attention(out_channels, head_dim=head_dim, groups=groups, eps=eps))
         super().__init__(resnets, attentions)
+        self.upsamplers = nn.ModuleList()
         if upsample == "conv":
-            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+            self.upsamplers.append(Upsample(out_channels))
         elif upsample == "resnet":
             repeat = nn.Upsample(scale_factor=2.0, mode="nearest")
             block = ResnetBlock(out_channels, out_channels, groups=groups, eps=eps, resample=repeat, **resnet)
-            self.upsamplers = nn.ModuleList([block])
+            self.upsamplers.append(block)
 
     def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
         """Maps `(B, C, H, W)` upwards; takes its skips off the end of the list."""
         for i, resnet in enumerate(self.resnets):
             x = torch.cat([x, skips.pop()], dim=1)
             x = self.attend(i, self.run(resnet, x, emb))
-        for upsampler in getattr(self, "upsamplers", []):
-            x = upsampler(x, emb) if isinstance(upsampler, ResnetBlock) else upsampler(x)
+        for upsampler in self.upsamplers:
+            x = upsampler(x, emb)
         return x
 
 

@@ -42,7 +42,7 @@ class UNet2DModel(ModelMixin, ConfigMixin):
         downsample_type: `conv` or, where there is attention, `resnet`.
         upsample_type: `conv` or, where there is attention, `resnet`.
         dropout: Probability in [0, 1).
-        act_fn: Only `silu`.
+        act_fn: Only `silu`, also called `swish`.
         attention_head_dim: Channels of an attention head; None for one head, as in the paper.
         norm_num_groups: Groups of the normalizations.
         attn_norm_num_groups: Those of the attention in the middle.
@@ -104,8 +104,8 @@ class UNet2DModel(ModelMixin, ConfigMixin):
             "scale_shift": resnet_time_scale_shift == "scale_shift",
         }
 
-        def head_dim(block_type: str, width: int) -> int | None:
-            return (attention_head_dim or width) if block_type.startswith("Attn") else None
+        def head_dim(attends: bool, width: int) -> int | None:
+            return (attention_head_dim or width) if attends else None
 
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], time_dim)
@@ -116,12 +116,13 @@ class UNet2DModel(ModelMixin, ConfigMixin):
         skip_channels = [channels[0]]
         last = len(channels) - 1
         for i, (block_type, width) in enumerate(zip(down_block_types, channels, strict=True)):
-            resample = downsample_type if block_type.startswith("Attn") else "conv"
+            attends = block_type.startswith("Attn")
+            resample = downsample_type if attends else "conv"
             stage = DownStage(
                 channels[max(i - 1, 0)],
                 width,
                 layers=layers_per_block,
-                head_dim=head_dim(block_type, width),
+                head_dim=head_dim(attends, width),
                 downsample=resample if i < last else None,
                 padding=downsample_padding,
                 **resnet,
@@ -134,19 +135,20 @@ class UNet2DModel(ModelMixin, ConfigMixin):
             attn_groups = norm_num_groups if resnet_time_scale_shift == "default" else None
             self.mid_block = MidStage(
                 channels[-1],
-                head_dim=head_dim("Attn" if add_attention else "", channels[-1]),
+                head_dim=head_dim(add_attention, channels[-1]),
                 attn_groups=attn_norm_num_groups or attn_groups,
                 scale=mid_block_scale_factor,
                 **resnet,
             )
 
         for i, (block_type, width) in enumerate(zip(up_block_types, reversed(channels), strict=True)):
-            resample = upsample_type if block_type.startswith("Attn") else "conv"
+            attends = block_type.startswith("Attn")
+            resample = upsample_type if attends else "conv"
             stage = UpStage(
                 channels[min(last - i + 1, last)],
                 width,
                 skip_channels=[skip_channels.pop() for _ in range(layers_per_block + 1)],
-                head_dim=head_dim(block_type, width),
+                head_dim=head_dim(attends, width),
                 upsample=resample if i < last else None,
                 **resnet,
             )
@@ -243,7 +245,7 @@ class UNet2DModel(ModelMixin, ConfigMixin):
             "downsample_padding": (0, 1),
             "downsample_type": ("conv", "resnet"),
             "upsample_type": ("conv", "resnet"),
-            "act_fn": ("silu",),
+            "act_fn": ("silu", "swish"),
             "resnet_time_scale_shift": ("default", "scale_shift"),
             "class_embed_type": (None,),
         }

@@ -79,9 +79,7 @@ class DDPMPipeline(DiffusionPipeline):
         shape = self._image_shape(batch_size)
         self._check_arguments(shape, generator, output_type, latents, callback_on_step_end_tensor_inputs)
         device = self._execution_device
-        unet = self.unet
-        was_training = unet.training
-        unet.eval()  # dropout is for training
+        unet, was_training = self.unet, self.unet.training
 
         # The chain stays in float32; only the network works in its own dtype.
         if latents is None:
@@ -91,9 +89,10 @@ class DDPMPipeline(DiffusionPipeline):
         noise_source = self._noise_source(generator)
         takes_variance = isinstance(self.scheduler, DDPMScheduler | diffusers.DDPMScheduler)
         if class_labels is not None:
-            class_labels = class_labels.to(device)
+            class_labels = torch.as_tensor(class_labels, device=device)
 
         try:
+            unet.eval()  # dropout is for training
             for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
                 x_in = self.scheduler.scale_model_input(x_t, t).to(unet.dtype)
                 prediction = unet(x_in, t, class_labels=class_labels).sample.float()
@@ -107,9 +106,9 @@ class DDPMPipeline(DiffusionPipeline):
                     x_t = (callback_on_step_end(self, i, t, wanted) or {}).get("latents", x_t)
         finally:
             unet.train(was_training)
+            self.maybe_free_model_hooks()
 
         images = {"pil": _as_pil, "np": _as_numpy, "pt": to_unit}[output_type](x_t)
-        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @classmethod

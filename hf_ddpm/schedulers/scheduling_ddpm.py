@@ -83,7 +83,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if rescale_betas_zero_snr and prediction_type == "epsilon":
             raise ValueError("rescale_betas_zero_snr=True is not allowed with prediction_type='epsilon': x_T is noise")
         if trained_betas is not None:
-            betas = torch.as_tensor(np.asarray(trained_betas), dtype=torch.float64)
+            betas = torch.as_tensor(trained_betas, dtype=torch.float64)
+            self.register_to_config(trained_betas=betas.tolist())
         else:
             betas = named_beta_schedule(beta_schedule, num_train_timesteps, beta_start, beta_end)
         if len(betas) != num_train_timesteps:
@@ -129,13 +130,13 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("set_timesteps takes either num_inference_steps or timesteps")
         if timesteps is None:
-            if not 1 <= num_inference_steps <= len(self):
+            if not 1 <= num_inference_steps <= len(self) or num_inference_steps != int(num_inference_steps):
                 raise ValueError(f"num_inference_steps={num_inference_steps} is not allowed: 1 to {len(self)}")
-            steps = self._spaced(num_inference_steps)
+            steps = self._spaced(int(num_inference_steps))
         else:
             steps = [int(t) for t in timesteps]
             if not steps or any(after >= before for before, after in zip(steps[:-1], steps[1:], strict=True)):
-                raise ValueError(f"timesteps={steps} are not allowed: descending steps are")
+                raise ValueError(f"timesteps must be descending, at least one: {steps}")
         self._set_chain(steps, device)
         self.num_inference_steps = num_inference_steps
         self.custom_timesteps = timesteps is not None
@@ -179,9 +180,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
                 f"model_output of shape {tuple(model_output.shape)} does not fit sample of shape {tuple(sample.shape)} "
                 f"with variance_type={self.variance_type!r}"
             )
-        t = self._index_of.get(int(timestep))
-        if t is None:
-            raise ValueError(f"timestep={int(timestep)} is not one of the {len(self.timesteps)} that were set")
+        t = self._index(timestep)
         x_t = _at_least_float32(sample)
         prediction, variance_output = split_output(_at_least_float32(model_output), sample.shape[1])
 
@@ -219,8 +218,15 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def previous_timestep(self, timestep: int | Tensor) -> int:
         """Returns the step that `step` goes to from `timestep`; -1 from the last one."""
-        index = self._index_of[int(timestep)]
+        index = self._index(timestep)
         return int(self._chain.timesteps[index - 1]) if index > 0 else -1
+
+    def _index(self, timestep: int | Tensor) -> int:
+        """Returns the place of a timestep in the chain, counted from its end."""
+        index = self._index_of.get(float(timestep))
+        if index is None:
+            raise ValueError(f"timestep={float(timestep):g} is not one of the {len(self.timesteps)} that were set")
+        return index
 
     def _spaced(self, count: int) -> list[int]:
         """Returns `count` steps, descending, as Lin et al. 2023, Table 2 name and space them."""
@@ -230,7 +236,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         elif self.config.timestep_spacing == "leading":
             steps = np.arange(count)[::-1] * (total // count) + self.config.steps_offset
         else:
-            steps = np.round(np.arange(total, 0, -total / count)) - 1
+            # Cut to length: rounding makes the range one too long for counts such as 61.
+            steps = np.round(np.arange(total, 0, -total / count))[:count] - 1
         return [int(t) for t in steps]
 
     def _set_chain(self, descending: list[int], device: str | torch.device | None) -> None:

@@ -15,10 +15,10 @@ from hf_ddpm.images import to_signed
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
-from hf_ddpm.seeds import derived_seed
+from hf_ddpm.seeds import DROPOUT, derived_seed
 from hf_ddpm.training.ema import EMA
 from hf_ddpm.training.optimization import learning_rate
-from hf_ddpm.training.randomness import DROPOUT, batch_indices, draw
+from hf_ddpm.training.randomness import batch_indices, draw
 from hf_ddpm.training.signals import StopSignal
 
 
@@ -50,6 +50,16 @@ class Run:
         """Images an optimizer step, over all processes."""
         training = self.config.training
         return training.train_batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def check_finite(self) -> None:
+        """Raises a `FloatingPointError` if the run has diverged: before its weights are saved over sound ones."""
+        norms = torch._foreach_norm([parameter.detach() for parameter in self.unet.parameters()])
+        if not bool(torch.stack([self.loss, *norms]).isfinite().all()):
+            rate = self.optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(
+                f"loss {self.loss.item():g} and gradient norm {float(self.grad_norm):g} at step {self.step}, learning "
+                f"rate {rate:g}: the weights are no longer finite; checkpoints that are there are from before"
+            )
 
     def pipeline(self) -> DDPMPipeline:
         """Returns the pipeline of the averaged weights."""
@@ -126,8 +136,10 @@ def train(run: Run, images: ImageStore, callbacks: Sequence[Callback] = ()) -> N
                 callback.on_step(run)
             is_done = run.step == config.max_train_steps or run.stopped_by is not None
             if is_done or run.step % config.checkpointing_steps == 0:
+                run.check_finite()
                 for callback in callbacks:
                     callback.on_checkpoint(run)
         if run.stopped_by is None:
+            stop.interrupt_at_once()
             for callback in callbacks:
                 callback.on_end(run)

@@ -51,9 +51,7 @@ class Progress(Callback):
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         self._bar.set_postfix_str(f"loss {loss:.4f}, {line['images_per_second']:.0f} images/s")
-        if loss != loss or loss == float("inf"):
-            raise FloatingPointError(f"loss={loss} between step {run.step - len(self._losses)} and {run.step}, at "
-                                     f"learning rate {line['learning_rate']:g}")  # fmt: skip
+        run.check_finite()
         self._restart(run)
 
         if run.step == training.max_train_steps or run.stopped_by is not None:

@@ -11,10 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hf_ddpm.seeds import generator
-
-# Purposes of the numbers drawn from one seed.
-ORDER, DIFFUSION, DROPOUT, INITIALIZATION = range(4)
+from hf_ddpm.seeds import DIFFUSION, ORDER, generator
 
 
 def batch_indices(seed: int, step: int, batch: int, size: int) -> Tensor:

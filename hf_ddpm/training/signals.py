@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 
 class StopSignal:
-    """While entered, notes SIGTERM and SIGINT instead of dying of them; a second SIGINT kills as usual.
+    """While entered, notes SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts as usual.
 
     Args:
         accelerator: Tells which processes must agree.
@@ -17,6 +17,7 @@ class StopSignal:
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self._number = 0
+        self._at_once = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -38,7 +39,13 @@ class StopSignal:
             number = int(self._accelerator.gather(mine).max())
         return number or None
 
+    def interrupt_at_once(self) -> None:
+        """From here on, when nothing is left to save, a signal is a `KeyboardInterrupt`."""
+        self._at_once = True
+        if self._number:
+            raise KeyboardInterrupt
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._number and number == signal.SIGINT:
+        if self._at_once or (self._number and number == signal.SIGINT):
             raise KeyboardInterrupt
         self._number = number

@@ -8,21 +8,24 @@ newest folder that its manifest confirms.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_ddpm.training.loop import Callback, Run
 
-# Options that may differ between the sessions of a run: they change what is kept and shown, not what is computed.
+# Options that may differ between the sessions of a run: they change what is kept and shown, and how a global batch is
+# divided, not what is computed. (The length of a run is part of a learning rate that falls towards its end.)
 FREE_OPTIONS = {
     "output_dir", "max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints", "resume",
-    "sample_steps", "num_samples", "num_inference_steps",
+    "train_batch_size", "gradient_accumulation_steps", "sample_steps", "num_samples", "num_inference_steps",
 }  # fmt: skip
 
 
@@ -124,9 +127,37 @@ def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
     return None, []
 
 
+def set_aside(folder: Path, step: int) -> None:
+    """Clears a checkpoint folder for a run that goes on from `step`.
+
+    Later checkpoints, which are damaged or which the user went back behind, are renamed to `undone-*`: they must
+    neither be resumed from nor push out the new ones. What a kill left half written or half removed goes.
+    """
+    for leftover in [*folder.glob(".step-*.partial"), *folder.glob(".trash-*")]:
+        shutil.rmtree(leftover)
+    for path in checkpoints(folder):
+        if int(path.name.removeprefix("step-")) > step:
+            undone = path.with_name(f"undone-{path.name}")
+            if undone.exists():
+                shutil.rmtree(undone)
+            path.rename(undone)
+
+
+@contextmanager
+def sole_run(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder, with a `ValueError` for it."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"output_dir={str(folder)!r} is in use by another run") from None
+    with lock:
+        yield
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Returns the checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name) and path.is_dir())
 
 
 def find_damage(path: Path) -> str | None:
@@ -154,6 +185,9 @@ def status_file(path: Path, run: Run) -> Iterator[None]:
     write("running")
     try:
         yield
+    except KeyboardInterrupt:
+        write("preempted")
+        raise
     except BaseException as error:
         write("failed", error=f"{type(error).__name__}: {error}")
         raise
@@ -162,10 +196,7 @@ def status_file(path: Path, run: Run) -> Iterator[None]:
 
 def _check_same_run(run: Run, state: dict[str, Any], path: Path) -> None:
     now, then = run.config.to_dict(), state["config"]
-    # How a global batch is divided does not matter, only its size.
-    free = FREE_OPTIONS | {"train_batch_size", "gradient_accumulation_steps"}
-    if now["lr_schedule"] != "constant":
-        free = free - {"max_train_steps"}
+    free = FREE_OPTIONS if now["lr_schedule"] == "constant" else FREE_OPTIONS - {"max_train_steps"}
     changed = [f"{k}={now[k]!r} (was {then.get(k)!r})" for k in now if k not in free and now[k] != then.get(k)]
     if run.global_batch_size != state["global_batch_size"]:
         changed.append(f"images a step: {run.global_batch_size} (was {state['global_batch_size']})")

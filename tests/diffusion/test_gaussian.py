@@ -128,7 +128,7 @@ def test_respacing_keeps_the_marginals_and_tells_the_network_the_original_step()
     whole = GaussianDiffusion(BETAS)
     some = whole.respaced(list(reversed(SUBSET)))
     assert some.timesteps.tolist() == SUBSET
-    torch.testing.assert_close(some.alphas_cumprod, ALPHA_BARS[SUBSET], rtol=0, atol=0)
+    torch.testing.assert_close(some.alphas_cumprod, ALPHA_BARS[SUBSET], rtol=1e-11, atol=0)
     torch.testing.assert_close(torch.cumprod(1 - some.betas, 0), ALPHA_BARS[SUBSET], rtol=1e-12, atol=0)
     assert some.respaced([1, 4]).timesteps.tolist() == [3, 400]
     torch.testing.assert_close(whole.respaced(range(T)).betas, BETAS, rtol=1e-9, atol=1e-14)

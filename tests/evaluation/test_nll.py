@@ -7,8 +7,8 @@ import torch
 
 from hf_ddpm import DDPMScheduler, UNet2DModel
 from hf_ddpm.data.store import load_images
-from hf_ddpm.evaluation.nll import NOISE, variational_bound
-from hf_ddpm.seeds import generator
+from hf_ddpm.evaluation.nll import Bound, variational_bound
+from hf_ddpm.seeds import BOUND_NOISE, generator
 from tests.conftest import TINY_UNET, load_script
 
 SEED = 3
@@ -39,8 +39,8 @@ def independent_bound(unet, levels_of_images, variance_type, images, total):
     for number, levels in zip(images, levels_of_images, strict=True):
         x0 = levels.astype(np.float64) / 8 - 1  # level 0..16 on [-1, 1]
         shape = (1, *x0.shape)
-        eps = np.concatenate([torch.randn(shape[1:], generator=generator(SEED, NOISE, number, t)).double().numpy()[None]
-                              for t in range(total)])  # fmt: skip
+        draws = [torch.randn(shape[1:], generator=generator(SEED, BOUND_NOISE, number, t)) for t in range(total)]
+        eps = torch.stack(draws).double().numpy()
         root, noise = (np.sqrt(v).reshape(-1, 1, 1, 1) for v in (bars, 1 - bars))
         xt = root * x0 + noise * eps
         with torch.no_grad():
@@ -101,9 +101,8 @@ def test_the_bound_depends_neither_on_batches_nor_on_processes(small, digits):
     alone = bound(small, digits, range(10)).report()
     batches = bound(small, digits, range(10), batch_size=7).report()
     parts = [bound(small, digits, range(10)[rank::3]) for rank in range(3)]
-    together = type(parts[0])(
-        *(sum(values) for values in zip(*(vars(p).values() for p in parts), strict=True))
-    ).report()
+    sums = [sum(values) for values in zip(*(vars(part).values() for part in parts), strict=True)]
+    together = Bound(*sums).report()
     for other in (batches, together):
         np.testing.assert_allclose(other["terms_bpd"], alone["terms_bpd"], rtol=1e-5)
         assert other["num_images"] == 10

@@ -1,0 +1,59 @@
+"""From options to a run at step 0."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+
+from hf_ddpm.config import Config
+from hf_ddpm.diffusion.losses import Objective
+from hf_ddpm.launch import use_own_cores
+from hf_ddpm.models.initialization import initialize_like_paper
+from hf_ddpm.models.unet_2d import UNet2DModel
+from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+from hf_ddpm.seeds import INITIALIZATION, derived_seed
+from hf_ddpm.training.ema import EMA
+from hf_ddpm.training.loop import Run
+from hf_ddpm.training.optimization import adam
+
+
+def start_accelerator(config: Config) -> Accelerator:
+    """Returns the accelerator.
+
+    Raises:
+        ValueError: If the launcher was told otherwise than the options, which decide, or its processes do not see each
+            other.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", config.training.mixed_precision):
+        raise ValueError(f"mixed_precision={config.training.mixed_precision!r}, but the launcher says {launched!r}")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.training.mixed_precision)
+    use_own_cores()
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError("give gradient_accumulation_steps to the script, not to the launcher")
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != asked:
+        raise ValueError(f"{asked} processes were launched, but they do not see each other")
+    return accelerator
+
+
+def build_run(config: Config, accelerator: Accelerator) -> Run:
+    """Returns a run at step 0; its initial weights depend on the seed alone."""
+    torch.manual_seed(derived_seed(config.training.seed, INITIALIZATION))
+    unet = UNet2DModel(**config.unet())
+    initialize_like_paper(unet)
+    unet.to(accelerator.device)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        unet=unet,
+        ema=EMA(unet, config.training.ema_decay, config.training.ema_warmup),
+        optimizer=adam(unet, config.training),
+        scheduler=DDPMScheduler(**config.scheduler()),
+        objective=Objective(
+            config.training.objective,
+            prediction_type=config.diffusion.prediction_type,
+            variance_type=config.diffusion.variance_type,
+            levels=config.data.levels,
+        ),
+    )
