@@ -29,6 +29,7 @@ def sample_images(
     seed: int,
     num_inference_steps: int,
     batch_size: int,
+    eta: float = 0.0,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[int, Tensor]]:
     """Generates images by their numbers.
@@ -39,6 +40,7 @@ def sample_images(
         seed: Which infinite row of images the numbers count.
         num_inference_steps: Steps of the reverse process.
         batch_size: Images at a time.
+        eta: Noise of a DDIM scheduler, in [0, 1].
         device: Where noise is drawn; the numbers drawn differ between kinds of devices.
 
     Yields:
@@ -51,5 +53,6 @@ def sample_images(
             generator=[generator(seed, SAMPLES, i, device=device) for i in chunk],
             num_inference_steps=num_inference_steps,
             output_type="pt",
+            eta=eta,
         ).images
         yield from zip(chunk, to_bytes(unit).cpu(), strict=True)

@@ -32,6 +32,7 @@ class SampleConfig:
     seed: int = option("which infinite row of images to take them from", 0)
     num_inference_steps: int = option("steps of the reverse process", 1000)
     scheduler: Literal["ddpm", "ddim", "dpmsolver++"] = option("how to walk the reverse process", "ddpm")
+    eta: float = option("noise of ddim, from 0 for none to 1 for that of ddpm", 0.0)
     batch_size: int = option("images at a time and process", 64)
 
     def __post_init__(self) -> None:
@@ -39,6 +40,8 @@ class SampleConfig:
         for name in ("num_images", "batch_size", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: at least 1")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta} is not allowed: in [0, 1]")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} is not allowed: at least 0")
 
@@ -65,6 +68,7 @@ def main(argv: list[str]) -> int:
             seed=config.seed,
             num_inference_steps=config.num_inference_steps,
             batch_size=config.batch_size,
+            eta=config.eta,
             device=state.device,
         ):
             save_picture(to_pil(image[None])[0], folder / f"{number:05d}.png")

@@ -17,6 +17,34 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(tmp_pa
     assert config.data.dataset == "digits"
 
 
+def test_yaml_values_are_read_as_they_are_written(tmp_path):
+    # YAML itself takes no for False and null for nothing; here null undoes the preset's value.
+    file = tmp_path / "x.yaml"
+    file.write_text("mixed_precision: no\nhorizontal_flip: no\nattention_resolutions: [8, 4]\nnum_samples: null\n")
+    config = parse_config(["--preset", "cifar10", "--dataset", "digits", "--resolution", "8", "--config", str(file)])
+    assert config.training.mixed_precision == "no" and config.data.horizontal_flip is False
+    assert config.model.attention_resolutions == [8, 4]
+    assert config.training.num_samples == 64
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("seed: [1, 2]", r"seed=\['1', '2'\] is not allowed: one value"),
+        ("seed: {a: 1}", "seed=.* is not allowed: one value"),
+        ("block_out_channels: 3", "block_out_channels='3' is not allowed: a list with an entry"),
+        ("attention_resolutions: []", r"attention_resolutions=\[\] is not allowed: a list with an entry"),
+        ("preset: cifar10", "unknown option preset"),
+        ("help: 1", "unknown option help"),
+        ("lerning_rate: 1", "unknown option lerning_rate: did you mean learning_rate?"),
+    ],
+)
+def test_yaml_that_is_no_option_is_refused(tmp_path, line, message):
+    (tmp_path / "x.yaml").write_text(line)
+    with pytest.raises(ValueError, match=message):
+        parse_config(["--preset", "digits", "--config", str(tmp_path / "x.yaml")])
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_say_only_what_options_say_and_where_they_come_from(name):
     text = preset_path(name).read_text()
@@ -68,6 +96,11 @@ def test_the_saved_options_make_the_same_run(tmp_path):
         ("--variance_type learnt", "argument --variance_type: invalid choice: 'learnt'"),
         ("--channels 2", "argument --channels: invalid choice: '2'"),
         ("--resolution 9", "resolution=9 is not allowed: multiples of 2, for the U-Net's 1 halvings"),
+        ("--attention_resolutions 3", r"attention_resolutions=\[3\] is not allowed: any of \[8, 4\], or 0 for none"),
+        ("--attention_head_dim 999", "attention_head_dim=999 is not allowed: at most the 64 channels there"),
+        ("--norm_num_groups 0", "norm_num_groups=0 is not allowed: at least 1"),
+        ("--learning_rate inf", "learning_rate=inf is not allowed"),
+        ("--mixed_precision a/--b", "invalid choice: 'a/--b'"),
         ("--norm_num_groups 5", "is not allowed: multiples of norm_num_groups=5"),
         ("--num_inference_steps 2000", "num_inference_steps=2000 is not allowed: at most num_train_timesteps=1000"),
     ],
@@ -89,9 +122,10 @@ def test_files_that_hold_no_options_are_refused(tmp_path):
     for content, message in [
         ("- a\n- b\n", "holds no options"),
         ("a: [", "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
         ("size: 3", "unknown option size: see --help"),
     ]:
-        (tmp_path / "x.yaml").write_text(content)
+        (tmp_path / "x.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(ValueError, match=message) as caught:
             parse_config(["--config", str(tmp_path / "x.yaml"), "--dataset", "digits"])
         assert "\n" not in str(caught.value)

@@ -110,7 +110,8 @@ class Attention(nn.Module):
         )
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         h = self.to_out[0](h).transpose(1, 2).reshape(x.shape)
-        return _divide(x + h, self.scale)
+        # In this order the sum has the memory layout that it has in diffusers: dropout masks are drawn in that order.
+        return _divide(h + x, self.scale)
 
 
 class Downsample(nn.Module):

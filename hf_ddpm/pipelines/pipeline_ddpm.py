@@ -36,7 +36,7 @@ class DDPMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs = ("latents", "pred_original_sample")
+    _callback_tensor_inputs = ("latents", "pred_original_sample", "model_output")
 
     def __init__(self, unet: UNet2DModel | diffusers.UNet2DModel, scheduler: DDPMScheduler | SchedulerMixin):
         super().__init__()
@@ -54,6 +54,8 @@ class DDPMPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[["DDPMPipeline", int, Tensor, dict[str, Tensor]], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         class_labels: Tensor | None = None,
+        timesteps: list[int] | None = None,
+        eta: float = 0.0,
     ) -> ImagePipelineOutput | tuple:
         r"""Samples images (Algorithm 2).
 
@@ -66,9 +68,12 @@ class DDPMPipeline(DiffusionPipeline):
             latents: :math:`x_T` to start from, shape `(batch_size, C, H, W)`; drawn by default.
             callback_on_step_end: Called as `f(pipe, i, t, tensors)` after step `i`; `tensors` holds those asked for,
                 and a returned `latents` takes the place of :math:`x_{t-1}`.
-            callback_on_step_end_tensor_inputs: Any of `latents` (:math:`x_{t-1}`) and `pred_original_sample`
-                (:math:`\hat x_0`, with schedulers that give it).
+            callback_on_step_end_tensor_inputs: Any of `latents` (:math:`x_{t-1}`), `pred_original_sample`
+                (:math:`\hat x_0`, with schedulers that give it) and `model_output`.
             class_labels: Classes, int64, shape `(batch_size,)`, for a conditioned network.
+            timesteps: The steps to take, descending, in place of `num_inference_steps`; with `latents`, a chain may
+                start anywhere.
+            eta: Noise of a DDIM scheduler, from 0 (none) to 1 (that of DDPM); others do not know it.
 
         Returns:
             The images, as `.images` or in a tuple.
@@ -84,9 +89,12 @@ class DDPMPipeline(DiffusionPipeline):
         # The chain stays in float32; only the network works in its own dtype.
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        self.scheduler.set_timesteps(num_inference_steps)
+        if timesteps is None:
+            self.scheduler.set_timesteps(num_inference_steps)
+        else:
+            self.scheduler.set_timesteps(timesteps=timesteps)
         x_t = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
-        noise_source = self._noise_source(generator)
+        step_options = self._step_options(generator, eta)
         takes_variance = isinstance(self.scheduler, DDPMScheduler | diffusers.DDPMScheduler)
         if class_labels is not None:
             class_labels = torch.as_tensor(class_labels, device=device)
@@ -98,10 +106,11 @@ class DDPMPipeline(DiffusionPipeline):
                 prediction = unet(x_in, t, class_labels=class_labels).sample.float()
                 if not takes_variance:
                     prediction, _ = split_output(prediction, x_t.shape[1])
-                output = self.scheduler.step(prediction, t, x_t, **noise_source)
+                output = self.scheduler.step(prediction, t, x_t, **step_options)
                 x_t = output.prev_sample
                 if callback_on_step_end is not None:
-                    tensors = {"latents": x_t, "pred_original_sample": getattr(output, "pred_original_sample", None)}
+                    x_start = getattr(output, "pred_original_sample", None)
+                    tensors = {"latents": x_t, "pred_original_sample": x_start, "model_output": prediction}
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     x_t = (callback_on_step_end(self, i, t, wanted) or {}).get("latents", x_t)
         finally:
@@ -110,6 +119,39 @@ class DDPMPipeline(DiffusionPipeline):
 
         images = {"pil": _as_pil, "np": _as_numpy, "pt": to_unit}[output_type](x_t)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def reconstruct(
+        self,
+        images: Tensor,
+        t: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+    ) -> list | Tensor | Any:
+        r"""Diffuses images to step `t` and takes the reverse process back from there.
+
+        .. math:: x_t \sim q(x_t \mid x_0), \quad \bar x_0 \sim p_\theta(x_0 \mid x_t)
+
+        The later the step the less of an image is kept: near 0 all, near `T` nothing (Section 4.3).
+
+        Args:
+            images: :math:`x_0` in [-1, 1], shape `(B, C, H, W)`.
+            t: Step in [0, T).
+            generator: Source of the noise, in both directions; a list gives each image its own.
+            output_type: As in a call.
+
+        Returns:
+            The reconstructions.
+
+        Raises:
+            ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
+        """
+        if not isinstance(self.scheduler, DDPMScheduler):
+            raise ValueError(f"reconstruct needs a DDPMScheduler, not a {type(self.scheduler).__name__}")
+        x_start = images.to(self._execution_device, torch.float32)
+        noise = randn_tensor(x_start.shape, generator=generator, device=x_start.device, dtype=torch.float32)
+        x_t = self.scheduler.diffusion.q_sample(x_start, t, noise)
+        steps = list(range(t, -1, -1))
+        return self(len(x_t), generator, output_type=output_type, latents=x_t, timesteps=steps).images
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -161,9 +203,10 @@ class DDPMPipeline(DiffusionPipeline):
                 allowed = ", ".join(self._callback_tensor_inputs)
                 raise ValueError(f"callback_on_step_end_tensor_inputs: {name!r} is not allowed: any of {allowed}")
 
-    def _noise_source(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
-        """Returns `generator` for schedulers that take one: some are deterministic."""
-        return {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+    def _step_options(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
+        """Returns what this scheduler's `step` understands: some are deterministic, and few have an eta."""
+        known = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in known}
 
 
 def _as_numpy(signed: Tensor) -> Any:

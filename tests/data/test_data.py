@@ -66,6 +66,38 @@ def test_folders_of_images_and_of_parquet_load_alike(tmp_path):
         np.testing.assert_array_equal(images[torch.arange(4)].numpy(), np.stack(arrays).transpose(0, 3, 1, 2))
 
 
+def test_class_folders_are_classes_whatever_their_names(tmp_path):
+    # datasets would take testing/ for a split, and a text file beside an image for the data.
+    for name in ("testing", "training_set", "other"):
+        write_images(tmp_path / name, count=2)
+    (tmp_path / "notes.txt").write_text("not an image")
+    assert len(load_images(str(tmp_path), resolution=8, channels=3)) == 6
+
+
+def test_folders_named_as_splits_are_splits(tmp_path):
+    write_images(tmp_path / "train" / "cat", count=3)
+    write_images(tmp_path / "test" / "cat", count=2)
+    assert len(load_images(str(tmp_path), resolution=8, channels=3)) == 3
+    assert len(load_images(str(tmp_path), split="test", resolution=8, channels=3)) == 2
+
+
+def test_transparent_pixels_are_white_not_what_is_hidden_behind_them(tmp_path):
+    PILImage.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    rgb = load_images(str(tmp_path), resolution=8, channels=3)[torch.tensor([0])]
+    assert bool((rgb == 255).all())
+    rgba = load_images(str(tmp_path), resolution=8, channels=4)[torch.tensor([0])]
+    assert rgba[0, :, 0, 0].tolist() == [255, 0, 0, 0]
+
+
+def test_palettes_and_cmyk_are_converted(tmp_path):
+    picture = PILImage.new("RGB", (16, 16), (200, 40, 40))
+    picture.convert("P").save(tmp_path / "a.png")
+    picture.convert("CMYK").save(tmp_path / "b.jpg", quality=100)
+    images = load_images(str(tmp_path), resolution=8, channels=3)[torch.arange(2)]
+    expected = torch.tensor([200.0, 40.0, 40.0]).view(1, 3, 1, 1).expand(2, 3, 8, 8)
+    torch.testing.assert_close(images.float(), expected, rtol=0, atol=12)  # the palette is one of 216 colours
+
+
 def test_images_are_fitted_and_converted(tmp_path):
     left, right = np.zeros((16, 12, 3), np.uint8), np.full((16, 12, 3), 255, np.uint8)
     PILImage.fromarray(np.concatenate([left, right], axis=1)).save(tmp_path / "a.png")  # 24 x 16: black, white

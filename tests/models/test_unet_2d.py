@@ -9,6 +9,7 @@ from tests.conftest import TINY_UNET
 
 VARIANTS = {
     "plain": {},
+    "swish": {"act_fn": "swish"},
     "paper": {"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6},
     "heads": {"attention_head_dim": 4},
     "resnet resampling": {
@@ -78,6 +79,15 @@ def test_gradients_are_those_of_diffusers():
         torch.testing.assert_close(mine.grad, stock.grad, rtol=1e-4, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_dropout_is_that_of_diffusers():
+    ours, theirs = pair(dropout=0.5)
+    x, t, outputs = torch.randn(4, 1, 8, 8), torch.tensor([1, 10, 100, 900]), []
+    for network in (ours, theirs):
+        torch.manual_seed(3)
+        outputs.append(network.train()(x, t).sample)
+    torch.testing.assert_close(*outputs, rtol=0, atol=2e-6)
+
+
 def test_the_paper_network_has_its_size_and_the_keys_of_diffusers():
     options = parse_config(["--preset", "cifar10"]).unet()
     with torch.device("meta"):
@@ -121,7 +131,9 @@ def test_the_initialization_of_the_paper_starts_at_zero_and_keeps_variance():
     assert network(torch.randn(2, 1, 8, 8), 5).sample.abs().max() == 0
     weight = network.down_blocks[1].resnets[0].conv1.weight
     assert weight.var().item() == pytest.approx(2 / (32 * 9 + 64 * 9), rel=0.05)
+    assert weight.abs().max().item() == pytest.approx((6 / (32 * 9 + 64 * 9)) ** 0.5, rel=0.01)  # uniform, not normal
     assert network.down_blocks[0].resnets[0].conv2.weight.abs().max() == 0
+    assert network.mid_block.attentions[0].to_out[0].weight.abs().max() == 0
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_unet):

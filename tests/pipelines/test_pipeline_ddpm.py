@@ -54,6 +54,13 @@ def test_sampling_is_in_eval_mode_and_leaves_the_mode_alone(tiny_pipeline):
     torch.testing.assert_close(*images, rtol=0, atol=0)
 
 
+def test_a_refused_call_leaves_the_mode_alone_too(tiny_pipeline):
+    tiny_pipeline.unet.train()
+    with pytest.raises(ValueError):
+        tiny_pipeline(num_inference_steps=5000)
+    assert tiny_pipeline.unet.training
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_networks_sample_and_give_arrays(tiny_pipeline, dtype):
     full = tiny_pipeline(generator=seeded(), num_inference_steps=5, output_type="np").images
@@ -101,6 +108,43 @@ def test_callback_sees_and_steers_the_chain(tiny_pipeline):
     assert [(i, t) for i, t, _ in seen] == [(0, 750), (1, 500), (2, 250), (3, 0)]
     assert all(largest <= 1 for _, _, largest in seen)  # x_0-hat is clipped
     assert bool((images == 0.5).all())
+
+
+def test_reconstructions_keep_the_less_the_later_they_start(tiny_pipeline):
+    # At t = 0 only the noise of the first step is to be removed; from the end nothing is left of the image.
+    images = torch.rand(16, 1, 8, 8, generator=seeded()) * 2 - 1
+    errors = [
+        (2 * tiny_pipeline.reconstruct(images, t, seeded(), "pt") - 1 - images).square().mean().item()
+        for t in (0, 300, 999)
+    ]
+    assert errors[0] < 1e-3 < errors[1] < errors[2]
+    with pytest.raises(ValueError, match=r"t=1000 is not in \[0, 1000\)"):
+        tiny_pipeline.reconstruct(images, 1000)
+
+
+def test_a_call_can_start_in_the_middle(tiny_pipeline):
+    seen = []
+
+    def callback(pipe, i, t, tensors):
+        seen.append((int(t), sorted(tensors)))
+
+    tiny_pipeline(
+        timesteps=[300, 20, 0],
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["model_output", "latents"],
+    )
+    assert seen == [(t, ["latents", "model_output"]) for t in (300, 20, 0)]
+
+
+def test_eta_takes_ddim_from_no_noise_to_that_of_ddpm(tiny_pipeline):
+    tiny_pipeline.scheduler = diffusers.DDIMScheduler.from_config(tiny_pipeline.scheduler.config)
+    x_T = torch.randn(2, 1, 8, 8, generator=seeded())
+    images = [
+        tiny_pipeline(2, seeded(seed), 10, output_type="pt", latents=x_T, eta=eta).images
+        for seed, eta in [(0, 0.0), (1, 0.0), (0, 1.0), (1, 1.0)]
+    ]
+    torch.testing.assert_close(images[0], images[1])
+    assert not torch.equal(images[2], images[3])
 
 
 def test_latents_are_the_start_of_the_chain(tiny_pipeline):

@@ -115,6 +115,16 @@ def test_options_mean_what_they_mean_in_diffusers(config):
         torch.testing.assert_close(step(ours, t, x_t, noise), step(theirs, t, x_t, noise), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_every_number_of_steps_can_be_set(spacing):
+    # diffusers makes 62 steps of 61 with trailing spacing, the last one -1.
+    scheduler = DDPMScheduler(timestep_spacing=spacing)
+    for count in range(1, T + 1):
+        scheduler.set_timesteps(count)
+        steps = scheduler.timesteps
+        assert len(steps) == count and 0 <= steps[-1] and steps[0] < T and (steps.diff() < 0).all()
+
+
 def test_fixed_large_log_is_fixed_large():
     # diffusers takes the square root of a negative logarithm here: NaN.
     x_start, noise = inputs()
@@ -221,11 +231,16 @@ def test_wrong_values_are_refused_with_the_allowed_ones():
     with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
         DDPMScheduler(rescale_betas_zero_snr=True)
     scheduler, (x_start, noise) = DDPMScheduler(), inputs()
-    for count in (0, 1001):
+    for count in (0, 10.5, 1001):
         with pytest.raises(ValueError, match=f"num_inference_steps={count} is not allowed: 1 to 1000"):
             scheduler.set_timesteps(count)
     scheduler.set_timesteps(10)
-    with pytest.raises(ValueError, match="timestep=901 is not one of the 10"):
-        scheduler.step(noise, 901, x_start)
+    for t in (901, 900.5):
+        with pytest.raises(ValueError, match=f"timestep={t} is not one of the 10"):
+            scheduler.step(noise, t, x_start)
+        with pytest.raises(ValueError, match=f"timestep={t} is not one of the 10"):
+            scheduler.previous_timestep(t)
+    with pytest.raises(ValueError, match=r"timesteps hold 1000, which is not in \[0, 1000\)"):
+        DDPMScheduler(steps_offset=1).set_timesteps(1000)
     with pytest.raises(ValueError, match="does not fit"):
         scheduler.step(torch.cat([noise, noise], dim=1), 900, x_start)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_ddpm.training.state import find_checkpoint, find_damage
+from hf_ddpm.training.state import find_checkpoint, find_damage, sole_run
 from tests.conftest import TINY_RUN
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +67,44 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(run_training, uninterrupted
     assert_same_run(uninterrupted, tmp_path)
 
 
+def damage(checkpoint):
+    weights = checkpoint / "unet.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+
+
+def names(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_new_checkpoints_survive_rotation_after_a_fall_back(run_training, tmp_path):
+    # Sorted by step, the damaged one would be the newest for ever.
+    words = ["--checkpointing_steps", "2", "--keep_checkpoints", "2"]
+    run_training(tmp_path, "--max_train_steps", "8", *words)
+    damage(newest(tmp_path))
+    run_training(tmp_path, "--max_train_steps", "7", "--checkpointing_steps", "1", "--keep_checkpoints", "1")
+    assert names(tmp_path) == ["step-000000007", "undone-step-000000008"]
+    assert find_damage(newest(tmp_path)) is None
+
+
+def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(run_training, tmp_path):
+    run_training(tmp_path, "--max_train_steps", "6", "--checkpointing_steps", "2", "--keep_checkpoints", "3")
+    (tmp_path / "checkpoints" / "step-best").mkdir()  # the user's own
+    (tmp_path / "checkpoints" / ".step-000000009.partial").mkdir()  # what a kill leaves
+    (tmp_path / "checkpoints" / ".trash-step-000000001").mkdir()
+    old = str(tmp_path / "checkpoints" / "step-000000002")
+    run_training(tmp_path, "--max_train_steps", "3", "--resume", old, "--keep_checkpoints", "3")
+    assert names(tmp_path) == [
+        *("step-000000002", "step-000000003", "step-best", "undone-step-000000004", "undone-step-000000006")
+    ]
+
+
+def test_a_folder_has_one_run(run_training, trained, tmp_path):
+    with sole_run(tmp_path), pytest.raises(ValueError, match="output_dir=.* is in use by another run"):
+        run_training(tmp_path)
+    with sole_run(tmp_path):
+        pass
+
+
 def test_half_a_checkpoint_is_none(trained, tmp_path):
     for name in ("step-000000001", ".step-000000002.partial", ".trash-step-000000003"):
         (tmp_path / name).mkdir()
@@ -90,6 +128,7 @@ def test_starting_anew_loses_nothing(run_training, trained):
         ("--seed 5", r"seed=5 \(was 0\)"),
         ("--block_out_channels 8 24", r"block_out_channels=\[8, 24\]"),
         ("--train_batch_size 16", r"images a step: 16 \(was 8\)"),
+        ("--lr_schedule cosine", r"max_train_steps=6 \(was 4\), lr_schedule='cosine'"),
     ],
 )
 def test_a_run_is_not_continued_as_another_one(run_training, trained, words, message):
@@ -113,6 +152,14 @@ def test_a_failed_run_says_so(run_training, tmp_path):
         run_training(tmp_path, "--learning_rate", "1e30", "--max_train_steps", "20", "--warmup_steps", "0")
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["status"] == "failed" and "FloatingPointError" in status["error"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(run_training, tmp_path):
+    # The loss of the only step is finite, the weights after it are not, and no line of metrics is due before the end.
+    with pytest.raises(FloatingPointError):
+        run_training(tmp_path, "--learning_rate", "1e38", "--max_train_steps", "4", "--checkpointing_steps", "1",
+                     "--log_steps", "50", "--warmup_steps", "0")  # fmt: skip
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "unet").exists()
 
 
 def start(folder, *words, launcher=(), **environment):
@@ -151,6 +198,23 @@ def test_signals_and_kills_lose_nothing(run_training, tmp_path):
     run_training(tmp_path / "uninterrupted", *words)
     assert_same_run(tmp_path / "uninterrupted", folder)
     assert json.loads((folder / "status.json").read_text()) == {"status": "finished", "step": 300}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_last_sampling_ends_it_at_once(run_training, tmp_path, number):
+    words = ["--max_train_steps", "2", "--num_samples", "64"]
+    process = start(tmp_path, *words, "--num_inference_steps", "1000")
+    wait_for_step(tmp_path, 2, process)
+    time.sleep(2)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    assert "stopped at step 2" in output
+    assert json.loads((tmp_path / "status.json").read_text()) == {"status": "preempted", "step": 2}
+    assert not (tmp_path / "samples.png").exists()
+    run_training(tmp_path, *words)
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "finished"
+    assert (tmp_path / "samples.png").exists() and (tmp_path / "unet").exists()
 
 
 @pytest.mark.slow
