@@ -182,6 +182,19 @@ def test_wrong_arguments_are_refused():
         diffusion.log_var(0, ONE, "learned")
 
 
+def test_the_score_is_the_gradient_of_the_log_density():
+    # For x_0 ~ N(m, s^2) the marginal is N(sqrt(a) m, a s^2 + 1 - a), and the ideal noise prediction is E[eps | x_t],
+    # here from the posterior mean of x_0 (Tweedie's formula is not used).
+    diffusion, m, s2 = GaussianDiffusion(BETAS), 0.4, 0.25
+    for t in (0, 100, 999):
+        a, x_t = ALPHA_BARS[t], torch.full((1, 1, 1, 1), -0.7, dtype=torch.float64, requires_grad=True)
+        marginal = torch.distributions.Normal(a.sqrt() * m, (a * s2 + 1 - a).sqrt())
+        (expected,) = torch.autograd.grad(marginal.log_prob(x_t).sum(), x_t)
+        x_start = m + a.sqrt() * s2 / (a * s2 + 1 - a) * (x_t.detach() - a.sqrt() * m)
+        eps = diffusion.predict_eps(x_start, x_t.detach(), t)
+        torch.testing.assert_close(diffusion.score(eps, t), expected, rtol=1e-9, atol=0)
+
+
 def test_dynamic_threshold_divides_only_what_is_saturated():
     flat = torch.linspace(-0.5, 0.5, 100).view(1, 1, 10, 10)
     images = torch.cat([flat, 4 * flat, 40 * flat])

@@ -119,6 +119,35 @@ def test_a_bad_image_stops_training_before_anything_is_written(run_training, tmp
     assert not any(path.name != ".lock" for path in (tmp_path / "run").iterdir())
 
 
+VARIANTS = {
+    "image": "--prediction_type sample --variance_type fixed_small",
+    "posterior mean": "--prediction_type mean --beta_schedule quad",
+    "v, zero terminal SNR": "--prediction_type v_prediction --rescale_betas_zero_snr true --objective min_snr",
+    "bound": "--objective vlb --variance_type fixed_small --beta_schedule linear --beta_end 0.5",
+    "learned": "--objective vlb --variance_type learned --beta_schedule const --beta_end 0.2",
+    "learned mean": "--objective hybrid --variance_type learned --prediction_type mean --beta_schedule scaled_linear",
+    "learned range": "--objective hybrid --variance_type learned_range --beta_schedule sigmoid",
+}
+
+
+@pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_trains_samples_and_evaluates_by_flag(run_training, sample, tmp_path, words):
+    run_training(tmp_path, "--max_train_steps", "3", "--num_train_timesteps", "20", *words.split())
+    model = ["--model", str(tmp_path)]
+    sample([*model, "--num_images", "2", "--num_inference_steps", "5", "--output", str(tmp_path / "out")])
+    assert len(pictures(tmp_path / "out")) == 2
+    results = tmp_path / "results.json"
+    load_script("evaluate").main([*model, "--dataset", "digits", "--num_images", "3", "--output", str(results)])
+    assert np.isfinite(json.loads(results.read_text())["nll"]["total_bpd"])
+
+
+def test_variants_that_make_no_sense_are_refused(run_training, tmp_path):
+    with pytest.raises(ValueError, match="objective='simple' is not allowed with variance_type='learned'"):
+        run_training(tmp_path, "--variance_type", "learned")
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr=True is not allowed with prediction_type='epsilon'"):
+        run_training(tmp_path, "--rescale_betas_zero_snr", "true")
+
+
 @pytest.mark.slow
 def test_the_command_line_from_end_to_end(tmp_path):
     def script(name, *words):
