@@ -83,10 +83,10 @@ class Callback:
 
 
 def train(run: Run, images: ImageStore, callbacks: Sequence[Callback] = ()) -> None:
-    r"""Takes gradient steps on :math:`\| \epsilon - \epsilon_\theta(x_t, t) \|^2` from `run.step` to the end.
+    r"""Takes gradient steps on the run's objective, :math:`\| \epsilon - \epsilon_\theta(x_t, t) \|^2` for one.
 
     Args:
-        run: The run; its weights, average, optimizer and step are advanced in place.
+        run: The run; its weights, average, optimizer and step are advanced in place, from where they stand.
         images: The training images.
         callbacks: Called in this order.
     """
