@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.images import to_bytes
 from hf_ddpm.seeds import SAMPLES, generator
 
@@ -16,8 +17,7 @@ SCHEDULERS = {"ddpm": None, "ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMu
 
 def use_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     """Gives a pipeline the scheduler of that name in `SCHEDULERS`, with the configuration of its own."""
-    if name not in SCHEDULERS:
-        raise ValueError(f"scheduler={name!r} is not allowed: one of {', '.join(SCHEDULERS)}")
+    check_one_of("scheduler", name, tuple(SCHEDULERS))
     if SCHEDULERS[name] is not None:
         pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
 

@@ -21,6 +21,7 @@ from hf_ddpm.config import option, parse_options
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.nll import variational_bound
 from hf_ddpm.launch import run_script, use_own_cores
+from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 
 METRICS = ("nll",)
 
@@ -58,10 +59,7 @@ def main(argv: list[str]) -> int:
     (config,) = parse_options(argv, EvaluateConfig)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     use_own_cores()
-    try:
-        pipe = DDPMPipeline.from_pretrained(config.model).to(accelerator.device)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {config.model!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    pipe = load_pipeline(config.model, accelerator.device)
     size = pipe.unet.config.sample_size
     with accelerator.main_process_first():
         images = load_images(

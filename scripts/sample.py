@@ -15,10 +15,10 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from hf_ddpm import DDPMPipeline
 from hf_ddpm.config import option, parse_options
 from hf_ddpm.images import grid, save_picture, to_pil
 from hf_ddpm.launch import run_script, use_own_cores
+from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.sampling import sample_images, use_scheduler
 
 
@@ -53,10 +53,7 @@ def main(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     state = PartialState(cpu=not torch.cuda.is_available())
     use_own_cores()
-    try:
-        pipe = DDPMPipeline.from_pretrained(config.model).to(state.device)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {config.model!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    pipe = load_pipeline(config.model, state.device)
     use_scheduler(pipe, config.scheduler)
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
 

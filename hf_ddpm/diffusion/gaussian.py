@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.diffusion.schedules import shift_right
 
 PREDICTION_TYPES = ("epsilon", "sample", "mean", "v_prediction")
@@ -156,7 +157,7 @@ class GaussianDiffusion:
         Raises:
             ValueError: If `variance_type` is not allowed, or `output` is missing.
         """
-        _one_of("variance_type", variance_type, VARIANCE_TYPES)
+        check_one_of("variance_type", variance_type, VARIANCE_TYPES)
         if variance_type.startswith("fixed"):
             return self._at(variance_type, t, like)
         if output is None:
@@ -187,7 +188,7 @@ class GaussianDiffusion:
         Raises:
             ValueError: If `prediction_type` is not allowed.
         """
-        _one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_one_of("prediction_type", prediction_type, PREDICTION_TYPES)
         if prediction_type == "epsilon":
             return noise
         if prediction_type == "sample":
@@ -217,7 +218,7 @@ class GaussianDiffusion:
         Raises:
             ValueError: If `prediction_type` is not allowed.
         """
-        _one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_one_of("prediction_type", prediction_type, PREDICTION_TYPES)
         if prediction_type == "epsilon":
             return (x_t - self._at("noise", t, x_t) * prediction) / self._at("signal", t, x_t)
         if prediction_type == "sample":
@@ -303,8 +304,3 @@ def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
         return output, None
     prediction, variance_output = output.chunk(2, dim=1)
     return prediction, variance_output
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not allowed: one of {', '.join(allowed)}")

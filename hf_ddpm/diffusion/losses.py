@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.diffusion.gaussian import GaussianDiffusion, split_output
 from hf_ddpm.diffusion.likelihood import bound_nats
 
@@ -45,8 +46,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         """Checks the combination."""
-        if self.name not in OBJECTIVES:
-            raise ValueError(f"objective={self.name!r} is not allowed: one of {', '.join(OBJECTIVES)}")
+        check_one_of("objective", self.name, OBJECTIVES)
         allowed = ("vlb", "hybrid") if self.variance_type in LEARNED else ("simple", "vlb", "min_snr")
         if self.name not in allowed:
             raise ValueError(

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from hf_ddpm.diffusion.checks import check_one_of
+
 BETA_SCHEDULES = ("linear", "scaled_linear", "quad", "const", "squaredcos_cap_v2", "sigmoid")
 
 
@@ -34,6 +36,7 @@ def beta_schedule(
     Raises:
         ValueError: If `name` or `num_timesteps` is not allowed.
     """
+    check_one_of("beta_schedule", name, BETA_SCHEDULES)
     if num_timesteps < 1:
         raise ValueError(f"num_timesteps={num_timesteps} is not allowed: at least 1")
     if name == "linear":
@@ -46,10 +49,8 @@ def beta_schedule(
         u = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
         alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    if name == "sigmoid":
-        ramp = torch.sigmoid(torch.linspace(-6, 6, num_timesteps, dtype=torch.float64))
-        return beta_start + (beta_end - beta_start) * ramp
-    raise ValueError(f"beta_schedule={name!r} is not allowed: one of {', '.join(BETA_SCHEDULES)}")
+    ramp = torch.sigmoid(torch.linspace(-6, 6, num_timesteps, dtype=torch.float64))
+    return beta_start + (beta_end - beta_start) * ramp
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.diffusion.gaussian import split_output
 from hf_ddpm.images import to_bytes, to_pil, to_unit
 from hf_ddpm.models.unet_2d import UNet2DModel
@@ -192,8 +193,7 @@ class DDPMPipeline(DiffusionPipeline):
         latents: Tensor | None,
         tensor_inputs: list[str] | tuple[str, ...],
     ) -> None:
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type={output_type!r} is not allowed: one of pil, np, pt")
+        check_one_of("output_type", output_type, ("pil", "np", "pt"))
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators for batch_size={shape[0]}: one an image, or one alone")
         if latents is not None and tuple(latents.shape) != shape:
@@ -207,6 +207,14 @@ class DDPMPipeline(DiffusionPipeline):
         """Returns what this scheduler's `step` understands: some are deterministic, and few have an eta."""
         known = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in known}
+
+
+def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
+    """Loads the pipeline of a folder or Hub id onto a device; what cannot be loaded is a `ValueError` of one line."""
+    try:
+        return DDPMPipeline.from_pretrained(model).to(device)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {model!r} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def _as_numpy(signed: Tensor) -> Any:

@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.diffusion.gaussian import (
     PREDICTION_TYPES,
     VARIANCE_TYPES,
@@ -77,9 +78,9 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
-        _one_of("variance_type", variance_type.removesuffix("_log"), VARIANCE_TYPES)
-        _one_of("prediction_type", prediction_type, PREDICTION_TYPES)
-        _one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        check_one_of("variance_type", variance_type.removesuffix("_log"), VARIANCE_TYPES)
+        check_one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         if rescale_betas_zero_snr and prediction_type == "epsilon":
             raise ValueError("rescale_betas_zero_snr=True is not allowed with prediction_type='epsilon': x_T is noise")
         if trained_betas is not None:
@@ -261,8 +262,3 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def _deviation(log_var: float | Tensor) -> float | Tensor:
     return torch.exp(0.5 * log_var) if isinstance(log_var, Tensor) else math.exp(0.5 * log_var)
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not allowed: one of {', '.join(allowed)}")

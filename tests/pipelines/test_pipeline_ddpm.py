@@ -41,7 +41,7 @@ def test_a_list_of_generators_makes_images_independent_of_the_batch(tiny_pipelin
         return tiny_pipeline(len(seeds), generator=generators, num_inference_steps=5, output_type="pt").images
 
     together, alone = sample([1, 2, 3]), sample([2])
-    torch.testing.assert_close(together[1], alone[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(together[1], alone[0], rtol=0, atol=1e-5)
     assert not torch.equal(together[0], together[1])
 
 
