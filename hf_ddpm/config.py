@@ -48,7 +48,9 @@ class ModelConfig:
 
     block_out_channels: list[int] = option("channels at each resolution", factory=lambda: [128, 256, 256, 256])
     layers_per_block: int = option("residual blocks a resolution", 2)
-    attention_resolutions: list[int] = option("resolutions with self-attention; 0 for none", factory=lambda: [16])
+    attention_resolutions: list[int] = option(
+        "resolutions with self-attention besides the middle; 0 for none", factory=lambda: [16]
+    )
     attention_head_dim: int | None = option("channels of an attention head; one head by default", None)
     norm_num_groups: int = option("groups of the normalizations", 32)
     dropout: float = option("dropout probability", 0.1)
@@ -59,6 +61,7 @@ class ModelConfig:
         _require(self, "attention_head_dim", (self.attention_head_dim or 1) >= 1, "at least 1")
         _require(self, "layers_per_block", self.layers_per_block >= 1, "at least 1")
         _require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        _require(self, "block_out_channels", self.block_out_channels[0] >= 4, "at least 4 at the highest resolution")
         for width in self.block_out_channels:
             groups_fit = width >= 1 and width % self.norm_num_groups == 0
             _require(self, "block_out_channels", groups_fit, f"multiples of norm_num_groups={self.norm_num_groups}")
@@ -88,7 +91,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _require(self, "num_train_timesteps", self.num_train_timesteps >= 1, "at least 1")
+        _require(self, "num_train_timesteps", self.num_train_timesteps >= 2, "at least 2")
         _require(self, "beta_start", 0 < self.beta_start < 1, "in (0, 1)")
         _require(self, "beta_end", 0 < self.beta_end < 1, "in (0, 1)")
 
@@ -115,16 +118,17 @@ class TrainingConfig:
     checkpointing_steps: int = option("steps between checkpoints", 5000)
     keep_checkpoints: int = option("checkpoints that are kept", 2)
     resume: str = option("latest, never, or the folder of a checkpoint", "latest")
-    sample_steps: int = option("steps between samples.png; 0 for only at the end", 0)
+    sample_at_checkpoints: bool = option("whether to draw samples.png at checkpoints too, not only at the end", False)
     num_samples: int = option("images in samples.png", 64)
-    num_inference_steps: int = option("sampling steps for samples.png", 1000)
+    num_inference_steps: int | None = option("sampling steps for samples.png; all by default", None)
 
     def __post_init__(self) -> None:
         """Checks the values."""
         counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "log_steps")
-        for name in (*counts, "checkpointing_steps", "keep_checkpoints", "num_samples", "num_inference_steps"):
+        for name in (*counts, "checkpointing_steps", "keep_checkpoints", "num_samples"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "sample_steps", "seed"):
+        _require(self, "num_inference_steps", (self.num_inference_steps or 1) >= 1, "at least 1")
+        for name in ("warmup_steps", "seed"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "max_grad_norm"):
             _require(self, name, 0 < getattr(self, name) < float("inf"), "more than 0")
@@ -161,7 +165,9 @@ class Config:
         widest = min([*attends, self.model.block_out_channels[-1]])
         _require(self.model, "attention_head_dim", head_dim <= widest, f"at most the {widest} channels there")
         steps, most = self.training.num_inference_steps, self.diffusion.num_train_timesteps
-        _require(self.training, "num_inference_steps", steps <= most, f"at most num_train_timesteps={most}")
+        _require(
+            self.training, "num_inference_steps", steps is None or steps <= most, f"at most num_train_timesteps={most}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all options by name: what `--config` reads."""

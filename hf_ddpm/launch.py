@@ -24,7 +24,8 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
 def use_own_cores() -> None:
     """Gives this process its share of the cores that the machine lets it use.
 
-    `accelerate launch` and torchrun start every process with one thread, even the only process of a large machine.
+    `accelerate launch` and torchrun start every process with one thread, even the only process of a large machine. To
+    have fewer threads, set OMP_NUM_THREADS to 2 or more, or start the process without a launcher.
     """
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if is_launched and os.environ.get("OMP_NUM_THREADS") == "1":

@@ -50,6 +50,8 @@ class EvaluateConfig:
         for name in ("num_images", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: at least 1")
+        if Path(self.output).is_dir():
+            raise ValueError(f"output={self.output!r} is not allowed: it is a folder, a file is wanted")
         if self.levels is None:
             self.levels = 17 if self.dataset == "digits" else 256
 
@@ -57,6 +59,8 @@ class EvaluateConfig:
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
     (config,) = parse_options(argv, EvaluateConfig)
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     use_own_cores()
     pipe = load_pipeline(config.model, accelerator.device)
@@ -81,8 +85,7 @@ def main(argv: list[str]) -> int:
         "versions": {"hf_ddpm": hf_ddpm.__version__, "torch": torch.__version__},
     }
     if accelerator.is_main_process:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.output).write_text(json.dumps(results, indent=2) + "\n")
+        output.write_text(json.dumps(results, indent=2) + "\n")
         print(
             json.dumps({key: value for key, value in results["nll"].items() if not isinstance(value, list)}, indent=2)
         )

@@ -42,6 +42,8 @@ class SampleConfig:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: at least 1")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta} is not allowed: in [0, 1]")
+        if self.eta and self.scheduler != "ddim":
+            raise ValueError(f"eta={self.eta} is not allowed with scheduler={self.scheduler}: only with ddim")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} is not allowed: at least 0")
 

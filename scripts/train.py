@@ -6,7 +6,6 @@
 The same command goes on from the last checkpoint. `--help` lists the options, hf_ddpm/presets the presets.
 """
 
-import signal
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,9 +17,10 @@ from hf_ddpm.data.store import load_images
 from hf_ddpm.images import grid, save_picture, to_pil
 from hf_ddpm.launch import run_script
 from hf_ddpm.sampling import sample_images
-from hf_ddpm.training.build import build_run, start_accelerator
+from hf_ddpm.training.build import build_run, check_same_step, start_accelerator
 from hf_ddpm.training.loop import Callback, Run, train
 from hf_ddpm.training.progress import Progress
+from hf_ddpm.training.signals import Interrupted
 from hf_ddpm.training.state import Checkpoints, find_checkpoint, load_checkpoint, set_aside, sole_run, status_file
 
 
@@ -30,10 +30,10 @@ class SampleGrid(Callback):
     def __init__(self, path: Path):
         self.path = path
 
-    def on_step(self, run: Run) -> None:
-        """Draws every `sample_steps` steps; the last time is `on_end`."""
-        every, last = run.config.training.sample_steps, run.config.training.max_train_steps
-        if every and run.step % every == 0 and run.step < last:
+    def on_checkpoint(self, run: Run) -> None:
+        """Draws if asked to, unless the run is at its end or was told to stop."""
+        training = run.config.training
+        if training.sample_at_checkpoints and run.step < training.max_train_steps and run.stopped_by is None:
             self.draw(run)
 
     def on_end(self, run: Run) -> None:
@@ -49,7 +49,7 @@ class SampleGrid(Callback):
             pipe,
             range(training.num_samples)[accelerator.process_index :: accelerator.num_processes],
             seed=training.seed,
-            num_inference_steps=training.num_inference_steps,
+            num_inference_steps=training.num_inference_steps or len(run.scheduler),
             batch_size=training.train_batch_size,
             device=accelerator.device,
         )
@@ -78,6 +78,10 @@ def main(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with sole_run(folder) if accelerator.is_main_process else nullcontext():
         checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
+        run = build_run(config, accelerator)
+        if checkpoint is not None:
+            load_checkpoint(run, checkpoint)
+        check_same_step(run)  # and all have read before the folder changes
         with accelerator.main_process_first():  # the others find the decoded images in the cache
             images = load_images(
                 config.data.dataset,
@@ -87,10 +91,6 @@ def main(argv: list[str]) -> int:
                 channels=config.data.channels,
                 device=accelerator.device,
             )
-        run = build_run(config, accelerator)
-        if checkpoint is not None:
-            load_checkpoint(run, checkpoint)
-        accelerator.wait_for_everyone()  # all have read before the folder changes
         if accelerator.is_main_process:
             set_aside(folder / "checkpoints", run.step)
             config.save(folder / "config.yaml")
@@ -110,11 +110,11 @@ def main(argv: list[str]) -> int:
         try:
             with status_file(folder / "status.json", run):
                 train(run, images, callbacks)
-        except KeyboardInterrupt:
-            run.stopped_by = run.stopped_by or signal.SIGINT
+        except Interrupted as interrupted:
+            run.stopped_by = interrupted.number
         accelerator.end_training()
     if run.stopped_by is not None:
-        accelerator.print(f"stopped at step {run.step}: the same command goes on from the last checkpoint")
+        accelerator.print(f"stopped at step {run.step}: with --resume latest the run goes on from its last checkpoint")
         return 128 + run.stopped_by
     accelerator.print(f"{folder / 'samples.png'} shows samples; DDPMPipeline.from_pretrained({str(folder)!r}) loads")
     return 0

@@ -98,6 +98,8 @@ def test_the_saved_options_make_the_same_run(tmp_path):
         ("--resolution 9", "resolution=9 is not allowed: multiples of 2, for the U-Net's 1 halvings"),
         ("--attention_resolutions 3", r"attention_resolutions=\[3\] is not allowed: any of \[8, 4\], or 0 for none"),
         ("--attention_head_dim 999", "attention_head_dim=999 is not allowed: at most the 64 channels there"),
+        ("--num_train_timesteps 1", "num_train_timesteps=1 is not allowed: at least 2"),
+        ("--block_out_channels 2 2 --norm_num_groups 1", "at least 4 at the highest resolution"),
         ("--norm_num_groups 0", "norm_num_groups=0 is not allowed: at least 1"),
         ("--learning_rate inf", "learning_rate=inf is not allowed"),
         ("--mixed_precision a/--b", "invalid choice: 'a/--b'"),

@@ -1,5 +1,6 @@
 """Where images come from: the embedded digits, a folder, parquet files, or the Hub. All end as a `datasets.Dataset`."""
 
+import glob
 from importlib import resources
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def _load(name: str) -> DatasetDict:
         raise ValueError(f"dataset {name!r} is not allowed: of files, only parquet is")
     try:
         if path.is_file():
-            return load_dataset("parquet", data_files={"train": name})
+            return load_dataset("parquet", data_files={"train": glob.escape(name)})
         return _load_folder(path) if path.is_dir() else load_dataset(name)
     except FileNotFoundError as error:
         what = "is empty: the folder holds no image" if path.is_dir() else "is neither a folder here nor on the Hub"
@@ -91,7 +92,8 @@ def _load_folder(path: Path) -> DatasetDict:
     if not any(file.suffix.lower() in registered_extensions() for file in path.rglob("*")):
         raise FileNotFoundError
     splits = [name for name in SPLITS if (path / name).is_dir()]
-    files = {name: str(path / name / "**") for name in splits} or {"train": str(path / "**")}
+    root = Path(glob.escape(str(path)))
+    files = {name: str(root / name / "**") for name in splits} or {"train": str(root / "**")}
     return load_dataset("imagefolder", data_files=files)
 
 

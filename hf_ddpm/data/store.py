@@ -39,8 +39,8 @@ class ImageStore:
         return self._read(indices.tolist()).to(self.device, non_blocking=True)
 
     def _read(self, rows: slice | list[int]) -> Tensor:
-        raw = b"".join(self._table[rows]["pixels"].to_pylist())
-        return torch.from_numpy(np.frombuffer(bytearray(raw), np.uint8).reshape(-1, *self.shape))
+        raw = bytearray().join(self._table[rows]["pixels"].to_pylist())  # writable, as torch wants its memory
+        return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(-1, *self.shape))
 
 
 def load_images(

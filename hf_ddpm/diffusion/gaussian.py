@@ -26,7 +26,8 @@ class GaussianDiffusion:
     float32 arithmetic at the very end: :math:`1 - \bar\alpha_t` loses its digits in float32 at small `t`.
 
     Time `t` is 0-based: the paper's :math:`t` minus 1. It is an index into this process, given either as an `int` for
-    the whole batch (no tensor is made, no device waits) or as an int64 tensor with one entry an image.
+    the whole batch (no tensor is made, no device waits) or as an int64 tensor with one entry an image, which is not
+    checked: that would be a wait.
 
     Args:
         betas: The variances :math:`\beta_t` in (0, 1], shape `(T,)`.

@@ -33,7 +33,7 @@ def gaussian_kl(mean_q: Tensor, log_var_q: float | Tensor, mean_p: Tensor | floa
     """
     log_ratio = torch.as_tensor(log_var_q - log_var_p, dtype=mean_q.dtype, device=mean_q.device)
     precision = torch.exp(-torch.as_tensor(log_var_p, dtype=mean_q.dtype, device=mean_q.device))
-    return 0.5 * (log_ratio.exp() - 1 - log_ratio + (mean_q - mean_p) ** 2 * precision)
+    return 0.5 * (torch.expm1(log_ratio) - log_ratio + (mean_q - mean_p) ** 2 * precision)
 
 
 def decoder_log_likelihood(x_start: Tensor, mean: Tensor, log_var: float | Tensor, levels: int = 256) -> Tensor:

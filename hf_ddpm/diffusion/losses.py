@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hf_ddpm.diffusion.checks import check_one_of
@@ -78,16 +79,14 @@ class Objective:
         if self.name == "simple":
             return simple
         if self.name == "min_snr":
-            return simple * self._min_snr_weight(diffusion, t, x_start).flatten()
+            snr = torch.as_tensor(diffusion.snr(t, x_start)).flatten()
+            capped = snr.clamp(max=SNR_CAP)
+            # The weight of an error of the image, in terms of the errors that it means for the noise and for v.
+            weights = {"sample": capped, "epsilon": (SNR_CAP / snr).clamp(max=1), "v_prediction": capped / (snr + 1)}
+            return simple * weights[self.prediction_type]
 
         mean_source = prediction.detach() if self.name == "hybrid" else prediction
         x_start_hat = diffusion.predict_start(mean_source, x_t, t, self.prediction_type)
         log_var = diffusion.log_var(t, x_t, self.variance_type, variance_output)
         bound = len(diffusion) * bound_nats(diffusion, x_start, x_start_hat, x_t, t, log_var, self.levels)
         return bound if self.name == "vlb" else simple + BOUND_WEIGHT * bound
-
-    def _min_snr_weight(self, diffusion: GaussianDiffusion, t: Tensor, like: Tensor) -> Tensor:
-        snr = diffusion.snr(t, like)
-        assert isinstance(snr, Tensor)
-        per_image_error = {"sample": snr / snr, "epsilon": snr, "v_prediction": snr + 1}[self.prediction_type]
-        return snr.clamp(max=SNR_CAP) / per_image_error

@@ -92,8 +92,12 @@ class DDPMPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if timesteps is None:
             self.scheduler.set_timesteps(num_inference_steps)
-        else:
+        elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
             self.scheduler.set_timesteps(timesteps=timesteps)
+        else:
+            raise ValueError(
+                f"timesteps are not allowed with a {type(self.scheduler).__name__}: num_inference_steps is"
+            )
         x_t = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
         step_options = self._step_options(generator, eta)
         takes_variance = isinstance(self.scheduler, DDPMScheduler | diffusers.DDPMScheduler)

@@ -57,3 +57,10 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
             levels=config.data.levels,
         ),
     )
+
+
+def check_same_step(run: Run) -> None:
+    """Raises a `ValueError` on all processes unless all stand at the same step, with the same checkpoint read."""
+    steps = run.accelerator.gather(torch.tensor([run.step], device=run.accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise ValueError(f"the processes found checkpoints of different steps {steps}: output_dir must be shared")

@@ -53,12 +53,15 @@ class Run:
 
     def check_finite(self) -> None:
         """Raises a `FloatingPointError` if the run has diverged: before its weights are saved over sound ones."""
-        norms = torch._foreach_norm([parameter.detach() for parameter in self.unet.parameters()])
-        if not bool(torch.stack([self.loss, *norms]).isfinite().all()):
+        sizes = list(torch._foreach_norm([parameter.detach() for parameter in self.unet.parameters()]))
+        if self.accelerator.scaler is None:
+            sizes.append(self.loss)  # with a scaler it may overflow: the step is skipped
+        is_finite = torch.stack(sizes).isfinite().all().float().reshape(1)
+        if not bool(self.accelerator.gather(is_finite).all()):
             rate = self.optimizer.param_groups[0]["lr"]
             raise FloatingPointError(
                 f"loss {self.loss.item():g} and gradient norm {float(self.grad_norm):g} at step {self.step}, learning "
-                f"rate {rate:g}: the weights are no longer finite; checkpoints that are there are from before"
+                f"rate {rate:g}: the run has diverged; checkpoints that are there are from before"
             )
 
     def pipeline(self) -> DDPMPipeline:

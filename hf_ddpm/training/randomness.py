@@ -2,7 +2,7 @@
 
 No generator lives longer than a step and none belongs to a process. A run resumes from a number, the step; and the
 processes among which a global batch is divided see together what one would have seen alone: each draws for the whole
-batch, which costs microseconds, and takes its rows.
+batch, which costs little beside the network, and takes its rows.
 """
 
 from dataclasses import dataclass

@@ -7,6 +7,18 @@ import torch
 from accelerate import Accelerator
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal that could not wait for the end of a step.
+
+    Args:
+        number: Which one.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
 class StopSignal:
     """While entered, notes SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts as usual.
 
@@ -40,12 +52,12 @@ class StopSignal:
         return number or None
 
     def interrupt_at_once(self) -> None:
-        """From here on, when nothing is left to save, a signal is a `KeyboardInterrupt`."""
+        """From here on, when nothing is left to save, a signal raises `Interrupted`."""
         self._at_once = True
         if self._number:
-            raise KeyboardInterrupt
+            raise Interrupted(self._number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._at_once or (self._number and number == signal.SIGINT):
-            raise KeyboardInterrupt
+            raise Interrupted(number)
         self._number = number

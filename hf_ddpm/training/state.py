@@ -22,10 +22,11 @@ from torch import Tensor
 from hf_ddpm.training.loop import Callback, Run
 
 # Options that may differ between the sessions of a run: they change what is kept and shown, and how a global batch is
-# divided, not what is computed. (The length of a run is part of a learning rate that falls towards its end.)
+# divided, not what is computed, dropout masks apart. (The length of a run is part of a learning rate that falls
+# towards its end.)
 FREE_OPTIONS = {
     "output_dir", "max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints", "resume",
-    "train_batch_size", "gradient_accumulation_steps", "sample_steps", "num_samples", "num_inference_steps",
+    "train_batch_size", "gradient_accumulation_steps", "sample_at_checkpoints", "num_samples", "num_inference_steps",
 }  # fmt: skip
 
 
@@ -83,6 +84,8 @@ def load_checkpoint(run: Run, path: Path) -> None:
     """
     state = json.loads((path / "state.json").read_text())
     _check_same_run(run, state, path)
+    if state["step"] > run.config.training.max_train_steps:
+        raise ValueError(f"max_train_steps={run.config.training.max_train_steps} is not allowed: {path} is beyond it")
     run.unet.load_state_dict(load_file(path / "unet.safetensors"))
     run.ema.model.load_state_dict(load_file(path / "ema.safetensors"))
     optimizer = run.optimizer.state_dict()
@@ -137,21 +140,18 @@ def set_aside(folder: Path, step: int) -> None:
         shutil.rmtree(leftover)
     for path in checkpoints(folder):
         if int(path.name.removeprefix("step-")) > step:
-            undone = path.with_name(f"undone-{path.name}")
-            if undone.exists():
-                shutil.rmtree(undone)
-            path.rename(undone)
+            taken = len(list(folder.glob(f"undone-{path.name}*")))
+            path.rename(path.with_name(f"undone-{path.name}" + (f"-{taken}" if taken else "")))
 
 
 @contextmanager
 def sole_run(folder: Path) -> Iterator[None]:
     """Keeps a second run out of the folder, with a `ValueError` for it."""
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        held = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise ValueError(f"output_dir={str(folder)!r} is in use by another run") from None
-    with lock:
+    with held:
         yield
 
 

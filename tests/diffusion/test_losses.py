@@ -50,6 +50,14 @@ def test_min_snr_is_one_objective_whatever_is_predicted(batch, prediction_type):
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-5)
 
 
+def test_min_snr_is_finite_where_there_is_no_signal():
+    diffusion = GaussianDiffusion([0.1, 0.5, 1.0])
+    x, t = torch.randn(1, 1, 2, 2), torch.tensor([2])
+    for name, expected in [("sample", 0.0), ("v_prediction", 0.0)]:
+        loss = Objective("min_snr", name)(diffusion, x + 1, x, t, x, diffusion.q_sample(x, t, x))
+        assert loss.item() == expected
+
+
 def test_vlb_estimates_the_bound(batch):
     inputs, output, _ = batch
     x_hat = DIFFUSION.predict_start(output, inputs["x_t"], inputs["t"])

@@ -132,6 +132,7 @@ def test_the_script_writes_the_figures(trained, tmp_path):
     assert nll["total_bpd"] == pytest.approx(nll["prior_bpd"] + nll["vlb_bpd"] + nll["decoder_bpd"])
     assert nll["num_images"] == 2 and len(nll["terms_bpd"]) == 1000 and results["config"]["levels"] == 17
     for wrong, message in [
+        (["--output", str(tmp_path)], "it is a folder"),
         (["--metrics", "fid"], "metrics='fid' is not allowed: any of nll"),
         (["--num_images", "1000"], "num_images=1000 is not allowed: at most the 899 of 'digits'"),
         (["--split", "validation"], "no split 'validation'"),

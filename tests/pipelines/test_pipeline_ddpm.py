@@ -136,6 +136,12 @@ def test_a_call_can_start_in_the_middle(tiny_pipeline):
     assert seen == [(t, ["latents", "model_output"]) for t in (300, 20, 0)]
 
 
+def test_a_scheduler_without_custom_timesteps_says_so(tiny_pipeline):
+    tiny_pipeline.scheduler = diffusers.DDIMScheduler.from_config(tiny_pipeline.scheduler.config)
+    with pytest.raises(ValueError, match="timesteps are not allowed with a DDIMScheduler"):
+        tiny_pipeline(timesteps=[300, 0])
+
+
 def test_eta_takes_ddim_from_no_noise_to_that_of_ddpm(tiny_pipeline):
     tiny_pipeline.scheduler = diffusers.DDIMScheduler.from_config(tiny_pipeline.scheduler.config)
     x_T = torch.randn(2, 1, 8, 8, generator=seeded())

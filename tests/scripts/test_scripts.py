@@ -72,6 +72,7 @@ def test_samples_of_other_seeds_differ(sample, trained, tmp_path):
         ("--model nowhere/at/all --output x", "model 'nowhere/at/all' cannot be loaded"),
         ("--model . --output x --num_images 0", "num_images=0 is not allowed: at least 1"),
         ("--model . --output x --scheduler euler", "argument --scheduler: invalid choice: 'euler'"),
+        ("--model . --output x --eta 1", "eta=1.0 is not allowed with scheduler=ddpm: only with ddim"),
         ("--output x", "the following arguments are required: --model"),
         ("--model . --output x --steps 4", "unknown option --steps"),
     ],
@@ -139,6 +140,13 @@ def test_every_variant_trains_samples_and_evaluates_by_flag(run_training, sample
     results = tmp_path / "results.json"
     load_script("evaluate").main([*model, "--dataset", "digits", "--num_images", "3", "--output", str(results)])
     assert np.isfinite(json.loads(results.read_text())["nll"]["total_bpd"])
+
+
+def test_samples_can_be_drawn_at_checkpoints(run_training, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("PIL.Image.Image.save", lambda self, path, format: (drawn.append(path), path.touch()))
+    run_training(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "2", "--sample_at_checkpoints", "true")
+    assert len(drawn) == 2  # at step 2 and at the end
 
 
 def test_variants_that_make_no_sense_are_refused(run_training, tmp_path):

@@ -92,17 +92,25 @@ def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(run_trainin
     (tmp_path / "checkpoints" / ".step-000000009.partial").mkdir()  # what a kill leaves
     (tmp_path / "checkpoints" / ".trash-step-000000001").mkdir()
     old = str(tmp_path / "checkpoints" / "step-000000002")
-    run_training(tmp_path, "--max_train_steps", "3", "--resume", old, "--keep_checkpoints", "3")
+    for _ in range(2):
+        run_training(tmp_path, "--max_train_steps", "3", "--resume", old, "--keep_checkpoints", "3")
     assert names(tmp_path) == [
-        *("step-000000002", "step-000000003", "step-best", "undone-step-000000004", "undone-step-000000006")
+        *("step-000000002", "step-000000003", "step-best"),
+        *("undone-step-000000003", "undone-step-000000004", "undone-step-000000006"),
     ]
 
 
 def test_a_folder_has_one_run(run_training, trained, tmp_path):
     with sole_run(tmp_path), pytest.raises(ValueError, match="output_dir=.* is in use by another run"):
         run_training(tmp_path)
-    with sole_run(tmp_path):
-        pass
+    for _ in range(2):
+        with sole_run(tmp_path):
+            pass
+
+
+def test_a_run_is_not_shortened_below_where_it_stands(run_training, trained):
+    with pytest.raises(ValueError, match="max_train_steps=3 is not allowed: .*step-000000004 is beyond it"):
+        run_training(trained, "--max_train_steps", "3")
 
 
 def test_half_a_checkpoint_is_none(trained, tmp_path):
@@ -209,7 +217,7 @@ def test_a_signal_in_the_last_sampling_ends_it_at_once(run_training, tmp_path, n
     time.sleep(2)
     process.send_signal(number)
     output, _ = process.communicate(timeout=20)
-    assert "stopped at step 2" in output
+    assert "stopped at step 2" in output and process.returncode == 128 + number
     assert json.loads((tmp_path / "status.json").read_text()) == {"status": "preempted", "step": 2}
     assert not (tmp_path / "samples.png").exists()
     run_training(tmp_path, *words)
