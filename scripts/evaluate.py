@@ -1,7 +1,7 @@
 """Evaluates a model on images and writes `results.json`.
 
     python scripts/evaluate.py --model runs/digits --dataset digits --split test --metrics nll --output results.json
-    accelerate launch scripts/evaluate.py --model org/name --dataset cifar10 --metrics nll --num_images 1000
+    accelerate launch scripts/evaluate.py --model org/name --dataset uoft-cs/cifar10 --metrics nll --num_images 1000
 
 Metrics: `nll`, the variational bound on the negative log-likelihood in bits a dimension, with `T` network evaluations
 an image; `--steps_per_image` makes it a cheaper estimate.
