@@ -156,18 +156,27 @@ class Config:
         fits = self.data.resolution % multiple == 0
         _require(self.data, "resolution", fits, f"multiples of {multiple}, for the U-Net's {multiple.bit_length() - 1}"
                  " halvings (block_out_channels)")  # fmt: skip
-        reached = [self.data.resolution // 2**i for i in range(len(self.model.block_out_channels))]
-        attends = [width for width, size in zip(self.model.block_out_channels, reached, strict=True)
-                   if size in self.model.attention_resolutions]  # fmt: skip
+        reached, channels = self.resolutions, self.model.block_out_channels
         known = all(size in (0, *reached) for size in self.model.attention_resolutions)
         _require(self.model, "attention_resolutions", known, f"any of {reached}, or 0 for none")
+        attended = [width for width, attends in zip(channels, self.attends, strict=True) if attends]
+        narrowest = min([*attended, channels[-1]])  # the middle, too, has attention
         head_dim = self.model.attention_head_dim or 1
-        widest = min([*attends, self.model.block_out_channels[-1]])
-        _require(self.model, "attention_head_dim", head_dim <= widest, f"at most the {widest} channels there")
+        _require(self.model, "attention_head_dim", head_dim <= narrowest, f"at most the {narrowest} channels there")
         steps, most = self.training.num_inference_steps, self.diffusion.num_train_timesteps
         _require(
             self.training, "num_inference_steps", steps is None or steps <= most, f"at most num_train_timesteps={most}"
         )
+
+    @property
+    def resolutions(self) -> list[int]:
+        """The resolutions that the U-Net works at, from the highest down."""
+        return [self.data.resolution // 2**i for i in range(len(self.model.block_out_channels))]
+
+    @property
+    def attends(self) -> list[bool]:
+        """Which of them have self-attention."""
+        return [resolution in self.model.attention_resolutions for resolution in self.resolutions]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all options by name: what `--config` reads."""
@@ -180,14 +189,12 @@ class Config:
 
     def unet(self) -> dict[str, Any]:
         """Returns the options of the `UNet2DModel`; those of the paper's code where there is no choice."""
-        channels = self.model.block_out_channels
-        resolutions = [self.data.resolution // 2**i for i in range(len(channels))]
-        attends = [resolution in self.model.attention_resolutions for resolution in resolutions]
+        attends = self.attends
         return {
             "sample_size": self.data.resolution,
             "in_channels": self.data.channels,
             "out_channels": self.data.channels * (2 if self.diffusion.variance_type.startswith("learned") else 1),
-            "block_out_channels": tuple(channels),
+            "block_out_channels": tuple(self.model.block_out_channels),
             "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
             "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
             "layers_per_block": self.model.layers_per_block,

@@ -69,8 +69,6 @@ def save_checkpoint(run: Run, folder: Path) -> Path:
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
     for file in [*partial.iterdir(), partial]:
         _flush(file)
-    if final.exists():  # damaged, or of a session that a fall-back has undone
-        shutil.rmtree(final)
     partial.rename(final)
     _flush(folder)
     return final
