@@ -16,7 +16,8 @@ from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.diffusion.schedules import shift_right
 
 PREDICTION_TYPES = ("epsilon", "sample", "mean", "v_prediction")
-VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
+LEARNED = ("learned", "learned_range")
+VARIANCE_TYPES = ("fixed_small", "fixed_large", *LEARNED)
 
 
 class GaussianDiffusion:
@@ -159,7 +160,7 @@ class GaussianDiffusion:
             ValueError: If `variance_type` is not allowed, or `output` is missing.
         """
         check_one_of("variance_type", variance_type, VARIANCE_TYPES)
-        if variance_type.startswith("fixed"):
+        if variance_type not in LEARNED:
             return self._at(variance_type, t, like)
         if output is None:
             raise ValueError(f"variance_type={variance_type!r} needs a network with twice the channels of the images")
@@ -297,6 +298,11 @@ def dynamic_threshold(x_start: Tensor, ratio: float, max_value: float) -> Tensor
     s = torch.quantile(x_start.abs().flatten(1), ratio, dim=1).clamp(1, max_value)
     s = s.view(-1, *[1] * (x_start.ndim - 1))
     return x_start.clamp(-s, s) / s
+
+
+def output_channels(channels: int, variance_type: str) -> int:
+    """Returns the number of channels of a network for images of so many: twice that with a learned variance."""
+    return channels * (2 if variance_type in LEARNED else 1)
 
 
 def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.diffusion.checks import check_one_of
-from hf_ddpm.diffusion.gaussian import GaussianDiffusion, split_output
+from hf_ddpm.diffusion.gaussian import LEARNED, GaussianDiffusion, split_output
 from hf_ddpm.diffusion.likelihood import bound_nats
 
 OBJECTIVES = ("simple", "vlb", "hybrid", "min_snr")
-LEARNED = ("learned", "learned_range")
 
 # Weight of the bound beside the simple objective (Nichol & Dhariwal 2021, Eq. 16), and cap of the signal-to-noise
 # ratio (Hang et al. 2023).
@@ -74,19 +73,31 @@ class Objective:
             The loss of each image, float32, shape `(B,)`.
         """
         prediction, variance_output = split_output(output.float(), x_start.shape[1])
+        if self.name == "vlb":
+            return self._bound(diffusion, prediction, variance_output, x_start, t, x_t)
         target = diffusion.target(x_start, t, noise, self.prediction_type)
         simple = (prediction - target).square().flatten(1).mean(dim=1)
-        if self.name == "simple":
-            return simple
         if self.name == "min_snr":
             snr = torch.as_tensor(diffusion.snr(t, x_start)).flatten()
             capped = snr.clamp(max=SNR_CAP)
             # The weight of an error of the image, in terms of the errors that it means for the noise and for v.
             weights = {"sample": capped, "epsilon": (SNR_CAP / snr).clamp(max=1), "v_prediction": capped / (snr + 1)}
             return simple * weights[self.prediction_type]
+        if self.name == "hybrid":
+            bound = self._bound(diffusion, prediction.detach(), variance_output, x_start, t, x_t)
+            return simple + BOUND_WEIGHT * bound
+        return simple
 
-        mean_source = prediction.detach() if self.name == "hybrid" else prediction
-        x_start_hat = diffusion.predict_start(mean_source, x_t, t, self.prediction_type)
+    def _bound(
+        self,
+        diffusion: GaussianDiffusion,
+        prediction: Tensor,
+        variance_output: Tensor | None,
+        x_start: Tensor,
+        t: Tensor,
+        x_t: Tensor,
+    ) -> Tensor:
+        """Estimates the bound, which is a sum over all steps, from the term of one."""
+        x_start_hat = diffusion.predict_start(prediction, x_t, t, self.prediction_type)
         log_var = diffusion.log_var(t, x_t, self.variance_type, variance_output)
-        bound = len(diffusion) * bound_nats(diffusion, x_start, x_start_hat, x_t, t, log_var, self.levels)
-        return bound if self.name == "vlb" else simple + BOUND_WEIGHT * bound
+        return len(diffusion) * bound_nats(diffusion, x_start, x_start_hat, x_t, t, log_var, self.levels)

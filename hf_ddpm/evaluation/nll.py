@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_ddpm.data.store import ImageStore
 from hf_ddpm.diffusion.gaussian import split_output
@@ -74,7 +73,7 @@ class Bound:
 
 @torch.no_grad()
 def variational_bound(
-    unet: ModelMixin,
+    unet: nn.Module,
     scheduler: DDPMScheduler,
     images: ImageStore,
     ids: Sequence[int],
@@ -124,18 +123,21 @@ def variational_bound(
         terms, squared_errors = _evaluate(unet, scheduler, x_start, t, noise, levels)
         sums.index_add_(1, t, torch.stack([weights * terms, squared_errors, torch.ones_like(terms)]).double())
         progress(len(pairs))
-    return Bound(*sums, prior, torch.tensor(float(len(ids)), dtype=torch.float64, device=images.device))
+    terms, squared_errors, evaluations = sums
+    count = torch.tensor(float(len(ids)), dtype=torch.float64, device=images.device)
+    return Bound(terms, squared_errors, evaluations, prior, count)
 
 
 def _evaluate(
-    unet: ModelMixin, scheduler: DDPMScheduler, x_start: Tensor, t: Tensor, noise: Tensor, levels: int
+    unet: nn.Module, scheduler: DDPMScheduler, x_start: Tensor, t: Tensor, noise: Tensor, levels: int
 ) -> tuple[Tensor, Tensor]:
-    diffusion, config = scheduler.diffusion, scheduler.config
+    diffusion = scheduler.diffusion
     x_t = diffusion.q_sample(x_start, t, noise)
-    output = unet(x_t.to(unet.dtype), t).sample.float()
+    dtype = next(unet.parameters()).dtype
+    output = unet(x_t.to(dtype), t).sample.float()
     prediction, variance_output = split_output(output, x_start.shape[1])
-    x_start_hat = diffusion.predict_start(prediction, x_t, t, config.prediction_type).clamp(-1, 1)
-    log_var = diffusion.log_var(t, x_t, config.variance_type.removesuffix("_log"), variance_output)
+    x_start_hat = diffusion.predict_start(prediction, x_t, t, scheduler.config["prediction_type"]).clamp(-1, 1)
+    log_var = diffusion.log_var(t, x_t, scheduler.variance_type, variance_output)
     terms = bound_nats(diffusion, x_start, x_start_hat, x_t, t, log_var, levels)
     return terms, (x_start - x_start_hat).square().flatten(1).mean(dim=1)
 
@@ -152,7 +154,7 @@ def _pairs(ids: Sequence[int], seed: int, total: int, per_image: int) -> Iterato
             yield i, 1 + step, width
 
 
-def _batches(items: Iterator[tuple], size: int) -> Iterator[list[tuple]]:
+def _batches(items: Iterator[tuple[int, int, float]], size: int) -> Iterator[list[tuple[int, int, float]]]:
     batch = []
     for item in items:
         batch.append(item)

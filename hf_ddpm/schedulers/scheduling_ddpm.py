@@ -17,6 +17,7 @@ from hf_ddpm.diffusion.gaussian import (
     VARIANCE_TYPES,
     GaussianDiffusion,
     dynamic_threshold,
+    output_channels,
     split_output,
 )
 from hf_ddpm.diffusion.schedules import beta_schedule as named_beta_schedule
@@ -78,7 +79,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
-        check_one_of("variance_type", variance_type.removesuffix("_log"), VARIANCE_TYPES)
+        self.variance_type = variance_type.removesuffix("_log")
+        check_one_of("variance_type", self.variance_type, VARIANCE_TYPES)
         check_one_of("prediction_type", prediction_type, PREDICTION_TYPES)
         check_one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         if rescale_betas_zero_snr and prediction_type == "epsilon":
@@ -103,7 +105,6 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = self.diffusion.alphas_cumprod.float()
         self.init_noise_sigma = 1.0
-        self.variance_type = variance_type
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._set_chain(list(reversed(range(num_train_timesteps))), device=None)
@@ -175,7 +176,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If `timestep` is none of `self.timesteps`, or the shapes differ.
         """
-        channels = sample.shape[1] * (2 if self.variance_type.startswith("learned") else 1)
+        channels = output_channels(sample.shape[1], self.variance_type)
         if model_output.shape != (sample.shape[0], channels, *sample.shape[2:]):
             raise ValueError(
                 f"model_output of shape {tuple(model_output.shape)} does not fit sample of shape {tuple(sample.shape)} "
@@ -189,7 +190,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         x_start = self._bound(x_start)
         x_prev, _ = self._chain.q_posterior(x_start, x_t, t)
         if t > 0:
-            log_var = self._chain.log_var(t, x_t, self.variance_type.removesuffix("_log"), variance_output)
+            log_var = self._chain.log_var(t, x_t, self.variance_type, variance_output)
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
             x_prev = x_prev + _deviation(log_var) * noise
 

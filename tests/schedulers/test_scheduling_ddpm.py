@@ -249,3 +249,27 @@ def test_wrong_values_are_refused_with_the_allowed_ones():
         DDPMScheduler(steps_offset=1).set_timesteps(1000)
     with pytest.raises(ValueError, match="does not fit"):
         scheduler.step(torch.cat([noise, noise], dim=1), 900, x_start)
+
+
+@pytest.mark.parametrize("total", [1, 2, 100])
+def test_a_process_of_any_length_ends_at_the_image(total):
+    scheduler, (x_start, noise) = DDPMScheduler(num_train_timesteps=total, clip_sample=False), inputs()
+    scheduler.set_timesteps(total)
+    x_t = scheduler.add_noise(x_start, noise, scheduler.timesteps[:1])
+    for t in scheduler.timesteps:
+        eps = scheduler.diffusion.predict_eps(x_start, x_t, int(t))
+        x_t, x_start_hat = scheduler.step(eps, t, x_t, return_dict=False)
+        torch.testing.assert_close(x_start_hat, x_start, rtol=0, atol=1e-4)
+    torch.testing.assert_close(x_t, x_start, rtol=0, atol=1e-5)
+
+
+def test_a_chain_may_start_in_its_middle():
+    # Image to image: noise an image to one of the steps, then walk back from there.
+    ours, theirs = both()
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(20)
+    x_start, noise = inputs()
+    mine = stock = ours.add_noise(x_start, noise, ours.timesteps[15:16])
+    for t in ours.timesteps[15:]:
+        mine, stock = step(ours, t, mine, 0.5 * noise), step(theirs, t, stock, 0.5 * noise)
+    torch.testing.assert_close(mine, stock, rtol=0, atol=1e-4)
