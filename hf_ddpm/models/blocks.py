@@ -12,6 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose masks may be drawn elsewhere.
+
+    Attributes:
+        draw: Returns the mask, 1 where kept, for an input and the probability of keeping; torch's own if None.
+    """
+
+    draw: Callable[[Tensor, float], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drops in training, at any shape."""
+        if self.draw is None or not self.training or self.p == 0:
+            return super().forward(x)
+        keep = 1 - self.p
+        return x * self.draw(x, keep) / keep
+
+
 class ResnetBlock(nn.Module):
     r"""The residual block of the paper's Appendix B, with the time embedding added between its two convolutions.
 
@@ -49,7 +66,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.resample = resample

@@ -1,6 +1,8 @@
 """The U-Net of the paper, drop-in for that of diffusers: same options, same keys, same initial weights."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from hf_ddpm.models.blocks import DownStage, MidStage, UpStage
+from hf_ddpm.models.blocks import DownStage, Dropout, MidStage, UpStage
 from hf_ddpm.models.embeddings import TimestepEmbedding, sinusoidal
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
@@ -204,6 +206,16 @@ class UNet2DModel(ModelMixin, ConfigMixin):
     def size_multiple(self) -> int:
         """What height and width must be multiples of: they are halved once a resolution but the last."""
         return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def draw_dropout(self, draw: Callable[[int, Tensor, float], Tensor] | None) -> None:
+        """Lets the masks of dropout come from a function of layer, input and probability of keeping.
+
+        Args:
+            draw: The function; it returns 1 where an entry is kept, shape of the input. None for torch's own masks.
+        """
+        layers = (module for module in self.modules() if isinstance(module, Dropout))
+        for number, layer in enumerate(layers):
+            layer.draw = None if draw is None else partial(draw, number)
 
     def to_json_string(self) -> str:
         """Serializes the configuration, without the local path that the weights were read from."""

@@ -15,10 +15,9 @@ from hf_ddpm.images import to_signed
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
-from hf_ddpm.seeds import DROPOUT, derived_seed
 from hf_ddpm.training.ema import EMA
 from hf_ddpm.training.optimization import learning_rate
-from hf_ddpm.training.randomness import batch_indices, draw
+from hf_ddpm.training.randomness import batch_indices, draw, dropout_masks
 from hf_ddpm.training.signals import StopSignal
 
 
@@ -99,8 +98,7 @@ def train(run: Run, images: ImageStore, callbacks: Sequence[Callback] = ()) -> N
 
     # This process's rows of each global batch, and the passes that they are divided into.
     share = run.global_batch_size // accelerator.num_processes
-    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    shape = (run.global_batch_size, *images.shape)
+    mine = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
     with StopSignal(accelerator) as stop:
         for callback in callbacks:
@@ -110,17 +108,17 @@ def train(run: Run, images: ImageStore, callbacks: Sequence[Callback] = ()) -> N
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
 
-            indices = batch_indices(config.seed, step, run.global_batch_size, len(images))[mine]
+            indices = batch_indices(config.seed, step, run.global_batch_size, len(images))[mine.start : mine.stop]
             x_start = to_signed(images[indices], run.config.data.levels)
-            draws = draw(config.seed, step, shape, len(diffusion), accelerator.device).rows(mine)
+            draws = draw(config.seed, step, mine, images.shape, len(diffusion), accelerator.device)
             if run.config.data.horizontal_flip:
                 x_start = torch.where(draws.flip.view(-1, 1, 1, 1), x_start.flip(-1), x_start)
             x_t = diffusion.q_sample(x_start, draws.t, draws.noise)  # in float32, whatever the network's precision
 
-            torch.manual_seed(derived_seed(config.seed, DROPOUT, step, accelerator.process_index))
             losses = []
             for start in range(0, share, config.train_batch_size):
                 part = slice(start, start + config.train_batch_size)
+                run.unet.draw_dropout(dropout_masks(config.seed, step, mine[part]))
                 is_last = part.stop == share
                 with nullcontext() if is_last else accelerator.no_sync(network):
                     output = network(x_t[part], draws.t[part]).sample

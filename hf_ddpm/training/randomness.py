@@ -1,17 +1,23 @@
 """All randomness of training as a pure function of (seed, step, position in the global batch).
 
 No generator lives longer than a step and none belongs to a process. A run resumes from a number, the step; and the
-processes among which a global batch is divided see together what one would have seen alone: each draws for the whole
-batch, which costs little beside the network, and takes its rows.
+processes and passes among which a global batch is divided see together what one would have seen alone.
+
+Numbers are drawn for blocks of neighboring positions, each with a generator of its own, so that nobody draws much more
+than its rows, and a GPU still draws many at a time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from hf_ddpm.seeds import DIFFUSION, ORDER, generator
+from hf_ddpm.seeds import DIFFUSION, DROPOUT, ORDER, generator
+
+# Positions in a block. A change changes every run.
+BLOCK = 32
 
 
 def batch_indices(seed: int, step: int, batch: int, size: int) -> Tensor:
@@ -49,21 +55,44 @@ class Draws:
     noise: Tensor
     flip: Tensor
 
-    def rows(self, rows: slice) -> "Draws":
-        """Returns the draws for some images of the batch."""
-        return Draws(self.t[rows], self.noise[rows], self.flip[rows])
-
 
 def draw(
-    seed: int, step: int, shape: tuple[int, int, int, int], num_timesteps: int, device: torch.device | str
+    seed: int, step: int, rows: range, shape: tuple[int, int, int], num_timesteps: int, device: torch.device | str
 ) -> Draws:
-    """Draws for the global batch of a step; `shape` is `(B, C, H, W)`."""
-    source = generator(seed, DIFFUSION, step, device=device)
-    return Draws(
-        t=torch.randint(num_timesteps, shape[:1], generator=source, device=device),
-        noise=torch.randn(shape, generator=source, device=device),
-        flip=torch.rand(shape[:1], generator=source, device=device) < 0.5,
-    )
+    """Draws for some rows of the global batch of a step; `shape` is the `(C, H, W)` of an image."""
+
+    def fill(block: int) -> tuple[Tensor, Tensor, Tensor]:
+        source = generator(seed, DIFFUSION, step, block, device=device)
+        return (
+            torch.randint(num_timesteps, (BLOCK,), generator=source, device=device),
+            torch.randn((BLOCK, *shape), generator=source, device=device),
+            torch.rand(BLOCK, generator=source, device=device) < 0.5,
+        )
+
+    blocks = [fill(block) for block in _blocks(rows)]
+    return Draws(*(_cut(list(column), rows) for column in zip(*blocks, strict=True)))
+
+
+def dropout_masks(seed: int, step: int, rows: range) -> Callable[[int, Tensor, float], Tensor]:
+    """Returns what `UNet2DModel.draw_dropout` takes: the masks of some rows of the global batch of a step."""
+
+    def mask(layer: int, x: Tensor, keep: float) -> Tensor:
+        def fill(block: int) -> Tensor:
+            source = generator(seed, DROPOUT, step, layer, block, device=x.device)
+            return x.new_empty((BLOCK, *x.shape[1:])).bernoulli_(keep, generator=source)
+
+        return _cut([fill(block) for block in _blocks(rows)], rows)
+
+    return mask
+
+
+def _blocks(rows: range) -> range:
+    return range(rows.start // BLOCK, -(-rows.stop // BLOCK))
+
+
+def _cut(blocks: list[Tensor], rows: range) -> Tensor:
+    start = rows.start % BLOCK
+    return torch.cat(blocks)[start : start + len(rows)]
 
 
 @lru_cache(maxsize=2)

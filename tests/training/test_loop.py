@@ -5,11 +5,12 @@ import json
 import diffusers
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
 
 from hf_ddpm.config import parse_config
 from hf_ddpm.data.store import load_images
-from hf_ddpm.seeds import DROPOUT, INITIALIZATION, derived_seed
+from hf_ddpm.seeds import DROPOUT, INITIALIZATION, derived_seed, generator
 from hf_ddpm.training.randomness import batch_indices, draw
 from tests.conftest import TINY_RUN
 
@@ -33,7 +34,17 @@ def initial_network():
     initialize_like_paper(ours)
     network = diffusers.UNet2DModel(**options)
     network.load_state_dict(ours.state_dict())
+    for resnet in [module for module in network.modules() if isinstance(module, ResnetBlock2D)]:
+        resnet.dropout = Dropout()
     return network.train()
+
+
+class Dropout(torch.nn.Module):
+    """A fifth is dropped; the first 32 rows of a global batch have a generator for each step and layer."""
+
+    def forward(self, x):
+        source = generator(5, DROPOUT, *self.place, 0)
+        return torch.where(torch.empty(32, *x.shape[1:]).bernoulli_(0.8, generator=source)[:BATCH] > 0, x / 0.8, 0)
 
 
 def train_by_hand(prediction_type):
@@ -45,13 +56,14 @@ def train_by_hand(prediction_type):
     lines = []
     for step in range(STEPS):
         x0 = images[batch_indices(5, step, BATCH, 898)].double() / 127.5 - 1
-        draws = draw(5, step, (BATCH, 1, 8, 8), 1000, "cpu")
+        draws = draw(5, step, range(BATCH), (1, 8, 8), 1000, "cpu")
         x0 = torch.stack([x[:, :, range(7, -1, -1)] if flip else x for x, flip in zip(x0, draws.flip, strict=True)])
         a = alpha_bars[draws.t].view(-1, 1, 1, 1)
         x_t = a.sqrt() * x0 + (1 - a).sqrt() * draws.noise
         target = draws.noise if prediction_type == "epsilon" else a.sqrt() * draws.noise - (1 - a).sqrt() * x0
 
-        torch.manual_seed(derived_seed(5, DROPOUT, step, 0))
+        for layer, dropout in enumerate(m for m in network.modules() if isinstance(m, Dropout)):
+            dropout.place = (step, layer)
         loss = ((network(x_t.float(), draws.t).sample - target.float()) ** 2).mean()
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
         norm = torch.stack([(g**2).sum() for g in gradients.values()]).sum().sqrt()

@@ -145,7 +145,7 @@ def test_a_run_is_not_continued_as_another_one(run_training, trained, words, mes
 
 
 def test_accumulation_is_the_same_run(run_training, tmp_path):
-    words = ["--max_train_steps", "6", "--dropout", "0", "--log_steps", "1"]
+    words = ["--max_train_steps", "6", "--dropout", "0.1", "--log_steps", "1"]
     run_training(tmp_path / "one", *words, "--train_batch_size", "8")
     run_training(tmp_path / "two", *words, "--train_batch_size", "4", "--gradient_accumulation_steps", "2")
     losses = [
@@ -227,7 +227,7 @@ def test_a_signal_in_the_last_sampling_ends_it_at_once(run_training, tmp_path, n
 
 @pytest.mark.slow
 def test_two_processes_are_the_same_run(run_training, tmp_path):
-    words = ["--max_train_steps", "6", "--dropout", "0", "--log_steps", "1"]
+    words = ["--max_train_steps", "6", "--dropout", "0.1", "--log_steps", "1"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     process = start(tmp_path / "two", *words, "--train_batch_size", "4", launcher=launcher, ACCELERATE_USE_CPU="true")

@@ -8,7 +8,7 @@ import torch
 from hf_ddpm.config import parse_config
 from hf_ddpm.training.ema import EMA
 from hf_ddpm.training.optimization import learning_rate
-from hf_ddpm.training.randomness import batch_indices, draw
+from hf_ddpm.training.randomness import batch_indices, draw, dropout_masks
 
 
 def test_every_image_once_an_epoch_and_no_epoch_like_another():
@@ -28,18 +28,36 @@ def test_the_order_does_not_depend_on_the_batch_size():
 
 
 def test_draws_depend_on_the_place_alone():
-    torch.manual_seed(0)
-    first = draw(0, 7, (4, 1, 8, 8), 1000, "cpu")
-    torch.manual_seed(99)
-    again, other_step, other_seed = (draw(s, n, (4, 1, 8, 8), 1000, "cpu") for s, n in [(0, 7), (0, 8), (1, 7)])
-    assert torch.equal(first.noise, again.noise) and torch.equal(first.t, again.t)
-    assert not torch.equal(first.noise, other_step.noise) and not torch.equal(first.noise, other_seed.noise)
-    part = first.rows(slice(1, 3))
-    assert torch.equal(part.noise, first.noise[1:3]) and torch.equal(part.t, first.t[1:3]) and len(part.flip) == 2
+    def drawn(seed, step, rows):
+        torch.manual_seed(torch.seed())
+        return draw(seed, step, rows, (1, 8, 8), 1000, "cpu")
+
+    whole = drawn(0, 7, range(80))
+    # However a global batch is divided, within blocks and across them.
+    for rows in (range(80), range(0, 32), range(5, 6), range(30, 70)):
+        part = drawn(0, 7, rows)
+        for name in ("t", "noise", "flip"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[rows.start : rows.stop])
+    for other in (drawn(0, 8, range(80)), drawn(1, 7, range(80))):
+        assert not torch.equal(whole.noise, other.noise) and not torch.equal(whole.t, other.t)
+    assert not torch.equal(whole.noise[:32], whole.noise[32:64])
+
+
+def test_dropout_masks_depend_on_the_place_alone():
+    x = torch.zeros(80, 4, 8, 8)
+    whole = dropout_masks(0, 7, range(80))(3, x, 0.8)
+    for rows in (range(0, 32), range(5, 6), range(30, 70)):
+        assert torch.equal(dropout_masks(0, 7, rows)(3, x[: len(rows)], 0.8), whole[rows.start : rows.stop])
+    others = [
+        dropout_masks(*place, range(80))(layer, x, 0.8) for place, layer in [((0, 8), 3), ((1, 7), 3), ((0, 7), 4)]
+    ]
+    assert not any(torch.equal(whole, other) for other in others) and not torch.equal(whole[:32], whole[32:64])
+    assert set(whole.unique().tolist()) == {0, 1}
+    assert abs(whole.mean() - 0.8) < 5 * math.sqrt(0.16 / whole.numel())
 
 
 def test_draws_have_the_distributions_of_algorithm_1():
-    draws = draw(0, 0, (20_000, 1, 4, 4), 10, "cpu")
+    draws = draw(0, 0, range(20_000), (1, 4, 4), 10, "cpu")
     counts = torch.bincount(draws.t, minlength=10)
     # Within five standard deviations: 2000 +- 5 sqrt(20000 x 0.09), and 0.5 +- 5 x 0.5 / sqrt(20000).
     assert len(counts) == 10 and bool(((counts - 2000).abs() < 212).all())
