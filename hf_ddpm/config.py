@@ -111,9 +111,16 @@ class TrainingConfig:
     warmup_steps: int = option("steps over which the learning rate rises from zero", 5000)
     adam_beta2: float = option("decay of Adam's second moment", 0.999)
     max_grad_norm: float = option("gradients are scaled down to this norm", 1.0)
-    ema_decay: float = option("decay of the average of the weights, which is what is exported", 0.9999)
-    ema_warmup: bool = option("whether the decay starts small, as min(decay, (1 + step) / (10 + step))", False)
+    ema_decay: list[float] = option(
+        "decays of the averages of the weights; the first average is sampled from and exported, others beside it",
+        factory=lambda: [0.9999],
+    )
+    ema_warmup: bool = option("whether a decay starts small, as min(decay, (1 + step) / (10 + step))", False)
     mixed_precision: Literal["no", "bf16", "fp16"] = option("precision of the network's passes", "no")
+    tf32: bool = option("whether an NVIDIA GPU may round the factors of float32 products to 10 bits", True)
+    gradient_checkpointing: bool = option("whether to compute activations twice instead of keeping them", False)
+    compile: bool = option("whether to compile the network, after a check of its gradients", False)
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = option("who else is told the metrics", "none")
     log_steps: int = option("steps between lines of metrics.jsonl", 50)
     checkpointing_steps: int = option("steps between checkpoints", 5000)
     keep_checkpoints: int = option("checkpoints that are kept", 2)
@@ -121,6 +128,7 @@ class TrainingConfig:
     sample_at_checkpoints: bool = option("whether to draw samples.png at checkpoints too, not only at the end", False)
     num_samples: int = option("images in samples.png", 64)
     num_inference_steps: int | None = option("sampling steps for samples.png; all by default", None)
+    dry_run: bool = option("whether to print what the run would cost, and stop", False)
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -134,8 +142,10 @@ class TrainingConfig:
             _require(self, name, 0 < getattr(self, name) < float("inf"), "more than 0")
         for name in ("output_dir", "resume"):
             _require(self, name, bool(getattr(self, name)), "a path")
-        for name in ("adam_beta2", "ema_decay"):
-            _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        _require(self, "adam_beta2", 0 <= self.adam_beta2 < 1, "in [0, 1)")
+        decays = self.ema_decay
+        _require(self, "ema_decay", all(0 <= decay < 1 for decay in decays), "in [0, 1)")
+        _require(self, "ema_decay", len(set(decays)) == len(decays), "different decays")
 
 
 PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig)
@@ -298,8 +308,9 @@ def _read_yaml(path: Any) -> dict[str, list[str] | None]:
     for name, value in options.items():
         if name not in kinds:
             raise ValueError(f"config {str(path)!r}: unknown option {name}: {_hint(name, PARTS)}")
-        if isinstance(value, dict) or isinstance(value, list) != (kinds[name] == list[int]) or value == []:
-            what = "a list with an entry" if kinds[name] == list[int] else "one value"
+        is_list = kinds[name] in (list[int], list[float])
+        if isinstance(value, dict) or isinstance(value, list) != is_list or value == []:
+            what = "a list with an entry" if is_list else "one value"
             raise ValueError(f"config {str(path)!r}: {name}={value!r} is not allowed: {what}")
         words[name] = None if value in ("", "~", "null") else value if isinstance(value, list) else [value]
     return words

@@ -23,7 +23,12 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Drops in training, at any shape."""
-        if self.draw is None or not self.training or self.p == 0:
+        return self._drop(x) if self.training and self.p > 0 else x
+
+    # A compiler would see a new function in every step, and compile again and again.
+    @torch.compiler.disable
+    def _drop(self, x: Tensor) -> Tensor:
+        if self.draw is None:
             return super().forward(x)
         keep = 1 - self.p
         return x * self.draw(x, keep) / keep

@@ -29,6 +29,7 @@ def start_accelerator(config: Config) -> Accelerator:
         raise ValueError(f"mixed_precision={config.training.mixed_precision!r}, but the launcher says {launched!r}")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.training.mixed_precision)
     use_own_cores()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("give gradient_accumulation_steps to the script, not to the launcher")
     asked = int(os.environ.get("WORLD_SIZE", 1))
@@ -43,11 +44,13 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     unet = UNet2DModel(**config.unet())
     initialize_like_paper(unet)
     unet.to(accelerator.device)
+    if config.training.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     return Run(
         config=config,
         accelerator=accelerator,
         unet=unet,
-        ema=EMA(unet, config.training.ema_decay, config.training.ema_warmup),
+        emas=[EMA(unet, decay, config.training.ema_warmup) for decay in config.training.ema_decay],
         optimizer=adam(unet, config.training),
         scheduler=DDPMScheduler(**config.scheduler()),
         objective=Objective(

@@ -18,6 +18,7 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
+        self.name = f"ema-{decay}"
         self.warmup = warmup
         self._averages = list(self.model.parameters())
 

@@ -15,6 +15,7 @@ from hf_ddpm.images import to_signed
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+from hf_ddpm.training.compiling import compile_network
 from hf_ddpm.training.ema import EMA
 from hf_ddpm.training.optimization import learning_rate
 from hf_ddpm.training.randomness import batch_indices, draw, dropout_masks
@@ -26,8 +27,10 @@ class Run:
     """A training run: what it consists of, and where it stands.
 
     Attributes:
+        emas: Averages of the weights; the first is the one that counts.
         step: Optimizer steps done.
-        loss: Mean loss of the last step over the images of this process, on the device.
+        losses: Losses of the last step, an image of this process each, on the device.
+        t: Timesteps that they belong to.
         grad_norm: Norm of its gradient before clipping, on the device.
         stopped_by: The signal that ended the run early, if one did.
     """
@@ -35,12 +38,13 @@ class Run:
     config: Config
     accelerator: Accelerator
     unet: UNet2DModel
-    ema: EMA
+    emas: list[EMA]
     optimizer: torch.optim.Optimizer
     scheduler: DDPMScheduler
     objective: Objective
     step: int = 0
-    loss: Tensor = field(default_factory=lambda: torch.tensor(float("nan")))
+    losses: Tensor = field(default_factory=lambda: torch.empty(0))
+    t: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     grad_norm: Tensor = field(default_factory=lambda: torch.tensor(float("nan")))
     stopped_by: int | None = None
 
@@ -49,6 +53,11 @@ class Run:
         """Images an optimizer step, over all processes."""
         training = self.config.training
         return training.train_batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss of the last step over the images of this process, on the device."""
+        return self.losses.mean()
 
     def check_finite(self) -> None:
         """Raises a `FloatingPointError` if the run has diverged: before its weights are saved over sound ones."""
@@ -63,9 +72,9 @@ class Run:
                 f"rate {rate:g}: the run has diverged; checkpoints that are there are from before"
             )
 
-    def pipeline(self) -> DDPMPipeline:
-        """Returns the pipeline of the averaged weights."""
-        return DDPMPipeline(unet=self.ema.model, scheduler=self.scheduler)
+    def pipeline(self, number: int = 0) -> DDPMPipeline:
+        """Returns the pipeline of one of the averages."""
+        return DDPMPipeline(unet=self.emas[number].model, scheduler=self.scheduler)
 
 
 class Callback:
@@ -93,6 +102,8 @@ def train(run: Run, images: ImageStore, callbacks: Sequence[Callback] = ()) -> N
         callbacks: Called in this order.
     """
     config, accelerator, diffusion = run.config.training, run.accelerator, run.scheduler.diffusion
+    if config.compile:
+        compile_network(run.unet, accelerator, config.train_batch_size)
     network, optimizer = accelerator.prepare(run.unet, run.optimizer)
     network.train()
 
@@ -123,15 +134,15 @@ def train(run: Run, images: ImageStore, callbacks: Sequence[Callback] = ()) -> N
                 with nullcontext() if is_last else accelerator.no_sync(network):
                     output = network(x_t[part], draws.t[part]).sample
                     loss = run.objective(diffusion, output, x_start[part], draws.t[part], draws.noise[part], x_t[part])
-                    loss = loss.mean() / config.gradient_accumulation_steps
-                    accelerator.backward(loss)
+                    accelerator.backward(loss.mean() / config.gradient_accumulation_steps)
                 losses.append(loss.detach())
             run.grad_norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            run.ema.update(run.unet, step)
+            for ema in run.emas:
+                ema.update(run.unet, step)
 
-            run.step, run.loss = step + 1, torch.stack(losses).sum()
+            run.step, run.losses, run.t = step + 1, torch.cat(losses), draws.t
             run.stopped_by = stop.received()
             for callback in callbacks:
                 callback.on_step(run)

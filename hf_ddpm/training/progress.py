@@ -33,32 +33,44 @@ class Progress(Callback):
     def on_step(self, run: Run) -> None:
         """Advances the bar; writes a line when one is due."""
         self._bar.update()
-        self._losses.append(run.loss)
+        self._losses.append(run.losses)
+        self._t.append(run.t)
         training = run.config.training
         if run.step % training.log_steps and run.step < training.max_train_steps and run.stopped_by is None:
             return
-        loss = run.accelerator.reduce(torch.stack(self._losses).mean(), reduction="mean").item()
-        seconds = time.perf_counter() - self._since
-        line = {
-            "step": run.step,
-            "images": run.step * run.global_batch_size,
-            "loss": loss,
-            "grad_norm": float(run.grad_norm),
-            "learning_rate": run.optimizer.param_groups[0]["lr"],
-            "images_per_second": len(self._losses) * run.global_batch_size / seconds,
-        }
+        line = self._line(run)
         if run.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {line['images_per_second']:.0f} images/s")
+        run.accelerator.log({name: value for name, value in line.items() if value is not None}, step=run.step)
+        self._bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
         run.check_finite()
         self._restart(run)
 
         if run.step == training.max_train_steps or run.stopped_by is not None:
             self._bar.close()
 
+    def _line(self, run: Run) -> dict[str, float | None]:
+        """Returns what there is to say of the steps since the last line; every process must ask."""
+        losses, t = torch.cat(self._losses), torch.cat(self._t)
+        quarter = t * 4 // len(run.scheduler)
+        sums = losses.new_zeros(2, 4).index_add_(1, quarter, torch.stack([losses, torch.ones_like(losses)]))
+        totals, counts = run.accelerator.reduce(sums, reduction="sum").tolist()
+        seconds = time.perf_counter() - self._since
+        return {
+            "step": run.step,
+            "images": run.step * run.global_batch_size,
+            "loss": sum(totals) / sum(counts),
+            # By quarter of the timesteps, from the least noise to the most.
+            **{f"loss_q{i}": totals[i - 1] / counts[i - 1] if counts[i - 1] else None for i in range(1, 5)},
+            "grad_norm": float(run.grad_norm),
+            "learning_rate": run.optimizer.param_groups[0]["lr"],
+            "images_per_second": len(self._losses) * run.global_batch_size / seconds,
+        }
+
     def _restart(self, run: Run) -> None:
         self._losses: list[torch.Tensor] = []
+        self._t: list[torch.Tensor] = []
         self._since = time.perf_counter()
 
 

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from hf_ddpm.training.loop import Callback, Run
 
-# Options that may differ between the sessions of a run: they change what is kept and shown, and how a global batch is
-# divided, not what is computed, dropout masks apart. (The length of a run is part of a learning rate that falls
-# towards its end.)
+# Options that may differ between the sessions of a run: they change what is kept and shown, how a global batch is
+# divided and how fast it is computed, not what is computed but for rounding. (The length of a run is part of a
+# learning rate that falls towards its end.)
 FREE_OPTIONS = {
     "output_dir", "max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints", "resume",
     "train_batch_size", "gradient_accumulation_steps", "sample_at_checkpoints", "num_samples", "num_inference_steps",
+    "tf32", "gradient_checkpointing", "compile", "tracker", "dry_run",
 }  # fmt: skip
 
 
@@ -55,7 +56,8 @@ def save_checkpoint(run: Run, folder: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _save_tensors(run.unet.state_dict(), partial / "unet.safetensors")
-    _save_tensors(run.ema.model.state_dict(), partial / "ema.safetensors")
+    for ema in run.emas:
+        _save_tensors(ema.model.state_dict(), partial / f"{ema.name}.safetensors")
     _save_tensors(_flat(run.optimizer.state_dict()["state"]), partial / "optimizer.safetensors")
     scaler = run.accelerator.scaler
     state = {
@@ -85,7 +87,8 @@ def load_checkpoint(run: Run, path: Path) -> None:
     if state["step"] > run.config.training.max_train_steps:
         raise ValueError(f"max_train_steps={run.config.training.max_train_steps} is not allowed: {path} is beyond it")
     run.unet.load_state_dict(load_file(path / "unet.safetensors"))
-    run.ema.model.load_state_dict(load_file(path / "ema.safetensors"))
+    for ema in run.emas:
+        ema.model.load_state_dict(load_file(path / f"{ema.name}.safetensors"))
     optimizer = run.optimizer.state_dict()
     optimizer["state"] = _nested(load_file(path / "optimizer.safetensors"))
     run.optimizer.load_state_dict(optimizer)

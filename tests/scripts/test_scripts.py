@@ -34,7 +34,7 @@ def test_the_export_is_the_average(trained):
     from safetensors.torch import load_file
 
     exported = load_file(trained / "unet" / "diffusion_pytorch_model.safetensors")
-    average = load_file(trained / "checkpoints" / "step-000000004" / "ema.safetensors")
+    average = load_file(trained / "checkpoints" / "step-000000004" / "ema-0.995.safetensors")
     assert all(torch.equal(exported[name], average[name]) for name in average)
 
 

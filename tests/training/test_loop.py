@@ -90,7 +90,7 @@ def test_the_loop_is_algorithm_1(run_training, tmp_path, prediction_type):
     for found, expected in zip(metrics, lines, strict=True):
         assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     checkpoint = tmp_path / "checkpoints" / f"step-{STEPS:09d}"
-    for file, expected in [("unet", weights), ("ema", average)]:
+    for file, expected in [("unet", weights), (f"ema-{DECAY}", average)]:
         for name, value in load_file(checkpoint / f"{file}.safetensors").items():
             if name.endswith("to_k.bias"):
                 continue  # softmax does not see it: its gradient is rounding, which Adam blows up

@@ -14,7 +14,7 @@ from hf_ddpm.training.state import find_checkpoint, find_damage, sole_run
 from tests.conftest import TINY_RUN
 
 ROOT = Path(__file__).parents[2]
-FILES = ("unet.safetensors", "ema.safetensors", "optimizer.safetensors")
+FILES = ("unet.safetensors", "ema-0.995.safetensors", "optimizer.safetensors")
 
 
 def newest(folder):

@@ -1,0 +1,60 @@
+"""Compiling a network, and seeing that its gradients survive it: some compilers have lost them without a word."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from hf_ddpm.models.unet_2d import UNet2DModel
+from hf_ddpm.training.randomness import draw, dropout_masks
+
+# Largest error of a parameter's gradient beside its norm, by the precision of the passes.
+TOLERANCES = {"no": 1e-2, "bf16": 0.2, "fp16": 0.1}
+
+
+def compile_network(unet: UNet2DModel, accelerator: Accelerator, batch: int) -> None:
+    """Compiles a network in place: its parameters and their names stay.
+
+    Args:
+        unet: The network, in training.
+        accelerator: Says how passes are made.
+        batch: Images a pass, for which the code is made.
+
+    Raises:
+        FloatingPointError: If the gradients of the compiled network are not those of the network.
+    """
+    kept = [parameter.detach().clone() for parameter in unet.parameters()]
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))  # the paper's initialization has gradients of zero
+    eager = _gradients(unet, accelerator, batch)
+    unet.compile()
+    compiled = _gradients(unet, accelerator, batch)
+    with torch.no_grad():
+        for parameter, value in zip(unet.parameters(), kept, strict=True):
+            parameter.copy_(value)
+
+    largest = max(gradient.norm() for gradient in eager)
+    tolerance = TOLERANCES[accelerator.mixed_precision]
+    wrong = [
+        name
+        for (name, _), right, found in zip(unet.named_parameters(), eager, compiled, strict=True)
+        # Gradients that are rounding, such as those of the keys' biases, have no relative error.
+        if not (found - right).norm() <= tolerance * right.norm() + 1e-5 * largest
+    ]
+    if wrong:
+        raise FloatingPointError(
+            f"compile=True: the compiled network has wrong gradients for {len(wrong)} of {len(kept)} parameters, "
+            f"{wrong[0]} the first; train without it"
+        )
+
+
+def _gradients(unet: UNet2DModel, accelerator: Accelerator, batch: int) -> list[Tensor]:
+    """Returns the gradients of Eq. 14 on noise: any input will do."""
+    size = unet.config["sample_size"]
+    draws = draw(0, 0, range(batch), (unet.config["in_channels"], size, size), 1000, accelerator.device)
+    unet.train()
+    unet.draw_dropout(dropout_masks(0, 0, range(batch)))
+    with accelerator.autocast():
+        output = unet(draws.noise, draws.t).sample
+    gradients = torch.autograd.grad(output.float().square().mean(), list(unet.parameters()))
+    return [gradient.float() for gradient in gradients]
