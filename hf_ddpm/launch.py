@@ -1,24 +1,50 @@
 """How a script starts and ends."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import torch
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends what is being done.
+
+    Args:
+        number: Which one.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Handles a signal by raising `Interrupted`."""
+    raise Interrupted(number)
+
+
 def run_script(main: Callable[[list[str]], int]) -> NoReturn:
     """Runs a script's `main` and exits with its code.
 
-    A wrong input, a `ValueError`, is one line and code 2; a failing disk or a diverged run is one line and code 1.
+    A wrong input, a `ValueError`, is one line and code 2; a failing disk or a diverged run is one line and code 1;
+    SIGTERM and Ctrl-C are one line and code 128 + their number.
     """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt)
+    name = Path(sys.argv[0]).name
     try:
         sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
+    except Interrupted as interrupted:
+        print(f"{name}: stopped by {interrupted}", file=sys.stderr)
+        sys.exit(128 + interrupted.number)
 
 
 def use_own_cores() -> None:

@@ -10,18 +10,20 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from hf_ddpm.config import parse_config
-from hf_ddpm.data.store import load_images
+from hf_ddpm.config import Config, parse_config
+from hf_ddpm.data.store import ImageStore, load_images
 from hf_ddpm.images import grid, save_picture, to_pil
-from hf_ddpm.launch import run_script
+from hf_ddpm.launch import Interrupted, run_script
 from hf_ddpm.sampling import sample_images
 from hf_ddpm.training.build import build_run, check_same_step, start_accelerator
+from hf_ddpm.training.dry_run import estimate_cost
 from hf_ddpm.training.loop import Callback, Run, train
 from hf_ddpm.training.progress import Progress
-from hf_ddpm.training.signals import Interrupted
 from hf_ddpm.training.state import Checkpoints, find_checkpoint, load_checkpoint, set_aside, sole_run, status_file
+from hf_ddpm.training.trackers import check_tracker, start_tracker, track_picture
 
 
 class SampleGrid(Callback):
@@ -55,11 +57,13 @@ class SampleGrid(Callback):
         )
         in_order = sorted(gather_object(list(images)), key=lambda numbered: numbered[0])
         if accelerator.is_main_process:
-            save_picture(grid(to_pil(torch.stack([image for _, image in in_order]))), self.path)
+            picture = grid(to_pil(torch.stack([image for _, image in in_order])))
+            save_picture(picture, self.path)
+            track_picture(run, "samples", picture)
 
 
 class Export(Callback):
-    """Writes the pipeline of the averaged weights, in the format of diffusers."""
+    """Writes the pipeline of the averaged weights, in the format of diffusers; those of further averages below it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -67,13 +71,35 @@ class Export(Callback):
     def on_end(self, run: Run) -> None:
         """Writes it."""
         if run.accelerator.is_main_process:
-            run.pipeline().save_pretrained(self.folder)
+            for number, ema in enumerate(run.emas):
+                run.pipeline(number).save_pretrained(self.folder / ema.name if number else self.folder)
+
+
+def open_images(config: Config, accelerator: Accelerator) -> ImageStore:
+    """Decodes the images, or finds them decoded; one process does it for all."""
+    data = config.data
+    with accelerator.main_process_first():
+        return load_images(
+            data.dataset,
+            split=data.split,
+            column=data.image_column,
+            resolution=data.resolution,
+            channels=data.channels,
+            device=accelerator.device,
+        )
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
     config = parse_config(argv)
+    check_tracker(config.training.tracker)
     accelerator = start_accelerator(config)
+    if config.training.dry_run:
+        for name, line in estimate_cost(build_run(config, accelerator), open_images(config, accelerator)).items():
+            accelerator.print(f"{name + ':':16}{line}")
+        accelerator.end_training()
+        return 0
+
     folder = Path(config.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with sole_run(folder) if accelerator.is_main_process else nullcontext():
@@ -82,18 +108,11 @@ def main(argv: list[str]) -> int:
         if checkpoint is not None:
             load_checkpoint(run, checkpoint)
         check_same_step(run)  # and all have read before the folder changes
-        with accelerator.main_process_first():  # the others find the decoded images in the cache
-            images = load_images(
-                config.data.dataset,
-                split=config.data.split,
-                column=config.data.image_column,
-                resolution=config.data.resolution,
-                channels=config.data.channels,
-                device=accelerator.device,
-            )
+        images = open_images(config, accelerator)
         if accelerator.is_main_process:
             set_aside(folder / "checkpoints", run.step)
             config.save(folder / "config.yaml")
+        start_tracker(run)
 
         origin = "from the start" if checkpoint is None else f"from {checkpoint}"
         accelerator.print(*complaints, sep="\n", end="\n" if complaints else "")

@@ -27,7 +27,13 @@ def start_accelerator(config: Config) -> Accelerator:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", config.training.mixed_precision):
         raise ValueError(f"mixed_precision={config.training.mixed_precision!r}, but the launcher says {launched!r}")
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.training.mixed_precision)
+    tracker = config.training.tracker
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=config.training.mixed_precision,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=config.training.output_dir,
+    )
     use_own_cores()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
     if accelerator.gradient_accumulation_steps != 1:

@@ -1,7 +1,7 @@
 """Algorithm 1 of the paper, on one page."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -92,6 +92,9 @@ class Callback:
     def on_end(self, run: Run) -> None:
         """Called when all steps are done, not when a signal has ended the session."""
 
+    def close(self) -> None:
+        """Called last, however the session ends."""
+
 
 def train(run: Run, images: ImageStore, callbacks: Sequence[Callback] = ()) -> None:
     r"""Takes gradient steps on the run's objective, :math:`\| \epsilon - \epsilon_\theta(x_t, t) \|^2` for one.
@@ -111,9 +114,10 @@ def train(run: Run, images: ImageStore, callbacks: Sequence[Callback] = ()) -> N
     share = run.global_batch_size // accelerator.num_processes
     mine = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
-    with StopSignal(accelerator) as stop:
+    with StopSignal(accelerator) as stop, ExitStack() as last:
         for callback in callbacks:
             callback.on_start(run)
+            last.callback(callback.close)
         while run.step < config.max_train_steps and run.stopped_by is None:
             step = run.step
             for group in optimizer.param_groups:

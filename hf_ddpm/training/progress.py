@@ -47,8 +47,13 @@ class Progress(Callback):
         run.check_finite()
         self._restart(run)
 
-        if run.step == training.max_train_steps or run.stopped_by is not None:
-            self._bar.close()
+    def on_end(self, run: Run) -> None:
+        """Closes the bar before others show theirs."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the bar."""
+        self._bar.close()
 
     def _line(self, run: Run) -> dict[str, float | None]:
         """Returns what there is to say of the steps since the last line; every process must ask."""

@@ -6,17 +6,7 @@ from types import FrameType, TracebackType
 import torch
 from accelerate import Accelerator
 
-
-class Interrupted(KeyboardInterrupt):
-    """A signal that could not wait for the end of a step.
-
-    Args:
-        number: Which one.
-    """
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+from hf_ddpm.launch import interrupt
 
 
 class StopSignal:
@@ -55,9 +45,9 @@ class StopSignal:
         """From here on, when nothing is left to save, a signal raises `Interrupted`."""
         self._at_once = True
         if self._number:
-            raise Interrupted(self._number)
+            interrupt(self._number, None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._at_once or (self._number and number == signal.SIGINT):
-            raise Interrupted(number)
+            interrupt(number, frame)
         self._number = number

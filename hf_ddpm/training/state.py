@@ -11,11 +11,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -54,11 +55,24 @@ def save_checkpoint(run: Run, folder: Path) -> Path:
     final = folder / f"step-{run.step:09d}"
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _save_tensors(run.unet.state_dict(), partial / "unet.safetensors")
+    try:
+        partial.mkdir(parents=True)
+        _write(run, partial)
+        partial.rename(final)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        left = checkpoints(folder)
+        sound = f"the last one is {left[-1]}" if left else "there is none before it"
+        raise OSError(f"checkpoint {final} cannot be written, {sound}: {error}") from error
+    return final
+
+
+def _write(run: Run, folder: Path) -> None:
+    _save_tensors(run.unet.state_dict(), folder / "unet.safetensors")
     for ema in run.emas:
-        _save_tensors(ema.model.state_dict(), partial / f"{ema.name}.safetensors")
-    _save_tensors(_flat(run.optimizer.state_dict()["state"]), partial / "optimizer.safetensors")
+        _save_tensors(ema.model.state_dict(), folder / f"{ema.name}.safetensors")
+    _save_tensors(_flat(run.optimizer.state_dict()["state"]), folder / "optimizer.safetensors")
     scaler = run.accelerator.scaler
     state = {
         "step": run.step,
@@ -66,14 +80,11 @@ def save_checkpoint(run: Run, folder: Path) -> Path:
         "scaler": None if scaler is None else scaler.state_dict(),
         "config": run.config.to_dict(),
     }
-    (partial / "state.json").write_text(json.dumps(state, indent=2))
-    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in partial.iterdir()}
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    for file in [*partial.iterdir(), partial]:
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in folder.iterdir()}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    for file in [*folder.iterdir(), folder]:
         _flush(file)
-    partial.rename(final)
-    _flush(folder)
-    return final
 
 
 def load_checkpoint(run: Run, path: Path) -> None:
@@ -190,7 +201,8 @@ def status_file(path: Path, run: Run) -> Iterator[None]:
         write("preempted")
         raise
     except BaseException as error:
-        write("failed", error=f"{type(error).__name__}: {error}")
+        with suppress(OSError):  # a full disk must not hide the error that it caused
+            write("failed", error=f"{type(error).__name__}: {error}")
         raise
     write("finished" if run.stopped_by is None else "preempted")
 

@@ -1,5 +1,6 @@
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from hf_ddpm import DDPMPipeline, UNet2DModel
 from hf_ddpm.config import parse_config
@@ -31,11 +33,19 @@ def test_training_leaves_all_that_it_promises(trained):
 
 
 def test_the_export_is_the_average(trained):
-    from safetensors.torch import load_file
-
     exported = load_file(trained / "unet" / "diffusion_pytorch_model.safetensors")
     average = load_file(trained / "checkpoints" / "step-000000004" / "ema-0.995.safetensors")
     assert all(torch.equal(exported[name], average[name]) for name in average)
+
+
+def test_further_averages_are_exported_beside_the_first(run_training, tmp_path):
+    run_training(tmp_path, "--max_train_steps", "3", "--ema_warmup", "false", "--ema_decay", "0.9", "0.5")
+    kept = tmp_path / "checkpoints" / "step-000000003"
+    for folder, decay in [(tmp_path, 0.9), (tmp_path / "ema-0.5", 0.5)]:
+        exported = DDPMPipeline.from_pretrained(folder).unet.state_dict()
+        average = load_file(kept / f"ema-{decay}.safetensors")
+        assert all(torch.equal(exported[name], average[name]) for name in average)
+    assert not torch.equal(average["conv_out.weight"], load_file(kept / "ema-0.9.safetensors")["conv_out.weight"])
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +102,19 @@ def test_a_wrong_input_is_one_line_and_exit_code_2(capsys, monkeypatch):
         run_script(main)
     assert caught.value.code == 2
     assert capsys.readouterr().err == "train.py: error: size=3 is not allowed: 4 is\n"
+
+
+def test_a_signal_is_one_line_and_its_exit_code(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/sample.py"])
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        with pytest.raises(SystemExit) as caught:
+            run_script(lambda argv: signal.raise_signal(signal.SIGTERM))
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "sample.py: stopped by SIGTERM\n"
 
 
 def test_a_launched_process_takes_its_share_of_the_cores(monkeypatch):

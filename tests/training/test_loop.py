@@ -18,7 +18,7 @@ STEPS, BATCH, LR, WARMUP, BETA2, CLIP, DECAY = 6, 8, 5e-3, 4, 0.95, 0.3, 0.8
 WORDS = [
     *("--max_train_steps", str(STEPS), "--train_batch_size", str(BATCH), "--learning_rate", str(LR), "--seed", "5"),
     *("--warmup_steps", str(WARMUP), "--adam_beta2", str(BETA2), "--max_grad_norm", str(CLIP)),
-    *("--ema_decay", str(DECAY), "--ema_warmup", "true", "--horizontal_flip", "true", "--dropout", "0.2"),
+    *("--ema_decay", str(DECAY), "0.1", "--ema_warmup", "true", "--horizontal_flip", "true", "--dropout", "0.2"),
     *("--levels", "256", "--beta_schedule", "linear", "--log_steps", "1"),
 ]
 
@@ -50,7 +50,7 @@ class Dropout(torch.nn.Module):
 def train_by_hand(prediction_type):
     network, images = initial_network(), load_images("digits", resolution=8, channels=1)
     weights = dict(network.named_parameters())
-    average = {name: weight.detach().clone() for name, weight in weights.items()}
+    averages = {decay: {name: weight.detach().clone() for name, weight in weights.items()} for decay in (DECAY, 0.1)}
     first, second = ({name: torch.zeros_like(weight) for name, weight in weights.items()} for _ in range(2))
     alpha_bars = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     lines = []
@@ -64,12 +64,14 @@ def train_by_hand(prediction_type):
 
         for layer, dropout in enumerate(m for m in network.modules() if isinstance(m, Dropout)):
             dropout.place = (step, layer)
-        loss = ((network(x_t.float(), draws.t).sample - target.float()) ** 2).mean()
+        losses = ((network(x_t.float(), draws.t).sample - target.float()) ** 2).mean((1, 2, 3))
+        loss = losses.mean()
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
         norm = torch.stack([(g**2).sum() for g in gradients.values()]).sum().sqrt()
         lr = LR * min(1, (step + 1) / WARMUP)
-        decay = min(DECAY, (1 + step) / (10 + step))
-        lines.append({"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": lr})
+        quarters = [losses[(250 * i <= draws.t) & (draws.t < 250 * (i + 1))] for i in range(4)]
+        by_quarter = {f"loss_q{i + 1}": q.mean().item() if len(q) else None for i, q in enumerate(quarters)}
+        lines.append({"loss": loss.item(), **by_quarter, "grad_norm": norm.item(), "learning_rate": lr})
         for name, gradient in gradients.items():
             g = gradient * min(1, CLIP / norm)
             first[name] = 0.9 * first[name] + 0.1 * g
@@ -77,20 +79,22 @@ def train_by_hand(prediction_type):
             m, v = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - BETA2 ** (step + 1))
             with torch.no_grad():
                 weights[name] -= lr * m / (v.sqrt() + 1e-8)
-            average[name] = decay * average[name] + (1 - decay) * weights[name].detach()
-    return {name: weight.detach() for name, weight in weights.items()}, average, lines
+            for asked, average in averages.items():
+                decay = min(asked, (1 + step) / (10 + step))
+                average[name] = decay * average[name] + (1 - decay) * weights[name].detach()
+    return {name: weight.detach() for name, weight in weights.items()}, averages, lines
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_loop_is_algorithm_1(run_training, tmp_path, prediction_type):
     run_training(tmp_path, *WORDS, "--prediction_type", prediction_type)
-    weights, average, lines = train_by_hand(prediction_type)
+    weights, averages, lines = train_by_hand(prediction_type)
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert max(line["grad_norm"] for line in lines) > CLIP  # the clip is at work
     for found, expected in zip(metrics, lines, strict=True):
         assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     checkpoint = tmp_path / "checkpoints" / f"step-{STEPS:09d}"
-    for file, expected in [("unet", weights), (f"ema-{DECAY}", average)]:
+    for file, expected in [("unet", weights), *((f"ema-{decay}", average) for decay, average in averages.items())]:
         for name, value in load_file(checkpoint / f"{file}.safetensors").items():
             if name.endswith("to_k.bias"):
                 continue  # softmax does not see it: its gradient is rounding, which Adam blows up

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -168,6 +169,18 @@ def test_weights_that_are_not_finite_are_never_saved(run_training, tmp_path):
         run_training(tmp_path, "--learning_rate", "1e38", "--max_train_steps", "4", "--checkpointing_steps", "1",
                      "--log_steps", "50", "--warmup_steps", "0")  # fmt: skip
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "unet").exists()
+
+
+def test_a_full_disk_costs_no_checkpoint(run_training, tmp_path, monkeypatch):
+    def flush(path):
+        if "step-000000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hf_ddpm.training.state._flush", flush)
+    with pytest.raises(OSError, match="checkpoint .*4 cannot be written, the last one is .*2: .*No space left"):
+        run_training(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "2")
+    assert names(tmp_path) == ["step-000000002"] and find_damage(newest(tmp_path)) is None
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
 
 
 def start(folder, *words, launcher=(), **environment):

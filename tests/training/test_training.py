@@ -1,14 +1,20 @@
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
+from hf_ddpm import UNet2DModel
 from hf_ddpm.config import parse_config
+from hf_ddpm.training.dry_run import kept_for_backward
 from hf_ddpm.training.ema import EMA
 from hf_ddpm.training.optimization import learning_rate
 from hf_ddpm.training.randomness import batch_indices, draw, dropout_masks
+from hf_ddpm.training.trackers import check_tracker
+from tests.conftest import TINY_RUN
 
 
 def test_every_image_once_an_epoch_and_no_epoch_like_another():
@@ -110,3 +116,72 @@ def test_digits_are_learned(run_training, tmp_path):
     assert [line["step"] for line in metrics(tmp_path)] == list(range(10, 101, 10))
     assert metrics(tmp_path)[-1]["images"] == 800
     assert json.loads((tmp_path / "status.json").read_text()) == {"status": "finished", "step": 100}
+
+
+def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(run_training, tmp_path, capsys):
+    run_training(tmp_path / "run", "--max_train_steps", "1000", "--dry_run")
+    said = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    unet = UNet2DModel(**parse_config(TINY_RUN).unet())
+    assert said["parameters"].strip() == f"{unet.num_parameters():,}"
+    assert "1,000 steps of 8 images" in said["training"] and "898 of 1 x 8 x 8" in said["images"]
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_a_pass_keeps_is_counted():
+    # A convolution of 4 to 4 channels keeps its input, 4 x 4 x 8 x 8 floats; the weights are counted elsewhere.
+    config = parse_config(["--preset", "digits"])
+    network = torch.nn.Conv2d(4, 4, 3, padding=1)
+    network.forward = lambda x, t, forward=network.forward: forward(x * 2)
+    run = SimpleNamespace(unet=network, accelerator=Accelerator(cpu=True), config=config)
+    assert kept_for_backward(run, torch.ones(4, 4, 8, 8)) == 4 * 4 * 4 * 64
+
+
+def test_metrics_reach_the_tracker(run_training, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_training(tmp_path, "--max_train_steps", "4", "--tracker", "tensorboard")
+    run_training(tmp_path, "--max_train_steps", "6", "--tracker", "tensorboard")
+    events = EventAccumulator(str(tmp_path / "hf_ddpm"))
+    events.Reload()
+    for name in ("loss", "grad_norm", "learning_rate"):
+        told = {event.step: event.value for event in events.Scalars(name)}
+        assert told == pytest.approx({line["step"]: line[name] for line in metrics(tmp_path)})
+    assert [event.step for event in events.Images("samples")] == [4, 6]
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="tracker='wandb' is not installed: pip install wandb"):
+        check_tracker("wandb")
+
+
+def test_activations_computed_twice_are_the_same(run_training, tmp_path):
+    # Dropout too: its masks are functions of the place.
+    words = ["--max_train_steps", "3", "--dropout", "0.2", "--log_steps", "1"]
+    run_training(tmp_path / "kept", *words)
+    run_training(tmp_path / "twice", *words, "--gradient_checkpointing")
+    kept, twice = metrics(tmp_path / "kept"), metrics(tmp_path / "twice")
+    assert [line["loss"] for line in kept] == [line["loss"] for line in twice]
+
+
+@pytest.mark.parametrize("defect", [False, True])
+def test_a_compiled_network_is_checked(run_training, tmp_path, monkeypatch, defect):
+    def compile(unet):
+        if defect:  # as a compiler that forgets a branch of the backward pass
+            block = unet.down_blocks[0].resnets[0]
+            forward = block.forward
+            block.forward = lambda x, emb: forward(x, emb.detach())
+        called.append(unet)
+
+    called = []
+    monkeypatch.setattr(UNet2DModel, "compile", compile)
+    words = ["--max_train_steps", "2", "--log_steps", "1", "--dropout", "0.2"]
+    if defect:
+        with pytest.raises(FloatingPointError, match="wrong gradients for .* of .* parameters, time_embedding"):
+            run_training(tmp_path, *words, "--compile")
+    else:
+        run_training(tmp_path / "compiled", *words, "--compile")
+        run_training(tmp_path / "plain", *words)
+        lines = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("compiled", "plain")]
+        assert lines[0] == lines[1]  # the check leaves no trace
+    assert len(called) == 1

@@ -1,0 +1,84 @@
+"""What a run would cost: counted and measured on its first steps, which are then thrown away."""
+
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_ddpm.data.store import ImageStore
+from hf_ddpm.training.loop import Callback, Run, train
+
+WARM_UP, MEASURED = 2, 5
+
+
+class _Clock(Callback):
+    """Notes when each step is done."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step(self, run: Run) -> None:
+        if run.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(run.accelerator.device)
+        self.times.append(time.perf_counter())
+
+
+def estimate_cost(run: Run, images: ImageStore) -> dict[str, str]:
+    """Takes a few steps and returns lines to print; the run is of no further use."""
+    training, unet = run.config.training, run.unet
+    x = torch.zeros(1, *images.shape, device=run.accelerator.device)
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        unet(x, 0)
+    kept = kept_for_backward(run, x.expand(training.train_batch_size, -1, -1, -1))
+    count = unet.num_parameters()
+    # Weights, gradients and the two moments of Adam, and the averages: four bytes each.
+    states = 4 * count * (4 + len(run.emas))
+
+    clock = _Clock()
+    short = replace(training, max_train_steps=WARM_UP + MEASURED, checkpointing_steps=WARM_UP + MEASURED)
+    train(replace(run, config=replace(run.config, training=short)), images, [clock])
+    seconds = (clock.times[-1] - clock.times[WARM_UP - 1]) / MEASURED
+
+    start = time.perf_counter()
+    with torch.no_grad():
+        batch = min(training.num_samples, training.train_batch_size)
+        for _ in range(MEASURED):
+            run.emas[0].model(x.expand(batch, -1, -1, -1), 0).sample.sum().item()
+    a_sample = (time.perf_counter() - start) / MEASURED / batch
+    sampling = a_sample * training.num_samples * (training.num_inference_steps or len(run.scheduler))
+
+    return {
+        "images": f"{len(images):,} of {' x '.join(map(str, images.shape))}",
+        "parameters": f"{count:,}",
+        "FLOPs an image": f"{flops.get_total_flops():.3g} forward, about three times that in training",
+        "memory": f"{states / 2**20:,.0f} MiB for the weights, {kept / 2**20:,.0f} MiB for a pass, in each process",
+        "training": f"{training.max_train_steps:,} steps of {run.global_batch_size} images, {seconds:.3g} s a step: "
+        f"{_duration(seconds * training.max_train_steps)}",
+        "samples.png": _duration(sampling / run.accelerator.num_processes),
+    }
+
+
+def kept_for_backward(run: Run, x: Tensor) -> int:
+    """Returns the bytes that a pass keeps until its backward, weights apart."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in run.unet.parameters()}
+    sizes: dict[int, int] = {}
+    alive = []  # or an address would be used twice
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with run.accelerator.autocast(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run.unet.train()(x, 0)
+    return sum(sizes.values())
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02} (h:m:s)"
