@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -149,11 +150,7 @@ def test_accumulation_is_the_same_run(run_training, tmp_path):
     words = ["--max_train_steps", "6", "--dropout", "0.1", "--log_steps", "1"]
     run_training(tmp_path / "one", *words, "--train_batch_size", "8")
     run_training(tmp_path / "two", *words, "--train_batch_size", "4", "--gradient_accumulation_steps", "2")
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
 
 
 def test_a_failed_run_says_so(run_training, tmp_path):
@@ -238,19 +235,32 @@ def test_a_signal_in_the_last_sampling_ends_it_at_once(run_training, tmp_path, n
     assert (tmp_path / "samples.png").exists() and (tmp_path / "unet").exists()
 
 
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
-def test_two_processes_are_the_same_run(run_training, tmp_path):
+def test_two_processes_and_two_machines_are_the_same_run(run_training, tmp_path):
     words = ["--max_train_steps", "6", "--dropout", "0.1", "--log_steps", "1"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    process = start(tmp_path / "two", *words, "--train_batch_size", "4", launcher=launcher, ACCELERATE_USE_CPU="true")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert "2 x cpu" in output
     run_training(tmp_path / "one", *words)
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert (tmp_path / "two" / "samples.png").read_bytes() == (tmp_path / "one" / "samples.png").read_bytes()
+
+    here = [*LAUNCH, "--num_machines", "1", "--main_process_port", "0"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    there = [*LAUNCH, "--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    for name, launchers in [
+        ("processes", [here]),
+        ("machines", [[*there, "--machine_rank", rank] for rank in ("0", "1")]),
+    ]:
+        options = [*words, "--train_batch_size", "4"]
+        processes = [start(tmp_path / name, *options, launcher=one, ACCELERATE_USE_CPU="true") for one in launchers]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(launchers), outputs
+        assert "2 x cpu" in outputs[0]
+        assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / name), rel=1e-5)
+        assert (tmp_path / name / "samples.png").read_bytes() == (tmp_path / "one" / "samples.png").read_bytes()
