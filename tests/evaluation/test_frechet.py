@@ -132,16 +132,20 @@ def _sum_of(ranks, value):
     return sum(getattr(rank, name) for rank in reversed(ranks))
 
 
-def test_sums_stay_exact_at_the_largest_allowed_features_and_many_images():
-    # 2^17 images at +-4096: the sum of squares is 2^17 * 2^24, the limbs' 2^57, far beyond the integers of float64.
-    x = torch.full((2**12, 1), 4096.0)
-    x[1::2] *= -1
-    moments = Moments.of(x)
-    for _ in range(5):
-        moments += moments
-    n = 2**17
-    assert moments.count == n and moments.mean.item() == 0
-    assert moments.covariance.item() == pytest.approx(2.0**24 * n / (n - 1), rel=1e-15)
+def test_sums_stay_exact_at_the_largest_allowed_features():
+    # 40,000 squares just below 2^24, in units of 2^-56: far beyond the integers that float64 or float32 hold.
+    below = torch.rand(40_000, 2, generator=torch.Generator().manual_seed(0)) / 16
+    x = 4096 - below
+    together, parts = Moments.of(x), sum((Moments.of(rows) for rows in x.split(999)), start=Moments.of(x[:0]))
+    assert torch.equal(together.products, parts.products) and torch.equal(together.sums, parts.sums)
+    np.testing.assert_allclose(together.covariance, np.cov((4096 - x.double()).numpy().T), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_of_any_precision_are_taken_as_they_are(dtype):
+    x = features(50).to(dtype)
+    for name, value in vars(Moments.of(x.double())).items():
+        assert torch.equal(getattr(Moments.of(x), name), value)
 
 
 def test_a_set_has_no_distance_to_itself():
