@@ -138,8 +138,9 @@ class TransformersExtractor(Extractor):
         self._is_pooled = not missing
         if any("pooler" not in key for key in missing):
             raise ValueError(f"extractor {name!r} is not allowed: it lacks the weights {missing[0]}")
-        size = getattr(self._processor, "crop_size", None) or self._processor.size
-        if not (size["height"] and size["width"]):
+        crops = getattr(self._processor, "do_center_crop", False)
+        size = self._processor.crop_size if crops else self._processor.size
+        if not (size.get("height") and size.get("width")):
             raise ValueError(f"extractor {name!r} is not allowed: its processor names no height and width")
         self._size = {"height": size["height"], "width": size["width"]}
         super().__init__(name, network.float(), device)

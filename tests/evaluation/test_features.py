@@ -31,14 +31,15 @@ def train_half():
     return images[torch.arange(len(images))]
 
 
-def save_model(folder, kind="dinov2", size=28, **options):
+def save_model(folder, kind="dinov2", size=28, processor=None, **options):
     """A tiny model with random weights and the processor that DINOv2 has, at another size."""
     torch.manual_seed(0)
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": size, "patch_size": 14}
     model = AutoModel.from_config(AutoConfig.for_model(kind, **small, **options))
     model.save_pretrained(folder)
-    edges = {"size": {"shortest_edge": size + 4}, "crop_size": {"height": size, "width": size}}
-    BitImageProcessorPil(**edges, do_center_crop=True, resample=3, **IMAGENET).save_pretrained(folder)
+    square = {"height": size, "width": size}
+    processor = processor or {"size": {"shortest_edge": size + 4}, "crop_size": square, "do_center_crop": True}
+    BitImageProcessorPil(**processor, resample=3, **IMAGENET).save_pretrained(folder)
     return model.eval()
 
 
@@ -114,6 +115,18 @@ def test_a_transformers_model_sees_what_pil_makes(dinov2):
         unit = (np.asarray(resized).astype(np.float64) * (1 / 255)).astype(np.float32)
         expected.append(((unit - mean) / std).transpose(2, 0, 1))
     assert torch.equal(extractor.transform(images), torch.tensor(np.stack(expected)))
+
+
+def test_the_size_is_what_comes_out_of_the_models_own_processor(tmp_path, dinov2):
+    # A crop size that is not used, as in the recipe of FD-DINOv2 itself, says nothing.
+    images, square = random_images(2, 3, 40, 33), {"height": 28, "width": 28}
+    unused = {"do_center_crop": False, "crop_size": {"height": 14, "width": 14}}
+    save_model(tmp_path, processor={"size": square, **unused}, mlp_ratio=2)
+    extractor = load_extractor(str(tmp_path))
+    assert torch.equal(extractor.transform(images), load_extractor(dinov2[0]).transform(images))
+    save_model(tmp_path, processor={"size": {"shortest_edge": 28}, **unused}, mlp_ratio=2)
+    with pytest.raises(ValueError, match="is not allowed: its processor names no height and width"):
+        load_extractor(str(tmp_path))
 
 
 def test_features_are_the_class_token(dinov2):
