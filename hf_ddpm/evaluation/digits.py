@@ -44,9 +44,9 @@ class DigitsClassifier(nn.Module):
 
 
 def load_digits_classifier() -> DigitsClassifier:
-    """Returns the classifier with the weights of the package, in eval mode, on the CPU."""
+    """Returns the classifier with the weights of the package, on the CPU."""
     with torch.device("meta"):
         network = DigitsClassifier()
     weights = (resources.files("hf_ddpm.evaluation") / "digits.safetensors").read_bytes()
     network.load_state_dict(load(weights), assign=True)
-    return network.eval()
+    return network

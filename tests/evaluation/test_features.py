@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from scipy.signal import correlate2d
 from transformers import AutoConfig, AutoModel
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
@@ -63,6 +64,28 @@ def test_the_shipped_classifier_knows_the_digits_it_has_not_seen(test_half):
     network = load_extractor("digits").network
     logits = extracted.features @ network.head.weight.T + network.head.bias
     torch.testing.assert_close(logits.softmax(dim=1), extracted.probabilities)
+
+
+def test_the_classifier_is_its_description():
+    # In float64 numpy, from the weights alone: any other input range, pooling or padding gives other distances.
+    images = load_images("digits", split="test", resolution=8, channels=1)[torch.arange(3)]
+    extractor = load_extractor("digits")
+    weights = {key: value.double().numpy() for key, value in extractor.network.state_dict().items()}
+
+    def convolve(x, name):
+        kernels, biases = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        planes = [sum(correlate2d(p, k, "same") for p, k in zip(x, kernel, strict=True)) for kernel in kernels]
+        return np.maximum(np.stack(planes) + biases[:, None, None], 0)
+
+    def pool(x):
+        return x.reshape(len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2).max(axis=(2, 4))
+
+    for image, features, probabilities in zip(images.double().numpy(), *extractor(images), strict=True):
+        x = pool(convolve(pool(convolve(convolve(image / 255, "conv1"), "conv2")), "conv3"))
+        expected = np.maximum(weights["hidden.weight"] @ x.ravel() + weights["hidden.bias"], 0)
+        np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-5)
+        logits = weights["head.weight"] @ expected + weights["head.bias"]
+        np.testing.assert_allclose(probabilities, np.exp(logits) / np.exp(logits).sum(), rtol=1e-4, atol=1e-6)
 
 
 def test_distances_by_the_shipped_classifier_are_sensitive(test_half, train_half):

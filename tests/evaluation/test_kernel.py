@@ -58,23 +58,27 @@ def test_blocks_are_unbiased_with_an_honest_error():
     assert math.sqrt((errors**2).mean()) == pytest.approx(spread, rel=0.2)
 
 
-def test_blocks_are_shuffled_by_the_seed_and_disjoint():
+def test_blocks_are_shuffled_by_the_seed_and_disjoint(monkeypatch):
     x, y = draws(60, 0), draws(60, 1)
     x[30:] += 3  # sorted by class: unshuffled blocks would be one or the other
     first, again, other = (kernel_distance(x, y, block_size=10, seed=seed) for seed in (0, 0, 1))
     assert first == again != other
     # Blocks of a set without repetition, in which every image has its own weight: all of it is used once.
     seen = []
-    real = kernel.squared_mmd
-    kernel.squared_mmd = lambda a, b: seen.append((a, b)) or real(a, b)
-    try:
-        kernel_distance(x, y, block_size=20)
-    finally:
-        kernel.squared_mmd = real
+
+    def record(a, b):
+        seen.append((a, b, squared_mmd(a, b)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(kernel, "squared_mmd", record)
+    value, error = kernel_distance(x, y, block_size=20)
     for place, rows in enumerate((x, y)):
-        together = torch.cat([pair[place] for pair in seen])
+        together = torch.cat([block[place] for block in seen])
         assert not torch.equal(together, rows)
         assert sorted(together.tolist()) == sorted(rows.tolist())
+    estimates = [block[2] for block in seen]
+    assert len(estimates) == 3 and value == pytest.approx(np.mean(estimates), rel=1e-12)
+    assert error == pytest.approx(np.std(estimates, ddof=1) / math.sqrt(3), rel=1e-12)
 
 
 def test_unusable_input_is_refused():
