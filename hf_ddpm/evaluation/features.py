@@ -1,0 +1,231 @@
+"""Feature extractors: networks that turn images into the points that the metrics compare.
+
+Figures of different extractors, or of different weights of one, have nothing to do with each other: results are to
+state the `name` and the `checksum`. On some devices the features of an image differ in the last bits with the batch
+that it is in; fixed batches of fixed images give the same features everywhere.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_ddpm.evaluation.digits import SIZE, load_digits_classifier
+
+
+class Extracted(NamedTuple):
+    """What is known of a batch of images.
+
+    Attributes:
+        features: Float32, shape `(B, D)`.
+        probabilities: Probabilities of the classes, float32, shape `(B, C)`; None unless the extractor classifies.
+    """
+
+    features: Tensor
+    probabilities: Tensor | None = None
+
+
+class Extractor(ABC):
+    """A network in eval mode that takes bytes, NCHW uint8.
+
+    Args:
+        name: What `load_extractor` was asked for.
+        network: The network.
+        device: Where it computes.
+
+    Attributes:
+        name: As above.
+        checksum: SHA-256 of the names and values of all weights, in hex.
+        classifies: Whether there are probabilities, which the Inception score needs.
+        channels: The numbers of channels that images may have. Gray images are repeated into three where need be.
+        size: The height and width that images must have; any if None.
+    """
+
+    classifies = False
+    channels: tuple[int, ...] = (1, 3)
+    size: int | None = None
+
+    def __init__(self, name: str, network: nn.Module, device: torch.device | str):
+        self.name = name
+        self.checksum = weights_checksum(network)
+        self.network = network.eval().requires_grad_(False).to(device)
+        self.device = torch.device(device)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises a `ValueError` unless images may have the shape `(C, H, W)`."""
+        channels, height, width = shape
+        if channels not in self.channels:
+            allowed = " or ".join(map(str, self.channels))
+            raise ValueError(f"extractor {self.name!r} takes no images of {channels} channels: {allowed}")
+        if self.size is not None and (height, width) != (self.size, self.size):
+            raise ValueError(f"extractor {self.name!r} takes no images of {height}x{width}: {self.size}x{self.size}")
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Extracted:
+        """Returns what is known of images.
+
+        Args:
+            pixels: Images, uint8, shape `(B, C, H, W)`.
+
+        Returns:
+            Features and, for a classifier, probabilities, on the extractor's device.
+
+        Raises:
+            ValueError: If they are not bytes, or the extractor takes no images of that shape.
+        """
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4:
+            kind = f"{str(pixels.dtype).removeprefix('torch.')} of shape {tuple(pixels.shape)}"
+            raise ValueError(f"images as {kind} are not allowed: uint8 of shape (images, channels, height, width)")
+        self.check(tuple(pixels.shape[1:]))
+        if pixels.shape[1] < max(self.channels):
+            pixels = pixels.expand(-1, max(self.channels), -1, -1)
+        return self._extract(pixels)
+
+    @abstractmethod
+    def _extract(self, pixels: Tensor) -> Extracted:
+        """Returns what is known of images of the right shape, with the most channels that are allowed."""
+
+
+class DigitsExtractor(Extractor):
+    """The classifier of this package, for gray 8x8 digits: 64 features, ten classes."""
+
+    classifies = True
+    channels = (1,)
+    size = SIZE
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        super().__init__("digits", load_digits_classifier(), device)
+
+    def _extract(self, pixels: Tensor) -> Extracted:
+        features, logits = self.network(pixels.to(self.device))
+        return Extracted(features, logits.softmax(dim=1))
+
+
+class TransformersExtractor(Extractor):
+    """An image model of transformers, such as DINOv2: the pooled output, or the first token where there is none.
+
+    Images pass through the model's own processor, except that they are resized, whole, to its final size: nothing is
+    cropped. For DINOv2 that is 224x224, bicubic, with ImageNet's mean and standard deviation, the recipe of
+    Stein et al. 2023 (arXiv 2306.04675) for FD-DINOv2. PIL does it, with smoothing, on the CPU.
+
+    Args:
+        name: Folder, or id on the Hub.
+        device: Where the network computes.
+
+    Raises:
+        ValueError: If there is no such model, or it takes other things than images, or lacks weights.
+    """
+
+    def __init__(self, name: str, device: torch.device | str = "cpu"):
+        from transformers import AutoImageProcessor, AutoModel
+
+        try:
+            # The other backend needs torchvision, and resizes slightly differently.
+            self._processor: Any = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+                name, backend="pil", trust_remote_code=False
+            )
+            network, report = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0].split(". ")[0]
+            raise ValueError(f"extractor {name!r} is not allowed: {', '.join(NAMES)}, or a model: {reason}") from error
+        if network.main_input_name != "pixel_values":
+            raise ValueError(f"extractor {name!r} is not allowed: its input is {network.main_input_name}, not images")
+        # Models that were trained as classifiers often have no pooler: transformers then makes one up.
+        missing = sorted(report["missing_keys"])
+        self._is_pooled = not missing
+        if any("pooler" not in key for key in missing):
+            raise ValueError(f"extractor {name!r} is not allowed: it lacks the weights {missing[0]}")
+        crops = getattr(self._processor, "do_center_crop", False)
+        size = self._processor.crop_size if crops else self._processor.size
+        if not (size.get("height") and size.get("width")):
+            raise ValueError(f"extractor {name!r} is not allowed: its processor names no height and width")
+        self._size = {"height": size["height"], "width": size["width"]}
+        super().__init__(name, network.float(), device)
+
+    def transform(self, pixels: Tensor) -> Tensor:
+        """Returns what the network is shown: float32, shape `(B, 3, height, width)`, for uint8 `(B, 3, H, W)`."""
+        shown = self._processor(
+            list(pixels.cpu().numpy()),
+            size=self._size,
+            do_resize=True,
+            do_center_crop=False,
+            input_data_format="channels_first",
+            return_tensors="pt",
+        )
+        pixel_values: Tensor = shown["pixel_values"]
+        return pixel_values
+
+    def _extract(self, pixels: Tensor) -> Extracted:
+        output = self.network(pixel_values=self.transform(pixels).to(self.device))
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None or not self._is_pooled:
+            pooled = output.last_hidden_state[:, 0]
+        return Extracted(pooled.flatten(1).float())
+
+
+class InceptionExtractor(Extractor):
+    """The Inception network of the published figures, as torch-fidelity ports it: 2048 features, 1008 classes.
+
+    Args:
+        device: Where the network computes.
+        weights: File of the weights; downloaded by torch-fidelity if None.
+
+    Raises:
+        ValueError: If torch-fidelity is not installed, or the file is not there.
+    """
+
+    classifies = True
+
+    def __init__(self, device: torch.device | str = "cpu", weights: str | None = None):
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ValueError("extractor 'inception' needs torch-fidelity: pip install hf_ddpm[inception]") from error
+        if weights is not None and not Path(weights).is_file():
+            raise ValueError(f"weights={weights!r} is not allowed: there is no such file")
+        # The logits without their bias are what the original code scores.
+        wanted = ["2048", "logits_unbiased"]
+        network = FeatureExtractorInceptionV3("inception-v3-compat", wanted, feature_extractor_weights_path=weights)
+        super().__init__("inception", network, device)
+
+    def _extract(self, pixels: Tensor) -> Extracted:
+        features, logits = self.network(pixels.to(self.device))
+        return Extracted(features, logits.softmax(dim=1))
+
+
+NAMES = ("digits", "inception")
+
+
+def load_extractor(name: str, device: torch.device | str = "cpu", *, weights: str | None = None) -> Extractor:
+    """Loads an extractor.
+
+    Args:
+        name: `digits`, `inception`, or a folder or Hub id of an image model of transformers.
+        device: Where it is to compute.
+        weights: `inception`: file of its weights.
+
+    Returns:
+        The extractor.
+
+    Raises:
+        ValueError: If there is no such extractor, or it cannot be loaded; one line.
+    """
+    if weights is not None and name != "inception":
+        raise ValueError(f"weights={weights!r} is not allowed with extractor {name!r}: only with inception")
+    if name == "digits":
+        return DigitsExtractor(device)
+    if name == "inception":
+        return InceptionExtractor(device, weights)
+    return TransformersExtractor(name, device)
+
+
+def weights_checksum(network: nn.Module) -> str:
+    """Returns the SHA-256 of the names and values of all weights of a network, in hex."""
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

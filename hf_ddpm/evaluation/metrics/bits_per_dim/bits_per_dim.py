@@ -1,0 +1,45 @@
+"""The mean code length of images in bits a dimension, as a metric of `evaluate`.
+
+metric = evaluate.load("hf_ddpm/evaluation/metrics/bits_per_dim")
+metric.add_batch(nats=negative_log_likelihoods)
+metric.compute(dimensions=3 * 32 * 32)
+"""
+
+import math
+
+import datasets
+import evaluate
+import numpy as np
+
+_CITATION = """Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239"""
+
+_INPUTS = """
+Args:
+    nats: negative log-likelihood of an image, or a bound on it, in nats, over all its dimensions.
+    dimensions: number of values of an image, channels times height times width.
+
+Returns:
+    bits_per_dim: the mean.
+    standard_error: its error over the images; absent for one image.
+"""
+
+
+class BitsPerDim(evaluate.Metric):  # type: ignore[misc]
+    """Nats an image as bits a dimension."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Mean negative log-likelihood in bits a dimension.",
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features({"nats": datasets.Value("float64")}),
+        )
+
+    def _compute(self, nats: list[float], dimensions: int) -> dict[str, float]:
+        if dimensions < 1:
+            raise ValueError(f"dimensions={dimensions} is not allowed: at least 1")
+        bits = np.asarray(nats, np.float64) / (dimensions * math.log(2))
+        result = {"bits_per_dim": float(bits.mean())}
+        if len(bits) > 1:
+            result["standard_error"] = float(bits.std(ddof=1) / math.sqrt(len(bits)))
+        return result

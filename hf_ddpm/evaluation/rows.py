@@ -1,0 +1,57 @@
+"""Features as rows, one an image: how they are taken in parts, and unusable ones refused."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DTYPES = ("float32", "float64")
+
+
+def in_parts(rows: Tensor, size: int) -> list[Tensor]:
+    """Returns consecutive parts of at most `size` rows, without copying."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def check_features(name: str, features: Tensor, at_least: int = 1) -> None:
+    """Raises a `ValueError` unless features are finite, of shape `(N, D)` and enough."""
+    if features.ndim != 2 or not features.is_floating_point():
+        kind = f"{str(features.dtype).removeprefix('torch.')} of shape {tuple(features.shape)}"
+        raise ValueError(f"{name} as {kind} are not allowed: floats of shape (images, dimensions)")
+    if len(features) < at_least:
+        raise ValueError(f"{name} of {len(features)} images are not allowed: at least {at_least}")
+    finite = torch.isfinite(features).all(dim=1)
+    if not bool(finite.all()):
+        raise ValueError(f"{name} of image {int((~finite).nonzero()[0])} are not allowed: not all of them are finite")
+
+
+def check_same_width(width: int, reference_width: int) -> None:
+    """Raises a `ValueError` unless two sets of features have the same number of dimensions."""
+    if width != reference_width:
+        raise ValueError(f"features of {width} dimensions are not comparable with a reference of {reference_width}")
+
+
+def from_bytes(rows: Sequence[bytes], dtype: str) -> Tensor:
+    """Returns features of shape `(N, D)` whose rows came as the bytes of arrays, the way `evaluate` keeps them.
+
+    Args:
+        rows: The bytes of a row each.
+        dtype: What they are of: `float32` or `float64`.
+
+    Raises:
+        ValueError: If there is no row, `dtype` is not allowed, or rows are not of one length.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not allowed: one of {', '.join(DTYPES)}")
+    lengths = {len(row) for row in rows}
+    size = np.dtype(dtype).itemsize
+    if len(lengths) != 1 or min(lengths) == 0 or min(lengths) % size:
+        raise ValueError(f"rows of {sorted(lengths)} bytes are not allowed: all of one length, a multiple of {size}")
+    return torch.from_numpy(np.frombuffer(bytearray().join(rows), dtype).reshape(len(rows), -1))
+
+
+def split_by_kind(features: Tensor, is_real: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """Returns the rows of generated and those of real images, in their order."""
+    chosen = torch.tensor(is_real, dtype=torch.bool)
+    return features[~chosen], features[chosen]

@@ -1,0 +1,170 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from hf_ddpm.evaluation.frechet import Moments, frechet_distance, gaussian_distance
+
+
+def features(count, width=6, seed=0, scale=1.0, shift=0.0):
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(7).normal(size=(width, width))
+    return torch.tensor((scale * rng.normal(size=(count, width)) @ mixing + shift).astype(np.float32))
+
+
+def with_moments(mean, covariance):
+    """The 2 D points mean +- sqrt(D) l_j, l_j the columns of a root: their moments are exact up to the (n - 1)."""
+    d = len(mean)
+    root = np.linalg.cholesky(covariance) * math.sqrt((2 * d - 1) / 2)
+    return torch.tensor(np.concatenate([mean + root.T, mean - root.T]))
+
+
+def test_commuting_gaussians_have_the_distance_of_their_standard_deviations():
+    # Diagonal covariances: d^2 = |m1 - m2|^2 + sum_i (s_i - r_i)^2.
+    m1, m2 = np.array([0.5, -1.0, 2.0]), np.array([0.0, 1.0, 2.5])
+    s, r = np.array([1.0, 0.5, 3.0]), np.array([2.0, 0.0, 1.0])
+    expected = ((m1 - m2) ** 2).sum() + ((s - r) ** 2).sum()
+    t = [torch.tensor(v) for v in (m1, np.diag(s**2), m2, np.diag(r**2))]
+    assert gaussian_distance(*t) == pytest.approx(expected, abs=1e-12)
+    assert gaussian_distance(*t[2:], *t[:2]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_gaussians_that_do_not_commute_have_the_closed_form():
+    # For 2 x 2, tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)), with no root of a matrix at all.
+    s1, s2 = np.array([[2.0, 0.9], [0.9, 1.0]]), np.array([[1.0, -0.6], [-0.6, 3.0]])
+    assert not np.allclose(s1 @ s2, s2 @ s1)
+    m1, m2 = np.array([1.0, 2.0]), np.array([-0.5, 0.25])
+    trace_of_root = math.sqrt(np.trace(s1 @ s2) + 2 * math.sqrt(np.linalg.det(s1) * np.linalg.det(s2)))
+    expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2) - 2 * trace_of_root
+    assert gaussian_distance(*map(torch.tensor, (m1, s1, m2, s2))) == pytest.approx(expected, abs=1e-12)
+    # And from features that have these moments, through their rounding to multiples of 2^-28.
+    points, others = Moments.of(with_moments(m1, s1)), Moments.of(with_moments(m2, s2))
+    np.testing.assert_allclose(points.mean, m1, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(points.covariance, s1, rtol=0, atol=3e-8)
+    assert frechet_distance(points, others) == pytest.approx(expected, abs=1e-7)
+
+
+def test_exact_points_give_the_closed_form():
+    # Points on a coarse binary grid: +-e_j scaled by powers of two, so that nothing is rounded anywhere.
+    scales, others = np.array([1.0, 2.0, 0.5, 0.25]), np.array([4.0, 0.5, 0.5, 8.0])
+    mean = np.array([1.5, -0.25, 0.0, 3.0])
+    points = np.concatenate([mean + np.diag(scales), mean - np.diag(scales)])
+    reference = np.concatenate([np.diag(others), -np.diag(others)])
+    variance = 2 / 7  # two points of 8 at distance 1, and n - 1 = 7
+    expected = (mean**2).sum() + variance * ((scales - others) ** 2).sum()
+    distance = frechet_distance(Moments.of(torch.tensor(points)), Moments.of(torch.tensor(reference)))
+    assert distance == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_distance_is_that_of_scipys_root():
+    a, b = features(40, 12, 1).double().numpy(), features(50, 12, 2, 1.5, 0.3).double().numpy()
+    s1, s2 = np.cov(a.T), np.cov(b.T)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
+    distance = frechet_distance(Moments.of(torch.tensor(a)), Moments.of(torch.tensor(b)))
+    assert distance == pytest.approx(expected, rel=1e-9)
+
+
+def test_fewer_images_than_dimensions_lose_no_digits():
+    # With A, B the centered features over sqrt(n - 1), tr sqrt = |A B'|_*: no covariance is formed here.
+    a, b = features(20, 80, 1).double(), features(30, 80, 2, 1.2).double()
+    (x, n), (y, m) = (((v - v.mean(0)).numpy(), len(v) - 1) for v in (a, b))
+    overlap = np.linalg.svd(x @ y.T, compute_uv=False).sum() / math.sqrt(n * m)
+    shift = ((a.mean(0) - b.mean(0)) ** 2).sum().item()
+    expected = shift + (x**2).sum() / n + (y**2).sum() / m - 2 * overlap
+    assert frechet_distance(Moments.of(a), Moments.of(b)) == pytest.approx(expected, rel=1e-11)
+
+
+def test_the_distance_is_that_of_torchmetrics():
+    class Flatten(nn.Module):
+        num_features = 48
+
+        def forward(self, pixels):
+            return pixels.flatten(1).float() / 255
+
+    images = torch.randint(0, 256, (2, 200, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[1] //= 2
+    metric = FrechetInceptionDistance(feature=Flatten()).set_dtype(torch.float64)
+    metric.update(images[0], real=True)
+    metric.update(images[1], real=False)
+    generated, real = (Moments.of(Flatten()(images[i])) for i in (1, 0))
+    assert frechet_distance(generated, real) == pytest.approx(metric.compute().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1000.0])
+def test_moments_are_those_of_float64(shift):
+    # At 1000 the squares of the means are 10^8 times the variances: uncentered float64 keeps 8 digits.
+    x = features(5000, scale=0.1, shift=shift)
+    moments = Moments.of(x)
+    np.testing.assert_allclose(moments.mean, x.double().mean(0), rtol=1e-14, atol=1e-10)
+    np.testing.assert_allclose(moments.covariance, np.cov(x.double().numpy().T), rtol=0, atol=1e-10)
+    assert moments.count == 5000 and moments.width == 6
+
+
+def test_merged_moments_are_exactly_those_of_one_process():
+    x, y = features(10_000), features(500, seed=3, shift=0.1)
+    # float32 on a grid of 2^-28 down to 1/32, tiny ones, large ones: sums that float64 would round.
+    x[::7] *= 1e-3
+    x[::11] *= 200
+    alone, reference = Moments.of(x), Moments.of(y)
+    assert not torch.equal(x.double().sum(0), sum(x[rank::3].double().sum(0) for rank in range(3)))
+    for processes, batch in itertools.product((1, 2, 3), (37, 5000)):
+        ranks = []
+        for rank in range(processes):
+            mine = x[rank::processes]
+            none = Moments.of(x[:0])
+            ranks.append(sum((Moments.of(rows) for rows in mine.split(batch)), start=none))
+        merged = ranks[0].summed(lambda value, ranks=ranks: _sum_of(ranks, value))
+        for name, value in vars(alone).items():
+            assert torch.equal(getattr(merged, name), value)
+        assert frechet_distance(merged, reference) == frechet_distance(alone, reference)
+    shuffled = Moments.of(x[torch.randperm(len(x), generator=torch.Generator().manual_seed(1))])
+    assert torch.equal(shuffled.covariance, alone.covariance)
+
+
+def _sum_of(ranks, value):
+    """What an all-reduce does, in another order than the ranks'."""
+    (name,) = (name for name, own in vars(ranks[0]).items() if own is value)
+    return sum(getattr(rank, name) for rank in reversed(ranks))
+
+
+def test_sums_stay_exact_at_the_largest_allowed_features():
+    # 40,000 squares just below 2^24, in units of 2^-56: far beyond the integers that float64 or float32 hold.
+    below = torch.rand(40_000, 2, generator=torch.Generator().manual_seed(0)) / 16
+    x = 4096 - below
+    together, parts = Moments.of(x), sum((Moments.of(rows) for rows in x.split(999)), start=Moments.of(x[:0]))
+    assert torch.equal(together.products, parts.products) and torch.equal(together.sums, parts.sums)
+    np.testing.assert_allclose(together.covariance, np.cov((4096 - x.double()).numpy().T), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_of_any_precision_are_taken_as_they_are(dtype):
+    x = features(50).to(dtype)
+    for name, value in vars(Moments.of(x.double())).items():
+        assert torch.equal(getattr(Moments.of(x), name), value)
+
+
+def test_a_set_has_no_distance_to_itself():
+    x = Moments.of(features(100, shift=5.0))
+    assert 0 <= frechet_distance(x, x) < 1e-9
+
+
+def test_unusable_features_are_refused():
+    x = features(10)
+    broken = x.clone()
+    broken[4, 2] = math.nan
+    for act, message in [
+        (lambda: Moments.of(broken), "features of image 4 are not allowed: not all of them are finite"),
+        (lambda: Moments.of(x[0]), r"features as float32 of shape \(6,\) are not allowed"),
+        (lambda: Moments.of(torch.full((2, 1), 5000.0)), "features reach 5000: at most 4096 is allowed"),
+        (lambda: Moments.of(torch.full((2, 1), -5000.0)), "features reach 5000: at most 4096 is allowed"),
+        (lambda: frechet_distance(Moments.of(x), Moments.of(x[:1])), "moments of 1 images are not allowed: 2 to 2097"),
+        (lambda: frechet_distance(Moments.of(x), Moments.of(x[:, :5])), "features of 6 dimensions are not comparable"),
+        (lambda: Moments.of(x) + Moments.of(x[:, :5]), "features of 6 dimensions are not comparable .* of 5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            act()
