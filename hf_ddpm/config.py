@@ -121,6 +121,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = option("whether to compute activations twice instead of keeping them", False)
     compile: bool = option("whether to compile the network, after a check of its gradients", False)
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = option("who else is told the metrics", "none")
+    world_size: int | None = option("processes that there must be; any number by default", None)
     log_steps: int = option("steps between lines of metrics.jsonl", 50)
     checkpointing_steps: int = option("steps between checkpoints", 5000)
     keep_checkpoints: int = option("checkpoints that are kept", 2)
@@ -135,6 +136,7 @@ class TrainingConfig:
         counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "log_steps")
         for name in (*counts, "checkpointing_steps", "keep_checkpoints", "num_samples"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
+        _require(self, "world_size", (self.world_size or 1) >= 1, "at least 1")
         _require(self, "num_inference_steps", (self.num_inference_steps or 1) >= 1, "at least 1")
         for name in ("warmup_steps", "seed"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")

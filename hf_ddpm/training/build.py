@@ -41,6 +41,10 @@ def start_accelerator(config: Config) -> Accelerator:
     asked = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != asked:
         raise ValueError(f"{asked} processes were launched, but they do not see each other")
+    if config.training.world_size not in (None, accelerator.num_processes):
+        raise ValueError(
+            f"world_size={config.training.world_size}, but there are {accelerator.num_processes} processes"
+        )
     return accelerator
 
 

@@ -28,7 +28,7 @@ from hf_ddpm.training.loop import Callback, Run
 FREE_OPTIONS = {
     "output_dir", "max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints", "resume",
     "train_batch_size", "gradient_accumulation_steps", "sample_at_checkpoints", "num_samples", "num_inference_steps",
-    "tf32", "gradient_checkpointing", "compile", "tracker", "dry_run",
+    "tf32", "gradient_checkpointing", "compile", "tracker", "world_size", "dry_run",
 }  # fmt: skip
 
 

@@ -185,3 +185,18 @@ def test_a_compiled_network_is_checked(run_training, tmp_path, monkeypatch, defe
         lines = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("compiled", "plain")]
         assert lines[0] == lines[1]  # the check leaves no trace
     assert len(called) == 1
+
+
+def test_another_number_of_processes_than_was_asked_for_is_refused(run_training, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="world_size=2, but there are 1 processes"):
+        run_training(tmp_path, "--world_size", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="3 processes were launched, but they do not see each other"):
+        run_training(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_launcher_and_the_options_agree(run_training, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="mixed_precision='no', but the launcher says 'bf16'"):
+        run_training(tmp_path)
