@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 # What numbers are drawn for. A stream has no two purposes.
-ORDER, DIFFUSION, DROPOUT, INITIALIZATION, SAMPLES, BOUND_STEPS, BOUND_NOISE = range(7)
+ORDER, DIFFUSION, DROPOUT, INITIALIZATION, SAMPLES, BOUND_STEPS, BOUND_NOISE, CROP, SUBSET = range(9)
 
 
 def derived_seed(seed: int, purpose: int, *place: int) -> int:
