@@ -30,22 +30,44 @@ class DataConfig:
     dataset: str = option("digits, a folder of images or parquet files, a parquet file, or a Hub id", "")
     split: str = option("split to train on", "train")
     image_column: str | None = option("column of the images; guessed by default", None)
-    resolution: int = option("height and width in pixels; images are resized and cropped to it", 32)
+    class_column: str | None = option("column of the classes to condition on, or auto; none by default", None)
+    class_dropout: float = option("share of images whose class is hidden, for guidance", 0.1)
+    resolution: list[int] = option(
+        "height and width in pixels, or one number for both; images are resized and cropped to it", factory=lambda: [32]
+    )
+    crop: Literal["center", "random"] = option("what is cut from images of another shape", "center")
     channels: Literal[1, 3, 4] = option("channels of the images: gray, RGB or RGBA", 3)
-    levels: int = option("evenly spaced values that a pixel takes, which likelihoods are about", 256)
+    levels: int = option("evenly spaced values that a pixel takes; with 1 channel above 256 for 16 bits", 256)
     horizontal_flip: bool = option("whether to mirror half of the images at random", False)
+    max_train_samples: int | None = option("how many images to use, drawn at random; all by default", None)
+    skip_bad_images: bool = option(
+        "whether to leave out images that cannot be used; bad_images.jsonl lists them", False
+    )
+    streaming: bool = option("whether to decode images as they are needed: for sets larger than the disk", False)
 
     def __post_init__(self) -> None:
         """Checks the values."""
         _require(self, "dataset", bool(self.dataset), "the name of a data set (or give --preset)")
-        _require(self, "resolution", self.resolution >= 1, "at least 1")
-        _require(self, "levels", 2 <= self.levels <= 256, "2 to 256")
+        sides = self.resolution
+        _require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
+        most = 65536 if self.channels == 1 else 256
+        _require(self, "levels", 2 <= self.levels <= most, f"2 to {most} with channels={self.channels}")
+        _require(self, "class_dropout", 0 <= self.class_dropout < 1, "in [0, 1)")
+        _require(self, "max_train_samples", (self.max_train_samples or 1) >= 1, "at least 1")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.resolution[0], self.resolution[-1]
 
 
 @dataclass
 class ModelConfig:
     """Which U-Net."""
 
+    init_from: str | None = option(
+        "folder or Hub id of a DDPM pipeline to go on from: its network and process, whatever the options say", None
+    )
     block_out_channels: list[int] = option("channels at each resolution", factory=lambda: [128, 256, 256, 256])
     layers_per_block: int = option("residual blocks a resolution", 2)
     attention_resolutions: list[int] = option(
@@ -149,6 +171,10 @@ class TrainingConfig:
         _require(self, "ema_decay", all(0 <= decay < 1 for decay in decays), "in [0, 1)")
         _require(self, "ema_decay", len(set(decays)) == len(decays), "different decays")
 
+    def global_batch_size(self, processes: int) -> int:
+        """Returns the images of an optimizer step, over all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * processes
+
 
 PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig)
 
@@ -164,8 +190,16 @@ class Config:
 
     def __post_init__(self) -> None:
         """Checks what concerns more than one part."""
+        if self.model.init_from is None:
+            self._check_architecture()
+        steps, most = self.training.num_inference_steps, self.diffusion.num_train_timesteps
+        _require(
+            self.training, "num_inference_steps", steps is None or steps <= most, f"at most num_train_timesteps={most}"
+        )
+
+    def _check_architecture(self) -> None:
         multiple = 2 ** (len(self.model.block_out_channels) - 1)
-        fits = self.data.resolution % multiple == 0
+        fits = all(side % multiple == 0 for side in self.data.size)
         _require(self.data, "resolution", fits, f"multiples of {multiple}, for the U-Net's {multiple.bit_length() - 1}"
                  " halvings (block_out_channels)")  # fmt: skip
         reached, channels = self.resolutions, self.model.block_out_channels
@@ -175,15 +209,11 @@ class Config:
         narrowest = min([*attended, channels[-1]])  # the middle, too, has attention
         head_dim = self.model.attention_head_dim or 1
         _require(self.model, "attention_head_dim", head_dim <= narrowest, f"at most the {narrowest} channels there")
-        steps, most = self.training.num_inference_steps, self.diffusion.num_train_timesteps
-        _require(
-            self.training, "num_inference_steps", steps is None or steps <= most, f"at most num_train_timesteps={most}"
-        )
 
     @property
     def resolutions(self) -> list[int]:
-        """The resolutions that the U-Net works at, from the highest down."""
-        return [self.data.resolution // 2**i for i in range(len(self.model.block_out_channels))]
+        """The resolutions that the U-Net works at, from the highest down; those of the shorter side."""
+        return [min(self.data.size) // 2**i for i in range(len(self.model.block_out_channels))]
 
     @property
     def attends(self) -> list[bool]:
@@ -199,11 +229,15 @@ class Config:
         """Writes all options as YAML."""
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
-    def unet(self) -> dict[str, Any]:
+    def num_class_embeds(self, classes: int) -> int | None:
+        """Returns the number of class embeddings: one more than classes if classes are hidden at times."""
+        return classes + (self.data.class_dropout > 0) if classes else None
+
+    def unet(self, classes: int = 0) -> dict[str, Any]:
         """Returns the options of the `UNet2DModel`; those of the paper's code where there is no choice."""
-        attends = self.attends
+        attends, (height, width) = self.attends, self.data.size
         return {
-            "sample_size": self.data.resolution,
+            "sample_size": height if height == width else (height, width),
             "in_channels": self.data.channels,
             "out_channels": self.data.channels * (2 if self.diffusion.variance_type.startswith("learned") else 1),
             "block_out_channels": tuple(self.model.block_out_channels),
@@ -213,6 +247,7 @@ class Config:
             "attention_head_dim": self.model.attention_head_dim,
             "norm_num_groups": self.model.norm_num_groups,
             "dropout": self.model.dropout,
+            "num_class_embeds": self.num_class_embeds(classes),
             "downsample_padding": 0,
             "flip_sin_to_cos": False,
             "freq_shift": 1,
@@ -310,8 +345,8 @@ def _read_yaml(path: Any) -> dict[str, list[str] | None]:
     for name, value in options.items():
         if name not in kinds:
             raise ValueError(f"config {str(path)!r}: unknown option {name}: {_hint(name, PARTS)}")
-        is_list = kinds[name] in (list[int], list[float])
-        if isinstance(value, dict) or isinstance(value, list) != is_list or value == []:
+        is_list = kinds[name] in (list[int], list[float])  # which one value makes, too
+        if isinstance(value, dict) or value == [] or (isinstance(value, list) and not is_list):
             what = "a list with an entry" if is_list else "one value"
             raise ValueError(f"config {str(path)!r}: {name}={value!r} is not allowed: {what}")
         words[name] = None if value in ("", "~", "null") else value if isinstance(value, list) else [value]

@@ -1,7 +1,7 @@
 """Pixels and their range: the only place that knows that uint8 becomes [-1, 1] and back.
 
-Contracts: *bytes* are NCHW uint8; *signed* images are NCHW float in [-1, 1], the domain of the diffusion; *unit*
-images are NCHW float in [0, 1], what the stock pipelines return.
+Contracts: *bytes* are NCHW uint8, or uint16 where images are deep; *signed* images are NCHW float in [-1, 1], the
+domain of the diffusion; *unit* images are NCHW float in [0, 1], what the stock pipelines return.
 """
 
 import math
@@ -17,12 +17,13 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def to_signed(pixels: Tensor, levels: int = 256) -> Tensor:
-    """Returns bytes as signed images: 0 is -1, 255 is 1.
+    """Returns bytes as signed images: 0 is -1, and 255, or 65535 of uint16, is 1.
 
     Images that take only some evenly spaced values, such as the 17 of the digits, lie beside them by the rounding to
     bytes; they are moved onto the nearest of `levels` values.
     """
-    return (pixels.float() * ((levels - 1) / 255)).round() / ((levels - 1) / 2) - 1
+    brightest = 65535 if pixels.dtype == torch.uint16 else 255
+    return (pixels.float() * ((levels - 1) / brightest)).round() / ((levels - 1) / 2) - 1
 
 
 def to_unit(signed: Tensor) -> Tensor:
@@ -45,8 +46,8 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 
 def from_pil(image: Image.Image, channels: int) -> np.ndarray:
     """Returns a PIL image, converted to 1, 3 or 4 channels, as a CHW uint8 array."""
-    array = np.asarray(image.convert(MODES[channels]))
-    return np.ascontiguousarray(array.reshape(*array.shape[:2], channels).transpose(2, 0, 1))
+    array = np.asarray(image if image.mode == MODES[channels] else image.convert(MODES[channels]))
+    return array.reshape(*array.shape[:2], channels).transpose(2, 0, 1)
 
 
 def grid(images: list[Image.Image], columns: int | None = None, scale: int | None = None) -> Image.Image:

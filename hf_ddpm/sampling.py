@@ -30,6 +30,8 @@ def sample_images(
     num_inference_steps: int,
     batch_size: int,
     eta: float = 0.0,
+    class_labels: Sequence[int] = (),
+    guidance_scale: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[int, Tensor]]:
     """Generates images by their numbers.
@@ -41,6 +43,8 @@ def sample_images(
         num_inference_steps: Steps of the reverse process.
         batch_size: Images at a time.
         eta: Noise of a DDIM scheduler, in [0, 1].
+        class_labels: Classes that the numbers go through in turn, for a conditioned network.
+        guidance_scale: See `DDPMPipeline`.
         device: Where noise is drawn; the numbers drawn differ between kinds of devices.
 
     Yields:
@@ -54,5 +58,7 @@ def sample_images(
             num_inference_steps=num_inference_steps,
             output_type="pt",
             eta=eta,
+            class_labels=[class_labels[i % len(class_labels)] for i in chunk] if class_labels else None,
+            guidance_scale=guidance_scale,
         ).images
         yield from zip(chunk, to_bytes(unit).cpu(), strict=True)

@@ -4,7 +4,9 @@ import numpy as np
 import torch
 
 # What numbers are drawn for. A stream has no two purposes.
-ORDER, DIFFUSION, DROPOUT, INITIALIZATION, SAMPLES, BOUND_STEPS, BOUND_NOISE, METRIC_ORDER = range(8)
+(
+    ORDER, DIFFUSION, DROPOUT, INITIALIZATION, SAMPLES, BOUND_STEPS, BOUND_NOISE, CROP, SUBSET, METRIC_ORDER,
+) = range(10)  # fmt: skip
 
 
 def derived_seed(seed: int, purpose: int, *place: int) -> int:

@@ -6,7 +6,7 @@
 The same command goes on from the last checkpoint. `--help` lists the options, hf_ddpm/presets the presets.
 """
 
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -14,11 +14,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from hf_ddpm.config import Config, parse_config
-from hf_ddpm.data.store import ImageStore, load_images
+from hf_ddpm.data.batches import BatchSource
+from hf_ddpm.data.opening import open_images
 from hf_ddpm.images import grid, save_picture, to_pil
 from hf_ddpm.launch import Interrupted, run_script
 from hf_ddpm.sampling import sample_images
-from hf_ddpm.training.build import build_run, check_same_step, start_accelerator
+from hf_ddpm.training.build import build_process, build_run, check_same_step, start_accelerator
 from hf_ddpm.training.dry_run import estimate_cost
 from hf_ddpm.training.loop import Callback, Run, train
 from hf_ddpm.training.progress import Progress
@@ -53,6 +54,7 @@ class SampleGrid(Callback):
             seed=training.seed,
             num_inference_steps=training.num_inference_steps or len(run.scheduler),
             batch_size=training.train_batch_size,
+            class_labels=range(len(run.class_names)),
             device=accelerator.device,
         )
         in_order = sorted(gather_object(list(images)), key=lambda numbered: numbered[0])
@@ -75,18 +77,19 @@ class Export(Callback):
                 run.pipeline(number).save_pretrained(self.folder / ema.name if number else self.folder)
 
 
-def open_images(config: Config, accelerator: Accelerator) -> ImageStore:
-    """Decodes the images, or finds them decoded; one process does it for all."""
-    data = config.data
-    with accelerator.main_process_first():
-        return load_images(
-            data.dataset,
-            split=data.split,
-            column=data.image_column,
-            resolution=data.resolution,
-            channels=data.channels,
-            device=accelerator.device,
-        )
+def start(config: Config, accelerator: Accelerator, report: Path | None = None) -> tuple[Run, BatchSource]:
+    """Returns a run at step 0 and its images."""
+    scheduler, source = build_process(config)  # what is wrong with it is told before images are decoded for hours
+    images = open_images(
+        config.data,
+        seed=config.training.seed,
+        batch_size=config.training.global_batch_size(accelerator.num_processes),
+        processes=accelerator.num_processes,
+        device=accelerator.device,
+        one_first=accelerator.main_process_first(),
+        report=report,
+    )
+    return build_run(config, accelerator, scheduler, source, images.class_names), images
 
 
 def main(argv: list[str]) -> int:
@@ -95,7 +98,7 @@ def main(argv: list[str]) -> int:
     check_tracker(config.training.tracker)
     accelerator = start_accelerator(config)
     if config.training.dry_run:
-        for name, line in estimate_cost(build_run(config, accelerator), open_images(config, accelerator)).items():
+        for name, line in estimate_cost(*start(config, accelerator)).items():
             accelerator.print(f"{name + ':':16}{line}")
         accelerator.end_training()
         return 0
@@ -104,11 +107,10 @@ def main(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with sole_run(folder) if accelerator.is_main_process else nullcontext():
         checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
-        run = build_run(config, accelerator)
+        run, images = start(config, accelerator, folder / "bad_images.jsonl")
         if checkpoint is not None:
             load_checkpoint(run, checkpoint)
         check_same_step(run)  # and all have read before the folder changes
-        images = open_images(config, accelerator)
         if accelerator.is_main_process:
             set_aside(folder / "checkpoints", run.step)
             config.save(folder / "config.yaml")
@@ -127,11 +129,13 @@ def main(argv: list[str]) -> int:
             Export(folder),
         ]
         try:
-            with status_file(folder / "status.json", run):
+            with status_file(folder / "status.json", run), closing(images):
                 train(run, images, callbacks)
         except Interrupted as interrupted:
             run.stopped_by = interrupted.number
         accelerator.end_training()
+    if images.skipped:
+        accelerator.print(f"{images.skipped:,} images could not be used: {folder / 'bad_images.jsonl'} lists them")
     if run.stopped_by is not None:
         accelerator.print(f"stopped at step {run.step}: with --resume latest the run goes on from its last checkpoint")
         return 128 + run.stopped_by

@@ -1,81 +1,128 @@
-"""Files to bytes, once: every image is decoded, fitted and kept as the raw bytes of a CHW array in a cached table."""
+"""Files to pixels, once: every image is decoded, fitted and kept as the raw bytes of a CHW array in a cached table."""
 
-import io
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, Features, Image, Value
-from PIL import Image as PILImage
-from PIL import ImageOps
 
-from hf_ddpm.images import MODES, from_pil
+from hf_ddpm.data.fitting import ImageFormat, fit
+from hf_ddpm.launch import own_cores
 
 # Part of the cache's key, which does not see the functions below: raised when they change what they return.
-RECIPE = 1
+RECIPE = 2
 
-# More than 8 bits a channel: PIL would clip these to 255 when it converts.
-DEEP_MODES = ("I", "F")
+ROWS = 256
+DECODED = Features(
+    {"pixels": Value("binary"), "height": Value("int32"), "width": Value("int32"), "reason": Value("string")}
+)
 
 
-def decode(dataset: Dataset, column: str, *, resolution: int, channels: int) -> Dataset:
+@dataclass(frozen=True)
+class BadImage:
+    """An image that cannot be used.
+
+    Attributes:
+        file: Where it is: its own file, or the one that holds its row; None if unknown.
+        row: Its row there, or in the data set.
+        reason: What is wrong with it.
+    """
+
+    file: str | None
+    row: int
+    reason: str
+
+    def refusal(self, column: str) -> ValueError:
+        """Returns the error that names it."""
+        return ValueError(
+            f"image in row {self.row} ({self.file or f'column {column!r}'}) is not usable: {self.reason}"
+            " (skip_bad_images leaves such images out)"
+        )
+
+
+def decode(
+    dataset: Dataset, column: str, form: ImageFormat, *, skip_bad_images: bool = False
+) -> tuple[Dataset, list[BadImage]]:
     """Decodes all images of a split into raw bytes; a second call with the same arguments reads the cache.
-
-    Images are turned as their camera says, transparent ones laid on white unless there are 4 channels, then resized and
-    cropped at the centre.
 
     Args:
         dataset: An opened split.
         column: Its column of images.
-        resolution: Height and width that images are fitted to, in pixels.
-        channels: 1, 3 or 4.
+        form: What images are made into.
+        skip_bad_images: Whether images that cannot be used are left out.
 
     Returns:
-        A data set with the single column `pixels`: CHW uint8 of every image, in order, as bytes.
+        A data set, in order, of `pixels`, the bytes of CHW arrays of `form.dtype`, and their `height` and `width`; and
+        the images that it leaves out.
 
     Raises:
-        ValueError: If an image cannot be read or fitted; row, file and reason are named.
+        ValueError: If an image cannot be used, or with `skip_bad_images` none can; row, file and reason are named.
     """
-    encoded = dataset.cast_column(column, Image(decode=False))
-    return encoded.map(
+    encoded = dataset.select_columns([column]).cast_column(column, Image(decode=False))
+    decoded = encoded.map(
         _decode_rows,
         with_indices=True,
         batched=True,
-        batch_size=256,
-        fn_kwargs={"column": column, "resolution": resolution, "channels": channels, "recipe": RECIPE},
+        batch_size=ROWS,
+        fn_kwargs={"column": column, "form": asdict(form), "skip": skip_bad_images, "recipe": RECIPE},
         remove_columns=encoded.column_names,
-        features=Features({"pixels": Value("binary")}),
+        features=DECODED,
         desc="Decoding images",
     )
+    reasons = decoded.select_columns(["reason"]).with_format("arrow")[:]["reason"]
+    if reasons.null_count == len(reasons):
+        return decoded, []
+    bad = [BadImage(_path(encoded[row][column]), row, reasons[row].as_py()) for row in _rows(reasons.is_valid())]
+    if len(bad) == len(decoded):
+        raise ValueError(f"none of the {len(bad)} images is usable: {bad[0].refusal(column)}")
+    return decoded.select(_rows(reasons.is_null())), bad
+
+
+def attempt(row: dict[str, Any] | None, form: ImageFormat) -> np.ndarray | str:
+    """Returns an image, fitted, or what is wrong with it, in one line."""
+    try:
+        return fit(row, form)
+    except Exception as error:  # decoders raise anything
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+def write_report(bad: Sequence[BadImage], path: Path) -> None:
+    """Writes the images that were left out, one JSON object a line, so that no reader sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(asdict(image)) + "\n" for image in bad), encoding="utf-8")
+    partial.replace(path)
 
 
 def _decode_rows(
-    rows: dict[str, list[Any]], indices: list[int], column: str, resolution: int, channels: int, recipe: int
-) -> dict[str, list[bytes]]:
-    pixels = []
-    for index, row in zip(indices, rows[column], strict=True):
-        try:
-            pixels.append(_decode_one(row, resolution, channels).tobytes())
-        except Exception as error:
-            where = (row or {}).get("path") or f"column {column!r}"
-            raise ValueError(f"image in row {index} ({where}) is not usable: {error}") from error
-    return {"pixels": pixels}
+    rows: dict[str, list[Any]], indices: list[int], column: str, form: dict[str, Any], skip: bool, recipe: int
+) -> dict[str, list[Any]]:
+    target, encoded, cores = ImageFormat(**form), rows[column], own_cores()
+    # A thread takes many at a time: with small images, handing them over one by one would cost more than it gains.
+    share = -(-len(encoded) // cores)
+    parts = [encoded[start : start + share] for start in range(0, len(encoded), share)]
+    with ThreadPoolExecutor(cores) as pool:
+        images = [i for part in pool.map(lambda part: [attempt(row, target) for row in part], parts) for i in part]
+    columns: dict[str, list[Any]] = {name: [] for name in DECODED}
+    for index, row, image in zip(indices, encoded, images, strict=True):
+        if isinstance(image, str):
+            if not skip:
+                raise BadImage(_path(row), index, image).refusal(column)
+            values: tuple[Any, ...] = (None, None, None, image)
+        else:
+            values = (image.tobytes(), *image.shape[1:], None)
+        for name, value in zip(DECODED, values, strict=True):
+            columns[name].append(value)
+    return columns
 
 
-def _decode_one(row: dict[str, Any] | None, resolution: int, channels: int) -> np.ndarray:
-    if row is None:
-        raise ValueError("there is none")
-    image = PILImage.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"]))
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(DEEP_MODES):
-        raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}), which {MODES[channels]} would clip")
-    if channels < 4 and image.has_transparency_data:
-        # Behind transparent pixels files hold arbitrary colours.
-        page = PILImage.new("RGBA", image.size, "white")
-        page.alpha_composite(image.convert("RGBA"))
-        image = page
-    if min(image.size) < resolution:
-        raise ValueError(f"{image.width}x{image.height} is smaller than resolution={resolution}")
-    if image.size != (resolution, resolution):
-        # Palettes are resolved first: their indices must not be interpolated.
-        image = ImageOps.fit(image.convert(MODES[channels]), (resolution, resolution), PILImage.Resampling.LANCZOS)
-    return from_pil(image, channels)
+def _path(row: dict[str, Any] | None) -> str | None:
+    return (row or {}).get("path")
+
+
+def _rows(mask: pa.ChunkedArray) -> list[int]:
+    return np.flatnonzero(mask.to_numpy()).tolist()

@@ -1,12 +1,16 @@
 """Where images come from: the embedded digits, a folder, parquet files, or the Hub. All end as a `datasets.Dataset`."""
 
 import glob
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Image, load_dataset
+import torch
+from datasets import Dataset, DatasetDict, Image, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 from PIL.Image import registered_extensions
+
+from hf_ddpm.seeds import SUBSET, generator
 
 # Folders of these names at the top are splits; all other folders are classes.
 SPLITS = ("train", "validation", "test")
@@ -62,10 +66,55 @@ def find_image_column(dataset: Dataset, name: str | None = None) -> str:
     return (usual or images)[0]
 
 
+def find_shards(name: str, split: str = "train") -> list[str]:
+    """Finds the parquet files of a split, without reading or fetching them.
+
+    Args:
+        name: `digits`, a folder of parquet files, a parquet file, an id on the Hub, or a URL or pattern of parquet
+            files that `fsspec` knows how to open (`https://`, `hf://`, `s3://`).
+        split: Name of the split; a single file and a URL are taken for the one asked for.
+
+    Returns:
+        Paths and URLs, in order.
+
+    Raises:
+        ValueError: If there is no such data set or split, or its files are not parquet.
+    """
+    if Path(name).is_file() and name.endswith(".parquet"):
+        return [name]
+    try:
+        files = _data_files(name, split)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"dataset {name!r} cannot be streamed: {' '.join(str(error).split())}") from error
+    if split not in files:
+        raise ValueError(f"dataset {name!r} has no split {split!r}: one of {', '.join(files)}")
+    other = [file for file in files[split] if not file.endswith(".parquet")]
+    if other:
+        raise ValueError(f"dataset {name!r} cannot be streamed: {other[0]!r} is not parquet, of which a stream is made")
+    return files[split]
+
+
+def choose(size: int, max_samples: int | None, seed: int) -> Sequence[int]:
+    """Returns which of `size` things to use, in order: all of them, or `max_samples` drawn at random.
+
+    Raises:
+        ValueError: If `max_samples` is less than 1.
+    """
+    check_max_samples(max_samples)
+    if max_samples is None or max_samples >= size:
+        return range(size)
+    return torch.randperm(size, generator=generator(seed, SUBSET))[:max_samples].sort().values.tolist()
+
+
+def check_max_samples(max_samples: int | None) -> None:
+    """Raises a `ValueError` if a number of images is given that is less than 1."""
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples={max_samples} is not allowed: at least 1")
+
+
 def _load(name: str) -> DatasetDict:
     if name == "digits":
-        folder = resources.files("hf_ddpm.data") / "digits"
-        return load_dataset("parquet", data_files={s: str(folder / f"{s}.parquet") for s in ("train", "test")})
+        return load_dataset("parquet", data_files=_digits())
     path = Path(name)
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ValueError(f"dataset {name!r} is not there: a folder, a parquet file, a Hub id or digits is allowed")
@@ -83,6 +132,20 @@ def _load(name: str) -> DatasetDict:
     except (DatasetGenerationError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"dataset {name!r} cannot be read: {reason}") from error
+
+
+def _digits() -> dict[str, str]:
+    folder = resources.files("hf_ddpm.data") / "digits"
+    return {split: str(folder / f"{split}.parquet") for split in ("train", "test")}
+
+
+def _data_files(name: str, split: str) -> dict[str, list[str]]:
+    """Returns the files of all splits, as `datasets` finds them."""
+    if name == "digits":
+        return {split: [path] for split, path in _digits().items()}
+    from_url = {"path": "parquet", "data_files": {split: name}}
+    builder = load_dataset_builder(**(from_url if "://" in name else {"path": name}))
+    return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
 
 
 def _load_folder(path: Path) -> DatasetDict:

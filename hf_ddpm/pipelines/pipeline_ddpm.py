@@ -34,14 +34,34 @@ class DDPMPipeline(DiffusionPipeline):
         unet: The network; one of diffusers for architectures that ours does not have.
         scheduler: The reverse process: ours, or any of diffusers, by
             `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`.
+        id2label: Names of the classes of a conditioned network by number, which JSON has as text. If the network has
+            one embedding more, that one stands for no class.
     """
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("latents", "pred_original_sample", "model_output")
 
-    def __init__(self, unet: UNet2DModel | diffusers.UNet2DModel, scheduler: DDPMScheduler | SchedulerMixin):
+    def __init__(
+        self,
+        unet: UNet2DModel | diffusers.UNet2DModel,
+        scheduler: DDPMScheduler | SchedulerMixin,
+        id2label: dict[str, str] | None = None,
+    ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        if id2label is not None:
+            self.register_to_config(id2label=id2label)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of their numbers; empty if the pipeline knows none."""
+        return list(self.config.get("id2label", {}).values())
+
+    @property
+    def null_class(self) -> int | None:
+        """The number that stands for no class, if the network was trained with one."""
+        embeddings, names = self.unet.config.num_class_embeds, self.class_names
+        return len(names) if names and embeddings == len(names) + 1 else None
 
     @torch.no_grad()
     def __call__(
@@ -54,7 +74,8 @@ class DDPMPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         callback_on_step_end: Callable[["DDPMPipeline", int, Tensor, dict[str, Tensor]], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
-        class_labels: Tensor | None = None,
+        class_labels: Tensor | list[int | str] | None = None,
+        guidance_scale: float = 1.0,
         timesteps: list[int] | None = None,
         eta: float = 0.0,
     ) -> ImagePipelineOutput | tuple:
@@ -71,7 +92,11 @@ class DDPMPipeline(DiffusionPipeline):
                 and a returned `latents` takes the place of :math:`x_{t-1}`.
             callback_on_step_end_tensor_inputs: Any of `latents` (:math:`x_{t-1}`), `pred_original_sample`
                 (:math:`\hat x_0`, with schedulers that give it) and `model_output`.
-            class_labels: Classes, int64, shape `(batch_size,)`, for a conditioned network.
+            class_labels: Classes of a conditioned network, `batch_size` numbers or names; none by default, where the
+                network knows what no class is.
+            guidance_scale: :math:`s` of classifier-free guidance (Ho & Salimans 2022),
+                :math:`\hat\epsilon = \epsilon_\theta(x_t) + s (\epsilon_\theta(x_t, c) - \epsilon_\theta(x_t))`; 1 for
+                none.
             timesteps: The steps to take, descending, in place of `num_inference_steps`; with `latents`, a chain may
                 start anywhere.
             eta: Noise of a DDIM scheduler, from 0 (none) to 1 (that of DDPM); others do not know it.
@@ -101,14 +126,13 @@ class DDPMPipeline(DiffusionPipeline):
         x_t = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
         step_options = self._step_options(generator, eta)
         takes_variance = isinstance(self.scheduler, DDPMScheduler | diffusers.DDPMScheduler)
-        if class_labels is not None:
-            class_labels = torch.as_tensor(class_labels, device=device)
+        classes = self._classes(class_labels, batch_size, guidance_scale)
 
         try:
             unet.eval()  # dropout is for training
             for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
                 x_in = self.scheduler.scale_model_input(x_t, t).to(unet.dtype)
-                prediction = unet(x_in, t, class_labels=class_labels).sample.float()
+                prediction = self._predict(x_in, t, classes, guidance_scale).float()
                 if not takes_variance:
                     prediction, _ = split_output(prediction, x_t.shape[1])
                 output = self.scheduler.step(prediction, t, x_t, **step_options)
@@ -206,6 +230,41 @@ class DDPMPipeline(DiffusionPipeline):
             if name not in self._callback_tensor_inputs:
                 allowed = ", ".join(self._callback_tensor_inputs)
                 raise ValueError(f"callback_on_step_end_tensor_inputs: {name!r} is not allowed: any of {allowed}")
+
+    def _classes(
+        self, labels: Tensor | list[int | str] | None, batch_size: int, guidance_scale: float
+    ) -> Tensor | None:
+        """Returns the numbers of the classes, or None for a network without."""
+        count, names, null = self.unet.config.num_class_embeds, self.class_names, self.null_class
+        if guidance_scale != 1 and null is None:
+            raise ValueError(f"guidance_scale={guidance_scale} is not allowed: the network was trained without it")
+        if count is None:
+            if labels is not None:
+                raise ValueError("class_labels are not allowed: the network knows no classes")
+            return None
+        if labels is None:
+            if null is None:
+                raise ValueError(f"class_labels are missing: {batch_size} of {names or f'0 to {count - 1}'}")
+            labels = [null] * batch_size
+        if not isinstance(labels, Tensor):
+            for label in labels:
+                if label not in names and not isinstance(label, int):
+                    raise ValueError(f"class_labels: {label!r} is not allowed: one of {names or f'0 to {count - 1}'}")
+            labels = torch.tensor([names.index(label) if label in names else int(label) for label in labels])
+        if len(labels) != batch_size or not bool(((labels >= 0) & (labels < count)).all()):
+            raise ValueError(f"class_labels={labels.tolist()} are not allowed: {batch_size} numbers, 0 to {count - 1}")
+        return labels.to(self._execution_device, torch.int64)
+
+    def _predict(self, x_t: Tensor, t: Tensor, classes: Tensor | None, guidance_scale: float) -> Tensor:
+        if guidance_scale == 1:
+            return self.unet(x_t, t, class_labels=classes).sample
+        assert classes is not None and self.null_class is not None
+        both = torch.cat([classes, torch.full_like(classes, self.null_class)])
+        conditional, unconditional = self.unet(torch.cat([x_t, x_t]), t, class_labels=both).sample.chunk(2)
+        # What the network says about the variance is not guided.
+        channels = x_t.shape[1]
+        guided = unconditional + guidance_scale * (conditional - unconditional)
+        return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
 
     def _step_options(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
         """Returns what this scheduler's `step` understands: some are deterministic, and few have an eta."""

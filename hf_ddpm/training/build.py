@@ -10,6 +10,7 @@ from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.launch import use_own_cores
 from hf_ddpm.models.initialization import initialize_like_paper
 from hf_ddpm.models.unet_2d import UNet2DModel
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.seeds import INITIALIZATION, derived_seed
 from hf_ddpm.training.ema import EMA
@@ -48,11 +49,36 @@ def start_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def build_run(config: Config, accelerator: Accelerator) -> Run:
-    """Returns a run at step 0; its initial weights depend on the seed alone."""
-    torch.manual_seed(derived_seed(config.training.seed, INITIALIZATION))
-    unet = UNet2DModel(**config.unet())
-    initialize_like_paper(unet)
+def build_process(config: Config) -> tuple[DDPMScheduler, DDPMPipeline | None]:
+    """Returns the diffusion process and, with `init_from`, the pipeline that it is of.
+
+    Raises:
+        ValueError: If the pipeline cannot be loaded or is none of such images, or the objective does not fit.
+    """
+    source, scheduler = None, DDPMScheduler(**config.scheduler())
+    if config.model.init_from is not None:
+        source = load_pipeline(config.model.init_from, "cpu")
+        _check_source(source, config)
+        scheduler = DDPMScheduler.from_config(source.scheduler.config)
+    _objective(config, scheduler)
+    return scheduler, source
+
+
+def build_run(
+    config: Config,
+    accelerator: Accelerator,
+    scheduler: DDPMScheduler,
+    source: DDPMPipeline | None = None,
+    class_names: tuple[str, ...] = (),
+) -> Run:
+    """Returns a run at step 0; its initial weights depend on the seed alone, or are those of `source`."""
+    if source is None:
+        torch.manual_seed(derived_seed(config.training.seed, INITIALIZATION))
+        unet = UNet2DModel(**config.unet(len(class_names)))
+        initialize_like_paper(unet)
+    else:
+        unet = source.unet
+        _check_classes(source, config, class_names)
     unet.to(accelerator.device)
     if config.training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -62,14 +88,41 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         unet=unet,
         emas=[EMA(unet, decay, config.training.ema_warmup) for decay in config.training.ema_decay],
         optimizer=adam(unet, config.training),
-        scheduler=DDPMScheduler(**config.scheduler()),
-        objective=Objective(
-            config.training.objective,
-            prediction_type=config.diffusion.prediction_type,
-            variance_type=config.diffusion.variance_type,
-            levels=config.data.levels,
-        ),
+        scheduler=scheduler,
+        objective=_objective(config, scheduler),
+        class_names=class_names,
     )
+
+
+def _objective(config: Config, scheduler: DDPMScheduler) -> Objective:
+    return Objective(
+        config.training.objective,
+        prediction_type=scheduler.config.prediction_type,
+        variance_type=scheduler.variance_type,
+        levels=config.data.levels,
+    )
+
+
+def _check_source(source: DDPMPipeline, config: Config) -> None:
+    """Raises a `ValueError` unless the pipeline to go on from makes images like those of the run."""
+    name, unet = config.model.init_from, source.unet.config
+    if type(source.unet) is not UNet2DModel:
+        raise ValueError(f"init_from={name!r} is not allowed: its U-Net is a {type(source.unet).__name__} of diffusers")
+    size = unet.sample_size
+    size = (size, size) if isinstance(size, int) else tuple(size or ())
+    if size != config.data.size:
+        raise ValueError(f"resolution={config.data.resolution} is not allowed: init_from={name!r} is for {list(size)}")
+    if unet.in_channels != config.data.channels:
+        raise ValueError(f"channels={config.data.channels} is not allowed: init_from={name!r} has {unet.in_channels}")
+
+
+def _check_classes(source: DDPMPipeline, config: Config, class_names: tuple[str, ...]) -> None:
+    has, needs = source.unet.config.num_class_embeds, config.num_class_embeds(len(class_names))
+    if has != needs:
+        raise ValueError(
+            f"init_from={config.model.init_from!r} has num_class_embeds={has}, but {len(class_names)} classes with "
+            f"class_dropout={config.data.class_dropout} need {needs}"
+        )
 
 
 def check_same_step(run: Run) -> None:

@@ -51,10 +51,12 @@ def compile_network(unet: UNet2DModel, accelerator: Accelerator, batch: int) -> 
 def _gradients(unet: UNet2DModel, accelerator: Accelerator, batch: int) -> list[Tensor]:
     """Returns the gradients of Eq. 14 on noise: any input will do."""
     size = unet.config["sample_size"]
-    draws = draw(0, 0, range(batch), (unet.config["in_channels"], size, size), 1000, accelerator.device)
+    height, width = (size, size) if isinstance(size, int) else size
+    draws = draw(0, 0, range(batch), (unet.config["in_channels"], height, width), 1000, accelerator.device)
+    classes = draws.t.clamp(max=0) if unet.config["num_class_embeds"] else None
     unet.train()
     unet.draw_dropout(dropout_masks(0, 0, range(batch)))
     with accelerator.autocast():
-        output = unet(draws.noise, draws.t).sample
+        output = unet(draws.noise, draws.t, classes).sample
     gradients = torch.autograd.grad(output.float().square().mean(), list(unet.parameters()))
     return [gradient.float() for gradient in gradients]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_ddpm.data.store import ImageStore
+from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.training.loop import Callback, Run, train
 
 WARM_UP, MEASURED = 2, 5
@@ -25,13 +25,14 @@ class _Clock(Callback):
         self.times.append(time.perf_counter())
 
 
-def estimate_cost(run: Run, images: ImageStore) -> dict[str, str]:
+def estimate_cost(run: Run, images: BatchSource) -> dict[str, str]:
     """Takes a few steps and returns lines to print; the run is of no further use."""
     training, unet = run.config.training, run.unet
     x = torch.zeros(1, *images.shape, device=run.accelerator.device)
+    classes = torch.zeros(1, dtype=torch.int64, device=x.device) if run.class_names else None
     with FlopCounterMode(display=False) as flops, torch.no_grad():
-        unet(x, 0)
-    kept = kept_for_backward(run, x.expand(training.train_batch_size, -1, -1, -1))
+        unet(x, 0, classes)
+    kept = kept_for_backward(run, x.expand(training.train_batch_size, -1, -1, -1), classes)
     count = unet.num_parameters()
     # Weights, gradients and the two moments of Adam, and the averages: four bytes each.
     states = 4 * count * (4 + len(run.emas))
@@ -45,7 +46,7 @@ def estimate_cost(run: Run, images: ImageStore) -> dict[str, str]:
     with torch.no_grad():
         batch = min(training.num_samples, training.train_batch_size)
         for _ in range(MEASURED):
-            run.emas[0].model(x.expand(batch, -1, -1, -1), 0).sample.sum().item()
+            run.emas[0].model(x.expand(batch, -1, -1, -1), 0, classes).sample.sum().item()
     a_sample = (time.perf_counter() - start) / MEASURED / batch
     sampling = a_sample * training.num_samples * (training.num_inference_steps or len(run.scheduler))
 
@@ -60,7 +61,7 @@ def estimate_cost(run: Run, images: ImageStore) -> dict[str, str]:
     }
 
 
-def kept_for_backward(run: Run, x: Tensor) -> int:
+def kept_for_backward(run: Run, x: Tensor, classes: Tensor | None) -> int:
     """Returns the bytes that a pass keeps until its backward, weights apart."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in run.unet.parameters()}
     sizes: dict[int, int] = {}
@@ -74,7 +75,7 @@ def kept_for_backward(run: Run, x: Tensor) -> int:
         return tensor
 
     with run.accelerator.autocast(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        run.unet.train()(x, 0)
+        run.unet.train()(x, 0, classes)
     return sum(sizes.values())
 
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hf_ddpm.config import Config
-from hf_ddpm.data.store import ImageStore
+from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.images import to_signed
 from hf_ddpm.models.unet_2d import UNet2DModel
@@ -18,7 +18,7 @@ from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.training.compiling import compile_network
 from hf_ddpm.training.ema import EMA
 from hf_ddpm.training.optimization import learning_rate
-from hf_ddpm.training.randomness import batch_indices, draw, dropout_masks
+from hf_ddpm.training.randomness import draw, dropout_masks
 from hf_ddpm.training.signals import StopSignal
 
 
@@ -42,6 +42,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: DDPMScheduler
     objective: Objective
+    class_names: tuple[str, ...] = ()
     step: int = 0
     losses: Tensor = field(default_factory=lambda: torch.empty(0))
     t: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -51,8 +52,7 @@ class Run:
     @property
     def global_batch_size(self) -> int:
         """Images an optimizer step, over all processes."""
-        training = self.config.training
-        return training.train_batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
+        return self.config.training.global_batch_size(self.accelerator.num_processes)
 
     @property
     def loss(self) -> Tensor:
@@ -74,7 +74,8 @@ class Run:
 
     def pipeline(self, number: int = 0) -> DDPMPipeline:
         """Returns the pipeline of one of the averages."""
-        return DDPMPipeline(unet=self.emas[number].model, scheduler=self.scheduler)
+        id2label = {str(number): name for number, name in enumerate(self.class_names)}
+        return DDPMPipeline(unet=self.emas[number].model, scheduler=self.scheduler, id2label=id2label or None)
 
 
 class Callback:
@@ -96,7 +97,7 @@ class Callback:
         """Called last, however the session ends."""
 
 
-def train(run: Run, images: ImageStore, callbacks: Sequence[Callback] = ()) -> None:
+def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> None:
     r"""Takes gradient steps on the run's objective, :math:`\| \epsilon - \epsilon_\theta(x_t, t) \|^2` for one.
 
     Args:
@@ -104,7 +105,12 @@ def train(run: Run, images: ImageStore, callbacks: Sequence[Callback] = ()) -> N
         images: The training images.
         callbacks: Called in this order.
     """
-    config, accelerator, diffusion = run.config.training, run.accelerator, run.scheduler.diffusion
+    config, data, accelerator, diffusion = (
+        run.config.training,
+        run.config.data,
+        run.accelerator,
+        run.scheduler.diffusion,
+    )
     if config.compile:
         compile_network(run.unet, accelerator, config.train_batch_size)
     network, optimizer = accelerator.prepare(run.unet, run.optimizer)
@@ -123,10 +129,13 @@ def train(run: Run, images: ImageStore, callbacks: Sequence[Callback] = ()) -> N
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
 
-            indices = batch_indices(config.seed, step, run.global_batch_size, len(images))[mine.start : mine.stop]
-            x_start = to_signed(images[indices], run.config.data.levels)
+            batch = images.batch(step, slice(mine.start, mine.stop))
+            x_start = to_signed(batch.images, data.levels)
             draws = draw(config.seed, step, mine, images.shape, len(diffusion), accelerator.device)
-            if run.config.data.horizontal_flip:
+            classes = batch.labels
+            if classes is not None:
+                classes = classes.masked_fill(draws.hide < data.class_dropout, len(images.class_names))
+            if data.horizontal_flip:
                 x_start = torch.where(draws.flip.view(-1, 1, 1, 1), x_start.flip(-1), x_start)
             x_t = diffusion.q_sample(x_start, draws.t, draws.noise)  # in float32, whatever the network's precision
 
@@ -136,7 +145,7 @@ def train(run: Run, images: ImageStore, callbacks: Sequence[Callback] = ()) -> N
                 run.unet.draw_dropout(dropout_masks(config.seed, step, mine[part]))
                 is_last = part.stop == share
                 with nullcontext() if is_last else accelerator.no_sync(network):
-                    output = network(x_t[part], draws.t[part]).sample
+                    output = network(x_t[part], draws.t[part], None if classes is None else classes[part]).sample
                     loss = run.objective(diffusion, output, x_start[part], draws.t[part], draws.noise[part], x_t[part])
                     accelerator.backward(loss.mean() / config.gradient_accumulation_steps)
                 losses.append(loss.detach())

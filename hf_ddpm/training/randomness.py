@@ -9,36 +9,14 @@ than its rows, and a GPU still draws many at a time.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from hf_ddpm.seeds import DIFFUSION, DROPOUT, ORDER, generator
+from hf_ddpm.seeds import DIFFUSION, DROPOUT, generator
 
 # Positions in a block. A change changes every run.
 BLOCK = 32
-
-
-def batch_indices(seed: int, step: int, batch: int, size: int) -> Tensor:
-    """Returns the images of a global batch: epochs are permutations, end to end, without a gap or a repetition.
-
-    Args:
-        seed: Seed of the run.
-        step: Optimizer step, from 0.
-        batch: Images in a global batch.
-        size: Images in the data set.
-
-    Returns:
-        Indices, int64, shape `(batch,)`.
-    """
-    places = torch.arange(step * batch, (step + 1) * batch)
-    epochs = places // size
-    indices = torch.empty_like(places)
-    for epoch in epochs.unique().tolist():
-        here = epochs == epoch
-        indices[here] = _epoch_order(seed, epoch, size)[places[here] % size]
-    return indices
 
 
 @dataclass(frozen=True)
@@ -49,11 +27,13 @@ class Draws:
         t: Timesteps, uniform in [0, T), int64, shape `(B,)`.
         noise: :math:`\epsilon`, standard normal, shape `(B, C, H, W)`.
         flip: Whether an image is mirrored, bool, shape `(B,)`.
+        hide: Uniform in [0, 1): the class of an image is hidden where this is small, shape `(B,)`.
     """
 
     t: Tensor
     noise: Tensor
     flip: Tensor
+    hide: Tensor
 
 
 def draw(
@@ -61,12 +41,13 @@ def draw(
 ) -> Draws:
     """Draws for some rows of the global batch of a step; `shape` is the `(C, H, W)` of an image."""
 
-    def fill(block: int) -> tuple[Tensor, Tensor, Tensor]:
+    def fill(block: int) -> tuple[Tensor, ...]:
         source = generator(seed, DIFFUSION, step, block, device=device)
         return (
             torch.randint(num_timesteps, (BLOCK,), generator=source, device=device),
             torch.randn((BLOCK, *shape), generator=source, device=device),
             torch.rand(BLOCK, generator=source, device=device) < 0.5,
+            torch.rand(BLOCK, generator=source, device=device),
         )
 
     blocks = [fill(block) for block in _blocks(rows)]
@@ -93,8 +74,3 @@ def _blocks(rows: range) -> range:
 def _cut(blocks: list[Tensor], rows: range) -> Tensor:
     start = rows.start % BLOCK
     return torch.cat(blocks)[start : start + len(rows)]
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, size: int) -> Tensor:
-    return torch.randperm(size, generator=generator(seed, ORDER, epoch))

@@ -1,36 +1,13 @@
-import io
-
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
 from hf_ddpm.data import store
 from hf_ddpm.data.sources import find_image_column, open_dataset
 from hf_ddpm.data.store import load_images
-
-
-def write_images(folder, count=3, size=(8, 8), mode="RGB"):
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        channels = len(PILImage.new(mode, (1, 1)).getbands())
-        array = rng.integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
-        PILImage.fromarray(array.squeeze()).save(folder / f"{i}.png")
-    return folder
-
-
-def parquet(path, **columns):
-    features = {name: Image() if isinstance(values[0], dict) else Value("int64") for name, values in columns.items()}
-    Dataset.from_dict(columns, Features(features)).to_parquet(str(path))
-    return str(path)
-
-
-def png(array):
-    file = io.BytesIO()
-    PILImage.fromarray(array).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": None}
+from tests.data.files import parquet, png, write_images
 
 
 def test_digits_are_those_of_scikit_learn():

@@ -192,5 +192,5 @@ def test_the_command_line_from_end_to_end(tmp_path):
     assert re.search(r"loss \d+\.\d+, \d+ images/s", run.stderr)  # the progress bar
     wrong = script("train", "--preset", "digits", "--resolution", "9")
     assert wrong.returncode == 2
-    assert wrong.stderr.splitlines()[-1].startswith("train.py: error: resolution=9 is not allowed")
+    assert wrong.stderr.splitlines()[-1].startswith("train.py: error: resolution=[9] is not allowed")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"

@@ -12,25 +12,9 @@ from hf_ddpm.config import parse_config
 from hf_ddpm.training.dry_run import kept_for_backward
 from hf_ddpm.training.ema import EMA
 from hf_ddpm.training.optimization import learning_rate
-from hf_ddpm.training.randomness import batch_indices, draw, dropout_masks
+from hf_ddpm.training.randomness import draw, dropout_masks
 from hf_ddpm.training.trackers import check_tracker
 from tests.conftest import TINY_RUN
-
-
-def test_every_image_once_an_epoch_and_no_epoch_like_another():
-    # Batches of 8 do not divide 50 images: they straddle epochs, and still nothing is lost or repeated.
-    stream = torch.cat([batch_indices(0, step, 8, 50) for step in range(25)])
-    epochs = stream.view(4, 50)
-    for epoch in epochs:
-        assert sorted(epoch.tolist()) == list(range(50))
-    assert not torch.equal(epochs[0], epochs[1])
-    assert not torch.equal(stream[:8], batch_indices(1, 0, 8, 50))
-
-
-def test_the_order_does_not_depend_on_the_batch_size():
-    small = torch.cat([batch_indices(3, step, 4, 30) for step in range(30)])
-    large = torch.cat([batch_indices(3, step, 40, 30) for step in range(3)])
-    assert torch.equal(small, large)
 
 
 def test_draws_depend_on_the_place_alone():
@@ -131,9 +115,9 @@ def test_what_a_pass_keeps_is_counted():
     # A convolution of 4 to 4 channels keeps its input, 4 x 4 x 8 x 8 floats; the weights are counted elsewhere.
     config = parse_config(["--preset", "digits"])
     network = torch.nn.Conv2d(4, 4, 3, padding=1)
-    network.forward = lambda x, t, forward=network.forward: forward(x * 2)
+    network.forward = lambda x, t, classes, forward=network.forward: forward(x * 2)
     run = SimpleNamespace(unet=network, accelerator=Accelerator(cpu=True), config=config)
-    assert kept_for_backward(run, torch.ones(4, 4, 8, 8)) == 4 * 4 * 4 * 64
+    assert kept_for_backward(run, torch.ones(4, 4, 8, 8), None) == 4 * 4 * 4 * 64
 
 
 def test_metrics_reach_the_tracker(run_training, tmp_path):

@@ -1,0 +1,121 @@
+"""Batches of training, as a pure function of (seed, step): the one call that images in memory and streams answer.
+
+No source keeps a place. A run resumes from its step, and the processes among which a global batch is divided see
+together what one would have seen alone.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_ddpm.data.store import ImageStore
+from hf_ddpm.seeds import CROP, ORDER, generator
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images of a global batch.
+
+    Attributes:
+        images: Pixels, uint8 (uint16 for deep images), shape `(B, C, H, W)`.
+        labels: Their classes, int64, shape `(B,)`; None if none were asked for.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+
+
+class BatchSource(Protocol):
+    """Where training takes its images from.
+
+    Attributes:
+        shape: Shape `(C, H, W)` of an image.
+        class_names: Names of the classes; empty if none were asked for.
+    """
+
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+
+    @property
+    def skipped(self) -> int:
+        """Images that could not be used, so far."""
+
+    def __len__(self) -> int:
+        """Returns the images of an epoch."""
+
+    def batch(self, step: int, rows: slice) -> Batch:
+        """Returns images of the global batch of a step.
+
+        Args:
+            step: Optimizer step, from 0.
+            rows: Which images of it, such as those of this process: a slice with start and stop.
+
+        Returns:
+            The images, on the device; the same at every call, and in every division among processes.
+        """
+
+    def close(self) -> None:
+        """Ends what works in the background."""
+
+
+class ShuffledImages:
+    """The images of a store, in the order of training; epochs are permutations, without a gap or a repetition.
+
+    Args:
+        store: The images.
+        seed: Seed of the run.
+        batch_size: Images in a global batch.
+    """
+
+    def __init__(self, store: ImageStore, *, seed: int, batch_size: int):
+        self.store, self.seed, self.batch_size = store, seed, batch_size
+        self.shape, self.class_names, self.skipped = store.shape, store.class_names, store.skipped
+
+    def __len__(self) -> int:
+        """Returns the images of an epoch."""
+        return len(self.store)
+
+    def batch(self, step: int, rows: slice) -> Batch:
+        """Returns images of the global batch of a step; see `BatchSource`."""
+        indices = batch_indices(self.seed, step, self.batch_size, len(self))[rows]
+        labels = None if self.store.labels is None else self.store.labels[indices.to(self.store.labels.device)]
+        if self.store.form.crop == "center":
+            return Batch(self.store[indices], labels)
+        return Batch(self.store.cropped(indices, crop_places(self.seed, step, self.batch_size)[rows]), labels)
+
+    def close(self) -> None:
+        """Does nothing: nothing works in the background."""
+
+
+def batch_indices(seed: int, step: int, batch: int, size: int) -> Tensor:
+    """Returns the images of a global batch: epochs are permutations, end to end, without a gap or a repetition.
+
+    Args:
+        seed: Seed of the run.
+        step: Optimizer step, from 0.
+        batch: Images in a global batch.
+        size: Images in the data set.
+
+    Returns:
+        Indices, int64, shape `(batch,)`.
+    """
+    places = torch.arange(step * batch, (step + 1) * batch)
+    epochs = places // size
+    indices = torch.empty_like(places)
+    for epoch in epochs.unique().tolist():
+        here = epochs == epoch
+        indices[here] = _epoch_order(seed, epoch, size)[places[here] % size]
+    return indices
+
+
+def crop_places(seed: int, step: int, batch: int) -> Tensor:
+    """Draws where the images of a global batch are cut, uniform in [0, 1), shape `(batch, 2)`: see `crop_at`."""
+    return torch.rand(batch, 2, generator=generator(seed, CROP, step))
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, size: int) -> Tensor:
+    return torch.randperm(size, generator=generator(seed, ORDER, epoch))

@@ -1,0 +1,62 @@
+"""From the options of a run to its images."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+from hf_ddpm.config import DataConfig
+from hf_ddpm.data.batches import BatchSource, ShuffledImages
+from hf_ddpm.data.store import load_images
+from hf_ddpm.data.streaming import open_stream
+
+# Lanes of a stream; more only where there are more processes, which changes the order of the images.
+LANES = 8
+
+
+def open_images(
+    config: DataConfig,
+    *,
+    seed: int,
+    batch_size: int,
+    processes: int,
+    device: torch.device | str,
+    one_first: AbstractContextManager[None],
+    report: Path | None = None,
+) -> BatchSource:
+    """Opens the images of a run.
+
+    Args:
+        config: Which.
+        seed: Seed of the run.
+        batch_size: Images in a global batch.
+        processes: Processes among which it is divided.
+        device: Where batches are wanted.
+        one_first: Entered while images are decoded: one process does it, the others find them in the cache.
+        report: File for images that cannot be used, as lines of JSON.
+
+    Returns:
+        The images, to be closed.
+
+    Raises:
+        ValueError: If the data set, a column or an image is not usable; each is named, with the reason.
+    """
+    options = {
+        "split": config.split,
+        "column": config.image_column,
+        "resolution": config.size,
+        "channels": config.channels,
+        "levels": config.levels,
+        "crop": config.crop,
+        "class_column": config.class_column,
+        "max_samples": config.max_train_samples,
+        "seed": seed,
+        "skip_bad_images": config.skip_bad_images,
+        "report": report if config.skip_bad_images else None,
+        "device": device,
+    }
+    if config.streaming:
+        return open_stream(config.dataset, batch_size=batch_size, lanes=max(LANES, processes), **options)
+    with one_first:
+        store = load_images(config.dataset, **options)
+    return ShuffledImages(store, seed=seed, batch_size=batch_size)

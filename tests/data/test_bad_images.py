@@ -1,0 +1,76 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from hf_ddpm.data.batches import ShuffledImages
+from hf_ddpm.data.store import load_images
+from tests.data.files import numbered, parquet, write_images
+
+
+@pytest.fixture
+def spoiled(tmp_path):
+    """Seven images in a folder, of which three are bad."""
+    folder = write_images(tmp_path / "images", count=4)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    PILImage.fromarray(noise).save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:2000])
+    (folder / "text.png").write_text("not an image")
+    (folder / "void.png").write_bytes(b"")
+    return folder
+
+
+def test_the_first_bad_image_is_refused_in_one_line(spoiled):
+    with pytest.raises(ValueError, match=r"image in row 4 \(.*cut\.jpg\) is not usable: .*truncated.*skip_bad_images"):
+        load_images(str(spoiled), resolution=8, channels=3)
+
+
+@pytest.mark.parametrize("again", [False, True])  # the second time from the cache
+def test_skipped_images_are_counted_and_reported_and_the_rest_kept(spoiled, tmp_path, again):
+    report = tmp_path / "report.jsonl"
+    for _ in range(1 + again):
+        report.unlink(missing_ok=True)
+        images = load_images(str(spoiled), resolution=8, channels=3, skip_bad_images=True, report=report)
+    assert len(images) == 4 and images.skipped == 3
+    expected = np.stack([np.asarray(PILImage.open(spoiled / f"{i}.png")) for i in range(4)]).transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(images[torch.arange(4)].numpy(), expected)
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [(line["row"], line["file"].rsplit("/")[-1]) for line in lines] == [
+        (4, "cut.jpg"), (5, "text.png"), (6, "void.png")]  # fmt: skip
+    assert "truncated" in lines[0]["reason"] and all("\n" not in line["reason"] for line in lines)
+
+
+def test_labels_stay_with_their_images(tmp_path):
+    images = [numbered(i) for i in range(10)]
+    images[2] = {"bytes": b"nothing", "path": "x"}
+    images[7] = None
+    file = parquet(tmp_path / "a.parquet", image=images, label=list(range(10)))
+    report = tmp_path / "report.jsonl"
+    store = load_images(
+        file, resolution=8, channels=1, class_column="label", skip_bad_images=True, report=report, max_samples=9, seed=1
+    )
+    values = store[torch.arange(len(store))][:, 0, 0, 0].tolist()
+    assert [int(store.class_names[label]) for label in store.labels] == values
+    # Rows are those of the data set, not of the draw.
+    left_out = [json.loads(line)["row"] for line in report.read_text().splitlines()]
+    assert left_out == [2, 7] and min(set(range(10)) - {*left_out, *values}) < 7
+    assert len(values) + store.skipped == 9
+    source = ShuffledImages(store, seed=0, batch_size=5)
+    for step in range(4):
+        batch = source.batch(step, slice(0, 5))
+        assert [int(store.class_names[label]) for label in batch.labels] == batch.images[:, 0, 0, 0].tolist()
+
+
+def test_nothing_but_bad_images_is_an_error(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_text("nothing")
+    with pytest.raises(ValueError, match=r"none of the 3 images is usable: image in row 0 \(.*0\.png\)"):
+        load_images(str(tmp_path), resolution=8, channels=3, skip_bad_images=True)
+
+
+def test_images_too_small_are_bad_images(tmp_path):
+    folder = write_images(tmp_path / "images", count=2)
+    PILImage.new("RGB", (7, 30)).save(folder / "small.png")
+    assert len(load_images(str(folder), resolution=8, channels=3, skip_bad_images=True)) == 2

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from hf_ddpm.data.batches import ShuffledImages, crop_places
+from hf_ddpm.data.fitting import crop_at
+from hf_ddpm.data.store import load_images
+from hf_ddpm.training.randomness import batch_indices
+from tests.data.files import numbered, parquet
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("numbered") / "a.parquet"
+    return load_images(parquet(path, image=[numbered(i) for i in range(50)]), resolution=8, channels=1)
+
+
+def test_batches_are_those_of_the_order_of_training(store):
+    source = ShuffledImages(store, seed=3, batch_size=16)
+    for step in (0, 1, 2, 100):
+        batch = source.batch(step, slice(0, 16))
+        assert torch.equal(batch.images, store[batch_indices(3, step, 16, 50)])
+        assert batch.labels is None
+        parts = [source.batch(step, slice(start, start + 4)).images for start in range(0, 16, 4)]
+        assert torch.equal(torch.cat(parts), batch.images)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Images wider or higher than 6 x 4, whose pixels tell the image and the place."""
+    folder = tmp_path_factory.mktemp("wide")
+    for i, (height, width) in enumerate([(6, 4), (6, 9), (11, 4), (6, 7)]):
+        places = np.arange(height * width, dtype=np.uint8).reshape(height, width)
+        PILImage.fromarray(np.stack([places, np.full_like(places, i), places], axis=2)).save(folder / f"{i}.png")
+    return load_images(str(folder), resolution=(6, 4), channels=3, crop="random")
+
+
+def test_random_crops_are_a_function_of_seed_step_and_row(wide):
+    source = ShuffledImages(wide, seed=0, batch_size=8)
+    batches = [source.batch(step, slice(0, 8)).images for step in range(30)]
+    assert all(torch.equal(batch, source.batch(step, slice(0, 8)).images) for step, batch in enumerate(batches))
+    halves = [source.batch(7, rows).images for rows in (slice(0, 3), slice(3, 8))]
+    assert torch.equal(torch.cat(halves), batches[7])
+    seen = torch.cat(batches)
+    corners = {(int(image[1, 0, 0]), int(image[0, 0, 0])) for image in seen}
+    columns, rows = {(1, place) for place in range(6)}, {(2, place * 4) for place in range(6)}
+    assert corners == {(0, 0)} | columns | rows | {(3, place) for place in range(4)}
+    other = ShuffledImages(wide, seed=1, batch_size=8)
+    assert not torch.equal(other.batch(0, slice(0, 8)).images, batches[0])
+
+
+def test_crops_are_cut_where_the_draw_says(wide):
+    source = ShuffledImages(wide, seed=5, batch_size=4)
+    places = crop_places(5, 9, 4)
+    order = batch_indices(5, 9, 4, 4)
+    sizes = [(6, 4), (6, 9), (11, 4), (6, 7)]
+    for image, index, place in zip(source.batch(9, slice(0, 4)).images, order.tolist(), places.tolist(), strict=True):
+        height, width = sizes[index]
+        whole = np.arange(height * width).reshape(1, height, width)
+        np.testing.assert_array_equal(image[0].numpy(), crop_at(whole, wide.form, place)[0])
+
+
+def test_images_for_random_crops_are_central_by_index(wide):
+    (image,) = wide[torch.tensor([1])]
+    assert image[0, 0].tolist() == [2, 3, 4, 5] or image[0, 0].tolist() == [3, 4, 5, 6]
+
+
+def test_a_limited_set_is_a_draw_that_the_seed_decides(tmp_path):
+    file = parquet(tmp_path / "a.parquet", image=[numbered(i) for i in range(40)])
+
+    def values(**options):
+        images = load_images(file, resolution=8, channels=1, **options)
+        return images[torch.arange(len(images))][:, 0, 0, 0].tolist()
+
+    first = values(max_samples=10)
+    assert len(set(first)) == 10 and first == sorted(first) and first != list(range(10))
+    assert values(max_samples=10, seed=0) == first != values(max_samples=10, seed=1)
+    assert values(max_samples=100) == list(range(40))
+    with pytest.raises(ValueError, match="max_samples=0 is not allowed: at least 1"):
+        values(max_samples=0)
+
+
+def test_every_image_once_an_epoch_and_no_epoch_like_another():
+    # Batches of 8 do not divide 50 images: they straddle epochs, and still nothing is lost or repeated.
+    stream = torch.cat([batch_indices(0, step, 8, 50) for step in range(25)])
+    epochs = stream.view(4, 50)
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(50))
+    assert not torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(stream[:8], batch_indices(1, 0, 8, 50))
+
+
+def test_the_order_does_not_depend_on_the_batch_size():
+    small = torch.cat([batch_indices(3, step, 4, 30) for step in range(30)])
+    large = torch.cat([batch_indices(3, step, 40, 30) for step in range(3)])
+    assert torch.equal(small, large)

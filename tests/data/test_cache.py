@@ -1,0 +1,116 @@
+"""The cache of decoded images: what its key sees, and what a kill or a second process does to it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from hf_ddpm.data import decoding
+from hf_ddpm.data.store import load_images
+from tests.data.files import numbered, parquet, write_images
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Returns how many images have been decoded since it was last asked."""
+    counts = [0]
+    real = decoding._decode_rows
+
+    def counting(rows, indices, column, form, skip, recipe):
+        counts[0] += len(indices)
+        return real(rows, indices, column, form, skip, recipe)
+
+    # The cache's key knows a function by its name.
+    counting.__qualname__ = counting.__name__ = "_decode_rows"
+    counting.__module__ = decoding.__name__
+    monkeypatch.setattr(decoding, "_decode_rows", counting)
+
+    def since():
+        count, counts[0] = counts[0], 0
+        return count
+
+    return since
+
+
+def test_images_are_decoded_once_for_each_way_to_fit_them(tmp_path, decoded):
+    folder = str(write_images(tmp_path / "images", count=3, size=(12, 9)))
+    rgb, gray = {"resolution": 8, "channels": 3}, {"resolution": 8, "channels": 1}
+    ways = [rgb, gray, rgb | {"resolution": 9}, rgb | {"resolution": (8, 12)}, rgb | {"crop": "random"},
+            rgb | {"max_samples": 2}, gray | {"levels": 65536}]  # fmt: skip
+    first = []
+    for way in ways:
+        images = load_images(folder, **way)
+        assert decoded() == way.get("max_samples", 3)
+        first.append(images[torch.arange(2)])
+    for way, expected in zip(ways, first, strict=True):
+        assert torch.equal(load_images(folder, **way)[torch.arange(2)].float(), expected.float())
+        # Labels and levels of 8 bits change nothing about the pixels.
+        load_images(folder, **({"levels": 17} | way))
+    assert decoded() == 0
+
+
+def test_a_changed_file_is_seen(tmp_path, decoded):
+    folder = write_images(tmp_path / "images", count=3)
+    load_images(str(folder), resolution=8, channels=1)
+    PILImage.new("L", (8, 8), 77).save(folder / "1.png")
+    images = load_images(str(folder), resolution=8, channels=1)
+    assert decoded() == 6 and bool((images[torch.tensor([1])] == 77).all())
+    (folder / "2.png").unlink()
+    assert len(load_images(str(folder), resolution=8, channels=1)) == 2
+
+
+def start(file, **environment):
+    """Starts a process that decodes the images of a file and prints a checksum."""
+    code = f"""
+import hashlib, torch
+from hf_ddpm.data.store import load_images
+images = load_images({file!r}, resolution=64, channels=3)
+print(len(images), hashlib.sha256(images[torch.arange(len(images))].numpy().tobytes()).hexdigest())
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    images = [numbered(int(value), size=256, format="JPEG") for value in rng.integers(0, 256, 1500)]
+    return parquet(tmp_path_factory.mktemp("many") / "a.parquet", image=images)
+
+
+@pytest.fixture(scope="module")
+def whole(many, tmp_path_factory):
+    out, _ = start(many, HF_HOME=str(tmp_path_factory.mktemp("whole"))).communicate()
+    assert out.startswith(b"1500 ")
+    return out
+
+
+@pytest.mark.slow
+def test_a_kill_while_decoding_leaves_nothing_behind_that_is_taken_for_the_images(many, whole, tmp_path):
+    home = tmp_path / "home"
+    process = start(many, HF_HOME=str(home))
+    deadline = time.monotonic() + 120
+    # datasets writes what it maps into a file of another name, and renames it at the end.
+    while not any(path.stat().st_size > 2**20 for path in home.rglob("tmp*")) and time.monotonic() < deadline:
+        assert process.poll() is None, "it was too fast to be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(home.rglob("cache-*.arrow"))
+    out, error = start(many, HF_HOME=str(home)).communicate()
+    assert out == whole, error
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_get_the_same_images(many, whole, tmp_path):
+    both = [start(many, HF_HOME=str(tmp_path)) for _ in range(2)]
+    for process in both:
+        out, error = process.communicate()
+        assert out == whole, error
