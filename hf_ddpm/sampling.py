@@ -30,7 +30,7 @@ def sample_images(
     num_inference_steps: int,
     batch_size: int,
     eta: float = 0.0,
-    class_labels: Sequence[int] = (),
+    class_labels: Sequence[int | str] = (),
     guidance_scale: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[int, Tensor]]:
@@ -43,7 +43,7 @@ def sample_images(
         num_inference_steps: Steps of the reverse process.
         batch_size: Images at a time.
         eta: Noise of a DDIM scheduler, in [0, 1].
-        class_labels: Classes that the numbers go through in turn, for a conditioned network.
+        class_labels: Numbers or names of classes that the images go through in turn, for a conditioned network.
         guidance_scale: See `DDPMPipeline`.
         device: Where noise is drawn; the numbers drawn differ between kinds of devices.
 

@@ -34,6 +34,7 @@ class EvaluateConfig:
     dataset: str = option("digits, a folder of images or parquet files, a parquet file, or a Hub id")
     split: str = option("split to evaluate on", "test")
     image_column: str | None = option("column of the images; guessed by default", None)
+    class_column: str | None = option("column of the classes, for a conditioned model; auto guesses it", None)
     metrics: str = option(f"any of {', '.join(METRICS)}, with commas", "nll")
     num_images: int | None = option("images to evaluate on; all of the split by default", None)
     levels: int | None = option("evenly spaced values that a pixel takes; 17 for digits, else 256 by default", None)
@@ -64,14 +65,16 @@ def main(argv: list[str]) -> int:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     use_own_cores()
     pipe = load_pipeline(config.model, accelerator.device)
-    size = pipe.unet.config.sample_size
+    channels, *size = pipe.image_shape
     with accelerator.main_process_first():
         images = load_images(
             config.dataset,
             split=config.split,
             column=config.image_column,
-            resolution=size,
-            channels=pipe.unet.config.in_channels,
+            resolution=tuple(size),
+            channels=channels,
+            levels=config.levels,
+            class_column=config.class_column,
             device=accelerator.device,
         )
     count = config.num_images or len(images)
@@ -97,6 +100,11 @@ def evaluate_nll(config: EvaluateConfig, accelerator: Accelerator, pipe: DDPMPip
     """Returns the figures of the bound, from all processes."""
     if not isinstance(pipe.scheduler, DDPMScheduler):
         raise ValueError(f"nll needs a DDPMScheduler, not the {type(pipe.scheduler).__name__} of {config.model!r}")
+    classes = images.labels
+    if classes is None and pipe.unet.config.num_class_embeds is not None:
+        if pipe.null_class is None:
+            raise ValueError(f"{config.model!r} is conditioned on classes: class_column is missing")
+        classes = torch.full((len(images),), pipe.null_class)
     mine = ids[accelerator.process_index :: accelerator.num_processes]
     per_image = config.steps_per_image or len(pipe.scheduler.diffusion)
     bar = tqdm(total=len(mine) * per_image, desc="nll", unit="evaluation", disable=not accelerator.is_main_process)
@@ -110,6 +118,7 @@ def evaluate_nll(config: EvaluateConfig, accelerator: Accelerator, pipe: DDPMPip
             batch_size=config.batch_size,
             levels=config.levels,
             steps_per_image=config.steps_per_image,
+            classes=classes,
             progress=bar.update,
         )
     return bound.summed(lambda value: accelerator.reduce(value, reduction="sum")).report()

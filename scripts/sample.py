@@ -33,6 +33,8 @@ class SampleConfig:
     num_inference_steps: int = option("steps of the reverse process", 1000)
     scheduler: Literal["ddpm", "ddim", "dpmsolver++"] = option("how to walk the reverse process", "ddpm")
     eta: float = option("noise of ddim, from 0 for none to 1 for that of ddpm", 0.0)
+    class_labels: list[str] = option("names or numbers of classes that the images go through in turn", factory=list)
+    guidance_scale: float = option("strength of classifier-free guidance; 1 for none", 1.0)
     batch_size: int = option("images at a time and process", 64)
 
     def __post_init__(self) -> None:
@@ -68,6 +70,11 @@ def main(argv: list[str]) -> int:
             num_inference_steps=config.num_inference_steps,
             batch_size=config.batch_size,
             eta=config.eta,
+            class_labels=[
+                int(label) if label.isdecimal() and label not in pipe.class_names else label
+                for label in config.class_labels
+            ],
+            guidance_scale=config.guidance_scale,
             device=state.device,
         ):
             save_picture(to_pil(image[None])[0], folder / f"{number:05d}.png")

@@ -82,6 +82,7 @@ def variational_bound(
     batch_size: int,
     levels: int = 256,
     steps_per_image: int | None = None,
+    classes: Tensor | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Bound:
     """Evaluates the bound on images, :math:`T` network evaluations an image.
@@ -96,6 +97,7 @@ def variational_bound(
         levels: Number of evenly spaced values that a pixel takes.
         steps_per_image: Number of steps evaluated an image, from 2; all by default. Fewer give an unbiased estimate:
             the first step, whose term is the largest, and one at random in each of equal stretches of the others.
+        classes: Classes of all images, int64, shape `(N,)`, for a conditioned network.
         progress: Told the number of evaluations after each batch.
 
     Returns:
@@ -120,7 +122,8 @@ def variational_bound(
         x_start = to_signed(images[numbers], levels)
         noise = torch.stack([_noise(seed, i, s, images.shape) for i, s, _ in pairs]).to(x_start.device)
         t, weights = t.to(x_start.device), weights.to(x_start.device)
-        terms, squared_errors = _evaluate(unet, scheduler, x_start, t, noise, levels)
+        labels = None if classes is None else classes[numbers.to(classes.device)].to(x_start.device)
+        terms, squared_errors = _evaluate(unet, scheduler, x_start, t, noise, labels, levels)
         sums.index_add_(1, t, torch.stack([weights * terms, squared_errors, torch.ones_like(terms)]).double())
         progress(len(pairs))
     terms, squared_errors, evaluations = sums
@@ -129,12 +132,18 @@ def variational_bound(
 
 
 def _evaluate(
-    unet: nn.Module, scheduler: DDPMScheduler, x_start: Tensor, t: Tensor, noise: Tensor, levels: int
+    unet: nn.Module,
+    scheduler: DDPMScheduler,
+    x_start: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    classes: Tensor | None,
+    levels: int,
 ) -> tuple[Tensor, Tensor]:
     diffusion = scheduler.diffusion
     x_t = diffusion.q_sample(x_start, t, noise)
     dtype = next(unet.parameters()).dtype
-    output = unet(x_t.to(dtype), t).sample.float()
+    output = unet(x_t.to(dtype), t, classes).sample.float()
     prediction, variance_output = split_output(output, x_start.shape[1])
     x_start_hat = diffusion.predict_start(prediction, x_t, t, scheduler.config["prediction_type"]).clamp(-1, 1)
     log_var = diffusion.log_var(t, x_t, scheduler.variance_type, variance_output)

@@ -53,6 +53,15 @@ class DDPMPipeline(DiffusionPipeline):
             self.register_to_config(id2label=id2label)
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape `(C, H, W)` of an image."""
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError("the U-Net's sample_size is None: which size of images it was trained for is not known")
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of their numbers; empty if the pipeline knows none."""
         return list(self.config.get("id2label", {}).values())
@@ -107,7 +116,9 @@ class DDPMPipeline(DiffusionPipeline):
         Raises:
             ValueError: If an argument is not allowed.
         """
-        shape = self._image_shape(batch_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is not allowed: at least 1")
+        shape = (batch_size, *self.image_shape)
         self._check_arguments(shape, generator, output_type, latents, callback_on_step_end_tensor_inputs)
         device = self._execution_device
         unet, was_training = self.unet, self.unet.training
@@ -202,16 +213,6 @@ class DDPMPipeline(DiffusionPipeline):
                 misread = kind is DDPMScheduler and component.config.variance_type == "learned"
                 index[name] = ["diffusers", "HFDDPMScheduler" if misread else kind.__name__]
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def _image_shape(self, batch_size: int) -> tuple[int, int, int, int]:
-        config = self.unet.config
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is not allowed: at least 1")
-        if config.sample_size is None:
-            raise ValueError("the U-Net's sample_size is None: which size of images it was trained for is not known")
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return batch_size, config.in_channels, height, width
 
     def _check_arguments(
         self,

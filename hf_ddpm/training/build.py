@@ -105,15 +105,14 @@ def _objective(config: Config, scheduler: DDPMScheduler) -> Objective:
 
 def _check_source(source: DDPMPipeline, config: Config) -> None:
     """Raises a `ValueError` unless the pipeline to go on from makes images like those of the run."""
-    name, unet = config.model.init_from, source.unet.config
+    name = config.model.init_from
     if type(source.unet) is not UNet2DModel:
         raise ValueError(f"init_from={name!r} is not allowed: its U-Net is a {type(source.unet).__name__} of diffusers")
-    size = unet.sample_size
-    size = (size, size) if isinstance(size, int) else tuple(size or ())
-    if size != config.data.size:
-        raise ValueError(f"resolution={config.data.resolution} is not allowed: init_from={name!r} is for {list(size)}")
-    if unet.in_channels != config.data.channels:
-        raise ValueError(f"channels={config.data.channels} is not allowed: init_from={name!r} has {unet.in_channels}")
+    channels, *size = source.image_shape
+    if tuple(size) != config.data.size:
+        raise ValueError(f"resolution={config.data.resolution} is not allowed: init_from={name!r} is for {size}")
+    if channels != config.data.channels:
+        raise ValueError(f"channels={config.data.channels} is not allowed: init_from={name!r} has {channels}")
 
 
 def _check_classes(source: DDPMPipeline, config: Config, class_names: tuple[str, ...]) -> None:
