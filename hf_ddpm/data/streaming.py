@@ -1,7 +1,10 @@
 """Images of a set larger than memory and disk: read, decoded and shuffled as they are needed."""
 
 import json
+import os
 import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -281,7 +284,7 @@ def _loader(form: ImageFormat, jobs: _Jobs, workers: int) -> DataLoader[Any]:
         sampler=jobs,
         num_workers=workers,
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_to_parent if workers else None,
+        worker_init_fn=_serve_parent if workers else None,
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # the global one is not touched
     )
@@ -291,6 +294,15 @@ def _as_it_is(decoded: Any) -> Any:
     return decoded  # as numpy, which travels by pipe: tensors would need shared memory, of which containers have little
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def _serve_parent(worker: int) -> None:
+    """Leaves signals to the parent, and ends with it: killed, it could not say so, and its pipes stay open here."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

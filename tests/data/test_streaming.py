@@ -1,6 +1,9 @@
 import hashlib
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
@@ -245,3 +248,30 @@ def test_what_is_held_does_not_grow(tmp_path, monkeypatch):
     # Of 4 lanes, 2 windows of 10 to 14 rows, and those that the last batch came from.
     assert max(held) <= 4 * 4 * 15
     assert max(held[200:]) <= max(held[:100]) + 30
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked up in /proc")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    # Large images: a worker is then mostly in the middle of a message, which nobody reads to its end.
+    data = shards(tmp_path / "data", [numbered(i, size=256) for i in range(64)])
+    code = f"""
+from hf_ddpm.data.streaming import open_stream
+stream = open_stream({str(data)!r}, resolution=256, channels=3, seed=0, batch_size=32, workers=2)
+for step in range(1000):
+    stream.batch(step, slice(0, 32))
+    print(step, flush=True)
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}
+    )
+    parent.stdout.readline()
+    workers = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    for _ in range(200):
+        if not any(Path(f"/proc/{worker}").exists() for worker in workers):
+            return
+        time.sleep(0.05)
+    pytest.fail("workers live on")

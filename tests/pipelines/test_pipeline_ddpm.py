@@ -193,3 +193,27 @@ def test_wrong_arguments_are_refused(tiny_pipeline):
     ]:
         with pytest.raises(ValueError, match=message):
             tiny_pipeline(**arguments)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_guidance_goes_beyond_the_condition(scale):
+    # A network that says c / 100 for class c and 0.5 for none, of which 11 stands for none.
+    class Says(UNet2DModel):
+        def forward(self, sample, timestep, class_labels=None, return_dict=True):
+            said = torch.where(class_labels == 11, 0.5, class_labels / 100).view(-1, 1, 1, 1).expand_as(sample)
+            return diffusers.models.unets.unet_2d.UNet2DOutput(torch.cat([said, said], dim=1))
+
+    names = {str(number): f"class {number}" for number in range(11)}
+    unet = Says(**{**TINY_UNET, "out_channels": 2, "num_class_embeds": 12})
+    pipe = DDPMPipeline(unet, DDPMScheduler(variance_type="learned_range"), names)
+    seen = []
+    pipe(
+        3, seeded(), 2, output_type="pt", class_labels=["class 2", 7, "class 10"], guidance_scale=scale,
+        callback_on_step_end=lambda pipe, i, t, tensors: seen.append(tensors["model_output"]),
+        callback_on_step_end_tensor_inputs=["model_output"],
+    )  # fmt: skip
+    conditional = torch.tensor([0.02, 0.07, 0.1])
+    torch.testing.assert_close(seen[0][:, 0, 0, 0], 0.5 + scale * (conditional - 0.5))
+    torch.testing.assert_close(seen[0][:, 1, 0, 0], conditional)  # the variance is not guided
+    images = pipe(3, seeded(), 2, output_type="pt").images  # no class
+    assert torch.equal(images, pipe(3, seeded(), 2, output_type="pt", class_labels=[11] * 3).images)

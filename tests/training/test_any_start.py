@@ -1,0 +1,172 @@
+"""Runs on any data and from any start: streams, bad and deep images, shapes, classes, other people's models."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_ddpm import DDPMPipeline, UNet2DModel
+from hf_ddpm.data.batches import batch_indices
+from hf_ddpm.data.sources import open_dataset
+from hf_ddpm.data.store import load_images
+from hf_ddpm.images import to_signed
+from hf_ddpm.training.randomness import draw
+from tests.conftest import load_script
+from tests.data.files import numbered, shards
+from tests.training.test_state import assert_same_run, losses
+
+
+def test_a_streamed_run_resumes_where_it_stood(run_training, tmp_path):
+    data = shards(tmp_path / "data", [numbered(i) for i in range(45)])
+    words = ["--dataset", str(data), "--streaming", "--levels", "256", "--log_steps", "1", "--checkpointing_steps", "4"]
+    run_training(tmp_path / "whole", *words, "--max_train_steps", "12")  # more than two epochs
+    run_training(tmp_path / "parts", *words, "--max_train_steps", "5")
+    run_training(tmp_path / "parts", *words, "--max_train_steps", "12")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_bad_images_are_counted_listed_and_left_out(run_training, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(9):
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "images" / "bad.png").write_bytes(b"no picture")
+    run_training(tmp_path / "run", "--dataset", str(tmp_path / "images"), "--max_train_steps", "2", "--skip_bad_images")
+    said = capsys.readouterr().out
+    assert "9 images" in said and "1 images could not be used" in said
+    (line,) = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
+    assert json.loads(line)["file"].endswith("bad.png")
+
+
+def test_deep_images_keep_their_depth(run_training, tmp_path, monkeypatch):
+    # Two values 1/65535 apart, which 8 bits would make one.
+    (tmp_path / "images").mkdir()
+    for number, value in enumerate([1000, 1001]):
+        Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / "images" / f"{number}.png")
+    seen = set()
+
+    def note(pixels, levels):
+        seen.update(to_signed(pixels, levels).unique().tolist())
+        return to_signed(pixels, levels)
+
+    monkeypatch.setattr("hf_ddpm.training.loop.to_signed", note)
+    run_training(tmp_path / "run", "--dataset", str(tmp_path / "images"), "--max_train_steps", "1", "--levels", "65536")
+    assert sorted(seen) == pytest.approx([2 * 1000 / 65535 - 1, 2 * 1001 / 65535 - 1], abs=1e-7)
+
+
+def test_images_need_not_be_square(run_training, tmp_path):
+    run_training(tmp_path, "--resolution", "8", "4", "--max_train_steps", "2")
+    pipe = DDPMPipeline.from_pretrained(tmp_path)
+    assert pipe(batch_size=2, num_inference_steps=2, output_type="pt").images.shape == (2, 1, 8, 4)
+
+
+@pytest.fixture(scope="module")
+def conditional(run_training, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conditional")
+    run_training(folder, "--class_column", "auto", "--max_train_steps", "3")
+    return folder
+
+
+def test_the_network_learns_classes_and_none(run_training, tmp_path, monkeypatch):
+    asked = []
+    forward = UNet2DModel.forward
+
+    def note(self, sample, timestep, class_labels=None, return_dict=True):
+        if self.training:
+            asked.append(class_labels)
+        return forward(self, sample, timestep, class_labels, return_dict)
+
+    monkeypatch.setattr(UNet2DModel, "forward", note)
+    run_training(tmp_path, "--class_column", "label", "--class_dropout", "0.25", "--max_train_steps", "40")
+    labels = torch.cat(asked)
+    # 320 images, a quarter without a class, and the others as often as in the data: within five deviations.
+    assert abs((labels == 10).sum() - 80) < 5 * 60**0.5
+    hidden = torch.cat([draw(0, step, range(8), (1, 8, 8), 1000, "cpu").hide < 0.25 for step in range(40)])
+    assert torch.equal(labels == 10, hidden)
+    share = np.bincount(open_dataset("digits")["label"], minlength=10) / 898
+    found = torch.bincount(labels[labels < 10], minlength=10) / (labels < 10).sum()
+    assert np.abs(found.numpy() - share).max() < 5 * (0.1 * 0.9 / 240) ** 0.5
+
+
+def test_a_conditional_model_is_sampled_by_name(conditional, tmp_path):
+    pipe = DDPMPipeline.from_pretrained(conditional)
+    assert pipe.class_names == [str(digit) for digit in range(10)] and pipe.null_class == 10
+    assert type(diffusers.DDPMPipeline.from_pretrained(conditional).unet) is diffusers.UNet2DModel
+    sample = load_script("sample").main
+    common = ["--model", str(conditional), "--num_inference_steps", "2", "--num_images", "3"]
+    for name, words in {
+        "name": "--class_labels 3 7",
+        "none": "",
+        "guided": "--class_labels 3 7 --guidance_scale 3",
+    }.items():
+        sample([*common, "--output", str(tmp_path / name), *words.split()])
+    pictures = {name: (tmp_path / name / "00000.png").read_bytes() for name in ("name", "none", "guided")}
+    assert len(set(pictures.values())) == 3
+    with pytest.raises(ValueError, match="class_labels: 'cat' is not allowed: one of"):
+        sample([*common, "--output", str(tmp_path / "x"), "--class_labels", "cat"])
+
+
+def test_the_bound_of_a_conditional_model_is_given_the_classes(conditional, tmp_path):
+    evaluate = load_script("evaluate").main
+    common = ["--model", str(conditional), "--dataset", "digits", "--num_images", "2", "--steps_per_image", "20"]
+    found = {}
+    for name, words in {"classes": ["--class_column", "label"], "none": []}.items():
+        evaluate([*common, *words, "--output", str(tmp_path / f"{name}.json")])
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())["nll"]["total_bpd"]
+    assert found["classes"] != found["none"] and all(np.isfinite(value) for value in found.values())
+
+
+def test_guidance_needs_a_network_that_was_trained_without_classes_too(run_training, tmp_path):
+    run_training(tmp_path, "--class_column", "label", "--class_dropout", "0", "--max_train_steps", "2")
+    pipe = DDPMPipeline.from_pretrained(tmp_path)
+    assert pipe.null_class is None and pipe.unet.config.num_class_embeds == 10
+    with pytest.raises(ValueError, match="guidance_scale=2.0 is not allowed: the network was trained without it"):
+        pipe(class_labels=[3], guidance_scale=2.0)
+    with pytest.raises(ValueError, match="class_labels are missing: 1 of"):
+        pipe()
+
+
+@pytest.fixture(scope="module")
+def learned(run_training, tmp_path_factory):
+    """A model of diffusers that has learned something: its repository."""
+    folder = tmp_path_factory.mktemp("learned")
+    words = ["--learning_rate", "3e-3", "--ema_decay", "0.5", "--prediction_type", "v_prediction"]
+    run_training(folder / "ours", "--max_train_steps", "80", *words)
+    diffusers.DDPMPipeline.from_pretrained(folder / "ours").save_pretrained(folder / "stock")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["ours", "stock"])
+def test_fine_tuning_starts_from_the_loss_of_the_model(run_training, learned, tmp_path, kind):
+    words = ["--max_train_steps", "2", "--log_steps", "1", "--warmup_steps", "0", "--dropout", "0"]
+    run_training(tmp_path / "new", *words, "--prediction_type", "v_prediction")
+    run_training(tmp_path / "tuned", *words, "--init_from", str(learned / kind))
+    average = DDPMPipeline.from_pretrained(learned / "ours")
+    images = load_images("digits", resolution=8, channels=1)
+    draws = draw(0, 0, range(8), (1, 8, 8), 1000, "cpu")
+    x_start = to_signed(images[batch_indices(0, 0, 8, 898)], 17)
+    diffusion = average.scheduler.diffusion
+    x_t = diffusion.q_sample(x_start, draws.t, draws.noise)
+    with torch.no_grad():
+        output = average.unet.eval()(x_t, draws.t).sample
+    expected = (output - diffusion.target(x_start, draws.t, draws.noise, "v_prediction")).square().mean()
+    assert losses(tmp_path / "tuned")[0] == pytest.approx(expected.item(), rel=1e-4)
+    assert losses(tmp_path / "tuned")[0] < 0.8 * losses(tmp_path / "new")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--resolution 16", r"resolution=\[16\] is not allowed: init_from=.* is for \[8, 8\]"),
+        ("--dataset digits --channels 3 --levels 256", "channels=3 is not allowed: init_from=.* has 1"),
+        ("--class_column label", "has num_class_embeds=None, but 10 classes with class_dropout=0.1 need 11"),
+        ("--objective hybrid", "objective='hybrid' is not allowed with variance_type='fixed_small'"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_by_name(run_training, learned, tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        run_training(tmp_path, "--init_from", str(learned / "ours"), *words.split())
+    with pytest.raises(ValueError, match="model 'nowhere' cannot be loaded"):
+        run_training(tmp_path, "--init_from", "nowhere")
