@@ -5,22 +5,16 @@ checks all three, and the command line wins.
 """
 
 import dataclasses
-import difflib
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import yaml
-from transformers import HfArgumentParser
+
+from hf_ddpm.options import option, parse_options, parse_some, read_yaml, require
 
 PRESETS = resources.files("hf_ddpm") / "presets"
-
-
-def option(help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
-    """Declares an option with its default and the line that `--help` prints."""
-    return field(default=default, default_factory=factory, metadata={"help": help})
 
 
 @dataclass
@@ -47,13 +41,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _require(self, "dataset", bool(self.dataset), "the name of a data set (or give --preset)")
+        require(self, "dataset", bool(self.dataset), "the name of a data set (or give --preset)")
         sides = self.resolution
-        _require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
+        require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
         most = 65536 if self.channels == 1 else 256
-        _require(self, "levels", 2 <= self.levels <= most, f"2 to {most} with channels={self.channels}")
-        _require(self, "class_dropout", 0 <= self.class_dropout < 1, "in [0, 1)")
-        _require(self, "max_train_samples", (self.max_train_samples or 1) >= 1, "at least 1")
+        require(self, "levels", 2 <= self.levels <= most, f"2 to {most} with channels={self.channels}")
+        require(self, "class_dropout", 0 <= self.class_dropout < 1, "in [0, 1)")
+        require(self, "max_train_samples", (self.max_train_samples or 1) >= 1, "at least 1")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -79,14 +73,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _require(self, "norm_num_groups", self.norm_num_groups >= 1, "at least 1")
-        _require(self, "attention_head_dim", (self.attention_head_dim or 1) >= 1, "at least 1")
-        _require(self, "layers_per_block", self.layers_per_block >= 1, "at least 1")
-        _require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
-        _require(self, "block_out_channels", self.block_out_channels[0] >= 4, "at least 4 at the highest resolution")
+        require(self, "norm_num_groups", self.norm_num_groups >= 1, "at least 1")
+        require(self, "attention_head_dim", (self.attention_head_dim or 1) >= 1, "at least 1")
+        require(self, "layers_per_block", self.layers_per_block >= 1, "at least 1")
+        require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        require(self, "block_out_channels", self.block_out_channels[0] >= 4, "at least 4 at the highest resolution")
         for width in self.block_out_channels:
             groups_fit = width >= 1 and width % self.norm_num_groups == 0
-            _require(self, "block_out_channels", groups_fit, f"multiples of norm_num_groups={self.norm_num_groups}")
+            require(self, "block_out_channels", groups_fit, f"multiples of norm_num_groups={self.norm_num_groups}")
 
 
 @dataclass
@@ -113,9 +107,9 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _require(self, "num_train_timesteps", self.num_train_timesteps >= 2, "at least 2")
-        _require(self, "beta_start", 0 < self.beta_start < 1, "in (0, 1)")
-        _require(self, "beta_end", 0 < self.beta_end < 1, "in (0, 1)")
+        require(self, "num_train_timesteps", self.num_train_timesteps >= 2, "at least 2")
+        require(self, "beta_start", 0 < self.beta_start < 1, "in (0, 1)")
+        require(self, "beta_end", 0 < self.beta_end < 1, "in (0, 1)")
 
 
 @dataclass
@@ -157,19 +151,19 @@ class TrainingConfig:
         """Checks the values."""
         counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "log_steps")
         for name in (*counts, "checkpointing_steps", "keep_checkpoints", "num_samples"):
-            _require(self, name, getattr(self, name) >= 1, "at least 1")
-        _require(self, "world_size", (self.world_size or 1) >= 1, "at least 1")
-        _require(self, "num_inference_steps", (self.num_inference_steps or 1) >= 1, "at least 1")
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        require(self, "world_size", (self.world_size or 1) >= 1, "at least 1")
+        require(self, "num_inference_steps", (self.num_inference_steps or 1) >= 1, "at least 1")
         for name in ("warmup_steps", "seed"):
-            _require(self, name, getattr(self, name) >= 0, "at least 0")
+            require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "max_grad_norm"):
-            _require(self, name, 0 < getattr(self, name) < float("inf"), "more than 0")
+            require(self, name, 0 < getattr(self, name) < float("inf"), "more than 0")
         for name in ("output_dir", "resume"):
-            _require(self, name, bool(getattr(self, name)), "a path")
-        _require(self, "adam_beta2", 0 <= self.adam_beta2 < 1, "in [0, 1)")
+            require(self, name, bool(getattr(self, name)), "a path")
+        require(self, "adam_beta2", 0 <= self.adam_beta2 < 1, "in [0, 1)")
         decays = self.ema_decay
-        _require(self, "ema_decay", all(0 <= decay < 1 for decay in decays), "in [0, 1)")
-        _require(self, "ema_decay", len(set(decays)) == len(decays), "different decays")
+        require(self, "ema_decay", all(0 <= decay < 1 for decay in decays), "in [0, 1)")
+        require(self, "ema_decay", len(set(decays)) == len(decays), "different decays")
 
     def global_batch_size(self, processes: int) -> int:
         """Returns the images of an optimizer step, over all processes."""
@@ -193,22 +187,22 @@ class Config:
         if self.model.init_from is None:
             self._check_architecture()
         steps, most = self.training.num_inference_steps, self.diffusion.num_train_timesteps
-        _require(
+        require(
             self.training, "num_inference_steps", steps is None or steps <= most, f"at most num_train_timesteps={most}"
         )
 
     def _check_architecture(self) -> None:
         multiple = 2 ** (len(self.model.block_out_channels) - 1)
         fits = all(side % multiple == 0 for side in self.data.size)
-        _require(self.data, "resolution", fits, f"multiples of {multiple}, for the U-Net's {multiple.bit_length() - 1}"
+        require(self.data, "resolution", fits, f"multiples of {multiple}, for the U-Net's {multiple.bit_length() - 1}"
                  " halvings (block_out_channels)")  # fmt: skip
         reached, channels = self.resolutions, self.model.block_out_channels
         known = all(size in (0, *reached) for size in self.model.attention_resolutions)
-        _require(self.model, "attention_resolutions", known, f"any of {reached}, or 0 for none")
+        require(self.model, "attention_resolutions", known, f"any of {reached}, or 0 for none")
         attended = [width for width, attends in zip(channels, self.attends, strict=True) if attends]
         narrowest = min([*attended, channels[-1]])  # the middle, too, has attention
         head_dim = self.model.attention_head_dim or 1
-        _require(self.model, "attention_head_dim", head_dim <= narrowest, f"at most the {narrowest} channels there")
+        require(self.model, "attention_head_dim", head_dim <= narrowest, f"at most the {narrowest} channels there")
 
     @property
     def resolutions(self) -> list[int]:
@@ -267,14 +261,6 @@ class Sources:
     config: str | None = option("YAML file of options, such as the config.yaml of a run", None)
 
 
-class _Parser(HfArgumentParser):
-    """Says what is wrong in one line, not under a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        # An option has an alias with dashes: one name will do.
-        raise ValueError(re.sub(r"^(argument --\w+)/--[\w-]+", r"\1", message))
-
-
 def parse_config(argv: list[str]) -> Config:
     """Reads `[--preset NAME] [--config FILE.yaml] [--OPTION VALUE ...]`; what stands later wins.
 
@@ -287,36 +273,15 @@ def parse_config(argv: list[str]) -> Config:
     Raises:
         ValueError: If an option is unknown or its value not allowed; one line.
     """
-    parser = _Parser((Sources,), add_help=False, allow_abbrev=False)
-    sources, _ = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    sources = parse_some(argv, Sources)
     options = {}
     if sources.preset is not None:
-        options |= _read_yaml(preset_path(sources.preset))
+        options |= read_yaml(preset_path(sources.preset), PARTS)
     if sources.config is not None:
-        options |= _read_yaml(Path(sources.config))
+        options |= read_yaml(Path(sources.config), PARTS)
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", *value)]
     *parts, _ = parse_options(words + argv, *PARTS, Sources)
     return Config(*parts)
-
-
-def parse_options(argv: list[str], *parts: type) -> list[Any]:
-    """Reads the options that some dataclasses declare.
-
-    Args:
-        argv: The command line without the program's name.
-        parts: The dataclasses.
-
-    Returns:
-        An instance of each.
-
-    Raises:
-        ValueError: If an option is unknown or its value not allowed; one line.
-    """
-    parser = _Parser(parts, allow_abbrev=False)
-    *options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        raise ValueError(f"unknown option {unknown[0]}: {_hint(unknown[0].lstrip('-'), parts, '--')}")
-    return options
 
 
 def preset_names() -> list[str]:
@@ -329,36 +294,3 @@ def preset_path(name: str) -> Any:
     if name not in preset_names():
         raise ValueError(f"preset={name!r} is not allowed: one of {', '.join(preset_names())}")
     return PRESETS / f"{name}.yaml"
-
-
-def _read_yaml(path: Any) -> dict[str, list[str] | None]:
-    """Reads options as the words of a command line; None stands for the default."""
-    try:
-        # The base loader leaves all values as they are written: `no` and `1e-4` are for the command line's parser.
-        options = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"config {str(path)!r} holds no options: lines of the form `name: value` are")
-    kinds = {field.name: field.type for part in PARTS for field in dataclasses.fields(part)}
-    words: dict[str, list[str] | None] = {}
-    for name, value in options.items():
-        if name not in kinds:
-            raise ValueError(f"config {str(path)!r}: unknown option {name}: {_hint(name, PARTS)}")
-        is_list = kinds[name] in (list[int], list[float])  # which one value makes, too
-        if isinstance(value, dict) or value == [] or (isinstance(value, list) and not is_list):
-            what = "a list with an entry" if is_list else "one value"
-            raise ValueError(f"config {str(path)!r}: {name}={value!r} is not allowed: {what}")
-        words[name] = None if value in ("", "~", "null") else value if isinstance(value, list) else [value]
-    return words
-
-
-def _hint(name: str, parts: tuple[type, ...], prefix: str = "") -> str:
-    known = [field.name for part in parts for field in dataclasses.fields(part)]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    return f"did you mean {prefix}{close[0]}?" if close else "see --help"
-
-
-def _require(config: Any, name: str, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={getattr(config, name)!r} is not allowed: {allowed}")

@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 
 import hf_ddpm
 from hf_ddpm import DDPMPipeline, DDPMScheduler
-from hf_ddpm.config import option, parse_options
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.nll import variational_bound
 from hf_ddpm.launch import run_script, use_own_cores
+from hf_ddpm.options import option, parse_options
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 
 METRICS = ("nll",)

@@ -15,9 +15,9 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from hf_ddpm.config import option, parse_options
 from hf_ddpm.images import grid, save_picture, to_pil
 from hf_ddpm.launch import run_script, use_own_cores
+from hf_ddpm.options import option, parse_options
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.sampling import sample_images, use_scheduler
 

@@ -16,11 +16,11 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_ddpm.config import option, parse_options
 from hf_ddpm.data.sources import open_dataset
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.digits import SIZE, DigitsClassifier
 from hf_ddpm.launch import run_script
+from hf_ddpm.options import option, parse_options
 
 EPOCHS = 20
 BATCH_SIZE = 64

@@ -1,0 +1,98 @@
+"""Options as dataclasses: declared with a line of help, read from the command line and from YAML, checked.
+
+A file is turned into the same words that a command line is made of: one parser checks both.
+"""
+
+import dataclasses
+import difflib
+import re
+from dataclasses import field
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def option(help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
+    """Declares an option with its default and the line that `--help` prints."""
+    return field(default=default, default_factory=factory, metadata={"help": help})
+
+
+def require(config: Any, name: str, holds: bool, allowed: str) -> None:
+    """Raises a `ValueError` unless a check of an option holds; the line says what is allowed."""
+    if not holds:
+        raise ValueError(f"{name}={getattr(config, name)!r} is not allowed: {allowed}")
+
+
+def parse_options(argv: list[str], *parts: type) -> list[Any]:
+    """Reads the options that some dataclasses declare.
+
+    Args:
+        argv: The command line without the program's name.
+        parts: The dataclasses.
+
+    Returns:
+        An instance of each.
+
+    Raises:
+        ValueError: If an option is unknown or its value not allowed; one line.
+    """
+    parser = _Parser(parts, allow_abbrev=False)
+    *options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]}: {_hint(unknown[0].lstrip('-'), parts, '--')}")
+    return options
+
+
+def parse_some(argv: list[str], part: type) -> Any:
+    """Reads the options that one dataclass declares, and leaves others to others."""
+    parser = _Parser((part,), add_help=False, allow_abbrev=False)
+    options, _ = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    return options
+
+
+def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]:
+    """Reads options as the words of a command line.
+
+    Args:
+        path: The file.
+        parts: The dataclasses that declare what may stand in it.
+
+    Returns:
+        The words that follow an option's name, by name; None stands for the default.
+
+    Raises:
+        ValueError: If the file cannot be read, or holds anything else; one line.
+    """
+    try:
+        # The base loader leaves all values as they are written: `no` and `1e-4` are for the command line's parser.
+        options = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"config {str(path)!r} holds no options: lines of the form `name: value` are")
+    kinds = {field.name: field.type for part in parts for field in dataclasses.fields(part)}
+    words: dict[str, list[str] | None] = {}
+    for name, value in options.items():
+        if name not in kinds:
+            raise ValueError(f"config {str(path)!r}: unknown option {name}: {_hint(name, parts)}")
+        is_list = kinds[name] in (list[int], list[float])  # which one value makes, too
+        if isinstance(value, dict) or value == [] or (isinstance(value, list) and not is_list):
+            what = "a list with an entry" if is_list else "one value"
+            raise ValueError(f"config {str(path)!r}: {name}={value!r} is not allowed: {what}")
+        words[name] = None if value in ("", "~", "null") else value if isinstance(value, list) else [value]
+    return words
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong in one line, not under a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        # An option has an alias with dashes: one name will do.
+        raise ValueError(re.sub(r"^(argument --\w+)/--[\w-]+", r"\1", message))
+
+
+def _hint(name: str, parts: tuple[type, ...], prefix: str = "") -> str:
+    known = [field.name for part in parts for field in dataclasses.fields(part)]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"did you mean {prefix}{close[0]}?" if close else "see --help"
