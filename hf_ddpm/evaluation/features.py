@@ -5,7 +5,6 @@ state the `name` and the `checksum`. On some devices the features of an image di
 that it is in; fixed batches of fixed images give the same features everywhere.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ddpm.evaluation.digits import SIZE, load_digits_classifier
+from hf_ddpm.pipelines.checksum import weights_checksum
 
 
 class Extracted(NamedTuple):
@@ -220,12 +220,3 @@ def load_extractor(name: str, device: torch.device | str = "cpu", *, weights: st
     if name == "inception":
         return InceptionExtractor(device, weights)
     return TransformersExtractor(name, device)
-
-
-def weights_checksum(network: nn.Module) -> str:
-    """Returns the SHA-256 of the names and values of all weights of a network, in hex."""
-    digest = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
