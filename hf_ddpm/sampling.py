@@ -1,5 +1,7 @@
 """Images by number: image `i` of a seed is the same in any batch and on any process."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -49,7 +51,7 @@ class Sampling:
             raise ValueError(f"seed={self.seed} is not allowed: at least 0")
 
     def settings(self, pipe: DDPMPipeline, model: str, device: torch.device) -> dict[str, Any]:
-        """Returns what determines the images of a pipeline, for a `SampleFolder`; before `use_scheduler`."""
+        """Returns what determines the images of a pipeline, for a `SampleFolder`."""
         return {
             "model": model,
             "model_checksum": model_checksum(pipe),
@@ -57,6 +59,11 @@ class Sampling:
             "device": device.type,  # other kinds draw other noise
             **asdict(self),
         }
+
+    def folder_name(self, pipe: DDPMPipeline, device: torch.device) -> str:
+        """Returns a name for a folder of these images, another one for others."""
+        settings = json.dumps(self.settings(pipe, "", device), sort_keys=True)
+        return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
 def use_scheduler(pipe: DiffusionPipeline, name: str) -> None:
@@ -122,7 +129,7 @@ def fill_folder(
     """Generates the images of a folder that are not there yet; all processes are to call it.
 
     Args:
-        pipe: The pipeline, on the device of this process; it leaves with the scheduler of `sampling`.
+        pipe: The pipeline, on the device of this process.
         path: The folder.
         num_images: How many images it is to hold.
         sampling: Which.
@@ -139,7 +146,6 @@ def fill_folder(
     """
     folder = SampleFolder(path, sampling.settings(pipe, model, state.device))
     folder.check(free=["model"])
-    use_scheduler(pipe, sampling.scheduler)
     state.wait_for_everyone()
     path.mkdir(parents=True, exist_ok=True)
     with sole_run(path, called) if state.is_main_process else nullcontext():
@@ -172,19 +178,24 @@ def make_parts(
     labels = [
         int(label) if label.isdecimal() and label not in pipe.class_names else label for label in sampling.class_labels
     ]
-    for numbers in parts:
-        images = []
-        for _, image in sample_images(
-            pipe,
-            numbers,
-            seed=sampling.seed,
-            num_inference_steps=sampling.num_inference_steps,
-            batch_size=batch_size,
-            eta=sampling.eta,
-            class_labels=labels,
-            guidance_scale=sampling.guidance_scale,
-            device=device,
-        ):
-            images.append(image)
-            progress(1)
-        folder.add(numbers, torch.stack(images))
+    own_scheduler = pipe.scheduler
+    use_scheduler(pipe, sampling.scheduler)
+    try:
+        for numbers in parts:
+            images = []
+            for _, image in sample_images(
+                pipe,
+                numbers,
+                seed=sampling.seed,
+                num_inference_steps=sampling.num_inference_steps,
+                batch_size=batch_size,
+                eta=sampling.eta,
+                class_labels=labels,
+                guidance_scale=sampling.guidance_scale,
+                device=device,
+            ):
+                images.append(image)
+                progress(1)
+            folder.add(numbers, torch.stack(images))
+    finally:
+        pipe.scheduler = own_scheduler

@@ -39,11 +39,13 @@ class Extractor(ABC):
     Attributes:
         name: As above.
         checksum: SHA-256 of the names and values of all weights, in hex.
+        recipe: What is done to images before the weights see them, where that is not the same for all of a class.
         classifies: Whether there are probabilities, which the Inception score needs.
         channels: The numbers of channels that images may have. Gray images are repeated into three where need be.
         size: The height and width that images must have; any if None.
     """
 
+    recipe = ""
     classifies = False
     channels: tuple[int, ...] = (1, 3)
     size: int | None = None
@@ -143,6 +145,7 @@ class TransformersExtractor(Extractor):
         if not (size.get("height") and size.get("width")):
             raise ValueError(f"extractor {name!r} is not allowed: its processor names no height and width")
         self._size = {"height": size["height"], "width": size["width"]}
+        self.recipe = self._processor.to_json_string()
         super().__init__(name, network.float(), device)
 
     def transform(self, pixels: Tensor) -> Tensor:
