@@ -15,6 +15,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 import hf_ddpm.evaluation.reference
 from hf_ddpm import DDPMPipeline
 from hf_ddpm.data.samples import SampleFolder
+from hf_ddpm.data.sources import choose
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
@@ -81,11 +82,10 @@ def test_the_floor_is_held_out_images_against_the_reference(evaluated):
     test = load_images("digits", split="test", resolution=8, channels=1)[torch.arange(899)]
     extractor = load_extractor("digits")
     reference = Moments.of(extractor(train).features)
-    drawn = [
-        frechet_distance(Moments.of(extractor(test[torch.randperm(899)[:40]]).features), reference) for _ in range(5)
-    ]
+    drawn = torch.tensor(choose(899, 40, 0))  # at random: sets may be sorted
+    expected = frechet_distance(Moments.of(extractor(test[drawn]).features), reference)
     floor = json.loads((evaluated / "results.json").read_text())["fd"]["floor"]
-    assert 0.7 * min(drawn) < floor < 1.3 * max(drawn)  # which of the test images are drawn is not the point
+    assert floor == pytest.approx(expected, rel=1e-5)
 
 
 def test_results_depend_neither_on_the_batch_size_nor_on_an_interruption(main, words, evaluated, tmp_path):
@@ -150,6 +150,8 @@ def test_without_a_floor_any_number_of_images_is_allowed(main, words, tmp_path):
         "--num_inference_steps", "1", "--batch_size", "256",
     )  # fmt: skip
     assert results["fd"]["num_images"] == 901 and "floor" not in results["fd"]
+    few = ["--metrics", "fd,nll", "--num_images", "4", "--steps_per_image", "2", "--floor", "false"]
+    assert "floor" not in run(main, tmp_path / "r.json", *words, *few)["fd"]
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +241,7 @@ def test_a_file_that_is_no_results_is_kept(main, words, tmp_path):
     with pytest.raises(ValueError, match="what is there is no results.json"):
         main([*words, "--metrics", "fd", "--output", str(tmp_path / "r.json")])
     assert (tmp_path / "r.json").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]  # nothing was sampled in vain
 
 
 @pytest.mark.slow
