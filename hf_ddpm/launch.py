@@ -3,12 +3,14 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 import torch
+from filelock import FileLock, Timeout
 
 
 class Interrupted(KeyboardInterrupt):
@@ -62,3 +64,14 @@ def own_cores() -> int:
     """Returns this process's share of the cores that the machine lets it use, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+@contextmanager
+def sole_run(folder: Path, option: str = "output_dir") -> Iterator[None]:
+    """Keeps a second run out of the folder that `option` names, with a `ValueError` for it."""
+    try:
+        held = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{option}={str(folder)!r} is in use by another run") from None
+    with held:
+        yield

@@ -1,18 +1,69 @@
 """Images by number: image `i` of a seed is the same in any batch and on any process."""
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import diffusers
 import torch
+from accelerate import Accelerator, PartialState
 from diffusers import DiffusionPipeline
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from hf_ddpm.data.samples import SampleFolder
 from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.images import to_bytes
+from hf_ddpm.launch import sole_run
+from hf_ddpm.options import option
+from hf_ddpm.pipelines.checksum import model_checksum
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.seeds import SAMPLES, generator
 
 # Other walks through the same reverse process; None is the pipeline's own.
 SCHEDULERS = {"ddpm": None, "ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
+
+
+@dataclass
+class Sampling:
+    """Which infinite row of images a model is asked for: with the model, all that determines them."""
+
+    seed: int = option("which infinite row of images to take them from", 0)
+    num_inference_steps: int = option("steps of the reverse process", 1000)
+    scheduler: Literal["ddpm", "ddim", "dpmsolver++"] = option("how to walk the reverse process", "ddpm")
+    eta: float = option("noise of ddim, from 0 for none to 1 for that of ddpm", 0.0)
+    class_labels: list[str] = option("names or numbers of classes that the images go through in turn", factory=list)
+    guidance_scale: float = option("strength of classifier-free guidance; 1 for none", 1.0)
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={self.num_inference_steps} is not allowed: at least 1")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta} is not allowed: in [0, 1]")
+        if self.eta and self.scheduler != "ddim":
+            raise ValueError(f"eta={self.eta} is not allowed with scheduler={self.scheduler}: only with ddim")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} is not allowed: at least 0")
+
+    def settings(self, pipe: DDPMPipeline, model: str, device: torch.device) -> dict[str, Any]:
+        """Returns what determines the images of a pipeline, for a `SampleFolder`."""
+        return {
+            "model": model,
+            "model_checksum": model_checksum(pipe),
+            "shape": list(pipe.image_shape),
+            "device": device.type,  # other kinds draw other noise
+            **asdict(self),
+        }
+
+    def folder_name(self, pipe: DDPMPipeline, device: torch.device) -> str:
+        """Returns a name for a folder of these images, another one for others."""
+        settings = json.dumps(self.settings(pipe, "", device), sort_keys=True)
+        return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
 def use_scheduler(pipe: DiffusionPipeline, name: str) -> None:
@@ -62,3 +113,89 @@ def sample_images(
             guidance_scale=guidance_scale,
         ).images
         yield from zip(chunk, to_bytes(unit).cpu(), strict=True)
+
+
+def fill_folder(
+    pipe: DDPMPipeline,
+    path: Path,
+    num_images: int,
+    sampling: Sampling,
+    *,
+    model: str,
+    batch_size: int,
+    state: PartialState | Accelerator,
+    called: str = "output",
+) -> SampleFolder:
+    """Generates the images of a folder that are not there yet; all processes are to call it.
+
+    Args:
+        pipe: The pipeline, on the device of this process.
+        path: The folder.
+        num_images: How many images it is to hold.
+        sampling: Which.
+        model: What the pipeline was loaded from, for the record.
+        batch_size: Images at a time and process, at most those of a shard.
+        state: The processes.
+        called: What the user calls the folder.
+
+    Returns:
+        The folder, with all of the images.
+
+    Raises:
+        ValueError: If it holds images of other settings or is in use, or an argument is not allowed.
+    """
+    folder = SampleFolder(path, sampling.settings(pipe, model, state.device))
+    folder.check(free=["model"])
+    state.wait_for_everyone()
+    path.mkdir(parents=True, exist_ok=True)
+    with sole_run(path, called) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            folder.bind()
+        state.wait_for_everyone()
+        parts = folder.missing(num_images)
+        state.wait_for_everyone()  # all have the same list before it gets shorter
+        mine = parts[state.process_index :: state.num_processes]
+        total = sum(map(len, mine))
+        with tqdm(total=total, desc="Images", unit="image", disable=not (state.is_main_process and total)) as bar:
+            make_parts(pipe, folder, mine, sampling, batch_size=batch_size, device=state.device, progress=bar.update)
+        state.wait_for_everyone()
+    if folder.missing(num_images):
+        raise OSError(f"{path} lacks images that other processes made: all machines must see the same folder")
+    return folder
+
+
+def make_parts(
+    pipe: DDPMPipeline,
+    folder: SampleFolder,
+    parts: Sequence[range],
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Generates the images of some of a folder's missing parts, and adds each part when it is whole."""
+    labels = [
+        int(label) if label.isdecimal() and label not in pipe.class_names else label for label in sampling.class_labels
+    ]
+    own_scheduler = pipe.scheduler
+    use_scheduler(pipe, sampling.scheduler)
+    try:
+        for numbers in parts:
+            images = []
+            for _, image in sample_images(
+                pipe,
+                numbers,
+                seed=sampling.seed,
+                num_inference_steps=sampling.num_inference_steps,
+                batch_size=batch_size,
+                eta=sampling.eta,
+                class_labels=labels,
+                guidance_scale=sampling.guidance_scale,
+                device=device,
+            ):
+                images.append(image)
+                progress(1)
+            folder.add(numbers, torch.stack(images))
+    finally:
+        pipe.scheduler = own_scheduler

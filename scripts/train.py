@@ -17,13 +17,13 @@ from hf_ddpm.config import Config, parse_config
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.opening import open_images
 from hf_ddpm.images import grid, save_picture, to_pil
-from hf_ddpm.launch import Interrupted, run_script
+from hf_ddpm.launch import Interrupted, run_script, sole_run
 from hf_ddpm.sampling import sample_images
 from hf_ddpm.training.build import build_process, build_run, check_same_step, start_accelerator
 from hf_ddpm.training.dry_run import estimate_cost
 from hf_ddpm.training.loop import Callback, Run, train
 from hf_ddpm.training.progress import Progress
-from hf_ddpm.training.state import Checkpoints, find_checkpoint, load_checkpoint, set_aside, sole_run, status_file
+from hf_ddpm.training.state import Checkpoints, find_checkpoint, load_checkpoint, set_aside, status_file
 from hf_ddpm.training.trackers import check_tracker, start_tracker, track_picture
 
 

@@ -5,7 +5,6 @@ state the `name` and the `checksum`. On some devices the features of an image di
 that it is in; fixed batches of fixed images give the same features everywhere.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ddpm.evaluation.digits import SIZE, load_digits_classifier
+from hf_ddpm.pipelines.checksum import weights_checksum
 
 
 class Extracted(NamedTuple):
@@ -39,11 +39,13 @@ class Extractor(ABC):
     Attributes:
         name: As above.
         checksum: SHA-256 of the names and values of all weights, in hex.
+        recipe: What is done to images before the weights see them, where that is not the same for all of a class.
         classifies: Whether there are probabilities, which the Inception score needs.
         channels: The numbers of channels that images may have. Gray images are repeated into three where need be.
         size: The height and width that images must have; any if None.
     """
 
+    recipe = ""
     classifies = False
     channels: tuple[int, ...] = (1, 3)
     size: int | None = None
@@ -143,6 +145,7 @@ class TransformersExtractor(Extractor):
         if not (size.get("height") and size.get("width")):
             raise ValueError(f"extractor {name!r} is not allowed: its processor names no height and width")
         self._size = {"height": size["height"], "width": size["width"]}
+        self.recipe = self._processor.to_json_string()
         super().__init__(name, network.float(), device)
 
     def transform(self, pixels: Tensor) -> Tensor:
@@ -220,12 +223,3 @@ def load_extractor(name: str, device: torch.device | str = "cpu", *, weights: st
     if name == "inception":
         return InceptionExtractor(device, weights)
     return TransformersExtractor(name, device)
-
-
-def weights_checksum(network: nn.Module) -> str:
-    """Returns the SHA-256 of the names and values of all weights of a network, in hex."""
-    digest = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -154,17 +153,6 @@ def set_aside(folder: Path, step: int) -> None:
         if int(path.name.removeprefix("step-")) > step:
             taken = len(list(folder.glob(f"undone-{path.name}*")))
             path.rename(path.with_name(f"undone-{path.name}" + (f"-{taken}" if taken else "")))
-
-
-@contextmanager
-def sole_run(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder, with a `ValueError` for it."""
-    try:
-        held = FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"output_dir={str(folder)!r} is in use by another run") from None
-    with held:
-        yield
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -13,8 +13,9 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 from hf_ddpm.data.sources import open_dataset
 from hf_ddpm.data.store import load_images
-from hf_ddpm.evaluation.features import load_extractor, weights_checksum
+from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
+from hf_ddpm.pipelines.checksum import weights_checksum
 from tests.conftest import load_script
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}

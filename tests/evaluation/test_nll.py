@@ -133,7 +133,7 @@ def test_the_script_writes_the_figures(trained, tmp_path):
     assert nll["num_images"] == 2 and len(nll["terms_bpd"]) == 1000 and results["config"]["levels"] == 17
     for wrong, message in [
         (["--output", str(tmp_path)], "it is a folder"),
-        (["--metrics", "fid"], "metrics='fid' is not allowed: any of nll"),
+        (["--metrics", "fvd"], "metrics='fvd' is not allowed: any of fd, kid, is, pr, nll"),
         (["--num_images", "1000"], "num_images=1000 is not allowed: at most the 899 of 'digits'"),
         (["--split", "validation"], "no split 'validation'"),
         (["--model", "no/such/model"], "model 'no/such/model' cannot be loaded"),

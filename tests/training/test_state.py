@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_ddpm.training.state import find_checkpoint, find_damage, sole_run
+from hf_ddpm.launch import sole_run
+from hf_ddpm.training.state import find_checkpoint, find_damage
 from tests.conftest import TINY_RUN
 
 ROOT = Path(__file__).parents[2]

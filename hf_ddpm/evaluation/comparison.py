@@ -1,0 +1,68 @@
+"""Generated images against real ones: features of all sets, then the figures, then the nearest training images."""
+
+from typing import Any
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from hf_ddpm.data.sources import choose
+from hf_ddpm.evaluation.collect import Images, Processes, extract
+from hf_ddpm.evaluation.features import Extractor
+from hf_ddpm.evaluation.pictures import copied_fraction, nearest_picture
+from hf_ddpm.evaluation.reference import fingerprint, reference_features
+from hf_ddpm.evaluation.report import METRIC_SEED, Sets, figures
+from hf_ddpm.evaluation.request import EvaluateConfig
+
+
+def compare(
+    request: EvaluateConfig,
+    extractor: Extractor,
+    images: Images,
+    reference: Images,
+    held_out: Images | None,
+    count: int,
+    processes: Processes,
+) -> tuple[dict[str, dict[str, Any]], Image.Image | None]:
+    """Computes what was asked for of generated images; all processes are to call it.
+
+    Args:
+        request: What was asked for.
+        extractor: The extractor.
+        images: Generated images, the first `count` of which are taken.
+        reference: Real images, all of which are taken.
+        held_out: Other real images, `count` of which are drawn at random for the floor; None for no floor.
+        count: Number of images.
+        processes: Those that share the work.
+
+    Returns:
+        The figures by metric, those on copies as `memorization`, each with what it was made with; and the picture of
+        the nearest training images. On all processes but the first, nothing.
+    """
+    drawn = choose(len(held_out), count, METRIC_SEED) if held_out is not None else []
+    data = {
+        "name": request.dataset,
+        "reference_split": request.reference_split,
+        "reference_fingerprint": fingerprint(reference, range(len(reference))),
+        "held_out_split": None if held_out is None else request.split,
+        "held_out_fingerprint": None if held_out is None else fingerprint(held_out, drawn),
+    }
+    total = count + len(reference) + len(drawn)
+    with tqdm(total=-(-total // processes.world), desc="Features", unit="image", disable=processes.rank > 0) as bar:
+        generated = extract(extractor, images, range(count), processes, bar.update)
+        known = [
+            reference_features(extractor, real, numbers, str(data[name]), processes, progress=bar.update)
+            for real, numbers, name in [
+                (reference, range(len(reference)), "reference_fingerprint"),
+                (held_out, drawn, "held_out_fingerprint"),
+            ]
+            if real is not None
+        ]
+    if processes.rank > 0:
+        return {}, None
+    sets = Sets(generated, *known)
+    made_by = {"dataset": data, "extractor": {"name": extractor.name, "checksum": extractor.checksum}}
+    entries = {metric: {**figures(metric, sets), "made_by": made_by} for metric in request.compared}
+    copies = copied_fraction(images, range(count), reference, request.levels or 256)
+    numbers_of = {"num_images": count, "reference_images": len(reference)}
+    entries["memorization"] = {"exact_copies": copies, **numbers_of, "made_by": made_by}
+    return entries, nearest_picture(images, generated.features, reference, sets.reference)

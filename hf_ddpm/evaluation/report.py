@@ -1,0 +1,147 @@
+"""From features to figures, each with its number of images and what real images score; and `results.json`."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+import hf_ddpm
+from hf_ddpm.data.sources import choose
+from hf_ddpm.evaluation.features import Extracted
+from hf_ddpm.evaluation.frechet import Moments, frechet_distance
+from hf_ddpm.evaluation.inception_score import inception_score
+from hf_ddpm.evaluation.kernel import kernel_distance, squared_mmd
+from hf_ddpm.evaluation.precision_recall import precision_recall
+
+# Blocks of the kernel distance, as is usual; from fewer images than two of them it is taken over all pairs.
+KERNEL_BLOCK = 1000
+SPLITS = 10
+NEIGHBORS = 3
+# Shuffles and draws of the metrics, the same for all models: the floor is to be one number.
+METRIC_SEED = 0
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Features of the sets that are compared.
+
+    Attributes:
+        generated: Of `n` generated images.
+        reference: Of all real images that they are measured by, shape `(m, D)`.
+        held_out: Of `n` other real images, shape `(n, D)`; None for no floor.
+    """
+
+    generated: Extracted
+    reference: Tensor
+    held_out: Tensor | None = None
+
+
+def figures(metric: str, sets: Sets) -> dict[str, Any]:
+    """Returns the figures of a metric, `fd`, `kid`, `is` or `pr`; `floor` is what the held-out images score."""
+    count = len(sets.generated.features)
+    report: dict[str, Any] = {"num_images": count}
+    if metric == "is":
+        splits = min(SPLITS, count)
+        assert sets.generated.probabilities is not None
+        mean, deviation = inception_score(sets.generated.probabilities, splits=splits, seed=METRIC_SEED)
+        return {"value": mean, "standard_deviation": deviation, "splits": splits, **report}
+    measure = {"fd": _frechet, "kid": _kernel, "pr": _precision_recall}[metric]
+    report = measure(sets.generated.features, sets.reference) | report
+    if sets.held_out is not None:
+        floor = measure(sets.held_out, sets.reference)
+        names = ("precision", "recall") if metric == "pr" else ("value",)
+        report |= {"floor" if name == "value" else f"held_out_{name}": floor[name] for name in names}
+    return report
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Returns what computed a figure, and when."""
+    return {
+        "versions": {
+            "hf_ddpm": hf_ddpm.__version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+        "revision": revision(Path(hf_ddpm.__file__)),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def revision(file: Path) -> str | None:
+    """Returns the git revision of a file's checkout, with `-dirty` if it was changed; None if it is in none."""
+    # A file that is merely below a checkout, such as one in its virtual environment, is not of it.
+    for words in (["ls-files", "--error-unmatch", file.name], ["describe", "--always", "--dirty", "--abbrev=40"]):
+        try:
+            said = subprocess.run(["git", *words], cwd=file.parent, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if said.returncode:
+            return None
+    return said.stdout.strip() or None
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Returns the results in a file, none if there is no file; a `ValueError` if it holds something else."""
+    if not path.exists():
+        return {}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"output={str(path)!r} is not allowed: what is there is no results.json ({error})") from error
+    if not isinstance(results, dict):
+        raise ValueError(f"output={str(path)!r} is not allowed: what is there is no results.json")
+    return results
+
+
+def record(path: Path, model: Mapping[str, Any], entries: Mapping[str, Any]) -> bool:
+    """Puts entries into a file of results, beside those of other names of the same model.
+
+    Args:
+        path: The file.
+        model: `name` and `checksum` of the model; a model is the same if its checksum is.
+        entries: The new ones.
+
+    Returns:
+        Whether there were results of another model, which are gone.
+    """
+    there = read_results(path)
+    is_other = bool(there) and there.get("model", {}).get("checksum") != model["checksum"]
+    results = {
+        "model": dict(model),
+        **({} if is_other else {k: v for k, v in there.items() if k != "model"}),
+        **entries,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return is_other
+
+
+def _frechet(features: Tensor, reference: Tensor) -> dict[str, Any]:
+    value = frechet_distance(Moments.of(features), Moments.of(reference))
+    return {"value": value, "reference_images": len(reference)}
+
+
+def _kernel(features: Tensor, reference: Tensor) -> dict[str, Any]:
+    if min(len(features), len(reference)) < 2 * KERNEL_BLOCK:
+        return {"value": squared_mmd(features, reference), "reference_images": len(reference)}
+    mean, error = kernel_distance(features, reference, block_size=KERNEL_BLOCK, seed=METRIC_SEED)
+    return {"value": mean, "standard_error": error, "block_size": KERNEL_BLOCK, "reference_images": len(reference)}
+
+
+def _precision_recall(features: Tensor, reference: Tensor) -> dict[str, Any]:
+    # Both depend on the numbers of images: as many real as generated ones, drawn at random, since sets may be sorted.
+    drawn = reference[torch.tensor(choose(len(reference), len(features), METRIC_SEED), device=reference.device)]
+    precision, recall = precision_recall(features, drawn, k=NEIGHBORS)
+    return {"precision": precision, "recall": recall, "k": NEIGHBORS, "reference_images": len(drawn)}
