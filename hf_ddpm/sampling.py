@@ -175,9 +175,8 @@ def make_parts(
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Generates the images of some of a folder's missing parts, and adds each part when it is whole."""
-    labels = [
-        int(label) if label.isdecimal() and label not in pipe.class_names else label for label in sampling.class_labels
-    ]
+    # Where classes have names, a number is one of them or wrong: "2" must not mean now a name, now a place.
+    labels = [label if pipe.class_names or not label.isdecimal() else int(label) for label in sampling.class_labels]
     own_scheduler = pipe.scheduler
     use_scheduler(pipe, sampling.scheduler)
     try:

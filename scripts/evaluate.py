@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.data.samples import open_samples
+from hf_ddpm.data.sources import choose
 from hf_ddpm.data.store import ImageStore, load_images
 from hf_ddpm.evaluation.collect import Processes
 from hf_ddpm.evaluation.comparison import compare
@@ -27,7 +28,7 @@ from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.nll import variational_bound
 from hf_ddpm.evaluation.reference import fingerprint
 from hf_ddpm.evaluation.report import METRIC_SEED, provenance, read_results, record
-from hf_ddpm.evaluation.request import EvaluateConfig, identify
+from hf_ddpm.evaluation.request import EvaluateConfig, classes_for, identify
 from hf_ddpm.images import save_picture
 from hf_ddpm.launch import run_script, use_own_cores
 from hf_ddpm.options import parse_options
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
     if pipe is not None:
         entries |= {key: pipe.scheduler.config.get(key) for key in ("num_train_timesteps", "variance_type")}
     if "nll" in config.chosen:
-        numbers = range(config.num_images or len(held_out))
+        numbers = choose(len(held_out), config.num_images, METRIC_SEED)
         data = {"name": config.dataset, "split": config.split, "fingerprint": fingerprint(held_out, numbers)}
         bound = evaluate_nll(config, accelerator, pipe, held_out, numbers, sampling.seed)
         finish(accelerator, output, model, entries, {"nll": bound | {"made_by": made_by | {"dataset": data}}})
@@ -118,17 +119,11 @@ def finish(accelerator: Accelerator, output: Path, model: dict, entries: dict, f
             print(json.dumps({name: shown}, indent=2))
 
 
-def evaluate_nll(
-    config: EvaluateConfig, accelerator: Accelerator, pipe: DDPMPipeline, images: ImageStore, ids: range, seed: int
-) -> dict:
+def evaluate_nll(config, accelerator: Accelerator, pipe: DDPMPipeline, images: ImageStore, ids, seed: int) -> dict:
     """Returns the figures of the bound, from all processes."""
     if not isinstance(pipe.scheduler, DDPMScheduler):
         raise ValueError(f"nll needs a DDPMScheduler, not the {type(pipe.scheduler).__name__} of {config.model!r}")
-    classes = images.labels
-    if classes is None and pipe.unet.config.num_class_embeds is not None:
-        if pipe.null_class is None:
-            raise ValueError(f"{config.model!r} is conditioned on classes: class_column is missing")
-        classes = torch.full((len(images),), pipe.null_class)
+    classes = classes_for(pipe, images.labels, images.class_names, len(images))
     mine = ids[accelerator.process_index :: accelerator.num_processes]
     total = len(mine) * (config.steps_per_image or len(pipe.scheduler.diffusion))
     with tqdm(total=total, desc="nll", unit="evaluation", disable=not accelerator.is_main_process) as bar:

@@ -77,19 +77,18 @@ class Export(Callback):
                 run.pipeline(number).save_pretrained(self.folder / ema.name if number else self.folder)
 
 
-def start(config: Config, accelerator: Accelerator, report: Path | None = None) -> tuple[Run, BatchSource]:
+def start(config: Config, accelerator: Accelerator, checkpoint=None, report=None) -> tuple[Run, BatchSource]:
     """Returns a run at step 0 and its images."""
-    scheduler, source = build_process(config)  # what is wrong with it is told before images are decoded for hours
+    scheduler, source = build_process(config, checkpoint)  # complains before images are decoded for hours
     images = open_images(
         config.data,
         seed=config.training.seed,
         batch_size=config.training.global_batch_size(accelerator.num_processes),
-        processes=accelerator.num_processes,
         device=accelerator.device,
         one_first=accelerator.main_process_first(),
         report=report,
     )
-    return build_run(config, accelerator, scheduler, source, images.class_names), images
+    return build_run(config, accelerator, scheduler, source, images), images
 
 
 def main(argv: list[str]) -> int:
@@ -107,7 +106,7 @@ def main(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with sole_run(folder) if accelerator.is_main_process else nullcontext():
         checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
-        run, images = start(config, accelerator, folder / "bad_images.jsonl")
+        run, images = start(config, accelerator, checkpoint, folder / "bad_images.jsonl")
         if checkpoint is not None:
             load_checkpoint(run, checkpoint)
         check_same_step(run)  # and all have read before the folder changes
@@ -125,8 +124,8 @@ def main(argv: list[str]) -> int:
         callbacks = [
             Progress(folder / "metrics.jsonl"),
             Checkpoints(folder / "checkpoints", config.training.keep_checkpoints),
-            SampleGrid(folder / "samples.png"),
             Export(folder),
+            SampleGrid(folder / "samples.png"),
         ]
         try:
             with status_file(folder / "status.json", run), closing(images):

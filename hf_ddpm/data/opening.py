@@ -10,8 +10,8 @@ from hf_ddpm.data.batches import BatchSource, ShuffledImages
 from hf_ddpm.data.store import load_images
 from hf_ddpm.data.streaming import open_stream
 
-# Lanes of a stream; more only where there are more processes, which changes the order of the images.
-LANES = 8
+# Lanes of a stream: as many as processes that read little beside what they use. A change changes every streamed run.
+LANES = 16
 
 
 def open_images(
@@ -19,7 +19,6 @@ def open_images(
     *,
     seed: int,
     batch_size: int,
-    processes: int,
     device: torch.device | str,
     one_first: AbstractContextManager[None],
     report: Path | None = None,
@@ -30,7 +29,6 @@ def open_images(
         config: Which.
         seed: Seed of the run.
         batch_size: Images in a global batch.
-        processes: Processes among which it is divided.
         device: Where batches are wanted.
         one_first: Entered while images are decoded: one process does it, the others find them in the cache.
         report: File for images that cannot be used, as lines of JSON.
@@ -56,7 +54,7 @@ def open_images(
         "device": device,
     }
     if config.streaming:
-        return open_stream(config.dataset, batch_size=batch_size, lanes=max(LANES, processes), **options)
+        return open_stream(config.dataset, batch_size=batch_size, lanes=LANES, **options)
     with one_first:
         store = load_images(config.dataset, **options)
     return ShuffledImages(store, seed=seed, batch_size=batch_size)

@@ -104,7 +104,10 @@ class ImageStream:
             self._jobs.start(step, rows)
             self._decoded = iter(self._loader)
         self._next = None  # unless all goes well
-        images, bad = next(self._decoded)
+        try:
+            images, bad = next(self._decoded)
+        except RuntimeError as error:
+            raise OSError(f"a process that decodes images has ended: {' '.join(str(error).split())}") from error
         picks, places = self._jobs.under_way.popleft()
         if isinstance(picks, ValueError):
             raise picks
@@ -296,8 +299,8 @@ def _as_it_is(decoded: Any) -> Any:
 
 def _serve_parent(worker: int) -> None:
     """Leaves signals to the parent, and ends with it: killed, it could not say so, and its pipes stay open here."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a whole process group is told, and the parent needs its last batch
     parent = os.getppid()
 
     def watch() -> None:

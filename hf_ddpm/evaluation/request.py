@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hf_ddpm.data.samples import PictureFolder, SampleFolder
 from hf_ddpm.evaluation.features import Extractor
 from hf_ddpm.evaluation.reference import fingerprint
@@ -136,3 +139,32 @@ def identify(
     if images is not None and images.shape != pipe.image_shape:
         raise ValueError(f"samples={config.samples!r} are of {images.shape}, images of the model {pipe.image_shape}")
     return {"name": config.model, "checksum": checksum}, pipe.image_shape
+
+
+def classes_for(pipe: DDPMPipeline, labels: Tensor | None, names: tuple[str, ...], count: int) -> Tensor | None:
+    """Returns the classes of images by the numbers that a model knows them by.
+
+    Args:
+        pipe: The model.
+        labels: Their classes by the numbers of the data, int64, shape `(count,)`; None if they were not asked for.
+        names: Names of the classes of the data.
+        count: Number of images.
+
+    Returns:
+        The classes, int64, shape `(count,)`; no class if they were not asked for; None for a network without.
+
+    Raises:
+        ValueError: If the model needs them, or does not know one.
+    """
+    unet: Any = getattr(pipe, "unet")  # noqa: B009, diffusers' attributes are not declared
+    if unet.config.num_class_embeds is None:
+        return None
+    if labels is None:
+        if pipe.null_class is None:
+            raise ValueError("the model is conditioned on classes: class_column is missing")
+        return torch.full((count,), pipe.null_class)
+    known = pipe.class_names or list(names)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"class {name!r} of the data is none of the model's: {', '.join(known)}")
+    return torch.tensor([known.index(name) for name in names], device=labels.device)[labels]

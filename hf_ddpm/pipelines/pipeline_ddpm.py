@@ -64,7 +64,8 @@ class DDPMPipeline(DiffusionPipeline):
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of their numbers; empty if the pipeline knows none."""
-        return list(self.config.get("id2label", {}).values())
+        id2label = self.config.get("id2label", {})
+        return [id2label[str(number)] for number in range(len(id2label))]  # files sort the numbers as text
 
     @property
     def null_class(self) -> int | None:
@@ -198,6 +199,8 @@ class DDPMPipeline(DiffusionPipeline):
         """Reads a pipeline's index as diffusers does, and maps its classes to ours of the same name."""
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not isinstance(index, dict):
+            raise ValueError("its model_index.json is none")
         for name, component in index.items():
             if isinstance(component, list) and component[0] == "diffusers" and component[1] in OURS:
                 index[name] = ["hf_ddpm", OURS[component[1]].__name__]

@@ -1,11 +1,14 @@
 """From options to a run at step 0."""
 
+import json
 import os
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from hf_ddpm.config import Config
+from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.launch import use_own_cores
 from hf_ddpm.models.initialization import initialize_like_paper
@@ -49,17 +52,24 @@ def start_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def build_process(config: Config) -> tuple[DDPMScheduler, DDPMPipeline | None]:
+def build_process(config: Config, checkpoint: Path | None = None) -> tuple[DDPMScheduler, DDPMPipeline | None]:
     """Returns the diffusion process and, with `init_from`, the pipeline that it is of.
 
+    Args:
+        config: The options.
+        checkpoint: Where the run goes on from: it knows what `init_from` was.
+
     Raises:
-        ValueError: If the pipeline cannot be loaded or is none of such images, or the objective does not fit.
+        ValueError: If the pipeline cannot be loaded or is none of such images, or an option does not fit.
     """
     source, scheduler = None, DDPMScheduler(**config.scheduler())
     if config.model.init_from is not None:
-        source = load_pipeline(config.model.init_from, "cpu")
+        source = load_pipeline(config.model.init_from, "cpu") if checkpoint is None else stored_pipeline(checkpoint)
         _check_source(source, config)
         scheduler = DDPMScheduler.from_config(source.scheduler.config)
+    steps = config.training.num_inference_steps
+    if steps is not None and steps > len(scheduler):
+        raise ValueError(f"num_inference_steps={steps} is not allowed: at most the {len(scheduler)} of the process")
     _objective(config, scheduler)
     return scheduler, source
 
@@ -68,17 +78,18 @@ def build_run(
     config: Config,
     accelerator: Accelerator,
     scheduler: DDPMScheduler,
-    source: DDPMPipeline | None = None,
-    class_names: tuple[str, ...] = (),
+    source: DDPMPipeline | None,
+    images: BatchSource,
 ) -> Run:
     """Returns a run at step 0; its initial weights depend on the seed alone, or are those of `source`."""
     if source is None:
         torch.manual_seed(derived_seed(config.training.seed, INITIALIZATION))
-        unet = UNet2DModel(**config.unet(len(class_names)))
+        unet = UNet2DModel(**config.unet(len(images.class_names)))
         initialize_like_paper(unet)
     else:
-        unet = source.unet
-        _check_classes(source, config, class_names)
+        _check_classes(source, config, images.class_names)
+        unet = UNet2DModel.from_config({**source.unet.config, "dropout": config.model.dropout})
+        unet.load_state_dict(source.unet.state_dict())
     unet.to(accelerator.device)
     if config.training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -90,8 +101,17 @@ def build_run(
         optimizer=adam(unet, config.training),
         scheduler=scheduler,
         objective=_objective(config, scheduler),
-        class_names=class_names,
+        class_names=images.class_names,
+        images=len(images),
     )
+
+
+def stored_pipeline(checkpoint: Path) -> DDPMPipeline:
+    """Returns a pipeline of the network, without its weights, and the process that a checkpoint is of."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    id2label = {str(number): name for number, name in enumerate(state["data"]["classes"])}
+    unet, scheduler = UNet2DModel.from_config(state["unet"]), DDPMScheduler.from_config(state["scheduler"])
+    return DDPMPipeline(unet, scheduler, id2label or None)
 
 
 def _objective(config: Config, scheduler: DDPMScheduler) -> Objective:
@@ -116,12 +136,16 @@ def _check_source(source: DDPMPipeline, config: Config) -> None:
 
 
 def _check_classes(source: DDPMPipeline, config: Config, class_names: tuple[str, ...]) -> None:
-    has, needs = source.unet.config.num_class_embeds, config.num_class_embeds(len(class_names))
+    """Raises a `ValueError` unless the embeddings of the pipeline are those of the classes of the run."""
+    name, has = config.model.init_from, source.unet.config.num_class_embeds
+    needs = config.num_class_embeds(len(class_names))
     if has != needs:
         raise ValueError(
-            f"init_from={config.model.init_from!r} has num_class_embeds={has}, but {len(class_names)} classes with "
+            f"init_from={name!r} has num_class_embeds={has}, but {len(class_names)} classes with "
             f"class_dropout={config.data.class_dropout} need {needs}"
         )
+    if source.class_names and source.class_names != list(class_names):
+        raise ValueError(f"init_from={name!r} knows the classes {source.class_names}, the data {list(class_names)}")
 
 
 def check_same_step(run: Run) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_ddpm.data.batches import BatchSource
+from hf_ddpm.launch import interrupt
 from hf_ddpm.training.loop import Callback, Run, train
 
 WARM_UP, MEASURED = 2, 5
@@ -34,12 +35,16 @@ def estimate_cost(run: Run, images: BatchSource) -> dict[str, str]:
         unet(x, 0, classes)
     kept = kept_for_backward(run, x.expand(training.train_batch_size, -1, -1, -1), classes)
     count = unet.num_parameters()
+    passes = 4 if training.gradient_checkpointing else 3
     # Weights, gradients and the two moments of Adam, and the averages: four bytes each.
     states = 4 * count * (4 + len(run.emas))
 
     clock = _Clock()
     short = replace(training, max_train_steps=WARM_UP + MEASURED, checkpointing_steps=WARM_UP + MEASURED)
-    train(replace(run, config=replace(run.config, training=short)), images, [clock])
+    trial = replace(run, config=replace(run.config, training=short))
+    train(trial, images, [clock])
+    if trial.stopped_by is not None:
+        interrupt(trial.stopped_by, None)
     seconds = (clock.times[-1] - clock.times[WARM_UP - 1]) / MEASURED
 
     start = time.perf_counter()
@@ -53,7 +58,7 @@ def estimate_cost(run: Run, images: BatchSource) -> dict[str, str]:
     return {
         "images": f"{len(images):,} of {' x '.join(map(str, images.shape))}",
         "parameters": f"{count:,}",
-        "FLOPs an image": f"{flops.get_total_flops():.3g} forward, about three times that in training",
+        "FLOPs an image": f"{flops.get_total_flops():.3g} forward, about {passes} times that in training",
         "memory": f"{states / 2**20:,.0f} MiB for the weights, {kept / 2**20:,.0f} MiB for a pass, in each process",
         "training": f"{training.max_train_steps:,} steps of {run.global_batch_size} images, {seconds:.3g} s a step: "
         f"{_duration(seconds * training.max_train_steps)}",

@@ -21,6 +21,9 @@ from hf_ddpm.training.optimization import learning_rate
 from hf_ddpm.training.randomness import draw, dropout_masks
 from hf_ddpm.training.signals import StopSignal
 
+# Of losses in half precision: the usual ones are above 1.
+SMALLEST_SCALE = 2.0**-14
+
 
 @dataclass
 class Run:
@@ -28,6 +31,8 @@ class Run:
 
     Attributes:
         emas: Averages of the weights; the first is the one that counts.
+        class_names: Names of the classes; empty for a network without.
+        images: Images of an epoch.
         step: Optimizer steps done.
         losses: Losses of the last step, an image of this process each, on the device.
         t: Timesteps that they belong to.
@@ -43,6 +48,7 @@ class Run:
     scheduler: DDPMScheduler
     objective: Objective
     class_names: tuple[str, ...] = ()
+    images: int = 0
     step: int = 0
     losses: Tensor = field(default_factory=lambda: torch.empty(0))
     t: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -62,8 +68,11 @@ class Run:
     def check_finite(self) -> None:
         """Raises a `FloatingPointError` if the run has diverged: before its weights are saved over sound ones."""
         sizes = list(torch._foreach_norm([parameter.detach() for parameter in self.unet.parameters()]))
-        if self.accelerator.scaler is None:
-            sizes.append(self.loss)  # with a scaler it may overflow: the step is skipped
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            sizes.append(self.loss)
+        elif scaler.get_scale() < SMALLEST_SCALE:  # it falls where a loss is not finite, and the step is skipped
+            sizes.append(torch.full_like(sizes[0], float("nan")))
         is_finite = torch.stack(sizes).isfinite().all().float().reshape(1)
         if not bool(self.accelerator.gather(is_finite).all()):
             rate = self.optimizer.param_groups[0]["lr"]

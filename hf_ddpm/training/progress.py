@@ -88,7 +88,7 @@ def _truncate(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             continue
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(kept))

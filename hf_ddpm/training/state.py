@@ -31,6 +31,9 @@ FREE_OPTIONS = {
 }  # fmt: skip
 
 
+NEEDED = ("unet.safetensors", "optimizer.safetensors", "state.json")
+
+
 class Checkpoints(Callback):
     """Saves the run's checkpoints to `folder`, and keeps the newest few."""
 
@@ -78,6 +81,10 @@ def _write(run: Run, folder: Path) -> None:
         "global_batch_size": run.global_batch_size,
         "scaler": None if scaler is None else scaler.state_dict(),
         "config": run.config.to_dict(),
+        "data": _data(run),
+        # What `init_from` may no longer say.
+        "unet": dict(run.unet.config),
+        "scheduler": dict(run.scheduler.config),
     }
     (folder / "state.json").write_text(json.dumps(state, indent=2))
     manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in folder.iterdir()}
@@ -164,10 +171,13 @@ def find_damage(path: Path) -> str | None:
     """Compares a checkpoint with its manifest; returns what is wrong with it, or None."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        missing = [name for name in NEEDED if name not in manifest]
+        if missing:
+            return f"its manifest lacks {missing[0]}"
         for name, entry in manifest.items():
             if (path / name).stat().st_size != entry["bytes"] or _sha256(path / name) != entry["sha256"]:
                 return f"{name} differs from its checksum"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"it is no whole checkpoint ({error})"
     return None
 
@@ -201,8 +211,14 @@ def _check_same_run(run: Run, state: dict[str, Any], path: Path) -> None:
     changed = [f"{k}={now[k]!r} (was {then.get(k)!r})" for k in now if k not in free and now[k] != then.get(k)]
     if run.global_batch_size != state["global_batch_size"]:
         changed.append(f"images a step: {run.global_batch_size} (was {state['global_batch_size']})")
+    changed += [f"{k}={v!r} (was {state['data'][k]!r})" for k, v in _data(run).items() if v != state["data"][k]]
     if changed:
         raise ValueError(f"{path} is of another run, choose another output_dir: {', '.join(changed)}")
+
+
+def _data(run: Run) -> dict[str, Any]:
+    """Returns what of the data decides which image is which."""
+    return {"images": run.images, "classes": list(run.class_names)}
 
 
 def _flat(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:

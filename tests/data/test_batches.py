@@ -3,10 +3,9 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from hf_ddpm.data.batches import ShuffledImages, crop_places
+from hf_ddpm.data.batches import ShuffledImages, batch_indices, crop_places
 from hf_ddpm.data.fitting import crop_at
 from hf_ddpm.data.store import load_images
-from hf_ddpm.training.randomness import batch_indices
 from tests.data.files import numbered, parquet
 
 

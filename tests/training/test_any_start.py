@@ -1,6 +1,9 @@
 """Runs on any data and from any start: streams, bad and deep images, shapes, classes, other people's models."""
 
 import json
+import os
+import signal
+import sys
 
 import diffusers
 import numpy as np
@@ -16,7 +19,7 @@ from hf_ddpm.images import to_signed
 from hf_ddpm.training.randomness import draw
 from tests.conftest import load_script
 from tests.data.files import numbered, shards
-from tests.training.test_state import assert_same_run, losses
+from tests.training.test_state import assert_same_run, losses, newest, start, wait_for_step
 
 
 def test_a_streamed_run_resumes_where_it_stood(run_training, tmp_path):
@@ -170,3 +173,92 @@ def test_a_model_that_does_not_fit_is_refused_by_name(run_training, learned, tmp
         run_training(tmp_path, "--init_from", str(learned / "ours"), *words.split())
     with pytest.raises(ValueError, match="model 'nowhere' cannot be loaded"):
         run_training(tmp_path, "--init_from", "nowhere")
+
+
+def twelve_classes(folder, names, shuffle):
+    folder.mkdir()
+    for number, name in enumerate(names):
+        (folder / name).mkdir()
+        for i in range(2):
+            Image.fromarray(np.full((8, 8), 16 * ((number + shuffle) % 12) + i, np.uint8)).save(
+                folder / name / f"{i}.png"
+            )
+    return str(folder)
+
+
+def test_a_class_keeps_its_number_from_the_data_to_the_sample_and_the_bound(run_training, tmp_path, monkeypatch):
+    # Twelve classes: as text, 10 comes before 2. The evaluated split has other numbers: it lacks the first classes.
+    names = [f"c{number:02d}" for number in range(12)]
+    words = ["--class_column", "label", "--levels", "256", "--max_train_steps", "2"]
+    run_training(tmp_path / "run", "--dataset", twelve_classes(tmp_path / "data", names, 0), *words)
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "run")
+    assert pipe.class_names == names
+
+    asked = []
+    forward = UNet2DModel.forward
+
+    def note(self, sample, timestep, class_labels=None, return_dict=True):
+        asked.append(class_labels)
+        return forward(self, sample, timestep, class_labels, return_dict)
+
+    monkeypatch.setattr(UNet2DModel, "forward", note)
+    load_script("sample").main(["--model", str(tmp_path / "run"), "--num_inference_steps", "1", "--num_images", "3",
+                                "--class_labels", "c10", "c02", "--output", str(tmp_path / "out")])  # fmt: skip
+    assert asked.pop().tolist() == [10, 2, 10]
+    asked.clear()
+    held_out = twelve_classes(tmp_path / "held_out", names[9:], 9)
+    load_script("evaluate").main(["--model", str(tmp_path / "run"), "--dataset", held_out, "--split", "train",
+                                  "--class_column", "label", "--steps_per_image", "2", "--output",
+                                  str(tmp_path / "results.json")])  # fmt: skip
+    assert torch.cat(asked).unique().tolist() == [9, 10, 11]
+    with pytest.raises(ValueError, match="class 'dog' of the data is none of the model's"):
+        load_script("evaluate").main(["--model", str(tmp_path / "run"), "--dataset",
+                                      twelve_classes(tmp_path / "other", ["c01", "dog"], 0), "--split", "train",
+                                      "--class_column", "label", "--output", str(tmp_path / "x.json")])  # fmt: skip
+
+
+def test_a_run_does_not_go_on_with_other_data(run_training, tmp_path):
+    data = twelve_classes(tmp_path / "data", ["a", "b", "c"], 0)
+    words = ["--dataset", data, "--class_column", "label", "--levels", "256"]
+    run_training(tmp_path / "run", *words, "--max_train_steps", "2")
+    (tmp_path / "data" / "a").rename(tmp_path / "data" / "z")
+    with pytest.raises(ValueError, match=r"classes=\['b', 'c', 'z'\] \(was \['a', 'b', 'c'\]\)"):
+        run_training(tmp_path / "run", *words, "--max_train_steps", "4")
+    (tmp_path / "data" / "z").rename(tmp_path / "data" / "a")
+    (tmp_path / "data" / "a" / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"images=5 \(was 6\)"):
+        run_training(tmp_path / "run", *words, "--max_train_steps", "4")
+
+
+def test_a_tuned_run_goes_on_without_its_source(run_training, learned, tmp_path):
+    source = tmp_path / "source"
+    DDPMPipeline.from_pretrained(learned / "ours").save_pretrained(source)
+    words = ["--init_from", str(source), "--checkpointing_steps", "2", "--dropout", "0.3"]
+    run_training(tmp_path / "whole", *words, "--max_train_steps", "4")
+    run_training(tmp_path / "parts", *words, "--max_train_steps", "2")
+    source.rename(tmp_path / "gone")
+    run_training(tmp_path / "parts", *words, "--max_train_steps", "4")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "parts")
+    assert pipe.scheduler.config.prediction_type == "v_prediction" and pipe.unet.config.dropout == 0.3
+
+
+def test_more_sampling_steps_than_the_source_has_are_refused_before_training(run_training, learned, tmp_path):
+    with pytest.raises(ValueError, match="num_inference_steps=1000 is not allowed: at most the 20 of the process"):
+        run_training(tmp_path / "short", "--num_train_timesteps", "20", "--max_train_steps", "2")
+        run_training(tmp_path, "--init_from", str(tmp_path / "short"), "--num_inference_steps", "1000")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_of_a_streamed_run_loses_nothing(tmp_path):
+    # As timeout and batch systems send it: the decoding processes get it too.
+    data = shards(tmp_path / "data", [numbered(i) for i in range(45)])
+    words = ["--dataset", str(data), "--streaming", "--levels", "256", "--max_train_steps", "100000"]
+    process = start(tmp_path / "run", *words, "--log_steps", "1", launcher=["setsid", sys.executable])
+    wait_for_step(tmp_path / "run", 5, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["status"] == "preempted" and newest(tmp_path / "run").name == f"step-{status['step']:09d}"
