@@ -126,9 +126,7 @@ class TransformersExtractor(Extractor):
 
         try:
             # The other backend needs torchvision, and resizes slightly differently.
-            self._processor: Any = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-                name, backend="pil", trust_remote_code=False
-            )
+            self._processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
             network, report = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().split("\n")[0].split(". ")[0]
