@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hf_ddpm.files import written_whole
+
 # What the numbers of channels are called in PIL.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -73,6 +75,5 @@ def grid(images: list[Image.Image], columns: int | None = None, scale: int | Non
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Writes a PNG, so that a reader of `path` never sees half a picture."""
-    partial = path.with_name(f".{path.name}.partial")
-    picture.save(partial, format="PNG")
-    partial.replace(path)
+    with written_whole(path) as partial:
+        picture.save(partial, format="PNG")

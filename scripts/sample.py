@@ -17,7 +17,7 @@ from accelerate import PartialState
 
 from hf_ddpm.data.samples import SHARD_SIZE
 from hf_ddpm.launch import run_script, use_own_cores
-from hf_ddpm.options import option, parse_options
+from hf_ddpm.options import option, parse_options, require
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.sampling import Sampling, fill_folder
 
@@ -35,10 +35,8 @@ class SampleConfig:
     def __post_init__(self) -> None:
         """Checks the values."""
         for name in ("num_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: at least 1")
-        if Path(self.output).is_file():
-            raise ValueError(f"output={self.output!r} is not allowed: it is a file, a folder is wanted")
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
 
 
 def main(argv: list[str]) -> int:

@@ -7,7 +7,6 @@ the last digits, and so in the measured distances: only the file of the package 
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from hf_ddpm.data.sources import open_dataset
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.digits import SIZE, DigitsClassifier
+from hf_ddpm.files import written_whole
 from hf_ddpm.launch import run_script
 from hf_ddpm.options import option, parse_options
 
@@ -42,9 +42,8 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)
     network = train(*load("train"))
     weights = save(network.state_dict(), metadata={"format": "pt"})
-    partial = Path(f"{config.output}.partial")
-    partial.write_bytes(weights)
-    os.replace(partial, config.output)
+    with written_whole(Path(config.output)) as partial:
+        partial.write_bytes(weights)
     pixels, labels = load("test")
     with torch.no_grad():
         accuracy = (network(pixels)[1].argmax(dim=1) == labels).double().mean().item()

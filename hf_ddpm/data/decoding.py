@@ -12,6 +12,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, Image, Value
 
 from hf_ddpm.data.fitting import ImageFormat, fit
+from hf_ddpm.files import written_whole
 from hf_ddpm.launch import own_cores
 
 # Part of the cache's key, which does not see the functions below: raised when they change what they return.
@@ -93,9 +94,8 @@ def attempt(row: dict[str, Any] | None, form: ImageFormat) -> np.ndarray | str:
 
 def write_report(bad: Sequence[BadImage], path: Path) -> None:
     """Writes the images that were left out, one JSON object a line, so that no reader sees half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(asdict(image)) + "\n" for image in bad), encoding="utf-8")
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text("".join(json.dumps(asdict(image)) + "\n" for image in bad), encoding="utf-8")
 
 
 def _decode_rows(

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hf_ddpm.files import written_whole
 from hf_ddpm.images import MODES, from_pil, grid, save_picture, to_pil
 
 # Images a shard, whatever the batch size and the number of processes: a kill costs at most these, of each process.
@@ -67,7 +68,8 @@ class SampleFolder:
         """Writes `sampling.json`: from its first shard on the folder takes no images of other settings."""
         (self.path / "shards").mkdir(parents=True, exist_ok=True)
         if not any(self.path.glob("shards/*.npy")):
-            write_whole(self.path / "sampling.json", (json.dumps(self.settings, indent=2) + "\n").encode())
+            with written_whole(self.path / "sampling.json") as partial:
+                partial.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
 
     def missing(self, num_images: int) -> list[range]:
         """Returns the numbers of images that are not there yet, a range for each shard that lacks some."""
@@ -90,12 +92,10 @@ class SampleFolder:
         before = self._read(shard)
         if shard * SHARD_SIZE + len(before) != numbers.start:
             raise OSError(f"{self._file(shard)} holds {len(before)} images: has another run changed it?")
-        partial = self._file(shard).with_name(f".{self._file(shard).name}.partial")
-        with partial.open("wb") as file:
+        with written_whole(self._file(shard)) as partial, partial.open("wb") as file:
             np.save(file, np.concatenate([before, images.numpy()]))
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(self._file(shard))
         self._open.pop(shard, None)
 
     def __len__(self) -> int:
@@ -123,14 +123,16 @@ class SampleFolder:
     def write_npz(self, num_images: int) -> None:
         """Writes `samples.npz`: `arr_0`, uint8, shape `(N, H, W, C)`, as the evaluation code of others reads it."""
         channels, height, width = self.shape
-        partial = self.path / ".samples.npz.partial"
         # Image by image: all of them together may be larger than the memory.
-        with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        with (
+            written_whole(self.path / "samples.npz") as partial,
+            zipfile.ZipFile(partial, "w") as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as file,
+        ):
             shape = (num_images, height, width, channels)
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for number in range(num_images):
                 file.write(self._image(number).transpose(1, 2, 0).tobytes())
-        partial.replace(self.path / "samples.npz")
 
     def _file(self, shard: int) -> Path:
         return self.path / "shards" / f"{shard:06d}.npy"
@@ -196,13 +198,6 @@ class PictureFolder:
 def open_samples(path: Path) -> SampleFolder | PictureFolder:
     """Opens a folder that `scripts/sample.py` wrote, or one of PNG files; a `ValueError` if it is neither."""
     return SampleFolder.read(path) if (path / "sampling.json").exists() else PictureFolder(path)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that no reader, and no kill, ever finds half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _read_settings(path: Path) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Parquet files, here or anywhere that fsspec reaches, as groups of rows that are read one at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -97,9 +97,10 @@ class Shards:
                 left -= chosen[number].rows
         return [chosen[number] for number in sorted(chosen)]
 
-    def values(self, column: str) -> list[Any]:
-        """Returns all that a column holds: of it alone all files are read."""
-        return [value for group in self.groups for value in group.read([column])[column].to_pylist()]
+    def values(self, column: str) -> Iterator[Any]:
+        """Yields all that a column holds: of it alone all files are read, once the first value is wanted."""
+        for group in self.groups:
+            yield from group.read([column])[column].to_pylist()
 
 
 def _footer(path: str) -> pq.FileMetaData:

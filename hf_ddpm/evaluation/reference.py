@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_ddpm.evaluation.collect import BATCH_SIZE, Images, Processes, extract
 from hf_ddpm.evaluation.features import Extractor
+from hf_ddpm.files import written_whole
 from hf_ddpm.images import to_signed
 
 CACHE = Path(HF_CACHE_HOME) / "hf_ddpm" / "features"
@@ -91,9 +92,8 @@ def write_features(path: Path, key: str, features: Tensor) -> None:
     features = features.cpu().contiguous()
     content = save({"features": features}, metadata={"key": key, "sha256": _checksum(features)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    with written_whole(path, writer=f".{os.getpid()}") as partial:
+        partial.write_bytes(content)
 
 
 def _checksum(features: Tensor) -> str:

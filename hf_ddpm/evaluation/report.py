@@ -20,6 +20,7 @@ from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from hf_ddpm.evaluation.inception_score import inception_score
 from hf_ddpm.evaluation.kernel import kernel_distance, squared_mmd
 from hf_ddpm.evaluation.precision_recall import precision_recall
+from hf_ddpm.files import written_whole
 
 # Blocks of the kernel distance, as is usual; from fewer images than two of them it is taken over all pairs.
 KERNEL_BLOCK = 1000
@@ -122,9 +123,8 @@ def record(path: Path, model: Mapping[str, Any], entries: Mapping[str, Any]) -> 
         **entries,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return is_other
 
 

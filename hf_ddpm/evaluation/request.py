@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_ddpm.data.samples import PictureFolder, SampleFolder
 from hf_ddpm.evaluation.features import Extractor
 from hf_ddpm.evaluation.reference import fingerprint
-from hf_ddpm.options import option
+from hf_ddpm.options import option, require
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 
@@ -49,21 +49,18 @@ class EvaluateConfig:
             if SYNONYMS.get(metric, metric) not in METRICS:
                 raise ValueError(f"metrics={metric!r} is not allowed: any of {', '.join(METRICS)}, with commas")
         for name in ("num_images", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: at least 1")
-        if Path(self.output).is_dir():
-            raise ValueError(f"output={self.output!r} is not allowed: it is a folder, a file is wanted")
+            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        require(self, "output", not Path(self.output).is_dir(), "it is a folder, a file is wanted")
         if self.levels is None:
             self.levels = 17 if self.dataset == "digits" else 256
-        if not 2 <= self.levels <= (256 if self.compared else 65536):
-            most = "256 with metrics that compare images" if self.compared else "65536"
-            raise ValueError(f"levels={self.levels} is not allowed: 2 to {most}")
+        most = 256 if self.compared else 65536
+        hint = " with metrics that compare images" if self.compared else ""
+        require(self, "levels", 2 <= self.levels <= most, f"2 to {most}{hint}")
         if self.extractor is None:
             self.extractor = "digits" if self.dataset == "digits" else "inception"
         if self.model is None and (self.samples is None or "nll" in self.chosen):
             raise ValueError("model is missing: only samples can be evaluated without, and not by nll")
-        if self.samples is not None and not Path(self.samples).is_dir():
-            raise ValueError(f"samples={self.samples!r} is not allowed: there is no such folder")
+        require(self, "samples", self.samples is None or Path(self.samples).is_dir(), "there is no such folder")
 
     @property
     def chosen(self) -> list[str]:

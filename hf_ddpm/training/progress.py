@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from hf_ddpm.files import written_whole
 from hf_ddpm.training.loop import Callback, Run
 
 
@@ -90,6 +91,5 @@ def _truncate(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text("".join(kept))

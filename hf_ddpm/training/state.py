@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_ddpm.files import written_whole
 from hf_ddpm.training.loop import Callback, Run
 
 # Options that may differ between the sessions of a run: they change what is kept and shown, how a global batch is
@@ -188,9 +189,8 @@ def status_file(path: Path, run: Run) -> Iterator[None]:
 
     def write(status: str, **more: Any) -> None:
         if run.accelerator.is_main_process:
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text(json.dumps({"status": status, "step": run.step, **more}) + "\n")
-            partial.replace(path)
+            with written_whole(path) as partial:
+                partial.write_text(json.dumps({"status": status, "step": run.step, **more}) + "\n")
 
     write("running")
     try:
