@@ -1,0 +1,50 @@
+"""Curves as pictures."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hf_ddpm.files import written_whole
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+def save_curves(
+    path: Path,
+    curves: Mapping[str, Curve],
+    *,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    markers: bool = False,
+) -> None:
+    """Draws curves over common axes into a PNG.
+
+    Args:
+        path: The file.
+        curves: By name, x and y; a single curve needs no legend.
+        x_label: What x is, with its unit.
+        y_label: What y is, with its unit.
+        log_x: Whether the x axis is logarithmic.
+        log_y: Whether the y axis is.
+        markers: Whether each point is marked, for curves of few.
+    """
+    from matplotlib.figure import Figure  # takes a second; not pyplot, which keeps state and may want a display
+
+    figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, label=name, marker="o" if markers else None, markersize=4, linewidth=1.2)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    if log_x:
+        axes.set_xscale("log")
+    if log_y:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend(frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    with written_whole(path) as partial:
+        partial.write_bytes(picture.getvalue())
