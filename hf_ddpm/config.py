@@ -185,6 +185,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         """Checks the values."""
         require_at_least(self, 1, "eval_steps", "eval_num_images", "eval_inference_steps")
+        require_at_least(self, 2, "eval_steps_per_image")
         says_best = self.eval_metrics.split(",")[0] in ("fd", "fid", "kid", "is")
         require(self, "eval_steps", self.eval_steps is None or says_best, "eval_metrics must begin with fd, kid or is")
 
@@ -210,10 +211,6 @@ class Config:
         # A kill during an evaluation must not cost the steps before it.
         fits = (asked or 0) % between == 0
         require(self.evaluation, "eval_steps", fits, f"a multiple of checkpointing_steps={between}")
-        steps, most = self.training.num_inference_steps, self.diffusion.num_train_timesteps
-        require(
-            self.training, "num_inference_steps", steps is None or steps <= most, f"at most num_train_timesteps={most}"
-        )
 
     def _check_architecture(self) -> None:
         multiple = 2 ** (len(self.model.block_out_channels) - 1)

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from hf_ddpm.data.samples import open_samples
 from hf_ddpm.evaluation.evaluate import Evaluator
-from hf_ddpm.evaluation.report import read_results
+from hf_ddpm.evaluation.report import read_results, scalars
 from hf_ddpm.evaluation.request import EvaluateConfig, identify
 from hf_ddpm.launch import run_script, use_own_cores
 from hf_ddpm.options import parse_options
@@ -37,9 +37,8 @@ def main(argv: list[str]) -> int:
     _, shape = identify(config, pipe, images)
     evaluator = Evaluator(config, shape, accelerator)
     for figures in evaluator.evaluate(output, sampling, pipe, images, tell=accelerator.print):
-        for name, figure in figures.items():
-            shown = {key: value for key, value in figure.items() if not isinstance(value, list | dict)}
-            accelerator.print(json.dumps({name: shown}, indent=2))
+        for name, figure in scalars(figures).items():
+            accelerator.print(json.dumps({name: figure}, indent=2))
     accelerator.end_training()
     return 0
 

@@ -86,7 +86,7 @@ class Evaluator:
             figures = {name: figure | {"made_by": made_by | figure["made_by"]} for name, figure in part.items()}
             if self.accelerator.is_main_process and record(output, model, entries | figures):
                 tell(f"{output} held results of another model: they are gone")
-            yield figures
+            yield figures if self.accelerator.is_main_process else {}
 
     def _parts(
         self,
@@ -160,5 +160,6 @@ class Evaluator:
             channels=shape[0],
             levels=self.request.levels or 256,
             class_column=self.request.class_column,
+            skip_bad_images=self.request.skip_bad_images,
             device=self.accelerator.device,
         )

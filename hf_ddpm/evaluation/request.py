@@ -31,6 +31,7 @@ class EvaluateConfig:
     floor: bool = option("whether to compare as many held-out images, too", True)
     image_column: str | None = option("column of the images; guessed by default", None)
     class_column: str | None = option("nll: column of the classes, for a conditioned model; auto guesses it", None)
+    skip_bad_images: bool = option("whether to leave out real images that cannot be used", False)
     metrics: str = option(f"any of {', '.join(METRICS)}, with commas", "nll")
     extractor: str | None = option(
         "digits, inception, or a folder or Hub id of an image model; digits for the digits, else inception by default",
