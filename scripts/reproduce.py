@@ -11,10 +11,16 @@ from accelerate import Accelerator
 
 from hf_ddpm.launch import run_script, use_own_cores
 from hf_ddpm.options import parse_command
+from hf_ddpm.paper.interpolation import InterpolateConfig, interpolate
+from hf_ddpm.paper.progressive import ProgressiveConfig, progressive
+from hf_ddpm.paper.shared_latent import SharedLatentConfig, shared_latent
 from hf_ddpm.paper.steps import StepsConfig, steps
 from hf_ddpm.paper.study import Study, Subject
 
 COMMANDS = {
+    "progressive": (progressive, ProgressiveConfig),
+    "interpolate": (interpolate, InterpolateConfig),
+    "shared-latent": (shared_latent, SharedLatentConfig),
     "steps": (steps, StepsConfig),
 }
 
@@ -26,7 +32,7 @@ def main(argv: list[str]) -> int:
     use_own_cores()
     study = Study(subject, accelerator)
     COMMANDS[name][0](study, options)
-    accelerator.print(study.path(f"{name}.md").read_text())
+    accelerator.print((study.folder / f"{name}.md").read_text())
     accelerator.end_training()
     return 0
 

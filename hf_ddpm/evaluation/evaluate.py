@@ -97,7 +97,7 @@ class Evaluator:
         count: int,
     ) -> Iterator[Figures]:
         if "nll" in self.request.chosen:
-            yield {"nll": self._bound(pipe, sampling.seed)}
+            yield {"nll": self.bound(pipe, sampling.seed)}
         if self.request.compared:
             if images is None:
                 images = self._sample(pipe, sampling, output, count)
@@ -111,7 +111,7 @@ class Evaluator:
             if picture is not None:
                 save_picture(picture, output.with_name(f"{output.stem}_nearest.png"))
 
-    def _bound(self, pipe: Any, seed: int) -> dict[str, Any]:
+    def bound(self, pipe: Any, seed: int) -> dict[str, Any]:
         """Returns the figures of the bound on held-out images, from all processes."""
         request, accelerator, images = self.request, self.accelerator, self.held_out
         assert images is not None

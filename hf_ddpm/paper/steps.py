@@ -16,7 +16,6 @@ from hf_ddpm.diffusion.gaussian import LEARNED, output_channels
 from hf_ddpm.options import option, require, require_at_least
 from hf_ddpm.paper.study import Study, table
 from hf_ddpm.paper.yardstick import Yardstick
-from hf_ddpm.plots import save_curves
 from hf_ddpm.sampling import SCHEDULERS, Sampling
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -77,8 +76,7 @@ def steps(study: Study, options: StepsConfig) -> None:
         numbers = {*options.steps, total} if walk.sampler == "ddpm" else set(options.steps)
         points = [measure(study, yardstick, walk, number) for number in sorted(numbers)]
         rows.append({"sampler": walk.name, "points": points, "fewest": None})
-    if study.accelerator.is_main_process:
-        report(study, options, rows, yardstick.made_by)
+    report(study, options, rows, yardstick.made_by)
 
 
 def walks(scheduler: Any, others: Sequence[str]) -> list[Walk]:
@@ -144,7 +142,7 @@ def report(study: Study, options: StepsConfig, rows: list[dict[str, Any]], made_
     ends = [min(options.steps), full["steps"]]
     curves["held-out images"] = (ends, [full["floor"]] * 2)
     logarithmic = {"log_x": True, "log_y": True, "markers": True}
-    save_curves(study.path("steps.png"), curves, x_label="steps", y_label="Frechet distance", **logarithmic)
+    study.plot("steps.png", curves, x_label="steps", y_label="Frechet distance", **logarithmic)
 
 
 def text(rows: list[dict[str, Any]], made_by: dict[str, Any]) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
 
 from hf_ddpm.config import parse_config
 from hf_ddpm.data.samples import SampleFolder
@@ -15,10 +17,15 @@ from hf_ddpm.evaluation.evaluate import Evaluator
 from hf_ddpm.evaluation.report import provenance
 from hf_ddpm.evaluation.request import EvaluateConfig
 from hf_ddpm.files import written_whole
+from hf_ddpm.images import grid, save_picture, to_bytes, to_pil
 from hf_ddpm.options import option, require, require_at_least
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.plots import Curve, save_curves
 from hf_ddpm.sampling import Sampling, fill_folder
+
+# How long a frame of an animation is shown.
+MILLISECONDS, LAST_MILLISECONDS = 80, 1500
 
 
 @dataclass
@@ -76,6 +83,11 @@ class Study:
         options = {name: getattr(subject, name) for name in (*shared, "batch_size")}
         return EvaluateConfig(subject.dataset, metrics=metrics, num_images=num_images, **options)
 
+    @property
+    def levels(self) -> int:
+        """Values that a pixel of the data takes."""
+        return self.subject.levels or (17 if self.subject.dataset == "digits" else 256)
+
     def evaluator(self, metrics: str, num_images: int | None = None) -> Evaluator:
         """Returns what measures this model; arguments as in `request`."""
         return Evaluator(self.request(metrics, num_images), self.pipe.image_shape, self.accelerator)
@@ -90,7 +102,7 @@ class Study:
                 column=request.image_column,
                 resolution=self.pipe.image_shape[1:],
                 channels=self.pipe.image_shape[0],
-                levels=request.levels or 256,
+                levels=self.levels,
                 device=self.accelerator.device,
             )
 
@@ -107,10 +119,32 @@ class Study:
             state=self.accelerator,
         )
 
-    def path(self, name: str) -> Path:
-        """Returns the path of a file in the folder, which is made."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return self.folder / name
+    def diffused(self, asked: Sequence[int]) -> list[int]:
+        """Returns numbers of diffusion steps, the paper's `t`: those asked for, or else quarters of all."""
+        total = len(self.pipe.scheduler)
+        for number in asked:
+            if not 1 <= number <= total:
+                raise ValueError(f"diffused={list(asked)} is not allowed: 1 to {total}")
+        return sorted(set(asked)) or [max(1, round(part * total / 4)) for part in (1, 2, 3, 4)]
+
+    def draw(self, name: str, picture: Image.Image) -> None:
+        """Writes a picture into the folder, once for all processes."""
+        if self.accelerator.is_main_process:
+            save_picture(picture, self._path(name))
+
+    def animate(self, name: str, frames: Sequence[Tensor]) -> None:
+        """Writes unit images, shape `(N, C, H, W)` in each moment, as an animation that rests at its end."""
+        if self.accelerator.is_main_process:
+            first, *others = [grid(to_pil(to_bytes(frame))) for frame in frames]
+            times = [MILLISECONDS] * len(others) + [LAST_MILLISECONDS]
+            with written_whole(self._path(name)) as partial:
+                kind = Path(name).suffix[1:]
+                first.save(partial, format=kind, save_all=True, append_images=others, duration=times, loop=0)
+
+    def plot(self, name: str, curves: Mapping[str, Curve], **options: Any) -> None:
+        """Writes curves into the folder, once for all processes; options as of `save_curves`."""
+        if self.accelerator.is_main_process:
+            save_curves(self._path(name), curves, **options)
 
     def write(
         self,
@@ -122,13 +156,19 @@ class Study:
         made_by: Mapping[str, Any],
     ) -> None:
         """Writes a figure: its numbers as `name.json`, with what they were made by, and in words as `name.md`."""
+        if not self.accelerator.is_main_process:
+            return
         known = provenance(self.accelerator.device)
         made_by = {"seed": self.subject.seed, "options": dict(options), **known, **made_by}
         model = {"name": self.subject.model, "checksum": self._checksum}
         content = json.dumps({"model": model, "made_by": made_by, **figures}, indent=2) + "\n"
         for file, words in ((f"{name}.json", content), (f"{name}.md", f"## {title}\n\n{text}\n")):
-            with written_whole(self.path(file)) as partial:
+            with written_whole(self._path(file)) as partial:
                 partial.write_text(words, encoding="utf-8")
+
+    def _path(self, name: str) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / name
 
 
 def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
