@@ -76,6 +76,7 @@ def real_features(
         "reference_fingerprint": fingerprint(reference, range(len(reference))),
         "held_out_split": None if held_out is None else request.split,
         "held_out_fingerprint": None if held_out is None else fingerprint(held_out, drawn),
+        "reference_skipped": getattr(reference, "skipped", 0),
     }
     features = [
         reference_features(extractor, real, numbers, str(data[name]), processes, progress=progress)
