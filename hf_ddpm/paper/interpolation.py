@@ -58,8 +58,8 @@ def interpolate(study: Study, options: InterpolateConfig) -> None:
         "and on the right the images themselves. All draws are the same within a row.",
         "![Interpolations](interpolate.png)",
         table(["steps of diffusion", "first", "second"], [list(row.values()) for row in found]),
-        "How far the reconstructions, which are the interpolations at the weights 0 and 1, are from the images: RMSE on "
-        "the scale [0, 255].",
+        "How far reconstructions, the interpolations at the weights 0 and 1, are from the images: RMSE on the scale "
+        "[0, 255].",
     ]
     options_used, title = asdict(options), "Interpolation (Figs. 8 and 9)"
     study.write("interpolate", title, "\n\n".join(words), {"reconstruction_rmse": found}, options_used, {})
@@ -79,5 +79,5 @@ def ends(study: Study, options: InterpolateConfig) -> list[Tensor]:
             pixels = fit({"bytes": Path(file).read_bytes(), "path": None}, form)
         except Exception as error:  # whatever PIL raises
             raise ValueError(f"{file!r} is no image that can be used: {' '.join(str(error).split())}") from error
-        pair.append(to_signed(torch.from_numpy(pixels)[None].clone(), levels))
+        pair.append(to_signed(torch.tensor(pixels)[None], levels))
     return pair

@@ -98,11 +98,11 @@ def text(moments: Sequence[dict[str, Any]], animation: str, made_by: dict[str, A
         table(head, cells),
     ]
     if made_by:
-        last = moments[-1]
+        last, data = moments[-1], made_by["dataset"]
         words += [
-            f"Distances of {last['num_images']} images to the {last['reference_images']} of {made_by['dataset']['name']} "
-            f"({made_by['dataset']['reference_split']}), features: {made_by['extractor']['name']}; as many held-out "
-            f"images score {last['floor']:.4g}.",
+            f"Distances of {last['num_images']} images to the {last['reference_images']} of {data['name']} "
+            f"({data['reference_split']}), features: {made_by['extractor']['name']}; as many held-out images score "
+            f"{last['floor']:.4g}.",
             "![Distance against the steps taken (Fig. 10)](progressive_distance.png)",
         ]
     return "\n\n".join(words)

@@ -55,8 +55,8 @@ def shared_latent(study: Study, options: SharedLatentConfig) -> None:
     labelled = [(f"latent {latent + 1}, t = {number}", row) for (latent, number), row in in_order]
     study.draw("shared-latent.png", sheet(labelled, ["x_t", *(f"{i + 1}" for i in range(options.num_images))]))
     words = [
-        "Images from one latent: each row starts from its x_t, on the left, the rows of a latent from different moments "
-        "of the same reverse process.",
+        "Images from one latent: each row starts from its x_t, on the left. The rows of a latent are moments of one "
+        "reverse process.",
         "![Images from one latent](shared-latent.png)",
         table(["t", "RMSE between two images of a latent"], [list(row.values()) for row in found]),
         f"On the scale [0, 255], over {options.latents} latents of {options.num_images} images each.",

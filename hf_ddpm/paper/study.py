@@ -89,8 +89,10 @@ class Study:
         return self.subject.levels or (17 if self.subject.dataset == "digits" else 256)
 
     def evaluator(self, metrics: str, num_images: int | None = None) -> Evaluator:
-        """Returns what measures this model; arguments as in `request`."""
-        return Evaluator(self.request(metrics, num_images), self.pipe.image_shape, self.accelerator)
+        """Returns what measures this model; arguments as in `request`, which are refused if they cannot be met."""
+        evaluator = Evaluator(self.request(metrics, num_images), self.pipe.image_shape, self.accelerator)
+        evaluator.count()
+        return evaluator
 
     def images(self, split: str | None = None) -> ImageStore:
         """Returns real images, by default those of the held-out split."""

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from hf_ddpm.evaluation.collect import Images, Processes, extract
 from hf_ddpm.evaluation.comparison import real_features
 from hf_ddpm.evaluation.evaluate import Evaluator
+from hf_ddpm.evaluation.features import Extracted
 from hf_ddpm.evaluation.report import Sets, figures
 
 
@@ -16,6 +19,7 @@ class Yardstick:
 
     Attributes:
         count: Number of images.
+        known: Features of the reference and of `count` held-out images.
         made_by: Which data and which extractor it is made of.
 
     Raises:
@@ -28,11 +32,17 @@ class Yardstick:
         self.extractor = evaluator.extractor
         self._processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.gather)
         assert evaluator.reference is not None
-        self._known, self.made_by = real_features(
+        self.known, self.made_by = real_features(
             evaluator.request, self.extractor, evaluator.reference, evaluator.held_out, self.count, self._processes
         )
 
+    def features(self, images: Images) -> Tensor:
+        """Returns the features of the first `count` images."""
+        return self._extract(images).features
+
     def __call__(self, images: Images) -> dict[str, Any]:
         """Returns the Frechet distance of the first `count` images as `value`, and of held-out images as `floor`."""
-        generated = extract(self.extractor, images, range(self.count), self._processes)
-        return figures("fd", Sets(generated, *self._known))
+        return figures("fd", Sets(self._extract(images), *self.known))
+
+    def _extract(self, images: Images) -> Extracted:
+        return extract(self.extractor, images, range(self.count), self._processes)
