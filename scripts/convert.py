@@ -1,4 +1,4 @@
-"""Converts checkpoints of others to the format of diffusers, which `DDPMPipeline.from_pretrained` loads, ours or theirs.
+"""Converts checkpoints of others to the format of diffusers.
 
     python scripts/convert.py --from ho2020 --input diffusion_cifar10.npz --output cifar10
     python scripts/convert.py --from improved-diffusion --input cifar10_uncond_50M_500K.pt --output cifar10 \
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> int:
     output = Path(config.output)
     check_free(output)
     conversion = plan(config, hints)
-    print(*(conversion.describe() if config.dry_run else conversion.notes), sep="\n")
+    for line in conversion.describe() if config.dry_run else conversion.notes:
+        print(line)
     conversion.fill()
     deviation = conversion.deviation()
     print(

@@ -8,9 +8,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from tests.conftest import TINY_UNET
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -173,3 +174,11 @@ def test_a_learned_range_pipeline_loads_in_diffusers_and_swaps_schedulers(tmp_pa
     np.testing.assert_allclose(sample(pipe), sample(stock), rtol=0, atol=2e-5)
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
     assert np.isfinite(sample(pipe)).all()
+
+
+def test_a_pipeline_without_all_weights_is_one_line(stock_folder):
+    state = load_file(stock_folder / WEIGHTS)
+    del state["conv_in.bias"]
+    save_file(state, stock_folder / WEIGHTS)
+    with pytest.raises(ValueError, match="cannot be loaded: it lacks 1 weights, conv_in.bias among them"):
+        load_pipeline(str(stock_folder), "cpu")

@@ -215,7 +215,7 @@ def _heads(structure: Structure, hints: Hints, notes: list[str]) -> Callable[[in
 
 
 def _image_size(structure: Structure, notes: list[str]) -> int:
-    multiples = tuple(width // structure.widths[0] for width in structure.widths)
+    multiples = tuple(width / structure.widths[0] for width in structure.widths)
     if multiples not in IMAGE_SIZES:
         raise ValueError(f"resolution is missing: the channels {structure.widths} are those of no image size")
     notes.append(f"resolution: {IMAGE_SIZES[multiples]}, as the channels say (--resolution says otherwise)")

@@ -5,11 +5,9 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -61,12 +59,10 @@ def _load(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickles, which it then refuses
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, BadZipFile, SafetensorError) as error:
-        if isinstance(error, OSError):
-            raise
-        raise ValueError(" ".join(str(error).split())) from error
+    except OSError:
+        raise
     except Exception as error:  # torch and numpy raise anything on a file that is none of theirs
-        culprit = re.search(r"GLOBAL (\S+)", str(error))
-        if culprit is not None:
-            raise ValueError(f"it holds {culprit[1]}, which is no tensor; nothing of it was run") from error
-        raise ValueError("it is damaged, or of another kind") from error
+        culprit = re.search(r"GLOBAL (\S+)|(Object arrays)", str(error))
+        if culprit is None:
+            raise ValueError("it is damaged, or of another kind") from error
+        raise ValueError(f"it holds more than numbers ({culprit[0]}); nothing of it was run") from error

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_ddpm.hub.convert.conversion import Conversion, Entry
 from hf_ddpm.hub.convert.hints import Hints
 from hf_ddpm.hub.convert.reading import read_weights
-from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import read_pipeline
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 FORMERLY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -30,13 +30,13 @@ def plan(model: str, hints: Hints) -> Conversion:
         hints: None may be given.
 
     Returns:
-        The plan; names may still be missing: diffusers itself fills these with random values.
+        The plan; names may still be missing.
 
     Raises:
         ValueError: If it cannot be loaded, or a hint is given.
     """
     hints.check("stock")
-    pipe = load_pipeline(model, "cpu")
+    pipe = read_pipeline(model)
     folder = Path(pipe.unet.config._name_or_path)  # of a Hub id: in the cache
     weights = _read(folder)
     entries = [Entry(ours, _name(ours, weights), _as_is) for ours in pipe.unet.state_dict()]
