@@ -1,4 +1,4 @@
-"""Converts checkpoints of others to the format of diffusers.
+r"""Converts checkpoints of others to the format of diffusers.
 
     python scripts/convert.py --from ho2020 --input diffusion_cifar10.npz --output cifar10
     python scripts/convert.py --from improved-diffusion --input cifar10_uncond_50M_500K.pt --output cifar10 \

@@ -249,6 +249,7 @@ UNSUPPORTED = {
     "upsampling": ({"in_channels": 6}, "images of 6 channels are not supported, nor are networks that upsample images"),
     "first resolution": ({"channel_mult": (2, 2)}, r"channel_mult\[0\]"),
     "image size": ({}, r"resolution is missing: the channels \(32, 64\)"),
+    "odd image size": ({"resolution": 33}, "resolution=33 is not allowed: a multiple of 2"),
     "variance": ({"variance_type": "learned"}, "variance_type='learned' is not allowed: fixed_small or fixed_large"),
     "steps": ({"num_train_timesteps": 1500}, "num_train_timesteps=1500 is not allowed: a multiple of 1000"),
     "schedule": ({"beta_schedule": "quad"}, "beta_schedule='quad' is not allowed: linear or squaredcos_cap_v2"),
@@ -262,7 +263,7 @@ UNSUPPORTED = {
 def test_what_is_not_supported_is_said_in_one_line(options, message):
     hints = {name: options[name] for name in options if name in Hints.__dataclass_fields__}
     if "resolution is missing" not in message:
-        hints["resolution"] = 16
+        hints.setdefault("resolution", 16)
     state = ImprovedNetwork(**{name: value for name, value in options.items() if name not in hints}).state_dict()
     with pytest.raises(ValueError, match=message) as caught:
         improved_diffusion.plan(state, Hints(**hints))
@@ -474,7 +475,8 @@ def test_a_kill_or_an_error_leaves_nothing_half_written(convert, ported_file, tm
     def interrupted(end):
         def save_pretrained(pipe, folder):
             (folder / "unet").mkdir(parents=True)
-            (folder / "unet" / "config.json").write_text("{")
+            for name in ("config.json", "stray.safetensors"):
+                (folder / "unet" / name).write_text("{")
             end()
 
         return save_pretrained
@@ -499,6 +501,7 @@ def test_a_kill_or_an_error_leaves_nothing_half_written(convert, ported_file, tm
     monkeypatch.undo()
     convert("ho2020", ported_file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not list((tmp_path / "out").rglob("stray*"))
 
 
 def test_the_script_says_what_is_wrong_and_exits_with_2(convert, tmp_path, capsys, monkeypatch):

@@ -96,7 +96,7 @@ class Conversion:
             ValueError: If it is more than `TOLERANCE`.
         """
         unet, generator = self.pipe.unet, torch.Generator().manual_seed(0)
-        size, steps = unet.size_multiple, self.pipe.scheduler.config.num_train_timesteps
+        size, steps = unet.size_multiple, self.pipe.scheduler.config.get("num_train_timesteps", 1000)
         x = torch.randn(2, unet.config.in_channels, 2 * size, 4 * size, generator=generator)
         t, classes = torch.tensor([steps // 3, steps - 1]), unet.config.num_class_embeds
         labels = None if classes is None else torch.tensor([0, classes - 1])

@@ -46,6 +46,11 @@ class Hints:
             holds = hint.name in KNOWN[layout] or getattr(self, hint.name) is None
             require(self, hint.name, holds, f"{layout} checkpoints leave it no choice")
 
+    def check_resolution(self, multiple: int) -> None:
+        """Raises a `ValueError` unless a resolution, if it is given, can be halved as often as the network does."""
+        fits = self.resolution is None or self.resolution % multiple == 0
+        require(self, "resolution", fits, f"a multiple of {multiple}")
+
     def variance(self, channels: int, outputs: int, learned: str, fixed: str) -> str:
         """Chooses the kind of variance that a network's outputs allow.
 

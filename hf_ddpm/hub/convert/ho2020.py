@@ -75,6 +75,7 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
 
     options = _architecture(lambda part: name(part) in tensors, shape, hints, notes)
     unet = empty_unet(**options)
+    hints.check_resolution(unet.size_multiple)
     levels = len(options["block_out_channels"])
     entries = [Entry(ours, name(_their_name(ours, levels)), read) for ours in unet.state_dict()]
     layers = (TensorFlowLayers if is_tensorflow else PyTorchLayers)(tensors, name)

@@ -116,6 +116,7 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
     options = _architecture(tensors, structure, heads)
     options["sample_size"] = hints.resolution or _image_size(structure, notes)
     unet = empty_unet(**options)
+    hints.check_resolution(unet.size_multiple)
     is_new = bool(hints.use_new_attention_order)
     entries = [Entry(ours, structure.name(ours), _reader(ours, heads, is_new)) for ours in unet.state_dict()]
     pipe = DDPMPipeline(unet, _scheduler(options, hints, notes))
@@ -239,7 +240,7 @@ def _scheduler(options: dict[str, Any], hints: Hints, notes: list[str]) -> DDPMS
         betas = beta_schedule(schedule, steps, process["beta_start"], process["beta_end"])
         kept = GaussianDiffusion(betas).respaced(range(0, steps, steps // SCALE))
         process = {"num_train_timesteps": SCALE, "trained_betas": kept.betas.tolist()}
-        notes.append(f"process: every {steps // SCALE}th of {steps} steps, shown to the network as 0 to {SCALE - 1}")
+        notes.append(f"process: one step in {steps // SCALE} of {steps}, shown to the network as 0 to {SCALE - 1}")
     variance = hints.variance(options["in_channels"], options["out_channels"], "learned_range", "fixed_large")
     return DDPMScheduler(**process, variance_type=variance, prediction_type=hints.prediction_type or "epsilon")
 
