@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from hf_ddpm.options import option, parse_options, parse_some, read_yaml, require
+from hf_ddpm.options import option, parse_options, parse_some, read_yaml, require, require_at_least
 
 PRESETS = resources.files("hf_ddpm") / "presets"
 
@@ -47,7 +47,7 @@ class DataConfig:
         most = 65536 if self.channels == 1 else 256
         require(self, "levels", 2 <= self.levels <= most, f"2 to {most} with channels={self.channels}")
         require(self, "class_dropout", 0 <= self.class_dropout < 1, "in [0, 1)")
-        require(self, "max_train_samples", (self.max_train_samples or 1) >= 1, "at least 1")
+        require_at_least(self, 1, "max_train_samples")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -73,9 +73,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        require(self, "norm_num_groups", self.norm_num_groups >= 1, "at least 1")
-        require(self, "attention_head_dim", (self.attention_head_dim or 1) >= 1, "at least 1")
-        require(self, "layers_per_block", self.layers_per_block >= 1, "at least 1")
+        require_at_least(self, 1, "norm_num_groups", "attention_head_dim", "layers_per_block")
         require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         require(self, "block_out_channels", self.block_out_channels[0] >= 4, "at least 4 at the highest resolution")
         for width in self.block_out_channels:
@@ -149,13 +147,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "log_steps")
-        for name in (*counts, "checkpointing_steps", "keep_checkpoints", "num_samples"):
-            require(self, name, getattr(self, name) >= 1, "at least 1")
-        require(self, "world_size", (self.world_size or 1) >= 1, "at least 1")
-        require(self, "num_inference_steps", (self.num_inference_steps or 1) >= 1, "at least 1")
-        for name in ("warmup_steps", "seed"):
-            require(self, name, getattr(self, name) >= 0, "at least 0")
+        counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "log_steps", "num_samples")
+        optional = ("world_size", "num_inference_steps")
+        require_at_least(self, 1, *counts, "checkpointing_steps", "keep_checkpoints", *optional)
+        require_at_least(self, 0, "warmup_steps", "seed")
         for name in ("learning_rate", "max_grad_norm"):
             require(self, name, 0 < getattr(self, name) < float("inf"), "more than 0")
         for name in ("output_dir", "resume"):
@@ -170,7 +165,32 @@ class TrainingConfig:
         return self.train_batch_size * self.gradient_accumulation_steps * processes
 
 
-PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig)
+@dataclass
+class EvaluationConfig:
+    """How the model is judged on the way and at the end; the names are those of `scripts/evaluate.py`."""
+
+    eval_metrics: str = option("any of fd, kid, is, pr, nll, with commas, into results.json; none by default", "")
+    eval_steps: int | None = option(
+        "also every so many steps, without nll; best/ then holds the model that is best by the first metric", None
+    )
+    eval_split: str = option("held-out split: the floor of distances, and the images of nll", "test")
+    eval_floor: bool = option("whether to compare as many held-out images, too", True)
+    eval_extractor: str | None = option(
+        "digits, inception, or an image model; digits for the digits, else inception by default", None
+    )
+    eval_num_images: int | None = option("images to evaluate on; by default as many as the split holds", None)
+    eval_inference_steps: int | None = option("steps of the reverse process; all by default", None)
+    eval_steps_per_image: int | None = option("nll: steps evaluated an image, an estimate; all by default", None)
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require_at_least(self, 1, "eval_steps", "eval_num_images", "eval_inference_steps")
+        require_at_least(self, 2, "eval_steps_per_image")
+        says_best = self.eval_metrics.split(",")[0] in ("fd", "fid", "kid", "is")
+        require(self, "eval_steps", self.eval_steps is None or says_best, "eval_metrics must begin with fd, kid or is")
+
+
+PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig, EvaluationConfig)
 
 
 @dataclass
@@ -181,15 +201,16 @@ class Config:
     model: ModelConfig
     diffusion: DiffusionConfig
     training: TrainingConfig
+    evaluation: EvaluationConfig
 
     def __post_init__(self) -> None:
         """Checks what concerns more than one part."""
         if self.model.init_from is None:
             self._check_architecture()
-        steps, most = self.training.num_inference_steps, self.diffusion.num_train_timesteps
-        require(
-            self.training, "num_inference_steps", steps is None or steps <= most, f"at most num_train_timesteps={most}"
-        )
+        between, asked = self.training.checkpointing_steps, self.evaluation.eval_steps
+        # A kill during an evaluation must not cost the steps before it.
+        fits = (asked or 0) % between == 0
+        require(self.evaluation, "eval_steps", fits, f"a multiple of checkpointing_steps={between}")
 
     def _check_architecture(self) -> None:
         multiple = 2 ** (len(self.model.block_out_channels) - 1)
@@ -216,7 +237,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all options by name: what `--config` reads."""
-        parts = (self.data, self.model, self.diffusion, self.training)
+        parts = (self.data, self.model, self.diffusion, self.training, self.evaluation)
         return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
     def save(self, path: Path) -> None:

@@ -24,6 +24,12 @@ def require(config: Any, name: str, holds: bool, allowed: str) -> None:
         raise ValueError(f"{name}={getattr(config, name)!r} is not allowed: {allowed}")
 
 
+def require_at_least(config: Any, least: int, *names: str) -> None:
+    """Raises a `ValueError` unless options, those of them that are given, are at least so much."""
+    for name in names:
+        require(config, name, getattr(config, name) is None or getattr(config, name) >= least, f"at least {least}")
+
+
 def parse_options(argv: list[str], *parts: type) -> list[Any]:
     """Reads the options that some dataclasses declare.
 

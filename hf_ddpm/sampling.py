@@ -19,7 +19,7 @@ from hf_ddpm.data.samples import SampleFolder
 from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.images import to_bytes
 from hf_ddpm.launch import sole_run
-from hf_ddpm.options import option, require
+from hf_ddpm.options import option, require, require_at_least
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.seeds import SAMPLES, generator
@@ -41,11 +41,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        require(self, "num_inference_steps", self.num_inference_steps >= 1, "at least 1")
+        require_at_least(self, 1, "num_inference_steps")
         require(self, "eta", 0 <= self.eta <= 1, "in [0, 1]")
         if self.eta and self.scheduler != "ddim":
             raise ValueError(f"eta={self.eta} is not allowed with scheduler={self.scheduler}: only with ddim")
-        require(self, "seed", self.seed >= 0, "at least 0")
+        require_at_least(self, 0, "seed")
 
     def settings(self, pipe: DDPMPipeline, model: str, device: torch.device) -> dict[str, Any]:
         """Returns what determines the images of a pipeline, for a `SampleFolder`."""

@@ -17,7 +17,7 @@ from accelerate import PartialState
 
 from hf_ddpm.data.samples import SHARD_SIZE
 from hf_ddpm.launch import run_script, use_own_cores
-from hf_ddpm.options import option, parse_options, require
+from hf_ddpm.options import option, parse_options, require, require_at_least
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.sampling import Sampling, fill_folder
 
@@ -34,8 +34,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        for name in ("num_images", "batch_size"):
-            require(self, name, getattr(self, name) >= 1, "at least 1")
+        require_at_least(self, 1, "num_images", "batch_size")
         require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
 
 

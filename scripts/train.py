@@ -11,70 +11,19 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 
+from hf_ddpm.callbacks import Evaluations, Export, SampleGrid
 from hf_ddpm.config import Config, parse_config
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.opening import open_images
-from hf_ddpm.images import grid, save_picture, to_pil
 from hf_ddpm.launch import Interrupted, run_script, sole_run
-from hf_ddpm.sampling import sample_images
 from hf_ddpm.training.build import build_process, build_run, check_same_step, start_accelerator
 from hf_ddpm.training.dry_run import estimate_cost
 from hf_ddpm.training.loop import Callback, Run, train
 from hf_ddpm.training.progress import Progress
 from hf_ddpm.training.state import Checkpoints, find_checkpoint, load_checkpoint, set_aside, status_file
-from hf_ddpm.training.trackers import check_tracker, start_tracker, track_picture
-
-
-class SampleGrid(Callback):
-    """Draws the same images again and again as the network learns, with the averaged weights, into `samples.png`."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_checkpoint(self, run: Run) -> None:
-        """Draws if asked to, unless the run is at its end or was told to stop."""
-        training = run.config.training
-        if training.sample_at_checkpoints and run.step < training.max_train_steps and run.stopped_by is None:
-            self.draw(run)
-
-    def on_end(self, run: Run) -> None:
-        """Draws."""
-        self.draw(run)
-
-    def draw(self, run: Run) -> None:
-        """Draws; each process its share."""
-        training, accelerator = run.config.training, run.accelerator
-        pipe = run.pipeline()
-        pipe.set_progress_bar_config(desc="Sampling", leave=False, disable=not accelerator.is_main_process)
-        images = sample_images(
-            pipe,
-            range(training.num_samples)[accelerator.process_index :: accelerator.num_processes],
-            seed=training.seed,
-            num_inference_steps=training.num_inference_steps or len(run.scheduler),
-            batch_size=training.train_batch_size,
-            class_labels=range(len(run.class_names)),
-            device=accelerator.device,
-        )
-        in_order = sorted(gather_object(list(images)), key=lambda numbered: numbered[0])
-        if accelerator.is_main_process:
-            picture = grid(to_pil(torch.stack([image for _, image in in_order])))
-            save_picture(picture, self.path)
-            track_picture(run, "samples", picture)
-
-
-class Export(Callback):
-    """Writes the pipeline of the averaged weights, in the format of diffusers; those of further averages below it."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def on_end(self, run: Run) -> None:
-        """Writes it."""
-        if run.accelerator.is_main_process:
-            for number, ema in enumerate(run.emas):
-                run.pipeline(number).save_pretrained(self.folder / ema.name if number else self.folder)
+from hf_ddpm.training.trackers import check_tracker, start_tracker
 
 
 def start(config: Config, accelerator: Accelerator, checkpoint=None, report=None) -> tuple[Run, BatchSource]:
@@ -121,12 +70,14 @@ def main(argv: list[str]) -> int:
             f"{len(images):,} images, {run.unet.num_parameters():,} parameters, {run.global_batch_size} images a step, "
             f"{accelerator.num_processes} x {accelerator.device}, {torch.get_num_threads()} threads, {origin}"
         )
-        callbacks = [
+        callbacks: list[Callback] = [
             Progress(folder / "metrics.jsonl"),
             Checkpoints(folder / "checkpoints", config.training.keep_checkpoints),
             Export(folder),
             SampleGrid(folder / "samples.png"),
         ]
+        if config.evaluation.eval_metrics:
+            callbacks.append(Evaluations(config, accelerator, tell=tqdm.write))
         try:
             with status_file(folder / "status.json", run), closing(images):
                 train(run, images, callbacks)

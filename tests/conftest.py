@@ -34,7 +34,7 @@ TINY_UNET = {
 TINY_RUN = [
     *("--preset", "digits", "--block_out_channels", "8", "16", "--norm_num_groups", "4", "--layers_per_block", "1"),
     *("--train_batch_size", "8", "--num_samples", "4", "--num_inference_steps", "2", "--log_steps", "2"),
-    *("--lr_schedule", "constant", "--warmup_steps", "2"),
+    *("--lr_schedule", "constant", "--warmup_steps", "2", "--eval_metrics", ""),
 ]
 
 

@@ -63,6 +63,28 @@ def figures(metric: str, sets: Sets) -> dict[str, Any]:
     return report
 
 
+def scalars(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns figures by metric without their lists and without what they were made by."""
+    return {
+        name: {key: value for key, value in figure.items() if not isinstance(value, list | dict)}
+        for name, figure in figures.items()
+    }
+
+
+def summary(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns figures in one line."""
+    parts = []
+    for name, figure in figures.items():
+        if "value" in figure:
+            floor = f" (floor {figure['floor']:.4g})" if "floor" in figure else ""
+            parts.append(f"{name} {figure['value']:.4g}{floor}")
+        elif name == "pr":
+            parts.append(f"precision {figure['precision']:.3f}, recall {figure['recall']:.3f}")
+        elif name == "nll":
+            parts.append(f"nll {figure['total_bpd']:.4g} bits/dim")
+    return ", ".join(parts)
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """Returns what computed a figure, and when."""
     return {

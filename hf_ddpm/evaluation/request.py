@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_ddpm.data.samples import PictureFolder, SampleFolder
 from hf_ddpm.evaluation.features import Extractor
 from hf_ddpm.evaluation.reference import fingerprint
-from hf_ddpm.options import option, require
+from hf_ddpm.options import option, require, require_at_least
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 
@@ -31,6 +31,7 @@ class EvaluateConfig:
     floor: bool = option("whether to compare as many held-out images, too", True)
     image_column: str | None = option("column of the images; guessed by default", None)
     class_column: str | None = option("nll: column of the classes, for a conditioned model; auto guesses it", None)
+    skip_bad_images: bool = option("whether to leave out real images that cannot be used", False)
     metrics: str = option(f"any of {', '.join(METRICS)}, with commas", "nll")
     extractor: str | None = option(
         "digits, inception, or a folder or Hub id of an image model; digits for the digits, else inception by default",
@@ -48,8 +49,7 @@ class EvaluateConfig:
         for metric in self.metrics.split(","):
             if SYNONYMS.get(metric, metric) not in METRICS:
                 raise ValueError(f"metrics={metric!r} is not allowed: any of {', '.join(METRICS)}, with commas")
-        for name in ("num_images", "batch_size"):
-            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        require_at_least(self, 1, "num_images", "batch_size")
         require(self, "output", not Path(self.output).is_dir(), "it is a folder, a file is wanted")
         if self.levels is None:
             self.levels = 17 if self.dataset == "digits" else 256
@@ -153,8 +153,7 @@ def classes_for(pipe: DDPMPipeline, labels: Tensor | None, names: tuple[str, ...
     Raises:
         ValueError: If the model needs them, or does not know one.
     """
-    unet: Any = getattr(pipe, "unet")  # noqa: B009, diffusers' attributes are not declared
-    if unet.config.num_class_embeds is None:
+    if pipe.unet.config.num_class_embeds is None:
         return None
     if labels is None:
         if pipe.null_class is None:

@@ -38,6 +38,8 @@ class DDPMPipeline(DiffusionPipeline):
             one embedding more, that one stands for no class.
     """
 
+    unet: Any
+    scheduler: Any
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("latents", "pred_original_sample", "model_output")
 

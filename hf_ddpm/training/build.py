@@ -13,6 +13,7 @@ from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.launch import use_own_cores
 from hf_ddpm.models.initialization import initialize_like_paper
 from hf_ddpm.models.unet_2d import UNet2DModel
+from hf_ddpm.options import require
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.seeds import INITIALIZATION, derived_seed
@@ -67,9 +68,14 @@ def build_process(config: Config, checkpoint: Path | None = None) -> tuple[DDPMS
         source = load_pipeline(config.model.init_from, "cpu") if checkpoint is None else stored_pipeline(checkpoint)
         _check_source(source, config)
         scheduler = DDPMScheduler.from_config(source.scheduler.config)
-    steps = config.training.num_inference_steps
-    if steps is not None and steps > len(scheduler):
-        raise ValueError(f"num_inference_steps={steps} is not allowed: at most the {len(scheduler)} of the process")
+    training, evaluation = config.training, config.evaluation
+    for part, name in (
+        (training, "num_inference_steps"),
+        (evaluation, "eval_inference_steps"),
+        (evaluation, "eval_steps_per_image"),
+    ):
+        fits = (getattr(part, name) or 1) <= len(scheduler)
+        require(part, name, fits, f"at most the {len(scheduler)} of the process")
     _objective(config, scheduler)
     return scheduler, source
 

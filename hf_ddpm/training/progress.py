@@ -27,7 +27,7 @@ class Progress(Callback):
         """Cuts the file to the step resumed from, and opens the bar."""
         steps, is_main = run.config.training.max_train_steps, run.accelerator.is_main_process
         if is_main:
-            _truncate(self.path, run.step)
+            truncate(self.path, run.step)
         self._bar = tqdm(total=steps, initial=run.step, desc="Training", unit="step", disable=not is_main)
         self._restart(run)
 
@@ -80,8 +80,8 @@ class Progress(Callback):
         self._since = time.perf_counter()
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Drops the lines after `step`, and a line that a kill has cut short."""
+def truncate(path: Path, step: int) -> None:
+    """Drops the lines of a file of JSON that are of later steps than `step`, and a line that a kill has cut short."""
     if not path.exists():
         return
     kept = []

@@ -1,0 +1,165 @@
+"""From a model to the figures that were asked for: what `scripts/evaluate.py` and a run in training have in common."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from hf_ddpm.data.samples import PictureFolder, SampleFolder
+from hf_ddpm.data.sources import choose
+from hf_ddpm.data.store import ImageStore, load_images
+from hf_ddpm.evaluation.collect import Processes
+from hf_ddpm.evaluation.comparison import compare
+from hf_ddpm.evaluation.features import load_extractor
+from hf_ddpm.evaluation.nll import variational_bound
+from hf_ddpm.evaluation.reference import fingerprint
+from hf_ddpm.evaluation.report import METRIC_SEED, provenance, record
+from hf_ddpm.evaluation.request import EvaluateConfig, classes_for, identify
+from hf_ddpm.images import save_picture
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+from hf_ddpm.sampling import Sampling, fill_folder
+from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+
+Figures = dict[str, dict[str, Any]]
+
+
+class Evaluator:
+    """A request with all that it needs besides the model: the real images and the extractor.
+
+    All processes are to make one, and to call it.
+
+    Args:
+        request: What was asked for.
+        shape: The shape `(C, H, W)` of the images.
+        accelerator: The processes.
+
+    Raises:
+        ValueError: If a data set or the extractor cannot be had or does not fit.
+    """
+
+    def __init__(self, request: EvaluateConfig, shape: tuple[int, ...], accelerator: Accelerator):
+        self.request, self.accelerator = request, accelerator
+        if request.compared:
+            weights = request.extractor_weights
+            self.extractor = load_extractor(str(request.extractor), accelerator.device, weights=weights)
+            request.check_extractor(self.extractor, shape)
+        with accelerator.main_process_first():
+            self.held_out = self._load(request.split, shape) if request.needs_held_out else None
+            self.reference = self._load(request.reference_split, shape) if request.compared else None
+
+    def count(self, samples: int | None = None) -> int:
+        """Returns on how many images to evaluate; `samples` is how many were generated, if they were."""
+        held_out, reference = (None if found is None else len(found) for found in (self.held_out, self.reference))
+        return self.request.count(held_out, reference, samples)
+
+    def evaluate(
+        self,
+        output: Path,
+        sampling: Sampling,
+        pipe: DDPMPipeline | None = None,
+        images: SampleFolder | PictureFolder | None = None,
+        tell: Callable[[str], object] = lambda line: None,
+    ) -> Iterator[Figures]:
+        """Evaluates a model, images that it has generated, or both.
+
+        Args:
+            output: File of the results, which each of the figures is put into as soon as it is known. Generated images
+                and the picture of the nearest training images are put beside it.
+            sampling: Which images to ask the model for.
+            pipe: The model, on the device of this process.
+            images: Images that it has generated; generated here by default.
+            tell: Told a line if results of another model were in the file.
+
+        Yields:
+            Figures by metric; on all processes but the first, none.
+        """
+        count = self.count(None if images is None else len(images))
+        model, _ = identify(self.request, pipe, images)
+        made_by = {"seed": sampling.seed, "metric_seed": METRIC_SEED, **provenance(self.accelerator.device)}
+        entries: dict[str, Any] = {"config": asdict(self.request) | asdict(sampling), "versions": made_by["versions"]}
+        if pipe is not None:
+            entries |= {key: pipe.scheduler.config.get(key) for key in ("num_train_timesteps", "variance_type")}
+        for part in self._parts(output, sampling, pipe, images, count):
+            figures = {name: figure | {"made_by": made_by | figure["made_by"]} for name, figure in part.items()}
+            if self.accelerator.is_main_process and record(output, model, entries | figures):
+                tell(f"{output} held results of another model: they are gone")
+            yield figures if self.accelerator.is_main_process else {}
+
+    def _parts(
+        self,
+        output: Path,
+        sampling: Sampling,
+        pipe: DDPMPipeline | None,
+        images: SampleFolder | PictureFolder | None,
+        count: int,
+    ) -> Iterator[Figures]:
+        if "nll" in self.request.chosen:
+            yield {"nll": self._bound(pipe, sampling.seed)}
+        if self.request.compared:
+            if images is None:
+                images = self._sample(pipe, sampling, output, count)
+            made_by = {"samples": str(images.path), "sampling": getattr(images, "settings", None)}
+            accelerator = self.accelerator
+            processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.gather)
+            held_out = self.held_out if self.request.floor else None
+            assert self.reference is not None
+            figures, picture = compare(self.request, self.extractor, images, self.reference, held_out, count, processes)
+            yield {name: figure | {"made_by": made_by | figure["made_by"]} for name, figure in figures.items()}
+            if picture is not None:
+                save_picture(picture, output.with_name(f"{output.stem}_nearest.png"))
+
+    def _bound(self, pipe: Any, seed: int) -> dict[str, Any]:
+        """Returns the figures of the bound on held-out images, from all processes."""
+        request, accelerator, images = self.request, self.accelerator, self.held_out
+        assert images is not None
+        if not isinstance(pipe.scheduler, DDPMScheduler):
+            raise ValueError(f"nll needs a DDPMScheduler, not the {type(pipe.scheduler).__name__} of {request.model!r}")
+        numbers = choose(len(images), request.num_images, METRIC_SEED)
+        mine = numbers[accelerator.process_index :: accelerator.num_processes]
+        total = len(mine) * (request.steps_per_image or len(pipe.scheduler.diffusion))
+        with tqdm(total=total, desc="nll", unit="evaluation", disable=not accelerator.is_main_process) as bar:
+            bound = variational_bound(
+                pipe.unet.eval(),
+                pipe.scheduler,
+                images,
+                mine,
+                seed=seed,
+                batch_size=request.batch_size,
+                levels=request.levels or 256,
+                steps_per_image=request.steps_per_image,
+                classes=classes_for(pipe, images.labels, images.class_names, len(images)),
+                progress=bar.update,
+            )
+        data = {"name": request.dataset, "split": request.split, "fingerprint": fingerprint(images, numbers)}
+        everywhere = bound.summed(lambda value: accelerator.reduce(value, reduction="sum"))
+        return everywhere.report() | {"made_by": {"dataset": data}}
+
+    def _sample(self, pipe: Any, sampling: Sampling, output: Path, count: int) -> SampleFolder:
+        """Returns generated images; they stay in a folder of their settings beside the results."""
+        pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not self.accelerator.is_main_process)
+        return fill_folder(
+            pipe,
+            output.with_name(f"{output.stem}_samples") / sampling.folder_name(pipe, self.accelerator.device),
+            count,
+            sampling,
+            model=str(self.request.model),
+            batch_size=self.request.batch_size,
+            state=self.accelerator,
+        )
+
+    def _load(self, split: str, shape: tuple[int, ...]) -> ImageStore:
+        """Returns the real images of a split."""
+        return load_images(
+            self.request.dataset,
+            split=split,
+            column=self.request.image_column,
+            resolution=(shape[1], shape[2]),
+            channels=shape[0],
+            levels=self.request.levels or 256,
+            class_column=self.request.class_column,
+            skip_bad_images=self.request.skip_bad_images,
+            device=self.accelerator.device,
+        )

@@ -1,0 +1,112 @@
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from hf_ddpm import DDPMPipeline
+from hf_ddpm.evaluation.evaluate import Evaluator
+from tests.conftest import load_script
+
+EVALUATED = ["--eval_metrics", "fd,nll", "--eval_num_images", "20", "--eval_inference_steps", "2",
+             "--eval_steps_per_image", "2", "--eval_steps", "2", "--checkpointing_steps", "2"]  # fmt: skip
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def evaluated(run_training, tmp_path_factory):
+    """The folder of a run of 4 steps that was evaluated twice; not to be written to."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    assert run_training(folder, "--max_train_steps", "4", *EVALUATED) == 0
+    return folder
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+
+
+def without_provenance(results):
+    return {name: {k: v for k, v in results[name].items() if k != "made_by"} for name in ("fd", "nll")}
+
+
+def test_a_run_says_of_its_model_what_evaluate_says(evaluated, tmp_path):
+    words = ["--model", str(evaluated), "--dataset", "digits", "--metrics", "fd,nll", "--num_images", "20"]
+    words += ["--num_inference_steps", "2", "--steps_per_image", "2", "--batch_size", "7"]
+    load_script("evaluate").main([*words, "--output", str(tmp_path / "results.json")])
+    alone, in_training = (json.loads((f / "results.json").read_text()) for f in (tmp_path, evaluated))
+    assert alone["model"]["checksum"] == in_training["model"]["checksum"]
+    assert alone["fd"]["value"] == in_training["fd"]["value"]
+    assert alone["nll"]["total_bpd"] == pytest.approx(in_training["nll"]["total_bpd"], rel=1e-6)
+    assert lines(evaluated)[-1]["fd"]["value"] == alone["fd"]["value"]  # the last step is evaluated in both ways
+
+
+def test_the_best_model_is_kept_with_its_figures(evaluated):
+    first, second = lines(evaluated)
+    assert [first["step"], second["step"]] == [2, 4]
+    best = min(first, second, key=lambda line: line["fd"]["value"])
+    assert without_provenance(json.loads((evaluated / "best" / "results.json").read_text()))["fd"] == best["fd"]
+    average = load_file(evaluated / "checkpoints" / f"step-{best['step']:09d}" / "ema-0.995.safetensors")
+    kept = DDPMPipeline.from_pretrained(evaluated / "best").unet.state_dict()
+    assert all((kept[name] == average[name]).all() for name in average)
+    assert not (evaluated / ".evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "scores", "best"), [("fd", [3, 1, 2], 4), ("fd", [1, 3, 2], 2), ("is", [1, 3, 2], 4)]
+)
+def test_better_is_nearer_or_more_diverse(run_training, tmp_path, monkeypatch, metric, scores, best):
+    values = iter([*scores, 0])
+
+    def evaluate(self, output, *args):
+        output.parent.mkdir(exist_ok=True)
+        output.write_text("{}")
+        yield {metric: {"value": next(values)}}
+
+    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
+    words = [*EVALUATED, "--eval_metrics", metric, "--max_train_steps", "6", "--keep_checkpoints", "3"]
+    run_training(tmp_path, *words)
+    average = load_file(tmp_path / "checkpoints" / f"step-{best:09d}" / "ema-0.995.safetensors")
+    kept = load_file(tmp_path / "best" / WEIGHTS)
+    assert all((kept[name] == average[name]).all() for name in average)
+
+
+def test_an_evaluation_that_a_kill_cut_short_is_made_up_for(run_training, tmp_path, monkeypatch):
+    evaluate = Evaluator.evaluate
+
+    def killed(self, output, *args):
+        if "evaluation" in str(output) and (tmp_path / "evaluations.jsonl").exists():
+            raise KeyboardInterrupt
+        return evaluate(self, output, *args)
+
+    monkeypatch.setattr(Evaluator, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(tmp_path, "--max_train_steps", "4", *EVALUATED)
+    assert [line["step"] for line in lines(tmp_path)] == [2]
+    with (tmp_path / "evaluations.jsonl").open("a") as file:
+        file.write('{"step": 4, "fd"')
+    monkeypatch.undo()
+    run_training(tmp_path, "--max_train_steps", "4", *EVALUATED)
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--eval_metrics fd --eval_split validation", "dataset 'digits' has no split 'validation'"),
+        ("--eval_metrics fd --eval_num_images 2000", "num_images=2000 is not allowed: at most the 899"),
+        ("--eval_metrics fd,speed", "metrics='speed' is not allowed: any of fd, kid, is, pr, nll"),
+        (
+            "--eval_metrics nll --eval_steps 2",
+            "eval_steps=2 is not allowed: eval_metrics must begin with fd",
+        ),
+        ("--eval_metrics fd --eval_steps 3", "eval_steps=3 is not allowed: a multiple of checkpointing_steps=2"),
+        ("--eval_metrics fd --eval_inference_steps 0", "eval_inference_steps=0 is not allowed: at least 1"),
+        ("--eval_metrics fd --eval_inference_steps 1001", "eval_inference_steps=1001 is not allowed: at most the 1000"),
+        ("--num_inference_steps 2000", "num_inference_steps=2000 is not allowed: at most the 1000 of the process"),
+        ("--eval_metrics nll --eval_steps_per_image 1", "eval_steps_per_image=1 is not allowed: at least 2"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told_before_the_training(run_training, tmp_path, words, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        run_training(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "2", *words.split())
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "metrics.jsonl").exists()
