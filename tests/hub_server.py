@@ -207,7 +207,7 @@ class Handler(BaseHTTPRequestHandler):
     # Users, cards
 
     def nothing(self):
-        self.json([])
+        self.json({})
 
     def whoami(self):
         user, role, namespaces = self.who()
