@@ -79,7 +79,8 @@ class Store:
         self.repos = json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def save(self):
-        self.write(self.file, json.dumps(self.repos, indent=1).encode())
+        with self.lock:
+            self.write(self.file, json.dumps(self.repos, indent=1).encode())
 
     def write(self, path, content):
         partial = path.with_name(f".{path.name}.{threading.get_ident()}")
@@ -113,8 +114,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # 40 ms a request otherwise
 
-    def log_message(self, *args):
-        pass
+    def log_message(self, *words):
+        """Says nothing."""
 
     def do_GET(self):
         url = urlsplit(self.path)
@@ -242,9 +243,8 @@ class Handler(BaseHTTPRequestHandler):
         with self.store.lock:
             if f"{kind}/{id}" in self.store.repos:
                 return self.json({"error": "You already created this repo", "url": url}, 409)
-            is_private = body.get("visibility", "private" if body.get("private") else "public") == "private"
             variables = {entry["key"]: entry["value"] for entry in body.get("variables", [])}
-            repo = {"private": is_private, "sdk": body.get("sdk"), "variables": variables, "commits": []}
+            repo = {"private": is_private(body), "sdk": body.get("sdk"), "variables": variables, "commits": []}
             self.store.repos[f"{kind}/{id}"] = repo
             self.store.add_commit(repo, "initial commit", {".gitattributes": self.store.blob(GITATTRIBUTES)})
         self.json({"url": url, "name": id})
@@ -252,34 +252,30 @@ class Handler(BaseHTTPRequestHandler):
     def delete(self):
         kind, id, _ = self.named()
         self.repo(kind, id, write=True)
-        with self.store.lock:
-            del self.store.repos[f"{kind}/{id}"]
-            self.store.save()
+        del self.store.repos[f"{kind}/{id}"]
+        self.store.save()
         self.json({})
 
     def settings(self, kind, id):
         repo, body = self.repo(kind, id, write=True), json.loads(self.body)
-        with self.store.lock:
-            repo["private"] = body.get("visibility", "private" if repo["private"] else "public") == "private"
-            self.store.save()
+        repo["private"] = is_private(body, repo["private"])
+        self.store.save()
         self.json({"private": repo["private"]})
 
     def set_variable(self, kind, id):
         repo, body = self.repo(kind, id, write=True), json.loads(self.body)
-        with self.store.lock:
-            repo["variables"][body["key"]] = body["value"]
-            self.store.save()
+        repo["variables"][body["key"]] = body["value"]
+        self.store.save()
         self.json({key: {"key": key, "value": value} for key, value in repo["variables"].items()})
 
     def list_repos(self, kind):
         _, _, namespaces = self.who()
         found = []
         for name, repo in self.store.repos.items():
-            its_kind, id = name.split("/", 1)
-            namespace = id.split("/")[0]
-            if its_kind == kind and self.query.get("author") in (None, namespace):
-                if not repo["private"] or namespace in namespaces:
-                    found.append(self.described(id, repo, repo["commits"][-1]))
+            its_kind, author, _ = name.split("/")
+            if its_kind == kind and self.query.get("author") in (None, author):
+                if not repo["private"] or author in namespaces:
+                    found.append(self.described(name.removeprefix(f"{kind}/"), repo, repo["commits"][-1]))
         self.json(found)
 
     def info(self, kind, id, rev="main"):
@@ -287,13 +283,11 @@ class Handler(BaseHTTPRequestHandler):
         self.json(self.described(id, repo, self.revision(repo, rev)))
 
     def described(self, id, repo, commit):
-        siblings = []
-        for path, file in sorted(commit["files"].items()):
-            sibling = {"rfilename": path}
-            if "blobs" in self.query:
-                lfs = file["lfs"] and {**file["lfs"], "sha256": file["lfs"]["oid"]}
-                sibling |= {"size": file["size"], "blobId": file["oid"], **({"lfs": lfs} if lfs else {})}
-            siblings.append(sibling)
+        siblings = [{"rfilename": path} for path in sorted(commit["files"])]
+        for sibling in siblings if "blobs" in self.query else []:
+            file = commit["files"][sibling["rfilename"]]
+            lfs = file["lfs"] and {**file["lfs"], "sha256": file["lfs"]["oid"]}
+            sibling |= {"size": file["size"], "blobId": file["oid"], "lfs": lfs}
         card = commit["files"].get("README.md")
         data = front_matter(self.store.content(card).decode()) if card else {}
         return {
@@ -413,10 +407,12 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(content[first : last + 1], 206, **headers)
 
 
+def is_private(body, otherwise=False):
+    return body["visibility"] == "private" if "visibility" in body else body.get("private", otherwise)
+
+
 def entry(path, file):
-    return {"type": "file", "path": path, "size": file["size"], "oid": file["oid"]} | (
-        {"lfs": file["lfs"]} if file["lfs"] else {}
-    )
+    return {"type": "file", "path": path, **{key: value for key, value in file.items() if value is not None}}
 
 
 def front_matter(text):

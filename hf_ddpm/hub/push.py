@@ -156,7 +156,7 @@ class BackgroundPush:
         if self._process is None:
             self._launch(folder, message)
 
-    def finish(self, time_limit: float = 600) -> bool:
+    def finish(self, time_limit: float = 300) -> bool:
         """Waits for what goes on, and pushes what has come since or has failed.
 
         Args:
