@@ -171,7 +171,7 @@ class EvaluationConfig:
 
     eval_metrics: str = option("any of fd, kid, is, pr, nll, with commas, into results.json; none by default", "")
     eval_steps: int | None = option(
-        "also every so many steps, without nll; best/ then holds the model that is best by the first metric", None
+        "evaluate every so many steps, too; best/ then holds the model that is best by the first metric", None
     )
     eval_split: str = option("held-out split: the floor of distances, and the images of nll", "test")
     eval_floor: bool = option("whether to compare as many held-out images, too", True)
@@ -190,7 +190,14 @@ class EvaluationConfig:
         require(self, "eval_steps", self.eval_steps is None or says_best, "eval_metrics must begin with fd, kid or is")
 
 
-PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig, EvaluationConfig)
+@dataclass
+class HubConfig:
+    """What the model's card says that no file knows."""
+
+    license: str | None = option("license of the model, for its card, such as apache-2.0", None)
+
+
+PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig, EvaluationConfig, HubConfig)
 
 
 @dataclass
@@ -202,11 +209,14 @@ class Config:
     diffusion: DiffusionConfig
     training: TrainingConfig
     evaluation: EvaluationConfig
+    hub: HubConfig
 
     def __post_init__(self) -> None:
         """Checks what concerns more than one part."""
         if self.model.init_from is None:
             self._check_architecture()
+        streams = self.data.streaming and self.evaluation.eval_metrics
+        require(self.evaluation, "eval_metrics", not streams, "with streaming evaluate by scripts/evaluate.py")
         between, asked = self.training.checkpointing_steps, self.evaluation.eval_steps
         # A kill during an evaluation must not cost the steps before it.
         fits = (asked or 0) % between == 0
@@ -237,7 +247,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all options by name: what `--config` reads."""
-        parts = (self.data, self.model, self.diffusion, self.training, self.evaluation)
+        parts = (self.data, self.model, self.diffusion, self.training, self.evaluation, self.hub)
         return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
     def save(self, path: Path) -> None:

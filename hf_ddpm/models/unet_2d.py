@@ -1,8 +1,11 @@
 """The U-Net of the paper, drop-in for that of diffusers: same options, same keys, same initial weights."""
 
 import json
+import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -216,6 +219,14 @@ class UNet2DModel(ModelMixin, ConfigMixin):
         layers = (module for module in self.modules() if isinstance(module, Dropout))
         for number, layer in enumerate(layers):
             layer.draw = None if draw is None else partial(draw, number)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "UNet2DModel":
+        """Loads a network as diffusers does, and a pickle only where there are no safetensors under any name."""
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if kwargs.get("use_safetensors") is None and folder.is_dir():
+            kwargs["use_safetensors"] = any(folder.glob("*.safetensors*")) or not any(folder.glob("*.bin*"))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def to_json_string(self) -> str:
         """Serializes the configuration, without the local path that the weights were read from."""

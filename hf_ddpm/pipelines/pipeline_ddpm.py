@@ -292,7 +292,8 @@ def read_pipeline(model: str) -> DDPMPipeline:
     try:
         return DDPMPipeline.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model {model!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        why = error.__cause__ or error  # what the Hub has said, where diffusers speaks of its cache
+        raise ValueError(f"model {model!r} cannot be loaded: {' '.join(str(why).split())}") from error
 
 
 def _as_numpy(signed: Tensor) -> Any:

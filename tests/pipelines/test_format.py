@@ -139,6 +139,16 @@ def test_broken_safetensors_are_an_error_and_never_replaced_by_a_pickle(stock_fo
         DDPMPipeline.from_pretrained(stock_folder)
 
 
+def test_a_pickle_is_not_read_where_there_are_safetensors_of_another_name(stock_folder):
+    state = load_file(stock_folder / WEIGHTS)
+    torch.save(state, stock_folder / "unet" / "diffusion_pytorch_model.bin")
+    (stock_folder / WEIGHTS).rename(stock_folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):
+        DDPMPipeline.from_pretrained(stock_folder)
+    assert is_ours(DDPMPipeline.from_pretrained(stock_folder, variant="fp16"))
+    assert is_ours(DDPMPipeline.from_pretrained(stock_folder, use_safetensors=False))
+
+
 def test_from_pipe_goes_both_ways(tiny_pipeline, stock_folder):
     ours = DDPMPipeline.from_pipe(diffusers.DDPMPipeline.from_pretrained(stock_folder))
     assert type(ours.unet) is diffusers.UNet2DModel
