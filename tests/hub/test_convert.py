@@ -367,8 +367,12 @@ DAMAGES = {
         lambda s: s.update({"norm_out.weight": torch.zeros(31)}),
         r"norm_out.weight of shape \(31,\) does not fit conv_norm_out.weight of \(32,\)",
     ),
+    "dimensions": (
+        lambda s: s.update({"conv_in.weight": torch.zeros(32)}),
+        r"conv_in.weight of shape \(32,\) is not allowed: 4 dimensions",
+    ),
     "values": (lambda s: s["norm_out.bias"].fill_(float("nan")), "norm_out.bias holds values that are not finite"),
-    "kind": (lambda s: s.pop("conv_in.weight"), "the file holds no conv_in.weight: it is no ho2020 checkpoint"),
+    "kind": (lambda s: s.pop("conv_in.weight"), "the file holds no conv_in.weight: it is no checkpoint of that kind"),
     "text": (lambda s: s.update(epoch="3"), "is no checkpoint: 'epoch' is of type str, only tensors are allowed"),
     "nothing": (lambda s: s.clear(), "is no checkpoint: it holds no tensors by name"),
 }
@@ -382,11 +386,11 @@ def test_a_wrong_checkpoint_is_one_line(convert, ported_file, tmp_path, change, 
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_tensors_that_cannot_be_taken_apart_are_named(tmp_path):
-    state = ImprovedNetwork().state_dict()
-    state["middle_block.1.qkv.weight"] = torch.zeros(190, 64, 1)
+@pytest.mark.parametrize(("shape", "text"), [((190, 64, 1), r"\(190, 64, 1\)"), ((), r"\(\)")])
+def test_tensors_that_cannot_be_taken_apart_are_named(shape, text):
+    state = ImprovedNetwork().state_dict() | {"middle_block.1.qkv.weight": torch.zeros(shape)}
     conversion = improved_diffusion.plan(state, Hints(resolution=16, num_heads=1))
-    with pytest.raises(ValueError, match=r"middle_block.1.qkv.weight of shape \(190, 64, 1\) does not fit"):
+    with pytest.raises(ValueError, match=rf"middle_block.1.qkv.weight of shape {text} does not fit"):
         conversion.fill()
 
 
@@ -436,7 +440,7 @@ def test_code_in_a_checkpoint_is_not_run(convert, ported_file, stock_folder, tmp
 def test_a_dry_run_lists_both_sides_and_writes_nothing(convert, tensorflow_file, tmp_path, capsys):
     arrays = dict(np.load(tensorflow_file))
     del arrays["model/mid/attn_1/k/b/ExponentialMovingAverage"]
-    arrays["model/extra"] = np.zeros(3)
+    arrays["model/extra/W"] = np.zeros((3, 3))
     np.savez(tmp_path / "model.npz", **arrays)
     before = files(tmp_path)
     with pytest.raises(ValueError, match="the file lacks 1 of"):
@@ -446,7 +450,8 @@ def test_a_dry_run_lists_both_sides_and_writes_nothing(convert, tensorflow_file,
     assert "  block_out_channels: (32, 64)" in lines and "  variance_type: fixed_large" in lines
     gone = lines.index("1 of the network that the file lacks:")
     assert lines[gone + 1] == "  model/mid/attn_1/k/b/ExponentialMovingAverage -> mid_block.attentions.0.to_k.bias"
-    assert lines[lines.index("1 of the file of no known use:") + 1] == "  model/extra"
+    unknown = lines.index("2 of the file of no known use:")
+    assert lines[unknown + 1 : unknown + 3] == ["  model/extra/W", "  model/mid/attn_1/k/b"]  # one has lost its average
     aside = lines[[line.endswith("left aside:") for line in lines].index(True) :]
     assert {"  global_step", "  model/conv_in/W", "  model/conv_in/W/Adam_1"} <= set(aside)
     assert convert("ho2020", tensorflow_file, tmp_path / "out", "--dry_run", "true") == 0

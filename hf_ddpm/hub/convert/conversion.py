@@ -128,7 +128,7 @@ class Conversion:
         misfit = ValueError(f"{entry.theirs} of shape {tuple(stored.shape)} does not fit {entry.ours} of {shape}")
         try:
             value = entry.read(stored)
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             raise misfit from None
         if _without_kernel(value.shape) != _without_kernel(shape):
             raise misfit

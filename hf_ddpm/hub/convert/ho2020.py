@@ -21,7 +21,7 @@ from hf_ddpm.hub.convert.conversion import Conversion, Entry
 from hf_ddpm.hub.convert.hints import Hints
 from hf_ddpm.hub.convert.ho2020_reference import PyTorchLayers, TensorFlowLayers, forward
 from hf_ddpm.hub.convert.places import block_types, empty_unet, place_of
-from hf_ddpm.hub.convert.reading import as_tensors
+from hf_ddpm.hub.convert.reading import as_tensors, layer_shape
 from hf_ddpm.options import require
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
@@ -69,9 +69,9 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
     read = _outputs_first if is_tensorflow else _as_is
 
     def shape(part: str) -> tuple[int, ...]:
-        if name(part) not in tensors:
-            raise ValueError(f"the file holds no {name(part)}: it is no ho2020 checkpoint")
-        return tuple(read(tensors[name(part)]).shape)
+        """Returns outputs, inputs, height and width of a convolution."""
+        *sizes, ins, outs = found = layer_shape(tensors, name(part))
+        return (outs, ins, *sizes) if is_tensorflow else found
 
     options = _architecture(lambda part: name(part) in tensors, shape, hints, notes)
     unet = empty_unet(**options)
@@ -93,9 +93,12 @@ def _layout(tensors: Mapping[str, Tensor], hints: Hints) -> tuple[Callable[[str]
     is_averaged = any(found.endswith(AVERAGED) for found in tensors)
     require(hints, "weights", hints.weights != "ema" or is_averaged, "the file holds no averaged weights")
     suffix = AVERAGED if is_averaged and hints.weights != "raw" else ""
-    spare = r".*/(Adam(_1)?|RMSProp(_1)?)|(.*/)?(global_step|beta[12]_power)"
-    spare += r"|.*/(W|b|gamma|beta)" if suffix else rf"|.*{AVERAGED}"
-    aside = sorted(found for found in tensors if re.fullmatch(spare, found))
+
+    def is_aside(found: str) -> bool:
+        other = found + AVERAGED in tensors if suffix else found.endswith(AVERAGED)
+        return other or re.fullmatch(r".*/(Adam|RMSProp)(_1)?|global_step|beta[12]_power", found) is not None
+
+    aside = sorted(filter(is_aside, tensors))
     return partial(_tensorflow_name, scope, suffix), aside, [f"weights: {'averaged' if suffix else 'not averaged'}"]
 
 

@@ -19,7 +19,7 @@ from hf_ddpm.hub.convert.conversion import Conversion, Entry
 from hf_ddpm.hub.convert.hints import Hints
 from hf_ddpm.hub.convert.improved_diffusion_reference import Network
 from hf_ddpm.hub.convert.places import Place, block_types, empty_unet, place_of
-from hf_ddpm.hub.convert.reading import as_tensors
+from hf_ddpm.hub.convert.reading import as_tensors, layer_shape
 from hf_ddpm.options import require
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
@@ -124,15 +124,9 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
     return Conversion(pipe, tensors, entries, network.forward, notes=notes)
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    if name not in tensors:
-        raise ValueError(f"the file holds no {name}: it is no improved-diffusion checkpoint")
-    return tuple(tensors[name].shape)
-
-
 def _structure(tensors: Mapping[str, Tensor]) -> Structure:
     """Returns the structure that the names imply."""
-    _shape(tensors, "input_blocks.0.0.weight")
+    layer_shape(tensors, "input_blocks.0.0.weight")
     ups = _numbers(tensors, "output_blocks")
     if not ups:
         raise ValueError("the file holds no output_blocks: it is a classifier or no improved-diffusion checkpoint")
@@ -145,7 +139,7 @@ def _structure(tensors: Mapping[str, Tensor]) -> Structure:
     starts = range(1, len(ups), layers + 1)
     return Structure(
         layers,
-        tuple(_shape(tensors, f"input_blocks.{start}.0.out_layers.3.weight")[0] for start in starts),
+        tuple(layer_shape(tensors, f"input_blocks.{start}.0.out_layers.3.weight")[0] for start in starts),
         [f"input_blocks.{start}.1.qkv.weight" in tensors for start in starts],
     )
 
@@ -157,12 +151,12 @@ def _numbers(tensors: Mapping[str, Tensor], blocks: str) -> list[int]:
 
 def _architecture(tensors: Mapping[str, Tensor], structure: Structure, heads: Callable[[int], int]) -> dict[str, Any]:
     """Returns the options of the network, but for the image size."""
-    shape, widths = partial(_shape, tensors), structure.widths
-    if {shape("input_blocks.0.0.weight")[0], shape("time_embed.0.weight")[1]} != {widths[0]}:
+    shape, widths = partial(layer_shape, tensors), structure.widths
+    if {shape("input_blocks.0.0.weight")[0], shape("time_embed.0.weight", 2)[1]} != {widths[0]}:
         raise ValueError(
             "a first resolution with other channels than model_channels (channel_mult[0]) is not supported"
         )
-    if any(name.endswith("skip_connection.weight") and value.shape[-1] == 3 for name, value in tensors.items()):
+    if any(name.endswith("skip_connection.weight") and value.shape[2:] == (3, 3) for name, value in tensors.items()):
         raise ValueError("3x3 convolutions in the skip connections (use_conv=True) are not supported")
     channels = shape("input_blocks.0.0.weight")[1]
     if channels not in (1, 3, 4):
@@ -173,8 +167,7 @@ def _architecture(tensors: Mapping[str, Tensor], structure: Structure, heads: Ca
         if not all(structure.attends):
             raise ValueError("residual blocks that resample (resblock_updown) are supported with attention everywhere")
     sizes = {width // heads(width) for width in structure.attended}
-    is_scaled = shape("input_blocks.1.0.emb_layers.1.weight")[0] == 2 * widths[0]
-    classes = tensors.get("label_emb.weight")
+    is_scaled = shape("input_blocks.1.0.emb_layers.1.weight", 2)[0] == 2 * widths[0]
     return {
         "in_channels": channels,
         "out_channels": shape("out.2.weight")[0],
@@ -191,7 +184,7 @@ def _architecture(tensors: Mapping[str, Tensor], structure: Structure, heads: Ca
         "attn_norm_num_groups": 32,
         "norm_eps": 1e-5,
         "resnet_time_scale_shift": "scale_shift" if is_scaled else "default",
-        "num_class_embeds": None if classes is None else len(classes),
+        "num_class_embeds": shape("label_emb.weight", 2)[0] if "label_emb.weight" in tensors else None,
     }
 
 

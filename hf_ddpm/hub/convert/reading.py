@@ -49,6 +49,16 @@ def as_tensors(weights: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
+def layer_shape(tensors: Mapping[str, Tensor], name: str, dims: int = 4) -> tuple[int, ...]:
+    """Returns the shape of a layer's weights; raises a `ValueError` unless they are there, of so many dimensions."""
+    if name not in tensors:
+        raise ValueError(f"the file holds no {name}: it is no checkpoint of that kind")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != dims or 0 in shape:
+        raise ValueError(f"{name} of shape {shape} is not allowed: {dims} dimensions, none of them empty")
+    return shape
+
+
 def _load(path: Path) -> Any:
     try:
         if path.suffix == ".npz":
