@@ -1,6 +1,8 @@
 """Pushes beside a run: it neither waits for them nor fails with them, and what is pushed is whole."""
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -120,6 +122,12 @@ print(json.dumps([push.finish(time_limit=0.5), said]))
     # As a run that a signal ends: it closes what it has opened.
     assert run(ending + "push.close(); print(json.dumps([said, os.path.exists(f'/proc/{pid}')]))") == [[[], False]]
     assert not (folder / ".push").exists() and len(hub.repo()["commits"]) == 1
+    # As one that is killed: the push goes on, and what it leaves is gone with the next one.
+    os.kill(run(ending + "print(pid)")[0], signal.SIGKILL)
+    (folder / ".push" / "unet" / "old.safetensors").write_text("left behind")
+    hub.fault()
+    assert run("push.start(folder); print(json.dumps([push.finish(), said]))") == [[True, []]]
+    assert set(hub.files()) - {".gitattributes"} == set(PUSHED) and not (folder / ".push").exists()
 
 
 def test_nothing_to_push_is_no_failure(run):
