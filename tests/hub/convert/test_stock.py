@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import diffusers
 import pytest
 import torch
@@ -37,3 +39,14 @@ def test_stock_weights_that_are_missing_are_not_made_up(convert, stock_folder, t
     with pytest.raises(ValueError, match="the file holds 1 tensors of no known use: conv_in.scale"):
         convert("stock", stock_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.hub
+@pytest.mark.slow
+def test_a_repository_of_the_hub_is_converted_by_its_id(hub, stock_folder, tmp_path):
+    upload = "import sys, diffusers; diffusers.DDPMPipeline.from_pretrained(sys.argv[1]).push_to_hub('org/x')"
+    assert hub.run("-c", upload, stock_folder)[0] == 0
+    script = Path(__file__).parents[3] / "scripts" / "convert.py"
+    code, _, errors = hub.run(script, "--from", "stock", "--input", "org/x", "--output", tmp_path / "out")
+    assert code == 0, errors
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (stock_folder / WEIGHTS).read_bytes()
