@@ -180,8 +180,7 @@ class Card(Callback):
     def on_end(self, run: Run) -> None:
         """Writes it."""
         if run.accelerator.is_main_process:
-            hub = run.config.hub
-            write_card(self.folder, model_id=hub.hub_model_id, license=hub.license)
+            write_card(self.folder, model_id=run.config.hub.hub_model_id)
 
 
 class Push(Callback):
@@ -220,7 +219,7 @@ class Push(Callback):
         self.background.close()
 
     def _start(self, run: Run) -> None:
-        write_card(self.folder, model_id=self.model_id, license=run.config.hub.license)
+        write_card(self.folder, model_id=self.model_id)
         self.background.start(self.folder, f"Upload the model of step {run.step}")
 
 

@@ -3,13 +3,15 @@
     python scripts/push_to_hub.py --model runs/digits --hub_model_id org/ddpm-digits
     python scripts/push_to_hub.py --model runs/digits --hub_model_id org/ddpm-digits --private --space org/ddpm-demo
 
-What goes up is the pipeline, the card README.md, pictures, results, configuration and metrics; checkpoints and samples
-stay here. The same command goes on after a failure, and pushes what has changed.
+What goes up is the pipeline, the card README.md (made from the files beside it unless a person has written it),
+pictures, results, configuration and metrics; checkpoints and samples stay here. The same command goes on after a
+failure, and pushes what has changed.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import push_model, push_space
 from hf_ddpm.launch import run_script
 from hf_ddpm.options import option, parse_options, require
@@ -30,6 +32,7 @@ class PushConfig:
         },
     )
     revision_message: str = option("first line of the commit", "Upload the model")
+    license: str | None = option("license of the model, for its card; that of the run by default", None)
     space: str | None = option("a Space to create and fill with a demo of the model, namespace/name", None)
 
     def __post_init__(self) -> None:
@@ -44,8 +47,9 @@ class PushConfig:
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
     (config,) = parse_options(argv, PushConfig)
+    write_card(Path(config.model), model_id=config.hub_model_id, license=config.license)
     pushed = push_model(config.model, config.hub_model_id, config.private, config.revision_message)
-    print(f"{pushed.url} holds {config.model}" + ("" if pushed.has_card else "; it has no card: README.md is missing"))
+    print(f"{pushed.url} holds {config.model}")
     if config.space is not None:
         app = Path(__file__).parent / "space"
         print(f"{push_space(app, config.space, config.hub_model_id, config.private).url} shows it")
