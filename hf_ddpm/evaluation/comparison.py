@@ -45,6 +45,7 @@ def compare(
         "reference_fingerprint": fingerprint(reference, range(len(reference))),
         "held_out_split": None if held_out is None else request.split,
         "held_out_fingerprint": None if held_out is None else fingerprint(held_out, drawn),
+        "reference_skipped": getattr(reference, "skipped", 0),
     }
     total = count + len(reference) + len(drawn)
     with tqdm(total=-(-total // processes.world), desc="Features", unit="image", disable=processes.rank > 0) as bar:
