@@ -7,8 +7,12 @@ the squared 2-Wasserstein distance between the Gaussians with these means and co
 images, about as 1/n: only distances from equally many images are comparable.
 """
 
-from collections.abc import Callable
+import math
+import operator
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -124,6 +128,33 @@ def frechet_distance(moments: Moments, reference: Moments) -> float:
         if not 2 <= count <= MOST_IMAGES:
             raise ValueError(f"moments of {count} images are not allowed: 2 to {MOST_IMAGES}")
     return gaussian_distance(moments.mean, moments.covariance, reference.mean, reference.covariance)
+
+
+def standard_error(parts: Sequence[Moments], reference: Moments) -> float:
+    r"""Returns the standard error of the Frechet distance of a set, by the jackknife.
+
+    .. math:: \sqrt{\frac{g - 1}{g} \sum_j (d^2_{-j} - \bar{d^2_{-\cdot}})^2}
+
+    where :math:`d^2_{-j}` is the distance of the set without its part `j`. It says how much the distance would differ
+    for other images of the same kind, not how much it would fall if there were more of them.
+
+    Args:
+        parts: Moments of the `g` parts, of about equally many images each, at least 2.
+        reference: Moments of the other set, which counts as known.
+
+    Returns:
+        The standard error.
+
+    Raises:
+        ValueError: As in `frechet_distance`, or if there is one part alone.
+    """
+    if len(parts) < 2:
+        raise ValueError(f"{len(parts)} parts are not allowed: at least 2")
+    without = [
+        frechet_distance(reduce(operator.add, [part for i, part in enumerate(parts) if i != left_out]), reference)
+        for left_out in range(len(parts))
+    ]
+    return math.sqrt((len(parts) - 1) * statistics.pvariance(without))
 
 
 def gaussian_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:

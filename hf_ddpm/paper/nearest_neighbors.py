@@ -46,21 +46,22 @@ def nearest_neighbors(study: Study, options: NearestConfig) -> None:
     """
     evaluator = study.evaluator("fd", options.num_images)
     yardstick = Yardstick(evaluator)
-    training, held_out = evaluator.reference, evaluator.held_out
-    assert training is not None and held_out is not None
-    drawn = choose(len(held_out), yardstick.count, METRIC_SEED)
+    training, held_out, numbers = evaluator.reference, evaluator.held_out, range(yardstick.count)
+    assert training is not None
     samples = study.samples(yardstick.count, Sampling(study.subject.seed, len(study.pipe.scheduler)))
-    numbers = range(yardstick.count)
+    real = [as_points(training, range(len(training)))]
+    if held_out is not None:
+        real.append(as_points(held_out, choose(len(held_out), yardstick.count, METRIC_SEED)))
     spaces = {
-        "pixels": [
-            as_points(*what) for what in ((samples, numbers), (training, range(len(training))), (held_out, drawn))
-        ],
-        "features": [yardstick.features(samples), *yardstick.known],
+        "pixels": (as_points(samples, numbers), *real),
+        "features": (yardstick.features(samples), *yardstick.known),
     }
     found = {}
-    for name, (of_samples, of_training, of_held_out) in spaces.items():
+    for name, (of_samples, of_training, *of_held_out) in spaces.items():
         study.draw(f"nearest-neighbors_{name}.png", nearest_picture(samples, of_samples, training, of_training))
-        found[name] = {"samples": median(of_samples, of_training), "held_out": median(of_held_out, of_training)}
+        found[name] = {"samples": median(of_samples, of_training)}
+        if of_held_out:
+            found[name]["held_out"] = median(of_held_out[0], of_training)
     copies = copied_fraction(samples, numbers, training, study.levels)
     figures = {"median_distances": found, "exact_copies": copies, "num_images": yardstick.count}
     text = report(figures, yardstick.made_by)
@@ -94,8 +95,9 @@ def report(figures: dict[str, Any], made_by: dict[str, Any]) -> str:
             "the left of each row, with the three nearest of these.",
             "![Nearest by pixels](nearest-neighbors_pixels.png)",
             f"![Nearest by features](nearest-neighbors_features.png) (features: {made_by['extractor']['name']})",
-            table(["distance by", "samples", "held-out images"], rows),
-            f"Median distances to the nearest training image, of the samples and of {count} held-out images. A sample "
-            f"that equals a training image in every pixel: {100 * figures['exact_copies']:.3g}%.",
+            table(["distance by", "samples", "held-out images"][: len(rows[0])], rows),
+            "Median distances to the nearest training image"
+            + (f"; for comparison, of {count} held-out images. " if len(rows[0]) > 2 else ". ")
+            + f"Samples that equal a training image in every pixel: {100 * figures['exact_copies']:.3g}%.",
         ]
     )

@@ -12,7 +12,7 @@ from hf_ddpm.images import to_bytes
 from hf_ddpm.options import option, require, require_at_least
 from hf_ddpm.paper.pictures import Pictures, rmse, sheet
 from hf_ddpm.paper.study import Study, table
-from hf_ddpm.paper.yardstick import Yardstick
+from hf_ddpm.paper.yardstick import Yardstick, what_was_compared
 from hf_ddpm.seeds import SAMPLES, generator
 
 
@@ -78,10 +78,9 @@ def estimates(study: Study, count: int, moments: int) -> tuple[list[int], list[T
 def report_distances(study: Study, total: int, moments: list[dict[str, Any]]) -> None:
     """Draws the distances against the steps that have been taken (Fig. 10)."""
     steps = [total + 1 - moment["t"] for moment in moments]
-    curves = {
-        "estimate": (steps, [moment["value"] for moment in moments]),
-        "held-out images": (steps, [moment["floor"] for moment in moments]),
-    }
+    curves = {"estimate": (steps, [moment["value"] for moment in moments])}
+    if "floor" in moments[0]:
+        curves["held-out images"] = (steps, [moment["floor"] for moment in moments])
     labels = {"x_label": "reverse steps taken", "y_label": "Frechet distance"}
     study.plot("progressive_distance.png", curves, **labels, log_y=True, markers=True)
 
@@ -98,11 +97,8 @@ def text(moments: Sequence[dict[str, Any]], animation: str, made_by: dict[str, A
         table(head, cells),
     ]
     if made_by:
-        last, data = moments[-1], made_by["dataset"]
         words += [
-            f"Distances of {last['num_images']} images to the {last['reference_images']} of {data['name']} "
-            f"({data['reference_split']}), features: {made_by['extractor']['name']}; as many held-out images score "
-            f"{last['floor']:.4g}.",
+            what_was_compared(moments[-1], made_by),
             "![Distance against the steps taken (Fig. 10)](progressive_distance.png)",
         ]
     return "\n\n".join(words)

@@ -15,13 +15,12 @@ import torch
 from hf_ddpm.diffusion.gaussian import LEARNED, output_channels
 from hf_ddpm.options import option, require, require_at_least
 from hf_ddpm.paper.study import Study, table
-from hf_ddpm.paper.yardstick import Yardstick
+from hf_ddpm.paper.yardstick import Yardstick, what_was_compared
 from hf_ddpm.sampling import SCHEDULERS, Sampling
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
 # How much farther than in all steps still counts as being there.
 TOLERANCE = 1.1
-
 
 OTHERS = [name for name in SCHEDULERS if name != "ddpm"]
 
@@ -132,8 +131,8 @@ def report(study: Study, options: StepsConfig, rows: list[dict[str, Any]], made_
     for row in rows:
         near = [point["steps"] for point in row["points"] if point.get("value", math.inf) <= TOLERANCE * full["value"]]
         row["fewest"] = min(near, default=None)
-    in_all_steps = {"sampler": rows[0]["sampler"], "steps": full["steps"], "value": full["value"]}
-    figures = {"floor": full["floor"], "in_all_steps": in_all_steps, "rows": rows}
+    in_all_steps = {"sampler": rows[0]["sampler"], **full}
+    figures = {"in_all_steps": in_all_steps, "rows": rows}
     study.write("steps", "Distance against the number of steps", text(rows, made_by), figures, asdict(options), made_by)
 
     measured = {row["sampler"]: [point for point in row["points"] if "value" in point] for row in rows}
@@ -141,8 +140,8 @@ def report(study: Study, options: StepsConfig, rows: list[dict[str, Any]], made_
         name: ([point["steps"] for point in points], [point["value"] for point in points])
         for name, points in measured.items()
     }
-    ends = [rows[0]["points"][0]["steps"], full["steps"]]
-    curves["held-out images"] = (ends, [full["floor"]] * 2)
+    if "floor" in full:
+        curves["held-out images"] = ([rows[0]["points"][0]["steps"], full["steps"]], [full["floor"]] * 2)
     logarithmic = {"log_x": True, "log_y": True, "markers": True}
     study.plot("steps.png", curves, x_label="steps", y_label="Frechet distance", **logarithmic)
 
@@ -153,21 +152,36 @@ def text(rows: list[dict[str, Any]], made_by: dict[str, Any]) -> str:
     cells, notes = [], []
     for row in rows:
         points = {point["steps"]: point for point in row["points"]}
-        shown = [points[number].get("value", "-") if number in points else "" for number in columns]
+        shown = [with_error(points[number]) if number in points else "" for number in columns]
         cells.append([row["sampler"], *shown, row["fewest"] or "-"])
         notes += [f"- {row['sampler']}, {n} steps: {p['failed']}" for n, p in points.items() if "failed" in p]
         more = max(point.get("evaluations", 0) - number for number, point in points.items())
         notes += [f"- {row['sampler']} evaluates the network {more} times more than it takes steps"] if more > 0 else []
-    full, data = rows[0]["points"][-1], made_by["dataset"]
+    full = rows[0]["points"][-1]
     best = min((row for row in rows if row["fewest"]), key=lambda row: row["fewest"])
     return "\n\n".join(
         [
             table(["sampler", *columns, "within 10%"], cells),
-            f"Frechet distance of {full['num_images']} images to the {full['reference_images']} of {data['name']} "
-            f"({data['reference_split']}), features: {made_by['extractor']['name']}. As many held-out images score "
-            f"{full['floor']:.4g}. The last column is the fewest steps within 10% of the {full['value']:.4g} of "
-            f"{rows[0]['sampler']} in all {full['steps']} steps: {best['sampler']} needs {best['fewest']}.",
+            f"{what_was_compared(full, made_by)} The last column is the fewest steps within 10% of the "
+            f"{full['value']:.4g} of {rows[0]['sampler']} in all {full['steps']} steps: {best['sampler']} needs "
+            f"{best['fewest']}. {caution(full)}",
             *(["\n".join(notes)] if notes else []),
             "![Distance against the number of steps](steps.png)",
         ]
     )
+
+
+def with_error(point: dict[str, Any]) -> str:
+    """Returns a distance and its standard error as text."""
+    if "value" not in point:
+        return "-"
+    error = f" ± {point['standard_error']:.2g}" if "standard_error" in point else ""
+    return f"{point['value']:.4g}{error}"
+
+
+def caution(full: dict[str, Any]) -> str:
+    """Returns what the errors mean for the comparison."""
+    error = full.get("standard_error", math.inf)
+    if error > (TOLERANCE - 1) * full["value"]:
+        return "With so few images 10% is less than a standard error (after ±): differences may be chance."
+    return "After ± are standard errors."

@@ -38,6 +38,7 @@ class Subject:
     image_column: str | None = option("column of the images; guessed by default", None)
     split: str = option("held-out split", "test")
     reference_split: str = option("split that generated images are compared with", "train")
+    floor: bool = option("whether to compare as many held-out images, too", True)
     levels: int | None = option("evenly spaced values that a pixel takes; 17 for digits, else 256 by default", None)
     extractor: str | None = option("as in evaluate.py; digits for the digits, else inception by default", None)
     extractor_weights: str | None = option("file of the weights of inception; downloaded by default", None)
@@ -79,7 +80,16 @@ class Study:
         subject = self.subject
         if subject.dataset is None:
             raise ValueError(f"dataset is missing: there is no config.yaml of a run in model={subject.model!r}")
-        shared = ("model", "image_column", "split", "reference_split", "levels", "extractor", "extractor_weights")
+        shared = (
+            "model",
+            "image_column",
+            "split",
+            "reference_split",
+            "floor",
+            "levels",
+            "extractor",
+            "extractor_weights",
+        )
         options = {name: getattr(subject, name) for name in (*shared, "batch_size")}
         return EvaluateConfig(subject.dataset, metrics=metrics, num_images=num_images, **options)
 

@@ -8,7 +8,11 @@ from hf_ddpm.evaluation.collect import Images, Processes, extract
 from hf_ddpm.evaluation.comparison import real_features
 from hf_ddpm.evaluation.evaluate import Evaluator
 from hf_ddpm.evaluation.features import Extracted
+from hf_ddpm.evaluation.frechet import Moments, standard_error
 from hf_ddpm.evaluation.report import Sets, figures
+
+# Of the jackknife.
+PARTS = 10
 
 
 class Yardstick:
@@ -19,7 +23,7 @@ class Yardstick:
 
     Attributes:
         count: Number of images.
-        known: Features of the reference and of `count` held-out images.
+        known: Features of the reference and, if there is to be a floor, of `count` held-out images.
         made_by: Which data and which extractor it is made of.
 
     Raises:
@@ -31,18 +35,39 @@ class Yardstick:
         self.count = evaluator.count()
         self.extractor = evaluator.extractor
         self._processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.gather)
-        assert evaluator.reference is not None
+        request, reference = evaluator.request, evaluator.reference
+        assert reference is not None
+        held_out = evaluator.held_out if request.floor else None
         self.known, self.made_by = real_features(
-            evaluator.request, self.extractor, evaluator.reference, evaluator.held_out, self.count, self._processes
+            request, self.extractor, reference, held_out, self.count, self._processes
         )
+        self._reference = Moments.of(self.known[0])
 
     def features(self, images: Images) -> Tensor:
         """Returns the features of the first `count` images."""
         return self._extract(images).features
 
     def __call__(self, images: Images) -> dict[str, Any]:
-        """Returns the Frechet distance of the first `count` images as `value`, and of held-out images as `floor`."""
-        return figures("fd", Sets(self._extract(images), *self.known))
+        """Returns the Frechet distance of the first `count` images as `value`, with numbers of images.
+
+        `floor` is what as many held-out images score, and `standard_error`, from 3 images on, that of the value.
+        """
+        generated = self._extract(images)
+        figure = figures("fd", Sets(generated, *self.known))
+        if self.count > 2:
+            parts = [Moments.of(generated.features[first::PARTS]) for first in range(min(PARTS, self.count))]
+            figure["standard_error"] = standard_error(parts, self._reference)
+        return figure
 
     def _extract(self, images: Images) -> Extracted:
         return extract(self.extractor, images, range(self.count), self._processes)
+
+
+def what_was_compared(figure: dict[str, Any], made_by: dict[str, Any]) -> str:
+    """Returns what a figure of a yardstick is of, in a sentence or two."""
+    data, extractor = made_by["dataset"], made_by["extractor"]
+    floor = f" As many held-out images score {figure['floor']:.4g}." if "floor" in figure else ""
+    return (
+        f"Frechet distance of {figure['num_images']} images to the {figure['reference_images']} of {data['name']} "
+        f"({data['reference_split']}), features: {extractor['name']}.{floor}"
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from hf_ddpm.evaluation.frechet import Moments, frechet_distance, gaussian_distance
+from hf_ddpm.evaluation.frechet import Moments, frechet_distance, gaussian_distance, standard_error
 
 
 def features(count, width=6, seed=0, scale=1.0, shift=0.0):
@@ -168,3 +168,24 @@ def test_unusable_features_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             act()
+
+
+def test_the_standard_error_is_the_spread_over_sets_of_the_same_kind():
+    reference = Moments.of(features(5000, seed=999))
+    distances, errors = [], []
+    for seed in range(150):
+        rows = features(200, seed=seed, shift=0.5, scale=1.3)
+        distances.append(frechet_distance(Moments.of(rows), reference))
+        errors.append(standard_error([Moments.of(rows[part::10]) for part in range(10)], reference))
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(distances), rel=0.2)
+
+
+def test_the_standard_error_leaves_out_one_part_after_the_other():
+    rows, reference = features(30, seed=1), Moments.of(features(50, seed=2))
+    parts = [rows[:10], rows[10:20], rows[20:]]
+    without = [torch.cat([rows[10:]]), torch.cat([rows[:10], rows[20:]]), rows[:20]]
+    distances = np.array([frechet_distance(Moments.of(rest), reference) for rest in without])
+    expected = math.sqrt(2 / 3 * ((distances - distances.mean()) ** 2).sum())
+    assert standard_error([Moments.of(part) for part in parts], reference) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="1 parts are not allowed: at least 2"):
+        standard_error([Moments.of(rows)], reference)

@@ -19,6 +19,7 @@ from hf_ddpm.paper.progressive import ProgressiveConfig, progressive
 from hf_ddpm.paper.rate_distortion import RateDistortionConfig, falls, rate_distortion
 from hf_ddpm.paper.schedules import SchedulesConfig, schedules, with_schedule
 from hf_ddpm.paper.shared_latent import SharedLatentConfig, shared_latent
+from hf_ddpm.paper.steps import StepsConfig, steps
 from hf_ddpm.sampling import Sampling
 from tests.conftest import load_script
 from tests.paper.conftest import T
@@ -137,6 +138,18 @@ def test_neighbors_are_those_of_the_training_images(study):
     for name in ("pixels", "features"):
         assert figures["median_distances"][name]["held_out"] < figures["median_distances"][name]["samples"]
         Image.open(study.folder / f"nearest-neighbors_{name}.png").verify()
+
+
+def test_data_without_held_out_images_will_do(study):
+    study.subject.split, study.subject.floor = "none", False
+    nearest_neighbors(study, NearestConfig(num_images=6))
+    assert list(written(study, "nearest-neighbors")["median_distances"]["pixels"]) == ["samples"]
+    progressive(study, ProgressiveConfig(shown=1, columns=2, frames=2, num_images=901))  # more than any split holds
+    moment = written(study, "progressive")["moments"][-1]
+    assert moment["num_images"] == 901 and "floor" not in moment
+    steps(study, StepsConfig(steps=[2], samplers=[], num_images=5))
+    assert "floor" not in written(study, "steps")["in_all_steps"]
+    assert "held-out" not in "".join((study.folder / f"{name}.md").read_text() for name in ("steps", "progressive"))
 
 
 def test_large_images_are_compared_small():

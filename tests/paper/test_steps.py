@@ -6,7 +6,7 @@ from PIL import Image
 
 import hf_ddpm.sampling
 from hf_ddpm import DDPMScheduler
-from hf_ddpm.paper.steps import StepsConfig, Walk, rehearse, steps, walks
+from hf_ddpm.paper.steps import StepsConfig, Walk, caution, rehearse, steps, walks, with_error
 from hf_ddpm.sampling import Sampling
 from tests.paper.conftest import T
 
@@ -28,7 +28,7 @@ def test_distances_are_those_of_an_evaluation(study, tmp_path):
         sampling = Sampling(num_inference_steps=5, scheduler=sampler)
         (found,) = study.evaluator("fd", 40).evaluate(tmp_path / "results.json", sampling, study.pipe)
         assert rows[name][5]["value"] == pytest.approx(found["fd"]["value"], rel=1e-6)
-        assert figures["floor"] == pytest.approx(found["fd"]["floor"], rel=1e-6)
+        assert rows[name][5]["floor"] == pytest.approx(found["fd"]["floor"], rel=1e-6)
         assert rows[name][5]["num_images"] == 40 and rows[name][5]["evaluations"] == 5
     study.pipe.scheduler = DDPMScheduler.from_config(study.pipe.scheduler.config, variance_type="fixed_small")
     small = Sampling(num_inference_steps=T)
@@ -40,7 +40,7 @@ def test_the_fewest_steps_are_within_a_tenth_of_all(study):
     steps(study, OPTIONS)
     figures = written(study)
     full = figures["rows"][0]["points"][-1]["value"]
-    assert figures["in_all_steps"] == {"sampler": "ddpm, fixed_large", "steps": T, "value": full}
+    assert figures["in_all_steps"] == {"sampler": "ddpm, fixed_large", **figures["rows"][0]["points"][-1]}
     for row in figures["rows"]:
         enough = [point["steps"] for point in row["points"] if "value" in point and point["value"] <= 1.1 * full]
         assert row["fewest"] == (min(enough) if enough else None)
@@ -55,7 +55,10 @@ def test_all_that_a_figure_needs_is_written(study):
     assert made["seed"] == 0 and made["options"]["num_images"] == 40 and made["versions"]["torch"]
     assert len(figures["model"]["checksum"]) == 64 and made["dataset"]["held_out_split"] == "test"
     assert "| sampler | 2 | 5 | 20 | within 10% |" in text and "![" in text
-    assert "40 images to the 898 of digits (train)" in text and f"score {figures['floor']:.4g}" in text
+    assert "40 images to the 898 of digits (train)" in text and "As many held-out images score" in text
+    full = figures["rows"][0]["points"][-1]
+    assert f"score {full['floor']:.4g}" in text
+    assert f"{full['value']:.4g} ± {full['standard_error']:.2g}" in text
     Image.open(study.folder / "steps.png").verify()
 
 
@@ -97,6 +100,13 @@ def test_a_learned_variance_is_the_only_one_of_its_model():
     assert [walk.name for walk in walks(scheduler, ["ddim"])] == ["ddpm, learned_range", "ddim"]
     assert rehearse(walks(scheduler, [])[0], 7) == (7, None)
     assert [walk.name for walk in walks(DDPMScheduler(), [])] == ["ddpm, fixed_small", "ddpm, fixed_large"]
+
+
+def test_few_images_are_a_reason_for_caution():
+    assert caution({"value": 5.0, "standard_error": 0.6}).startswith("With so few images 10% is less than")
+    assert caution({"value": 5.0, "standard_error": 0.4}) == "After ± are standard errors."
+    assert caution({"value": 5.0}).startswith("With so few images")
+    assert with_error({"value": 5.0}) == "5" and with_error({"failed": "x"}) == "-"
 
 
 def test_evaluations_are_counted():
