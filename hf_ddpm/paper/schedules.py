@@ -80,15 +80,13 @@ def schedules(study: Study, options: SchedulesConfig) -> None:
         curves[name] = {**bound, "mean_loss": losses.mean().item(), "losses": losses.tolist(), "signal": bars.tolist()}
 
     steps = list(range(1, len(own) + 1))
-    for kind, label, log in (
-        ("terms_bpd", "bits a dimension", True),
-        ("losses", LOSS, True),
-        ("signal", SIGNAL, False),
-    ):
+    for kind, label in (("terms_bpd", "bits a dimension"), ("losses", LOSS), ("signal", SIGNAL)):
         pictured = {name: (steps, found[kind]) for name, found in curves.items()}
-        study.plot(f"schedules_{kind.removesuffix('_bpd')}.png", pictured, x_label="t", y_label=label, log_y=log)
-    title, own_name = "Schedules (loss and bits by timestep)", own.config.beta_schedule
-    study.write("schedules", title, text(curves, own_name, made_by), {"schedules": curves}, asdict(options), made_by)
+        file = f"schedules_{kind.removesuffix('_bpd')}.png"
+        study.plot(file, pictured, x_label="t", y_label=label, log_y=kind != "signal")
+    own_name = own.config.beta_schedule if own.config.trained_betas is None else "a schedule of its own"
+    words, title = text(curves, own_name, made_by), "Schedules (loss and bits by timestep)"
+    study.write("schedules", title, words, {"schedules": curves}, asdict(options), made_by)
 
 
 def text(curves: dict[str, dict[str, Any]], own: str, made_by: dict[str, Any]) -> str:

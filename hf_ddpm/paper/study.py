@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from hf_ddpm.files import written_whole
 from hf_ddpm.images import grid, save_picture, to_bytes, to_pil
 from hf_ddpm.options import option, require, require_at_least
 from hf_ddpm.pipelines.checksum import model_checksum
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.plots import Curve, save_curves
 from hf_ddpm.sampling import Sampling, fill_folder
 
@@ -39,6 +39,7 @@ class Subject:
     split: str = option("held-out split", "test")
     reference_split: str = option("split that generated images are compared with", "train")
     floor: bool = option("whether to compare as many held-out images, too", True)
+    skip_bad_images: bool = option("whether to leave out real images that cannot be used", False)
     levels: int | None = option("evenly spaced values that a pixel takes; 17 for digits, else 256 by default", None)
     extractor: str | None = option("as in evaluate.py; digits for the digits, else inception by default", None)
     extractor_weights: str | None = option("file of the weights of inception; downloaded by default", None)
@@ -80,18 +81,8 @@ class Study:
         subject = self.subject
         if subject.dataset is None:
             raise ValueError(f"dataset is missing: there is no config.yaml of a run in model={subject.model!r}")
-        shared = (
-            "model",
-            "image_column",
-            "split",
-            "reference_split",
-            "floor",
-            "levels",
-            "extractor",
-            "extractor_weights",
-        )
-        options = {name: getattr(subject, name) for name in (*shared, "batch_size")}
-        return EvaluateConfig(subject.dataset, metrics=metrics, num_images=num_images, **options)
+        options = {name: value for name, value in asdict(subject).items() if name not in ("output", "seed")}
+        return EvaluateConfig(metrics=metrics, num_images=num_images, **options)
 
     @property
     def levels(self) -> int:
@@ -115,15 +106,15 @@ class Study:
                 resolution=self.pipe.image_shape[1:],
                 channels=self.pipe.image_shape[0],
                 levels=self.levels,
+                skip_bad_images=request.skip_bad_images,
                 device=self.accelerator.device,
             )
 
-    def samples(self, count: int, sampling: Sampling, pipe: DDPMPipeline | None = None) -> SampleFolder:
-        """Returns generated images, of this model or one like it; a folder below `samples/` keeps them."""
-        pipe = pipe or self.pipe
+    def samples(self, count: int, sampling: Sampling) -> SampleFolder:
+        """Returns generated images; a folder below `samples/` keeps them."""
         return fill_folder(
-            pipe,
-            self.folder / "samples" / sampling.folder_name(pipe, self.accelerator.device),
+            self.pipe,
+            self.folder / "samples" / sampling.folder_name(self.pipe, self.accelerator.device),
             count,
             sampling,
             model=self.subject.model,
