@@ -1,4 +1,4 @@
-"""What happens beside the training: samples, exports, evaluations. Only this module knows the loop and all of them."""
+"""What happens beside the training: samples, exports, evaluations, cards. Only this module knows all of them."""
 
 import json
 import shutil
@@ -14,6 +14,7 @@ from hf_ddpm.config import Config
 from hf_ddpm.evaluation.evaluate import Evaluator, Figures
 from hf_ddpm.evaluation.report import scalars, summary
 from hf_ddpm.evaluation.request import EvaluateConfig
+from hf_ddpm.hub.card import write_card
 from hf_ddpm.images import grid, save_picture, to_pil
 from hf_ddpm.sampling import Sampling, sample_images
 from hf_ddpm.training.loop import Callback, Run
@@ -150,6 +151,18 @@ class Evaluations(Callback):
             target = self.folder / "best" / file.relative_to(work / "model")
             target.parent.mkdir(parents=True, exist_ok=True)
             file.replace(target)
+
+
+class Card(Callback):
+    """Writes the model card: what the run, its figures and its pictures say."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_end(self, run: Run) -> None:
+        """Writes it."""
+        if run.accelerator.is_main_process:
+            write_card(self.folder, license=run.config.hub.license)
 
 
 def _request(config: Config) -> EvaluateConfig:

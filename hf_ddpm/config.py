@@ -190,7 +190,14 @@ class EvaluationConfig:
         require(self, "eval_steps", self.eval_steps is None or says_best, "eval_metrics must begin with fd, kid or is")
 
 
-PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig, EvaluationConfig)
+@dataclass
+class HubConfig:
+    """What the model's card says that no file knows."""
+
+    license: str | None = option("license of the model, for its card, such as apache-2.0", None)
+
+
+PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig, EvaluationConfig, HubConfig)
 
 
 @dataclass
@@ -202,6 +209,7 @@ class Config:
     diffusion: DiffusionConfig
     training: TrainingConfig
     evaluation: EvaluationConfig
+    hub: HubConfig
 
     def __post_init__(self) -> None:
         """Checks what concerns more than one part."""
@@ -237,7 +245,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all options by name: what `--config` reads."""
-        parts = (self.data, self.model, self.diffusion, self.training, self.evaluation)
+        parts = (self.data, self.model, self.diffusion, self.training, self.evaluation, self.hub)
         return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
     def save(self, path: Path) -> None:

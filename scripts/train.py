@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from hf_ddpm.callbacks import Evaluations, Export, SampleGrid
+from hf_ddpm.callbacks import Card, Evaluations, Export, SampleGrid
 from hf_ddpm.config import Config, parse_config
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.opening import open_images
@@ -78,6 +78,7 @@ def main(argv: list[str]) -> int:
         ]
         if config.evaluation.eval_metrics:
             callbacks.append(Evaluations(config, accelerator, tell=tqdm.write))
+        callbacks.append(Card(folder))
         try:
             with status_file(folder / "status.json", run), closing(images):
                 train(run, images, callbacks)

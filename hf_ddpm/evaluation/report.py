@@ -21,6 +21,7 @@ from hf_ddpm.evaluation.inception_score import inception_score
 from hf_ddpm.evaluation.kernel import kernel_distance, squared_mmd
 from hf_ddpm.evaluation.precision_recall import precision_recall
 from hf_ddpm.files import written_whole
+from hf_ddpm.launch import hardware
 
 # Blocks of the kernel distance, as is usual; from fewer images than two of them it is taken over all pairs.
 KERNEL_BLOCK = 1000
@@ -95,7 +96,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "revision": revision(Path(hf_ddpm.__file__)),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "device": hardware(device),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

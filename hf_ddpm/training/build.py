@@ -68,12 +68,10 @@ def build_process(config: Config, checkpoint: Path | None = None) -> tuple[DDPMS
         source = load_pipeline(config.model.init_from, "cpu") if checkpoint is None else stored_pipeline(checkpoint)
         _check_source(source, config)
         scheduler = DDPMScheduler.from_config(source.scheduler.config)
-    training, evaluation = config.training, config.evaluation
-    for part, name in (
-        (training, "num_inference_steps"),
-        (evaluation, "eval_inference_steps"),
-        (evaluation, "eval_steps_per_image"),
-    ):
+    options = [(config.training, "num_inference_steps")]
+    if config.evaluation.eval_metrics:
+        options += [(config.evaluation, "eval_inference_steps"), (config.evaluation, "eval_steps_per_image")]
+    for part, name in options:
         fits = (getattr(part, name) or 1) <= len(scheduler)
         require(part, name, fits, f"at most the {len(scheduler)} of the process")
     _objective(config, scheduler)

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_ddpm.config import EvaluationConfig
+from hf_ddpm.config import EvaluationConfig, HubConfig
 from hf_ddpm.files import written_whole
+from hf_ddpm.launch import hardware
 from hf_ddpm.training.loop import Callback, Run
 
 # Options that may differ between the sessions of a run: they change what is kept and shown, how a global batch is
@@ -31,7 +32,7 @@ FREE_OPTIONS = {
     "output_dir", "max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints", "resume",
     "train_batch_size", "gradient_accumulation_steps", "sample_at_checkpoints", "num_samples", "num_inference_steps",
     "tf32", "gradient_checkpointing", "compile", "tracker", "world_size", "dry_run",
-    *(field.name for field in fields(EvaluationConfig)),
+    *(field.name for part in (EvaluationConfig, HubConfig) for field in fields(part)),
 }  # fmt: skip
 
 
@@ -188,12 +189,17 @@ def find_damage(path: Path) -> str | None:
 
 @contextmanager
 def status_file(path: Path, run: Run) -> Iterator[None]:
-    """Keeps `status.json` true: running, then finished, preempted or failed (with the error), and at which step."""
+    """Keeps `status.json` true: running, then finished, preempted or failed (with the error), at which step."""
+    accelerator = run.accelerator
+    facts = {
+        "images": run.images,
+        "hardware": f"{accelerator.num_processes} x {hardware(accelerator.device)}",
+    }
 
     def write(status: str, **more: Any) -> None:
         if run.accelerator.is_main_process:
             with written_whole(path) as partial:
-                partial.write_text(json.dumps({"status": status, "step": run.step, **more}) + "\n")
+                partial.write_text(json.dumps({"status": status, "step": run.step, **facts, **more}) + "\n")
 
     write("running")
     try:

@@ -24,7 +24,7 @@ def test_training_leaves_all_that_it_promises(trained):
     names = {path.name for path in trained.iterdir()} - {".lock"}
     assert names == {
         "checkpoints", "config.yaml", "metrics.jsonl", "model_index.json", "samples.png", "scheduler", "status.json",
-        "unet",
+        "unet", "README.md", "loss.png",
     }  # fmt: skip
     assert type(DDPMPipeline.from_pretrained(trained).unet) is UNet2DModel
     assert type(diffusers.DDPMPipeline.from_pretrained(trained).unet) is diffusers.UNet2DModel
@@ -167,7 +167,7 @@ def test_every_variant_trains_samples_and_evaluates_by_flag(run_training, sample
 
 def test_samples_can_be_drawn_at_checkpoints(run_training, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("PIL.Image.Image.save", lambda self, path, format: (drawn.append(path), path.touch()))
+    monkeypatch.setattr("hf_ddpm.callbacks.save_picture", lambda picture, path: drawn.append(path))
     run_training(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "2", "--sample_at_checkpoints", "true")
     assert len(drawn) == 2  # at step 2 and at the end
 

@@ -1,0 +1,168 @@
+"""Model cards: what the files in a model's folder say, and nothing else."""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from hf_ddpm.files import written_whole
+from hf_ddpm.hub.figures import dataset_name, rows
+from hf_ddpm.pipelines.checksum import model_checksum
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.plots import save_curves
+
+TEMPLATE = resources.files("hf_ddpm.hub") / "template.md"
+# A card without it was written by a person, and stays.
+MARK = "<!-- Written by hf_ddpm from the files beside it; without this line it would not be written anew. -->"
+KINDS = {1: "grayscale", 3: "RGB", 4: "RGBA"}
+
+
+def write_card(folder: Path, *, model_id: str | None = None, license: str | None = None) -> Path:
+    """Writes `README.md` from the files in a model's folder, and `loss.png` beside it.
+
+    Args:
+        folder: The folder, as `scripts/train.py` leaves it; of a pipeline alone, the card says less.
+        model_id: What the model is to be loaded by; the folder's name by default.
+        license: Identifier of the model's license, such as `apache-2.0`.
+
+    Returns:
+        The path of the card; one that a person wrote is left as it is.
+
+    Raises:
+        ValueError: If there is no model, or a file is not what its name says.
+    """
+    path = folder / "README.md"
+    if path.exists() and MARK not in path.read_text(encoding="utf-8"):
+        return path
+    draw_loss(folder)
+    card = model_card(folder, model_id=model_id, license=license)
+    with written_whole(path) as partial:
+        partial.write_text(str(card), encoding="utf-8")
+    return path
+
+
+def model_card(folder: Path, *, model_id: str | None = None, license: str | None = None) -> ModelCard:
+    """Returns the card of the model in a folder; see `write_card`."""
+    pipe = load_pipeline(str(folder), "cpu")
+    results = _read(folder / "results.json", json.loads)
+    if results.get("model", {}).get("checksum") != model_checksum(pipe):
+        results = {}  # of other weights, or none
+    options = _read(folder / "config.yaml", yaml.safe_load)
+    model_id = model_id or folder.resolve().name
+    name = model_id.split("/")[-1]
+    figures = list(rows(results))
+    return ModelCard.from_template(
+        ModelCardData(
+            model_name=name,
+            license=license,
+            library_name="diffusers",
+            pipeline_tag="unconditional-image-generation",
+            tags=["pytorch", "diffusers", "unconditional-image-generation", "ddpm", "hf_ddpm"],
+            datasets=_hub_datasets(options),
+            metrics=sorted({row.type for row in figures}) or None,
+            eval_results=[row.eval_result() for row in figures] or None,
+        ),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        mark=MARK,
+        name=name,
+        model_id=model_id,
+        license=license,
+        class_names=pipe.class_names,
+        stock_loads=pipe.scheduler.config.variance_type != "learned",
+        model=_about_the_model(pipe),
+        training=_about_the_training(options, folder),
+        samples=_about_the_samples(options),
+        figures=figures,
+        versions=results.get("versions"),
+        pictures=[name for name in ("samples", "loss", "results_nearest") if (folder / f"{name}.png").exists()],
+    )
+
+
+def draw_loss(folder: Path) -> None:
+    """Draws the training curve of `metrics.jsonl`, if there is one, into `loss.png`."""
+    lines = _metrics(folder)
+    if len(lines) > 1:
+        curve = [line["step"] for line in lines], [line["loss"] for line in lines]
+        save_curves(folder / "loss.png", {"loss": curve}, x_label="step", y_label="loss", log_y=True)
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _about_the_model(pipe: DDPMPipeline) -> dict[str, str]:
+    unet, scheduler = pipe.unet.config, pipe.scheduler.config
+    channels, height, width = pipe.image_shape
+    attended = [
+        f"{height // 2**i}x{width // 2**i}" for i, block in enumerate(unet.down_block_types) if block.startswith("Attn")
+    ]
+    classes = {"classes": ", ".join(pipe.class_names)} if pipe.class_names else {}
+    return {
+        "images": f"{KINDS[channels]}, {height}x{width}",
+        "network": f"U-Net, {pipe.unet.num_parameters():,} parameters; channels {_list(unet.block_out_channels)}; "
+        f"blocks a resolution: {unet.layers_per_block}; attention at {_list(attended) or 'the lowest alone'}",
+        **classes,
+        "noise schedule": f"{scheduler.beta_schedule}, T = {scheduler.num_train_timesteps}",
+        "prediction": f"{scheduler.prediction_type}, variance {scheduler.variance_type}",
+    }
+
+
+def _about_the_training(options: dict[str, Any], folder: Path) -> dict[str, str]:
+    status, metrics = _read(folder / "status.json", json.loads), _metrics(folder)
+    if not (options and status and metrics):
+        return {}
+    steps, seen = metrics[-1]["step"], metrics[-1]["images"]
+    start = {"started from": f"`{options['init_from']}`"} if options["init_from"] else {}
+    return {
+        "data": f"{_describe_dataset(options['dataset'])}, split {options['split']}, {status['images']:,} images"
+        + (", half of them mirrored at random" if options["horizontal_flip"] else ""),
+        **start,
+        "steps": f"{steps:,} of {seen // steps:,} images: {seen:,} images seen",
+        "objective": options["objective"],
+        "optimizer": f"Adam, learning rate {options['learning_rate']:g} ({options['lr_schedule']} after "
+        f"{options['warmup_steps']:,} steps of warm-up), gradients of norm at most {options['max_grad_norm']:g}",
+        "dropout": f"{options['dropout']:g}",
+        "weights": f"exponential moving average, decay {options['ema_decay'][0]:g}",
+        "precision": {"no": "float32"}.get(options["mixed_precision"], options["mixed_precision"]),
+        "hardware": status["hardware"],
+        "seed": str(options["seed"]),
+    }
+
+
+def _about_the_samples(options: dict[str, Any]) -> str:
+    if not options:
+        return ""
+    steps = options["num_inference_steps"] or options["num_train_timesteps"]
+    return f"{options['num_samples']} images of seed {options['seed']}, in {steps} steps; not chosen."
+
+
+def _describe_dataset(name: str) -> str:
+    if name == "digits":
+        return "the digits of hf_ddpm (from UCI's Optical Recognition of Handwritten Digits, CC BY 4.0)"
+    return f"`{dataset_name(name)}`"
+
+
+def _hub_datasets(options: dict[str, Any]) -> list[str] | None:
+    name = options.get("dataset", "")
+    return [name] if dataset_name(name) == name and name.count("/") == 1 else None
+
+
+def _list(items: Any) -> str:
+    return ", ".join(map(str, items))
+
+
+def _read(path: Path, parse: Any) -> dict[str, Any]:
+    """Returns what a file holds, nothing if it is not there."""
+    if not path.exists():
+        return {}
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be read: it holds no names and values")
+    return content

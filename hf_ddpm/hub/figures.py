@@ -1,0 +1,117 @@
+"""From `results.json` to the rows of a card's table and its metadata: the same numbers, each with how it was made."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+# In the order of the table: the metric, its key in results.json, what a reader and what the Hub call it, and the key
+# of what real images score.
+KINDS = (
+    ("fd", "value", "Frechet distance", "frechet_distance", "floor"),
+    ("kid", "value", "kernel distance", "kernel_distance", "floor"),
+    ("is", "value", "Inception score", "inception_score", None),
+    ("pr", "precision", "precision", "precision", "held_out_precision"),
+    ("pr", "recall", "recall", "recall", "held_out_recall"),
+    ("nll", "total_bpd", "NLL, bits/dim, at most", "bits_per_dim", None),
+    ("memorization", "exact_copies", "share of exact copies of training images", "exact_copies", None),
+)
+
+# What goes without saying.
+USUAL = {"eta": 0, "guidance_scale": 1}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure.
+
+    Attributes:
+        name: What it is.
+        type: The same, as the Hub knows it.
+        value: The figure.
+        error: What follows it in the table, such as a standard deviation.
+        floor: What real images score.
+        count: Number of generated images, or of those whose likelihood it is.
+        data: The data set that it is about.
+        split: Its split.
+        how: What it was made with, in words.
+        arguments: The same, for the Hub.
+    """
+
+    name: str
+    type: str
+    value: float
+    error: str
+    floor: float | None
+    count: int
+    data: str
+    split: str
+    how: str
+    arguments: dict[str, Any]
+
+    def eval_result(self) -> EvalResult:
+        """Returns it as metadata of a model card."""
+        return EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=self.data,
+            dataset_name=self.data,
+            dataset_split=self.split,
+            metric_type=self.type,
+            metric_name=self.name,
+            metric_value=self.value,
+            metric_args=self.arguments,
+        )
+
+
+def rows(results: Mapping[str, Any]) -> Iterator[Row]:
+    """Yields the figures of results, as `scripts/evaluate.py` writes them."""
+    for metric, key, name, kind, floor in KINDS:
+        if metric not in results:
+            continue
+        figure, made_by = results[metric], results[metric]["made_by"]
+        if metric == "nll":
+            how, arguments = _of_the_bound(figure, made_by)
+        else:
+            how, arguments = _of_samples(made_by, has_features=metric != "memorization")
+        is_fid = metric == "fd" and arguments["extractor"] == "inception"
+        yield Row(
+            name=name,
+            type="fid" if is_fid else kind,
+            value=float(figure[key]),
+            error=f" ± {figure['standard_deviation']:.2g}" if "standard_deviation" in figure else "",
+            floor=None if figure.get(floor) is None else float(figure[floor]),
+            count=int(figure["num_images"]),
+            data=dataset_name(made_by["dataset"]["name"]),
+            split=made_by["dataset"].get("reference_split", made_by["dataset"].get("split")),
+            how=f"{how}; {made_by['device']}",
+            arguments={"num_images": int(figure["num_images"]), **arguments},
+        )
+
+
+def dataset_name(name: str) -> str:
+    """Returns the name of a data set; of a folder or file of this machine, only the last part."""
+    return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
+
+
+def _of_samples(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, dict[str, Any]]:
+    arguments: dict[str, Any] = {}
+    words = []
+    if has_features:
+        extractor = made_by["extractor"]
+        arguments |= {"extractor": dataset_name(extractor["name"]), "extractor_sha256": extractor["checksum"]}
+        words.append(f"{arguments['extractor']} features")
+    if made_by["sampling"] is not None:
+        keys = ("scheduler", "num_inference_steps", "eta", "seed", "guidance_scale")
+        sampling = {key: made_by["sampling"][key] for key in keys}
+        arguments |= sampling
+        words.append(f"{sampling['scheduler']} in {sampling['num_inference_steps']} steps, seed {sampling['seed']}")
+        words += [f"{key.split('_')[0]} {sampling[key]:g}" for key, usual in USUAL.items() if sampling[key] != usual]
+    return ", ".join(words), arguments
+
+
+def _of_the_bound(figure: Mapping[str, Any], made_by: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    arguments = {name: figure[name] for name in ("evaluations_per_image", "is_estimate")} | {"seed": made_by["seed"]}
+    kind = "unbiased estimate from" if figure["is_estimate"] else "all"
+    return f"{kind} {figure['evaluations_per_image']} terms an image, seed {made_by['seed']}", arguments
