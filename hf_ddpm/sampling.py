@@ -57,6 +57,13 @@ class Sampling:
             **asdict(self),
         }
 
+    def labels(self, pipe: DDPMPipeline) -> list[int | str]:
+        """Returns the classes as a pipeline takes them.
+
+        Where classes have names, a number is one of them or wrong: "2" must not mean now a name, now a place.
+        """
+        return [label if pipe.class_names or not label.isdecimal() else int(label) for label in self.class_labels]
+
     def folder_name(self, pipe: DDPMPipeline, device: torch.device) -> str:
         """Returns a name for a folder of these images, another one for others."""
         settings = json.dumps(self.settings(pipe, "", device), sort_keys=True)
@@ -81,6 +88,7 @@ def sample_images(
     class_labels: Sequence[int | str] = (),
     guidance_scale: float = 1.0,
     device: torch.device | str = "cpu",
+    **call: Any,
 ) -> Iterator[tuple[int, Tensor]]:
     """Generates images by their numbers.
 
@@ -94,6 +102,7 @@ def sample_images(
         class_labels: Numbers or names of classes that the images go through in turn, for a conditioned network.
         guidance_scale: See `DDPMPipeline`.
         device: Where noise is drawn; the numbers drawn differ between kinds of devices.
+        call: Further arguments of the pipeline's call, such as `callback_on_step_end`.
 
     Yields:
         The number of an image and the image, uint8, shape `(C, H, W)`, on the CPU.
@@ -108,8 +117,38 @@ def sample_images(
             eta=eta,
             class_labels=[class_labels[i % len(class_labels)] for i in chunk] if class_labels else None,
             guidance_scale=guidance_scale,
+            **call,
         ).images
         yield from zip(chunk, to_bytes(unit).cpu(), strict=True)
+
+
+def draw(
+    pipe: DDPMPipeline,
+    ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    **call: Any,
+) -> Iterator[tuple[int, Tensor]]:
+    """Generates images of a `Sampling` by their numbers, as `sample_images` does; the pipeline keeps its scheduler."""
+    own_scheduler = pipe.scheduler
+    use_scheduler(pipe, sampling.scheduler)
+    try:
+        yield from sample_images(
+            pipe,
+            ids,
+            seed=sampling.seed,
+            num_inference_steps=sampling.num_inference_steps,
+            batch_size=batch_size,
+            eta=sampling.eta,
+            class_labels=sampling.labels(pipe),
+            guidance_scale=sampling.guidance_scale,
+            device=device,
+            **call,
+        )
+    finally:
+        pipe.scheduler = own_scheduler
 
 
 def fill_folder(
@@ -172,26 +211,9 @@ def make_parts(
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Generates the images of some of a folder's missing parts, and adds each part when it is whole."""
-    # Where classes have names, a number is one of them or wrong: "2" must not mean now a name, now a place.
-    labels = [label if pipe.class_names or not label.isdecimal() else int(label) for label in sampling.class_labels]
-    own_scheduler = pipe.scheduler
-    use_scheduler(pipe, sampling.scheduler)
-    try:
-        for numbers in parts:
-            images = []
-            for _, image in sample_images(
-                pipe,
-                numbers,
-                seed=sampling.seed,
-                num_inference_steps=sampling.num_inference_steps,
-                batch_size=batch_size,
-                eta=sampling.eta,
-                class_labels=labels,
-                guidance_scale=sampling.guidance_scale,
-                device=device,
-            ):
-                images.append(image)
-                progress(1)
-            folder.add(numbers, torch.stack(images))
-    finally:
-        pipe.scheduler = own_scheduler
+    for numbers in parts:
+        images = []
+        for _, image in draw(pipe, numbers, sampling, batch_size=batch_size, device=device):
+            images.append(image)
+            progress(1)
+        folder.add(numbers, torch.stack(images))
