@@ -1,5 +1,6 @@
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -65,17 +66,18 @@ def test_what_is_seen_on_the_way_is_the_image_and_not_the_noise(scheduler):
 
 
 def test_requests_at_once_do_not_meet(demo):
-    first, second = (demo.read(0, 7, "ddpm"), 2), (demo.read(1, 12, "ddim"), 3)
-    alone = [end(demo.generate(*first)), end(demo.generate(*second))]
-    scheduler = demo.pipe.scheduler
-    together, ends = [demo.generate(*first), demo.generate(*second)], [None, None]
-    threads = [threading.Thread(target=lambda i=i: ends.__setitem__(i, end(together[i]))) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(a, b) for a, b in zip(alone, ends, strict=True))
-    assert demo.pipe.scheduler is scheduler
+    asked = [(demo.read(0, 7, "ddpm"), 2), (demo.read(1, 12, "ddpm"), 3)]
+    alone = [end(demo.generate(*one)) for one in asked]
+    both_are_here, here = threading.Barrier(2), threading.local()
+
+    def wait_for_the_other(*args):
+        if not hasattr(here, "waited"):
+            here.waited = both_are_here.wait(30)
+
+    demo.pipe.unet.register_forward_pre_hook(wait_for_the_other)
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda one: end(demo.generate(*one)), asked))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_a_request_that_is_left_ends(demo):

@@ -17,7 +17,7 @@ import hf_ddpm.data.samples
 from hf_ddpm import DDPMPipeline
 from hf_ddpm.data.samples import PictureFolder, SampleFolder, open_samples
 from hf_ddpm.launch import sole_run
-from hf_ddpm.sampling import Sampling, fill_folder, make_parts
+from hf_ddpm.sampling import Sampling, draw, fill_folder, make_parts
 from tests.conftest import load_script
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +61,16 @@ def test_a_folder_holds_the_images_of_the_row_for_any_batch_size(pipe, ten, tmp_
     assert len(folder) == 10 and torch.equal(images(folder), ten)
     assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["000000.npy", "000001.npy", "000002.npy"]
     assert [len(np.load(path)) for path in sorted((tmp_path / "shards").iterdir())] == [4, 4, 2]
+
+
+def test_a_pipeline_keeps_its_scheduler_even_if_drawing_is_left(pipe):
+    own, sampling = pipe.scheduler, Sampling(num_inference_steps=2, scheduler="ddim")
+    drawing = draw(pipe, range(4), sampling, batch_size=2)
+    assert next(drawing)[0] == 0 and type(pipe.scheduler).__name__ == "DDIMScheduler"
+    drawing.close()
+    assert pipe.scheduler is own
+    assert len(list(draw(pipe, range(4), sampling, batch_size=3))) == 4
+    assert pipe.scheduler is own
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])

@@ -108,8 +108,11 @@ def download(page, place):
 def test_images_appear(page, trained, tmp_path):
     page.evaluate(
         """() => {
-            window.seen = new Set();
-            const note = () => window.seen.add(document.querySelector(".picture img")?.src);
+            [window.seen, window.covered] = [new Set(), false];
+            const note = () => {
+                window.seen.add(document.querySelector(".picture img")?.src);
+                window.covered ||= !!document.querySelector(".picture [data-testid=status-tracker]:not(.hide)");
+            };
             new MutationObserver(note).observe(document.body, {subtree: true, childList: true, attributes: true});
         }"""
     )
@@ -123,6 +126,7 @@ def test_images_appear(page, trained, tmp_path):
     load_script("sample").main(["--model", str(trained), "--output", str(tmp_path), *words])
     files = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
     np.testing.assert_array_equal(download(page, 0), square(torch.tensor(np.stack(files)).unsqueeze(1)))
+    assert not page.evaluate("window.covered")  # by what is shown of a wait
     addresses = [address for address in page.evaluate("[...window.seen]") if address]
     assert len(addresses) >= 3  # two before the last: they hold a checksum
     contents = {page.request.get(address).body() for address in addresses}
