@@ -78,7 +78,7 @@ def build(demo: Demo) -> gr.Blocks:
             scheduler = gr.Dropdown(list(SCHEDULERS), label="sampler")
             first, known = [] if classless else demo.classes[:1], bool(demo.classes)
             classes = gr.Dropdown(demo.classes, value=first, multiselect=True, label="classes in turn", visible=known)
-            guidance = gr.Slider(0, 8, 1, step=0.5, label="guidance (1 for none)", visible=classless)
+            guidance = gr.Slider(0, 8, 1, step=0.5, label="guidance (1: none)", visible=classless)
         settings = [steps, scheduler, classes, guidance]
         with gr.Tab("Generate"):
             generate_tab(demo, settings)
