@@ -171,7 +171,7 @@ class EvaluationConfig:
 
     eval_metrics: str = option("any of fd, kid, is, pr, nll, with commas, into results.json; none by default", "")
     eval_steps: int | None = option(
-        "also every so many steps, without nll; best/ then holds the model that is best by the first metric", None
+        "evaluate every so many steps, too; best/ then holds the model that is best by the first metric", None
     )
     eval_split: str = option("held-out split: the floor of distances, and the images of nll", "test")
     eval_floor: bool = option("whether to compare as many held-out images, too", True)
@@ -215,6 +215,8 @@ class Config:
         """Checks what concerns more than one part."""
         if self.model.init_from is None:
             self._check_architecture()
+        streams = self.data.streaming and self.evaluation.eval_metrics
+        require(self.evaluation, "eval_metrics", not streams, "with streaming evaluate by scripts/evaluate.py")
         between, asked = self.training.checkpointing_steps, self.evaluation.eval_steps
         # A kill during an evaluation must not cost the steps before it.
         fits = (asked or 0) % between == 0

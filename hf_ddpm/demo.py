@@ -17,7 +17,7 @@ from hf_ddpm.data.fitting import ImageFormat
 from hf_ddpm.images import grid, to_bytes, to_pil, to_signed
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.sampling import Sampling, draw
-from hf_ddpm.seeds import INTERPOLATION, generator
+from hf_ddpm.seeds import FIGURES, generator
 from hf_ddpm.watching import Moment, watch
 
 # Pixels that are made at a time, which bounds memory: 64 images of 64x64, 4 of 256x256.
@@ -130,7 +130,7 @@ class Demo:
                 to_signed(second),
                 t,
                 weights,
-                generator(sampling.seed, INTERPOLATION, device=own.device),
+                generator(sampling.seed, FIGURES, device=own.device),
                 output_type="pt",
                 class_labels=sampling.labels(own)[:1] * len(weights) or None,
                 guidance_scale=sampling.guidance_scale,

@@ -111,23 +111,33 @@ def _in_range(images: Tensor, kind: str, lowest: int) -> Tensor:
     return images.float()
 
 
-def grid(images: list[Image.Image], columns: int | None = None, scale: int | None = None) -> Image.Image:
-    """Tiles images of one size, row by row, with a pixel between them.
+def grid(
+    images: list[Image.Image],
+    columns: int | None = None,
+    scale: int | None = None,
+    *,
+    gap: int = 1,
+    background: str = "black",
+) -> Image.Image:
+    """Tiles images of one size, row by row.
 
     Args:
         images: At least one image.
         columns: Images a row; a square by default.
         scale: Whole-number magnification; by default small images grow to about 64 pixels.
+        gap: Pixels between them.
+        background: What color these have.
 
     Returns:
         The picture.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     scale = scale or max(1, 64 // max(images[0].size))
-    width, height = (side * scale + 1 for side in images[0].size)
-    sheet = Image.new(images[0].mode, (columns * width - 1, math.ceil(len(images) / columns) * height - 1))
+    width, height = (side * scale + gap for side in images[0].size)
+    size = columns * width - gap, math.ceil(len(images) / columns) * height - gap
+    sheet = Image.new(images[0].mode, size, background)
     for i, image in enumerate(images):
-        tile = image.resize((width - 1, height - 1), Image.Resampling.NEAREST)
+        tile = image.resize((width - gap, height - gap), Image.Resampling.NEAREST)
         sheet.paste(tile, (i % columns * width, i // columns * height))
     return sheet
 

@@ -54,6 +54,8 @@ def main(argv: list[str]) -> int:
     folder = Path(config.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with sole_run(folder) if accelerator.is_main_process else nullcontext():
+        is_evaluated = bool(config.evaluation.eval_metrics)  # what cannot be evaluated is told first
+        evaluations = [Evaluations(config, accelerator, tell=tqdm.write)] if is_evaluated else []
         checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
         run, images = start(config, accelerator, checkpoint, folder / "bad_images.jsonl")
         if checkpoint is not None:
@@ -74,11 +76,11 @@ def main(argv: list[str]) -> int:
             Progress(folder / "metrics.jsonl"),
             Checkpoints(folder / "checkpoints", config.training.keep_checkpoints),
             Export(folder),
+            Card(folder),
             SampleGrid(folder / "samples.png"),
+            *evaluations,
+            Card(folder),
         ]
-        if config.evaluation.eval_metrics:
-            callbacks.append(Evaluations(config, accelerator, tell=tqdm.write))
-        callbacks.append(Card(folder))
         try:
             with status_file(folder / "status.json", run), closing(images):
                 train(run, images, callbacks)

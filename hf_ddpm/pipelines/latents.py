@@ -12,8 +12,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from hf_ddpm.diffusion.checks import check_one_of
-from hf_ddpm.images import OUTPUT_TYPES, as_output, read_signed, to_unit
+from hf_ddpm.images import as_output, read_signed, to_unit
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -31,16 +30,16 @@ class Frames(NamedTuple):
     timesteps: list[int]
 
 
-class SharedLatent(NamedTuple):
-    r"""Images that come from the same latents.
+class Trace(NamedTuple):
+    """What reverse processes pass through.
 
     Attributes:
-        images: `num_images` of each latent, one latent after the other, in the output type asked for.
-        latents: The :math:`x_t`, float32, shape `(batch_size, C, H, W)`.
+        latents: By step `t`, the :math:`x_t`, float32, shape `(batch_size, C, H, W)`.
+        images: The images that the processes end with, in the output type asked for.
     """
 
+    latents: dict[int, Tensor]
     images: Any
-    latents: Tensor
 
 
 class LatentMethods:
@@ -225,77 +224,89 @@ class LatentMethods:
         )
         return seen
 
-    def share_latent(
+    def trace(
         self,
-        t: int,
+        timesteps: Sequence[int],
         batch_size: int = 1,
-        num_images: int = 4,
         generator: Generators = None,
         output_type: str = "pil",
-        class_labels: Tensor | list[int | str] | None = None,
-        guidance_scale: float = 1.0,
-    ) -> SharedLatent:
-        r"""Samples several images from each :math:`x_t` that reverse processes pass through (Section 4.3, Fig. 7).
-
-        .. math:: x_t \sim p_\theta(x_t), \quad x_0^{(1)}, x_0^{(2)}, \dots \sim p_\theta(x_0 \mid x_t)
-
-        The smaller `t`, the more the images of a latent have in common. The first of them is the one that the process
-        itself ended with: with the same generator, that of a call.
+        **options: Any,
+    ) -> Trace:
+        r"""Samples images and keeps some of the latents on the way, :math:`x_t \sim p_\theta(x_t)`.
 
         Args:
-            t: Step in [0, T); at `T - 1` the latents are :math:`x_T`.
-            batch_size: Number of latents.
-            num_images: Images of each, at least 2.
-            generator: Source of the noise; a list gives each latent its own.
+            timesteps: Which, in [0, T); at `T - 1` it is :math:`x_T`, that the process starts from.
+            batch_size: Number of images.
+            generator: Source of the noise, as in a call of all steps: the same images come out.
             output_type: As in a call.
-            class_labels: As in a call, one a latent.
-            guidance_scale: As in a call.
+            options: `class_labels` and `guidance_scale`, as in a call.
 
         Returns:
-            The images and the latents.
+            The latents and the images.
 
         Raises:
             ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
         """
-        self._check_step(t)
-        if num_images < 2:
-            raise ValueError(f"num_images={num_images} is not allowed: at least 2 of a latent")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is not allowed: at least 1")
+        for t in timesteps:
+            self._check_step(t)
         check_generators(generator, batch_size)
-        check_one_of("output_type", output_type, OUTPUT_TYPES)
-        labels = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
-        x_t, ends = self._pass_through(t, batch_size, generator, class_labels=labels, guidance_scale=guidance_scale)
-
-        others = num_images - 1
-        sources = generator if not isinstance(generator, list) else [one for one in generator for _ in range(others)]
-        labels = None if labels is None else [label for label in labels for _ in range(others)]
-        options = {"class_labels": labels, "guidance_scale": guidance_scale}
-        afresh = self.decode(x_t.repeat_interleave(others, dim=0), t, sources, "pt", **options)
-        images = torch.cat([ends.unsqueeze(1), afresh.view(batch_size, others, *self.image_shape)], dim=1)
-        return SharedLatent(as_output(images.flatten(0, 1), output_type), x_t)
-
-    def _pass_through(self, t: int, batch_size: int, generator: Generators, **options: Any) -> tuple[Tensor, Tensor]:
-        """Takes the whole reverse process; returns its `x_t` and the unit images that it ends with."""
-        shape = (batch_size, *self.image_shape)
+        shape, last = (max(batch_size, 0), *self.image_shape), len(self.scheduler) - 1
         x_t = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        passed = [x_t]
+        passed = {last: x_t}
 
-        def keep(pipe: Any, i: int, now: Tensor, tensors: dict[str, Tensor]) -> None:
-            if int(now) == t + 1:
-                passed.append(tensors["latents"])
+        def keep(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
+            if int(t) - 1 in timesteps:
+                passed[int(t) - 1] = tensors["latents"]
 
-        steps = list(range(len(self.scheduler) - 1, -1, -1))
-        ends = self(  # type: ignore[operator]
+        images = self(  # type: ignore[operator]
             batch_size,
             generator,
-            output_type="pt",
+            output_type=output_type,
             latents=x_t,
-            timesteps=steps,
             callback_on_step_end=keep,
+            timesteps=list(range(last, -1, -1)),
             **options,
         ).images
-        return passed[-1], ends
+        return Trace({t: passed[t] for t in timesteps}, images)
+
+    def share_latent(
+        self,
+        t: int,
+        num_images: int = 4,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+        latents: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        r"""Samples several images from each of some latents (Section 4.3, Fig. 7).
+
+        .. math:: x_0^{(1)}, x_0^{(2)}, \dots \sim p_\theta(x_0 \mid x_t)
+
+        The smaller `t`, the more the images of a latent have in common.
+
+        Args:
+            t: Step in [0, T).
+            num_images: Images of each latent.
+            generator: Source of the noise.
+            output_type: As in a call.
+            latents: The :math:`x_t`, shape `(B, C, H, W)`; by default one, of the `trace` of the same generator.
+            options: `class_labels`, one a latent, and `guidance_scale`, as in a call.
+
+        Returns:
+            The images, those of the first latent first.
+
+        Raises:
+            ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
+        """
+        if num_images < 1:
+            raise ValueError(f"num_images={num_images} is not allowed: at least 1")
+        if latents is None:
+            latents = self.trace([t], 1, generator, **options).latents[t]
+        labels = options.pop("class_labels", None)
+        if labels is not None:
+            labels = labels.tolist() if isinstance(labels, Tensor) else labels
+            options["class_labels"] = [label for label in labels for _ in range(num_images)]
+        return self.decode(latents.repeat_interleave(num_images, dim=0), t, generator, output_type, **options)
 
     def _check_step(self, t: int) -> None:
         if not isinstance(self.scheduler, DDPMScheduler):

@@ -80,7 +80,8 @@ def test_encodings_have_the_moments_of_the_forward_process(short_pipeline):
 
 @pytest.mark.parametrize("t", [0, 5, 20, T - 1])
 def test_images_of_a_latent_are_distributed_as_theory_says(ideal_pipeline, t):
-    images, latents = ideal_pipeline.share_latent(t, 2, 400, seeded(), "pt")
+    latents = torch.randn(2, 1, 8, 8, generator=seeded(1)) * DEVIATION
+    images = ideal_pipeline.share_latent(t, 400, seeded(), "pt", latents)
     gain, variance = decoded_moments(t)
     x_0 = (2 * images - 1).view(2, 400, 1, 8, 8)
     torch.testing.assert_close(x_0.mean(1), gain * latents, rtol=0, atol=5 * np.sqrt(variance / 400) + 1e-5)
@@ -95,26 +96,24 @@ def test_the_theory_of_that_test_holds_at_its_ends():
     assert variances[0] == 0 and 0.5 * DEVIATION**2 < variances[-1] < 1.5 * DEVIATION**2
 
 
-def test_a_latent_is_one_that_the_process_of_a_call_passes_through(short_pipeline):
+def test_a_trace_is_that_of_a_call(short_pipeline):
     passed = {}
     call = short_pipeline(
         2, seeded(), T, output_type="pt",
         callback_on_step_end=lambda pipe, i, t, tensors: passed.update({int(t): tensors["latents"]}),
     ).images  # fmt: skip
-    for t in (0, 13, T - 2):
-        images, latents = short_pipeline.share_latent(t, 2, 3, seeded(), "pt")
-        torch.testing.assert_close(latents, passed[t + 1])
-        torch.testing.assert_close(images[::3], call, rtol=0, atol=1e-5)
-    assert torch.equal(
-        short_pipeline.share_latent(T - 1, 2, 2, seeded(), "pt").latents, torch.randn(2, 1, 8, 8, generator=seeded())
-    )
-    assert not torch.equal(images[1], images[2])
+    latents, images = short_pipeline.trace([T - 1, 13, 0], 2, seeded(), "pt")
+    assert list(latents) == [T - 1, 13, 0] and torch.equal(images, call)
+    assert torch.equal(latents[T - 1], torch.randn(2, 1, 8, 8, generator=seeded()))
+    assert torch.equal(latents[13], passed[14]) and torch.equal(latents[0], passed[1])
 
 
-def test_each_latent_may_have_its_own_generator(short_pipeline):
-    together = short_pipeline.share_latent(30, 2, 3, [seeded(1), seeded(2)], "pt").images
-    alone = short_pipeline.share_latent(30, 1, 3, [seeded(2)], "pt").images
-    torch.testing.assert_close(together[3:], alone, rtol=0, atol=1e-5)
+def test_a_latent_is_taken_from_a_trace(short_pipeline):
+    source = seeded()
+    latent = short_pipeline.trace([20], 1, source).latents[20]
+    expected = short_pipeline.decode(latent.expand(3, -1, -1, -1), 20, source, "pt")
+    images = short_pipeline.share_latent(20, 3, seeded(), "pt")
+    assert torch.equal(images, expected) and not torch.equal(images[0], images[1])
 
 
 def test_the_ends_of_an_interpolation_are_reconstructions(short_pipeline, images):
@@ -143,7 +142,8 @@ def test_the_generator_decides_alone(short_pipeline, images):
         yield lambda source: short_pipeline.encode(images, 20, source)
         yield lambda source: short_pipeline.reconstruct(images, 20, source, "pt")
         yield lambda source: short_pipeline.interpolate(images[0], images[1], 20, [0.2, 0.8], source, "pt")
-        yield lambda source: short_pipeline.share_latent(20, 1, 2, source, "pt").images
+        yield lambda source: short_pipeline.share_latent(20, 2, source, "pt")
+        yield lambda source: short_pipeline.trace([20], 2, source, "pt").latents[20]
         yield lambda source: torch.stack(short_pipeline.progressive(1, source, T, 3, "pt").images)
 
     for make in made():
@@ -211,8 +211,10 @@ def test_classes_reach_the_network(images):
 
     pipe = DDPMPipeline(Records(**TINY_UNET, num_class_embeds=3), DDPMScheduler(num_train_timesteps=3))
     pipe.set_progress_bar_config(disable=True)
-    pipe.share_latent(0, 2, 3, seeded(), class_labels=torch.tensor([2, 1]))
-    assert seen == [[2, 1]] * 3 + [[2, 2, 1, 1]]
+    latents = pipe.trace([1], 2, class_labels=[2, 1]).latents[1]
+    pipe.share_latent(1, 2, latents=latents, class_labels=torch.tensor([2, 1]))
+    pipe.share_latent(1, 2, class_labels=[0])
+    assert seen == [[2, 1]] * 3 + [[2, 2, 1, 1]] * 2 + [[0]] * 3 + [[0, 0]] * 2
     seen.clear()
     pipe.interpolate(images[0], images[1], 1, [0, 1], class_labels=[1, 2])
     pipe.reconstruct(images[:2], 0, class_labels=[0, 1])
@@ -249,9 +251,10 @@ PICTURE, ONE = Image.new("L", (8, 8)), torch.zeros(1, 8, 8)
         (lambda pipe: pipe.interpolate(ONE, ONE, 1, [0, 1.5]), r"weights=\[0, 1.5\] are not allowed"),
         (lambda pipe: pipe.interpolate(ONE, ONE, 1, [0], [seeded()]), "a list of 1 generators is not allowed: one"),
         (lambda pipe: pipe.progressive(frames=0), "frames=0 is not allowed: at least 1, or None"),
-        (lambda pipe: pipe.share_latent(3, 1, 1), "num_images=1 is not allowed: at least 2"),
-        (lambda pipe: pipe.share_latent(3, 0), "batch_size=0 is not allowed: at least 1"),
-        (lambda pipe: pipe.share_latent(3, 2, generator=[seeded()]), "1 generators for batch_size=2"),
+        (lambda pipe: pipe.trace([3, 50]), r"t=50 is not in \[0, 50\)"),
+        (lambda pipe: pipe.trace([3], 0), "batch_size=0 is not allowed: at least 1"),
+        (lambda pipe: pipe.trace([3], 2, [seeded()]), "1 generators for batch_size=2"),
+        (lambda pipe: pipe.share_latent(3, 0), "num_images=0 is not allowed: at least 1"),
         (lambda pipe: pipe.share_latent(3, output_type="jpg"), "output_type='jpg' is not allowed: one of pil, np, pt"),
     ],
 )  # fmt: skip
