@@ -16,7 +16,9 @@ from hf_ddpm.evaluation.evaluate import Evaluator, Figures
 from hf_ddpm.evaluation.report import read_results, scalars, summary
 from hf_ddpm.evaluation.request import training_request
 from hf_ddpm.hub.card import write_card
+from hf_ddpm.hub.push import BackgroundPush, check_push
 from hf_ddpm.images import grid, save_picture, to_pil
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.sampling import Sampling, sample_images
 from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.training.progress import truncate
@@ -69,7 +71,7 @@ class Export(Callback):
         """Writes it."""
         if run.accelerator.is_main_process:
             for number, ema in enumerate(run.emas):
-                run.pipeline(number).save_pretrained(self.folder / ema.name if number else self.folder)
+                export(run.pipeline(number), self.folder / ema.name if number else self.folder)
 
 
 class Evaluations(Callback):
@@ -161,15 +163,9 @@ class Evaluations(Callback):
         return bool(better[metric][key] <= worse[metric][key])
 
     def _keep(self, run: Run, results: Path) -> None:
-        """Puts the model and its figures into `best/`, file by file: there is always a whole model."""
-        partial = self.folder / ".best"
-        run.pipeline().save_pretrained(partial)
-        shutil.copy(results, partial / "results.json")
-        for file in [path for path in partial.rglob("*") if path.is_file()]:
-            target = self.folder / "best" / file.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(target)
-        shutil.rmtree(partial)
+        """Puts the model and its figures into `best/`."""
+        export(run.pipeline(), self.folder / "best")
+        shutil.copy(results, self.folder / "best" / "results.json")
 
 
 class Card(Callback):
@@ -184,4 +180,55 @@ class Card(Callback):
     def on_end(self, run: Run) -> None:
         """Writes it."""
         if run.accelerator.is_main_process:
-            write_card(self.folder, license=run.config.hub.license)
+            write_card(self.folder, model_id=run.config.hub.hub_model_id)
+
+
+class Push(Callback):
+    """Pushes the model to the Hub: at checkpoints while the training goes on, and at the end.
+
+    Args:
+        config: The options of the run.
+        tell: Told a line about what fails, which costs the run nothing, and about the end.
+
+    Raises:
+        ValueError: If the Hub would refuse: before the training, not after it.
+        OSError: If it does not answer.
+    """
+
+    def __init__(self, config: Config, tell: Callable[[str], object]):
+        self.folder, self.model_id, self.tell = Path(config.training.output_dir), str(config.hub.hub_model_id), tell
+        check_push(self.model_id, config.hub.hub_private_repo)
+        self.background = BackgroundPush(self.model_id, config.hub.hub_private_repo, tell)
+
+    def on_pause(self, run: Run) -> None:
+        """Exports what there is, and starts to push it."""
+        export(run.pipeline(), self.folder)
+        self._start(run)
+
+    def on_end(self, run: Run) -> None:
+        """Pushes what the callbacks before have left, and waits for it."""
+        self._start(run)
+        if self.background.finish():
+            self.tell(f"{self.model_id} is on the Hub")
+        else:
+            command = f"python scripts/push_to_hub.py --model {self.folder} --hub_model_id {self.model_id}"
+            self.tell(f"{self.model_id} is not up to date on the Hub: {command}")
+
+    def close(self) -> None:
+        """Gives up a push that is under way."""
+        self.background.close()
+
+    def _start(self, run: Run) -> None:
+        write_card(self.folder, model_id=self.model_id)
+        self.background.start(self.folder, f"Upload the model of step {run.step}")
+
+
+def export(pipe: DDPMPipeline, folder: Path) -> None:
+    """Writes a pipeline, file by file: a reader always finds a whole model."""
+    partial = folder / ".export"
+    pipe.save_pretrained(partial)
+    for file in [path for path in partial.rglob("*") if path.is_file()]:
+        target = folder / file.relative_to(partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+    shutil.rmtree(partial)

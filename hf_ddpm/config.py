@@ -192,9 +192,20 @@ class EvaluationConfig:
 
 @dataclass
 class HubConfig:
-    """What the model's card says that no file knows."""
+    """Whether and how the model is shared, and what its card says that no file knows."""
 
+    push_to_hub: bool = option("whether to push the model at checkpoints, beside the training, and at the end", False)
+    hub_model_id: str | None = option("the repository, namespace/name; created if it is not there", None)
+    hub_private_repo: bool | None = option(
+        "whether only its owners see it; by default what it is, or what the account says", None
+    )
     license: str | None = option("license of the model, for its card, such as apache-2.0", None)
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        name = self.hub_model_id
+        require(self, "hub_model_id", name is None or name.count("/") == 1, "namespace/name")
+        require(self, "push_to_hub", not self.push_to_hub or name is not None, "hub_model_id says where to")
 
 
 PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig, EvaluationConfig, HubConfig)

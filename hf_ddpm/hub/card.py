@@ -26,7 +26,7 @@ def write_card(folder: Path, *, model_id: str | None = None, license: str | None
     Args:
         folder: The folder, as `scripts/train.py` leaves it; of a pipeline alone, the card says less.
         model_id: What the model is to be loaded by; the folder's name by default.
-        license: Identifier of the model's license, such as `apache-2.0`.
+        license: Identifier of the model's license, such as `apache-2.0`; that of `config.yaml` by default.
 
     Returns:
         The path of the card; one that a person wrote is left as it is.
@@ -51,6 +51,7 @@ def model_card(folder: Path, *, model_id: str | None = None, license: str | None
     if results.get("model", {}).get("checksum") != model_checksum(pipe):
         results = {}  # of other weights, or none
     options = _read(folder / "config.yaml", yaml.safe_load)
+    license = license or options.get("license")
     model_id = model_id or folder.resolve().name
     name = model_id.split("/")[-1]
     figures = list(rows(results))

@@ -247,7 +247,17 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
 
 def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
     """Loads the pipeline of a folder or Hub id onto a device; what cannot be loaded is a `ValueError` of one line."""
+    pipe = read_pipeline(model)
+    missing = [name for name, value in pipe.unet.named_parameters() if value.is_meta]
+    if missing:
+        raise ValueError(f"model {model!r} cannot be loaded: it lacks {len(missing)} weights, {missing[0]} among them")
+    return pipe.to(device)
+
+
+def read_pipeline(model: str) -> DDPMPipeline:
+    """Reads a pipeline as `load_pipeline` does; weights that are not there stay on the meta device."""
     try:
-        return DDPMPipeline.from_pretrained(model).to(device)
+        return DDPMPipeline.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model {model!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        why = error.__cause__ or error  # what the Hub has said, where diffusers speaks of its cache
+        raise ValueError(f"model {model!r} cannot be loaded: {' '.join(str(why).split())}") from error
