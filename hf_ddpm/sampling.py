@@ -56,6 +56,14 @@ class Sampling:
             raise ValueError(f"eta={self.eta} is not allowed with scheduler={self.scheduler}: only with ddim")
         require_at_least(self, 0, "seed")
 
+    def check(self, pipe: DDPMPipeline) -> None:
+        """Raises a `ValueError` unless the scheduler can walk a pipeline's process in that many steps."""
+        least = 4 if self.scheduler == "pndm" else 1  # of Runge and Kutta, to start with
+        # Of all T steps these take one twice, with a length of 0 to divide by.
+        most = pipe.scheduler.config.num_train_timesteps - (self.scheduler in ("dpmsolver++", "unipc"))
+        name, allowed = "num_inference_steps", f"{least} to {most} with this model and scheduler={self.scheduler}"
+        require(self, name, least <= self.num_inference_steps <= most, allowed)
+
     def settings(self, pipe: DDPMPipeline, model: str, device: torch.device) -> dict[str, Any]:
         """Returns what determines the images of a pipeline, for a `SampleFolder`."""
         return {
@@ -141,6 +149,7 @@ def draw(
     **call: Any,
 ) -> Iterator[tuple[int, Tensor]]:
     """Generates images of a `Sampling` by their numbers, as `sample_images` does; the pipeline keeps its scheduler."""
+    sampling.check(pipe)
     own_scheduler = pipe.scheduler
     use_scheduler(pipe, sampling.scheduler)
     try:
@@ -189,6 +198,7 @@ def fill_folder(
     Raises:
         ValueError: If it holds images of other settings or is in use, or an argument is not allowed.
     """
+    sampling.check(pipe)
     folder = SampleFolder(path, sampling.settings(pipe, model, state.device))
     folder.check(free=["model"])
     state.wait_for_everyone()

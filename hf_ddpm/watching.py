@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from hf_ddpm.diffusion.gaussian import GaussianDiffusion
 from hf_ddpm.images import to_bytes, to_signed, to_unit
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 
@@ -55,14 +56,15 @@ def watch(work: Callable[..., Tensor]) -> Iterator[Moment]:
     """
 
     def run(emit: Callable[[tuple[int, int, Tensor]], None]) -> None:
-        steps = 0
+        steps, x_t = 0, None
 
         def on_step(pipe: DDPMPipeline, i: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
-            nonlocal steps
+            nonlocal steps, x_t
             steps = len(pipe.scheduler.timesteps)
-            emit((i, steps, _estimate(pipe, tensors)))
+            emit((i, steps, _estimate(pipe, t, x_t, tensors)))
+            x_t = tensors["latents"]
 
-        tensors = ["latents", "pred_original_sample"]
+        tensors = ["latents", "pred_original_sample", "model_output"]
         images = work(callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=tensors)
         emit((steps, steps, to_signed(images)))
 
@@ -117,10 +119,11 @@ def _frame_steps(steps: int) -> set[int]:
     return set(np.linspace(0, steps, FRAMES).round().astype(int).tolist())
 
 
-def _estimate(pipe: DDPMPipeline, tensors: dict[str, Tensor]) -> Tensor:
-    r"""Returns :math:`\hat x_0`, or what comes nearest to it of what a scheduler tells."""
+def _estimate(pipe: DDPMPipeline, t: Tensor, x_t: Tensor | None, tensors: dict[str, Tensor]) -> Tensor:
+    r"""Returns :math:`\hat x_0`, which some schedulers do not tell; the first step of these is shown as noise."""
     if tensors["pred_original_sample"] is not None:
         return tensors["pred_original_sample"]
-    if str(pipe.scheduler.config.get("algorithm_type")).endswith("dpmsolver++"):
-        return pipe.scheduler.model_outputs[-1]
-    return tensors["latents"]
+    if x_t is None:
+        return tensors["latents"]
+    diffusion, kind = GaussianDiffusion(pipe.scheduler.betas), pipe.scheduler.config.prediction_type
+    return diffusion.predict_start(tensors["model_output"], x_t, int(t), kind)
