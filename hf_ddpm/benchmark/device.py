@@ -1,5 +1,6 @@
 """What a device can do at best, and what a network asks of it."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from hf_ddpm.benchmark.timing import clock_of
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Runs of which the fastest one counts.
-TRIALS = 30
+TRIALS = 15
 
 Rates = dict[str, float]
 
@@ -82,6 +83,7 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
 
     On a GPU that is what torch's allocator has handed out, elsewhere what the process holds.
     """
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()

@@ -9,23 +9,24 @@ from hf_ddpm.benchmark.device import full_precision
 from hf_ddpm.benchmark.library import Library
 from hf_ddpm.benchmark.setting import SEED
 
-# Beside the largest output of the network; and of pixels in [0, 1] after a short chain. The tables of diffusers have
-# float32 errors of some 1e-4 at the last steps.
-TOLERANCES = {"network": 1e-4, "images": 1e-3}
+# Beside the largest entry; and of pixels in [0, 1] after a short chain. The tables of diffusers have float32 errors of
+# some 1e-4 at the last steps.
+TOLERANCES = {"network": 1e-4, "gradients": 1e-4, "images": 1e-3}
 STEPS = 10
 
 
 def check_equal(ours: Library, theirs: Library) -> dict[str, dict[str, Any]]:
-    """Compares networks on the same input, and images of the same seed in a few steps, all in float32.
+    """Compares networks and their gradients on the same input, and images of the same seed in a few steps.
 
     Returns:
-        By `network` and `images`: `difference`, the largest one, its `tolerance`, and whether they are `equal`.
+        By `network`, `gradients` and `images`, in float32: `difference`, the largest one, its `tolerance`, and whether
+        they are `equal`.
     """
     checks = {}
-    with full_precision(), torch.no_grad():
-        for name, outputs in {"network": _predictions, "images": _images}.items():
+    with full_precision():
+        for name, outputs in {"network": _predictions, "gradients": _gradients, "images": _images}.items():
             right, found = outputs(ours), outputs(theirs)
-            scale = right.abs().max().item() if name == "network" else 1.0
+            scale = 1.0 if name == "images" else right.abs().max().item()
             difference = (found - right).abs().max().item() / scale
             checks[name] = {
                 "difference": difference,
@@ -43,8 +44,18 @@ def refusal(checks: dict[str, dict[str, Any]]) -> str | None:
     return None
 
 
+@torch.no_grad()
 def _predictions(library: Library) -> Tensor:
     return library.network().eval()(*library.setting.inputs(2)).sample
+
+
+def _gradients(library: Library) -> Tensor:
+    """Returns the gradients of a loss, all in a row; a compiler may lose some without a word."""
+    network = library.network().eval()
+    network(*library.setting.inputs(2)).sample.square().mean().backward()
+    zero = torch.zeros(1, device=library.setting.device)
+    by_name = sorted(network.named_parameters())
+    return torch.cat([zero.expand(p.numel()) if p.grad is None else p.grad.flatten() for _, p in by_name])
 
 
 def _images(library: Library) -> Tensor:

@@ -1,5 +1,6 @@
 """denoising-diffusion-pytorch: its own network of like size, its process and its trainer."""
 
+from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from itertools import repeat
@@ -63,15 +64,13 @@ class DenoisingDiffusion(Library):
             with setting.autocast():
                 diffusion.sample(batch_size=batch).cpu()
 
-        note = "fewer steps by DDIM with eta 1, its only way" if diffusion.is_ddim_sampling else ""
-        return self.work(run, batch, self.flops[0] * setting.steps, unit="chain", at_once=True, note=note)
+        notes = ("fewer steps by DDIM with eta 1, its only way",) if diffusion.is_ddim_sampling else ()
+        return self.work(run, batch, self.flops[0] * setting.steps, unit="chain", at_once=True, notes=notes)
 
-    def work(self, *args: Any, note: str = "", **more: Any) -> Work:
+    def work(self, *args: Any, **more: Any) -> Work:
         """Returns a work; see `Library`."""
         work = super().work(*args, **more)
-        notes = ["its own network of like size" if work.parameters else "", note]
-        work.note = ", ".join(filter(None, notes))
-        return work
+        return replace(work, notes=("its own network of like size", *work.notes)) if work.parameters else work
 
     @cached_property
     def _options(self) -> dict[str, Any]:
@@ -120,9 +119,9 @@ class DenoisingDiffusion(Library):
             calculate_fid=False,
         )
 
-    def _training(self, trainer: Any, note: str = "") -> Work:
+    def _training(self, trainer: Any, *notes: str) -> Work:
         def run() -> None:
             trainer.train_num_steps += self.setting.options.steps_per_turn
             trainer.train()
 
-        return self.steps(run, note=note)
+        return self.steps(run, notes=notes)

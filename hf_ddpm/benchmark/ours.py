@@ -78,7 +78,7 @@ class Ours(Library):
                     steps_per_image=steps,
                 )
 
-        more = {"unit": "batch", "count": steps, "note": "images are evaluations of the network"}
+        more = {"unit": "batch", "count": steps, "notes": ("images are evaluations of the network",)}
         alone = replace(self.forward()[0], subject=f"{self.name}, forward alone", unit="batch")
         return [self.work(run, setting.batch, self.flops[0], **more), alone]
 

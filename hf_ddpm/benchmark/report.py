@@ -20,7 +20,7 @@ Row = dict[str, Any]
 PACKAGES = ("accelerate", "datasets", "denoising-diffusion-pytorch", "torchvision")
 
 HEAD = (
-    "task", "subject", "median", "least to most", "images/s", "time beside ours", "GFLOP/s", "of matmul",
+    "task", "subject", "median", "least to most", "images/s", "time / ours", "GFLOP/s", "of matmul",
     "of convolution", "memory",
 )  # fmt: skip
 
@@ -61,7 +61,7 @@ def measured(task: str, work: Work, timed: Timed, ours: tuple[Work, Timed] | Non
         "flops_per_second": None,
         "parameters": work.parameters,
         "memory_bytes": None,
-        "note": work.note,
+        "notes": list(work.notes),
     }  # fmt: skip
     if ours is not None:
         its, best = ours
@@ -118,8 +118,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"{made['date']}, revision {made['revision']}; {versions}. {report['about']}",
             "",
             f"Alone, a large matrix product reaches {rates['matmul'] / 1e9:.4g} GFLOP/s here, a large 3x3 convolution "
-            f'{rates["convolution"] / 1e9:.4g}. Times are of a step, a pass, a chain; "time beside ours" is that of '
-            "an image, the median over rounds in which all had their turns.",
+            f'{rates["convolution"] / 1e9:.4g}. Times are of a step, a pass, a chain; "time / ours" is that of '
+            "an image, the median over the rounds.",
             "",
             *lines,
             "",
@@ -130,14 +130,18 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
-    for name, checks in report["equality"].items():
-        said = ", ".join(f"{what} by {check['difference']:.2g}" for what, check in checks.items())
-        yield f"- Before timing, {name} differed from ours with the same weights: {said}."
+    for check in report["equality"]:
+        said = ", ".join(f"{what} by {found['difference']:.2g}" for what, found in check["outputs"].items())
+        yield f"- Before timing, {check['subject']} differed from ours with the same weights: {said}."
+    tasks: dict[str, dict[str, None]] = {}
     for row in report["rows"]:
         if row.get("parameters"):
             yield f"- {row['subject']}: {row['parameters']:,} parameters."
-        if row.get("note"):
-            yield f"- {row['subject']}, {row['task']}: {row['note']}."
+        if row.get("memory_error"):
+            yield f"- {row['subject']}, {row['task']}: memory is not known, {row['memory_error']}."
+        for note in row.get("notes", ()):
+            tasks.setdefault(f"{row['subject']}: {note}", {})[row["task"]] = None
+    yield from (f"- {note} ({', '.join(where)})." for note, where in tasks.items())
     yield f"- Memory: {report['memory']}."
     if report["made_by"]["versions"]["torchvision"] is None:
         yield "- torchvision is not installed: what others take it for is done by the same steps in numpy and PIL."
@@ -175,6 +179,8 @@ def _duration(seconds: float) -> str:
 def _curves(rows: Iterator[Row]) -> dict[str, tuple[list[float], list[float]]]:
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:
+        if row["images_per_second"] is None:
+            continue
         x, y = curves.setdefault(row["subject"], ([], []))
         x.append(row["at"])
         y.append(row["images_per_second"])

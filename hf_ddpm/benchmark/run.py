@@ -71,7 +71,7 @@ def run_benchmark(options: BenchmarkConfig, config: Config, tell: Tell) -> dict[
     Returns:
         The report.
     """
-    rates, equality, rows = None, {}, []
+    rates, equality, rows = None, [], []
     for value in growth_values(options, config):
         with TemporaryDirectory(prefix="hf_ddpm-benchmark-") as folder, unseen():
             setting = Setting(options, grown(config, options.growth, value), Path(folder))
@@ -80,7 +80,7 @@ def run_benchmark(options: BenchmarkConfig, config: Config, tell: Tell) -> dict[
                 rates = measure_rates(setting.device, DTYPES[config.training.mixed_precision])
             parties = [Party(name, setting) for name in (Ours.name, *options.others)]
             tell("comparing outputs")
-            equality |= _check(parties, options)
+            equality += [check | {"at": value or None} for check in _check(parties, options)]
             for task in options.chosen:
                 rows += [row | {"at": value or None} for row in run_task(task, parties, setting, rates, tell)]
                 tell("")
@@ -100,6 +100,7 @@ def run_benchmark(options: BenchmarkConfig, config: Config, tell: Tell) -> dict[
 def run_task(task: str, parties: list[Party], setting: Setting, rates: Rates, tell: Tell) -> list[Row]:
     """Returns the rows of a task."""
     rows, works = [], []
+    gc.collect()  # what the task before has left would count as memory of this one
     memory = _memory(task, parties, setting, tell)
     for party in parties:
         tell(f"{task}: {party.name}")
@@ -111,28 +112,28 @@ def run_task(task: str, parties: list[Party], setting: Setting, rates: Rates, te
     timed = time_in_turns(works, setting.options.rounds, clock, lambda who: tell(f"{task}: {who}"))
     pairs = list(zip(works, timed, strict=True))
     ours = next((pair for pair in pairs if pair[0].subject == Ours.name and pair[1].error is None), None)
+    rates = {name: rate * setting.processes for name, rate in rates.items()}
     for work, entry in pairs:
         work.close()
         rows.append(measured(task, work, entry, ours, rates))
         if rows[-1]["error"] is None:
             rows[-1] |= memory.get(work.subject, {})
-    del works, pairs, timed, ours, work
-    gc.collect()  # before the memory of the next task is measured
     return rows
 
 
-def _check(parties: list[Party], options: BenchmarkConfig) -> dict[str, Any]:
-    """Returns how far diffusers is from us, and lets it take part only if that is close enough."""
-    checks: dict[str, Any] = {}
-    if set(options.chosen) & set(OF_THE_NETWORK):
-        ours, *others = parties
-        for party in others:
-            if party.kind is Stock and ours.library is not None and party.library is not None:
-                try:
-                    checks[party.name] = check_equal(ours.library, party.library)
-                    party.refusal = refusal(checks[party.name])
-                except Exception as error:
-                    party.refusal = f"not compared: {reason(error)}"
+def _check(parties: list[Party], options: BenchmarkConfig) -> list[dict[str, Any]]:
+    """Returns how far those with our weights are from us, and lets them take part only if that is close enough."""
+    checks = []
+    ours, *others = parties
+    for party in others:
+        if party.kind is Stock and ours.library and party.library and set(options.chosen) & set(OF_THE_NETWORK):
+            try:
+                outputs = check_equal(ours.library, party.library)
+            except Exception as error:  # whatever others raise
+                party.refusal = f"not compared: {reason(error)}"
+            else:
+                party.refusal = refusal(outputs)
+                checks.append({"subject": party.name, "outputs": outputs})
     return checks
 
 

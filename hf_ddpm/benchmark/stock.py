@@ -58,7 +58,7 @@ class Stock(Library):
             for _ in range(steps):
                 next(loop)
 
-        return self.steps(run, note="the loop of its script, without a tracker")
+        return self.steps(run, notes=("the loop of its script, without a tracker",))
 
     def _loader(self, dataset: Dataset, workers: int = 0) -> DataLoader:
         kinds, data, mode = transforms(), self.setting.config.data, self.setting.mode

@@ -28,7 +28,7 @@ class Work:
         count: Units in one run.
         flops: Operations of the matrix products and convolutions of a unit, if there are any.
         parameters: Those of the network.
-        note: What a reader must know to compare it.
+        notes: What a reader must know to compare it.
         at_once: Whether one run makes a turn; short ones are repeated.
         lead: Does it in place of `run`, all turns in one call: a loop that calls what it is given when it is ready, and
             after each turn.
@@ -42,7 +42,7 @@ class Work:
     count: int = 1
     flops: float | None = None
     parameters: int | None = None
-    note: str = ""
+    notes: tuple[str, ...] = ()
     at_once: bool = False
     lead: Callable[[Callable[[], None]], None] | None = None
     close: Callable[[], object] = lambda: None
