@@ -3,19 +3,22 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from hf_ddpm.config import Config
 from hf_ddpm.evaluation.evaluate import Evaluator, Figures
-from hf_ddpm.evaluation.report import scalars, summary
-from hf_ddpm.evaluation.request import EvaluateConfig
+from hf_ddpm.evaluation.report import read_results, scalars, summary
+from hf_ddpm.evaluation.request import training_request
 from hf_ddpm.hub.card import write_card
+from hf_ddpm.hub.push import BackgroundPush, check_push
 from hf_ddpm.images import grid, save_picture, to_pil
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.sampling import Sampling, sample_images
 from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.training.progress import truncate
@@ -28,10 +31,9 @@ class SampleGrid(Callback):
     def __init__(self, path: Path):
         self.path = path
 
-    def on_checkpoint(self, run: Run) -> None:
-        """Draws if asked to, unless the run is at its end or was told to stop."""
-        training = run.config.training
-        if training.sample_at_checkpoints and run.step < training.max_train_steps and run.stopped_by is None:
+    def on_pause(self, run: Run) -> None:
+        """Draws if asked to."""
+        if run.config.training.sample_at_checkpoints:
             self.draw(run)
 
     def on_end(self, run: Run) -> None:
@@ -69,7 +71,7 @@ class Export(Callback):
         """Writes it."""
         if run.accelerator.is_main_process:
             for number, ema in enumerate(run.emas):
-                run.pipeline(number).save_pretrained(self.folder / ema.name if number else self.folder)
+                export(run.pipeline(number), self.folder / ema.name if number else self.folder)
 
 
 class Evaluations(Callback):
@@ -84,77 +86,93 @@ class Evaluations(Callback):
         ValueError: If what is asked for is not possible: before the training, not after it.
     """
 
+    # By which metrics a model can be best: the figure, and whether less of it is better.
+    BEST_BY = {"fd": ("value", True), "kid": ("value", True), "is": ("value", False)}
+
     def __init__(self, config: Config, accelerator: Accelerator, tell: Callable[[str], object]):
         self.folder, self.tell = Path(config.training.output_dir), tell
-        self.log = self.folder / "evaluations.jsonl"
-        self.every = config.evaluation.eval_steps
-        self.evaluator = Evaluator(_request(config), (config.data.channels, *config.data.size), accelerator)
+        self.log, self.every = self.folder / "evaluations.jsonl", config.evaluation.eval_steps
+        read_results(self.folder / "results.json")
+        self.evaluator = Evaluator(training_request(config), (config.data.channels, *config.data.size), accelerator)
         self.evaluator.count()
 
     def on_start(self, run: Run) -> None:
         """Makes up for an evaluation that a kill has cut short."""
+        count, classes = self.evaluator.count(), len(run.class_names)
+        if self.evaluator.request.compared and count < classes:
+            raise ValueError(f"eval_num_images={count} is not allowed: at least one for each of the {classes} classes")
+        is_done = True
         if run.accelerator.is_main_process:
             truncate(self.log, run.step)
-        run.accelerator.wait_for_everyone()
-        if run.step and run.step not in [line["step"] for line in self._lines()]:
-            self.on_checkpoint(run)
+            is_done = run.step == 0 or run.step in [line["step"] for line in self._lines()]
+        (is_done,) = broadcast_object_list([is_done])
+        if not is_done and run.step < run.config.training.max_train_steps:
+            self.on_pause(run)
 
-    def on_checkpoint(self, run: Run) -> None:
-        """Evaluates if it is time to, and keeps the model if none before was better."""
-        if self.every is None or run.step % self.every or run.stopped_by is not None:
-            return
-        work = self.folder / ".evaluation"  # not beside the results: its samples are of one step only
-        figures = self._evaluate(run, work / "results.json")
-        if run.accelerator.is_main_process:
-            line = {"step": run.step, **figures}
-            if all(self._badness(line) <= self._badness(before) for before in self._lines()):
-                self._keep(run, work)
-            with self.log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            shutil.rmtree(work)
-        numbers = {f"{name}/{key}": value for name, figure in figures.items() for key, value in figure.items()}
-        run.accelerator.log(numbers, step=run.step)
-        run.accelerator.wait_for_everyone()
+    def on_pause(self, run: Run) -> None:
+        """Evaluates if it is time to."""
+        if self.every is not None and run.step % self.every == 0:
+            work = self.folder / ".evaluation"  # its samples are of no further use
+            self._note(run, self._evaluate(run, work / "results.json"), work / "results.json")
+            if run.accelerator.is_main_process:
+                shutil.rmtree(work)
+            run.accelerator.wait_for_everyone()
 
     def on_end(self, run: Run) -> None:
-        """Evaluates once more, whatever there was on the way: these figures stay."""
-        self._evaluate(run, self.folder / "results.json")
+        """Evaluates once more, whatever there was on the way: these figures and samples stay."""
+        figures = self._evaluate(run, self.folder / "results.json")
+        if self.every is not None and run.step % self.every == 0:
+            self._note(run, figures, self.folder / "results.json")
 
-    def _evaluate(self, run: Run, output: Path) -> dict[str, dict[str, Any]]:
-        options, training = run.config.evaluation, run.config.training
-        sampling = Sampling(
-            seed=training.seed,
-            num_inference_steps=options.eval_inference_steps or len(run.scheduler),
-            class_labels=list(run.class_names),
-        )
+    def _evaluate(self, run: Run, output: Path) -> Figures:
         figures: Figures = {}
-        for part in self.evaluator.evaluate(output, sampling, run.pipeline()):
+        for part in self.evaluator.evaluate(output, self._sampling(run), run.pipeline(), tell=self.tell):
             figures |= scalars(part)
         if figures:
             self.tell(f"step {run.step}: {summary(figures)}")
         return figures
 
+    def _note(self, run: Run, figures: Figures, results: Path) -> None:
+        """Adds figures to the log and to the trackers; keeps the model if none evaluated in the same way was better."""
+        if run.accelerator.is_main_process:
+            # Another number of images or steps makes another figure.
+            options = asdict(self.evaluator.request) | asdict(self._sampling(run))
+            request = {k: v for k, v in options.items() if k not in ("model", "samples", "batch_size", "output")}
+            line = {"step": run.step, "request": request, **figures}
+            lines = self._lines()
+            rivals = [other for other in lines if other.get("request") == request and other["step"] != run.step]
+            if all(self._is_as_good(line, other) for other in rivals):
+                self._keep(run, results)
+            if run.step not in [other["step"] for other in lines]:
+                with self.log.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+        numbers = {f"{name}/{key}": value for name, figure in figures.items() for key, value in figure.items()}
+        run.accelerator.log(numbers, step=run.step)
+
+    def _sampling(self, run: Run) -> Sampling:
+        steps = run.config.evaluation.eval_inference_steps or len(run.scheduler)
+        return Sampling(run.config.training.seed, steps, class_labels=list(run.class_names))
+
     def _lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
-    def _badness(self, line: dict[str, Any]) -> float:
-        """Returns the figure of the first metric, such that less is better."""
-        figure = line[self.evaluator.request.chosen[0]]
-        score = figure.get("value", figure.get("total_bpd"))
-        return -score if self.evaluator.request.chosen[0] == "is" else score
+    def _is_as_good(self, line: dict[str, Any], other: dict[str, Any]) -> bool:
+        metric = self.evaluator.request.chosen[0]
+        key, less_is_better = self.BEST_BY[metric]
+        better, worse = (line, other) if less_is_better else (other, line)
+        return bool(better[metric][key] <= worse[metric][key])
 
-    def _keep(self, run: Run, work: Path) -> None:
-        """Puts the model and its figures into `best/`, file by file: there is always a whole model."""
-        run.pipeline().save_pretrained(work / "model")
-        (work / "results.json").replace(work / "model" / "results.json")
-        for file in [path for path in (work / "model").rglob("*") if path.is_file()]:
-            target = self.folder / "best" / file.relative_to(work / "model")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(target)
+    def _keep(self, run: Run, results: Path) -> None:
+        """Puts the model and its figures into `best/`."""
+        export(run.pipeline(), self.folder / "best")
+        shutil.copy(results, self.folder / "best" / "results.json")
 
 
 class Card(Callback):
-    """Writes the model card: what the run, its figures and its pictures say."""
+    """Writes the model card: what the run, its figures and its pictures say.
+
+    It stands twice among the callbacks, behind the export, so that no other card is ever beside the weights, and last.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -162,25 +180,55 @@ class Card(Callback):
     def on_end(self, run: Run) -> None:
         """Writes it."""
         if run.accelerator.is_main_process:
-            write_card(self.folder, license=run.config.hub.license)
+            write_card(self.folder, model_id=run.config.hub.hub_model_id)
 
 
-def _request(config: Config) -> EvaluateConfig:
-    """Returns what `scripts/evaluate.py` would be asked for."""
-    data, options = config.data, config.evaluation
-    return EvaluateConfig(
-        dataset=data.dataset,
-        model=config.training.output_dir,
-        reference_split=data.split,
-        split=options.eval_split,
-        floor=options.eval_floor,
-        image_column=data.image_column,
-        class_column=data.class_column,
-        skip_bad_images=data.skip_bad_images,
-        metrics=options.eval_metrics,
-        extractor=options.eval_extractor,
-        num_images=options.eval_num_images,
-        levels=data.levels,
-        steps_per_image=options.eval_steps_per_image,
-        batch_size=config.training.train_batch_size,
-    )
+class Push(Callback):
+    """Pushes the model to the Hub: at checkpoints while the training goes on, and at the end.
+
+    Args:
+        config: The options of the run.
+        tell: Told a line about what fails, which costs the run nothing, and about the end.
+
+    Raises:
+        ValueError: If the Hub would refuse: before the training, not after it.
+        OSError: If it does not answer.
+    """
+
+    def __init__(self, config: Config, tell: Callable[[str], object]):
+        self.folder, self.model_id, self.tell = Path(config.training.output_dir), str(config.hub.hub_model_id), tell
+        check_push(self.model_id, config.hub.hub_private_repo)
+        self.background = BackgroundPush(self.model_id, config.hub.hub_private_repo, tell)
+
+    def on_pause(self, run: Run) -> None:
+        """Exports what there is, and starts to push it."""
+        export(run.pipeline(), self.folder)
+        self._start(run)
+
+    def on_end(self, run: Run) -> None:
+        """Pushes what the callbacks before have left, and waits for it."""
+        self._start(run)
+        if self.background.finish():
+            self.tell(f"{self.model_id} is on the Hub")
+        else:
+            command = f"python scripts/push_to_hub.py --model {self.folder} --hub_model_id {self.model_id}"
+            self.tell(f"{self.model_id} is not up to date on the Hub: {command}")
+
+    def close(self) -> None:
+        """Gives up a push that is under way."""
+        self.background.close()
+
+    def _start(self, run: Run) -> None:
+        write_card(self.folder, model_id=self.model_id)
+        self.background.start(self.folder, f"Upload the model of step {run.step}")
+
+
+def export(pipe: DDPMPipeline, folder: Path) -> None:
+    """Writes a pipeline, file by file: a reader always finds a whole model."""
+    partial = folder / ".export"
+    pipe.save_pretrained(partial)
+    for file in [path for path in partial.rglob("*") if path.is_file()]:
+        target = folder / file.relative_to(partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+    shutil.rmtree(partial)

@@ -171,7 +171,7 @@ class EvaluationConfig:
 
     eval_metrics: str = option("any of fd, kid, is, pr, nll, with commas, into results.json; none by default", "")
     eval_steps: int | None = option(
-        "also every so many steps, without nll; best/ then holds the model that is best by the first metric", None
+        "evaluate every so many steps, too; best/ then holds the model that is best by the first metric", None
     )
     eval_split: str = option("held-out split: the floor of distances, and the images of nll", "test")
     eval_floor: bool = option("whether to compare as many held-out images, too", True)
@@ -192,9 +192,20 @@ class EvaluationConfig:
 
 @dataclass
 class HubConfig:
-    """What the model's card says that no file knows."""
+    """Whether and how the model is shared, and what its card says that no file knows."""
 
+    push_to_hub: bool = option("whether to push the model at checkpoints, beside the training, and at the end", False)
+    hub_model_id: str | None = option("the repository, namespace/name; created if it is not there", None)
+    hub_private_repo: bool | None = option(
+        "whether only its owners see it; by default what it is, or what the account says", None
+    )
     license: str | None = option("license of the model, for its card, such as apache-2.0", None)
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        name = self.hub_model_id
+        require(self, "hub_model_id", name is None or name.count("/") == 1, "namespace/name")
+        require(self, "push_to_hub", not self.push_to_hub or name is not None, "hub_model_id says where to")
 
 
 PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig, EvaluationConfig, HubConfig)
@@ -215,6 +226,8 @@ class Config:
         """Checks what concerns more than one part."""
         if self.model.init_from is None:
             self._check_architecture()
+        streams = self.data.streaming and self.evaluation.eval_metrics
+        require(self.evaluation, "eval_metrics", not streams, "with streaming evaluate by scripts/evaluate.py")
         between, asked = self.training.checkpointing_steps, self.evaluation.eval_steps
         # A kill during an evaluation must not cost the steps before it.
         fits = (asked or 0) % between == 0

@@ -6,6 +6,7 @@ domain of the diffusion; *unit* images are NCHW float in [0, 1], what the stock 
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from hf_ddpm.files import written_whole
 
 # What the numbers of channels are called in PIL.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+# What pipelines return images as.
+OUTPUT_TYPES = ("pil", "np", "pt")
 
 
 def to_signed(pixels: Tensor, levels: int = 256) -> Tensor:
@@ -52,23 +56,88 @@ def from_pil(image: Image.Image, channels: int) -> np.ndarray:
     return array.reshape(*array.shape[:2], channels).transpose(2, 0, 1)
 
 
-def grid(images: list[Image.Image], columns: int | None = None, scale: int | None = None) -> Image.Image:
-    """Tiles images of one size, row by row, with a pixel between them.
+def as_output(unit: Tensor, output_type: str) -> Any:
+    """Returns unit images as pictures of PIL, as an NHWC array (`np`) or as they are (`pt`)."""
+    if output_type == "pil":
+        return to_pil(to_bytes(unit))
+    return unit.permute(0, 2, 3, 1).cpu().numpy() if output_type == "np" else unit
+
+
+def read_signed(images: Any, shape: tuple[int, ...]) -> Tensor:
+    """Returns images, in whatever form they come, as signed images.
+
+    Args:
+        images: One, or a list, of: pictures of PIL; arrays, HWC or NHWC, of uint8 or of floats in [0, 1]; tensors of
+            floats in [-1, 1], CHW or NCHW.
+        shape: The shape `(C, H, W)` that they must have.
+
+    Returns:
+        The images, float32.
+
+    Raises:
+        ValueError: If there is none, or one has another form, shape or range.
+    """
+    parts = [_read_signed(part, shape) for part in (images if isinstance(images, list | tuple) else [images])]
+    for part in parts:
+        if part.shape[1:] != shape:
+            raise ValueError(f"images of shape {tuple(part.shape[1:])} are not allowed: (C, H, W) = {shape}")
+    if not sum(map(len, parts)):
+        raise ValueError("there are no images")
+    return torch.cat(parts)
+
+
+def _read_signed(images: Any, shape: tuple[int, ...]) -> Tensor:
+    if isinstance(images, Image.Image):
+        if images.mode != MODES[shape[0]]:
+            raise ValueError(f"a picture of mode {images.mode} is not allowed: {MODES[shape[0]]}")
+        return to_signed(torch.tensor(from_pil(images, shape[0])).unsqueeze(0))
+    if isinstance(images, np.ndarray) and images.ndim in (3, 4):
+        pixels = torch.tensor(images if images.ndim == 4 else images[np.newaxis]).permute(0, 3, 1, 2)
+        return to_signed(pixels) if pixels.dtype == torch.uint8 else _in_range(pixels, "array", 0) * 2 - 1
+    if isinstance(images, Tensor) and images.ndim in (3, 4):
+        return _in_range(images if images.ndim == 4 else images.unsqueeze(0), "tensor", -1)
+    kind = (
+        f"{type(images).__name__} of shape {tuple(images.shape)}" if hasattr(images, "shape") else type(images).__name__
+    )
+    raise ValueError(f"images as {kind} are not allowed: pictures of PIL, arrays (N)HWC or tensors (N)CHW")
+
+
+def _in_range(images: Tensor, kind: str, lowest: int) -> Tensor:
+    if not images.is_floating_point() or not bool(((images >= lowest) & (images <= 1)).all()):
+        reach = f"{images.dtype}, {images.min():g} to {images.max():g}" if images.numel() else f"{images.dtype}"
+        raise ValueError(
+            f"images in a {kind} of {reach.removeprefix('torch.')} are not allowed: floats in [{lowest}, 1]"
+        )
+    return images.float()
+
+
+def grid(
+    images: list[Image.Image],
+    columns: int | None = None,
+    scale: int | None = None,
+    *,
+    gap: int = 1,
+    background: str = "black",
+) -> Image.Image:
+    """Tiles images of one size, row by row.
 
     Args:
         images: At least one image.
         columns: Images a row; a square by default.
         scale: Whole-number magnification; by default small images grow to about 64 pixels.
+        gap: Pixels between them.
+        background: What color these have.
 
     Returns:
         The picture.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     scale = scale or max(1, 64 // max(images[0].size))
-    width, height = (side * scale + 1 for side in images[0].size)
-    sheet = Image.new(images[0].mode, (columns * width - 1, math.ceil(len(images) / columns) * height - 1))
+    width, height = (side * scale + gap for side in images[0].size)
+    size = columns * width - gap, math.ceil(len(images) / columns) * height - gap
+    sheet = Image.new(images[0].mode, size, background)
     for i, image in enumerate(images):
-        tile = image.resize((width - 1, height - 1), Image.Resampling.NEAREST)
+        tile = image.resize((width - gap, height - gap), Image.Resampling.NEAREST)
         sheet.paste(tile, (i % columns * width, i // columns * height))
     return sheet
 

@@ -3,9 +3,11 @@
 A file is turned into the same words that a command line is made of: one parser checks both.
 """
 
+import argparse
 import dataclasses
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, NoReturn
 
@@ -30,12 +32,13 @@ def require_at_least(config: Any, least: int, *names: str) -> None:
         require(config, name, getattr(config, name) is None or getattr(config, name) >= least, f"at least {least}")
 
 
-def parse_options(argv: list[str], *parts: type) -> list[Any]:
+def parse_options(argv: list[str], *parts: type, program: str | None = None) -> list[Any]:
     """Reads the options that some dataclasses declare.
 
     Args:
         argv: The command line without the program's name.
         parts: The dataclasses.
+        program: What `--help` calls the program; its own name by default.
 
     Returns:
         An instance of each.
@@ -43,11 +46,32 @@ def parse_options(argv: list[str], *parts: type) -> list[Any]:
     Raises:
         ValueError: If an option is unknown or its value not allowed; one line.
     """
-    parser = _Parser(parts, allow_abbrev=False)
+    parser = _Parser(parts, prog=program, allow_abbrev=False)
     *options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         raise ValueError(f"unknown option {unknown[0]}: {_hint(unknown[0].lstrip('-'), parts, '--')}")
     return options
+
+
+def parse_command(argv: list[str], commands: Mapping[str, tuple[type, ...]]) -> tuple[str, list[Any]]:
+    """Reads a sub-command and the options that its dataclasses declare.
+
+    Args:
+        argv: The command line without the program's name.
+        commands: The dataclasses of each sub-command; `--help` says of it what the last of them says of itself.
+
+    Returns:
+        The name of the sub-command and an instance of each of its dataclasses.
+
+    Raises:
+        ValueError: If there is no sub-command, or as in `parse_options`; one line.
+    """
+    parser = _Parser((), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    lines = [f"  {name:22}{(parts[-1].__doc__ or '').splitlines()[0]}" for name, parts in commands.items()]
+    parser.description = "\n".join(["Commands, each with options of its own (COMMAND --help):", *lines])
+    parser.add_argument("command", choices=list(commands))
+    name = parser.parse_args(argv[:1]).command
+    return name, parse_options(argv[1:], *commands[name], program=f"{parser.prog} {name}")
 
 
 def parse_some(argv: list[str], part: type) -> Any:

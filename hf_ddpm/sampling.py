@@ -25,7 +25,14 @@ from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.seeds import SAMPLES, generator
 
 # Other walks through the same reverse process; None is the pipeline's own.
-SCHEDULERS = {"ddpm": None, "ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
+SCHEDULERS = {
+    "ddpm": None,
+    "ddim": "DDIMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "pndm": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+}
 
 
 @dataclass
@@ -34,7 +41,9 @@ class Sampling:
 
     seed: int = option("which infinite row of images to take them from", 0)
     num_inference_steps: int = option("steps of the reverse process", 1000)
-    scheduler: Literal["ddpm", "ddim", "dpmsolver++"] = option("how to walk the reverse process", "ddpm")
+    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "unipc", "pndm", "euler"] = option(
+        "how to walk the reverse process", "ddpm"
+    )
     eta: float = option("noise of ddim, from 0 for none to 1 for that of ddpm", 0.0)
     class_labels: list[str] = option("names or numbers of classes that the images go through in turn", factory=list)
     guidance_scale: float = option("strength of classifier-free guidance; 1 for none", 1.0)

@@ -5,8 +5,8 @@ import torch
 
 # What numbers are drawn for. A stream has no two purposes.
 (
-    ORDER, DIFFUSION, DROPOUT, INITIALIZATION, SAMPLES, BOUND_STEPS, BOUND_NOISE, CROP, SUBSET, METRIC_ORDER,
-) = range(10)  # fmt: skip
+    ORDER, DIFFUSION, DROPOUT, INITIALIZATION, SAMPLES, BOUND_STEPS, BOUND_NOISE, CROP, SUBSET, METRIC_ORDER, FIGURES,
+) = range(11)  # fmt: skip
 
 
 def derived_seed(seed: int, purpose: int, *place: int) -> int:

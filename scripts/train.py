@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from hf_ddpm.callbacks import Card, Evaluations, Export, SampleGrid
+from hf_ddpm.callbacks import Card, Evaluations, Export, Push, SampleGrid
 from hf_ddpm.config import Config, parse_config
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.opening import open_images
@@ -54,6 +54,10 @@ def main(argv: list[str]) -> int:
     folder = Path(config.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with sole_run(folder) if accelerator.is_main_process else nullcontext():
+        is_evaluated = bool(config.evaluation.eval_metrics)  # what cannot be done is told first
+        evaluations = [Evaluations(config, accelerator, tell=tqdm.write)] if is_evaluated else []
+        is_pushed = config.hub.push_to_hub and accelerator.is_main_process
+        pushes = [Push(config, tell=tqdm.write)] if is_pushed else []
         checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
         run, images = start(config, accelerator, checkpoint, folder / "bad_images.jsonl")
         if checkpoint is not None:
@@ -74,11 +78,12 @@ def main(argv: list[str]) -> int:
             Progress(folder / "metrics.jsonl"),
             Checkpoints(folder / "checkpoints", config.training.keep_checkpoints),
             Export(folder),
+            Card(folder),
             SampleGrid(folder / "samples.png"),
+            *evaluations,
+            Card(folder),
+            *pushes,
         ]
-        if config.evaluation.eval_metrics:
-            callbacks.append(Evaluations(config, accelerator, tell=tqdm.write))
-        callbacks.append(Card(folder))
         try:
             with status_file(folder / "status.json", run), closing(images):
                 train(run, images, callbacks)

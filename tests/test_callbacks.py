@@ -1,4 +1,7 @@
 import json
+import os
+import shutil
+import signal
 
 import pytest
 from safetensors.torch import load_file
@@ -56,7 +59,7 @@ def test_the_best_model_is_kept_with_its_figures(evaluated):
 def test_better_is_nearer_or_more_diverse(run_training, tmp_path, monkeypatch, metric, scores, best):
     values = iter([*scores, 0])
 
-    def evaluate(self, output, *args):
+    def evaluate(self, output, *args, **options):
         output.parent.mkdir(exist_ok=True)
         output.write_text("{}")
         yield {metric: {"value": next(values)}}
@@ -72,10 +75,10 @@ def test_better_is_nearer_or_more_diverse(run_training, tmp_path, monkeypatch, m
 def test_an_evaluation_that_a_kill_cut_short_is_made_up_for(run_training, tmp_path, monkeypatch):
     evaluate = Evaluator.evaluate
 
-    def killed(self, output, *args):
-        if "evaluation" in str(output) and (tmp_path / "evaluations.jsonl").exists():
+    def killed(self, output, *args, **options):
+        if (tmp_path / "evaluations.jsonl").exists():
             raise KeyboardInterrupt
-        return evaluate(self, output, *args)
+        return evaluate(self, output, *args, **options)
 
     monkeypatch.setattr(Evaluator, "evaluate", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -88,11 +91,50 @@ def test_an_evaluation_that_a_kill_cut_short_is_made_up_for(run_training, tmp_pa
     assert [line["step"] for line in lines(tmp_path)] == [2, 4]
 
 
+def test_figures_of_other_requests_are_no_rivals(run_training, evaluated, tmp_path):
+    folder = shutil.copytree(evaluated, tmp_path / "run")
+    harder = [
+        *EVALUATED,
+        "--eval_num_images",
+        "10",
+        "--eval_metrics",
+        "kid,fd",
+    ]  # of fewer images, distances are larger
+    run_training(folder, "--max_train_steps", "6", "--lr_schedule", "constant", *harder)
+    assert [line["step"] for line in lines(folder)] == [2, 4, 6]
+    assert json.loads((folder / "best" / "results.json").read_text())["kid"]["num_images"] == 10
+
+
+def test_a_run_goes_on_from_an_evaluation_when_it_is_told_to_stop(run_training, tmp_path, monkeypatch):
+    evaluate = Evaluator.evaluate
+
+    def told(self, *args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *args, **options)
+
+    monkeypatch.setattr(Evaluator, "evaluate", told)
+    assert run_training(tmp_path, "--max_train_steps", "4", *EVALUATED) == 128 + signal.SIGTERM
+    assert not (tmp_path / "evaluations.jsonl").exists()  # at once: the checkpoint is there
+    monkeypatch.undo()
+    assert run_training(tmp_path, "--max_train_steps", "4", *EVALUATED) == 0
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+
+
+@pytest.mark.parametrize("content", ["mine", '{"model": "resnet"}', '{"accuracy": 0.93}', "[1]"])
+def test_results_of_something_else_are_left_alone_and_told_before_the_training(run_training, tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match="what is there is no results.json"):
+        run_training(tmp_path, "--max_train_steps", "4", *EVALUATED)
+    assert (tmp_path / "results.json").read_text() == content and not (tmp_path / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--eval_metrics fd --eval_split validation", "dataset 'digits' has no split 'validation'"),
         ("--eval_metrics fd --eval_num_images 2000", "num_images=2000 is not allowed: at most the 899"),
+        ("--eval_metrics fd --eval_split train", "split='train' is not allowed: the floor is of images that are not"),
+        ("--eval_metrics fd --streaming true", "eval_metrics='fd' is not allowed: with streaming evaluate by"),
         ("--eval_metrics fd,speed", "metrics='speed' is not allowed: any of fd, kid, is, pr, nll"),
         (
             "--eval_metrics nll --eval_steps 2",

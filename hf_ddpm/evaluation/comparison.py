@@ -1,8 +1,10 @@
 """Generated images against real ones: features of all sets, then the figures, then the nearest training images."""
 
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ddpm.data.sources import choose
@@ -38,6 +40,35 @@ def compare(
         The figures by metric, those on copies as `memorization`, each with what it was made with; and the picture of
         the nearest training images. On all processes but the first, nothing.
     """
+    total = count + len(reference) + (count if held_out is not None else 0)
+    with tqdm(total=-(-total // processes.world), desc="Features", unit="image", disable=processes.rank > 0) as bar:
+        generated = extract(extractor, images, range(count), processes, bar.update)
+        known, made_by = real_features(request, extractor, reference, held_out, count, processes, bar.update)
+    if processes.rank > 0:
+        return {}, None
+    sets = Sets(generated, *known)
+    entries = {metric: {**figures(metric, sets), "made_by": made_by} for metric in request.compared}
+    copies = copied_fraction(images, range(count), reference, request.levels or 256)
+    numbers_of = {"num_images": count, "reference_images": len(reference)}
+    entries["memorization"] = {"exact_copies": copies, **numbers_of, "made_by": made_by}
+    return entries, nearest_picture(images, generated.features, reference, sets.reference)
+
+
+def real_features(
+    request: EvaluateConfig,
+    extractor: Extractor,
+    reference: Images,
+    held_out: Images | None,
+    count: int,
+    processes: Processes,
+    progress: Callable[[int], object] = lambda count: None,
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Returns what generated images are measured by; arguments as above, all processes are to call it.
+
+    Returns:
+        Features of the reference and of the images drawn for the floor, if there are any, on all processes; and which
+        data and which extractor they are of.
+    """
     drawn = choose(len(held_out), count, METRIC_SEED) if held_out is not None else []
     data = {
         "name": request.dataset,
@@ -45,24 +76,14 @@ def compare(
         "reference_fingerprint": fingerprint(reference, range(len(reference))),
         "held_out_split": None if held_out is None else request.split,
         "held_out_fingerprint": None if held_out is None else fingerprint(held_out, drawn),
+        "reference_skipped": getattr(reference, "skipped", 0),
     }
-    total = count + len(reference) + len(drawn)
-    with tqdm(total=-(-total // processes.world), desc="Features", unit="image", disable=processes.rank > 0) as bar:
-        generated = extract(extractor, images, range(count), processes, bar.update)
-        known = [
-            reference_features(extractor, real, numbers, str(data[name]), processes, progress=bar.update)
-            for real, numbers, name in [
-                (reference, range(len(reference)), "reference_fingerprint"),
-                (held_out, drawn, "held_out_fingerprint"),
-            ]
-            if real is not None
+    features = [
+        reference_features(extractor, real, numbers, str(data[name]), processes, progress=progress)
+        for real, numbers, name in [
+            (reference, range(len(reference)), "reference_fingerprint"),
+            (held_out, drawn, "held_out_fingerprint"),
         ]
-    if processes.rank > 0:
-        return {}, None
-    sets = Sets(generated, *known)
-    made_by = {"dataset": data, "extractor": {"name": extractor.name, "checksum": extractor.checksum}}
-    entries = {metric: {**figures(metric, sets), "made_by": made_by} for metric in request.compared}
-    copies = copied_fraction(images, range(count), reference, request.levels or 256)
-    numbers_of = {"num_images": count, "reference_images": len(reference)}
-    entries["memorization"] = {"exact_copies": copies, **numbers_of, "made_by": made_by}
-    return entries, nearest_picture(images, generated.features, reference, sets.reference)
+        if real is not None
+    ]
+    return features, {"dataset": data, "extractor": {"name": extractor.name, "checksum": extractor.checksum}}

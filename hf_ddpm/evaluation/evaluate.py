@@ -79,12 +79,12 @@ class Evaluator:
         count = self.count(None if images is None else len(images))
         model, _ = identify(self.request, pipe, images)
         made_by = {"seed": sampling.seed, "metric_seed": METRIC_SEED, **provenance(self.accelerator.device)}
-        entries: dict[str, Any] = {"config": asdict(self.request) | asdict(sampling), "versions": made_by["versions"]}
+        made_by |= {"request": asdict(self.request)}
         if pipe is not None:
-            entries |= {key: pipe.scheduler.config.get(key) for key in ("num_train_timesteps", "variance_type")}
+            made_by |= {key: pipe.scheduler.config.get(key) for key in ("num_train_timesteps", "variance_type")}
         for part in self._parts(output, sampling, pipe, images, count):
             figures = {name: figure | {"made_by": made_by | figure["made_by"]} for name, figure in part.items()}
-            if self.accelerator.is_main_process and record(output, model, entries | figures):
+            if self.accelerator.is_main_process and record(output, model, figures):
                 tell(f"{output} held results of another model: they are gone")
             yield figures if self.accelerator.is_main_process else {}
 
@@ -97,7 +97,7 @@ class Evaluator:
         count: int,
     ) -> Iterator[Figures]:
         if "nll" in self.request.chosen:
-            yield {"nll": self._bound(pipe, sampling.seed)}
+            yield {"nll": self.bound(pipe, sampling.seed)}
         if self.request.compared:
             if images is None:
                 images = self._sample(pipe, sampling, output, count)
@@ -107,11 +107,11 @@ class Evaluator:
             held_out = self.held_out if self.request.floor else None
             assert self.reference is not None
             figures, picture = compare(self.request, self.extractor, images, self.reference, held_out, count, processes)
-            yield {name: figure | {"made_by": made_by | figure["made_by"]} for name, figure in figures.items()}
             if picture is not None:
                 save_picture(picture, output.with_name(f"{output.stem}_nearest.png"))
+            yield {name: figure | {"made_by": made_by | figure["made_by"]} for name, figure in figures.items()}
 
-    def _bound(self, pipe: Any, seed: int) -> dict[str, Any]:
+    def bound(self, pipe: Any, seed: int) -> dict[str, Any]:
         """Returns the figures of the bound on held-out images, from all processes."""
         request, accelerator, images = self.request, self.accelerator, self.held_out
         assert images is not None

@@ -4,6 +4,13 @@ r"""The variational bound on the negative log-likelihood of images, in bits a di
 
 One fresh noise is drawn for each image and step. It depends on the seed, the image and the step alone, so that the
 figures are the same for any batch size and any number of processes.
+
+Fewer steps give an estimate: the steps above 0 are divided into stretches, as geometric a progression as whole numbers
+allow since the terms fall with `t`, and of each stretch one step is evaluated for all,
+
+.. math:: \hat L = L_T + L_0 + \sum_k w_k L_{t_k}, \quad t_k \sim U\{e_k, \dots, e_k + w_k - 1\},
+
+whose expectation is the bound.
 """
 
 import math
@@ -20,6 +27,9 @@ from hf_ddpm.images import to_signed
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.seeds import BOUND_NOISE, BOUND_STEPS, generator
 
+# Place of the image among those asked for, image, step, and the number of steps that this one stands for.
+Evaluation = tuple[int, int, int, float]
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -30,6 +40,7 @@ class Bound:
         squared_errors: Mean squared errors of the clipped :math:`\hat x_0` on the scale [-1, 1].
         evaluations: Images whose step `t` was evaluated.
         prior: :math:`L_T`, shape `()`.
+        squared_totals: Squares of the whole bound of an image, shape `()`.
         images: Number of images, shape `()`.
     """
 
@@ -37,6 +48,7 @@ class Bound:
     squared_errors: Tensor
     evaluations: Tensor
     prior: Tensor
+    squared_totals: Tensor
     images: Tensor
 
     def summed(self, add_up: Callable[[Tensor], Tensor]) -> "Bound":
@@ -47,16 +59,18 @@ class Bound:
         r"""Returns the figures, means over the images in bits a dimension.
 
         `total_bpd` is `prior_bpd` (:math:`L_T`) + `vlb_bpd` (:math:`\sum_{t > 1} L_{t-1}`) + `decoder_bpd`
-        (:math:`L_0`). If not every step of every image was evaluated they are unbiased estimates, and `is_estimate`
-        says so. Otherwise there are also the points of Fig. 5 by `t`: `rate_bpd`, what has been received when the
-        reverse process stands at `t`, :math:`L_T + \sum_{s > t} L_s`, and `distortion`, the root mean squared error
-        of the :math:`\hat x_0` of that moment on the scale [0, 255].
+        (:math:`L_0`). `standard_error` is that of the total over the images; there is none for one image. If not every
+        step of every image was evaluated the figures are unbiased estimates, and `is_estimate` says so. Otherwise
+        there are also the points of Fig. 5 by `t`: `rate_bpd`, what has been received when the reverse process stands
+        at `t`, :math:`L_T + \sum_{s > t} L_s`, and `distortion`, the root mean squared error of the :math:`\hat x_0`
+        of that moment on the scale [0, 255].
         """
         terms = self.terms / self.images / math.log(2)
         prior = (self.prior / self.images).item() / math.log(2)
         is_estimate = bool((self.evaluations < self.images).any())
         report: dict[str, object] = {
             "total_bpd": prior + terms.sum().item(),
+            **self._standard_error(),
             "prior_bpd": prior,
             "vlb_bpd": terms[1:].sum().item(),
             "decoder_bpd": terms[0].item(),
@@ -69,6 +83,14 @@ class Bound:
             report["rate_bpd"] = (prior + terms.sum() - terms.cumsum(0)).tolist()
             report["distortion"] = (127.5 * (self.squared_errors / self.images).sqrt()).tolist()
         return report
+
+    def _standard_error(self) -> dict[str, float]:
+        count = self.images.item()
+        if count < 2:
+            return {}
+        mean = (self.prior + self.terms.sum()) / count
+        variance = (self.squared_totals / count - mean.square()).clamp(min=0) / (count - 1)
+        return {"standard_error": variance.sqrt().item() / math.log(2)}
 
 
 @torch.no_grad()
@@ -95,8 +117,7 @@ def variational_bound(
         seed: Seed of the noise.
         batch_size: Network evaluations at a time, over images and steps alike.
         levels: Number of evenly spaced values that a pixel takes.
-        steps_per_image: Number of steps evaluated an image, from 2; all by default. Fewer give an unbiased estimate:
-            the first step, whose term is the largest, and one at random in each of equal stretches of the others.
+        steps_per_image: Number of steps evaluated an image, from 2; all by default. Fewer give an unbiased estimate.
         classes: Classes of all images, int64, shape `(N,)`, for a conditioned network.
         progress: Told the number of evaluations after each batch.
 
@@ -112,23 +133,26 @@ def variational_bound(
     if not 2 <= per_image <= total:
         raise ValueError(f"steps_per_image={steps_per_image} is not allowed: 2 to {total}")
     sums = torch.zeros(3, total, dtype=torch.float64, device=images.device)
-    prior = torch.zeros((), dtype=torch.float64, device=images.device)
+    priors = torch.zeros(len(ids), dtype=torch.float64, device=images.device)
     for start in range(0, len(ids), batch_size):
         chunk = torch.tensor(ids[start : start + batch_size])
-        prior += prior_nats(diffusion, to_signed(images[chunk], levels)).flatten(1).mean(dim=1).double().sum()
+        nats = prior_nats(diffusion, to_signed(images[chunk], levels))
+        priors[start : start + batch_size] = nats.flatten(1).mean(dim=1).double()
 
-    for pairs in _batches(_pairs(ids, seed, total, per_image), batch_size):
-        numbers, t, weights = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    totals = priors.clone()
+    for evaluations in _batches(_evaluations(ids, seed, total, per_image), batch_size):
+        places, numbers, t, weights = (torch.tensor(column) for column in zip(*evaluations, strict=True))
         x_start = to_signed(images[numbers], levels)
-        noise = torch.stack([_noise(seed, i, s, images.shape) for i, s, _ in pairs]).to(x_start.device)
-        t, weights = t.to(x_start.device), weights.to(x_start.device)
+        noise = torch.stack([_noise(seed, i, step, images.shape) for _, i, step, _ in evaluations]).to(x_start.device)
+        places, t, weights = (column.to(x_start.device) for column in (places, t, weights))
         labels = None if classes is None else classes[numbers.to(classes.device)].to(x_start.device)
         terms, squared_errors = _evaluate(unet, scheduler, x_start, t, noise, labels, levels)
-        sums.index_add_(1, t, torch.stack([weights * terms, squared_errors, torch.ones_like(terms)]).double())
-        progress(len(pairs))
-    terms, squared_errors, evaluations = sums
+        weighted = weights * terms.double()
+        sums.index_add_(1, t, torch.stack([weighted, squared_errors.double(), torch.ones_like(weighted)]))
+        totals.index_add_(0, places, weighted)
+        progress(len(evaluations))
     count = torch.tensor(float(len(ids)), dtype=torch.float64, device=images.device)
-    return Bound(terms, squared_errors, evaluations, prior, count)
+    return Bound(sums[0], sums[1], sums[2], priors.sum(), totals.square().sum(), count)
 
 
 def _evaluate(
@@ -151,19 +175,26 @@ def _evaluate(
     return terms, (x_start - x_start_hat).square().flatten(1).mean(dim=1)
 
 
-def _pairs(ids: Sequence[int], seed: int, total: int, per_image: int) -> Iterator[tuple[int, int, float]]:
-    """Yields image, step and the number of steps that this one stands for."""
-    for i in ids:
-        yield i, 0, 1.0
-        # One step in each of equal stretches of 1 .. total - 1; all steps if a stretch holds one.
-        width = (total - 1) / (per_image - 1)
+def _evaluations(ids: Sequence[int], seed: int, total: int, per_image: int) -> Iterator[Evaluation]:
+    """Yields what is to be evaluated."""
+    edges = _edges(total, per_image - 1)
+    for place, i in enumerate(ids):
+        yield place, i, 0, 1.0
         offsets = torch.rand(per_image - 1, generator=generator(seed, BOUND_STEPS, i), dtype=torch.float64)
-        for stretch, offset in enumerate(offsets.tolist()):
-            step = stretch if per_image == total else min(int((stretch + offset) * width), total - 2)
-            yield i, 1 + step, width
+        for first, end, offset in zip(edges, edges[1:], offsets.tolist(), strict=False):
+            yield place, i, first + int(offset * (end - first)), float(end - first)
 
 
-def _batches(items: Iterator[tuple[int, int, float]], size: int) -> Iterator[list[tuple[int, int, float]]]:
+def _edges(total: int, stretches: int) -> list[int]:
+    """Returns where the stretches of the steps from 1 to `total - 1` begin, and `total`."""
+    edges = [1]
+    for k in range(1, stretches + 1):
+        geometric = round(total ** (k / stretches))
+        edges.append(min(max(geometric, edges[-1] + 1), total - stretches + k))
+    return edges
+
+
+def _batches(items: Iterator[Evaluation], size: int) -> Iterator[list[Evaluation]]:
     batch = []
     for item in items:
         batch.append(item)

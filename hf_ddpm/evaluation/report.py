@@ -122,9 +122,10 @@ def read_results(path: Path) -> dict[str, Any]:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"output={str(path)!r} is not allowed: what is there is no results.json ({error})") from error
-    if not isinstance(results, dict):
+    model = results.get("model") if isinstance(results, dict) else None
+    if results != {} and not (isinstance(model, dict) and "checksum" in model):
         raise ValueError(f"output={str(path)!r} is not allowed: what is there is no results.json")
-    return results
+    return dict(results)
 
 
 def record(path: Path, model: Mapping[str, Any], entries: Mapping[str, Any]) -> bool:

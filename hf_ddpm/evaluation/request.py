@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_ddpm.config import Config
 from hf_ddpm.data.samples import PictureFolder, SampleFolder
 from hf_ddpm.evaluation.features import Extractor
 from hf_ddpm.evaluation.reference import fingerprint
@@ -62,6 +63,14 @@ class EvaluateConfig:
             raise ValueError("model is missing: only samples can be evaluated without, and not by nll")
         require(self, "samples", self.samples is None or Path(self.samples).is_dir(), "there is no such folder")
 
+        same = self.floor and self.split == self.reference_split and self.distances
+        require(self, "split", not same, "the floor is of images that are not the reference, or none: --floor false")
+
+    @property
+    def distances(self) -> set[str]:
+        """The metrics that compare with real images."""
+        return {"fd", "kid", "pr"} & set(self.chosen)
+
     @property
     def chosen(self) -> list[str]:
         """The metrics, by their own names."""
@@ -75,7 +84,7 @@ class EvaluateConfig:
     @property
     def needs_held_out(self) -> bool:
         """Whether the held-out split is looked at."""
-        return "nll" in self.chosen or bool(self.floor and {"fd", "kid", "pr"} & set(self.chosen))
+        return "nll" in self.chosen or bool(self.floor and self.distances)
 
     def check_extractor(self, extractor: Extractor, shape: tuple[int, ...]) -> None:
         """Raises a `ValueError` unless the extractor takes images of that shape, and is a classifier if need be."""
@@ -107,9 +116,30 @@ class EvaluateConfig:
         for metric in self.chosen:
             if count < METRICS[metric]:
                 raise ValueError(f"num_images={count} is not allowed: at least {METRICS[metric]} for {metric}")
-            if metric in ("fd", "kid", "pr") and reference is not None and reference < METRICS[metric]:
+            if metric in self.distances and reference is not None and reference < METRICS[metric]:
                 raise ValueError(f"{reference} images in split {self.reference_split!r} are too few for {metric}")
         return count
+
+
+def training_request(config: Config) -> EvaluateConfig:
+    """Returns what `scripts/evaluate.py` would be asked for by the options of a run in training."""
+    data, options = config.data, config.evaluation
+    return EvaluateConfig(
+        dataset=data.dataset,
+        model=config.training.output_dir,
+        reference_split=data.split,
+        split=options.eval_split,
+        floor=options.eval_floor,
+        image_column=data.image_column,
+        class_column=data.class_column,
+        skip_bad_images=data.skip_bad_images,
+        metrics=options.eval_metrics,
+        extractor=options.eval_extractor,
+        num_images=options.eval_num_images,
+        levels=data.levels,
+        steps_per_image=options.eval_steps_per_image,
+        batch_size=config.training.train_batch_size,
+    )
 
 
 def identify(

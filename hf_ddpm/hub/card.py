@@ -26,7 +26,7 @@ def write_card(folder: Path, *, model_id: str | None = None, license: str | None
     Args:
         folder: The folder, as `scripts/train.py` leaves it; of a pipeline alone, the card says less.
         model_id: What the model is to be loaded by; the folder's name by default.
-        license: Identifier of the model's license, such as `apache-2.0`.
+        license: Identifier of the model's license, such as `apache-2.0`; that of `config.yaml` by default.
 
     Returns:
         The path of the card; one that a person wrote is left as it is.
@@ -35,7 +35,7 @@ def write_card(folder: Path, *, model_id: str | None = None, license: str | None
         ValueError: If there is no model, or a file is not what its name says.
     """
     path = folder / "README.md"
-    if path.exists() and MARK not in path.read_text(encoding="utf-8"):
+    if path.exists() and MARK.encode() not in path.read_bytes():
         return path
     draw_loss(folder)
     card = model_card(folder, model_id=model_id, license=license)
@@ -51,6 +51,7 @@ def model_card(folder: Path, *, model_id: str | None = None, license: str | None
     if results.get("model", {}).get("checksum") != model_checksum(pipe):
         results = {}  # of other weights, or none
     options = _read(folder / "config.yaml", yaml.safe_load)
+    license = license or options.get("license")
     model_id = model_id or folder.resolve().name
     name = model_id.split("/")[-1]
     figures = list(rows(results))
@@ -71,14 +72,26 @@ def model_card(folder: Path, *, model_id: str | None = None, license: str | None
         model_id=model_id,
         license=license,
         class_names=pipe.class_names,
-        stock_loads=pipe.scheduler.config.variance_type != "learned",
+        stock_samples=_is_stock(pipe.scheduler.config),
         model=_about_the_model(pipe),
         training=_about_the_training(options, folder),
         samples=_about_the_samples(options),
         figures=figures,
-        versions=results.get("versions"),
-        pictures=[name for name in ("samples", "loss", "results_nearest") if (folder / f"{name}.png").exists()],
+        versions=_versions(results),
+        pictures=_pictures(folder, results),
     )
+
+
+def _pictures(folder: Path, results: dict[str, Any]) -> list[str]:
+    """Returns which pictures there are, those of other weights not among them."""
+    names = ["samples", "loss", *(["results_nearest"] if "memorization" in results else [])]
+    return [name for name in names if (folder / f"{name}.png").exists()]
+
+
+def _versions(results: dict[str, Any]) -> str:
+    found = [figure["made_by"]["versions"] for figure in results.values() if "made_by" in figure]
+    lines = [f"hf_ddpm {v['hf_ddpm']}, torch {v['torch']}, diffusers {v['diffusers']}" for v in found]
+    return "; ".join(dict.fromkeys(lines))
 
 
 def draw_loss(folder: Path) -> None:
@@ -90,8 +103,9 @@ def draw_loss(folder: Path) -> None:
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return _read(folder / "metrics.jsonl", lambda text: {"lines": [*map(json.loads, text.splitlines())]}).get(
+        "lines", []
+    )
 
 
 def _about_the_model(pipe: DDPMPipeline) -> dict[str, str]:
@@ -100,15 +114,27 @@ def _about_the_model(pipe: DDPMPipeline) -> dict[str, str]:
     attended = [
         f"{height // 2**i}x{width // 2**i}" for i, block in enumerate(unet.down_block_types) if block.startswith("Attn")
     ]
-    classes = {"classes": ", ".join(pipe.class_names)} if pipe.class_names else {}
+    classes = {"classes": ", ".join(name.replace("|", "\\|") for name in pipe.class_names)} if pipe.class_names else {}
     return {
-        "images": f"{KINDS[channels]}, {height}x{width}",
+        "images": f"{KINDS.get(channels, f'{channels} channels')}, {height}x{width}",
         "network": f"U-Net, {pipe.unet.num_parameters():,} parameters; channels {_list(unet.block_out_channels)}; "
         f"blocks a resolution: {unet.layers_per_block}; attention at {_list(attended) or 'the lowest alone'}",
         **classes,
-        "noise schedule": f"{scheduler.beta_schedule}, T = {scheduler.num_train_timesteps}",
+        "noise schedule": _describe_schedule(pipe.scheduler),
         "prediction": f"{scheduler.prediction_type}, variance {scheduler.variance_type}",
     }
+
+
+def _is_stock(scheduler: Any) -> bool:
+    """Returns whether the scheduler of diffusers does the same with the configuration."""
+    return scheduler.variance_type != "learned" and scheduler.prediction_type != "mean"
+
+
+def _describe_schedule(scheduler: Any) -> str:
+    config, betas = scheduler.config, scheduler.betas
+    kind = "given by its values" if config.get("trained_betas") is not None else config.beta_schedule
+    rescaled = ", no signal at the last step" if config.rescale_betas_zero_snr else ""
+    return f"{kind}, T = {config.num_train_timesteps}, variances from {betas[0]:.3g} to {betas[-1]:.3g}{rescaled}"
 
 
 def _about_the_training(options: dict[str, Any], folder: Path) -> dict[str, str]:
@@ -116,7 +142,7 @@ def _about_the_training(options: dict[str, Any], folder: Path) -> dict[str, str]
     if not (options and status and metrics):
         return {}
     steps, seen = metrics[-1]["step"], metrics[-1]["images"]
-    start = {"started from": f"`{options['init_from']}`"} if options["init_from"] else {}
+    start = {"started from": f"`{dataset_name(options['init_from'])}`"} if options["init_from"] else {}
     return {
         "data": f"{_describe_dataset(options['dataset'])}, split {options['split']}, {status['images']:,} images"
         + (", half of them mirrored at random" if options["horizontal_flip"] else ""),

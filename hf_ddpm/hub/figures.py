@@ -15,7 +15,7 @@ KINDS = (
     ("is", "value", "Inception score", "inception_score", None),
     ("pr", "precision", "precision", "precision", "held_out_precision"),
     ("pr", "recall", "recall", "recall", "held_out_recall"),
-    ("nll", "total_bpd", "NLL, bits/dim, at most", "bits_per_dim", None),
+    ("nll", "total_bpd", "bound on the NLL, bits/dim", "bits_per_dim", None),
     ("memorization", "exact_copies", "share of exact copies of training images", "exact_copies", None),
 )
 
@@ -31,7 +31,7 @@ class Row:
         name: What it is.
         type: The same, as the Hub knows it.
         value: The figure.
-        error: What follows it in the table, such as a standard deviation.
+        error: Its standard error, or that of splits, as it follows in the table.
         floor: What real images score.
         count: Number of generated images, or of those whose likelihood it is.
         data: The data set that it is about.
@@ -75,12 +75,14 @@ def rows(results: Mapping[str, Any]) -> Iterator[Row]:
             how, arguments = _of_the_bound(figure, made_by)
         else:
             how, arguments = _of_samples(made_by, has_features=metric != "memorization")
+        estimated = bool(figure.get("is_estimate"))
+        error = figure.get("standard_deviation", figure.get("standard_error"))
         is_fid = metric == "fd" and arguments["extractor"] == "inception"
         yield Row(
-            name=name,
+            name=name + (" (estimate)" if estimated else ""),
             type="fid" if is_fid else kind,
             value=float(figure[key]),
-            error=f" ± {figure['standard_deviation']:.2g}" if "standard_deviation" in figure else "",
+            error="" if error is None else f" ± {error:.2g}",
             floor=None if figure.get(floor) is None else float(figure[floor]),
             count=int(figure["num_images"]),
             data=dataset_name(made_by["dataset"]["name"]),
@@ -107,11 +109,13 @@ def _of_samples(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, di
         sampling = {key: made_by["sampling"][key] for key in keys}
         arguments |= sampling
         words.append(f"{sampling['scheduler']} in {sampling['num_inference_steps']} steps, seed {sampling['seed']}")
+        if classes := made_by["sampling"]["class_labels"]:
+            arguments["class_labels"] = classes
+            words.append("a class" if len(classes) == 1 else f"{len(classes)} classes in turn")
         words += [f"{key.split('_')[0]} {sampling[key]:g}" for key, usual in USUAL.items() if sampling[key] != usual]
     return ", ".join(words), arguments
 
 
 def _of_the_bound(figure: Mapping[str, Any], made_by: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     arguments = {name: figure[name] for name in ("evaluations_per_image", "is_estimate")} | {"seed": made_by["seed"]}
-    kind = "unbiased estimate from" if figure["is_estimate"] else "all"
-    return f"{kind} {figure['evaluations_per_image']} terms an image, seed {made_by['seed']}", arguments
+    return f"{figure['evaluations_per_image']} terms an image, seed {made_by['seed']}", arguments

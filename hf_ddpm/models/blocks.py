@@ -80,7 +80,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Maps `(B, C, H, W)` and the activated time embedding `(B, time_dim)` to `(B, C', H', W')`."""
-        h = F.silu(self.norm1(x))
+        h = activate(self.norm1(x))
         if self.resample is not None:
             x, h = self.resample(x), self.resample(h)
         h = self.conv1(h)
@@ -90,11 +90,11 @@ class ResnetBlock(nn.Module):
             scale, shift = emb.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
-            h = self.norm2(h + emb)
+            h = self.norm2(h.add_(emb))  # no gradient needs the output of a convolution
 
-        h = self.conv2(self.dropout(F.silu(h)))
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return _divide(shortcut + h, self.scale)
+        h = self.conv2(self.dropout(activate(h)))
+        h += x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return _divide(h, self.scale)
 
 
 class Attention(nn.Module):
@@ -314,6 +314,11 @@ class UpStage(Stage):
         for upsampler in self.upsamplers:
             x = upsampler(x, emb)
         return x
+
+
+def activate(x: Tensor) -> Tensor:
+    """Returns SiLU; in the place of its input, a normalization's output, where no gradient will ask for that."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def _divide(x: Tensor, scale: float) -> Tensor:

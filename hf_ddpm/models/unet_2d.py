@@ -1,8 +1,11 @@
 """The U-Net of the paper, drop-in for that of diffusers: same options, same keys, same initial weights."""
 
 import json
+import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from hf_ddpm.models.blocks import DownStage, Dropout, MidStage, UpStage
+from hf_ddpm.models.blocks import DownStage, Dropout, MidStage, UpStage, activate
 from hf_ddpm.models.embeddings import TimestepEmbedding, sinusoidal
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
@@ -189,7 +192,8 @@ class UNet2DModel(ModelMixin, ConfigMixin):
             emb = emb + self.class_embedding(class_labels)
         emb = F.silu(emb)  # every residual block begins with this
 
-        x = self.conv_in(sample)
+        # Channels innermost is how convolutions like it; all that follows stays in this layout.
+        x = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for down in self.down_blocks:
             skips += down(x, emb)
@@ -198,7 +202,7 @@ class UNet2DModel(ModelMixin, ConfigMixin):
             x = self.mid_block(x, emb)
         for up in self.up_blocks:
             x = up(x, skips, emb)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.conv_out(activate(self.conv_norm_out(x))).contiguous()
 
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
@@ -217,6 +221,14 @@ class UNet2DModel(ModelMixin, ConfigMixin):
         for number, layer in enumerate(layers):
             layer.draw = None if draw is None else partial(draw, number)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "UNet2DModel":
+        """Loads a network as diffusers does, and a pickle only where there are no safetensors under any name."""
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if kwargs.get("use_safetensors") is None and folder.is_dir():
+            kwargs["use_safetensors"] = any(folder.glob("*.safetensors*")) or not any(folder.glob("*.bin*"))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     def to_json_string(self) -> str:
         """Serializes the configuration, without the local path that the weights were read from."""
         config = json.loads(super().to_json_string())
@@ -224,12 +236,11 @@ class UNet2DModel(ModelMixin, ConfigMixin):
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def _sinusoids(self, timestep: Tensor | float | int, sample: Tensor) -> Tensor:
-        batch = sample.shape[0]
         if not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu"):
-            # A number is filled in on the device: no copy, no wait.
-            t = torch.full((batch,), float(timestep), device=sample.device)
+            # A number is filled in on the device: no copy, no wait. One row does for the whole batch.
+            t = torch.full((1,), float(timestep), device=sample.device)
         else:
-            t = timestep.to(sample.device).expand(batch)
+            t = timestep.to(sample.device).view(-1)
         sinusoids = sinusoidal(
             t,
             self.config.block_out_channels[0],

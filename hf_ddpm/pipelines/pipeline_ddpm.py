@@ -15,8 +15,9 @@ from torch import Tensor
 
 from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.diffusion.gaussian import split_output
-from hf_ddpm.images import to_bytes, to_pil, to_unit
+from hf_ddpm.images import OUTPUT_TYPES, as_output, to_unit
 from hf_ddpm.models.unet_2d import UNet2DModel
+from hf_ddpm.pipelines.latents import LatentMethods, check_generators
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
 # Our classes by the names that they are stored under. diffusers has no class of the last one and refuses to load it:
@@ -24,7 +25,7 @@ from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 OURS = {"UNet2DModel": UNet2DModel, "DDPMScheduler": DDPMScheduler, "HFDDPMScheduler": DDPMScheduler}
 
 
-class DDPMPipeline(DiffusionPipeline):
+class DDPMPipeline(LatentMethods, DiffusionPipeline):
     """Generates images with a denoising diffusion probabilistic model (Ho et al. 2020).
 
     `from_pretrained` reads every DDPM repository of diffusers, and `save_pretrained` writes one: weights and
@@ -160,41 +161,8 @@ class DDPMPipeline(DiffusionPipeline):
             unet.train(was_training)
             self.maybe_free_model_hooks()
 
-        images = {"pil": _as_pil, "np": _as_numpy, "pt": to_unit}[output_type](x_t)
+        images = as_output(to_unit(x_t), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def reconstruct(
-        self,
-        images: Tensor,
-        t: int,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        output_type: str = "pil",
-    ) -> list | Tensor | Any:
-        r"""Diffuses images to step `t` and takes the reverse process back from there.
-
-        .. math:: x_t \sim q(x_t \mid x_0), \quad \bar x_0 \sim p_\theta(x_0 \mid x_t)
-
-        The later the step the less of an image is kept: near 0 all, near `T` nothing (Section 4.3).
-
-        Args:
-            images: :math:`x_0` in [-1, 1], shape `(B, C, H, W)`.
-            t: Step in [0, T).
-            generator: Source of the noise, in both directions; a list gives each image its own.
-            output_type: As in a call.
-
-        Returns:
-            The reconstructions.
-
-        Raises:
-            ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
-        """
-        if not isinstance(self.scheduler, DDPMScheduler):
-            raise ValueError(f"reconstruct needs a DDPMScheduler, not a {type(self.scheduler).__name__}")
-        x_start = images.to(self._execution_device, torch.float32)
-        noise = randn_tensor(x_start.shape, generator=generator, device=x_start.device, dtype=torch.float32)
-        x_t = self.scheduler.diffusion.q_sample(x_start, t, noise)
-        steps = list(range(t, -1, -1))
-        return self(len(x_t), generator, output_type=output_type, latents=x_t, timesteps=steps).images
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -227,9 +195,8 @@ class DDPMPipeline(DiffusionPipeline):
         latents: Tensor | None,
         tensor_inputs: list[str] | tuple[str, ...],
     ) -> None:
-        check_one_of("output_type", output_type, ("pil", "np", "pt"))
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ValueError(f"{len(generator)} generators for batch_size={shape[0]}: one an image, or one alone")
+        check_one_of("output_type", output_type, OUTPUT_TYPES)
+        check_generators(generator, shape[0])
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents of shape {tuple(latents.shape)} are not allowed: {shape}")
         for name in tensor_inputs:
@@ -280,15 +247,17 @@ class DDPMPipeline(DiffusionPipeline):
 
 def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
     """Loads the pipeline of a folder or Hub id onto a device; what cannot be loaded is a `ValueError` of one line."""
+    pipe = read_pipeline(model)
+    missing = [name for name, value in pipe.unet.named_parameters() if value.is_meta]
+    if missing:
+        raise ValueError(f"model {model!r} cannot be loaded: it lacks {len(missing)} weights, {missing[0]} among them")
+    return pipe.to(device)
+
+
+def read_pipeline(model: str) -> DDPMPipeline:
+    """Reads a pipeline as `load_pipeline` does; weights that are not there stay on the meta device."""
     try:
-        return DDPMPipeline.from_pretrained(model).to(device)
+        return DDPMPipeline.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model {model!r} cannot be loaded: {' '.join(str(error).split())}") from error
-
-
-def _as_numpy(signed: Tensor) -> Any:
-    return to_unit(signed).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _as_pil(signed: Tensor) -> list:
-    return to_pil(to_bytes(to_unit(signed)))
+        why = error.__cause__ or error  # what the Hub has said, where diffusers speaks of its cache
+        raise ValueError(f"model {model!r} cannot be loaded: {' '.join(str(why).split())}") from error

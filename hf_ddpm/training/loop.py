@@ -99,6 +99,9 @@ class Callback:
     def on_checkpoint(self, run: Run) -> None:
         """Called every `checkpointing_steps` steps, and after the last one of this session."""
 
+    def on_pause(self, run: Run) -> None:
+        """Called when all that the steps so far have made is saved, unless the run ends here; a signal ends it."""
+
     def on_end(self, run: Run) -> None:
         """Called when all steps are done, not when a signal has ended the session."""
 
@@ -130,9 +133,10 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
     mine = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
     with StopSignal(accelerator) as stop, ExitStack() as last:
-        for callback in callbacks:
-            callback.on_start(run)
-            last.callback(callback.close)
+        with stop.at_once():
+            for callback in callbacks:
+                callback.on_start(run)
+                last.callback(callback.close)
         while run.step < config.max_train_steps and run.stopped_by is None:
             step = run.step
             for group in optimizer.param_groups:
@@ -173,7 +177,11 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
                 run.check_finite()
                 for callback in callbacks:
                     callback.on_checkpoint(run)
+                if not is_done:
+                    with stop.at_once():
+                        for callback in callbacks:
+                            callback.on_pause(run)
         if run.stopped_by is None:
-            stop.interrupt_at_once()
-            for callback in callbacks:
-                callback.on_end(run)
+            with stop.at_once():
+                for callback in callbacks:
+                    callback.on_end(run)

@@ -1,6 +1,8 @@
 """SIGTERM and Ctrl-C end a run between two steps, on all processes at the same one."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 import torch
@@ -41,11 +43,16 @@ class StopSignal:
             number = int(self._accelerator.gather(mine).max())
         return number or None
 
-    def interrupt_at_once(self) -> None:
-        """From here on, when nothing is left to save, a signal raises `Interrupted`."""
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Lets a signal raise `Interrupted` while nothing is there to be saved."""
         self._at_once = True
         if self._number:
             interrupt(self._number, None)
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._at_once or (self._number and number == signal.SIGINT):

@@ -7,7 +7,7 @@ import torch
 
 from hf_ddpm import DDPMScheduler, UNet2DModel
 from hf_ddpm.data.store import load_images
-from hf_ddpm.evaluation.nll import Bound, variational_bound
+from hf_ddpm.evaluation.nll import Bound, _edges, variational_bound
 from hf_ddpm.seeds import BOUND_NOISE, generator
 from tests.conftest import TINY_UNET, load_script
 
@@ -108,6 +108,31 @@ def test_the_bound_depends_neither_on_batches_nor_on_processes(small, digits):
         assert other["num_images"] == 10
 
 
+def test_the_standard_error_is_that_of_the_images(small, digits):
+    alone = [bound(small, digits, [i]).report() for i in range(12)]
+    totals = np.array([report["total_bpd"] for report in alone])
+    report = bound(small, digits, range(12)).report()
+    assert report["standard_error"] == pytest.approx(totals.std(ddof=1) / math.sqrt(12), rel=1e-6)
+    assert "standard_error" not in alone[0]  # of one image nothing is known
+
+
+@pytest.mark.parametrize(("total", "stretches"), [(1000, 29), (1000, 999), (1000, 1), (20, 19), (20, 18), (1000, 500)])
+def test_stretches_cover_each_step_once(total, stretches):
+    edges = _edges(total, stretches)
+    assert edges[0] == 1 and edges[-1] == total and len(edges) == stretches + 1
+    assert all(first < end for first, end in zip(edges, edges[1:], strict=False))
+
+
+def test_an_estimate_knows_how_good_it_is(small, digits):
+    runs = [bound(small, digits, range(100), steps_per_image=4, seed=seed).report() for seed in range(20)]
+    exact = bound(small, digits, range(100)).report()
+    spread = np.std([run["total_bpd"] for run in runs], ddof=1)
+    # The error contains what differs between images, which the same images in each run do not.
+    between_images = exact["standard_error"]
+    noise = np.sqrt(np.mean([run["standard_error"] ** 2 for run in runs]) - between_images**2)
+    assert noise == pytest.approx(spread, rel=0.5)
+
+
 def test_a_subset_of_the_steps_is_an_unbiased_estimate_and_says_so(small, digits):
     # Over many images the estimate from 4 of 20 steps must approach the exact value: within 5 standard errors.
     ids = range(300)
@@ -130,7 +155,7 @@ def test_the_script_writes_the_figures(trained, tmp_path):
     results = json.loads((tmp_path / "r.json").read_text())
     nll = results["nll"]
     assert nll["total_bpd"] == pytest.approx(nll["prior_bpd"] + nll["vlb_bpd"] + nll["decoder_bpd"])
-    assert nll["num_images"] == 2 and len(nll["terms_bpd"]) == 1000 and results["config"]["levels"] == 17
+    assert nll["num_images"] == 2 and len(nll["terms_bpd"]) == 1000 and nll["made_by"]["request"]["levels"] == 17
     for wrong, message in [
         (["--output", str(tmp_path)], "it is a folder"),
         (["--metrics", "fvd"], "metrics='fvd' is not allowed: any of fd, kid, is, pr, nll"),

@@ -87,8 +87,28 @@ def test_a_pipeline_alone_has_a_card(tmp_path):
     pipe = DDPMPipeline(UNet2DModel(**TINY_UNET | {"out_channels": 2}), DDPMScheduler(variance_type="learned"))
     pipe.save_pretrained(tmp_path)
     text = write_card(tmp_path, model_id="org/name").read_text()
-    assert 'from_pretrained("org/name")' in text and "Only hf_ddpm loads it" in text
+    assert 'from_pretrained("org/name")' in text and "Only hf_ddpm samples from it" in text
     assert "## Training" not in text and ".png" not in text and "None" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"beta_schedule": "quad"}, "given by its values, T = 1000, variances from 0.0001 to 0.02"),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, "to 1, no signal at the last step"),
+        ({"prediction_type": "mean"}, "Only hf_ddpm samples from it"),
+    ],
+)
+def test_a_card_tells_variants_apart(tmp_path, options, said):
+    DDPMPipeline(UNet2DModel(**TINY_UNET), DDPMScheduler(**options)).save_pretrained(tmp_path)
+    assert said in write_card(tmp_path).read_text()
+
+
+def test_the_picture_of_other_samples_is_not_shown(copied):
+    results = json.loads((copied / "results.json").read_text())
+    del results["memorization"]
+    (copied / "results.json").write_text(json.dumps(results))
+    assert "results_nearest.png" not in write_card(copied).read_text()
 
 
 def test_the_code_of_a_card_names_a_class(tmp_path):
@@ -99,11 +119,11 @@ def test_the_code_of_a_card_names_a_class(tmp_path):
 
 
 def test_a_card_that_a_person_wrote_stays(copied):
-    (copied / "README.md").write_text("mine")
-    assert write_card(copied).read_text() == "mine"
+    (copied / "README.md").write_bytes(b"mine \xff")
+    assert write_card(copied).read_bytes() == b"mine \xff"
 
 
-@pytest.mark.parametrize("name", ["results.json", "config.yaml", "status.json"])
+@pytest.mark.parametrize("name", ["results.json", "config.yaml", "status.json", "metrics.jsonl"])
 def test_a_broken_file_is_named(copied, name):
     (copied / name).write_text("{")
     with pytest.raises(ValueError, match=rf"{name} cannot be read") as caught:

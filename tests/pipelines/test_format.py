@@ -8,9 +8,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from tests.conftest import TINY_UNET
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -138,6 +139,16 @@ def test_broken_safetensors_are_an_error_and_never_replaced_by_a_pickle(stock_fo
         DDPMPipeline.from_pretrained(stock_folder)
 
 
+def test_a_pickle_is_not_read_where_there_are_safetensors_of_another_name(stock_folder):
+    state = load_file(stock_folder / WEIGHTS)
+    torch.save(state, stock_folder / "unet" / "diffusion_pytorch_model.bin")
+    (stock_folder / WEIGHTS).rename(stock_folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):
+        DDPMPipeline.from_pretrained(stock_folder)
+    assert is_ours(DDPMPipeline.from_pretrained(stock_folder, variant="fp16"))
+    assert is_ours(DDPMPipeline.from_pretrained(stock_folder, use_safetensors=False))
+
+
 def test_from_pipe_goes_both_ways(tiny_pipeline, stock_folder):
     ours = DDPMPipeline.from_pipe(diffusers.DDPMPipeline.from_pretrained(stock_folder))
     assert type(ours.unet) is diffusers.UNet2DModel
@@ -173,3 +184,11 @@ def test_a_learned_range_pipeline_loads_in_diffusers_and_swaps_schedulers(tmp_pa
     np.testing.assert_allclose(sample(pipe), sample(stock), rtol=0, atol=2e-5)
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
     assert np.isfinite(sample(pipe)).all()
+
+
+def test_a_pipeline_without_all_weights_is_one_line(stock_folder):
+    state = load_file(stock_folder / WEIGHTS)
+    del state["conv_in.bias"]
+    save_file(state, stock_folder / WEIGHTS)
+    with pytest.raises(ValueError, match="cannot be loaded: it lacks 1 weights, conv_in.bias among them"):
+        load_pipeline(str(stock_folder), "cpu")

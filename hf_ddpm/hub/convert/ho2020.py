@@ -1,0 +1,192 @@
+"""Checkpoints of the code of Ho et al. 2020 (hojonathanho/diffusion), and of its port to PyTorch (pesser).
+
+Those of TensorFlow are read as an `.npz` file, which two lines make where TensorFlow is installed:
+
+    reader = tf.train.load_checkpoint("model.ckpt-790000")
+    np.savez("model.npz", **{name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()})
+
+In such a file the weights of a convolution have the shape `(H, W, in, out)`, those of all other layers `(in, out)`, and
+the averaged weights stand beside the others as `.../ExponentialMovingAverage`. The port has one or the other.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import count, takewhile
+from typing import Any
+
+from torch import Tensor
+
+from hf_ddpm.hub.convert.conversion import Conversion, Entry
+from hf_ddpm.hub.convert.hints import Hints
+from hf_ddpm.hub.convert.ho2020_reference import PyTorchLayers, TensorFlowLayers, forward
+from hf_ddpm.hub.convert.places import block_types, empty_unet, place_of
+from hf_ddpm.hub.convert.reading import as_tensors, layer_shape
+from hf_ddpm.options import require
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+
+AVERAGED = "/ExponentialMovingAverage"
+ATTENDED = 16  # the resolution with attention, in all of its scripts
+
+OUTSIDE = {
+    "conv_in": "conv_in",
+    "time_embedding.linear_1": "temb.dense.0",
+    "time_embedding.linear_2": "temb.dense.1",
+    "conv_norm_out": "norm_out",
+    "conv_out": "conv_out",
+}
+BLOCKS = {"resnets": "block.{}", "attentions": "attn.{}", "downsamplers": "downsample", "upsamplers": "upsample"}
+LAYERS = {
+    "norm1": "norm1", "conv1": "conv1", "time_emb_proj": "temb_proj", "norm2": "norm2", "conv2": "conv2",
+    "conv_shortcut": "nin_shortcut",
+    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+    "conv": "conv",
+}  # fmt: skip
+
+
+def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
+    """Plans the conversion of a checkpoint.
+
+    Number of resolutions and blocks, channels and attention are read off its names and shapes. The image size is taken
+    to be that at which attention is at 16x16, as in all networks of the paper, and the variance to be `fixed_large`
+    below 256x256 and `fixed_small` from there on, as in the scripts of CIFAR-10 and of LSUN and CelebA-HQ.
+
+    Args:
+        weights: Arrays or tensors by name.
+        hints: What they do not say.
+
+    Returns:
+        The plan; names may still be missing.
+
+    Raises:
+        ValueError: If it is no such checkpoint, has parts that our network lacks, or a hint is not allowed.
+    """
+    hints.check("ho2020")
+    tensors = as_tensors(weights)
+    name, aside, notes = _layout(tensors, hints)
+    is_tensorflow = name("conv_in.weight").endswith(("/W", AVERAGED))
+    read = _outputs_first if is_tensorflow else _as_is
+
+    def shape(part: str) -> tuple[int, ...]:
+        """Returns outputs, inputs, height and width of a convolution."""
+        *sizes, ins, outs = found = layer_shape(tensors, name(part))
+        return (outs, ins, *sizes) if is_tensorflow else found
+
+    options = _architecture(lambda part: name(part) in tensors, shape, hints, notes)
+    unet = empty_unet(**options)
+    hints.check_resolution(unet.size_multiple)
+    levels = len(options["block_out_channels"])
+    entries = [Entry(ours, name(_their_name(ours, levels)), read) for ours in unet.state_dict()]
+    layers = (TensorFlowLayers if is_tensorflow else PyTorchLayers)(tensors, name)
+    pipe = DDPMPipeline(unet, _scheduler(options, hints, notes))
+    return Conversion(pipe, tensors, entries, partial(forward, layers), aside, notes)
+
+
+def _layout(tensors: Mapping[str, Tensor], hints: Hints) -> tuple[Callable[[str], str], list[str], list[str]]:
+    """Returns how the names of the port read in this file, the names to be left aside, and what was chosen."""
+    scopes = [found[1] for found in map(re.compile(rf"(.*/)?conv_in/W({AVERAGED})?").fullmatch, tensors) if found]
+    if not scopes:
+        require(hints, "weights", hints.weights is None, "the file is PyTorch's, with weights of one kind")
+        return _as_is, [], ["weights: as the file has them, averaged or not"]
+    scope = scopes[0] or ""
+    is_averaged = any(found.endswith(AVERAGED) for found in tensors)
+    require(hints, "weights", hints.weights != "ema" or is_averaged, "the file holds no averaged weights")
+    suffix = AVERAGED if is_averaged and hints.weights != "raw" else ""
+
+    def is_aside(found: str) -> bool:
+        other = found + AVERAGED in tensors if suffix else found.endswith(AVERAGED)
+        return other or re.fullmatch(r".*/(Adam|RMSProp)(_1)?|global_step|beta[12]_power", found) is not None
+
+    aside = sorted(filter(is_aside, tensors))
+    return partial(_tensorflow_name, scope, suffix), aside, [f"weights: {'averaged' if suffix else 'not averaged'}"]
+
+
+def _tensorflow_name(scope: str, suffix: str, part: str) -> str:
+    module, leaf = part.rsplit(".", 1)
+    is_norm = module.rsplit(".", 1)[-1].startswith("norm")
+    leaf = {"weight": "gamma" if is_norm else "W", "bias": "beta" if is_norm else "b"}[leaf]
+    path = re.sub(r"\b(down|up|block|attn)\.(\d+)", r"\1_\2", module)
+    path = re.sub(r"\bdense\.(\d+)", r"dense\1", path).replace(".", "/")
+    return f"{scope}{path}/{leaf}{suffix}"
+
+
+def _their_name(ours: str, levels: int) -> str:
+    """Returns the name that the port has for one of our parameters."""
+    path, leaf = ours.rsplit(".", 1)
+    place = place_of(path)
+    if place is None:
+        return f"{OUTSIDE[path]}.{leaf}"
+    if place.stage == "mid":
+        block = f"mid.{'block' if place.kind == 'resnets' else 'attn'}_{place.number + 1}"
+    else:
+        level = place.index if place.stage == "down" else levels - 1 - place.index  # up is numbered as down is
+        block = f"{place.stage}.{level}.{BLOCKS[place.kind].format(place.number)}"
+    return f"{block}.{LAYERS[place.layer]}.{leaf}"
+
+
+def _architecture(
+    has: Callable[[str], bool], shape: Callable[[str], tuple[int, ...]], hints: Hints, notes: list[str]
+) -> dict[str, Any]:
+    """Returns the options of the network that names and shapes imply."""
+    channels, outputs = shape("conv_in.weight")[1], shape("conv_out.weight")[0]
+    levels = len(list(takewhile(lambda i: has(f"down.{i}.block.0.conv1.weight"), count())))
+    blocks = len(list(takewhile(lambda j: has(f"down.0.block.{j}.conv1.weight"), count())))
+    if not levels:
+        shape("down.0.block.0.conv1.weight")  # which is missing: says so
+    attends = [has(f"down.{i}.attn.0.q.weight") for i in range(levels)]
+    for level in range(levels - 1):
+        if not has(f"down.{level}.downsample.conv.weight"):
+            raise ValueError("resampling without a convolution (resamp_with_conv=False) is not supported")
+    if has("down.1.block.0.conv_shortcut.weight"):
+        raise ValueError("3x3 convolutions in the skip connections (conv_shortcut=True) are not supported")
+    widths = tuple(shape(f"down.{i}.block.0.conv1.weight")[0] for i in range(levels))
+    if shape("conv_in.weight")[0] != widths[0]:
+        raise ValueError("a first resolution with other channels than conv_in (ch_mult[0] != 1) is not supported")
+    return {
+        "sample_size": hints.resolution or _image_size(attends, notes),
+        "in_channels": channels,
+        "out_channels": outputs,
+        "block_out_channels": widths,
+        **block_types(attends),
+        "layers_per_block": blocks,
+        "attention_head_dim": None,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_num_groups": 32,
+        "norm_eps": 1e-6,
+    }
+
+
+def _image_size(attends: list[bool], notes: list[str]) -> int:
+    if sum(attends) != 1:
+        raise ValueError(f"resolution is missing: there is attention at {sum(attends)} resolutions, not at 16x16 alone")
+    size = ATTENDED * 2 ** attends.index(True)
+    notes.append(f"resolution: {size}, if attention is at {ATTENDED}x{ATTENDED} as in the paper (--resolution says)")
+    return size
+
+
+def _scheduler(options: dict[str, Any], hints: Hints, notes: list[str]) -> DDPMScheduler:
+    schedule = hints.beta_schedule or "linear"
+    require(hints, "beta_schedule", schedule != "squaredcos_cap_v2", "linear, quad or const")
+    require(hints, "variance_type", hints.variance_type != "learned_range", "fixed_small, fixed_large or learned")
+    fixed = "fixed_small" if options["sample_size"] >= 256 else "fixed_large"
+    variance = hints.variance(options["in_channels"], options["out_channels"], "learned", fixed)
+    if hints.variance_type is None:
+        notes.append(f"variance: {variance}, as its scripts have it for such images (--variance_type says)")
+    return DDPMScheduler(
+        num_train_timesteps=hints.num_train_timesteps or 1000,
+        beta_schedule=schedule,
+        variance_type=variance,
+        prediction_type=hints.prediction_type or "epsilon",
+    )
+
+
+def _outputs_first(stored: Tensor) -> Tensor:
+    """Returns the weights of a layer of TensorFlow with outputs and inputs in front."""
+    return stored.permute(3, 2, 0, 1) if stored.ndim == 4 else stored.mT if stored.ndim == 2 else stored
+
+
+def _as_is(stored: Any) -> Any:
+    return stored

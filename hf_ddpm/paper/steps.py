@@ -1,0 +1,173 @@
+"""How many steps does a model need? The Frechet distance of its images against their number, for each sampler.
+
+The paper samples in all `T` steps, with either of two fixed variances (Section 3.2); DDIM and the solvers after it walk
+the same reverse process in fewer.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import diffusers
+import torch
+
+from hf_ddpm.diffusion.gaussian import LEARNED, output_channels
+from hf_ddpm.options import option, require, require_at_least
+from hf_ddpm.paper.study import Study, table
+from hf_ddpm.paper.yardstick import Yardstick
+from hf_ddpm.sampling import SCHEDULERS, Sampling
+from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+
+# How much farther than in all steps still counts as being there.
+TOLERANCE = 1.1
+
+
+OTHERS = [name for name in SCHEDULERS if name != "ddpm"]
+
+
+@dataclass
+class StepsConfig:
+    """Distance to real images against the number of steps, for each sampler."""
+
+    steps: list[int] = option(
+        "numbers of steps, 10, 20, 50 and 100 by default; the process of the paper takes all of them, too",
+        factory=list,
+    )
+    samplers: list[str] = option(f"beside the paper's, any of {', '.join(OTHERS)}", factory=lambda: list(OTHERS))
+    num_images: int = option("images for each distance, at least 2", 100)
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require(self, "steps", min(self.steps, default=1) >= 1, "at least 1")
+        require(self, "samplers", set(self.samplers) <= set(OTHERS), f"any of {', '.join(OTHERS)}")
+        require_at_least(self, 2, "num_images")
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A way through the reverse process.
+
+    Attributes:
+        name: What it is called in tables.
+        sampler: One of `SCHEDULERS`.
+        scheduler: The scheduler of the pipeline that it is of.
+    """
+
+    name: str
+    sampler: str
+    scheduler: Any
+
+
+def steps(study: Study, options: StepsConfig) -> None:
+    """Measures, and writes `steps.json`, `steps.md` and `steps.png`; the same call goes on after an interruption.
+
+    Args:
+        study: The model and its data.
+        options: What to measure.
+
+    Raises:
+        ValueError: If there are no data, or an argument is not allowed.
+    """
+    total = len(study.pipe.scheduler)
+    asked = options.steps or [number for number in (10, 20, 50, 100) if number < total]
+    require(options, "steps", max(asked, default=1) <= total, f"at most the {total} of the process")
+    yardstick = Yardstick(study.evaluator("fd", options.num_images))
+    rows = []
+    for walk in walks(study.pipe.scheduler, options.samplers):
+        numbers = {*asked, total} if walk.sampler == "ddpm" else set(asked)
+        points = [measure(study, yardstick, walk, number) for number in sorted(numbers)]
+        rows.append({"sampler": walk.name, "points": points, "fewest": None})
+    report(study, options, rows, yardstick.made_by)
+
+
+def walks(scheduler: Any, others: Sequence[str]) -> list[Walk]:
+    """Returns the ways through the process of a scheduler: the paper's, first with its own variance, and others."""
+    own = DDPMScheduler.from_config(scheduler.config).variance_type
+    fixed = ("fixed_small", "fixed_large") if own not in LEARNED else ()
+    paper = [
+        Walk(f"ddpm, {variance}", "ddpm", DDPMScheduler.from_config(scheduler.config, variance_type=variance))
+        for variance in dict.fromkeys((own, *fixed))
+    ]
+    return [*paper, *(Walk(sampler, sampler, scheduler) for sampler in others)]
+
+
+def measure(study: Study, yardstick: Yardstick, walk: Walk, number: int) -> dict[str, Any]:
+    """Returns the distance of images made in so many steps, or why there are none."""
+    evaluations, reason = rehearse(walk, number)
+    if reason is not None:
+        return {"steps": number, "failed": reason}
+    own, study.pipe.scheduler = study.pipe.scheduler, walk.scheduler
+    try:
+        sampling = Sampling(seed=study.subject.seed, num_inference_steps=number, scheduler=walk.sampler)
+        images = study.samples(yardstick.count, sampling)
+    finally:
+        study.pipe.scheduler = own
+    return {"steps": number, "evaluations": evaluations, **yardstick(images)}
+
+
+def rehearse(walk: Walk, number: int) -> tuple[int, str | None]:
+    """Takes a walk without a network, since some schedulers fail in the last of many steps.
+
+    Returns:
+        The network evaluations of the walk; and why it fails, if it does.
+    """
+    name = SCHEDULERS[walk.sampler]
+    try:
+        scheduler = walk.scheduler if name is None else getattr(diffusers, name).from_config(walk.scheduler.config)
+        scheduler.set_timesteps(number)
+        x_t = torch.zeros(1, 1, 1, 1)
+        output = x_t if name else x_t.expand(1, output_channels(1, scheduler.variance_type), 1, 1)
+        for t in scheduler.timesteps:
+            scheduler.scale_model_input(x_t, t)
+            x_t = scheduler.step(output, t, x_t).prev_sample
+    except Exception as error:  # whatever it is, it is of the scheduler alone
+        return 0, " ".join(f"{type(error).__name__} {error}".split())
+    return len(scheduler.timesteps), None
+
+
+def report(study: Study, options: StepsConfig, rows: list[dict[str, Any]], made_by: dict[str, Any]) -> None:
+    """Writes the three files; each row gets the fewest steps that are within 10% of all steps."""
+    full = rows[0]["points"][-1]
+    for row in rows:
+        near = [point["steps"] for point in row["points"] if point.get("value", math.inf) <= TOLERANCE * full["value"]]
+        row["fewest"] = min(near, default=None)
+    in_all_steps = {"sampler": rows[0]["sampler"], "steps": full["steps"], "value": full["value"]}
+    figures = {"floor": full["floor"], "in_all_steps": in_all_steps, "rows": rows}
+    study.write("steps", "Distance against the number of steps", text(rows, made_by), figures, asdict(options), made_by)
+
+    measured = {row["sampler"]: [point for point in row["points"] if "value" in point] for row in rows}
+    curves = {
+        name: ([point["steps"] for point in points], [point["value"] for point in points])
+        for name, points in measured.items()
+    }
+    ends = [rows[0]["points"][0]["steps"], full["steps"]]
+    curves["held-out images"] = (ends, [full["floor"]] * 2)
+    logarithmic = {"log_x": True, "log_y": True, "markers": True}
+    study.plot("steps.png", curves, x_label="steps", y_label="Frechet distance", **logarithmic)
+
+
+def text(rows: list[dict[str, Any]], made_by: dict[str, Any]) -> str:
+    """Returns what was found, in Markdown."""
+    columns = sorted({point["steps"] for row in rows for point in row["points"]})
+    cells, notes = [], []
+    for row in rows:
+        points = {point["steps"]: point for point in row["points"]}
+        shown = [points[number].get("value", "-") if number in points else "" for number in columns]
+        cells.append([row["sampler"], *shown, row["fewest"] or "-"])
+        notes += [f"- {row['sampler']}, {n} steps: {p['failed']}" for n, p in points.items() if "failed" in p]
+        more = max(point.get("evaluations", 0) - number for number, point in points.items())
+        notes += [f"- {row['sampler']} evaluates the network {more} times more than it takes steps"] if more > 0 else []
+    full, data = rows[0]["points"][-1], made_by["dataset"]
+    best = min((row for row in rows if row["fewest"]), key=lambda row: row["fewest"])
+    return "\n\n".join(
+        [
+            table(["sampler", *columns, "within 10%"], cells),
+            f"Frechet distance of {full['num_images']} images to the {full['reference_images']} of {data['name']} "
+            f"({data['reference_split']}), features: {made_by['extractor']['name']}. As many held-out images score "
+            f"{full['floor']:.4g}. The last column is the fewest steps within 10% of the {full['value']:.4g} of "
+            f"{rows[0]['sampler']} in all {full['steps']} steps: {best['sampler']} needs {best['fewest']}.",
+            *(["\n".join(notes)] if notes else []),
+            "![Distance against the number of steps](steps.png)",
+        ]
+    )

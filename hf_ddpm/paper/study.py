@@ -1,0 +1,184 @@
+"""What all figures have in common: a model, its data, the folder that they go to, and how they are written."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from hf_ddpm.config import parse_config
+from hf_ddpm.data.samples import SampleFolder
+from hf_ddpm.data.store import ImageStore, load_images
+from hf_ddpm.evaluation.evaluate import Evaluator
+from hf_ddpm.evaluation.report import provenance
+from hf_ddpm.evaluation.request import EvaluateConfig
+from hf_ddpm.files import written_whole
+from hf_ddpm.images import grid, save_picture, to_bytes, to_pil
+from hf_ddpm.options import option, require, require_at_least
+from hf_ddpm.pipelines.checksum import model_checksum
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.plots import Curve, save_curves
+from hf_ddpm.sampling import Sampling, fill_folder
+
+# How long a frame of an animation is shown.
+MILLISECONDS, LAST_MILLISECONDS = 80, 1500
+
+
+@dataclass
+class Subject:
+    """Which model, on which data, and where the figures go."""
+
+    model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
+    output: str = option("folder of the figures", "figures")
+    dataset: str | None = option("real images; by default those that the model of a run was trained on", None)
+    image_column: str | None = option("column of the images; guessed by default", None)
+    split: str = option("held-out split", "test")
+    reference_split: str = option("split that generated images are compared with", "train")
+    levels: int | None = option("evenly spaced values that a pixel takes; 17 for digits, else 256 by default", None)
+    extractor: str | None = option("as in evaluate.py; digits for the digits, else inception by default", None)
+    extractor_weights: str | None = option("file of the weights of inception; downloaded by default", None)
+    seed: int = option("seed of everything random", 0)
+    batch_size: int = option("network evaluations at a time and process", 256)
+
+    def __post_init__(self) -> None:
+        """Checks the values, and finds the data set beside the model."""
+        require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
+        require_at_least(self, 0, "seed")
+        require_at_least(self, 1, "batch_size")
+        run = Path(self.model) / "config.yaml"
+        if self.dataset is None and run.is_file():
+            data = parse_config(["--config", str(run)]).data
+            self.dataset, self.image_column = data.dataset, self.image_column or data.image_column
+            self.levels = self.levels or data.levels
+
+
+class Study:
+    """A model with its data, and the folder of its figures.
+
+    Args:
+        subject: What was asked for.
+        accelerator: The processes; all are to make a study, and to call the functions of this package.
+
+    Raises:
+        ValueError: If the model cannot be loaded.
+    """
+
+    def __init__(self, subject: Subject, accelerator: Accelerator):
+        self.subject, self.accelerator = subject, accelerator
+        self.folder = Path(subject.output)
+        self.pipe = load_pipeline(subject.model, accelerator.device)
+        self.pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not accelerator.is_main_process)
+        self._checksum = model_checksum(self.pipe)
+
+    def request(self, metrics: str, num_images: int | None = None) -> EvaluateConfig:
+        """Returns the request for metrics on this model and data; a `ValueError` if there are no data."""
+        subject = self.subject
+        if subject.dataset is None:
+            raise ValueError(f"dataset is missing: there is no config.yaml of a run in model={subject.model!r}")
+        shared = ("model", "image_column", "split", "reference_split", "levels", "extractor", "extractor_weights")
+        options = {name: getattr(subject, name) for name in (*shared, "batch_size")}
+        return EvaluateConfig(subject.dataset, metrics=metrics, num_images=num_images, **options)
+
+    @property
+    def levels(self) -> int:
+        """Values that a pixel of the data takes."""
+        return self.subject.levels or (17 if self.subject.dataset == "digits" else 256)
+
+    def evaluator(self, metrics: str, num_images: int | None = None) -> Evaluator:
+        """Returns what measures this model; arguments as in `request`, which are refused if they cannot be met."""
+        evaluator = Evaluator(self.request(metrics, num_images), self.pipe.image_shape, self.accelerator)
+        evaluator.count()
+        return evaluator
+
+    def images(self, split: str | None = None) -> ImageStore:
+        """Returns real images, by default those of the held-out split."""
+        request = self.request("nll")
+        with self.accelerator.main_process_first():
+            return load_images(
+                request.dataset,
+                split=split or request.split,
+                column=request.image_column,
+                resolution=self.pipe.image_shape[1:],
+                channels=self.pipe.image_shape[0],
+                levels=self.levels,
+                device=self.accelerator.device,
+            )
+
+    def samples(self, count: int, sampling: Sampling, pipe: DDPMPipeline | None = None) -> SampleFolder:
+        """Returns generated images, of this model or one like it; a folder below `samples/` keeps them."""
+        pipe = pipe or self.pipe
+        return fill_folder(
+            pipe,
+            self.folder / "samples" / sampling.folder_name(pipe, self.accelerator.device),
+            count,
+            sampling,
+            model=self.subject.model,
+            batch_size=min(self.subject.batch_size, count),
+            state=self.accelerator,
+        )
+
+    def diffused(self, asked: Sequence[int]) -> list[int]:
+        """Returns numbers of diffusion steps, the paper's `t`: those asked for, or else quarters of all."""
+        total = len(self.pipe.scheduler)
+        for number in asked:
+            if not 1 <= number <= total:
+                raise ValueError(f"diffused={list(asked)} is not allowed: 1 to {total}")
+        return sorted(set(asked)) or [max(1, round(part * total / 4)) for part in (1, 2, 3, 4)]
+
+    def draw(self, name: str, picture: Image.Image) -> None:
+        """Writes a picture into the folder, once for all processes."""
+        if self.accelerator.is_main_process:
+            save_picture(picture, self._path(name))
+
+    def animate(self, name: str, frames: Sequence[Tensor]) -> None:
+        """Writes unit images, shape `(N, C, H, W)` in each moment, as an animation that rests at its end."""
+        if self.accelerator.is_main_process:
+            first, *others = [grid(to_pil(to_bytes(frame))) for frame in frames]
+            times = [MILLISECONDS] * len(others) + [LAST_MILLISECONDS]
+            with written_whole(self._path(name)) as partial:
+                kind = Path(name).suffix[1:]
+                first.save(partial, format=kind, save_all=True, append_images=others, duration=times, loop=0)
+
+    def plot(self, name: str, curves: Mapping[str, Curve], **options: Any) -> None:
+        """Writes curves into the folder, once for all processes; options as of `save_curves`."""
+        if self.accelerator.is_main_process:
+            save_curves(self._path(name), curves, **options)
+
+    def write(
+        self,
+        name: str,
+        title: str,
+        text: str,
+        figures: Mapping[str, Any],
+        options: Mapping[str, Any],
+        made_by: Mapping[str, Any],
+    ) -> None:
+        """Writes a figure: its numbers as `name.json`, with what they were made by, and in words as `name.md`."""
+        if not self.accelerator.is_main_process:
+            return
+        known = provenance(self.accelerator.device)
+        made_by = {"seed": self.subject.seed, "options": dict(options), **known, **made_by}
+        model = {"name": self.subject.model, "checksum": self._checksum}
+        content = json.dumps({"model": model, "made_by": made_by, **figures}, indent=2) + "\n"
+        for file, words in ((f"{name}.json", content), (f"{name}.md", f"## {title}\n\n{text}\n")):
+            with written_whole(self._path(file)) as partial:
+                partial.write_text(words, encoding="utf-8")
+
+    def _path(self, name: str) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / name
+
+
+def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """Returns a table in Markdown; numbers are right of their column, floats with four digits."""
+    lines = [[_cell(value) for value in row] for row in (head, *rows)]
+    ruler = ["---" if isinstance(value, str) else "---:" for value in (rows[0] if rows else head)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ruler, *lines[1:]))
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,44 @@
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm.images import to_signed
+from hf_ddpm.paper.study import Study, Subject
+from tests.conftest import TINY_UNET
+
+T = 20
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of a network that has learned nothing, and a process of 20 steps."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    scheduler = DDPMScheduler(num_train_timesteps=T, beta_start=5e-3, beta_end=0.5, variance_type="fixed_large")
+    DDPMPipeline(UNet2DModel(**TINY_UNET), scheduler).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def study(model, tmp_path):
+    made = Study(Subject(model, str(tmp_path / "figures"), dataset="digits"), Accelerator(cpu=True))
+    made.pipe.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture
+def knowing(study):
+    """A study whose network knows data N(m, s^2 I), of the mean and the deviation of the digits, perfectly."""
+    images = to_signed(study.images()[torch.arange(899)], 17)
+    mean, deviation = images.mean(), images.std()
+
+    class Knows(UNet2DModel):
+        def forward(self, sample, timestep, class_labels=None, return_dict=True):
+            bars = study.pipe.scheduler.diffusion.alphas_cumprod[torch.as_tensor(timestep)].float().view(-1, 1, 1, 1)
+            spread = bars * deviation**2 + 1 - bars
+            return UNet2DOutput((1 - bars).sqrt() * (sample - bars.sqrt() * mean) / spread)
+
+    study.pipe.unet = Knows(**TINY_UNET)
+    return study

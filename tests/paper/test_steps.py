@@ -1,0 +1,126 @@
+import json
+
+import diffusers
+import pytest
+from PIL import Image
+
+import hf_ddpm.sampling
+from hf_ddpm import DDPMScheduler
+from hf_ddpm.paper.steps import StepsConfig, Walk, rehearse, steps, walks
+from hf_ddpm.sampling import Sampling
+from tests.paper.conftest import T
+
+OPTIONS = StepsConfig(steps=[2, 5], samplers=["ddim", "pndm"], num_images=40)
+
+
+def written(study, name="steps"):
+    return json.loads((study.folder / f"{name}.json").read_text())
+
+
+def test_distances_are_those_of_an_evaluation(study, tmp_path):
+    steps(study, OPTIONS)
+    figures = written(study)
+    rows = {row["sampler"]: {point["steps"]: point for point in row["points"]} for row in figures["rows"]}
+    assert {name: list(points) for name, points in rows.items()} == {
+        "ddpm, fixed_large": [2, 5, T], "ddpm, fixed_small": [2, 5, T], "ddim": [2, 5], "pndm": [2, 5],
+    }  # fmt: skip
+    for name, sampler in [("ddpm, fixed_large", "ddpm"), ("ddim", "ddim")]:
+        sampling = Sampling(num_inference_steps=5, scheduler=sampler)
+        (found,) = study.evaluator("fd", 40).evaluate(tmp_path / "results.json", sampling, study.pipe)
+        assert rows[name][5]["value"] == pytest.approx(found["fd"]["value"], rel=1e-6)
+        assert figures["floor"] == pytest.approx(found["fd"]["floor"], rel=1e-6)
+        assert rows[name][5]["num_images"] == 40 and rows[name][5]["evaluations"] == 5
+    study.pipe.scheduler = DDPMScheduler.from_config(study.pipe.scheduler.config, variance_type="fixed_small")
+    small = Sampling(num_inference_steps=T)
+    (found,) = study.evaluator("fd", 40).evaluate(tmp_path / "small.json", small, study.pipe)
+    assert rows["ddpm, fixed_small"][T]["value"] == pytest.approx(found["fd"]["value"], rel=1e-6)
+
+
+def test_the_fewest_steps_are_within_a_tenth_of_all(study):
+    steps(study, OPTIONS)
+    figures = written(study)
+    full = figures["rows"][0]["points"][-1]["value"]
+    assert figures["in_all_steps"] == {"sampler": "ddpm, fixed_large", "steps": T, "value": full}
+    for row in figures["rows"]:
+        enough = [point["steps"] for point in row["points"] if "value" in point and point["value"] <= 1.1 * full]
+        assert row["fewest"] == (min(enough) if enough else None)
+    assert figures["rows"][0]["fewest"] is not None
+
+
+def test_all_that_a_figure_needs_is_written(study):
+    steps(study, OPTIONS)
+    figures, text = written(study), (study.folder / "steps.md").read_text()
+    made = figures["made_by"]
+    assert made["extractor"]["name"] == "digits" and len(made["extractor"]["checksum"]) == 64
+    assert made["seed"] == 0 and made["options"]["num_images"] == 40 and made["versions"]["torch"]
+    assert len(figures["model"]["checksum"]) == 64 and made["dataset"]["held_out_split"] == "test"
+    assert "| sampler | 2 | 5 | 20 | within 10% |" in text and "![" in text
+    assert "40 images to the 898 of digits (train)" in text and f"score {figures['floor']:.4g}" in text
+    Image.open(study.folder / "steps.png").verify()
+
+
+def test_a_sampler_that_fails_gets_a_dash_and_its_reason(study, monkeypatch):
+    class Fails(diffusers.DDIMScheduler):
+        def step(self, model_output, timestep, sample, **options):
+            if self.num_inference_steps == 5 and timestep == 0:
+                raise IndexError("index 21\nis out of bounds")
+            return super().step(model_output, timestep, sample, **options)
+
+    monkeypatch.setattr(diffusers, "PNDMScheduler", Fails)
+    sampled, sample = [], hf_ddpm.sampling.sample_images
+
+    def watched(pipe, ids, **options):
+        sampled.append((type(pipe.scheduler), options["num_inference_steps"]))
+        return sample(pipe, ids, **options)
+
+    monkeypatch.setattr(hf_ddpm.sampling, "sample_images", watched)
+    steps(study, StepsConfig(steps=[2, 5], samplers=["pndm"], num_images=4))
+    row = written(study)["rows"][-1]
+    assert row["points"][1] == {"steps": 5, "failed": "IndexError index 21 is out of bounds"}
+    assert "value" in row["points"][0] and (Fails, 2) in sampled and (Fails, 5) not in sampled
+    text = (study.folder / "steps.md").read_text()
+    assert "- pndm, 5 steps: IndexError index 21 is out of bounds" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| pndm")]
+    assert line.split("|")[3].strip() == "-" and line.split("|")[4].strip() == ""
+
+
+def test_nothing_is_sampled_twice(study, monkeypatch):
+    steps(study, OPTIONS)
+    before = written(study)["rows"]
+    monkeypatch.setattr(hf_ddpm.sampling, "sample_images", None)
+    steps(study, OPTIONS)
+    assert written(study)["rows"] == before
+
+
+def test_a_learned_variance_is_the_only_one_of_its_model():
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    assert [walk.name for walk in walks(scheduler, ["ddim"])] == ["ddpm, learned_range", "ddim"]
+    assert rehearse(walks(scheduler, [])[0], 7) == (7, None)
+    assert [walk.name for walk in walks(DDPMScheduler(), [])] == ["ddpm, fixed_small", "ddpm, fixed_large"]
+
+
+def test_evaluations_are_counted():
+    assert rehearse(Walk("", "euler", DDPMScheduler()), 10) == (10, None)
+    # Its first three steps are of Runge-Kutta, which takes four evaluations for each.
+    assert rehearse(Walk("", "pndm", DDPMScheduler()), 10) == (19, None)
+
+
+def test_a_model_of_another_scheduler_is_measured_too(study):
+    study.pipe.scheduler = diffusers.DDIMScheduler.from_config(study.pipe.scheduler.config)
+    steps(study, StepsConfig(steps=[2], samplers=["ddim"], num_images=4))
+    assert [row["sampler"] for row in written(study)["rows"]] == ["ddpm, fixed_large", "ddpm, fixed_small", "ddim"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": [0]}, r"steps=\[0\] is not allowed: at least 1"),
+        ({"steps": [21]}, r"steps=\[21\] is not allowed: at most the 20 of the process"),
+        ({"samplers": ["heun"]}, r"samplers=\['heun'\] is not allowed: any of ddim, dpmsolver\+\+, unipc, pndm, euler"),
+        ({"num_images": 1}, "num_images=1 is not allowed: at least 2"),
+        ({"num_images": 900}, "num_images=900 is not allowed: at most the 899 of 'digits'"),
+    ],
+)
+def test_wrong_options_are_one_line(study, options, message):
+    with pytest.raises(ValueError, match=message):
+        steps(study, StepsConfig(**{"steps": [2], **options}))
