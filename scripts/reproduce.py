@@ -3,34 +3,58 @@
     python scripts/reproduce.py all --model runs/digits --output figures
     python scripts/reproduce.py interpolate --model org/name --first a.png --second b.png --diffused 500
     accelerate launch scripts/reproduce.py steps --model org/name --dataset uoft-cs/cifar10 --num_images 10000
+    python scripts/reproduce.py ablation --preset digits --output figures
 
 `--help` lists the figures, `FIGURE --help` their options. The same command goes on after an interruption: images that
-were sampled stay below `samples/` in the output.
+were sampled stay below `samples/` in the output, runs of the ablation below `ablation/`.
 """
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from hf_ddpm.launch import run_script, use_own_cores
 from hf_ddpm.options import parse_command
+from hf_ddpm.paper.ablation import AblationConfig, ablation
 from hf_ddpm.paper.everything import FIGURES, AllConfig, everything
 from hf_ddpm.paper.study import Study, Subject
 
-COMMANDS = {**FIGURES, "all": (everything, AllConfig)}
+OF_A_MODEL = {**FIGURES, "all": (everything, AllConfig)}
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
-    name, (subject, options) = parse_command(argv, {name: (Subject, config) for name, (_, config) in COMMANDS.items()})
+    commands = {name: (Subject, config) for name, (_, config) in OF_A_MODEL.items()}
+    name, parts = parse_command(argv, {**commands, "ablation": (AblationConfig,)})
+    if name == "ablation":
+        ablation(parts[0], lambda words: train(parts[0].launcher, words))
+        print((Path(parts[0].output) / "ablation.md").read_text())
+        return 0
+    subject, options = parts
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     use_own_cores()
     study = Study(subject, accelerator)
-    make, _ = COMMANDS[name]
+    make, _ = OF_A_MODEL[name]
     make(study, options)
-    report = study.folder / f"{'report' if name == 'all' else name}.md"
-    accelerator.print(report.read_text() if name != "all" else f"{report} holds all figures")
+    report = study.folder / f"{name}.md"
+    accelerator.print(f"{study.folder / 'report.md'} shows all" if name == "all" else report.read_text())
     accelerator.end_training()
     return 0
+
+
+def train(launcher: str, words: list[str]) -> int:
+    """Runs scripts/train.py, which is told to save if this is interrupted; returns its exit code."""
+    command = [*(shlex.split(launcher) or [sys.executable]), str(Path(__file__).with_name("train.py")), *words]
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            raise
 
 
 if __name__ == "__main__":

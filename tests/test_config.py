@@ -1,8 +1,10 @@
 import dataclasses
 
 import pytest
+import torch
 import yaml
 
+from hf_ddpm import UNet2DModel
 from hf_ddpm.config import Config, DataConfig, parse_config, preset_names, preset_path
 
 
@@ -53,6 +55,34 @@ def test_presets_say_only_what_options_say_and_where_they_come_from(name):
     assert yaml.safe_load(text).items() <= config.to_dict().items()
 
 
+# Appendix B, and Table 3; the number of parameters in millions.
+@pytest.mark.parametrize(
+    ("name", "parameters", "steps"),
+    [
+        ("cifar10", 35.7, 800_000),
+        ("celebahq-256", 114, 500_000),
+        ("lsun-bedroom-256", 114, 2_400_000),
+        ("lsun-bedroom-256-large", 256, 1_150_000),
+        ("lsun-cat-256", 114, 1_800_000),
+        ("lsun-church-256", 114, 1_200_000),
+    ],
+)
+def test_every_model_of_the_paper_has_its_size_and_its_steps(name, parameters, steps):
+    config = parse_config(["--preset", name])
+    with torch.device("meta"):
+        unet = UNet2DModel(**config.unet())
+    digits = 1 if parameters < 100 else 0
+    assert round(unet.num_parameters() / 1e6, digits) == parameters
+    assert config.training.max_train_steps == steps
+    images = config.training.max_train_steps * config.training.train_batch_size
+    text = " ".join(preset_path(name).read_text().replace("\n#", "").split())
+    assert f"Images seen: {images / 1e6:g}M (" in text and f"{parameters:g}M parameters" in text
+    if name != "cifar10":
+        assert (config.training.train_batch_size, config.training.learning_rate) == (64, 2e-5)
+        assert config.model.dropout == 0 and config.data.size == (256, 256)
+        assert config.data.horizontal_flip is not name.startswith("lsun-bedroom")
+
+
 def test_the_defaults_are_those_of_the_paper():
     # Section 4 and Appendix B, for CIFAR-10.
     paper, default = parse_config(["--preset", "cifar10"]), parse_config(["--dataset", "cifar10"])
@@ -85,7 +115,7 @@ def test_the_saved_options_make_the_same_run(tmp_path):
     [
         ("--lerning_rate 1", "unknown option --lerning_rate: did you mean --learning_rate?"),
         ("--nonsense 1", "unknown option --nonsense: see --help"),
-        ("--preset cats", "preset='cats' is not allowed: one of cifar10, digits"),
+        ("--preset cats", "preset='cats' is not allowed: one of celebahq-256, cifar10, digits, lsun-bedroom"),
         ("--config none.yaml", "config 'none.yaml' cannot be read"),
         ("--max_train_steps many", "argument --max_train_steps: invalid int value: 'many'"),
         ("--max_train_steps 0", "max_train_steps=0 is not allowed: at least 1"),

@@ -1,8 +1,16 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import load_script
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +37,8 @@ def test_the_data_are_those_of_the_run(main, trained, tmp_path, capsys):
         ("steps --model m --batch_size 0", "batch_size=0 is not allowed: at least 1"),
         ("steps --model m --steps 0", r"steps=\[0\] is not allowed: at least 1"),
         ("steps --model m --frames 3", "unknown option --frames: see --help"),
+        ("ablation --model m", "unknown option --model: see --help"),
+        ("ablation --rows x", r"rows=\['x'\] is not allowed: any of mean-learned"),
     ],
 )
 def test_wrong_commands_are_one_line(main, words, message):
@@ -45,3 +55,25 @@ def test_data_must_be_named_where_no_run_tells_them(main, trained, tmp_path):
     with pytest.raises(ValueError, match="dataset is missing: there is no config.yaml of a run in model="):
         main(words)
     assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.slow
+def test_an_ablation_is_stopped_with_its_run_and_goes_on(tmp_path):
+    options = "block_out_channels: [8, 16]\nnorm_num_groups: 4\nlayers_per_block: 1\nnum_samples: 4\nwarmup_steps: 1\n"
+    file = tmp_path / "tiny.yaml"
+    file.write_text(options + "num_inference_steps: 2\ntrain_batch_size: 8\n")
+    script = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "ablation", "--config", str(file)]
+    few = ["--num_images", "4", "--num_inference_steps", "2", "--max_train_steps", "150"]
+    command = [*script, "--rows", "mean-simple", "--seeds", "0", *few, "--output", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    status = tmp_path / "ablation" / "mean-simple-seed0" / "status.json"
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while not status.exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate()
+    assert process.returncode == 143 and "stopped by SIGTERM" in errors
+    assert json.loads(status.read_text())["status"] == "preempted"
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert json.loads(status.read_text()) | {"status": "finished", "step": 150} == json.loads(status.read_text())
+    assert "| posterior mean: squared error |" in (tmp_path / "ablation.md").read_text()

@@ -1,0 +1,217 @@
+"""What to predict and what to minimize (Section 4.2, Table 2): trains every row, from several seeds, and compares."""
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_ddpm.config import parse_config
+from hf_ddpm.data.samples import SampleFolder
+from hf_ddpm.files import written_whole
+from hf_ddpm.images import save_picture
+from hf_ddpm.options import option, require, require_at_least
+from hf_ddpm.paper.pictures import sheet
+from hf_ddpm.paper.study import table
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the paper's Table 2.
+
+    Attributes:
+        title: What it is called.
+        words: The options of `scripts/train.py` that make it.
+        paper: Its FID in the paper; None where training was unstable and the samples poor.
+    """
+
+    title: str
+    words: tuple[str, ...]
+    paper: float | None
+
+
+MEAN, EPSILON = ("--prediction_type", "mean"), ("--prediction_type", "epsilon")
+LEARNED = ("--objective", "vlb", "--variance_type", "learned")
+FIXED, SIMPLE = ("--objective", "vlb"), ("--objective", "simple")
+ROWS = {
+    "mean-learned": Row("posterior mean: L, learned diagonal variance", MEAN + LEARNED, 23.69),
+    "mean-fixed": Row("posterior mean: L, fixed isotropic variance", MEAN + FIXED, 13.22),
+    "mean-simple": Row("posterior mean: squared error", MEAN + SIMPLE, None),
+    "epsilon-learned": Row("noise: L, learned diagonal variance", EPSILON + LEARNED, None),
+    "epsilon-fixed": Row("noise: L, fixed isotropic variance", EPSILON + FIXED, 13.51),
+    "epsilon-simple": Row("noise: squared error (L_simple)", EPSILON + SIMPLE, 3.17),
+}
+METRICS = {"fd": "Frechet distance", "is": "Inception score"}
+SHOWN = 10
+
+
+@dataclass
+class AblationConfig:
+    """Table 2: trains with either prediction and each objective, from several seeds; takes a run for each."""
+
+    output: str = option("folder of the figures; the runs are below it", "figures")
+    preset: str = option("what is trained otherwise", "digits")
+    config: str | None = option("YAML file of further options", None)
+    rows: list[str] = option("any of " + ", ".join(ROWS), factory=lambda: list(ROWS))
+    seeds: list[int] = option("seeds of the runs of a row", factory=lambda: [0, 1, 2])
+    max_train_steps: int | None = option("optimizer steps; those of the preset by default", None)
+    num_images: int | None = option("images to evaluate on; as many as the held-out split holds by default", None)
+    num_inference_steps: int | None = option("sampling steps; those of the preset's evaluation by default", None)
+    launcher: str = option("command that starts a run in place of python, such as accelerate launch", "")
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
+        require(self, "rows", set(self.rows) <= set(ROWS), f"any of {', '.join(ROWS)}")
+        require(self, "seeds", bool(self.seeds) and min(self.seeds) >= 0, "at least one, at least 0")
+        require_at_least(self, 1, "max_train_steps", "num_inference_steps")
+        require_at_least(self, 2, "num_images")
+
+    def words(self, row: str, seed: int) -> list[str]:
+        """Returns the command line of a run."""
+        given = {
+            "preset": self.preset,
+            "config": self.config,
+            "seed": seed,
+            "output_dir": self.folder(row, seed),
+            "max_train_steps": self.max_train_steps,
+            "eval_metrics": ",".join(METRICS),
+            "eval_num_images": self.num_images,
+            "eval_inference_steps": self.num_inference_steps,
+        }
+        words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+        return [*words, *ROWS[row].words]
+
+    def folder(self, row: str, seed: int) -> Path:
+        """Returns the folder of a run."""
+        return Path(self.output) / "ablation" / f"{row}-seed{seed}"
+
+
+def ablation(options: AblationConfig, train: Callable[[list[str]], int]) -> None:
+    """Trains what is not trained yet, and writes `ablation`, .json, .md and .png; goes on after an interruption.
+
+    Args:
+        options: What to train.
+        train: Runs `scripts/train.py` with a command line, and returns its exit code.
+
+    Raises:
+        ValueError: If an option is not allowed: before anything is trained.
+        OSError: If a run ends otherwise than finished or diverged.
+    """
+    runs = list(itertools.product(options.rows, options.seeds))
+    steps = [parse_config(options.words(*run)).training.max_train_steps for run in runs]
+    for run, asked in zip(runs, steps, strict=True):
+        if outcome(options.folder(*run), asked) is None:
+            code = train(options.words(*run))
+            if outcome(options.folder(*run), asked) is None:
+                raise OSError(f"{options.folder(*run)}: the training ended with code {code}, see above")
+    found = {
+        row: [{"seed": seed, **(outcome(options.folder(row, seed), steps[0]) or {})} for seed in options.seeds]
+        for row in options.rows
+    }
+    report(options, found)
+
+
+def outcome(folder: Path, steps: int) -> dict[str, Any] | None:
+    """Returns the figures of a run that has finished, or `diverged_at`; None if it is not at its end."""
+    try:
+        status = json.loads((folder / "status.json").read_text())
+        if status["status"] == "failed" and status["error"].startswith("FloatingPointError"):
+            return {"diverged_at": status["step"]}
+        if status["status"] != "finished" or status["step"] < steps:
+            return None
+        results = json.loads((folder / "results.json").read_text())
+        return {name: results[name] for name in METRICS}
+    except (FileNotFoundError, KeyError):
+        return None
+
+
+def report(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Writes the three files."""
+    rows = {}
+    for row, runs in found.items():
+        rows[row] = {"title": ROWS[row].title, "words": ROWS[row].words, "paper_fid": ROWS[row].paper}
+        rows[row] |= {metric: spread([run[metric]["value"] for run in runs if metric in run]) for metric in METRICS}
+        rows[row] |= {"diverged": sum("diverged_at" in run for run in runs), "runs": runs}
+    same, pairs = agreement({row: entry["fd"] for row, entry in rows.items()})
+    figures = {"options": asdict(options), "rows": rows, "pairs": pairs, "pairs_in_the_order_of_the_paper": same}
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(options, found)
+    for name, words in (("json", json.dumps(figures, indent=2) + "\n"), ("md", text(figures))):
+        with written_whole(folder / f"ablation.{name}") as partial:
+            partial.write_text(words, encoding="utf-8")
+
+
+def spread(values: list[float]) -> dict[str, float] | None:
+    """Returns mean and standard deviation of the values of several seeds; None if there is none."""
+    if not values:
+        return None
+    deviation = {"standard_deviation": statistics.stdev(values)} if len(values) > 1 else {}
+    return {"mean": statistics.fmean(values), **deviation}
+
+
+def agreement(distances: dict[str, dict[str, float] | None]) -> tuple[int, int]:
+    """Returns how many pairs of rows are in the order of the paper, and how many pairs it orders; a dash is last."""
+    same = pairs = 0
+    for row, other in itertools.combinations(distances, 2):
+        paper = [math.inf if ROWS[name].paper is None else ROWS[name].paper for name in (row, other)]
+        here = [math.inf if found is None else found["mean"] for found in (distances[row], distances[other])]
+        if paper[0] != paper[1]:
+            pairs += 1
+            same += here[0] != here[1] and (here[0] < here[1]) == (paper[0] < paper[1])
+    return same, pairs
+
+
+def text(figures: dict[str, Any]) -> str:
+    """Returns what was found, in Markdown."""
+    rows, options = figures["rows"].values(), figures["options"]
+    cells = []
+    for row in rows:
+        paper = "-" if row["paper_fid"] is None else row["paper_fid"]
+        diverged = f"{row['diverged']} of {len(row['runs'])}"
+        cells.append([row["title"], *(in_words(row[metric]) for metric in METRICS), diverged, paper])
+    words = [
+        "## What to predict and what to minimize (Table 2)",
+        table(["what is predicted: what is minimized", *METRICS.values(), "diverged", "FID in the paper"], cells),
+    ]
+    finished = [run["fd"] for row in rows for run in row["runs"] if "fd" in run]
+    if finished:
+        fd, made_by, data = finished[0], finished[0]["made_by"], finished[0]["made_by"]["dataset"]
+        words += [
+            f"Preset {options['preset']}, seeds {', '.join(map(str, options['seeds']))}: mean and standard deviation "
+            f"over the seeds that finished. {fd['num_images']} images in {made_by['sampling']['num_inference_steps']} "
+            f"steps against the {fd['reference_images']} of {data['name']} ({data['reference_split']}), features: "
+            f"{made_by['extractor']['name']}. The paper's figures are of CIFAR-10.",
+            "![Samples of every row](ablation.png)",
+        ]
+    words.append(
+        f"{figures['pairs_in_the_order_of_the_paper']} of the {figures['pairs']} pairs of rows that the paper's FID "
+        "orders are in the same order here; a row that diverged, like a dash of the paper, is last."
+    )
+    return "\n\n".join(words) + "\n"
+
+
+def in_words(found: dict[str, float] | None) -> str:
+    """Returns mean and standard deviation as text."""
+    if found is None:
+        return "-"
+    deviation = f" ± {found['standard_deviation']:.2g}" if "standard_deviation" in found else ""
+    return f"{found['mean']:.4g}{deviation}"
+
+
+def draw(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Draws samples of every row, those of its first seed that finished."""
+    rows = []
+    for row, runs in found.items():
+        folders = [run["fd"]["made_by"]["samples"] for run in runs if "fd" in run]
+        if folders:
+            samples = SampleFolder.read(Path(folders[0]))
+            rows.append((row, samples[torch.arange(min(SHOWN, len(samples)))] / 255))
+    if rows:
+        save_picture(sheet(rows, [""] * len(rows[0][1])), Path(options.output) / "ablation.png")

@@ -1,0 +1,145 @@
+import itertools
+import json
+import math
+
+import pytest
+from PIL import Image
+
+from hf_ddpm.config import parse_config
+from hf_ddpm.diffusion.losses import Objective
+from hf_ddpm.paper.ablation import ROWS, AblationConfig, ablation, agreement, outcome, spread
+from tests.conftest import TINY_RUN, load_script
+
+
+@pytest.fixture(scope="module")
+def train():
+    main = load_script("train").main
+
+    def run(words):
+        try:
+            return main([*TINY_RUN, *words])
+        except FloatingPointError:
+            return 1
+
+    return run
+
+
+def options(folder, **others):
+    few = {"rows": ["mean-fixed", "epsilon-simple"], "seeds": [3, 4], "max_train_steps": 2, "num_images": 8}
+    return AblationConfig(**{"output": str(folder), "num_inference_steps": 2, **few, **others})
+
+
+def written(folder):
+    return json.loads((folder / "ablation.json").read_text())
+
+
+def test_every_row_of_the_table_is_expressed():
+    expected = {
+        "mean-learned": ("mean", "vlb", "learned"), "mean-fixed": ("mean", "vlb", "fixed_small"),
+        "mean-simple": ("mean", "simple", "fixed_small"), "epsilon-learned": ("epsilon", "vlb", "learned"),
+        "epsilon-fixed": ("epsilon", "vlb", "fixed_small"), "epsilon-simple": ("epsilon", "simple", "fixed_small"),
+    }  # fmt: skip
+    for row, (prediction, objective, variance) in expected.items():
+        config = parse_config(AblationConfig().words(row, 5))
+        assert config.diffusion.prediction_type == prediction and config.training.objective == objective
+        assert config.diffusion.variance_type == variance and config.training.seed == 5
+        Objective(objective, prediction, variance)  # which refuses what cannot be trained
+    assert list(expected) == list(ROWS)
+    assert [row.paper for row in ROWS.values()] == [23.69, 13.22, None, None, 13.51, 3.17]
+
+
+@pytest.fixture(scope="module")
+def done(train, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablation")
+    ablation(options(folder), train)
+    return folder
+
+
+def test_rows_are_trained_evaluated_and_summed_up(done):
+    rows = written(done)["rows"]
+    assert list(rows) == ["mean-fixed", "epsilon-simple"]
+    for name, row in rows.items():
+        values = []
+        for run in row["runs"]:
+            results = json.loads((done / "ablation" / f"{name}-seed{run['seed']}" / "results.json").read_text())
+            assert run["fd"] == results["fd"] and run["is"] == results["is"] and run["fd"]["num_images"] == 8
+            values.append(run["fd"]["value"])
+        assert row["fd"]["mean"] == pytest.approx(sum(values) / 2) and row["diverged"] == 0
+        assert row["fd"]["standard_deviation"] == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))
+    assert values[0] != values[1]  # of two seeds
+    text = (done / "ablation.md").read_text()
+    assert "| noise: squared error (L_simple) |" in text and "| 0 of 2 | 3.17 |" in text and " ± " in text
+    assert "8 images in 2 steps against the 898 of digits (train), features: digits" in text
+    with Image.open(done / "ablation.png") as picture:
+        assert picture.height > 2 * 64
+
+
+def test_what_is_trained_is_not_trained_again(done, train):
+    before = (done / "ablation.md").read_text()
+    ablation(options(done), lambda words: pytest.fail("it is there"))
+    assert (done / "ablation.md").read_text() == before
+
+
+def test_an_interrupted_row_goes_on_and_a_longer_one_too(done, train):
+    status = done / "ablation" / "mean-fixed-seed3" / "status.json"
+    status.write_text(json.dumps({**json.loads(status.read_text()), "status": "preempted"}))
+    trained = []
+    ablation(options(done), lambda words: (trained.append(words), train(words))[1])
+    assert [words[words.index("--output_dir") + 1] for words in trained] == [str(status.parent)]
+    one = {"rows": ["mean-fixed"], "seeds": [3], "max_train_steps": 3}
+    ablation(options(done, **one), train)
+    assert (
+        json.loads(status.read_text())["step"] == 3
+        and "standard_deviation" not in written(done)["rows"]["mean-fixed"]["fd"]
+    )
+
+
+def test_a_row_that_diverges_gets_a_dash(train, tmp_path):
+    file = tmp_path / "fast.yaml"
+    file.write_text("learning_rate: 1e30\nmax_grad_norm: 1e30\n")
+    wild = options(tmp_path, rows=["epsilon-simple"], seeds=[0], max_train_steps=4, config=str(file))
+    ablation(wild, train)
+    row = written(tmp_path)["rows"]["epsilon-simple"]
+    assert row["diverged"] == 1 and row["fd"] is None and "diverged_at" in row["runs"][0]
+    assert "| noise: squared error (L_simple) | - | - | 1 of 1 | 3.17 |" in (tmp_path / "ablation.md").read_text()
+    ablation(wild, lambda words: pytest.fail("it would diverge again"))
+
+
+def test_a_run_that_fails_otherwise_stops_it(tmp_path):
+    with pytest.raises(OSError, match="mean-fixed-seed3: the training ended with code 7, see above"):
+        ablation(options(tmp_path), lambda words: 7)
+    folder = tmp_path / "ablation" / "mean-fixed-seed3"
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text('{"status": "failed", "step": 1, "error": "OSError: disk full"}')
+    assert outcome(folder, 1) is None
+    (folder / "status.json").write_text('{"status": "finished", "step": 1}')
+    assert outcome(folder, 1) is None  # without results
+
+
+def test_wrong_options_are_told_before_anything_is_trained(tmp_path):
+    for wrong, message in [
+        ({"rows": ["x"]}, r"rows=\['x'\] is not allowed: any of mean-learned"),
+        ({"seeds": []}, r"seeds=\[\] is not allowed: at least one"),
+        ({"max_train_steps": 0}, "max_train_steps=0 is not allowed: at least 1"),
+        ({"num_images": 1}, "num_images=1 is not allowed: at least 2"),
+        ({"preset": "cats"}, "preset='cats' is not allowed: one of"),
+        ({"config": "none.yaml"}, "config 'none.yaml' cannot be read"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ablation(options(tmp_path, **wrong), lambda words: pytest.fail("trained"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_order_of_the_paper_is_recognized():
+    def found(values):
+        return {name: None if math.isnan(value) else {"mean": value} for name, value in values.items()}
+
+    nan = math.nan
+    paper = dict(zip(ROWS, [23.69, 13.22, nan, nan, 13.51, 3.17], strict=True))
+    # Of the 15 pairs the paper does not order its two dashes.
+    assert agreement(found(paper)) == (14, 14)
+    assert agreement(found({**paper, "mean-fixed": 14.0})) == (13, 14)
+    assert agreement(found(dict.fromkeys(ROWS, 1.0))) == (0, 14)
+    assert len(list(itertools.combinations(ROWS, 2))) == 15
+    assert spread([]) is None and spread([2.0]) == {"mean": 2.0}
+    assert spread([1.0, 3.0]) == {"mean": 2.0, "standard_deviation": pytest.approx(math.sqrt(2))}

@@ -1,0 +1,52 @@
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from hf_ddpm.config import preset_names
+from tests.conftest import load_script
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "paper.md").read_text()
+QUOTED = re.findall(r"`([^`]+)`", PAGE)
+
+
+def found(name):
+    """Returns what a dotted name stands for."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            thing = import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[length:]:
+            thing = getattr(thing, attribute)
+        return thing
+    raise AttributeError(name)
+
+
+@pytest.mark.parametrize("name", sorted({name for name in QUOTED if name.startswith("hf_ddpm.")}))
+def test_the_page_names_functions_that_are_there(name):
+    thing = found(name)
+    assert callable(thing) and thing.__doc__
+
+
+def test_the_page_names_scripts_presets_and_figures_that_are_there():
+    assert all((ROOT / name.split()[0]).exists() for name in QUOTED if name.startswith("scripts/"))
+    presets = [name.split()[1] for name in QUOTED if name.startswith("--preset")]
+    assert {*preset_names()} - {"digits"} == {*presets}
+    commands = {*load_script("reproduce").OF_A_MODEL, "ablation"}
+    assert {name for name in QUOTED if re.fullmatch(r"[a-z-]+", name)} - {"t", "vlb", "simple"} == commands
+
+
+def test_no_equation_algorithm_or_table_is_left_out():
+    def numbers(title):
+        section = re.search(rf"## {title}\n(.*?)(?=\n## |\Z)", PAGE, re.DOTALL)[1]
+        cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("|")]
+        ranges = [re.findall(r"\d+", part) for cell in cells for part in cell.split(",") if "Section" not in part]
+        return {n for ends in ranges if ends for n in range(int(ends[0]), int(ends[-1]) + 1)}
+
+    assert numbers("Equations") == {*range(1, 17), 26}
+    assert numbers("Algorithms") == {1, 2, 3, 4} and numbers("Tables") == {1, 2, 3, 4}
+    assert numbers("Figures") == {*range(1, 20)} - {2}  # which is a drawing
