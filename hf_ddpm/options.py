@@ -76,9 +76,14 @@ def parse_command(argv: list[str], commands: Mapping[str, tuple[type, ...]]) -> 
 
 def parse_some(argv: list[str], part: type) -> Any:
     """Reads the options that one dataclass declares, and leaves others to others."""
+    return parse_first(argv, part)[0]
+
+
+def parse_first(argv: list[str], part: type) -> tuple[Any, list[str]]:
+    """Reads the options that one dataclass declares; returns an instance of it and the words that are left."""
     parser = _Parser((part,), add_help=False, allow_abbrev=False)
-    options, _ = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    return options
+    options, left = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    return options, left
 
 
 def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]:

@@ -56,6 +56,14 @@ class Sampling:
             raise ValueError(f"eta={self.eta} is not allowed with scheduler={self.scheduler}: only with ddim")
         require_at_least(self, 0, "seed")
 
+    def check(self, pipe: DDPMPipeline) -> None:
+        """Raises a `ValueError` unless the scheduler can walk a pipeline's process in that many steps."""
+        least = 4 if self.scheduler == "pndm" else 1  # of Runge and Kutta, to start with
+        # Of all T steps these take one twice, with a length of 0 to divide by.
+        most = pipe.scheduler.config.num_train_timesteps - (self.scheduler in ("dpmsolver++", "unipc"))
+        name, allowed = "num_inference_steps", f"{least} to {most} with this model and scheduler={self.scheduler}"
+        require(self, name, least <= self.num_inference_steps <= most, allowed)
+
     def settings(self, pipe: DDPMPipeline, model: str, device: torch.device) -> dict[str, Any]:
         """Returns what determines the images of a pipeline, for a `SampleFolder`."""
         return {
@@ -65,6 +73,13 @@ class Sampling:
             "device": device.type,  # other kinds draw other noise
             **asdict(self),
         }
+
+    def labels(self, pipe: DDPMPipeline) -> list[int | str]:
+        """Returns the classes as a pipeline takes them.
+
+        Where classes have names, a number is one of them or wrong: "2" must not mean now a name, now a place.
+        """
+        return [label if pipe.class_names or not label.isdecimal() else int(label) for label in self.class_labels]
 
     def folder_name(self, pipe: DDPMPipeline, device: torch.device) -> str:
         """Returns a name for a folder of these images, another one for others."""
@@ -90,6 +105,7 @@ def sample_images(
     class_labels: Sequence[int | str] = (),
     guidance_scale: float = 1.0,
     device: torch.device | str = "cpu",
+    **call: Any,
 ) -> Iterator[tuple[int, Tensor]]:
     """Generates images by their numbers.
 
@@ -103,6 +119,7 @@ def sample_images(
         class_labels: Numbers or names of classes that the images go through in turn, for a conditioned network.
         guidance_scale: See `DDPMPipeline`.
         device: Where noise is drawn; the numbers drawn differ between kinds of devices.
+        call: Further arguments of the pipeline's call, such as `callback_on_step_end`.
 
     Yields:
         The number of an image and the image, uint8, shape `(C, H, W)`, on the CPU.
@@ -117,8 +134,39 @@ def sample_images(
             eta=eta,
             class_labels=[class_labels[i % len(class_labels)] for i in chunk] if class_labels else None,
             guidance_scale=guidance_scale,
+            **call,
         ).images
         yield from zip(chunk, to_bytes(unit).cpu(), strict=True)
+
+
+def draw(
+    pipe: DDPMPipeline,
+    ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    **call: Any,
+) -> Iterator[tuple[int, Tensor]]:
+    """Generates images of a `Sampling` by their numbers, as `sample_images` does; the pipeline keeps its scheduler."""
+    sampling.check(pipe)
+    own_scheduler = pipe.scheduler
+    use_scheduler(pipe, sampling.scheduler)
+    try:
+        yield from sample_images(
+            pipe,
+            ids,
+            seed=sampling.seed,
+            num_inference_steps=sampling.num_inference_steps,
+            batch_size=batch_size,
+            eta=sampling.eta,
+            class_labels=sampling.labels(pipe),
+            guidance_scale=sampling.guidance_scale,
+            device=device,
+            **call,
+        )
+    finally:
+        pipe.scheduler = own_scheduler
 
 
 def fill_folder(
@@ -150,6 +198,7 @@ def fill_folder(
     Raises:
         ValueError: If it holds images of other settings or is in use, or an argument is not allowed.
     """
+    sampling.check(pipe)
     folder = SampleFolder(path, sampling.settings(pipe, model, state.device))
     folder.check(free=["model"])
     state.wait_for_everyone()
@@ -181,26 +230,9 @@ def make_parts(
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Generates the images of some of a folder's missing parts, and adds each part when it is whole."""
-    # Where classes have names, a number is one of them or wrong: "2" must not mean now a name, now a place.
-    labels = [label if pipe.class_names or not label.isdecimal() else int(label) for label in sampling.class_labels]
-    own_scheduler = pipe.scheduler
-    use_scheduler(pipe, sampling.scheduler)
-    try:
-        for numbers in parts:
-            images = []
-            for _, image in sample_images(
-                pipe,
-                numbers,
-                seed=sampling.seed,
-                num_inference_steps=sampling.num_inference_steps,
-                batch_size=batch_size,
-                eta=sampling.eta,
-                class_labels=labels,
-                guidance_scale=sampling.guidance_scale,
-                device=device,
-            ):
-                images.append(image)
-                progress(1)
-            folder.add(numbers, torch.stack(images))
-    finally:
-        pipe.scheduler = own_scheduler
+    for numbers in parts:
+        images = []
+        for _, image in draw(pipe, numbers, sampling, batch_size=batch_size, device=device):
+            images.append(image)
+            progress(1)
+        folder.add(numbers, torch.stack(images))

@@ -14,10 +14,10 @@ from accelerate import PartialState
 from PIL import Image
 
 import hf_ddpm.data.samples
-from hf_ddpm import DDPMPipeline
+from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.data.samples import PictureFolder, SampleFolder, open_samples
 from hf_ddpm.launch import sole_run
-from hf_ddpm.sampling import Sampling, fill_folder, make_parts
+from hf_ddpm.sampling import Sampling, draw, fill_folder, make_parts, use_scheduler
 from tests.conftest import load_script
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +61,38 @@ def test_a_folder_holds_the_images_of_the_row_for_any_batch_size(pipe, ten, tmp_
     assert len(folder) == 10 and torch.equal(images(folder), ten)
     assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["000000.npy", "000001.npy", "000002.npy"]
     assert [len(np.load(path)) for path in sorted((tmp_path / "shards").iterdir())] == [4, 4, 2]
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+@pytest.mark.parametrize(
+    ("scheduler", "least", "most"),
+    [("ddpm", 1, 20), ("ddim", 1, 20), ("dpmsolver++", 1, 19), ("unipc", 1, 19), ("pndm", 4, 20), ("euler", 1, 20)],
+)
+def test_all_numbers_of_steps_that_are_allowed_make_images(tiny_unet, tmp_path, scheduler, least, most, spacing):
+    # Those of diffusers that are not allowed would be errors of its insides, or values that are not finite.
+    pipe = DDPMPipeline(tiny_unet, DDPMScheduler(num_train_timesteps=20, beta_end=0.4, timestep_spacing=spacing))
+    pipe.set_progress_bar_config(disable=True)
+    for steps in range(least, most + 1):
+        use_scheduler(pipe, scheduler)
+        assert pipe(num_inference_steps=steps, output_type="pt").images.isfinite().all()
+    pipe.scheduler = DDPMScheduler(num_train_timesteps=20, beta_end=0.4, timestep_spacing=spacing)
+    for steps in {max(1, least - 1), most + 1} - {least}:
+        sampling = Sampling(num_inference_steps=steps, scheduler=scheduler)
+        with pytest.raises(
+            ValueError, match=f"num_inference_steps={steps} is not allowed: {least} to {most} with this"
+        ):
+            fill(pipe, tmp_path / "out", 1, sampling)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_keeps_its_scheduler_even_if_drawing_is_left(pipe):
+    own, sampling = pipe.scheduler, Sampling(num_inference_steps=2, scheduler="ddim")
+    drawing = draw(pipe, range(4), sampling, batch_size=2)
+    assert next(drawing)[0] == 0 and type(pipe.scheduler).__name__ == "DDIMScheduler"
+    drawing.close()
+    assert pipe.scheduler is own
+    assert len(list(draw(pipe, range(4), sampling, batch_size=3))) == 4
+    assert pipe.scheduler is own
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])

@@ -192,7 +192,8 @@ class UNet2DModel(ModelMixin, ConfigMixin):
             emb = emb + self.class_embedding(class_labels)
         emb = F.silu(emb)  # every residual block begins with this
 
-        # Channels innermost is how convolutions like it; all that follows stays in this layout.
+        # Channels innermost is how convolutions like it, and all that follows stays in this layout; but gray images,
+        # whose two layouts are one, leave small networks in the usual one, which suits them as well.
         x = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for down in self.down_blocks:

@@ -1,0 +1,133 @@
+"""What is to be timed."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from hf_ddpm.config import PARTS, Config, EvaluationConfig, Sources, parse_config
+from hf_ddpm.options import option, parse_first, parse_options, require, require_at_least
+
+# What may be asked for, and the works that it stands for.
+TASKS = {
+    "forward": ("forward",),
+    "train_step": ("train_step",),
+    "training": ("training",),
+    "sampling": ("sampling", "sampling_1"),
+    "data": ("data_memory", "data_jpeg"),
+    "import": ("import_time", "load_time"),
+    "nll": ("nll",),
+}
+
+OTHERS = ("diffusers", "denoising-diffusion-pytorch")
+
+# Tasks whose turns are a fixed number of steps, the same on all processes.
+STEPS = ("train_step", "training")
+
+
+@dataclass
+class BenchmarkConfig:
+    """What is timed, against whom; network, data, batch and precision are the options of train.py."""
+
+    json: str = option("file of the results; a table goes beside it, as .md", "benchmark.json")
+    device: Literal["auto", "cuda", "cpu"] = option("where; on a GPU if there is one by default", "auto")
+    against: str = option(f"any of {', '.join(OTHERS)}, with commas; empty for nobody", ",".join(OTHERS))
+    tasks: str = option(f"any of {', '.join(TASKS)}, with commas", ",".join(TASKS))
+    rounds: int = option("turns of each, after one to warm up", 5)
+    steps_per_turn: int = option("training steps in a turn of train_step and training", 10)
+    threads: int | None = option("threads of this process; torch's own choice by default", None)
+    memory: bool = option("whether to measure the memory that is taken, too", True)
+    growth: Literal["none", "batch", "resolution", "steps", "processes"] = option(
+        "what to repeat the tasks over, for a curve of each", "none"
+    )
+    growth_values: list[int] = option(
+        "its values; by default 1 to 64 images, 1 to 4 times the resolution, 10 to 1000 steps, 1 and 2 processes",
+        factory=list,
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require_at_least(self, 1, "rounds", "steps_per_turn", "threads")
+        for name, known in (("against", OTHERS), ("tasks", tuple(TASKS))):
+            asked = _words(getattr(self, name))
+            require(self, name, set(asked) <= set(known), f"any of {', '.join(known)}")
+            require(self, name, len(set(asked)) == len(asked), "each of them once")
+        require(self, "tasks", bool(_words(self.tasks)), f"any of {', '.join(TASKS)}")
+        in_step = self.growth != "processes" or set(self.chosen) <= set(STEPS)
+        require(self, "tasks", in_step, f"with growth=processes, {' or '.join(STEPS)}")
+        require(self, "growth_values", all(value >= 1 for value in self.growth_values), "at least 1")
+        has_gpu = self.device != "cuda" or torch.cuda.is_available()
+        require(self, "device", has_gpu, "cpu, since torch sees no GPU here")
+        require(self, "json", self.json.endswith(".json") and not Path(self.json).is_dir(), "a file that ends in .json")
+
+    @property
+    def chosen(self) -> list[str]:
+        """The works that are timed."""
+        return [work for task in _words(self.tasks) for work in TASKS[task]]
+
+    @property
+    def others(self) -> list[str]:
+        """Those who are timed beside this package."""
+        return _words(self.against)
+
+
+def parse_benchmark(argv: list[str]) -> tuple[BenchmarkConfig, Config]:
+    """Reads a command line: options of `BenchmarkConfig`, and those of a run, by default of the preset digits.
+
+    Raises:
+        ValueError: If an option is unknown or its value not allowed; one line.
+    """
+    if {"-h", "--help"} & set(argv):
+        parse_options(argv, BenchmarkConfig, Sources, *PARTS)
+    options, rest = parse_first(argv, BenchmarkConfig)
+    if not {"--preset", "--config", "--dataset"} & {word.split("=")[0] for word in rest}:
+        rest = ["--preset", "digits", *rest]
+    return options, _comparable(parse_config(rest))
+
+
+def grown(config: Config, over: str, value: int) -> Config:
+    """Returns the options of a run with another batch, resolution or number of diffusion steps."""
+    data, model, training = config.data, config.model, config.training
+    if over == "batch":
+        return replace(config, training=replace(training, train_batch_size=value))
+    if over == "steps":
+        diffusion = replace(config.diffusion, num_train_timesteps=value)
+        return replace(config, diffusion=diffusion, training=replace(training, num_inference_steps=None))
+    if over == "resolution":
+        # Attention stays where it is in the network.
+        shorter, height, width = min(data.size), *data.size
+        attended = [size * value // shorter for size in model.attention_resolutions]
+        size = [height * value // shorter, width * value // shorter]
+        return replace(
+            config, data=replace(data, resolution=size), model=replace(model, attention_resolutions=attended)
+        )
+    return config
+
+
+def growth_values(options: BenchmarkConfig, config: Config) -> list[int]:
+    """Returns the values that are asked for."""
+    if options.growth == "none":
+        return [0]
+    shorter = min(config.data.size)
+    usual = {
+        "batch": [1, 4, 16, 64],
+        "resolution": [shorter, 2 * shorter, 4 * shorter],
+        "steps": [10, 100, 1000],
+        "processes": [1, 2],
+    }
+    return options.growth_values or usual[options.growth]
+
+
+def _comparable(config: Config) -> Config:
+    """Returns options of a run without what not all of those who are compared have."""
+    return replace(
+        config,
+        data=replace(config.data, class_column=None, streaming=False),
+        training=replace(config.training, gradient_accumulation_steps=1, tracker="none", num_samples=1),
+        evaluation=EvaluationConfig(),
+    )
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]

@@ -1,0 +1,194 @@
+"""From times to rows of a table, and to files."""
+
+import json
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from hf_ddpm.benchmark.device import Rates
+from hf_ddpm.benchmark.timing import Timed, Work
+from hf_ddpm.evaluation.report import provenance
+from hf_ddpm.files import written_whole
+from hf_ddpm.plots import save_curves
+
+Row = dict[str, Any]
+
+PACKAGES = ("accelerate", "datasets", "denoising-diffusion-pytorch", "torchvision")
+
+HEAD = (
+    "task", "subject", "median", "least to most", "images/s", "time / ours", "GFLOP/s", "of matmul",
+    "of convolution", "memory",
+)  # fmt: skip
+
+
+def failed(task: str, subject: str, error: str) -> Row:
+    """Returns the row of a subject that did not get to it."""
+    return {"task": task, "subject": subject, "error": error}
+
+
+def measured(task: str, work: Work, timed: Timed, ours: tuple[Work, Timed] | None, rates: Rates) -> Row:
+    """Returns the row of a work.
+
+    Args:
+        task: Its task.
+        work: The work.
+        timed: What came of it.
+        ours: The same of this package, if that did not fail.
+        rates: What the device can do.
+
+    Returns:
+        The row. `beside_ours` is the median over the rounds of the time an image takes, in relation to ours in the
+        same round: 2 is half as fast.
+    """
+    if timed.error is not None:
+        return failed(task, work.subject, timed.error)
+    middle = median(timed.seconds)
+    row: Row = {
+        "task": task,
+        "subject": work.subject,
+        "error": None,
+        "unit": work.unit,
+        "images": work.images,
+        "seconds": {
+            "median": middle, "least": min(timed.seconds), "most": max(timed.seconds), "rounds": timed.seconds,
+        },
+        "images_per_second": work.images / middle if work.images else None,
+        "beside_ours": None,
+        "flops_per_second": None,
+        "parameters": work.parameters,
+        "memory_bytes": None,
+        "notes": list(work.notes),
+    }  # fmt: skip
+    if ours is not None:
+        its, best = ours
+        share = (its.images or 1) / (work.images or 1)
+        row["beside_ours"] = median(
+            mine / other * share for mine, other in zip(timed.seconds, best.seconds, strict=True)
+        )
+    if work.flops is not None:
+        row["flops_per_second"] = work.flops / middle
+        row |= {f"of_{name}": row["flops_per_second"] / rate for name, rate in rates.items()}
+    return row
+
+
+def made_by(device: torch.device) -> dict[str, Any]:
+    """Returns what the rows were made by."""
+    made = provenance(device)
+    made["versions"] |= {name: _version(name) for name in PACKAGES}
+    return made | {"threads": torch.get_num_threads()}
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> str:
+    """Writes a report as JSON, as a table beside it and, if there is a growth, as a curve for each task.
+
+    Returns:
+        The table.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = markdown(report)
+    for file, content in ((path, json.dumps(report, indent=2) + "\n"), (path.with_suffix(".md"), text)):
+        with written_whole(file) as partial:
+            partial.write_text(content, encoding="utf-8")
+    growth = report["options"]["growth"]
+    if growth != "none":
+        for task in dict.fromkeys(row["task"] for row in report["rows"]):
+            curves = _curves(row for row in report["rows"] if row["task"] == task and row["error"] is None)
+            labels = {"x_label": growth, "y_label": f"{task}: images/s"}
+            if curves:
+                picture = path.with_name(f"{path.stem}_{task}.png")
+                save_curves(picture, curves, **labels, log_x=True, log_y=True, markers=True)
+    return text
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Returns a report as a table, with what must be known to read it."""
+    made, rates, growth = report["made_by"], report["rates"], report["options"]["growth"]
+    versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in made["versions"].items())
+    head = list(HEAD) if growth == "none" else [growth, *HEAD]
+    ruler = ["---:" if name not in ("task", "subject") else "---" for name in head]
+    lines = [f"| {' | '.join(line)} |" for line in (head, ruler, *(_cells(row, growth) for row in report["rows"]))]
+    return "\n".join(
+        [
+            f"# Speed on {made['device']}",
+            "",
+            f"{made['date']}, revision {made['revision']}; {versions}. {report['about']}",
+            "",
+            f"Alone, a large matrix product reaches {rates['matmul'] / 1e9:.4g} GFLOP/s here, a large 3x3 convolution "
+            f'{rates["convolution"] / 1e9:.4g}. Times are of a step, a pass, a chain; "time / ours" is that of '
+            "an image, the median over the rounds.",
+            "",
+            *lines,
+            "",
+            *dict.fromkeys(_remarks(report)),
+            "",
+        ]
+    )
+
+
+def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
+    for check in report["equality"]:
+        said = ", ".join(f"{what} by {found['difference']:.2g}" for what, found in check["outputs"].items())
+        yield f"- Before timing, {check['subject']} differed from ours with the same weights: {said}."
+    tasks: dict[str, dict[str, None]] = {}
+    for row in report["rows"]:
+        if row.get("parameters"):
+            yield f"- {row['subject']}: {row['parameters']:,} parameters."
+        if row.get("memory_error"):
+            yield f"- {row['subject']}, {row['task']}: memory is not known, {row['memory_error']}."
+        for note in row.get("notes", ()):
+            tasks.setdefault(f"{row['subject']}: {note}", {})[row["task"]] = None
+    yield from (f"- {note} ({', '.join(where)})." for note, where in tasks.items())
+    yield f"- Memory: {report['memory']}."
+    if report["made_by"]["versions"]["torchvision"] is None:
+        yield "- torchvision is not installed: what others take it for is done by the same steps in numpy and PIL."
+
+
+def _cells(row: Row, growth: str) -> list[str]:
+    first = [] if growth == "none" else [str(row["at"])]
+    if row["error"] is not None:
+        return [*first, row["task"], row["subject"], row["error"].replace("|", "/"), *[""] * (len(HEAD) - 3)]
+    seconds, memory = row["seconds"], row["memory_bytes"]
+    return [
+        *first,
+        row["task"],
+        row["subject"],
+        _duration(seconds["median"]),
+        f"{_duration(seconds['least'])} to {_duration(seconds['most'])}",
+        _known(row["images_per_second"], "{:.4g}"),
+        _known(row["beside_ours"], "{:.2f}"),
+        _known(row["flops_per_second"], "{:.4g}", 1e-9),
+        _known(row.get("of_matmul"), "{:.0%}"),
+        _known(row.get("of_convolution"), "{:.0%}"),
+        _known(memory, "{:,.0f} MiB", 2**-20),
+    ]
+
+
+def _known(value: float | None, form: str, scale: float = 1) -> str:
+    return "" if value is None else form.format(value * scale)
+
+
+def _duration(seconds: float) -> str:
+    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
+    return f"{seconds * scale:.4g} {unit}"
+
+
+def _curves(rows: Iterator[Row]) -> dict[str, tuple[list[float], list[float]]]:
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        if row["images_per_second"] is None:
+            continue
+        x, y = curves.setdefault(row["subject"], ([], []))
+        x.append(row["at"])
+        y.append(row["images_per_second"])
+    return curves
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,129 @@
+r"""Images while they appear out of noise: what a reverse process takes them for, step by step."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hf_ddpm.diffusion.gaussian import GaussianDiffusion
+from hf_ddpm.images import to_bytes, to_signed, to_unit
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+
+# Evenly spread moments of a chain that are always seen, the first and the last among them.
+FRAMES = 8
+# Seconds between two others.
+PAUSE = 0.3
+
+
+@dataclass(frozen=True)
+class Moment:
+    r"""Where a chain is.
+
+    Attributes:
+        step: How many steps have been taken, in [0, steps].
+        steps: How many there are.
+        images: :math:`\hat x_0` as seen from there, at the end the images; bytes, shape `(B, C, H, W)`.
+        frames: The same of the evenly spread moments from the first to this one.
+    """
+
+    step: int
+    steps: int
+    images: Tensor
+    frames: tuple[Tensor, ...]
+
+    def __str__(self) -> str:
+        return f"step {self.step} of {self.steps}"
+
+    @property
+    def frames_to_come(self) -> int:
+        """How many frames are missing."""
+        return len(_frame_steps(self.steps)) - len(self.frames)
+
+
+def watch(work: Callable[..., Tensor]) -> Iterator[Moment]:
+    """Runs a reverse process in a thread of its own and shows what becomes of it.
+
+    Args:
+        work: Calls a pipeline with the keyword arguments it is given, and returns the images as bytes.
+
+    Yields:
+        Moments, the last one with the images. Closing the iterator ends the work after the step it is at.
+    """
+
+    def run(emit: Callable[[tuple[int, int, Tensor]], None]) -> None:
+        steps, x_t = 0, None
+
+        def on_step(pipe: DDPMPipeline, i: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
+            nonlocal steps, x_t
+            steps = len(pipe.scheduler.timesteps)
+            emit((i, steps, _estimate(pipe, t, x_t, tensors)))
+            x_t = tensors["latents"]
+
+        tensors = ["latents", "pred_original_sample", "model_output"]
+        images = work(callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=tensors)
+        emit((steps, steps, to_signed(images)))
+
+    frames: tuple[Tensor, ...] = ()
+    last = 0.0
+    for step, steps, signed in in_background(run):
+        is_frame = step in _frame_steps(steps)
+        if not is_frame and time.monotonic() - last < PAUSE:
+            continue
+        images = to_bytes(to_unit(signed)).cpu()
+        if is_frame:
+            frames = (*frames, images)
+        yield Moment(step, steps, images, frames)
+        last = time.monotonic()
+
+
+def in_background(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
+    """Yields what `work(emit)` emits while it runs in a thread of its own.
+
+    Once the iterator is closed, the next `emit` ends the work. What the work raises is raised here.
+    """
+    emitted: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+    closed = threading.Event()
+
+    def emit(item: Any) -> None:
+        if closed.is_set():
+            raise _Unwatched
+        emitted.put(("item", item))
+
+    def run() -> None:
+        try:
+            work(emit)
+            emitted.put(("end", None))
+        except BaseException as error:
+            emitted.put(("error", error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        while (message := emitted.get())[0] == "item":
+            yield message[1]
+    finally:
+        closed.set()
+    if message[0] == "error":
+        raise message[1]
+
+
+class _Unwatched(Exception):
+    """Ends work that nobody watches any more."""
+
+
+def _frame_steps(steps: int) -> set[int]:
+    return set(np.linspace(0, steps, FRAMES).round().astype(int).tolist())
+
+
+def _estimate(pipe: DDPMPipeline, t: Tensor, x_t: Tensor | None, tensors: dict[str, Tensor]) -> Tensor:
+    r"""Returns :math:`\hat x_0`, which some schedulers do not tell; the first step of these is shown as noise."""
+    if tensors["pred_original_sample"] is not None:
+        return tensors["pred_original_sample"]
+    if x_t is None:
+        return tensors["latents"]
+    diffusion, kind = GaussianDiffusion(pipe.scheduler.betas), pipe.scheduler.config.prediction_type
+    return diffusion.predict_start(tensors["model_output"], x_t, int(t), kind)

@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm.demo import Demo, row, square
+from tests.conftest import TINY_UNET, load_script
+
+ROOT = Path(__file__).parents[2]
+SPACE = ROOT / "scripts" / "space"
+
+
+@pytest.fixture(scope="module")
+def app():
+    pytest.importorskip("gradio")
+    return load_script("space/app")
+
+
+@pytest.fixture
+def demo(tiny_pipeline):
+    return Demo(tiny_pipeline, "tiny")
+
+
+def test_generating_answers_with_images_their_strip_and_progress(app, demo):
+    answers = list(app.answer(app.generate, demo)(3, 0, 20, "ddpm", [], 1))
+    assert answers[0][2] == "step 0 of 20" and answers[-1][2] == "step 20 of 20"
+    shown = {picture.tobytes() for picture, _, _ in answers[:-1]}
+    assert len(shown) >= 2 and answers[-1][0].tobytes() not in shown
+    *_, last = demo.generate(demo.read(0, 20, "ddpm"), 3)
+    assert answers[-1][0].tobytes() == square(last.images).tobytes()
+
+
+def test_between_seeds_are_the_images_of_these_seeds(app, demo):
+    typed = (app.SEEDS, 20, 3, 4, 9, None, None, 5, "ddim", [], 1)
+    *on_the_way, (picture, line) = app.answer(app.interpolate, demo)(*typed)
+    assert line == "step 21 of 21" and on_the_way[0] == (None, "seed 4: step 0 of 5")
+    ends = [list(demo.generate(demo.read(seed, 5, "ddim"), 1))[-1].images for seed in (4, 9)]
+    *_, last = demo.interpolate(*ends, 20, 3, demo.read(4, 5, "ddim"))
+    assert picture.tobytes() == row(ends[0], last.images, ends[1]).tobytes()
+
+
+def test_between_uploaded_images_are_these(app, demo, tmp_path):
+    for name, gray in (("black", 0), ("white", 255)):
+        Image.new("L", (30, 20), gray).save(tmp_path / f"{name}.png")
+    paths = [str(tmp_path / f"{name}.png") for name in ("black", "white")]
+    *_, (picture, _) = app.answer(app.interpolate, demo)(app.IMAGES, 0, 2, 0, 0, *paths, 5, "ddpm", [], 1)
+    pixels = np.asarray(picture)
+    assert (pixels[:, :8] == 0).all() and (pixels[:, -8:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "message"),
+    [
+        ("generate", (0, 0, 5, "ddpm", [], 1), "count=0 is not allowed: a whole number from 1 to 64"),
+        ("generate", (1, 0.5, 5, "ddpm", [], 1), "seed=0.5 is not allowed"),
+        ("generate", (1, 0, 1001, "ddpm", [], 1), "steps=1001 is not allowed: a whole number from 1 to 1000"),
+        ("generate", (1, 0, 5, "ddpm", ["7"], 1), "class_labels are not allowed: the network knows no classes"),
+        ("interpolate", ("two images", 5, 2, 0, 1, None, None, 5, "ddpm", [], 1), "first image is not usable"),
+        ("interpolate", ("two seeds", 1000, 2, 0, 1, None, None, 1, "ddpm", [], 1), "t=1000 is not allowed"),
+    ],
+)
+def test_what_is_typed_wrong_becomes_a_message(app, demo, name, typed, message):
+    with pytest.raises(app.gr.Error, match=message):
+        list(app.answer(getattr(app, name), demo)(*typed))
+
+
+def test_classes_are_asked_for_where_the_model_knows_them(app, demo):
+    def asked(demo):
+        blocks = [block for block in app.build(demo).blocks.values() if getattr(block, "label", None)]
+        names = ("classes", "guidance")
+        return {block.label: block.value for block in blocks if block.visible and block.label.startswith(names)}
+
+    assert asked(demo) == {}
+    for embeddings, expected in ((3, [[], 1]), (2, [["cat"]])):  # where none is no class, there is no guidance
+        unet = UNet2DModel(**TINY_UNET, num_class_embeds=embeddings)
+        pipe = DDPMPipeline(unet, DDPMScheduler(), {"0": "cat", "1": "dog"})
+        assert list(asked(Demo(pipe, "classes")).values()) == expected
+
+
+def test_the_model_is_named_by_option_or_environment(app, monkeypatch, tmp_path):
+    monkeypatch.delenv("MODEL_ID", raising=False)
+    with pytest.raises(ValueError, match="the following arguments are required: --model"):
+        load_script("space/app").main([])
+    monkeypatch.setenv("MODEL_ID", str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="nothing' cannot be loaded"):
+        load_script("space/app").main([])
+
+
+def test_the_card_of_the_space_is_complete():
+    _, front, _ = (SPACE / "README.md").read_text().split("---\n", 2)
+    card = yaml.safe_load(front)
+    assert card["sdk"] == "gradio" and (SPACE / card["app_file"]).is_file()
+    assert isinstance(card["python_version"], str)
+    constraints = (ROOT / "constraints.txt").read_text()
+    assert f"gradio=={card['sdk_version']}\n" in constraints
+    assert len(card["short_description"]) <= 60  # what the Hub allows
