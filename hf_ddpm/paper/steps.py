@@ -9,14 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import diffusers
-import torch
-
-from hf_ddpm.diffusion.gaussian import LEARNED, output_channels
+from hf_ddpm.diffusion.gaussian import LEARNED
 from hf_ddpm.options import option, require, require_at_least
 from hf_ddpm.paper.study import Study, table
 from hf_ddpm.paper.yardstick import Yardstick, what_was_compared
-from hf_ddpm.sampling import SCHEDULERS, Sampling
+from hf_ddpm.sampling import SCHEDULERS, Sampling, use_scheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
 # How much farther than in all steps still counts as being there.
@@ -93,36 +90,20 @@ def walks(scheduler: Any, others: Sequence[str]) -> list[Walk]:
 
 def measure(study: Study, yardstick: Yardstick, walk: Walk, number: int) -> dict[str, Any]:
     """Returns the distance of images made in so many steps, or why there are none."""
-    evaluations, reason = rehearse(walk, number)
-    if reason is not None:
-        return {"steps": number, "failed": reason}
+    sampling = Sampling(seed=study.subject.seed, num_inference_steps=number, scheduler=walk.sampler)
+    try:
+        sampling.check(study.pipe)
+    except ValueError as error:
+        return {"steps": number, "failed": str(error)}
     own, study.pipe.scheduler = study.pipe.scheduler, walk.scheduler
     try:
-        sampling = Sampling(seed=study.subject.seed, num_inference_steps=number, scheduler=walk.sampler)
         images = study.samples(yardstick.count, sampling)
+        use_scheduler(study.pipe, walk.sampler)
+        study.pipe.scheduler.set_timesteps(number)
+        evaluations = len(study.pipe.scheduler.timesteps)
     finally:
         study.pipe.scheduler = own
     return {"steps": number, "evaluations": evaluations, **yardstick(images)}
-
-
-def rehearse(walk: Walk, number: int) -> tuple[int, str | None]:
-    """Takes a walk without a network, since some schedulers fail in the last of many steps.
-
-    Returns:
-        The network evaluations of the walk; and why it fails, if it does.
-    """
-    name = SCHEDULERS[walk.sampler]
-    try:
-        scheduler = walk.scheduler if name is None else getattr(diffusers, name).from_config(walk.scheduler.config)
-        scheduler.set_timesteps(number)
-        x_t = torch.zeros(1, 1, 1, 1)
-        output = x_t if name else x_t.expand(1, output_channels(1, scheduler.variance_type), 1, 1)
-        for t in scheduler.timesteps:
-            scheduler.scale_model_input(x_t, t)
-            x_t = scheduler.step(output, t, x_t).prev_sample
-    except Exception as error:  # whatever it is, it is of the scheduler alone
-        return 0, " ".join(f"{type(error).__name__} {error}".split())
-    return len(scheduler.timesteps), None
 
 
 def report(study: Study, options: StepsConfig, rows: list[dict[str, Any]], made_by: dict[str, Any]) -> None:
