@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 
 from hf_ddpm.config import Config
 from hf_ddpm.evaluation.evaluate import Evaluator, Figures
@@ -18,7 +19,7 @@ from hf_ddpm.evaluation.request import training_request
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import BackgroundPush, check_push
 from hf_ddpm.images import grid, save_picture, to_pil
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.sampling import Sampling, sample_images
 from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.training.progress import truncate
@@ -71,7 +72,7 @@ class Export(Callback):
         """Writes it."""
         if run.accelerator.is_main_process:
             for number, ema in enumerate(run.emas):
-                export(run.pipeline(number), self.folder / ema.name if number else self.folder)
+                export(run, self.folder / ema.name if number else self.folder, number)
 
 
 class Evaluations(Callback):
@@ -164,7 +165,7 @@ class Evaluations(Callback):
 
     def _keep(self, run: Run, results: Path) -> None:
         """Puts the model and its figures into `best/`."""
-        export(run.pipeline(), self.folder / "best")
+        export(run, self.folder / "best")
         shutil.copy(results, self.folder / "best" / "results.json")
 
 
@@ -202,8 +203,13 @@ class Push(Callback):
 
     def on_pause(self, run: Run) -> None:
         """Exports what there is, and starts to push it."""
-        export(run.pipeline(), self.folder)
-        self._start(run)
+        try:
+            export(run, self.folder)
+            if not run.config.training.sample_at_checkpoints:
+                (self.folder / "samples.png").unlink(missing_ok=True)  # of an earlier end
+            self._start(run)
+        except (OSError, ValueError) as error:
+            self.tell(f"{self.model_id} is not pushed at step {run.step}: {error}")
 
     def on_end(self, run: Run) -> None:
         """Pushes what the callbacks before have left, and waits for it."""
@@ -223,12 +229,26 @@ class Push(Callback):
         self.background.start(self.folder, f"Upload the model of step {run.step}")
 
 
-def export(pipe: DDPMPipeline, folder: Path) -> None:
-    """Writes a pipeline, file by file: a reader always finds a whole model."""
-    partial = folder / ".export"
-    pipe.save_pretrained(partial)
-    for file in [path for path in partial.rglob("*") if path.is_file()]:
-        target = folder / file.relative_to(partial)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(target)
-    shutil.rmtree(partial)
+def export(run: Run, folder: Path, number: int = 0) -> None:
+    """Writes the pipeline of an average, file by file, and in `export.json` of which step it is.
+
+    A reader always finds a whole model, if any.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    partial, pipe = folder / ".export", run.pipeline(number)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        pipe.save_pretrained(partial)
+        record = {"step": run.step, "images": run.step * run.global_batch_size, "checksum": model_checksum(pipe)}
+        (partial / "export.json").write_text(json.dumps(record) + "\n")
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        for file in sorted(files, key=lambda path: path.name == "model_index.json"):
+            target = folder / file.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+    except SafetensorError as error:
+        raise OSError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

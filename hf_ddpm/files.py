@@ -1,4 +1,4 @@
-"""How a file is written that no reader, and no kill, ever finds half of."""
+"""How a file is written that no reader, and no kill, ever finds half of; and what others may read of paths."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,3 +16,9 @@ def written_whole(path: Path, writer: str = "") -> Iterator[Path]:
     partial = path.with_name(f".{path.name}{writer}.partial")
     yield partial
     partial.replace(path)
+
+
+def public_name(name: str) -> str:
+    """Returns a name as others may read it: of a path on this machine, or of a URL, only the last part."""
+    is_path = "://" in name or name.startswith((".", "~")) or Path(name).is_absolute() or Path(name).exists()
+    return Path(name).name if is_path else name

@@ -50,13 +50,12 @@ def main(argv: list[str]) -> int:
     output = Path(config.output)
     check_free(output)
     conversion = plan(config, hints)
-    for line in conversion.describe() if config.dry_run else conversion.notes:
-        print(line)
+    notes = conversion.describe() if config.dry_run else conversion.notes
+    print(*notes, *hints.assumptions(config.layout), sep="\n")
     conversion.fill()
     deviation = conversion.deviation()
-    print(
-        f"{conversion.pipe.unet.num_parameters():,} parameters; outputs differ from the original's by {deviation:.1e}"
-    )
+    count = conversion.pipe.unet.num_parameters()
+    print(f"{count:,} parameters; the network's outputs differ from the original's by {deviation:.1e}")
     if not config.dry_run:
         write_pipeline(conversion.pipe, output)
         print(f"DDPMPipeline.from_pretrained({str(output)!r}) loads")

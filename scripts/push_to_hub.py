@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import push_model, push_space
-from hf_ddpm.launch import run_script
+from hf_ddpm.launch import run_script, sole_run
 from hf_ddpm.options import option, parse_options, require
 
 
@@ -47,8 +47,9 @@ class PushConfig:
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
     (config,) = parse_options(argv, PushConfig)
-    write_card(Path(config.model), model_id=config.hub_model_id, license=config.license)
-    pushed = push_model(config.model, config.hub_model_id, config.private, config.revision_message)
+    with sole_run(Path(config.model), "model"):
+        write_card(Path(config.model), model_id=config.hub_model_id, license=config.license)
+        pushed = push_model(config.model, config.hub_model_id, config.private, config.revision_message)
     print(f"{pushed.url} holds {config.model}")
     if config.space is not None:
         app = Path(__file__).parent / "space"

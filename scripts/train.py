@@ -54,10 +54,10 @@ def main(argv: list[str]) -> int:
     folder = Path(config.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with sole_run(folder) if accelerator.is_main_process else nullcontext():
-        is_evaluated = bool(config.evaluation.eval_metrics)  # what cannot be done is told first
-        evaluations = [Evaluations(config, accelerator, tell=tqdm.write)] if is_evaluated else []
-        is_pushed = config.hub.push_to_hub and accelerator.is_main_process
+        is_pushed = config.hub.push_to_hub and accelerator.is_main_process  # what cannot be done is told first
         pushes = [Push(config, tell=tqdm.write)] if is_pushed else []
+        is_evaluated = bool(config.evaluation.eval_metrics)
+        evaluations = [Evaluations(config, accelerator, tell=tqdm.write)] if is_evaluated else []
         checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
         run, images = start(config, accelerator, checkpoint, folder / "bad_images.jsonl")
         if checkpoint is not None:

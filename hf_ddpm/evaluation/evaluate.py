@@ -18,6 +18,7 @@ from hf_ddpm.evaluation.nll import variational_bound
 from hf_ddpm.evaluation.reference import fingerprint
 from hf_ddpm.evaluation.report import METRIC_SEED, provenance, record
 from hf_ddpm.evaluation.request import EvaluateConfig, classes_for, identify
+from hf_ddpm.files import public_name
 from hf_ddpm.images import save_picture
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.sampling import Sampling, fill_folder
@@ -133,7 +134,11 @@ class Evaluator:
                 classes=classes_for(pipe, images.labels, images.class_names, len(images)),
                 progress=bar.update,
             )
-        data = {"name": request.dataset, "split": request.split, "fingerprint": fingerprint(images, numbers)}
+        data = {
+            "name": public_name(request.dataset),
+            "split": request.split,
+            "fingerprint": fingerprint(images, numbers),
+        }
         everywhere = bound.summed(lambda value: accelerator.reduce(value, reduction="sum"))
         return everywhere.report() | {"made_by": {"dataset": data}}
 

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_ddpm.files import written_whole
-from hf_ddpm.hub.figures import dataset_name, rows
+from hf_ddpm.files import public_name, written_whole
+from hf_ddpm.hub.figures import rows
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.plots import save_curves
@@ -37,7 +37,6 @@ def write_card(folder: Path, *, model_id: str | None = None, license: str | None
     path = folder / "README.md"
     if path.exists() and MARK.encode() not in path.read_bytes():
         return path
-    draw_loss(folder)
     card = model_card(folder, model_id=model_id, license=license)
     with written_whole(path) as partial:
         partial.write_text(str(card), encoding="utf-8")
@@ -47,10 +46,14 @@ def write_card(folder: Path, *, model_id: str | None = None, license: str | None
 def model_card(folder: Path, *, model_id: str | None = None, license: str | None = None) -> ModelCard:
     """Returns the card of the model in a folder; see `write_card`."""
     pipe = load_pipeline(str(folder), "cpu")
-    results = _read(folder / "results.json", json.loads)
-    if results.get("model", {}).get("checksum") != model_checksum(pipe):
-        results = {}  # of other weights, or none
-    options = _read(folder / "config.yaml", yaml.safe_load)
+    checksum = model_checksum(pipe)
+    results, exported = (_read(folder / name, json.loads) for name in ("results.json", "export.json"))
+    # What is of other weights is not told.
+    results = results if results.get("model", {}).get("checksum") == checksum else {}
+    is_of_run = exported.get("checksum") == checksum
+    options = _read(folder / "config.yaml", yaml.safe_load) if is_of_run else {}
+    metrics = _metrics(folder, exported["step"]) if is_of_run else []
+    draw_loss(metrics, folder / "loss.png")
     license = license or options.get("license")
     model_id = model_id or folder.resolve().name
     name = model_id.split("/")[-1]
@@ -74,17 +77,18 @@ def model_card(folder: Path, *, model_id: str | None = None, license: str | None
         class_names=pipe.class_names,
         stock_samples=_is_stock(pipe.scheduler.config),
         model=_about_the_model(pipe),
-        training=_about_the_training(options, folder),
-        samples=_about_the_samples(options),
+        training=_about_the_training(options, metrics, _read(folder / "status.json", json.loads)),
+        samples=_about_the_samples(options, pipe),
+        num_classes=pipe.unet.config.num_class_embeds,
         figures=figures,
         versions=_versions(results),
-        pictures=_pictures(folder, results),
+        pictures=_pictures(folder, results, options),
     )
 
 
-def _pictures(folder: Path, results: dict[str, Any]) -> list[str]:
+def _pictures(folder: Path, results: dict[str, Any], options: dict[str, Any]) -> list[str]:
     """Returns which pictures there are, those of other weights not among them."""
-    names = ["samples", "loss", *(["results_nearest"] if "memorization" in results else [])]
+    names = [*(["samples", "loss"] if options else []), *(["results_nearest"] if "memorization" in results else [])]
     return [name for name in names if (folder / f"{name}.png").exists()]
 
 
@@ -94,18 +98,17 @@ def _versions(results: dict[str, Any]) -> str:
     return "; ".join(dict.fromkeys(lines))
 
 
-def draw_loss(folder: Path) -> None:
-    """Draws the training curve of `metrics.jsonl`, if there is one, into `loss.png`."""
-    lines = _metrics(folder)
-    if len(lines) > 1:
-        curve = [line["step"] for line in lines], [line["loss"] for line in lines]
-        save_curves(folder / "loss.png", {"loss": curve}, x_label="step", y_label="loss", log_y=True)
+def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
+    """Draws the training curve of the lines of `metrics.jsonl`, if there are several."""
+    if len(metrics) > 1:
+        curve = [line["step"] for line in metrics], [line["loss"] for line in metrics]
+        save_curves(path, {"loss": curve}, x_label="step", y_label="loss", log_y=True)
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    return _read(folder / "metrics.jsonl", lambda text: {"lines": [*map(json.loads, text.splitlines())]}).get(
-        "lines", []
-    )
+def _metrics(folder: Path, last: int) -> list[dict[str, Any]]:
+    """Returns the lines of `metrics.jsonl` up to a step."""
+    found = _read(folder / "metrics.jsonl", lambda text: {"lines": [*map(json.loads, text.splitlines())]})
+    return [line for line in found.get("lines", []) if line["step"] <= last]
 
 
 def _about_the_model(pipe: DDPMPipeline) -> dict[str, str]:
@@ -137,12 +140,13 @@ def _describe_schedule(scheduler: Any) -> str:
     return f"{kind}, T = {config.num_train_timesteps}, variances from {betas[0]:.3g} to {betas[-1]:.3g}{rescaled}"
 
 
-def _about_the_training(options: dict[str, Any], folder: Path) -> dict[str, str]:
-    status, metrics = _read(folder / "status.json", json.loads), _metrics(folder)
+def _about_the_training(
+    options: dict[str, Any], metrics: list[dict[str, Any]], status: dict[str, Any]
+) -> dict[str, str]:
     if not (options and status and metrics):
         return {}
     steps, seen = metrics[-1]["step"], metrics[-1]["images"]
-    start = {"started from": f"`{dataset_name(options['init_from'])}`"} if options["init_from"] else {}
+    start = {"started from": f"`{public_name(options['init_from'])}`"} if options["init_from"] else {}
     return {
         "data": f"{_describe_dataset(options['dataset'])}, split {options['split']}, {status['images']:,} images"
         + (", half of them mirrored at random" if options["horizontal_flip"] else ""),
@@ -159,22 +163,22 @@ def _about_the_training(options: dict[str, Any], folder: Path) -> dict[str, str]
     }
 
 
-def _about_the_samples(options: dict[str, Any]) -> str:
+def _about_the_samples(options: dict[str, Any], pipe: DDPMPipeline) -> str:
     if not options:
         return ""
-    steps = options["num_inference_steps"] or options["num_train_timesteps"]
+    steps = options["num_inference_steps"] or len(pipe.scheduler)
     return f"{options['num_samples']} images of seed {options['seed']}, in {steps} steps; not chosen."
 
 
 def _describe_dataset(name: str) -> str:
     if name == "digits":
         return "the digits of hf_ddpm (from UCI's Optical Recognition of Handwritten Digits, CC BY 4.0)"
-    return f"`{dataset_name(name)}`"
+    return f"`{public_name(name)}`"
 
 
 def _hub_datasets(options: dict[str, Any]) -> list[str] | None:
     name = options.get("dataset", "")
-    return [name] if dataset_name(name) == name and name.count("/") == 1 else None
+    return [name] if public_name(name) == name and name.count("/") == 1 else None
 
 
 def _list(items: Any) -> str:

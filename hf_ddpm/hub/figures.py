@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
+
+from hf_ddpm.files import public_name
 
 # In the order of the table: the metric, its key in results.json, what a reader and what the Hub call it, and the key
 # of what real images score.
@@ -71,6 +72,8 @@ def rows(results: Mapping[str, Any]) -> Iterator[Row]:
         if metric not in results:
             continue
         figure, made_by = results[metric], results[metric]["made_by"]
+        if metric != "nll" and made_by["sampling"] is None:
+            continue  # pictures of which nobody knows where they are from
         if metric == "nll":
             how, arguments = _of_the_bound(figure, made_by)
         else:
@@ -85,16 +88,11 @@ def rows(results: Mapping[str, Any]) -> Iterator[Row]:
             error="" if error is None else f" ± {error:.2g}",
             floor=None if figure.get(floor) is None else float(figure[floor]),
             count=int(figure["num_images"]),
-            data=dataset_name(made_by["dataset"]["name"]),
+            data=public_name(made_by["dataset"]["name"]),
             split=made_by["dataset"].get("reference_split", made_by["dataset"].get("split")),
             how=f"{how}; {made_by['device']}",
             arguments={"num_images": int(figure["num_images"]), **arguments},
         )
-
-
-def dataset_name(name: str) -> str:
-    """Returns the name of a data set; of a folder or file of this machine, only the last part."""
-    return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
 
 
 def _of_samples(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, dict[str, Any]]:
@@ -102,17 +100,16 @@ def _of_samples(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, di
     words = []
     if has_features:
         extractor = made_by["extractor"]
-        arguments |= {"extractor": dataset_name(extractor["name"]), "extractor_sha256": extractor["checksum"]}
+        arguments |= {"extractor": public_name(extractor["name"]), "extractor_sha256": extractor["checksum"]}
         words.append(f"{arguments['extractor']} features")
-    if made_by["sampling"] is not None:
-        keys = ("scheduler", "num_inference_steps", "eta", "seed", "guidance_scale")
-        sampling = {key: made_by["sampling"][key] for key in keys}
-        arguments |= sampling
-        words.append(f"{sampling['scheduler']} in {sampling['num_inference_steps']} steps, seed {sampling['seed']}")
-        if classes := made_by["sampling"]["class_labels"]:
-            arguments["class_labels"] = classes
-            words.append("a class" if len(classes) == 1 else f"{len(classes)} classes in turn")
-        words += [f"{key.split('_')[0]} {sampling[key]:g}" for key, usual in USUAL.items() if sampling[key] != usual]
+    keys = ("scheduler", "num_inference_steps", "eta", "seed", "guidance_scale")
+    sampling = {key: made_by["sampling"][key] for key in keys}
+    arguments |= sampling
+    words.append(f"{sampling['scheduler']} in {sampling['num_inference_steps']} steps, seed {sampling['seed']}")
+    if classes := made_by["sampling"]["class_labels"]:
+        arguments["class_labels"] = classes
+        words.append("a class" if len(classes) == 1 else f"{len(classes)} classes in turn")
+    words += [f"{key.split('_')[0]} {sampling[key]:g}" for key, usual in USUAL.items() if sampling[key] != usual]
     return ", ".join(words), arguments
 
 

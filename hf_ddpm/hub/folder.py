@@ -5,9 +5,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError, safe_open
 
-BESIDE = ("README.md", "[!.0-9]*.png", "results*.json", "config.yaml", "metrics.jsonl", "evaluations.jsonl")
+from hf_ddpm.files import public_name
+
+BESIDE = (
+    "README.md",
+    "samples.png",
+    "loss.png",
+    "results*_nearest.png",
+    "results*.json",
+    "config.yaml",
+    "metrics.jsonl",
+    "evaluations.jsonl",
+)
 FURTHER = ("ema-*", "best")  # pipelines of their own, with what is beside them
 
 
@@ -28,6 +40,28 @@ def model_files(folder: Path) -> list[str]:
     return [file.relative_to(folder).as_posix() for file in files]
 
 
+def public_content(file: Path) -> bytes | Path:
+    """Returns what is pushed of a file: it, but that options and results lose the paths of this machine."""
+    if file.suffix == ".yaml":
+        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return file if _public(given) == given else yaml.safe_dump(_public(given), sort_keys=False).encode()
+    if file.match("results*.json"):
+        given = _read(file)
+        return file if _public(given) == given else (json.dumps(_public(given), indent=2) + "\n").encode()
+    if file.name == "evaluations.jsonl":
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return "".join(json.dumps(_public(line)) + "\n" for line in lines).encode()
+    return file
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _public(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    return public_name(value) if isinstance(value, str) and value else value
+
+
 def matching(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
     """Returns the files of a folder that have one of the names."""
     return (file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file())
@@ -39,7 +73,7 @@ def _pipeline(folder: Path) -> list[Path]:
         raise ValueError(f"model {str(folder)!r} cannot be pushed: it has no model_index.json")
     files = [index]
     for name, entry in _read(index).items():
-        if isinstance(entry, list) and not name.startswith("_") and entry[0] is not None:
+        if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_") and entry[0] is not None:
             files += _component(folder / name)
     if len(files) == 1:
         raise ValueError(f"model {str(folder)!r} cannot be pushed: its model_index.json names no components")

@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from hf_ddpm.hub.folder import matching, model_files
+from hf_ddpm.hub.folder import matching, model_files, public_content
 
 SPACE = ("app.py", "requirements.txt", "README.md")
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -72,7 +72,7 @@ def push_model(
         own = {PurePosixPath(file).parent for file in files} - {PurePosixPath()}
         former = [path for path in there if PurePosixPath(path).parent in own and path not in files]
         operations: list[Any] = [CommitOperationDelete(path) for path in former]
-        operations += [CommitOperationAdd(file, Path(folder, file)) for file in files]
+        operations += [CommitOperationAdd(file, public_content(Path(folder, file))) for file in files]
         commit = api.create_commit(repo_id, operations, commit_message=message)
     return Pushed(f"{constants.ENDPOINT}/{repo_id}", commit.commit_url, "README.md" in files)
 
@@ -109,6 +109,8 @@ def push_space(
         contents: dict[str, Any] = {file.name: file for file in matching(folder, ("[!.]*.py", *SPACE))}
         contents["README.md"] = str(card).encode()
         api = _api(repo_id, token)
+        if private is None and api.repo_exists(model_id) and not api.repo_exists(repo_id, repo_type="space"):
+            private = api.model_info(model_id).private or None  # the demo of a private model is private, too
         _open_repo(api, repo_id, private, "space")
         api.add_space_variable(repo_id, "MODEL_ID", model_id)
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
@@ -287,6 +289,8 @@ def _explain(error: BaseException) -> tuple[type[Exception], str]:
     }
     if status in told:
         return ValueError, " ".join(told[status].split())
-    if status is None and isinstance(error, HTTPError):
+    # Of several uploads at once, the first that fails closes the client, and another may be the one that is told of.
+    is_gone = isinstance(error, HTTPError) or "client has been closed" in line
+    if status is None and is_gone:
         return OSError, f"{constants.ENDPOINT} does not answer: {line or type(error).__name__}"
     return ValueError if isinstance(error, ValueError) else OSError, line

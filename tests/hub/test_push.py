@@ -225,12 +225,14 @@ def test_the_command_pushes(hub, folder):
     script = ROOT / "scripts" / "push_to_hub.py"
     words = ["--model", folder, "--hub_model_id", "org/x"]
     (folder / "README.md").unlink()
-    assert hub.run(script, *words, "--private", "--revision_message", "Mine") == (
-        0, f"{hub.url}/org/x holds {folder}; it has no card: README.md is missing\n", "",
-    )  # fmt: skip
+    for name in ("config.yaml", "status.json", "results.json", "metrics.jsonl"):
+        (folder / name).unlink()
+    code, output, _ = hub.run(script, *words, "--private", "--revision_message", "Mine")
+    assert (code, output) == (0, f"{hub.url}/org/x holds {folder}\n")
+    assert b'from_pretrained("org/x")' in hub.files()["README.md"]
     assert hub.repo()["private"] and hub.repo()["commits"][-1]["title"] == "Mine"
     code, _, errors = hub.run(script, *words, "--private", "false")
-    assert code == 2 and errors.startswith("push_to_hub.py: error: org/x cannot be pushed to: it is private")
+    assert code == 2 and "push_to_hub.py: error: org/x cannot be pushed to: it is private" in errors
     hub.kill()
     code, _, errors = hub.run(script, *words)
     assert code == 1 and errors.splitlines()[-1].startswith("push_to_hub.py: error: org/x cannot be pushed to: http://")

@@ -31,7 +31,9 @@ def test_a_trained_model_is_loaded_from_the_hub_by_anyone(hub, tmp_path):
     files = hub.files("org/ddpm-digits")
     here = tmp_path / "run"
     assert files["README.md"] == (here / "README.md").read_bytes() and b'"org/ddpm-digits"' in files["README.md"]
-    assert json.loads(files["results.json"])["fd"] == json.loads((here / "results.json").read_text())["fd"]
+    pushed, kept = json.loads(files["results.json"]), json.loads((here / "results.json").read_text())
+    assert pushed["model"]["checksum"] == kept["model"]["checksum"] and pushed["fd"]["value"] == kept["fd"]["value"]
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]  # no path of this machine
     assert not [name for name in files if name.startswith(("checkpoints", "results_samples", "best", ".ex"))]
     digests = [
         hub.run("-c", SAMPLE.replace("LIBRARY", library), model)[1].strip()

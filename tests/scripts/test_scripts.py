@@ -24,7 +24,7 @@ def test_training_leaves_all_that_it_promises(trained):
     names = {path.name for path in trained.iterdir()} - {".lock"}
     assert names == {
         "checkpoints", "config.yaml", "metrics.jsonl", "model_index.json", "samples.png", "scheduler", "status.json",
-        "unet", "README.md", "loss.png",
+        "unet", "README.md", "loss.png", "export.json",
     }  # fmt: skip
     assert type(DDPMPipeline.from_pretrained(trained).unet) is UNet2DModel
     assert type(diffusers.DDPMPipeline.from_pretrained(trained).unet) is diffusers.UNet2DModel

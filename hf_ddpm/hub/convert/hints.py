@@ -46,6 +46,11 @@ class Hints:
             holds = hint.name in KNOWN[layout] or getattr(self, hint.name) is None
             require(self, hint.name, holds, f"{layout} checkpoints leave it no choice")
 
+    def assumptions(self, layout: str) -> list[str]:
+        """Returns a line on what nobody has said: a comparison of networks sees nothing of it."""
+        open_ones = [name for name in KNOWN[layout] if getattr(self, name) is None]
+        return [f"by default, since the file does not say: {', '.join(open_ones)} (see --help)"] if open_ones else []
+
     def check_resolution(self, multiple: int) -> None:
         """Raises a `ValueError` unless a resolution, if it is given, can be halved as often as the network does."""
         fits = self.resolution is None or self.resolution % multiple == 0
