@@ -77,7 +77,7 @@ def test_a_report_holds_all_that_is_needed_to_read_it(benchmark):
     assert made["threads"] == 1 and made["versions"]["torch"] == torch.__version__
     assert report["options"]["rounds"] == 1 and report["options"]["config"]["train_batch_size"] == 8
     assert printed.count("| diffusers |") == 7
-    assert "\nnll: hf_ddpm " in printed and "(1.00), hf_ddpm, forward alone " in printed  # a line as each task ends
+    assert "nll: hf_ddpm " in printed and "(1.00), hf_ddpm, forward alone " in printed  # a line as each task ends
 
 
 def test_who_is_not_installed_is_a_row(benchmark, monkeypatch):
