@@ -11,6 +11,7 @@ compared. Options of train.py, such as `--train_batch_size` and `--compile`, say
 """
 
 import os
+import sys
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -27,16 +28,21 @@ def main(argv: list[str]) -> int:
     options, config = parse_benchmark(argv)
     use_own_cores()
     values, is_main = growth_values(options, config), os.environ.get("RANK", "0") == "0"
+    terminal = sys.stderr  # where it is now: what others say while they are timed is not shown
     with tqdm(total=len(values) * len(options.chosen), desc="Tasks", unit="task", disable=not is_main) as bar:
 
         def tell(what: str) -> None:
             bar.set_postfix_str(what)
-            bar.update(not what)
+
+        def done(line: str) -> None:
+            if is_main:
+                bar.write(line, file=terminal)  # known, should all be interrupted
+            bar.update()
 
         if options.growth == "processes":
-            report = run_processes(Path(__file__), argv, options, values, tell)
+            report = run_processes(Path(__file__), argv, options, values, tell, done)
         else:
-            report = run_benchmark(options, config, tell)
+            report = run_benchmark(options, config, tell, done)
     if is_main:
         print(write_report(Path(options.json), report))
     return 0

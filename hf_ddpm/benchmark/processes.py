@@ -10,11 +10,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from hf_ddpm.benchmark.options import BenchmarkConfig
-from hf_ddpm.benchmark.report import failed
+from hf_ddpm.benchmark.report import failed, summary
 
 
 def run_processes(
-    script: Path, argv: list[str], options: BenchmarkConfig, counts: list[int], tell: Callable[[str], object]
+    script: Path,
+    argv: list[str],
+    options: BenchmarkConfig,
+    counts: list[int],
+    tell: Callable[[str], object],
+    done: Callable[[str], object],
 ) -> dict[str, Any]:
     """Launches a script once for each number of processes.
 
@@ -24,6 +29,7 @@ def run_processes(
         options: What that says.
         counts: Numbers of processes.
         tell: Told what is being done.
+        done: Told what came of each task.
 
     Returns:
         The report of the first launch that succeeded, with the rows of all.
@@ -38,16 +44,17 @@ def run_processes(
             file = Path(folder) / "report.json"
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
             words = [*argv, "--growth", "none", "--json", str(file)]
-            done = subprocess.run([sys.executable, *launcher, str(script), *words], capture_output=True, text=True)
-            if done.returncode == 0:
+            launch = subprocess.run([sys.executable, *launcher, str(script), *words], capture_output=True, text=True)
+            if launch.returncode == 0:
                 found = json.loads(file.read_text())
                 report = report or found
-                rows += [row | {"at": count} for row in found["rows"]]
+                new = found["rows"]
             else:
-                error = _reason(done.stderr)
-                rows += [failed(task, "hf_ddpm", error) | {"at": count} for task in options.chosen]
-        for _ in options.chosen:
-            tell("")
+                error = _reason(launch.stderr)
+                new = [failed(task, "hf_ddpm", error) for task in options.chosen]
+        rows += [row | {"at": count} for row in new]
+        for task in options.chosen:
+            done(summary([row for row in new if row["task"] == task]))
     if report is None:
         raise OSError(f"no launch succeeded: {error}")
     return report | {"options": report["options"] | asdict(options), "rows": rows}

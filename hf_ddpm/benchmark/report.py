@@ -1,7 +1,7 @@
 """From times to rows of a table, and to files."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -73,6 +73,17 @@ def measured(task: str, work: Work, timed: Timed, ours: tuple[Work, Timed] | Non
         row["flops_per_second"] = work.flops / middle
         row |= {f"of_{name}": row["flops_per_second"] / rate for name, rate in rates.items()}
     return row
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Returns the rows of a task in one line."""
+    said = (
+        f"{row['subject']} {_duration(row['seconds']['median'])} ({_known(row['beside_ours'], '{:.2f}') or 'alone'})"
+        if row["error"] is None
+        else f"{row['subject']} failed"
+        for row in rows
+    )
+    return f"{rows[0]['task']}: {', '.join(said)}" if rows else "nobody took part"
 
 
 def made_by(device: torch.device) -> dict[str, Any]:

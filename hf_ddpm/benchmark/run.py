@@ -7,14 +7,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from hf_ddpm.benchmark.denoising_diffusion import DenoisingDiffusion
 from hf_ddpm.benchmark.device import DTYPES, Rates, measure_rates
 from hf_ddpm.benchmark.equality import check_equal, refusal
 from hf_ddpm.benchmark.library import Library
-from hf_ddpm.benchmark.lucidrains import DenoisingDiffusion
 from hf_ddpm.benchmark.memory import ON_CPU, ON_GPU, taken
 from hf_ddpm.benchmark.options import BenchmarkConfig, grown, growth_values
 from hf_ddpm.benchmark.ours import Ours
-from hf_ddpm.benchmark.report import Row, failed, made_by, measured
+from hf_ddpm.benchmark.report import Row, failed, made_by, measured, summary
 from hf_ddpm.benchmark.setting import Setting
 from hf_ddpm.benchmark.stock import Stock
 from hf_ddpm.benchmark.timing import Work, clock_of, reason, time_in_turns, unseen
@@ -60,13 +60,14 @@ class Party:
         return failed(task, self.name, error)
 
 
-def run_benchmark(options: BenchmarkConfig, config: Config, tell: Tell) -> dict[str, Any]:
+def run_benchmark(options: BenchmarkConfig, config: Config, tell: Tell, done: Tell) -> dict[str, Any]:
     """Times all that was asked for, on the processes that there are.
 
     Args:
         options: What.
         config: On which network, data, batch and precision.
-        tell: Told what is being done; once with no word after each task.
+        tell: Told what is being done.
+        done: Told what came of each task.
 
     Returns:
         The report.
@@ -82,8 +83,9 @@ def run_benchmark(options: BenchmarkConfig, config: Config, tell: Tell) -> dict[
             tell("comparing outputs")
             equality += [check | {"at": value or None} for check in _check(parties, options)]
             for task in options.chosen:
-                rows += [row | {"at": value or None} for row in run_task(task, parties, setting, rates, tell)]
-                tell("")
+                found = run_task(task, parties, setting, rates, tell)
+                rows += [row | {"at": value or None} for row in found]
+                done(summary(found))
     size = " x ".join(map(str, setting.shape))
     about = f"Images of {size}, {setting.batch} a process and step, precision {config.training.mixed_precision}."
     return {

@@ -42,7 +42,8 @@ def benchmark(tmp_path, capsys, monkeypatch):
     def run(*words):
         file = tmp_path / "new" / "report.json"
         assert script.main([*WORDS, "--json", str(file), *words]) == 0
-        printed = capsys.readouterr().out
+        captured = capsys.readouterr()
+        printed = captured.err + captured.out
         assert file.with_suffix(".md").read_text() in printed
         return json.loads(file.read_text()), printed
 
@@ -76,6 +77,7 @@ def test_a_report_holds_all_that_is_needed_to_read_it(benchmark):
     assert made["threads"] == 1 and made["versions"]["torch"] == torch.__version__
     assert report["options"]["rounds"] == 1 and report["options"]["config"]["train_batch_size"] == 8
     assert printed.count("| diffusers |") == 7
+    assert "nll: hf_ddpm " in printed and "(1.00), hf_ddpm, forward alone " in printed  # a line as each task ends
 
 
 def test_who_is_not_installed_is_a_row(benchmark, monkeypatch):
@@ -162,15 +164,17 @@ def test_growth_over_processes_joins_what_launches_wrote(tmp_path):
         "if os.environ['WORLD_SIZE'] == '2': sys.exit('Error: two are too many')\n"
         "words = sys.argv[1:]\n"
         "assert words[words.index('--growth', 2) + 1] == 'none'\n"
-        "json.dump({'options': {'json': 'x'}, 'rows': [{'task': 'training', 'subject': 'hf_ddpm'}]},\n"
+        "json.dump({'options': {'json': 'x'}, 'rows': [{'task': 'training', 'subject': 'hf_ddpm', 'error': 'e'}]},\n"
         "          open(words[-1], 'w'))\n"
     )
     argv = ["--growth", "processes", "--tasks", "training"]
     options, _ = parse_benchmark(argv)
-    report = run_processes(script, argv, options, [1, 2], lambda what: None)
+    done = []
+    report = run_processes(script, argv, options, [1, 2], lambda what: None, done.append)
     first, second = report["rows"]
-    assert first == {"task": "training", "subject": "hf_ddpm", "at": 1}
+    assert first == {"task": "training", "subject": "hf_ddpm", "error": "e", "at": 1}
     assert second["at"] == 2 and "two are too many" in second["error"]
+    assert done == ["training: hf_ddpm failed"] * 2
     assert report["options"]["growth"] == "processes" and report["options"]["json"] == "benchmark.json"
 
 
