@@ -132,7 +132,6 @@ class Attention(nn.Module):
         )
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         h = self.to_out[0](h).transpose(1, 2).reshape(x.shape)
-        # In this order the sum has the memory layout that it has in diffusers: dropout masks are drawn in that order.
         return _divide(h + x, self.scale)
 
 

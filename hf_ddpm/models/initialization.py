@@ -22,4 +22,5 @@ def initialize_like_paper(unet: nn.Module) -> None:
             if name.endswith(ZERO):
                 nn.init.zeros_(module.weight)
             else:
-                nn.init.xavier_uniform_(module.weight)
+                # Drawn in the order of the shape: the same weights, however they lie in memory.
+                module.weight.data.copy_(nn.init.xavier_uniform_(module.weight.new_empty(module.weight.shape)))

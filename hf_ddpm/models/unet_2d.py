@@ -161,6 +161,7 @@ class UNet2DModel(ModelMixin, ConfigMixin):
 
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        self._lay_out()
 
     def forward(
         self,
@@ -192,9 +193,7 @@ class UNet2DModel(ModelMixin, ConfigMixin):
             emb = emb + self.class_embedding(class_labels)
         emb = F.silu(emb)  # every residual block begins with this
 
-        # Channels innermost is how convolutions like it, and all that follows stays in this layout; but gray images,
-        # whose two layouts are one, leave small networks in the usual one, which suits them as well.
-        x = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
+        x = self.conv_in(sample).contiguous(memory_format=torch.channels_last)  # gray images know no such order
         skips = [x]
         for down in self.down_blocks:
             skips += down(x, emb)
@@ -228,13 +227,21 @@ class UNet2DModel(ModelMixin, ConfigMixin):
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if kwargs.get("use_safetensors") is None and folder.is_dir():
             kwargs["use_safetensors"] = any(folder.glob("*.safetensors*")) or not any(folder.glob("*.bin*"))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._lay_out()
+        return loaded
 
     def to_json_string(self) -> str:
         """Serializes the configuration, without the local path that the weights were read from."""
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def _lay_out(self) -> None:
+        """Lays out the kernels channels innermost, as convolutions like it: all feature maps follow them."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
     def _sinusoids(self, timestep: Tensor | float | int, sample: Tensor) -> Tensor:
         if not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu"):
@@ -248,7 +255,7 @@ class UNet2DModel(ModelMixin, ConfigMixin):
             flip_sin_to_cos=self.config.flip_sin_to_cos,
             freq_shift=self.config.freq_shift,
         )
-        return sinusoids.to(self.dtype)
+        return sinusoids.to(sample.dtype)
 
     def _check_input(self, sample: Tensor, class_labels: Tensor | None) -> None:
         height, width = sample.shape[-2:]

@@ -126,6 +126,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         self._check_arguments(shape, generator, output_type, latents, callback_on_step_end_tensor_inputs)
         device = self._execution_device
         unet, was_training = self.unet, self.unet.training
+        dtype = unet.dtype  # diffusers looks at every weight to tell it: not in every step
 
         # The chain stays in float32; only the network works in its own dtype.
         if latents is None:
@@ -146,7 +147,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         try:
             unet.eval()  # dropout is for training
             for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-                x_in = self.scheduler.scale_model_input(x_t, t).to(unet.dtype)
+                x_in = self.scheduler.scale_model_input(x_t, t).to(dtype)
                 prediction = self._predict(x_in, t, classes, guidance_scale).float()
                 if not takes_variance:
                     prediction, _ = split_output(prediction, x_t.shape[1])

@@ -16,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -111,9 +112,7 @@ def load_checkpoint(run: Run, path: Path) -> None:
     run.unet.load_state_dict(load_file(path / "unet.safetensors"))
     for ema in run.emas:
         ema.model.load_state_dict(load_file(path / f"{ema.name}.safetensors"))
-    optimizer = run.optimizer.state_dict()
-    optimizer["state"] = _nested(load_file(path / "optimizer.safetensors"))
-    run.optimizer.load_state_dict(optimizer)
+    _load_optimizer(run.optimizer, load_file(path / "optimizer.safetensors"))
     if run.accelerator.scaler is not None and state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step = state["step"]
@@ -232,6 +231,15 @@ def _data(run: Run) -> dict[str, Any]:
 
 def _flat(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
     return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(tensors)})
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == parameter.shape:
+                # The fused kernel pairs the entries of weights and moments by where they lie in memory.
+                moments[name] = torch.empty_like(parameter).copy_(value)
 
 
 def _nested(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:

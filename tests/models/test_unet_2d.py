@@ -1,9 +1,12 @@
+from functools import partial
+
 import diffusers
 import pytest
 import torch
 
 from hf_ddpm import UNet2DModel
 from hf_ddpm.config import parse_config
+from hf_ddpm.models.blocks import Dropout
 from hf_ddpm.models.initialization import initialize_like_paper
 from tests.conftest import TINY_UNET
 
@@ -79,13 +82,36 @@ def test_gradients_are_those_of_diffusers():
         torch.testing.assert_close(mine.grad, stock.grad, rtol=1e-4, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_dropout_is_that_of_diffusers():
+def test_dropout_is_where_diffusers_has_it():
+    # Torch draws masks in the order of memory, in which the two lay out their feature maps differently.
+    def draw(layer, x, keep):
+        return torch.empty(x.shape).bernoulli_(keep, generator=torch.Generator().manual_seed(layer))
+
     ours, theirs = pair(dropout=0.5)
-    x, t, outputs = torch.randn(4, 1, 8, 8), torch.tensor([1, 10, 100, 900]), []
-    for network in (ours, theirs):
-        torch.manual_seed(3)
-        outputs.append(network.train()(x, t).sample)
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 10, 100, 900])
+    ours.draw_dropout(draw)
+    # Registered in the same order, so that a layer has the same number.
+    names = [name for name, module in theirs.named_modules() if isinstance(module, torch.nn.Dropout) and module.p]
+    for number, name in enumerate(names):
+        dropout = Dropout(0.5)
+        dropout.draw = partial(draw, number)
+        theirs.set_submodule(name, dropout)
+    outputs = [network.train()(x, t).sample for network in (ours, theirs)]
     torch.testing.assert_close(*outputs, rtol=0, atol=2e-6)
+    assert (outputs[0] - ours.eval()(x, t).sample).abs().max() > 0.1
+
+
+def test_kernels_and_feature_maps_lie_channels_innermost(tmp_path):
+    network = UNet2DModel(**TINY_UNET)
+    network.save_pretrained(tmp_path)
+    layouts = []
+    for loaded in (network, UNet2DModel.from_pretrained(tmp_path)):
+        for module in loaded.modules():
+            if isinstance(module, torch.nn.Conv2d) and module is not loaded.conv_in:
+                assert module.weight.is_contiguous(memory_format=torch.channels_last)
+                module.register_forward_hook(lambda m, x, y: layouts.append(y))
+        loaded(torch.randn(2, 1, 8, 8), 3)
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in layouts) and len(layouts) > 20
 
 
 def test_the_paper_network_has_its_size_and_the_keys_of_diffusers():
