@@ -14,6 +14,7 @@ from hf_ddpm.images import to_signed
 from hf_ddpm.launch import interrupt
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.training.build import build_run
 from hf_ddpm.training.loop import Callback, Run, train
 from hf_ddpm.training.progress import Progress
@@ -92,9 +93,10 @@ class Ours(Library):
             log_steps=options.steps_per_turn,
             output_dir=str(setting.folder),
         )
-        start = setting.pipeline()
         config = replace(setting.config, training=training)
-        run = build_run(config, setting.accelerator(), start.scheduler, start, images)
+        run = build_run(config, setting.accelerator(), DDPMScheduler(**config.scheduler()), None, images)
+        for network in (run.unet, *(ema.model for ema in run.emas)):
+            network.load_state_dict(setting.weights)
 
         def lead(others: Callable[[], None]) -> None:
             train(run, images, [*callbacks, _Turns(options.steps_per_turn, others)])

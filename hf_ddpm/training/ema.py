@@ -10,7 +10,7 @@ class EMA:
     r"""Keeps :math:`\bar\theta \leftarrow \bar\theta + (1 - d)(\theta - \bar\theta)` beside a network.
 
     Args:
-        model: The network that is trained.
+        model: The network that is trained, on the device where it stays.
         decay: :math:`d` in [0, 1).
         warmup: Whether the decay starts at :math:`(1 + n) / (10 + n)` after `n` steps, for short runs.
     """
@@ -20,10 +20,10 @@ class EMA:
         self.decay = decay
         self.name = f"ema-{decay}"
         self.warmup = warmup
-        self._averages = list(self.model.parameters())
+        self._averages, self._weights = list(self.model.parameters()), list(model.parameters())
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Moves the average towards the weights of `model` after optimizer step `step`, counted from 0."""
+    def update(self, step: int) -> None:
+        """Moves the average towards the weights of the network after optimizer step `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        torch._foreach_lerp_(self._averages, list(model.parameters()), 1 - decay)
+        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)

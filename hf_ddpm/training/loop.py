@@ -127,6 +127,7 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
         compile_network(run.unet, accelerator, config.train_batch_size)
     network, optimizer = accelerator.prepare(run.unet, run.optimizer)
     network.train()
+    weights = list(network.parameters())
 
     # This process's rows of each global batch, and the passes that they are divided into.
     share = run.global_batch_size // accelerator.num_processes
@@ -162,11 +163,11 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
                     loss = run.objective(diffusion, output, x_start[part], draws.t[part], draws.noise[part], x_t[part])
                     accelerator.backward(loss.mean() / config.gradient_accumulation_steps)
                 losses.append(loss.detach())
-            run.grad_norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+            run.grad_norm = accelerator.clip_grad_norm_(weights, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             for ema in run.emas:
-                ema.update(run.unet, step)
+                ema.update(step)
 
             run.step, run.losses, run.t = step + 1, torch.cat(losses), draws.t
             run.stopped_by = stop.received()

@@ -71,7 +71,7 @@ def test_the_average_is_that_of_its_formula():
     for step in range(5):
         with torch.no_grad():
             model.weight.add_(torch.randn(2, 2))
-        ema.update(model, step)
+        ema.update(step)
         expected = 0.9 * expected + 0.1 * model.weight.detach()
     torch.testing.assert_close(ema.model.weight, expected)
     assert not ema.model.weight.requires_grad
@@ -82,9 +82,9 @@ def test_the_average_warms_up():
     ema = EMA(model, 0.9999, warmup=True)
     torch.nn.init.zeros_(ema.model.weight)
     torch.nn.init.ones_(model.weight)
-    ema.update(model, 0)
+    ema.update(0)
     assert ema.model.weight.item() == pytest.approx(0.9)  # decay 1 / 10
-    ema.update(model, 8)
+    ema.update(8)
     assert ema.model.weight.item() == pytest.approx(0.95)  # decay 9 / 18
 
 
