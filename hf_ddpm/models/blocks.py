@@ -31,7 +31,7 @@ class Dropout(nn.Dropout):
         if self.draw is None:
             return super().forward(x)
         keep = 1 - self.p
-        return x * self.draw(x, keep) / keep
+        return x * self.draw(x, keep).div_(keep)
 
 
 class ResnetBlock(nn.Module):

@@ -72,5 +72,7 @@ def _blocks(rows: range) -> range:
 
 
 def _cut(blocks: list[Tensor], rows: range) -> Tensor:
-    start = rows.start % BLOCK
-    return torch.cat(blocks)[start : start + len(rows)]
+    first, last = rows.start % BLOCK, (rows.stop - 1) % BLOCK + 1
+    blocks[-1] = blocks[-1][:last]
+    blocks[0] = blocks[0][first:]
+    return torch.cat(blocks)  # a copy: of the rest of the blocks nothing stays
