@@ -34,6 +34,8 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
 }
 
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass
 class Sampling:
@@ -47,6 +49,7 @@ class Sampling:
     eta: float = option("noise of ddim, from 0 for none to 1 for that of ddpm", 0.0)
     class_labels: list[str] = option("names or numbers of classes that the images go through in turn", factory=list)
     guidance_scale: float = option("strength of classifier-free guidance; 1 for none", 1.0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("precision of the network's passes", "no")
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -104,6 +107,7 @@ def sample_images(
     eta: float = 0.0,
     class_labels: Sequence[int | str] = (),
     guidance_scale: float = 1.0,
+    mixed_precision: str = "no",
     device: torch.device | str = "cpu",
     **call: Any,
 ) -> Iterator[tuple[int, Tensor]]:
@@ -118,24 +122,27 @@ def sample_images(
         eta: Noise of a DDIM scheduler, in [0, 1].
         class_labels: Numbers or names of classes that the images go through in turn, for a conditioned network.
         guidance_scale: See `DDPMPipeline`.
+        mixed_precision: One of `PRECISIONS`: of the network's passes; the weights and the chain stay in float32.
         device: Where noise is drawn; the numbers drawn differ between kinds of devices.
         call: Further arguments of the pipeline's call, such as `callback_on_step_end`.
 
     Yields:
         The number of an image and the image, uint8, shape `(C, H, W)`, on the CPU.
     """
+    dtype = PRECISIONS[mixed_precision]
     for start in range(0, len(ids), batch_size):
         chunk = ids[start : start + batch_size]
-        unit = pipe(
-            batch_size=len(chunk),
-            generator=[generator(seed, SAMPLES, i, device=device) for i in chunk],
-            num_inference_steps=num_inference_steps,
-            output_type="pt",
-            eta=eta,
-            class_labels=[class_labels[i % len(class_labels)] for i in chunk] if class_labels else None,
-            guidance_scale=guidance_scale,
-            **call,
-        ).images
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
+            unit = pipe(
+                batch_size=len(chunk),
+                generator=[generator(seed, SAMPLES, i, device=device) for i in chunk],
+                num_inference_steps=num_inference_steps,
+                output_type="pt",
+                eta=eta,
+                class_labels=[class_labels[i % len(class_labels)] for i in chunk] if class_labels else None,
+                guidance_scale=guidance_scale,
+                **call,
+            ).images
         yield from zip(chunk, to_bytes(unit).cpu(), strict=True)
 
 
@@ -162,6 +169,7 @@ def draw(
             eta=sampling.eta,
             class_labels=sampling.labels(pipe),
             guidance_scale=sampling.guidance_scale,
+            mixed_precision=sampling.mixed_precision,
             device=device,
             **call,
         )

@@ -95,6 +95,19 @@ def test_a_pipeline_keeps_its_scheduler_even_if_drawing_is_left(pipe):
     assert pipe.scheduler is own
 
 
+def test_low_precision_is_for_the_network_alone(pipe, ten):
+    seen = []
+    pipe.unet.conv_out.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    sampling = Sampling(num_inference_steps=4, mixed_precision="bf16")
+    found = []
+    for _, image in draw(pipe, range(10), sampling, batch_size=4):
+        assert not torch.is_autocast_enabled("cpu")  # whoever takes the images does not compute in it
+        found.append(image)
+    assert set(seen) == {torch.bfloat16} and pipe.unet.dtype == torch.float32
+    difference = (torch.stack(found).float() - ten.float()).abs()
+    assert 0 < difference.max() and difference.mean() < 3
+
+
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_processes_share_the_parts_and_make_the_same_images(pipe, ten, tmp_path, world):
     folder = SampleFolder(tmp_path, FOUR_STEPS.settings(pipe, "m", torch.device("cpu")))
@@ -169,6 +182,7 @@ def test_a_kill_within_a_shard_costs_that_shard_alone(pipe, ten, tmp_path, monke
         ({"scheduler": "ddim", "eta": 0.5}, "eta=0.5 (was 0.0), scheduler='ddim' (was 'ddpm')"),
         ({"class_labels": ["1"]}, "class_labels=['1'] (was [])"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0 (was 1.0)"),
+        ({"mixed_precision": "bf16"}, "mixed_precision='bf16' (was 'no')"),
     ],
 )
 def test_images_of_other_settings_are_refused_by_name(pipe, tmp_path, other, named):

@@ -109,6 +109,9 @@ def _of_samples(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, di
     if classes := made_by["sampling"]["class_labels"]:
         arguments["class_labels"] = classes
         words.append("a class" if len(classes) == 1 else f"{len(classes)} classes in turn")
+    if (precision := made_by["sampling"].get("mixed_precision", "no")) != "no":
+        arguments["mixed_precision"] = precision
+        words.append(f"precision {precision}")
     words += [f"{key.split('_')[0]} {sampling[key]:g}" for key, usual in USUAL.items() if sampling[key] != usual]
     return ", ".join(words), arguments
 
