@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import yaml
 
-from hf_ddpm.options import option, parse_options, parse_some, read_yaml, require, require_at_least
+from hf_ddpm.files import write_text
+from hf_ddpm.options import option, parse_first, parse_options, read_yaml, require, require_at_least
 
 PRESETS = resources.files("hf_ddpm") / "presets"
 
@@ -258,12 +259,11 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all options by name: what `--config` reads."""
-        parts = (self.data, self.model, self.diffusion, self.training, self.evaluation, self.hub)
-        return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+        return {name: value for part in dataclasses.asdict(self).values() for name, value in part.items()}
 
     def save(self, path: Path) -> None:
         """Writes all options as YAML."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     def num_class_embeds(self, classes: int) -> int | None:
         """Returns the number of class embeddings: one more than classes if classes are hidden at times."""
@@ -271,14 +271,13 @@ class Config:
 
     def unet(self, classes: int = 0) -> dict[str, Any]:
         """Returns the options of the `UNet2DModel`; those of the paper's code where there is no choice."""
-        attends, (height, width) = self.attends, self.data.size
+        height, width = self.data.size
         return {
             "sample_size": height if height == width else (height, width),
             "in_channels": self.data.channels,
             "out_channels": self.data.channels * (2 if self.diffusion.variance_type.startswith("learned") else 1),
             "block_out_channels": tuple(self.model.block_out_channels),
-            "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-            "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+            **block_types(self.attends),
             "layers_per_block": self.model.layers_per_block,
             "attention_head_dim": self.model.attention_head_dim,
             "norm_num_groups": self.model.norm_num_groups,
@@ -293,6 +292,14 @@ class Config:
     def scheduler(self) -> dict[str, Any]:
         """Returns the options of the `DDPMScheduler`."""
         return dataclasses.asdict(self.diffusion)
+
+
+def block_types(attends: list[bool]) -> dict[str, tuple[str, ...]]:
+    """Returns the options of a `UNet2DModel` that say at which resolutions, from the highest down, it has attention."""
+    return {
+        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+    }
 
 
 @dataclass
@@ -315,7 +322,7 @@ def parse_config(argv: list[str]) -> Config:
     Raises:
         ValueError: If an option is unknown or its value not allowed; one line.
     """
-    sources = parse_some(argv, Sources)
+    sources, _ = parse_first(argv, Sources)
     options = {}
     if sources.preset is not None:
         options |= read_yaml(preset_path(sources.preset), PARTS)

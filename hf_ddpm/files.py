@@ -1,5 +1,6 @@
-"""How a file is written that no reader, and no kill, ever finds half of; and what others may read of paths."""
+"""How a file is written that no reader, and no kill, ever finds half of; what others may read of paths and errors."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,18 @@ def written_whole(path: Path, writer: str = "") -> Iterator[Path]:
     partial.replace(path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text as UTF-8, whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def public_name(name: str) -> str:
     """Returns a name as others may read it: of a path on this machine, or of a URL, only the last part."""
-    is_path = "://" in name or name.startswith((".", "~")) or Path(name).is_absolute() or Path(name).exists()
+    is_path = "://" in name or name.startswith((".", "~")) or Path(name).is_absolute() or os.path.exists(name)
     return Path(name).name if is_path else name
+
+
+def one_line(error: object) -> str:
+    """Returns what an error says, without its line breaks."""
+    return " ".join(str(error).split())

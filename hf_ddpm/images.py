@@ -88,8 +88,10 @@ def read_signed(images: Any, shape: tuple[int, ...]) -> Tensor:
 
 def _read_signed(images: Any, shape: tuple[int, ...]) -> Tensor:
     if isinstance(images, Image.Image):
-        if images.mode != MODES[shape[0]]:
-            raise ValueError(f"a picture of mode {images.mode} is not allowed: {MODES[shape[0]]}")
+        mode = MODES.get(shape[0])
+        if images.mode != mode:
+            wanted = mode or f"{shape[0]} channels have none, arrays or tensors are"
+            raise ValueError(f"a picture of mode {images.mode} is not allowed: {wanted}")
         return to_signed(torch.tensor(from_pil(images, shape[0])).unsqueeze(0))
     if isinstance(images, np.ndarray) and images.ndim in (3, 4):
         pixels = torch.tensor(images if images.ndim == 4 else images[np.newaxis]).permute(0, 3, 1, 2)
@@ -104,7 +106,8 @@ def _read_signed(images: Any, shape: tuple[int, ...]) -> Tensor:
 
 def _in_range(images: Tensor, kind: str, lowest: int) -> Tensor:
     if not images.is_floating_point() or not bool(((images >= lowest) & (images <= 1)).all()):
-        reach = f"{images.dtype}, {images.min():g} to {images.max():g}" if images.numel() else f"{images.dtype}"
+        known = images.numel() and images.is_floating_point()
+        reach = f"{images.dtype}, {images.min():g} to {images.max():g}" if known else f"{images.dtype}"
         raise ValueError(
             f"images in a {kind} of {reach.removeprefix('torch.')} are not allowed: floats in [{lowest}, 1]"
         )

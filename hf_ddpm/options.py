@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from hf_ddpm.files import one_line
+
 
 def option(help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
     """Declares an option with its default and the line that `--help` prints."""
@@ -22,8 +24,13 @@ def option(help: str, default: Any = dataclasses.MISSING, factory: Any = datacla
 
 def require(config: Any, name: str, holds: bool, allowed: str) -> None:
     """Raises a `ValueError` unless a check of an option holds; the line says what is allowed."""
+    require_value(name, getattr(config, name), holds, allowed)
+
+
+def require_value(name: str, value: object, holds: bool, allowed: str) -> None:
+    """Raises a `ValueError` unless a check of a value holds; the line says what is allowed."""
     if not holds:
-        raise ValueError(f"{name}={getattr(config, name)!r} is not allowed: {allowed}")
+        raise ValueError(f"{name}={value!r} is not allowed: {allowed}")
 
 
 def require_at_least(config: Any, least: int, *names: str) -> None:
@@ -74,11 +81,6 @@ def parse_command(argv: list[str], commands: Mapping[str, tuple[type, ...]]) -> 
     return name, parse_options(argv[1:], *commands[name], program=f"{parser.prog} {name}")
 
 
-def parse_some(argv: list[str], part: type) -> Any:
-    """Reads the options that one dataclass declares, and leaves others to others."""
-    return parse_first(argv, part)[0]
-
-
 def parse_first(argv: list[str], part: type) -> tuple[Any, list[str]]:
     """Reads the options that one dataclass declares; returns an instance of it and the words that are left."""
     parser = _Parser((part,), add_help=False, allow_abbrev=False)
@@ -103,7 +105,7 @@ def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]
         # The base loader leaves all values as they are written: `no` and `1e-4` are for the command line's parser.
         options = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"config {str(path)!r} cannot be read: {one_line(error)}") from error
     if not isinstance(options, dict):
         raise ValueError(f"config {str(path)!r} holds no options: lines of the form `name: value` are")
     kinds = {field.name: field.type for part in parts for field in dataclasses.fields(part)}

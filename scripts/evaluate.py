@@ -34,9 +34,9 @@ def main(argv: list[str]) -> int:
     use_own_cores()
     pipe = None if config.model is None else load_pipeline(config.model, accelerator.device)
     images = open_samples(Path(config.samples)) if config.samples is not None and config.compared else None
-    _, shape = identify(config, pipe, images)
+    model, shape = identify(config, pipe, images)
     evaluator = Evaluator(config, shape, accelerator)
-    for figures in evaluator.evaluate(output, sampling, pipe, images, tell=accelerator.print):
+    for figures in evaluator.evaluate(output, sampling, pipe, images, model=model, tell=accelerator.print):
         for name, figure in scalars(figures).items():
             accelerator.print(json.dumps({name: figure}, indent=2))
     accelerator.end_training()

@@ -26,8 +26,10 @@ from hf_ddpm.training.state import Checkpoints, find_checkpoint, load_checkpoint
 from hf_ddpm.training.trackers import check_tracker, start_tracker
 
 
-def start(config: Config, accelerator: Accelerator, checkpoint=None, report=None) -> tuple[Run, BatchSource]:
-    """Returns a run at step 0 and its images."""
+def start(
+    config: Config, accelerator: Accelerator, checkpoint: Path | None = None, report: Path | None = None
+) -> tuple[Run, BatchSource]:
+    """Returns a run at step 0 and its images; `checkpoint` is where it will go on from, `report` lists bad images."""
     scheduler, source = build_process(config, checkpoint)  # complains before images are decoded for hours
     images = open_images(
         config.data,
@@ -46,8 +48,10 @@ def main(argv: list[str]) -> int:
     check_tracker(config.training.tracker)
     accelerator = start_accelerator(config)
     if config.training.dry_run:
-        for name, line in estimate_cost(*start(config, accelerator)).items():
-            accelerator.print(f"{name + ':':16}{line}")
+        run, images = start(config, accelerator)
+        with closing(images):
+            for name, line in estimate_cost(run, images).items():
+                accelerator.print(f"{name + ':':16}{line}")
         accelerator.end_training()
         return 0
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ddpm.images import from_pil, grid, save_picture, to_bytes, to_pil, to_signed, to_unit
+from hf_ddpm.images import from_pil, grid, read_signed, save_picture, to_bytes, to_pil, to_signed, to_unit
 
 
 def test_bytes_survive_the_round_trip():
@@ -37,3 +37,10 @@ def test_a_grid_holds_every_image_in_its_place(tmp_path):
     assert sheet[0, 0] == 10 and sheet[0, 5] == 20 and sheet[7, 0] == 30 and sheet[7, 5] == 0
     save_picture(grid(tiles), tmp_path / "grid.png")
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_pictures_and_deep_arrays_that_fit_nothing_are_refused_in_one_line():
+    with pytest.raises(ValueError, match="a picture of mode L is not allowed: 2 channels have none"):
+        read_signed(Image.new("L", (4, 4)), (2, 4, 4))
+    with pytest.raises(ValueError, match="images in a array of uint16 are not allowed"):
+        read_signed(np.zeros((4, 4, 1), np.uint16), (1, 4, 4))

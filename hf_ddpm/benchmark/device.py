@@ -1,4 +1,4 @@
-"""What a device can do at best, and what a network asks of it."""
+"""What a device can do at best, and the memory that is taken on it."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -7,9 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_ddpm.benchmark.timing import clock_of
 
@@ -39,28 +36,6 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
         seconds = _fastest(lambda x=x, kernel=kernel: F.conv2d(x, kernel, padding=1), device)
         rates["convolution"] = max(rates["convolution"], 2 * 9 * channels * x.numel() / seconds)
     return rates
-
-
-def count_flops(network: nn.Module, x: Tensor, t: Tensor) -> tuple[float, float]:
-    """Counts the operations of the matrix products and convolutions of a network.
-
-    Args:
-        network: The network.
-        x: Images.
-        t: Their times.
-
-    Returns:
-        Those of an image forward, and forward and backward.
-    """
-    # Attention in one piece is not counted on every device, in its parts it is.
-    with sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as forward, torch.no_grad():
-            network(x, t)
-        with FlopCounterMode(display=False) as both:
-            output = network(x, t)
-            getattr(output, "sample", output).sum().backward()
-    network.zero_grad()
-    return forward.get_total_flops() / len(x), both.get_total_flops() / len(x)
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_ddpm.benchmark.device import count_flops
 from hf_ddpm.benchmark.setting import SEED, Setting
 from hf_ddpm.benchmark.timing import Work
 from hf_ddpm.data.streaming import MOST_WORKERS
+from hf_ddpm.models.flops import count_flops
 
 
 class Library:

@@ -12,7 +12,7 @@ import torch
 from hf_ddpm.benchmark.device import Rates
 from hf_ddpm.benchmark.timing import Timed, Work
 from hf_ddpm.evaluation.report import provenance
-from hf_ddpm.files import written_whole
+from hf_ddpm.files import write_text
 from hf_ddpm.plots import save_curves
 
 Row = dict[str, Any]
@@ -102,8 +102,7 @@ def write_report(path: Path, report: Mapping[str, Any]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = markdown(report)
     for file, content in ((path, json.dumps(report, indent=2) + "\n"), (path.with_suffix(".md"), text)):
-        with written_whole(file) as partial:
-            partial.write_text(content, encoding="utf-8")
+        write_text(file, content)
     growth = report["options"]["growth"]
     if growth != "none":
         for task in dict.fromkeys(row["task"] for row in report["rows"]):

@@ -49,7 +49,6 @@ class Setting:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
         self._accelerator = self.accelerator()
         self.device, self.processes = self._accelerator.device, self._accelerator.num_processes
-        self.rank = self._accelerator.process_index
         torch.manual_seed(SEED)
         # Not the paper's initialization, whose last layer is zero: outputs are to be compared.
         self.weights = UNet2DModel(**config.unet()).state_dict()

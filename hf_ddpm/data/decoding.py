@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, Image, Value
 
 from hf_ddpm.data.fitting import ImageFormat, fit
-from hf_ddpm.files import written_whole
+from hf_ddpm.files import one_line, write_text
 from hf_ddpm.launch import own_cores
 
 # Part of the cache's key, which does not see the functions below: raised when they change what they return.
@@ -38,12 +38,25 @@ class BadImage:
     row: int
     reason: str
 
-    def refusal(self, column: str) -> ValueError:
+    def text(self, column: str) -> str:
+        """Returns what is wrong with it, and where it is."""
+        return f"image in row {self.row} ({self.file or f'column {column!r}'}) is not usable: {self.reason}"
+
+    def refusal(self, column: str) -> "UnusableImage":
         """Returns the error that names it."""
-        return ValueError(
-            f"image in row {self.row} ({self.file or f'column {column!r}'}) is not usable: {self.reason}"
-            " (skip_bad_images leaves such images out)"
-        )
+        error = UnusableImage(f"{self.text(column)} (skip_bad_images leaves such images out)")
+        error.image = self
+        return error
+
+
+class UnusableImage(ValueError):
+    """An image cannot be used, and is not to be left out.
+
+    Attributes:
+        image: Which.
+    """
+
+    image: BadImage
 
 
 def decode(
@@ -80,7 +93,7 @@ def decode(
         return decoded, []
     bad = [BadImage(_path(encoded[row][column]), row, reasons[row].as_py()) for row in _rows(reasons.is_valid())]
     if len(bad) == len(decoded):
-        raise ValueError(f"none of the {len(bad)} images is usable: {bad[0].refusal(column)}")
+        raise ValueError(f"none of the {len(bad)} images is usable: {bad[0].text(column)}")
     return decoded.select(_rows(reasons.is_null())), bad
 
 
@@ -89,13 +102,12 @@ def attempt(row: dict[str, Any] | None, form: ImageFormat) -> np.ndarray | str:
     try:
         return fit(row, form)
     except Exception as error:  # decoders raise anything
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error) or type(error).__name__
 
 
 def write_report(bad: Sequence[BadImage], path: Path) -> None:
     """Writes the images that were left out, one JSON object a line, so that no reader sees half of it."""
-    with written_whole(path) as partial:
-        partial.write_text("".join(json.dumps(asdict(image)) + "\n" for image in bad), encoding="utf-8")
+    write_text(path, "".join(json.dumps(asdict(image)) + "\n" for image in bad))
 
 
 def _decode_rows(

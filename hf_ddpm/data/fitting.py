@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hf_ddpm.images import MODES, from_pil
+from hf_ddpm.options import require_value
 
 # More than 8 bits a channel: PIL would clip these to 255 when it converts. Floats have no known white.
 DEEP_MODES = ("I", "F")
@@ -38,10 +39,10 @@ class ImageFormat:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _require("resolution", (self.height, self.width), min(self.shape[1:]) >= 1, "at least 1")
-        _require("channels", self.channels, self.channels in MODES, ", ".join(map(str, MODES)))
-        _require("crop", self.crop, self.crop in ("center", "random"), "center or random")
-        _require("channels", self.channels, self.channels == 1 or not self.deep, "1 with more than 256 levels")
+        require_value("resolution", (self.height, self.width), min(self.shape[1:]) >= 1, "at least 1")
+        require_value("channels", self.channels, self.channels in MODES, ", ".join(map(str, MODES)))
+        require_value("crop", self.crop, self.crop in ("center", "random"), "center or random")
+        require_value("channels", self.channels, self.channels == 1 or not self.deep, "1 with more than 256 levels")
 
     @classmethod
     def of(
@@ -49,7 +50,7 @@ class ImageFormat:
     ) -> "ImageFormat":
         """Returns the format for a resolution, one number or height and width, and a number of values of a pixel."""
         height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-        _require("levels", levels, 2 <= levels <= 65536, "2 to 65536")
+        require_value("levels", levels, 2 <= levels <= 65536, "2 to 65536")
         return cls(height, width, channels, crop, deep=levels > 256)  # type: ignore[arg-type]
 
     @property
@@ -141,8 +142,3 @@ def _resize(image: Image.Image, form: ImageFormat) -> Image.Image:
     scale = max(form.width / image.width, form.height / image.height)
     covering = [max(asked, round(side * scale)) for asked, side in zip(size, image.size, strict=True)]
     return image.resize((covering[0], covering[1]), Image.Resampling.LANCZOS)
-
-
-def _require(name: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={value!r} is not allowed: {allowed}")

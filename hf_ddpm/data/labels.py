@@ -27,12 +27,12 @@ class Classes:
     names: tuple[str, ...]
     numbers: dict[Hashable, int]
 
-    def encode(self, values: Sequence[Any], first_row: int = 0) -> Tensor:
+    def encode(self, values: Sequence[Any], rows: Sequence[int]) -> Tensor:
         """Returns the numbers of classes.
 
         Args:
             values: What the column holds.
-            first_row: The row of the first, for the error.
+            rows: Their rows, for the error.
 
         Returns:
             The numbers, int64, shape `(N,)`, in [0, number of classes).
@@ -42,9 +42,9 @@ class Classes:
         """
         numbers = [self.numbers.get(value, -1) for value in values]
         if -1 in numbers:
-            row = numbers.index(-1)
+            place = numbers.index(-1)
             raise ValueError(
-                f"class_column={self.column!r} holds {values[row]!r} in row {first_row + row}, which is no class:"
+                f"class_column={self.column!r} holds {values[place]!r} in row {rows[place]}, which is no class:"
                 f" one of the {len(self.names)} classes is"
             )
         return torch.tensor(numbers, dtype=torch.int64)
@@ -95,12 +95,13 @@ def find_classes(features: Features, column: str, values: Iterable[Any]) -> Clas
     return Classes(column, tuple(map(str, found)), {value: number for number, value in enumerate(found)})
 
 
-def read_classes(dataset: Dataset, name: str) -> tuple[Classes, Tensor]:
+def read_classes(dataset: Dataset, name: str, rows: Sequence[int] | None = None) -> tuple[Classes, Tensor]:
     """Returns the classes of a data set and the class of each image.
 
     Args:
-        dataset: An opened split.
+        dataset: An opened split, or a part of one.
         name: Name of the column, or `auto`.
+        rows: Where those of a part stand in the whole, for the error.
 
     Returns:
         The classes; and their numbers, int64, shape `(N,)`.
@@ -111,7 +112,7 @@ def read_classes(dataset: Dataset, name: str) -> tuple[Classes, Tensor]:
     column = find_class_column(dataset.features, name)
     values = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
     classes = find_classes(dataset.features, column, values)
-    return classes, classes.encode(values)
+    return classes, classes.encode(values, range(len(values)) if rows is None else rows)
 
 
 def _holds_classes(kind: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_ddpm.files import written_whole
+from hf_ddpm.files import one_line, write_text, written_whole
 from hf_ddpm.images import MODES, from_pil, grid, save_picture, to_pil
 
 # Images a shard, whatever the batch size and the number of processes: a kill costs at most these, of each process.
@@ -68,8 +68,7 @@ class SampleFolder:
         """Writes `sampling.json`: from its first shard on the folder takes no images of other settings."""
         (self.path / "shards").mkdir(parents=True, exist_ok=True)
         if not any(self.path.glob("shards/*.npy")):
-            with written_whole(self.path / "sampling.json") as partial:
-                partial.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+            write_text(self.path / "sampling.json", json.dumps(self.settings, indent=2) + "\n")
 
     def missing(self, num_images: int) -> list[range]:
         """Returns the numbers of images that are not there yet, a range for each shard that lacks some."""
@@ -192,7 +191,7 @@ class PictureFolder:
             with Image.open(file) as image:
                 return from_pil(image, {mode: channels for channels, mode in MODES.items()}.get(image.mode, 3))
         except OSError as error:
-            raise ValueError(f"{file} is no picture: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{file} is no picture: {one_line(error)}") from error
 
 
 def open_samples(path: Path) -> SampleFolder | PictureFolder:

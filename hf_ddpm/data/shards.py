@@ -12,6 +12,7 @@ from datasets import Dataset, Features
 from fsspec.core import url_to_fs
 
 from hf_ddpm.data.sources import check_max_samples
+from hf_ddpm.files import one_line
 from hf_ddpm.seeds import SUBSET, generator
 
 # Footers are read at once by so many threads: far away, each costs a request or two.
@@ -46,7 +47,7 @@ class RowGroup:
             with _open(self.path, self.footer) as file:
                 return file.read_row_group(self.number, columns=columns, use_threads=False)
         except (OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise ValueError(f"row group {self.number} of {self.path!r} cannot be read: {reason}") from error
 
 
@@ -108,7 +109,7 @@ def _footer(path: str) -> pq.FileMetaData:
         with _open(path) as file:
             return file.metadata
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path!r} cannot be read as parquet: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path!r} cannot be read as parquet: {one_line(error)}") from error
 
 
 def _open(path: str, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:

@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict, Image, load_dataset, load_dataset_bui
 from datasets.exceptions import DatasetGenerationError
 from PIL.Image import registered_extensions
 
+from hf_ddpm.files import one_line
 from hf_ddpm.seeds import SUBSET, generator
 
 # Folders of these names at the top are splits; all other folders are classes.
@@ -85,7 +86,7 @@ def find_shards(name: str, split: str = "train") -> list[str]:
     try:
         files = _data_files(name, split)
     except (OSError, ValueError) as error:
-        raise ValueError(f"dataset {name!r} cannot be streamed: {' '.join(str(error).split())}") from error
+        raise ValueError(f"dataset {name!r} cannot be streamed: {one_line(error)}") from error
     if split not in files:
         raise ValueError(f"dataset {name!r} has no split {split!r}: one of {', '.join(files)}")
     other = [file for file in files[split] if not file.endswith(".parquet")]
@@ -130,7 +131,7 @@ def _load(name: str) -> DatasetDict:
     except ConnectionError as error:
         raise ValueError(f"dataset {name!r} is no folder here, and the Hub cannot be reached") from error
     except (DatasetGenerationError, ValueError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = one_line(error.__cause__ or error)
         raise ValueError(f"dataset {name!r} cannot be read: {reason}") from error
 
 

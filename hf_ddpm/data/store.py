@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from hf_ddpm.data.decoding import decode, write_report
+from hf_ddpm.data.decoding import UnusableImage, decode, write_report
 from hf_ddpm.data.fitting import ImageFormat, crop_at
 from hf_ddpm.data.labels import read_classes
 from hf_ddpm.data.sources import choose, find_image_column, open_dataset
@@ -136,8 +136,11 @@ def load_images(
     dataset = dataset.select(rows) if len(rows) < len(dataset) else dataset
     classes, labels = None, None
     if class_column is not None:
-        classes, labels = read_classes(dataset, class_column)
-    decoded, bad = decode(dataset, column, form, skip_bad_images=skip_bad_images)
+        classes, labels = read_classes(dataset, class_column, rows)
+    try:
+        decoded, bad = decode(dataset, column, form, skip_bad_images=skip_bad_images)
+    except UnusableImage as error:  # its row is that of the draw
+        raise replace(error.image, row=rows[error.image.row]).refusal(column) from error
     if labels is not None:
         kept = torch.ones(len(dataset), dtype=torch.bool)
         kept[[image.row for image in bad]] = False

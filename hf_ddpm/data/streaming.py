@@ -24,6 +24,7 @@ from hf_ddpm.data.lanes import Lanes
 from hf_ddpm.data.shards import Shards
 from hf_ddpm.data.sources import find_image_column, find_shards
 from hf_ddpm.data.windows import LoadedWindow, WindowReader
+from hf_ddpm.files import one_line
 from hf_ddpm.launch import own_cores
 
 # More decoding processes are not started unless asked for.
@@ -107,7 +108,7 @@ class ImageStream:
         try:
             images, bad = next(self._decoded)
         except RuntimeError as error:
-            raise OSError(f"a process that decodes images has ended: {' '.join(str(error).split())}") from error
+            raise OSError(f"a process that decodes images has ended: {one_line(error)}") from error
         picks, places = self._jobs.under_way.popleft()
         if isinstance(picks, ValueError):
             raise picks
@@ -143,14 +144,15 @@ class ImageStream:
             if not isinstance(image, str):
                 return Pick(window, row), crop_at(image, self.form, place)
             self._note(BadImage(*window.origins[row], image))
-        path, first = window.origins[0]
-        raise ValueError(f"none of {len(window.images)} images is usable, such as row {first} of {path!r}: {reason}")
+        path, row = window.origins[pick.row]
+        raise ValueError(f"none of {len(window.images)} images is usable, such as row {row} of {path!r}: {reason}")
 
     def _note(self, bad: BadImage) -> None:
         if not self.skip_bad_images:
             raise bad.refusal(self.reader.column)
-        if (bad.file, bad.row) not in self._known_bad:
-            self._known_bad.add((bad.file or "", bad.row))
+        key = (bad.file, bad.row)
+        if key not in self._known_bad:
+            self._known_bad.add(key)
             if self.report is not None:
                 with self.report.open("a", encoding="utf-8") as report:
                     report.write(json.dumps(asdict(bad)) + "\n")

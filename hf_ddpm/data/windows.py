@@ -70,6 +70,7 @@ class WindowReader:
             first = group.first_row + piece.start
             origins += [(group.path, first + row) for row in range(len(table))]
             if self.classes is not None:
-                labels += self.classes.encode(table[self.classes.column].to_pylist(), first).tolist()
+                values = table[self.classes.column].to_pylist()
+                labels += self.classes.encode(values, range(first, first + len(values))).tolist()
         order = window.order(self.lanes.seed).tolist()
         return LoadedWindow(*([column[row] for row in order if column] for column in (images, labels, origins)))

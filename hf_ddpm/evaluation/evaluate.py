@@ -62,6 +62,8 @@ class Evaluator:
         sampling: Sampling,
         pipe: DDPMPipeline | None = None,
         images: SampleFolder | PictureFolder | None = None,
+        *,
+        model: dict[str, Any] | None = None,
         tell: Callable[[str], object] = lambda line: None,
     ) -> Iterator[Figures]:
         """Evaluates a model, images that it has generated, or both.
@@ -72,13 +74,14 @@ class Evaluator:
             sampling: Which images to ask the model for.
             pipe: The model, on the device of this process.
             images: Images that it has generated; generated here by default.
+            model: What `identify` says of them, if it was asked.
             tell: Told a line if results of another model were in the file.
 
         Yields:
             Figures by metric; on all processes but the first, none.
         """
         count = self.count(None if images is None else len(images))
-        model, _ = identify(self.request, pipe, images)
+        model = model or identify(self.request, pipe, images)[0]
         made_by = {"seed": sampling.seed, "metric_seed": METRIC_SEED, **provenance(self.accelerator.device)}
         made_by |= {"request": asdict(self.request)}
         if pipe is not None:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from hf_ddpm.evaluation.rows import check_features, check_same_width, in_parts
+from hf_ddpm.evaluation.rows import check_pair, in_parts
 from hf_ddpm.seeds import METRIC_ORDER, generator
 
 ROWS_AT_A_TIME = 1024
@@ -35,9 +35,7 @@ def squared_mmd(features: Tensor, reference: Tensor) -> float:
     Raises:
         ValueError: If a set has fewer than 2 images, a feature is not finite, or the dimensions differ.
     """
-    check_features("features", features, at_least=2)
-    check_features("reference features", reference, at_least=2)
-    check_same_width(features.shape[1], reference.shape[1])
+    check_pair(features, reference, at_least=2)
     x, y = features.double(), reference.double()
     across = _kernel_sum(x, y) / (len(x) * len(y))
     return _mean_of_pairs(x) + _mean_of_pairs(y) - 2 * across
@@ -64,8 +62,7 @@ def kernel_distance(
     Raises:
         ValueError: If `block_size` is not allowed, a feature is not finite, or the dimensions differ.
     """
-    check_features("features", features)
-    check_features("reference features", reference)
+    check_pair(features, reference)
     blocks = min(len(features), len(reference)) // max(1, block_size)
     if block_size < 2 or blocks < 2:
         smaller = min(len(features), len(reference))

@@ -7,7 +7,7 @@ member. Precision is the fraction of generated images in the region of the real 
 import torch
 from torch import Tensor
 
-from hf_ddpm.evaluation.rows import check_features, check_same_width, in_parts
+from hf_ddpm.evaluation.rows import check_pair, in_parts
 
 ROWS_AT_A_TIME = 1024
 
@@ -32,6 +32,7 @@ def precision_recall(features: Tensor, reference: Tensor, *, k: int = 3) -> tupl
     Raises:
         ValueError: If `k` is not allowed, a feature is not finite, or the dimensions differ.
     """
+    check_pair(features, reference)
     for rows in (features, reference):
         if not 1 <= k < len(rows):
             raise ValueError(f"k={k} is not allowed: 1 to {len(rows) - 1}, one less than the images of a set")
@@ -54,9 +55,7 @@ def nearest(features: Tensor, reference: Tensor, k: int = 1) -> tuple[Tensor, Te
     Raises:
         ValueError: If `k` is not allowed, a feature is not finite, or the dimensions differ.
     """
-    check_features("features", features)
-    check_features("reference features", reference)
-    check_same_width(features.shape[1], reference.shape[1])
+    check_pair(features, reference)
     if not 1 <= k <= len(reference):
         raise ValueError(f"k={k} is not allowed: 1 to the {len(reference)} images of the reference")
     y = reference.double()
@@ -70,8 +69,6 @@ def nearest(features: Tensor, reference: Tensor, k: int = 1) -> tuple[Tensor, Te
 def _fraction_inside(features: Tensor, reference: Tensor, k: int) -> float:
     # A member's nearest is itself: the k-th other one is the one after.
     radii = nearest(reference, reference, k + 1)[0][:, -1]
-    check_features("features", features)
-    check_same_width(features.shape[1], reference.shape[1])
     y = reference.double()
     inside = [
         (_squared_distances(rows.double(), y).sqrt() <= radii).any(dim=1) for rows in in_parts(features, ROWS_AT_A_TIME)

@@ -20,7 +20,7 @@ from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from hf_ddpm.evaluation.inception_score import inception_score
 from hf_ddpm.evaluation.kernel import kernel_distance, squared_mmd
 from hf_ddpm.evaluation.precision_recall import precision_recall
-from hf_ddpm.files import written_whole
+from hf_ddpm.files import write_text
 from hf_ddpm.launch import hardware
 
 # Blocks of the kernel distance, as is usual; from fewer images than two of them it is taken over all pairs.
@@ -147,8 +147,7 @@ def record(path: Path, model: Mapping[str, Any], entries: Mapping[str, Any]) -> 
         **entries,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(results, indent=2) + "\n")
     return is_other
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ddpm.diffusion.checks import check_one_of
+
 DTYPES = ("float32", "float64")
 
 
@@ -26,6 +28,13 @@ def check_features(name: str, features: Tensor, at_least: int = 1) -> None:
         raise ValueError(f"{name} of image {int((~finite).nonzero()[0])} are not allowed: not all of them are finite")
 
 
+def check_pair(features: Tensor, reference: Tensor, at_least: int = 1) -> None:
+    """Raises a `ValueError` unless both of two sets are as `check_features` wants them, and of the same width."""
+    check_features("features", features, at_least)
+    check_features("reference features", reference, at_least)
+    check_same_width(features.shape[1], reference.shape[1])
+
+
 def check_same_width(width: int, reference_width: int) -> None:
     """Raises a `ValueError` unless two sets of features have the same number of dimensions."""
     if width != reference_width:
@@ -42,8 +51,7 @@ def from_bytes(rows: Sequence[bytes], dtype: str) -> Tensor:
     Raises:
         ValueError: If there is no row, `dtype` is not allowed, or rows are not of one length.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not allowed: one of {', '.join(DTYPES)}")
+    check_one_of("dtype", dtype, DTYPES)
     lengths = {len(row) for row in rows}
     size = np.dtype(dtype).itemsize
     if len(lengths) != 1 or min(lengths) == 0 or min(lengths) % size:

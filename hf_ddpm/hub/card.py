@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_ddpm.files import public_name, written_whole
+from hf_ddpm.files import one_line, public_name, write_text
 from hf_ddpm.hub.figures import rows
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
@@ -38,8 +38,7 @@ def write_card(folder: Path, *, model_id: str | None = None, license: str | None
     if path.exists() and MARK.encode() not in path.read_bytes():
         return path
     card = model_card(folder, model_id=model_id, license=license)
-    with written_whole(path) as partial:
-        partial.write_text(str(card), encoding="utf-8")
+    write_text(path, str(card))
     return path
 
 
@@ -192,7 +191,7 @@ def _read(path: Path, parse: Any) -> dict[str, Any]:
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} cannot be read: it holds no names and values")
     return content

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from hf_ddpm.files import public_name
+from hf_ddpm.files import one_line, public_name
 
 BESIDE = (
     "README.md",
@@ -42,16 +42,26 @@ def model_files(folder: Path) -> list[str]:
 
 def public_content(file: Path) -> bytes | Path:
     """Returns what is pushed of a file: it, but that options and results lose the paths of this machine."""
-    if file.suffix == ".yaml":
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return file if _public(given) == given else yaml.safe_dump(_public(given), sort_keys=False).encode()
-    if file.match("results*.json"):
-        given = _read(file)
-        return file if _public(given) == given else (json.dumps(_public(given), indent=2) + "\n").encode()
+    readers = {"config.yaml": yaml.safe_load, "evaluations.jsonl": _read_lines}
+    read = json.loads if file.match("results*.json") else readers.get(file.name)
+    if read is None:
+        return file
+    try:
+        given = read(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read: {one_line(error)}") from error
+    public = _public(given)
+    if public == given:
+        return file
+    if file.name == "config.yaml":
+        return yaml.safe_dump(public, sort_keys=False).encode()
     if file.name == "evaluations.jsonl":
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return "".join(json.dumps(_public(line)) + "\n" for line in lines).encode()
-    return file
+        return "".join(json.dumps(line) + "\n" for line in public).encode()
+    return (json.dumps(public, indent=2) + "\n").encode()
+
+
+def _read_lines(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def _public(value: Any) -> Any:

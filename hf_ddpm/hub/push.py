@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+from hf_ddpm.files import one_line
 from hf_ddpm.hub.folder import matching, model_files, public_content
 
 SPACE = ("app.py", "requirements.txt", "README.md")
@@ -278,7 +279,7 @@ def _in_one_line(repo_id: str) -> Iterator[None]:
 
 
 def _explain(error: BaseException) -> tuple[type[Exception], str]:
-    line = " ".join(str(error).split())
+    line = one_line(error)
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = getattr(error, "server_message", None) or line
     told = {
@@ -288,7 +289,7 @@ def _explain(error: BaseException) -> tuple[type[Exception], str]:
         404: f"it is not there, or the token may not see it: {said}",
     }
     if status in told:
-        return ValueError, " ".join(told[status].split())
+        return ValueError, one_line(told[status])
     # Of several uploads at once, the first that fails closes the client, and another may be the one that is told of.
     is_gone = isinstance(error, HTTPError) or "client has been closed" in line
     if status is None and is_gone:

@@ -13,7 +13,7 @@ import torch
 
 from hf_ddpm.config import parse_config
 from hf_ddpm.data.samples import SampleFolder
-from hf_ddpm.files import written_whole
+from hf_ddpm.files import write_text
 from hf_ddpm.images import save_picture
 from hf_ddpm.options import option, require, require_at_least
 from hf_ddpm.paper.pictures import sheet
@@ -144,8 +144,7 @@ def report(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> N
     folder.mkdir(parents=True, exist_ok=True)
     draw(options, found)
     for name, words in (("json", json.dumps(figures, indent=2) + "\n"), ("md", text(figures))):
-        with written_whole(folder / f"ablation.{name}") as partial:
-            partial.write_text(words, encoding="utf-8")
+        write_text(folder / f"ablation.{name}", words)
 
 
 def spread(values: list[float]) -> dict[str, float] | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hf_ddpm.files import written_whole
+from hf_ddpm.files import write_text
 from hf_ddpm.options import option, require_at_least
 from hf_ddpm.paper.interpolation import InterpolateConfig, interpolate
 from hf_ddpm.paper.lossy import LossyConfig, lossy_reconstruct
@@ -56,5 +56,4 @@ def everything(study: Study, options: AllConfig) -> None:
     if study.accelerator.is_main_process:
         sections = [study.folder / f"{name}.md" for name in (*FIGURES, "ablation")]
         parts = [f"# Figures of {study.subject.model}", *(file.read_text() for file in sections if file.exists())]
-        with written_whole(study.folder / "report.md") as partial:
-            partial.write_text("\n".join(parts), encoding="utf-8")
+        write_text(study.folder / "report.md", "\n".join(parts))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.data.fitting import ImageFormat, fit
+from hf_ddpm.files import one_line
 from hf_ddpm.images import to_signed, to_unit
 from hf_ddpm.options import option, require
 from hf_ddpm.paper.pictures import rmse, sheet
@@ -78,6 +79,6 @@ def ends(study: Study, options: InterpolateConfig) -> list[Tensor]:
         try:
             pixels = fit({"bytes": Path(file).read_bytes(), "path": None}, form)
         except Exception as error:  # whatever PIL raises
-            raise ValueError(f"{file!r} is no image that can be used: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{file!r} is no image that can be used: {one_line(error)}") from error
         pair.append(to_signed(torch.tensor(pixels)[None], levels))
     return pair

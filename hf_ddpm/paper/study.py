@@ -16,7 +16,7 @@ from hf_ddpm.data.store import ImageStore, load_images
 from hf_ddpm.evaluation.evaluate import Evaluator
 from hf_ddpm.evaluation.report import provenance
 from hf_ddpm.evaluation.request import EvaluateConfig
-from hf_ddpm.files import written_whole
+from hf_ddpm.files import write_text, written_whole
 from hf_ddpm.images import grid, save_picture, to_bytes, to_pil
 from hf_ddpm.options import option, require, require_at_least
 from hf_ddpm.pipelines.checksum import model_checksum
@@ -166,8 +166,7 @@ class Study:
         model = {"name": self.subject.model, "checksum": self._checksum}
         content = json.dumps({"model": model, "made_by": made_by, **figures}, indent=2) + "\n"
         for file, words in ((f"{name}.json", content), (f"{name}.md", f"## {title}\n\n{text}\n")):
-            with written_whole(self._path(file)) as partial:
-                partial.write_text(words, encoding="utf-8")
+            write_text(self._path(file), words)
 
     def _path(self, name: str) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)

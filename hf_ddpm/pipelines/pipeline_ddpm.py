@@ -3,7 +3,7 @@
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.diffusion.gaussian import split_output
+from hf_ddpm.files import one_line
 from hf_ddpm.images import OUTPUT_TYPES, as_output, to_unit
 from hf_ddpm.models.unet_2d import UNet2DModel
-from hf_ddpm.pipelines.latents import LatentMethods, check_generators
+from hf_ddpm.pipelines.latents import Generators, LatentMethods, check_generators
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
 # Our classes by the names that they are stored under. diffusers has no class of the last one and refuses to load it:
@@ -80,7 +81,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
     def __call__(
         self,
         batch_size: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         num_inference_steps: int = 1000,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -191,7 +192,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
     def _check_arguments(
         self,
         shape: tuple[int, ...],
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: Generators,
         output_type: str,
         latents: Tensor | None,
         tensor_inputs: list[str] | tuple[str, ...],
@@ -240,10 +241,15 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         guided = unconditional + guidance_scale * (conditional - unconditional)
         return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
 
-    def _step_options(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
+    def _step_options(self, generator: Generators, eta: float) -> dict[str, Any]:
         """Returns what this scheduler's `step` understands: some are deterministic, and few have an eta."""
         known = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in known}
+
+
+def labels_by_number(class_names: Sequence[str]) -> dict[str, str] | None:
+    """Returns names of classes as a pipeline's `id2label`, None if there are none."""
+    return {str(number): name for number, name in enumerate(class_names)} or None
 
 
 def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
@@ -261,4 +267,4 @@ def read_pipeline(model: str) -> DDPMPipeline:
         return DDPMPipeline.from_pretrained(model)
     except (OSError, ValueError) as error:
         why = error.__cause__ or error  # what the Hub has said, where diffusers speaks of its cache
-        raise ValueError(f"model {model!r} cannot be loaded: {' '.join(str(why).split())}") from error
+        raise ValueError(f"model {model!r} cannot be loaded: {one_line(why)}") from error

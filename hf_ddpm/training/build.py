@@ -14,7 +14,7 @@ from hf_ddpm.launch import use_own_cores
 from hf_ddpm.models.initialization import initialize_like_paper
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.options import require
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, labels_by_number, load_pipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.seeds import INITIALIZATION, derived_seed
 from hf_ddpm.training.ema import EMA
@@ -113,9 +113,8 @@ def build_run(
 def stored_pipeline(checkpoint: Path) -> DDPMPipeline:
     """Returns a pipeline of the network, without its weights, and the process that a checkpoint is of."""
     state = json.loads((checkpoint / "state.json").read_text())
-    id2label = {str(number): name for number, name in enumerate(state["data"]["classes"])}
     unet, scheduler = UNet2DModel.from_config(state["unet"]), DDPMScheduler.from_config(state["scheduler"])
-    return DDPMPipeline(unet, scheduler, id2label or None)
+    return DDPMPipeline(unet, scheduler, labels_by_number(state["data"]["classes"]))
 
 
 def _objective(config: Config, scheduler: DDPMScheduler) -> Objective:

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.launch import interrupt
+from hf_ddpm.models.flops import count_flops
 from hf_ddpm.training.loop import Callback, Run, train
 
 WARM_UP, MEASURED = 2, 5
@@ -31,11 +31,9 @@ def estimate_cost(run: Run, images: BatchSource) -> dict[str, str]:
     training, unet = run.config.training, run.unet
     x = torch.zeros(1, *images.shape, device=run.accelerator.device)
     classes = torch.zeros(1, dtype=torch.int64, device=x.device) if run.class_names else None
-    with FlopCounterMode(display=False) as flops, torch.no_grad():
-        unet(x, 0, classes)
+    forward, both = count_flops(unet, x, 0, classes)
     kept = kept_for_backward(run, x.expand(training.train_batch_size, -1, -1, -1), classes)
     count = unet.num_parameters()
-    passes = 4 if training.gradient_checkpointing else 3
     # Weights, gradients and the two moments of Adam, and the averages: four bytes each.
     states = 4 * count * (4 + len(run.emas))
 
@@ -58,7 +56,7 @@ def estimate_cost(run: Run, images: BatchSource) -> dict[str, str]:
     return {
         "images": f"{len(images):,} of {' x '.join(map(str, images.shape))}",
         "parameters": f"{count:,}",
-        "FLOPs an image": f"{flops.get_total_flops():.3g} forward, about {passes} times that in training",
+        "FLOPs an image": f"{forward:.3g} forward, {both:.3g} in training",
         "memory": f"{states / 2**20:,.0f} MiB for the weights, {kept / 2**20:,.0f} MiB for a pass, in each process",
         "training": f"{training.max_train_steps:,} steps of {run.global_batch_size} images, {seconds:.3g} s a step: "
         f"{_duration(seconds * training.max_train_steps)}",

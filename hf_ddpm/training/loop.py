@@ -13,7 +13,7 @@ from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.images import to_signed
 from hf_ddpm.models.unet_2d import UNet2DModel
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, labels_by_number
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.training.compiling import compile_network
 from hf_ddpm.training.ema import EMA
@@ -83,8 +83,7 @@ class Run:
 
     def pipeline(self, number: int = 0) -> DDPMPipeline:
         """Returns the pipeline of one of the averages."""
-        id2label = {str(number): name for number, name in enumerate(self.class_names)}
-        return DDPMPipeline(unet=self.emas[number].model, scheduler=self.scheduler, id2label=id2label or None)
+        return DDPMPipeline(self.emas[number].model, self.scheduler, labels_by_number(self.class_names))
 
 
 class Callback:

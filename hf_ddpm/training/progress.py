@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from hf_ddpm.files import written_whole
+from hf_ddpm.files import write_text
 from hf_ddpm.training.loop import Callback, Run
 
 
@@ -91,5 +91,4 @@ def truncate(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    with written_whole(path) as partial:
-        partial.write_text("".join(kept))
+    write_text(path, "".join(kept))

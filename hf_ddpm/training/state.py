@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_ddpm.config import EvaluationConfig, HubConfig
-from hf_ddpm.files import written_whole
+from hf_ddpm.files import write_text
 from hf_ddpm.launch import hardware
 from hf_ddpm.training.loop import Callback, Run
 
@@ -181,7 +181,7 @@ def find_damage(path: Path) -> str | None:
         for name, entry in manifest.items():
             if (path / name).stat().st_size != entry["bytes"] or _sha256(path / name) != entry["sha256"]:
                 return f"{name} differs from its checksum"
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         return f"it is no whole checkpoint ({error})"
     return None
 
@@ -197,8 +197,7 @@ def status_file(path: Path, run: Run) -> Iterator[None]:
 
     def write(status: str, **more: Any) -> None:
         if run.accelerator.is_main_process:
-            with written_whole(path) as partial:
-                partial.write_text(json.dumps({"status": status, "step": run.step, **facts, **more}) + "\n")
+            write_text(path, json.dumps({"status": status, "step": run.step, **facts, **more}) + "\n")
 
     write("running")
     try:

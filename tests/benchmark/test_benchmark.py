@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from hf_ddpm.benchmark import transforms
-from hf_ddpm.benchmark.device import count_flops, measure_rates, peak_memory
+from hf_ddpm.benchmark.device import measure_rates, peak_memory
 from hf_ddpm.benchmark.equality import check_equal, refusal
 from hf_ddpm.benchmark.memory import taken
 from hf_ddpm.benchmark.options import grown, growth_values, parse_benchmark
@@ -20,6 +20,7 @@ from hf_ddpm.benchmark.setting import Setting
 from hf_ddpm.benchmark.stock import Stock
 from hf_ddpm.benchmark.timing import Work
 from hf_ddpm.images import to_signed
+from hf_ddpm.models.flops import count_flops
 from tests.conftest import TINY_RUN, load_script
 
 WORDS = [

@@ -27,6 +27,15 @@ def test_the_first_bad_image_is_refused_in_one_line(spoiled):
         load_images(str(spoiled), resolution=8, channels=3)
 
 
+def test_a_bad_image_of_a_draw_is_named_by_its_row_in_the_data_set(spoiled):
+    rows = {"cut.jpg": 4, "text.png": 5, "void.png": 6}
+    for seed in range(3):
+        with pytest.raises(ValueError, match="is not usable") as caught:
+            load_images(str(spoiled), resolution=8, channels=3, max_samples=6, seed=seed)
+        (row,) = [row for name, row in rows.items() if name in str(caught.value)]
+        assert f"image in row {row} (" in str(caught.value)
+
+
 @pytest.mark.parametrize("again", [False, True])  # the second time from the cache
 def test_skipped_images_are_counted_and_reported_and_the_rest_kept(spoiled, tmp_path, again):
     report = tmp_path / "report.jsonl"

@@ -94,3 +94,11 @@ def test_unusable_input_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             act()
+
+
+def test_features_that_are_not_finite_are_refused_by_the_set_that_they_are_of():
+    good, bad = torch.randn(6, 2), torch.randn(6, 2)
+    bad[2, 1] = float("nan")
+    for sets, name in (((bad, good), "features"), ((good, bad), "reference features")):
+        with pytest.raises(ValueError, match=f"^{name} of image 2 are not allowed"):
+            precision_recall(*sets)

@@ -17,10 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_ddpm.hub.convert.conversion import Conversion, Entry
+from hf_ddpm.config import block_types
+from hf_ddpm.hub.convert.conversion import Conversion, Entry, as_it_is
 from hf_ddpm.hub.convert.hints import Hints
 from hf_ddpm.hub.convert.ho2020_reference import PyTorchLayers, TensorFlowLayers, forward
-from hf_ddpm.hub.convert.places import block_types, empty_unet, place_of
+from hf_ddpm.hub.convert.places import empty_unet, place_of
 from hf_ddpm.hub.convert.reading import as_tensors, layer_shape
 from hf_ddpm.options import require
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
@@ -66,7 +67,7 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
     tensors = as_tensors(weights)
     name, aside, notes = _layout(tensors, hints)
     is_tensorflow = name("conv_in.weight").endswith(("/W", AVERAGED))
-    read = _outputs_first if is_tensorflow else _as_is
+    read = _outputs_first if is_tensorflow else as_it_is
 
     def shape(part: str) -> tuple[int, ...]:
         """Returns outputs, inputs, height and width of a convolution."""
@@ -88,7 +89,7 @@ def _layout(tensors: Mapping[str, Tensor], hints: Hints) -> tuple[Callable[[str]
     scopes = [found[1] for found in map(re.compile(rf"(.*/)?conv_in/W({AVERAGED})?").fullmatch, tensors) if found]
     if not scopes:
         require(hints, "weights", hints.weights is None, "the file is PyTorch's, with weights of one kind")
-        return _as_is, [], ["weights: as the file has them, averaged or not"]
+        return as_it_is, [], ["weights: as the file has them, averaged or not"]
     scope = scopes[0] or ""
     is_averaged = any(found.endswith(AVERAGED) for found in tensors)
     require(hints, "weights", hints.weights != "ema" or is_averaged, "the file holds no averaged weights")
@@ -186,7 +187,3 @@ def _scheduler(options: dict[str, Any], hints: Hints, notes: list[str]) -> DDPMS
 def _outputs_first(stored: Tensor) -> Tensor:
     """Returns the weights of a layer of TensorFlow with outputs and inputs in front."""
     return stored.permute(3, 2, 0, 1) if stored.ndim == 4 else stored.mT if stored.ndim == 2 else stored
-
-
-def _as_is(stored: Any) -> Any:
-    return stored

@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_ddpm.config import block_types
 from hf_ddpm.diffusion.gaussian import GaussianDiffusion
 from hf_ddpm.diffusion.schedules import beta_schedule
-from hf_ddpm.hub.convert.conversion import Conversion, Entry
+from hf_ddpm.hub.convert.conversion import Conversion, Entry, as_it_is
 from hf_ddpm.hub.convert.hints import Hints
 from hf_ddpm.hub.convert.improved_diffusion_reference import Network
-from hf_ddpm.hub.convert.places import Place, block_types, empty_unet, place_of
+from hf_ddpm.hub.convert.places import Place, empty_unet, place_of
 from hf_ddpm.hub.convert.reading import as_tensors, layer_shape
 from hf_ddpm.options import require
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
@@ -243,7 +244,7 @@ def _reader(ours: str, heads: Callable[[int], int], is_new: bool) -> Callable[[T
     for part, layer in enumerate(("to_q", "to_k", "to_v")):
         if f".{layer}." in ours:
             return partial(_part, part, heads, is_new)
-    return lambda stored: stored
+    return as_it_is
 
 
 def _part(part: int, heads: Callable[[int], int], is_new: bool, stored: Tensor) -> Tensor:

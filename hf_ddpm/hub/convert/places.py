@@ -42,11 +42,3 @@ def empty_unet(**options: object) -> UNet2DModel:
     """Returns a U-Net without values, on the meta device."""
     with torch.device("meta"):
         return UNet2DModel(**options)  # type: ignore[arg-type]
-
-
-def block_types(attends: list[bool]) -> dict[str, tuple[str, ...]]:
-    """Returns the options that say at which resolutions, from the highest down, there is attention."""
-    return {
-        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-    }

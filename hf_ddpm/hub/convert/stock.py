@@ -6,12 +6,11 @@ Old ones have no subfolders, weights in a pickle, and other names in the layers 
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import diffusers
 from torch import Tensor
 
-from hf_ddpm.hub.convert.conversion import Conversion, Entry
+from hf_ddpm.hub.convert.conversion import Conversion, Entry, as_it_is
 from hf_ddpm.hub.convert.hints import Hints
 from hf_ddpm.hub.convert.reading import read_weights
 from hf_ddpm.pipelines.pipeline_ddpm import read_pipeline
@@ -39,7 +38,7 @@ def plan(model: str, hints: Hints) -> Conversion:
     pipe = read_pipeline(model)
     folder = Path(pipe.unet.config._name_or_path)  # of a Hub id: in the cache
     weights = _read(folder)
-    entries = [Entry(ours, _name(ours, weights), _as_is) for ours in pipe.unet.state_dict()]
+    entries = [Entry(ours, _name(ours, weights), as_it_is) for ours in pipe.unet.state_dict()]
     return Conversion(pipe, weights, entries, partial(_reference, folder))
 
 
@@ -65,7 +64,3 @@ def _name(ours: str, weights: dict[str, Tensor]) -> str:
 
 def _reference(folder: Path, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
     return diffusers.UNet2DModel.from_pretrained(folder).eval()(x, t, labels).sample
-
-
-def _as_is(stored: Any) -> Any:
-    return stored
