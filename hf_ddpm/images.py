@@ -106,8 +106,8 @@ def _read_signed(images: Any, shape: tuple[int, ...]) -> Tensor:
 
 def _in_range(images: Tensor, kind: str, lowest: int) -> Tensor:
     if not images.is_floating_point() or not bool(((images >= lowest) & (images <= 1)).all()):
-        known = images.numel() and images.is_floating_point()
-        reach = f"{images.dtype}, {images.min():g} to {images.max():g}" if known else f"{images.dtype}"
+        values = images.double()  # of unsigned integers not every kind knows its least
+        reach = f"{images.dtype}, {values.min():g} to {values.max():g}" if images.numel() else f"{images.dtype}"
         raise ValueError(
             f"images in a {kind} of {reach.removeprefix('torch.')} are not allowed: floats in [{lowest}, 1]"
         )

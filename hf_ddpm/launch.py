@@ -1,5 +1,6 @@
 """How a script starts and ends."""
 
+import io
 import os
 import platform
 import signal
@@ -39,6 +40,8 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without a sign must not cost the work
     name = Path(sys.argv[0]).name
     try:
         sys.exit(main(sys.argv[1:]))

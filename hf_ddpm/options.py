@@ -33,6 +33,13 @@ def require_value(name: str, value: object, holds: bool, allowed: str) -> None:
         raise ValueError(f"{name}={value!r} is not allowed: {allowed}")
 
 
+def require_distinct(config: Any, *names: str) -> None:
+    """Raises a `ValueError` unless options that are lists hold each value once."""
+    for name in names:
+        values = getattr(config, name)
+        require(config, name, len(set(values)) == len(values), "each of them once")
+
+
 def require_at_least(config: Any, least: int, *names: str) -> None:
     """Raises a `ValueError` unless options, those of them that are given, are at least so much."""
     for name in names:

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     name, parts = parse_command(argv, {**commands, "ablation": (AblationConfig,)})
     if name == "ablation":
         ablation(parts[0], lambda words: train(parts[0].launcher, words))
-        print((Path(parts[0].output) / "ablation.md").read_text())
+        print((Path(parts[0].output) / "ablation.md").read_text(encoding="utf-8"))
         return 0
     subject, options = parts
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -40,8 +40,9 @@ def main(argv: list[str]) -> int:
     study = Study(subject, accelerator)
     make, _ = OF_A_MODEL[name]
     make(study, options)
-    report = study.folder / f"{name}.md"
-    accelerator.print(f"{study.folder / 'report.md'} shows all" if name == "all" else report.read_text())
+    if accelerator.is_main_process:  # which alone knows that the report is written
+        report = study.folder / f"{name}.md"
+        print(f"{study.folder / 'report.md'} shows all" if name == "all" else report.read_text(encoding="utf-8"))
     accelerator.end_training()
     return 0
 

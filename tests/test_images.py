@@ -42,5 +42,5 @@ def test_a_grid_holds_every_image_in_its_place(tmp_path):
 def test_pictures_and_deep_arrays_that_fit_nothing_are_refused_in_one_line():
     with pytest.raises(ValueError, match="a picture of mode L is not allowed: 2 channels have none"):
         read_signed(Image.new("L", (4, 4)), (2, 4, 4))
-    with pytest.raises(ValueError, match="images in a array of uint16 are not allowed"):
+    with pytest.raises(ValueError, match="images in a array of uint16, 0 to 0 are not allowed"):
         read_signed(np.zeros((4, 4, 1), np.uint16), (1, 4, 4))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hf_ddpm.images import MODES, from_pil
 from hf_ddpm.options import require_value
@@ -79,7 +79,10 @@ def fit(row: dict[str, Any] | None, form: ImageFormat) -> np.ndarray:
     """
     if row is None or (row["bytes"] is None and row["path"] is None):
         raise ValueError("there is none")
-    image: Image.Image = Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"]))
+    try:
+        image: Image.Image = Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"]))
+    except UnidentifiedImageError as error:  # its text holds an address in memory
+        raise ValueError("it is no image of a known format") from error
     ImageOps.exif_transpose(image, in_place=True)
     if image.width < form.width or image.height < form.height:
         asked = f"{form.height}" if form.height == form.width else f"{form.height}x{form.width} (height x width)"

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from hf_ddpm.config import parse_config
+from hf_ddpm.config import Config, parse_config
 from hf_ddpm.data.samples import SampleFolder
 from hf_ddpm.files import write_text
 from hf_ddpm.images import save_picture
-from hf_ddpm.options import option, require, require_at_least
+from hf_ddpm.options import option, require, require_at_least, require_distinct
 from hf_ddpm.paper.pictures import sheet
 from hf_ddpm.paper.study import table
 
@@ -69,6 +70,7 @@ class AblationConfig:
         require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
         require(self, "rows", set(self.rows) <= set(ROWS), f"any of {', '.join(ROWS)}")
         require(self, "seeds", bool(self.seeds) and min(self.seeds) >= 0, "at least one, at least 0")
+        require_distinct(self, "rows", "seeds")
         require_at_least(self, 1, "max_train_steps", "num_inference_steps")
         require_at_least(self, 2, "num_images")
 
@@ -104,17 +106,34 @@ def ablation(options: AblationConfig, train: Callable[[list[str]], int]) -> None
         OSError: If a run ends otherwise than finished or diverged.
     """
     runs = list(itertools.product(options.rows, options.seeds))
-    steps = [parse_config(options.words(*run)).training.max_train_steps for run in runs]
-    for run, asked in zip(runs, steps, strict=True):
-        if outcome(options.folder(*run), asked) is None:
+    configs = [parse_config(options.words(*run)) for run in runs]
+    for run, config in zip(runs, configs, strict=True):
+        check_same(options.folder(*run), config)
+    steps = configs[0].training.max_train_steps
+    for run in runs:
+        if outcome(options.folder(*run), steps) is None:
             code = train(options.words(*run))
-            if outcome(options.folder(*run), asked) is None:
+            if outcome(options.folder(*run), steps) is None:
                 raise OSError(f"{options.folder(*run)}: the training ended with code {code}, see above")
     found = {
-        row: [{"seed": seed, **(outcome(options.folder(row, seed), steps[0]) or {})} for seed in options.seeds]
+        row: [{"seed": seed, **(outcome(options.folder(row, seed), steps) or {})} for seed in options.seeds]
         for row in options.rows
     }
     report(options, found)
+
+
+def check_same(folder: Path, config: Config) -> None:
+    """Raises a `ValueError` if a folder holds a run of other options."""
+    try:
+        there = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    asked = config.to_dict() | {"output_dir": there.get("output_dir")}
+    if asked["max_train_steps"] > there.get("max_train_steps", 0):
+        del asked["max_train_steps"]  # it goes on
+    changed = [f"{name}={asked[name]!r} (was {there.get(name)!r})" for name in asked if there.get(name) != asked[name]]
+    if changed:
+        raise ValueError(f"{folder} holds a run of other options, choose another output: {', '.join(changed)}")
 
 
 def outcome(folder: Path, steps: int) -> dict[str, Any] | None:
@@ -127,7 +146,7 @@ def outcome(folder: Path, steps: int) -> dict[str, Any] | None:
             return None
         results = json.loads((folder / "results.json").read_text())
         return {name: results[name] for name in METRICS}
-    except (FileNotFoundError, KeyError):
+    except (FileNotFoundError, KeyError, ValueError):  # a kill may have left an empty file
         return None
 
 
@@ -138,13 +157,13 @@ def report(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> N
         rows[row] = {"title": ROWS[row].title, "words": ROWS[row].words, "paper_fid": ROWS[row].paper}
         rows[row] |= {metric: spread([run[metric]["value"] for run in runs if metric in run]) for metric in METRICS}
         rows[row] |= {"diverged": sum("diverged_at" in run for run in runs), "runs": runs}
-    same, pairs = agreement({row: entry["fd"] for row, entry in rows.items()})
+    same, pairs = agreement({row: None if entry["diverged"] else entry["fd"] for row, entry in rows.items()})
     figures = {"options": asdict(options), "rows": rows, "pairs": pairs, "pairs_in_the_order_of_the_paper": same}
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    draw(options, found)
     for name, words in (("json", json.dumps(figures, indent=2) + "\n"), ("md", text(figures))):
         write_text(folder / f"ablation.{name}", words)
+    draw(options, found)
 
 
 def spread(values: list[float]) -> dict[str, float] | None:
@@ -191,7 +210,7 @@ def text(figures: dict[str, Any]) -> str:
         ]
     words.append(
         f"{figures['pairs_in_the_order_of_the_paper']} of the {figures['pairs']} pairs of rows that the paper's FID "
-        "orders are in the same order here; a row that diverged, like a dash of the paper, is last."
+        "orders are in the same order here; a row of which a run diverged, like a dash of the paper, is last."
     )
     return "\n\n".join(words) + "\n"
 
@@ -208,9 +227,10 @@ def draw(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> Non
     """Draws samples of every row, those of its first seed that finished."""
     rows = []
     for row, runs in found.items():
-        folders = [run["fd"]["made_by"]["samples"] for run in runs if "fd" in run]
-        if folders:
-            samples = SampleFolder.read(Path(folders[0]))
+        finished = [run for run in runs if "fd" in run]
+        if finished:
+            name = Path(finished[0]["fd"]["made_by"]["samples"]).name
+            samples = SampleFolder.read(options.folder(row, finished[0]["seed"]) / "results_samples" / name)
             rows.append((row, samples[torch.arange(min(SHOWN, len(samples)))] / 255))
     if rows:
         save_picture(sheet(rows, [""] * len(rows[0][1])), Path(options.output) / "ablation.png")

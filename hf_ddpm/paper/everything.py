@@ -55,5 +55,8 @@ def everything(study: Study, options: AllConfig) -> None:
         make(study, config(num_images=options.num_images) if counts else config())
     if study.accelerator.is_main_process:
         sections = [study.folder / f"{name}.md" for name in (*FIGURES, "ablation")]
-        parts = [f"# Figures of {study.subject.model}", *(file.read_text() for file in sections if file.exists())]
+        parts = [
+            f"# Figures of {study.subject.model}",
+            *(file.read_text(encoding="utf-8") for file in sections if file.exists()),
+        ]
         write_text(study.folder / "report.md", "\n".join(parts))

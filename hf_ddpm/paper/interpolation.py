@@ -74,11 +74,11 @@ def ends(study: Study, options: InterpolateConfig) -> list[Tensor]:
         require(options, "rows", max(options.rows) < len(images), f"less than the {len(images)} of the split")
         return [to_signed(images[torch.tensor([row])], levels).cpu() for row in options.rows]
     channels, height, width = study.pipe.image_shape
-    form, pair = ImageFormat.of((height, width), channels), []
-    for file in (options.first, options.second):
+    form, pair = ImageFormat.of((height, width), channels, levels=levels), []
+    for name, file in (("first", options.first), ("second", options.second)):
         try:
             pixels = fit({"bytes": Path(file).read_bytes(), "path": None}, form)
         except Exception as error:  # whatever PIL raises
-            raise ValueError(f"{file!r} is no image that can be used: {one_line(error)}") from error
+            raise ValueError(f"{name}={file!r} is no image that can be used: {one_line(error)}") from error
         pair.append(to_signed(torch.tensor(pixels)[None], levels))
     return pair

@@ -81,7 +81,7 @@ def report_distances(study: Study, total: int, moments: list[dict[str, Any]]) ->
     curves = {"estimate": (steps, [moment["value"] for moment in moments])}
     if "floor" in moments[0]:
         curves["held-out images"] = (steps, [moment["floor"] for moment in moments])
-    labels = {"x_label": "reverse steps taken", "y_label": "Frechet distance"}
+    labels = {"x_label": "evaluations of the network", "y_label": "Frechet distance"}
     study.plot("progressive_distance.png", curves, **labels, log_y=True, markers=True)
 
 

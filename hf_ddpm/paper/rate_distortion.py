@@ -7,7 +7,11 @@ from typing import Any
 from hf_ddpm.options import option, require_at_least
 from hf_ddpm.paper.study import Study, table
 
-RATE, DISTORTION, STEPS = "rate, bits a dimension", "distortion, RMSE on [0, 255]", "reverse steps taken"
+RATE, DISTORTION, STEPS = (
+    "rate, bits a dimension",
+    "distortion, RMSE on [0, 255]",
+    "T - t + 1, evaluations of the network",
+)
 
 
 @dataclass
@@ -19,7 +23,8 @@ class RateDistortionConfig:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        require_at_least(self, 1, "num_images", "rows")
+        require_at_least(self, 1, "num_images")
+        require_at_least(self, 2, "rows")
 
 
 def rate_distortion(study: Study, options: RateDistortionConfig) -> None:
@@ -65,10 +70,10 @@ def text(figures: dict[str, Any], data: dict[str, Any]) -> str:
     manner = "throughout" if figures["falls_throughout"] else "but not throughout"
     return "\n\n".join(
         [
-            table(["reverse steps taken", "rate (bits a dimension)", "RMSE on [0, 255]"], rows),
+            table(["T - t + 1", "rate (bits a dimension)", "RMSE on [0, 255]"], rows),
             f"Means over {figures['num_images']} images of {data['name']} ({data['split']}): what has been received "
-            "when so many steps of the reverse process have been taken, and how far the estimate of the image is from "
-            f"it then. From row to row the distortion falls as the rate rises, {manner}.",
+            "when the network has been evaluated so many times, and how far the estimate of the image is from it then. "
+            f"From row to row the distortion falls as the rate rises, {manner}.",
             f"All in all: {figures['total_bpd']:.4g} bits a dimension, of which {figures['rate_bpd'][0]:.4g} are the "
             f"rate (L_1 to L_T) and {figures['decoder_bpd']:.4g} what remains to be said of the pixels (L_0).",
             "![Distortion against rate](rate-distortion.png)",

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_ddpm.diffusion.schedules import BETA_SCHEDULES
-from hf_ddpm.options import option, require, require_at_least
+from hf_ddpm.options import option, require, require_at_least, require_distinct
 from hf_ddpm.paper.study import Study, table
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
-LOSS, SIGNAL = "squared error of the noise", "share of the image in the variance of x_t"
+LOSS, SIGNAL = "squared error of the noise, of clipped estimates", "share of the image in the variance of x_t"
 
 
 @dataclass
@@ -33,6 +33,7 @@ class SchedulesConfig:
     def __post_init__(self) -> None:
         """Checks the values."""
         require(self, "schedules", set(self.schedules) <= set(BETA_SCHEDULES), f"any of {', '.join(BETA_SCHEDULES)}")
+        require_distinct(self, "schedules")
         require_at_least(self, 1, "num_images")
 
 
@@ -74,7 +75,7 @@ def schedules(study: Study, options: SchedulesConfig) -> None:
         bound = evaluator.bound(pipe, study.subject.seed)
         made_by = bound.pop("made_by")
         bars = pipe.scheduler.diffusion.alphas_cumprod
-        # The error of the noise that an error of the image amounts to (Eq. 4): the terms of Eq. 14.
+        # The error of the noise that an error of the image amounts to (Eq. 4): the terms of Eq. 14, but for clipping.
         errors = (torch.tensor(bound["distortion"], dtype=torch.float64) / 127.5) ** 2
         losses = errors * bars / (1 - bars)
         curves[name] = {**bound, "mean_loss": losses.mean().item(), "losses": losses.tolist(), "signal": bars.tolist()}
@@ -96,9 +97,12 @@ def text(curves: dict[str, dict[str, Any]], own: str, made_by: dict[str, Any]) -
     count = next(iter(curves.values()))["num_images"]
     return "\n\n".join(
         [
-            table(["schedule", "bits a dimension", "L_T", "L_1 to L_T-1", "L_0", "mean loss (Eq. 14)"], rows),
+            table(
+                ["schedule", "bits a dimension", "L_T", "L_1 to L_T-1", "L_0", "mean squared error of the noise"], rows
+            ),
             f"One network, trained with {own}, on {count} images of {made_by['dataset']['name']}; in the process of "
-            "another schedule it is shown the time at which its own has as much noise.",
+            "another schedule it is shown the time at which its own has as much noise, or the nearest there is. The "
+            "squared error of the noise (Eq. 14) is that of the estimate of the image, clipped as for the bound.",
             "![Bits by timestep](schedules_terms.png)",
             "![Loss by timestep](schedules_losses.png)",
             "![Signal by timestep](schedules_signal.png)",

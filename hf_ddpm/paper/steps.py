@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_ddpm.diffusion.gaussian import LEARNED
-from hf_ddpm.options import option, require, require_at_least
+from hf_ddpm.options import option, require, require_at_least, require_distinct
 from hf_ddpm.paper.study import Study, table
 from hf_ddpm.paper.yardstick import Yardstick, what_was_compared
 from hf_ddpm.sampling import SCHEDULERS, Sampling, use_scheduler
@@ -37,6 +37,7 @@ class StepsConfig:
         """Checks the values."""
         require(self, "steps", min(self.steps, default=1) >= 1, "at least 1")
         require(self, "samplers", set(self.samplers) <= set(OTHERS), f"any of {', '.join(OTHERS)}")
+        require_distinct(self, "samplers")
         require_at_least(self, 2, "num_images")
 
 
@@ -162,7 +163,9 @@ def with_error(point: dict[str, Any]) -> str:
 
 def caution(full: dict[str, Any]) -> str:
     """Returns what the errors mean for the comparison."""
-    error = full.get("standard_error", math.inf)
+    error = full.get("standard_error")
+    if error is None:
+        return "Of so few images no error is known: differences may be chance."
     if error > (TOLERANCE - 1) * full["value"]:
         return "With so few images 10% is less than a standard error (after ±): differences may be chance."
     return "After ± are standard errors."

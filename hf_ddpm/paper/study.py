@@ -36,8 +36,11 @@ class Subject:
     output: str = option("folder of the figures", "figures")
     dataset: str | None = option("real images; by default those that the model of a run was trained on", None)
     image_column: str | None = option("column of the images; guessed by default", None)
-    split: str = option("held-out split", "test")
-    reference_split: str = option("split that generated images are compared with", "train")
+    class_column: str | None = option("column of the classes of a conditioned model; that of the run by default", None)
+    split: str | None = option("held-out split; that of the run, else test by default", None)
+    reference_split: str | None = option(
+        "split that generated images are compared with; that of the run, else train by default", None
+    )
     floor: bool = option("whether to compare as many held-out images, too", True)
     skip_bad_images: bool = option("whether to leave out real images that cannot be used", False)
     levels: int | None = option("evenly spaced values that a pixel takes; 17 for digits, else 256 by default", None)
@@ -48,14 +51,22 @@ class Subject:
 
     def __post_init__(self) -> None:
         """Checks the values, and finds the data set beside the model."""
-        require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
+        output = Path(self.output)
+        no_file = not any(path.is_file() for path in (output, *output.parents))
+        require(self, "output", no_file, "a file stands there, a folder is wanted")
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "batch_size")
+        require_at_least(self, 2, "levels")
         run = Path(self.model) / "config.yaml"
         if self.dataset is None and run.is_file():
-            data = parse_config(["--config", str(run)]).data
+            config = parse_config(["--config", str(run)])
+            data = config.data
             self.dataset, self.image_column = data.dataset, self.image_column or data.image_column
+            self.class_column = self.class_column or data.class_column
+            self.split = self.split or config.evaluation.eval_split
+            self.reference_split = self.reference_split or data.split
             self.levels = self.levels or data.levels
+        self.split, self.reference_split = self.split or "test", self.reference_split or "train"
 
 
 class Study:

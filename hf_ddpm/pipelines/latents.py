@@ -311,7 +311,7 @@ class LatentMethods:
     def _check_step(self, t: int) -> None:
         if not isinstance(self.scheduler, DDPMScheduler):
             raise ValueError(f"going back from a latent needs a DDPMScheduler, not a {type(self.scheduler).__name__}")
-        if not isinstance(t, int) or not 0 <= t < len(self.scheduler):
+        if isinstance(t, bool) or not isinstance(t, int | np.integer) or not 0 <= t < len(self.scheduler):
             raise ValueError(f"t={t} is not in [0, {len(self.scheduler)})")
 
 

@@ -133,7 +133,7 @@ def test_missing_and_empty_data_sets_are_refused_by_name(tmp_path):
 
 
 UNUSABLE = {
-    "text": (lambda file: file.write_bytes(b"this is no picture"), "cannot identify"),
+    "text": (lambda file: file.write_bytes(b"this is no picture"), "no image of a known format"),
     "cut": (lambda file: file.write_bytes((file.parent / "0.png").read_bytes()[:90]), "truncated|broken|unrecognized"),
     "small": (lambda file: PILImage.new("RGB", (7, 30)).save(file), "7x30 is smaller than resolution=8"),
     "deep": (lambda file: PILImage.fromarray(np.full((8, 8), 40_000, np.uint16)).save(file), "more than 8 bits"),

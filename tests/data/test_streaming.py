@@ -111,7 +111,7 @@ def test_a_bad_image_is_refused_with_file_and_row(tmp_path):
             source.batch(step, ALL)
     message = str(refused.value)
     assert "\n" not in message and "image in row 1 (" in message and "train-00002-of-00004.parquet" in message
-    assert "cannot identify image file" in message and "skip_bad_images" in message
+    assert "it is no image of a known format" in message and "skip_bad_images" in message
 
 
 @pytest.mark.parametrize("workers", [0, 1])

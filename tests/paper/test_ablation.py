@@ -1,6 +1,8 @@
 import itertools
 import json
 import math
+import tempfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -8,7 +10,19 @@ from PIL import Image
 from hf_ddpm.config import parse_config
 from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.paper.ablation import ROWS, AblationConfig, ablation, agreement, outcome, spread
-from tests.conftest import TINY_RUN, load_script
+from tests.conftest import load_script
+
+TINY = """
+block_out_channels: [8, 16]
+norm_num_groups: 4
+layers_per_block: 1
+train_batch_size: 8
+num_samples: 4
+num_inference_steps: 2
+log_steps: 2
+lr_schedule: constant
+warmup_steps: 2
+"""
 
 
 @pytest.fixture(scope="module")
@@ -17,16 +31,18 @@ def train():
 
     def run(words):
         try:
-            return main([*TINY_RUN, *words])
+            return main(words)
         except FloatingPointError:
             return 1
 
     return run
 
 
-def options(folder, **others):
+def options(folder, more="", **others):
+    config = Path(tempfile.mkdtemp()) / "tiny.yaml"
+    config.write_text(TINY + more)
     few = {"rows": ["mean-fixed", "epsilon-simple"], "seeds": [3, 4], "max_train_steps": 2, "num_images": 8}
-    return AblationConfig(**{"output": str(folder), "num_inference_steps": 2, **few, **others})
+    return AblationConfig(**{"output": str(folder), "config": str(config), "num_inference_steps": 2, **few, **others})
 
 
 def written(folder):
@@ -80,6 +96,13 @@ def test_what_is_trained_is_not_trained_again(done, train):
     assert (done / "ablation.md").read_text() == before
 
 
+def test_runs_of_other_options_are_refused(done):
+    for other, named in [({"more": "learning_rate: 0.5"}, r"learning_rate=0.5 \(was 0.001\)"),
+                         ({"max_train_steps": 1}, r"max_train_steps=1 \(was 2\)")]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"mean-fixed-seed3 holds a run of other options, .*: {named}$"):
+            ablation(options(done, **other), lambda words: pytest.fail("trained"))
+
+
 def test_an_interrupted_row_goes_on_and_a_longer_one_too(done, train):
     status = done / "ablation" / "mean-fixed-seed3" / "status.json"
     status.write_text(json.dumps({**json.loads(status.read_text()), "status": "preempted"}))
@@ -95,9 +118,8 @@ def test_an_interrupted_row_goes_on_and_a_longer_one_too(done, train):
 
 
 def test_a_row_that_diverges_gets_a_dash(train, tmp_path):
-    file = tmp_path / "fast.yaml"
-    file.write_text("learning_rate: 1e30\nmax_grad_norm: 1e30\n")
-    wild = options(tmp_path, rows=["epsilon-simple"], seeds=[0], max_train_steps=4, config=str(file))
+    fast = "learning_rate: 1e30\nmax_grad_norm: 1e30\n"
+    wild = options(tmp_path, fast, rows=["epsilon-simple"], seeds=[0], max_train_steps=4)
     ablation(wild, train)
     row = written(tmp_path)["rows"]["epsilon-simple"]
     assert row["diverged"] == 1 and row["fd"] is None and "diverged_at" in row["runs"][0]
@@ -119,6 +141,7 @@ def test_a_run_that_fails_otherwise_stops_it(tmp_path):
 def test_wrong_options_are_told_before_anything_is_trained(tmp_path):
     for wrong, message in [
         ({"rows": ["x"]}, r"rows=\['x'\] is not allowed: any of mean-learned"),
+        ({"seeds": [1, 1]}, r"seeds=\[1, 1\] is not allowed: each of them once"),
         ({"seeds": []}, r"seeds=\[\] is not allowed: at least one"),
         ({"max_train_steps": 0}, "max_train_steps=0 is not allowed: at least 1"),
         ({"num_images": 1}, "num_images=1 is not allowed: at least 2"),

@@ -79,7 +79,7 @@ def test_two_files_are_interpolated(study, tmp_path):
     row = sheet[-32, -(4 * 67 - 3) :, 0]
     assert row[32] == 255 and row[-32] == 0  # the images themselves, on the left and on the right
     (tmp_path / "b.png").write_text("no image")
-    with pytest.raises(ValueError, match="b.png' is no image that can be used: cannot identify"):
+    with pytest.raises(ValueError, match="b.png' is no image that can be used: it is no image of a known format"):
         interpolate(study, InterpolateConfig(**files))
     (tmp_path / "b.png").unlink()
     with pytest.raises(ValueError, match="b.png' is no image that can be used"):
@@ -133,7 +133,7 @@ def test_neighbors_are_those_of_the_training_images(study):
     samples = study.samples(6, Sampling(num_inference_steps=T))[torch.arange(6)].float().flatten(1)
     training = study.images("train")[torch.arange(898)].float().flatten(1)
     distances = torch.cdist(samples.double(), training.double()).min(dim=1).values
-    assert figures["median_distances"]["pixels"]["samples"] == pytest.approx(distances.median().item(), rel=1e-5)
+    assert figures["median_distances"]["pixels"]["samples"] == pytest.approx(distances.quantile(0.5).item(), rel=1e-5)
     assert figures["exact_copies"] == 0
     for name in ("pixels", "features"):
         assert figures["median_distances"][name]["held_out"] < figures["median_distances"][name]["samples"]
@@ -194,7 +194,7 @@ def test_the_own_schedule_has_the_bound_of_the_model(study):
 
 
 def test_one_report_holds_all_figures(study):
-    (study.folder).mkdir()
+    study.folder.mkdir()
     (study.folder / "ablation.md").write_text("## Ablation\n")
     everything(study, AllConfig(num_images=4))
     report = (study.folder / "report.md").read_text()
@@ -217,7 +217,7 @@ def test_one_report_holds_all_figures(study):
         (progressive, lambda: ProgressiveConfig(columns=1), "columns=1 is not allowed: at least 2"),
         (progressive, lambda: ProgressiveConfig(frames=5), "frames=5 is not allowed: at least columns=11"),
         (progressive, lambda: ProgressiveConfig(num_images=1), "num_images=1 is not allowed: 0, or at least 2"),
-        (rate_distortion, lambda: RateDistortionConfig(rows=0), "rows=0 is not allowed: at least 1"),
+        (rate_distortion, lambda: RateDistortionConfig(rows=1), "rows=1 is not allowed: at least 2"),
         (lossy_reconstruct, lambda: LossyConfig(num_images=900), "num_images=900 is not allowed: at most the 899"),
         (nearest_neighbors, lambda: NearestConfig(num_images=1), "num_images=1 is not allowed: at least 2"),
         (schedules, lambda: SchedulesConfig(schedules=["sine"]), r"schedules=\['sine'\] is not allowed: any of linear"),

@@ -95,7 +95,7 @@ def test_a_learned_variance_is_the_only_one_of_its_model():
 def test_few_images_are_a_reason_for_caution():
     assert caution({"value": 5.0, "standard_error": 0.6}).startswith("With so few images 10% is less than")
     assert caution({"value": 5.0, "standard_error": 0.4}) == "After ± are standard errors."
-    assert caution({"value": 5.0}).startswith("With so few images")
+    assert caution({"value": 5.0}).startswith("Of so few images no error is known")
     assert with_error({"value": 5.0}) == "5" and with_error({"failed": "x"}) == "-"
 
 

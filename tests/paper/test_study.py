@@ -39,5 +39,5 @@ def test_a_figure_says_what_it_is_of(study):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="it is a file, a folder is wanted"):
+    with pytest.raises(ValueError, match="a file stands there, a folder is wanted"):
         Subject("m", output=str(tmp_path / "file"))
