@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     commands = {name: (Subject, config) for name, (_, config) in OF_A_MODEL.items()}
     name, parts = parse_command(argv, {**commands, "ablation": (AblationConfig,)})
     if name == "ablation":
-        ablation(parts[0], lambda words: train(parts[0].launcher, words))
+        ablation(parts[0], lambda script, words: run(parts[0].launcher, script, words))
         print((Path(parts[0].output) / "ablation.md").read_text(encoding="utf-8"))
         return 0
     subject, options = parts
@@ -47,9 +47,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def train(launcher: str, words: list[str]) -> int:
-    """Runs scripts/train.py, which is told to save if this is interrupted; returns its exit code."""
-    command = [*(shlex.split(launcher) or [sys.executable]), str(Path(__file__).with_name("train.py")), *words]
+def run(launcher: str, script: str, words: list[str]) -> int:
+    """Runs another script, which is told to save if this is interrupted; returns its exit code."""
+    command = [*(shlex.split(launcher) or [sys.executable]), str(Path(__file__).with_name(script)), *words]
     with subprocess.Popen(command) as process:
         try:
             return process.wait()

@@ -5,14 +5,14 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from hf_ddpm.config import Config, parse_config
+from hf_ddpm.config import Config, EvaluationConfig, HubConfig, parse_config
 from hf_ddpm.data.samples import SampleFolder
 from hf_ddpm.files import write_text
 from hf_ddpm.images import save_picture
@@ -47,6 +47,7 @@ ROWS = {
     "epsilon-fixed": Row("noise: L, fixed isotropic variance", EPSILON + FIXED, 13.51),
     "epsilon-simple": Row("noise: squared error (L_simple)", EPSILON + SIMPLE, 3.17),
 }
+RESULTS = "results_ablation.json"
 METRICS = {"fd": "Frechet distance", "is": "Inception score"}
 SHOWN = 10
 
@@ -61,9 +62,9 @@ class AblationConfig:
     rows: list[str] = option("any of " + ", ".join(ROWS), factory=lambda: list(ROWS))
     seeds: list[int] = option("seeds of the runs of a row", factory=lambda: [0, 1, 2])
     max_train_steps: int | None = option("optimizer steps; those of the preset by default", None)
-    num_images: int | None = option("images to evaluate on; as many as the held-out split holds by default", None)
-    num_inference_steps: int | None = option("sampling steps; those of the preset's evaluation by default", None)
-    launcher: str = option("command that starts a run in place of python, such as accelerate launch", "")
+    num_images: int = option("images of each run to evaluate on, at least 2", 100)
+    num_inference_steps: int | None = option("sampling steps; all by default, which means and variances need", None)
+    launcher: str = option("command that starts a script in place of python, such as accelerate launch", "")
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -75,16 +76,14 @@ class AblationConfig:
         require_at_least(self, 2, "num_images")
 
     def words(self, row: str, seed: int) -> list[str]:
-        """Returns the command line of a run."""
+        """Returns the command line of `scripts/train.py` for a run."""
         given = {
             "preset": self.preset,
             "config": self.config,
             "seed": seed,
             "output_dir": self.folder(row, seed),
             "max_train_steps": self.max_train_steps,
-            "eval_metrics": ",".join(METRICS),
-            "eval_num_images": self.num_images,
-            "eval_inference_steps": self.num_inference_steps,
+            "eval_metrics": "",
         }
         words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
         return [*words, *ROWS[row].words]
@@ -94,31 +93,35 @@ class AblationConfig:
         return Path(self.output) / "ablation" / f"{row}-seed{seed}"
 
 
-def ablation(options: AblationConfig, train: Callable[[list[str]], int]) -> None:
-    """Trains what is not trained yet, and writes `ablation`, .json, .md and .png; goes on after an interruption.
+def ablation(options: AblationConfig, run: Callable[[str, list[str]], int]) -> None:
+    """Trains and evaluates what is not there, and writes `ablation`, .json, .md and .png; goes on after a kill.
 
     Args:
         options: What to train.
-        train: Runs `scripts/train.py` with a command line, and returns its exit code.
+        run: Runs `train.py` or `evaluate.py` of the scripts with a command line, and returns its exit code.
 
     Raises:
-        ValueError: If an option is not allowed: before anything is trained.
+        ValueError: If an option is not allowed, or there are runs of other options: before anything is trained.
         OSError: If a run ends otherwise than finished or diverged.
     """
-    runs = list(itertools.product(options.rows, options.seeds))
-    configs = [parse_config(options.words(*run)) for run in runs]
-    for run, config in zip(runs, configs, strict=True):
-        check_same(options.folder(*run), config)
-    steps = configs[0].training.max_train_steps
-    for run in runs:
-        if outcome(options.folder(*run), steps) is None:
-            code = train(options.words(*run))
-            if outcome(options.folder(*run), steps) is None:
-                raise OSError(f"{options.folder(*run)}: the training ended with code {code}, see above")
-    found = {
-        row: [{"seed": seed, **(outcome(options.folder(row, seed), steps) or {})} for seed in options.seeds]
-        for row in options.rows
-    }
+    cells = list(itertools.product(options.rows, options.seeds))
+    configs = [parse_config(options.words(*cell)) for cell in cells]
+    for cell, config in zip(cells, configs, strict=True):
+        check_same(options.folder(*cell), config)
+    found: dict[str, list[dict[str, Any]]] = {row: [] for row in options.rows}
+    for (row, seed), config in zip(cells, configs, strict=True):
+        folder, steps = options.folder(row, seed), config.training.max_train_steps
+        if outcome(folder, steps) is None:
+            code = run("train.py", options.words(row, seed))
+            if outcome(folder, steps) is None:
+                raise OSError(f"{folder}: the training ended with code {code}, see above")
+        known = outcome(folder, steps) or evaluated(options, folder, config)
+        if known is None:
+            code = run("evaluate.py", evaluation(options, folder, config))
+            known = evaluated(options, folder, config)
+            if known is None:
+                raise OSError(f"{folder}: the evaluation ended with code {code}, see above")
+        found[row].append({"seed": seed, **known})
     report(options, found)
 
 
@@ -128,7 +131,8 @@ def check_same(folder: Path, config: Config) -> None:
         there = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
-    asked = config.to_dict() | {"output_dir": there.get("output_dir")}
+    aside = {field.name for part in (EvaluationConfig, HubConfig) for field in fields(part)} | {"output_dir"}
+    asked = {name: value for name, value in config.to_dict().items() if name not in aside}
     if asked["max_train_steps"] > there.get("max_train_steps", 0):
         del asked["max_train_steps"]  # it goes on
     changed = [f"{name}={asked[name]!r} (was {there.get(name)!r})" for name in asked if there.get(name) != asked[name]]
@@ -137,17 +141,49 @@ def check_same(folder: Path, config: Config) -> None:
 
 
 def outcome(folder: Path, steps: int) -> dict[str, Any] | None:
-    """Returns the figures of a run that has finished, or `diverged_at`; None if it is not at its end."""
+    """Returns `diverged_at` of a run that has diverged, nothing of one that has finished; None if it is not there."""
     try:
         status = json.loads((folder / "status.json").read_text())
         if status["status"] == "failed" and status["error"].startswith("FloatingPointError"):
             return {"diverged_at": status["step"]}
-        if status["status"] != "finished" or status["step"] < steps:
-            return None
-        results = json.loads((folder / "results.json").read_text())
-        return {name: results[name] for name in METRICS}
+        return {} if status["status"] == "finished" and status["step"] >= steps else None
     except (FileNotFoundError, KeyError, ValueError):  # a kill may have left an empty file
         return None
+
+
+def evaluation(options: AblationConfig, folder: Path, config: Config) -> list[str]:
+    """Returns the command line of `scripts/evaluate.py` for a run."""
+    data = config.data
+    given = {
+        "model": folder,
+        "output": folder / RESULTS,
+        "metrics": ",".join(METRICS),
+        "dataset": data.dataset,
+        "reference_split": data.split,
+        "split": config.evaluation.eval_split,
+        "image_column": data.image_column,
+        "levels": data.levels,
+        "extractor": config.evaluation.eval_extractor,
+        "num_images": options.num_images,
+        "num_inference_steps": options.num_inference_steps or config.diffusion.num_train_timesteps,
+        "seed": config.training.seed,
+    }
+    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def evaluated(options: AblationConfig, folder: Path, config: Config) -> dict[str, Any] | None:
+    """Returns the figures of a run, or None if they are not there, or of other weights or samples."""
+    steps = options.num_inference_steps or config.diffusion.num_train_timesteps
+    try:
+        results, exported = (json.loads((folder / name).read_text()) for name in (RESULTS, "export.json"))
+        figures = {name: results[name] for name in METRICS}
+    except (FileNotFoundError, KeyError, ValueError):
+        return None
+    same = results["model"]["checksum"] == exported["checksum"] and all(
+        figure["num_images"] == options.num_images and figure["made_by"]["sampling"]["num_inference_steps"] == steps
+        for figure in figures.values()
+    )
+    return figures if same else None
 
 
 def report(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> None:
@@ -230,7 +266,7 @@ def draw(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> Non
         finished = [run for run in runs if "fd" in run]
         if finished:
             name = Path(finished[0]["fd"]["made_by"]["samples"]).name
-            samples = SampleFolder.read(options.folder(row, finished[0]["seed"]) / "results_samples" / name)
+            samples = SampleFolder.read(options.folder(row, finished[0]["seed"]) / "results_ablation_samples" / name)
             rows.append((row, samples[torch.arange(min(SHOWN, len(samples)))] / 255))
     if rows:
         save_picture(sheet(rows, [""] * len(rows[0][1])), Path(options.output) / "ablation.png")

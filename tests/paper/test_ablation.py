@@ -9,7 +9,7 @@ from PIL import Image
 
 from hf_ddpm.config import parse_config
 from hf_ddpm.diffusion.losses import Objective
-from hf_ddpm.paper.ablation import ROWS, AblationConfig, ablation, agreement, outcome, spread
+from hf_ddpm.paper.ablation import RESULTS, ROWS, AblationConfig, ablation, agreement, outcome, spread
 from tests.conftest import load_script
 
 TINY = """
@@ -27,11 +27,11 @@ warmup_steps: 2
 
 @pytest.fixture(scope="module")
 def train():
-    main = load_script("train").main
+    mains = {f"{name}.py": load_script(name).main for name in ("train", "evaluate")}
 
-    def run(words):
+    def run(script, words):
         try:
-            return main(words)
+            return mains[script](words)
         except FloatingPointError:
             return 1
 
@@ -77,7 +77,7 @@ def test_rows_are_trained_evaluated_and_summed_up(done):
     for name, row in rows.items():
         values = []
         for run in row["runs"]:
-            results = json.loads((done / "ablation" / f"{name}-seed{run['seed']}" / "results.json").read_text())
+            results = json.loads((done / "ablation" / f"{name}-seed{run['seed']}" / RESULTS).read_text())
             assert run["fd"] == results["fd"] and run["is"] == results["is"] and run["fd"]["num_images"] == 8
             values.append(run["fd"]["value"])
         assert row["fd"]["mean"] == pytest.approx(sum(values) / 2) and row["diverged"] == 0
@@ -92,7 +92,7 @@ def test_rows_are_trained_evaluated_and_summed_up(done):
 
 def test_what_is_trained_is_not_trained_again(done, train):
     before = (done / "ablation.md").read_text()
-    ablation(options(done), lambda words: pytest.fail("it is there"))
+    ablation(options(done), lambda script, words: pytest.fail("it is there"))
     assert (done / "ablation.md").read_text() == before
 
 
@@ -100,21 +100,20 @@ def test_runs_of_other_options_are_refused(done):
     for other, named in [({"more": "learning_rate: 0.5"}, r"learning_rate=0.5 \(was 0.001\)"),
                          ({"max_train_steps": 1}, r"max_train_steps=1 \(was 2\)")]:  # fmt: skip
         with pytest.raises(ValueError, match=f"mean-fixed-seed3 holds a run of other options, .*: {named}$"):
-            ablation(options(done, **other), lambda words: pytest.fail("trained"))
+            ablation(options(done, **other), lambda script, words: pytest.fail("trained"))
 
 
 def test_an_interrupted_row_goes_on_and_a_longer_one_too(done, train):
     status = done / "ablation" / "mean-fixed-seed3" / "status.json"
     status.write_text(json.dumps({**json.loads(status.read_text()), "status": "preempted"}))
     trained = []
-    ablation(options(done), lambda words: (trained.append(words), train(words))[1])
-    assert [words[words.index("--output_dir") + 1] for words in trained] == [str(status.parent)]
-    one = {"rows": ["mean-fixed"], "seeds": [3], "max_train_steps": 3}
+    ablation(options(done), lambda script, words: (trained.append(words), train(script, words))[1])
+    assert str(status.parent) in trained[0] and all(str(status.parent) in " ".join(words) for words in trained)
+    one, before = {"rows": ["mean-fixed"], "seeds": [3], "max_train_steps": 3}, written(done)["rows"]["mean-fixed"]
     ablation(options(done, **one), train)
-    assert (
-        json.loads(status.read_text())["step"] == 3
-        and "standard_deviation" not in written(done)["rows"]["mean-fixed"]["fd"]
-    )
+    assert json.loads(status.read_text())["step"] == 3
+    (run,) = written(done)["rows"]["mean-fixed"]["runs"]
+    assert run["fd"]["value"] != before["runs"][0]["fd"]["value"]  # of the weights that it has now
 
 
 def test_a_row_that_diverges_gets_a_dash(train, tmp_path):
@@ -124,18 +123,21 @@ def test_a_row_that_diverges_gets_a_dash(train, tmp_path):
     row = written(tmp_path)["rows"]["epsilon-simple"]
     assert row["diverged"] == 1 and row["fd"] is None and "diverged_at" in row["runs"][0]
     assert "| noise: squared error (L_simple) | - | - | 1 of 1 | 3.17 |" in (tmp_path / "ablation.md").read_text()
-    ablation(wild, lambda words: pytest.fail("it would diverge again"))
+    ablation(wild, lambda script, words: pytest.fail("it would diverge again"))
 
 
 def test_a_run_that_fails_otherwise_stops_it(tmp_path):
     with pytest.raises(OSError, match="mean-fixed-seed3: the training ended with code 7, see above"):
-        ablation(options(tmp_path), lambda words: 7)
+        ablation(options(tmp_path), lambda script, words: 7)
     folder = tmp_path / "ablation" / "mean-fixed-seed3"
     folder.mkdir(parents=True)
     (folder / "status.json").write_text('{"status": "failed", "step": 1, "error": "OSError: disk full"}')
     assert outcome(folder, 1) is None
-    (folder / "status.json").write_text('{"status": "finished", "step": 1}')
-    assert outcome(folder, 1) is None  # without results
+    (folder / "status.json").write_text("")
+    assert outcome(folder, 1) is None
+    (folder / "status.json").write_text('{"status": "finished", "step": 2}')
+    with pytest.raises(OSError, match="mean-fixed-seed3: the evaluation ended with code 7, see above"):
+        ablation(options(tmp_path), lambda script, words: 7)
 
 
 def test_wrong_options_are_told_before_anything_is_trained(tmp_path):
@@ -149,7 +151,7 @@ def test_wrong_options_are_told_before_anything_is_trained(tmp_path):
         ({"config": "none.yaml"}, "config 'none.yaml' cannot be read"),
     ]:
         with pytest.raises(ValueError, match=message):
-            ablation(options(tmp_path, **wrong), lambda words: pytest.fail("trained"))
+            ablation(options(tmp_path, **wrong), lambda script, words: pytest.fail("trained"))
     assert not any(tmp_path.iterdir())
 
 
