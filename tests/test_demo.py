@@ -191,7 +191,7 @@ def test_an_image_that_cannot_be_used_is_named(demo, tmp_path):
     for path, reason in [
         (None, "there is none"),
         (str(tmp_path / "small.png"), "7x9 is smaller than resolution=8"),
-        (str(tmp_path / "text.png"), "cannot identify image file 'text.png'$"),
+        (str(tmp_path / "text.png"), "it is no image of a known format"),
     ]:
         with pytest.raises(ValueError, match=f"^second image is not usable: {reason}"):
             demo.read_image("second image", path)
