@@ -31,6 +31,7 @@ class SampleConfig:
     num_images: int = option("number of images", 64)
     format: Literal["png", "npz"] = option("a PNG file an image, or one file of all as an array", "png")
     batch_size: int = option(f"images at a time and process, at most the {SHARD_SIZE} of a shard", 64)
+    compile: bool = option("whether to compile the network, which takes a minute: for many images", False)
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
     state = PartialState(cpu=not torch.cuda.is_available())
     use_own_cores()
     pipe = load_pipeline(config.model, state.device)
+    if config.compile:
+        pipe.unet.compile()
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
     folder = fill_folder(
         pipe,

@@ -69,6 +69,15 @@ def test_image_i_of_a_seed_is_the_same_in_any_batch(sample, trained, tmp_path, s
     assert len({picture.tobytes() for picture in five}) == 5
 
 
+@pytest.mark.slow
+def test_a_compiled_network_makes_the_same_images(sample, trained, tmp_path):
+    common = ["--model", str(trained), "--num_inference_steps", "2", "--num_images", "3", "--batch_size", "2"]
+    sample([*common, "--compile", "true", "--output", str(tmp_path / "compiled")])
+    sample([*common, "--output", str(tmp_path / "plain")])
+    compiled, plain = (np.stack(pictures(tmp_path / name)).astype(int) for name in ("compiled", "plain"))
+    assert np.abs(compiled - plain).max() <= 1
+
+
 def test_samples_of_other_seeds_differ(sample, trained, tmp_path):
     for seed in ("0", "1"):
         sample(["--model", str(trained), "--num_inference_steps", "2", "--num_images", "1", "--seed", seed,
