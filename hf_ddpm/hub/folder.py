@@ -42,26 +42,17 @@ def model_files(folder: Path) -> list[str]:
 
 def public_content(file: Path) -> bytes | Path:
     """Returns what is pushed of a file: it, but that options and results lose the paths of this machine."""
-    readers = {"config.yaml": yaml.safe_load, "evaluations.jsonl": _read_lines}
-    read = json.loads if file.match("results*.json") else readers.get(file.name)
-    if read is None:
-        return file
-    try:
-        given = read(file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} cannot be read: {one_line(error)}") from error
-    public = _public(given)
-    if public == given:
-        return file
     if file.name == "config.yaml":
-        return yaml.safe_dump(public, sort_keys=False).encode()
-    if file.name == "evaluations.jsonl":
-        return "".join(json.dumps(line) + "\n" for line in public).encode()
-    return (json.dumps(public, indent=2) + "\n").encode()
-
-
-def _read_lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines()]
+        read, write = _read_yaml, lambda value: yaml.safe_dump(value, sort_keys=False)
+    elif file.name == "evaluations.jsonl":
+        read, write = _read_lines, lambda value: "".join(json.dumps(line) + "\n" for line in value)
+    elif file.match("results*.json"):
+        read, write = _read, lambda value: json.dumps(value, indent=2) + "\n"
+    else:
+        return file
+    given = read(file)
+    public = _public(given)
+    return file if public == given else write(public).encode()
 
 
 def _public(value: Any) -> Any:
@@ -117,3 +108,17 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no object of JSON")
     return content
+
+
+def _read_yaml(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is no YAML: {one_line(error)}") from error
+
+
+def _read_lines(file: Path) -> list[Any]:
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{file} holds lines that are no JSON: {error}") from error

@@ -85,8 +85,14 @@ class AblationConfig:
             "max_train_steps": self.max_train_steps,
             "eval_metrics": "",
         }
-        words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-        return [*words, *ROWS[row].words]
+        return [*as_words(given), *ROWS[row].words]
+
+    def sampling_steps(self, config: Config) -> int:
+        """Returns the steps that a run is sampled in; more than its process has raise a `ValueError`."""
+        total = config.diffusion.num_train_timesteps
+        steps = self.num_inference_steps or total
+        require(self, "num_inference_steps", steps <= total, f"at most the {total} of the process")
+        return steps
 
     def folder(self, row: str, seed: int) -> Path:
         """Returns the folder of a run."""
@@ -108,6 +114,7 @@ def ablation(options: AblationConfig, run: Callable[[str, list[str]], int]) -> N
     configs = [parse_config(options.words(*cell)) for cell in cells]
     for cell, config in zip(cells, configs, strict=True):
         check_same(options.folder(*cell), config)
+        options.sampling_steps(config)
     found: dict[str, list[dict[str, Any]]] = {row: [] for row in options.rows}
     for (row, seed), config in zip(cells, configs, strict=True):
         folder, steps = options.folder(row, seed), config.training.max_train_steps
@@ -165,15 +172,20 @@ def evaluation(options: AblationConfig, folder: Path, config: Config) -> list[st
         "levels": data.levels,
         "extractor": config.evaluation.eval_extractor,
         "num_images": options.num_images,
-        "num_inference_steps": options.num_inference_steps or config.diffusion.num_train_timesteps,
+        "num_inference_steps": options.sampling_steps(config),
         "seed": config.training.seed,
     }
+    return as_words(given)
+
+
+def as_words(given: dict[str, Any]) -> list[str]:
+    """Returns options as the words of a command line; None is left to the default."""
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def evaluated(options: AblationConfig, folder: Path, config: Config) -> dict[str, Any] | None:
     """Returns the figures of a run, or None if they are not there, or of other weights or samples."""
-    steps = options.num_inference_steps or config.diffusion.num_train_timesteps
+    steps = options.sampling_steps(config)
     try:
         results, exported = (json.loads((folder / name).read_text()) for name in (RESULTS, "export.json"))
         figures = {name: results[name] for name in METRICS}
