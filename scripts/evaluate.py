@@ -22,7 +22,7 @@ from hf_ddpm.evaluation.request import EvaluateConfig, identify
 from hf_ddpm.launch import run_script, use_own_cores
 from hf_ddpm.options import parse_options
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
-from hf_ddpm.sampling import Sampling
+from hf_ddpm.sampling import Sampling, compile_for_sampling
 
 
 def main(argv: list[str]) -> int:
@@ -33,6 +33,8 @@ def main(argv: list[str]) -> int:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     use_own_cores()
     pipe = None if config.model is None else load_pipeline(config.model, accelerator.device)
+    if pipe is not None and config.compile:
+        compile_for_sampling(pipe.unet)
     images = open_samples(Path(config.samples)) if config.samples is not None and config.compared else None
     model, shape = identify(config, pipe, images)
     evaluator = Evaluator(config, shape, accelerator)

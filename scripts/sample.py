@@ -19,7 +19,7 @@ from hf_ddpm.data.samples import SHARD_SIZE
 from hf_ddpm.launch import run_script, use_own_cores
 from hf_ddpm.options import option, parse_options, require, require_at_least
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
-from hf_ddpm.sampling import Sampling, fill_folder
+from hf_ddpm.sampling import Sampling, compile_for_sampling, fill_folder
 
 
 @dataclass
@@ -31,7 +31,7 @@ class SampleConfig:
     num_images: int = option("number of images", 64)
     format: Literal["png", "npz"] = option("a PNG file an image, or one file of all as an array", "png")
     batch_size: int = option(f"images at a time and process, at most the {SHARD_SIZE} of a shard", 64)
-    compile: bool = option("whether to compile the network, which takes a minute: for many images", False)
+    compile: bool = option("whether to compile the network first, for many images", False)
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     use_own_cores()
     pipe = load_pipeline(config.model, state.device)
     if config.compile:
-        pipe.unet.compile()
+        compile_for_sampling(pipe.unet)
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
     folder = fill_folder(
         pipe,

@@ -58,7 +58,7 @@ class DenoisingDiffusion(Library):
 
     def chain(self, batch: int) -> Work:
         """Returns the whole reverse process for so many images."""
-        setting, diffusion = self.setting, self._diffusion().eval()
+        setting, diffusion = self.setting, self._diffusion(self.network()).eval()
 
         def run() -> None:
             with setting.autocast():
@@ -91,10 +91,10 @@ class DenoisingDiffusion(Library):
 
         return {"dim": min(range(4, 4 * first + 1, 4), key=distance), **options}
 
-    def _diffusion(self) -> Any:
+    def _diffusion(self, network: Any) -> Any:
         setting = self.setting
         diffusion = self.module.GaussianDiffusion(
-            self.network(),
+            network,
             image_size=setting.config.data.size,
             timesteps=setting.config.diffusion.num_train_timesteps,
             sampling_timesteps=setting.steps,
@@ -107,7 +107,7 @@ class DenoisingDiffusion(Library):
     def _trainer(self, folder: Path) -> Any:
         setting, precision = self.setting, self.setting.config.training.mixed_precision
         return self.module.Trainer(
-            self._diffusion(),
+            self._diffusion(self.network(trained=True)),
             folder,
             train_batch_size=setting.batch * setting.processes,
             augment_horizontal_flip=setting.config.data.horizontal_flip,

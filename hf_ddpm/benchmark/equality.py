@@ -51,7 +51,7 @@ def _predictions(library: Library) -> Tensor:
 
 def _gradients(library: Library) -> Tensor:
     """Returns the gradients of a loss, all in a row; a compiler may lose some without a word."""
-    network = library.network().eval()
+    network = library.network(trained=True).eval()
     network(*library.setting.inputs(2)).sample.square().mean().backward()
     zero = torch.zeros(1, device=library.setting.device)
     by_name = sorted(network.named_parameters())

@@ -14,6 +14,7 @@ from hf_ddpm.benchmark.setting import SEED, Setting
 from hf_ddpm.benchmark.timing import Work
 from hf_ddpm.data.streaming import MOST_WORKERS
 from hf_ddpm.models.flops import count_flops
+from hf_ddpm.sampling import compile_for_sampling
 
 
 class Library:
@@ -37,11 +38,14 @@ class Library:
     def __init__(self, setting: Setting):
         self.setting = setting
 
-    def network(self, compiled: bool | None = None) -> Any:
-        """Returns the network; compiled if the options say so, unless told."""
+    def network(self, trained: bool = False) -> Any:
+        """Returns the network, compiled if the options say so: for passes without gradients, or to be trained."""
         network = self.plain_network().to(self.setting.device)
-        if self.setting.config.training.compile if compiled is None else compiled:
-            network.compile()
+        if self.setting.config.training.compile:
+            if trained:
+                network.compile()
+            else:
+                compile_for_sampling(network)
         return network
 
     def plain_network(self) -> Any:
@@ -55,13 +59,14 @@ class Library:
         pipe = self.pipeline_class.from_pretrained(self.setting.model).to(self.setting.device)
         pipe.set_progress_bar_config(disable=True)
         if self.setting.config.training.compile:
-            pipe.unet.compile()
+            compile_for_sampling(pipe.unet)
         return pipe
 
     @cached_property
     def flops(self) -> tuple[float, float]:
         """Operations of an image, forward, and forward and backward."""
-        return count_flops(self.network(compiled=False).eval(), *self.setting.inputs(1))
+        network = self.plain_network().to(self.setting.device).eval()
+        return count_flops(network, *self.setting.inputs(1))
 
     @cached_property
     def parameters(self) -> int:

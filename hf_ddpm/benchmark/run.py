@@ -35,21 +35,27 @@ class Party:
     Args:
         name: The library.
         setting: What is shared.
+        compiled: Whether its network is compiled where the options say so.
     """
 
-    def __init__(self, name: str, setting: Setting):
-        self.name, self.kind = name, LIBRARIES[name]
+    def __init__(self, name: str, setting: Setting, compiled: bool = True):
+        self.name, self.kind, self.setting = name, LIBRARIES[name], setting
+        self.compiled = compiled
+        if not compiled:
+            self.name, self.setting = f"{name}, not compiled", setting.not_compiled()
         self.library: Library | None = None
         self.error: str | None = None
         self.refusal: str | None = None
         try:
-            self.library = self.kind(setting)
+            self.library = self.kind(self.setting)
+            self.library.name = self.name
         except Exception as error:  # whatever an import raises
             self.error = reason(error)
 
     def works(self, task: str) -> list[Work] | Row | None:
         """Returns what there is to do in a task, the row that says why not, or None if the task is not for it."""
-        if getattr(self.kind, task, None) is None:
+        takes_part = self.compiled or task in OF_THE_NETWORK  # the rest is the same
+        if not takes_part or getattr(self.kind, task, None) is None:
             return None
         error = self.error or (self.refusal if task in OF_THE_NETWORK else None)
         if error is None:
@@ -80,6 +86,8 @@ def run_benchmark(options: BenchmarkConfig, config: Config, tell: Tell, done: Te
                 tell("measuring the device")
                 rates = measure_rates(setting.device, DTYPES[config.training.mixed_precision])
             parties = [Party(name, setting) for name in (Ours.name, *options.others)]
+            if config.training.compile:  # which is an option of train.py and sample.py, not of theirs
+                parties += [Party(name, setting, compiled=False) for name in options.others]
             tell("comparing outputs")
             equality += [check | {"at": value or None} for check in _check(parties, options)]
             for task in options.chosen:
@@ -148,7 +156,7 @@ def _memory(task: str, parties: list[Party], setting: Setting, tell: Tell) -> di
         tell(f"{task}: memory of {party.name}")
         if party.error is None and party.refusal is None:
             try:
-                used = taken(party.kind, task, setting.options, setting.config, setting.device)
+                used = taken(party.kind, task, setting.options, party.setting.config, setting.device)
                 entries[party.name] = {"memory_bytes": used}
             except Exception as error:
                 entries[party.name] = {"memory_error": reason(error)}

@@ -2,6 +2,7 @@
 
 import io
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,13 @@ class Setting:
         """Returns an accelerator: each who trains has one, since it keeps what it prepares."""
         on_cpu = self.options.device == "cpu" or not torch.cuda.is_available()
         return Accelerator(cpu=on_cpu, mixed_precision=self.config.training.mixed_precision)
+
+    def not_compiled(self) -> "Setting":
+        """Returns the same for networks that are not compiled."""
+        training = replace(self.config.training, compile=False)
+        folder = self.folder / "not_compiled"
+        folder.mkdir()
+        return Setting(self.options, replace(self.config, training=training), folder)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Returns what passes are made in."""

@@ -52,7 +52,8 @@ class Stock(Library):
         return [with_workers(self._batches(self._loader(dataset, workers)), workers) for workers in worker_counts()]
 
     def _script(self, batches: Any) -> Work:
-        loop, steps = script_loop(self.setting, self.network(), batches), self.setting.options.steps_per_turn
+        loop = script_loop(self.setting, self.network(trained=True), batches)
+        steps = self.setting.options.steps_per_turn
 
         def run() -> None:
             for _ in range(steps):

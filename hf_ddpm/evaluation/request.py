@@ -43,6 +43,7 @@ class EvaluateConfig:
     levels: int | None = option("evenly spaced values that a pixel takes; 17 for digits, else 256 by default", None)
     steps_per_image: int | None = option("nll: steps evaluated an image, an estimate; all by default", None)
     batch_size: int = option("network evaluations at a time and process", 256)
+    compile: bool = option("whether to compile the network first, for many images", False)
     output: str = option("file of the results", "results.json")
 
     def __post_init__(self) -> None:

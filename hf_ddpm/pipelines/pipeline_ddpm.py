@@ -149,7 +149,8 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
             unet.eval()  # dropout is for training
             for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
                 x_in = self.scheduler.scale_model_input(x_t, t).to(dtype)
-                prediction = self._predict(x_in, t, classes, guidance_scale).float()
+                # A copy: where the network is a CUDA graph, it writes its next output in the same place.
+                prediction = self._predict(x_in, t, classes, guidance_scale).to(torch.float32, copy=True)
                 if not takes_variance:
                     prediction, _ = split_output(prediction, x_t.shape[1])
                 output = self.scheduler.step(prediction, t, x_t, **step_options)

@@ -90,6 +90,18 @@ def test_who_is_not_installed_is_a_row(benchmark, monkeypatch):
     assert "| forward | denoising-diffusion-pytorch | not installed: " in printed
 
 
+def test_others_are_timed_also_as_they_are_where_all_are_compiled(benchmark, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda network, **options: compiled.append(type(network)))
+    report, _ = benchmark("--tasks", "forward,train_step,data", "--against", "diffusers", "--compile", "true")
+    subjects = ("hf_ddpm", "diffusers", "diffusers, not compiled")
+    network = {(task, subject) for task in ("forward", "train_step") for subject in subjects}
+    assert set(rows_by(report)) - network == {(t, s) for t in ("data_memory", "data_jpeg") for s in subjects[:2]}
+    assert all(rows_by(report)[row]["beside_ours"] > 0 for row in network)
+    assert [check["subject"] for check in report["equality"]] == list(subjects[1:])
+    assert set(compiled) == {Ours.network_class, Stock.network_class}
+
+
 def test_who_fails_is_a_row(benchmark, monkeypatch):
     def fails(self):
         raise RuntimeError("no\nway")
@@ -118,8 +130,8 @@ def test_other_weights_are_not_compared(setting, tmp_path, benchmark, monkeypatc
     assert refusal(different).startswith("not compared: its network differ")
 
     class Lossy(Stock):
-        def network(self, compiled=None):
-            network = super().network(compiled)
+        def network(self, trained=False):
+            network = super().network(trained)
             network.conv_in.weight.requires_grad_(False)  # as if a compiler had lost it
             return network
 
