@@ -16,8 +16,9 @@ from hf_ddpm.config import Config
 from hf_ddpm.evaluation.evaluate import Evaluator, Figures
 from hf_ddpm.evaluation.report import read_results, scalars, summary
 from hf_ddpm.evaluation.request import training_request
+from hf_ddpm.hub.background import BackgroundPush
 from hf_ddpm.hub.card import write_card
-from hf_ddpm.hub.push import BackgroundPush, check_push
+from hf_ddpm.hub.push import check_push
 from hf_ddpm.images import grid, save_picture, to_pil
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.sampling import Sampling, sample_images

@@ -27,6 +27,10 @@ def to_signed(pixels: Tensor, levels: int = 256) -> Tensor:
 
     Images that take only some evenly spaced values, such as the 17 of the digits, lie beside them by the rounding to
     bytes; they are moved onto the nearest of `levels` values.
+
+    Example:
+        >>> to_signed(torch.tensor([0, 51, 255], dtype=torch.uint8))
+        tensor([-1.0000, -0.6000,  1.0000])
     """
     brightest = 65535 if pixels.dtype == torch.uint16 else 255
     return (pixels.float() * ((levels - 1) / brightest)).round() / ((levels - 1) / 2) - 1

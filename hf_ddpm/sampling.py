@@ -34,7 +34,7 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
 }
 
-PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -137,10 +137,10 @@ def sample_images(
     Yields:
         The number of an image and the image, uint8, shape `(C, H, W)`, on the CPU.
     """
-    dtype = PRECISIONS[mixed_precision]
+    kind, dtype = torch.device(device).type, PRECISIONS[mixed_precision]
     for start in range(0, len(ids), batch_size):
         chunk = ids[start : start + batch_size]
-        with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
+        with torch.autocast(kind, dtype, enabled=mixed_precision != "no"):
             unit = pipe(
                 batch_size=len(chunk),
                 generator=[generator(seed, SAMPLES, i, device=device) for i in chunk],

@@ -16,9 +16,9 @@ import torch
 from accelerate import Accelerator
 
 from hf_ddpm.data.samples import open_samples
-from hf_ddpm.evaluation.evaluate import Evaluator
+from hf_ddpm.evaluation.evaluate import Evaluator, identify
 from hf_ddpm.evaluation.report import read_results, scalars
-from hf_ddpm.evaluation.request import EvaluateConfig, identify
+from hf_ddpm.evaluation.request import EvaluateConfig
 from hf_ddpm.launch import run_script, use_own_cores
 from hf_ddpm.options import parse_options
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline

@@ -1,10 +1,28 @@
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+from tests.conftest import load_script
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+# All that is said to be typed, in the documents and at the heads of the scripts.
+DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+SAYING = [*DOCUMENTS, *sorted((ROOT / "scripts").rglob("*.py"))]
+COMMANDS = [
+    command
+    for file in SAYING
+    for command in re.findall(r"(?<=[ `])scripts/\S+\.py [^`\n]*--[^`\n]*", file.read_text().replace("\\\n", ""))
+    if "|" not in command and "--help" not in command  # of alternatives; which ends there
+]
+
+
+class Understood(Exception):
+    pass
 
 
 @pytest.mark.slow
@@ -16,6 +34,29 @@ def test_the_code_of_the_readme_runs(block, trained, tmp_path, monkeypatch):
     exec(compile(block, str(README), "exec"), {})
 
 
-def test_the_readme_names_files_that_are_there():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README.read_text()):
-        assert (README.parent / target).exists() or target == "docs/digits.png", target
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_that_are_said_are_understood(command, tmp_path, monkeypatch):
+    path, *words = shlex.split(command)
+    script = load_script(path.removeprefix("scripts/").removesuffix(".py"))
+    for name in ("runs/digits", "out"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    def parsing(parse):
+        def understands(*args, **kwargs):
+            parse(*args, **kwargs)
+            raise Understood
+
+        return understands
+
+    for name in ("parse_options", "parse_config", "parse_command", "parse_benchmark"):
+        if hasattr(script, name):
+            monkeypatch.setattr(script, name, parsing(getattr(script, name)))
+    with pytest.raises(Understood):
+        script.main(words)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
+def test_the_documents_name_files_that_are_there(document):
+    for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+        assert (document.parent / target).exists(), target

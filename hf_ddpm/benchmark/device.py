@@ -10,8 +10,6 @@ import torch.nn.functional as F
 
 from hf_ddpm.benchmark.timing import clock_of
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 # Runs of which the fastest one counts.
 TRIALS = 15
 

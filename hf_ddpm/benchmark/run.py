@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from hf_ddpm.benchmark.denoising_diffusion import DenoisingDiffusion
-from hf_ddpm.benchmark.device import DTYPES, Rates, measure_rates
+from hf_ddpm.benchmark.device import Rates, measure_rates
 from hf_ddpm.benchmark.equality import check_equal, refusal
 from hf_ddpm.benchmark.library import Library
 from hf_ddpm.benchmark.memory import ON_CPU, ON_GPU, taken
@@ -19,6 +19,7 @@ from hf_ddpm.benchmark.setting import Setting
 from hf_ddpm.benchmark.stock import Stock
 from hf_ddpm.benchmark.timing import Work, clock_of, reason, time_in_turns, unseen
 from hf_ddpm.config import Config
+from hf_ddpm.sampling import PRECISIONS
 
 LIBRARIES: dict[str, type[Library]] = {kind.name: kind for kind in (Ours, Stock, DenoisingDiffusion)}
 
@@ -84,7 +85,7 @@ def run_benchmark(options: BenchmarkConfig, config: Config, tell: Tell, done: Te
             setting = Setting(options, grown(config, options.growth, value), Path(folder))
             if rates is None:
                 tell("measuring the device")
-                rates = measure_rates(setting.device, DTYPES[config.training.mixed_precision])
+                rates = measure_rates(setting.device, PRECISIONS[config.training.mixed_precision])
             parties = [Party(name, setting) for name in (Ours.name, *options.others)]
             if config.training.compile:  # which is an option of train.py and sample.py, not of theirs
                 parties += [Party(name, setting, compiled=False) for name in options.others]

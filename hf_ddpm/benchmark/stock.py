@@ -12,12 +12,12 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_ddpm.benchmark.device import DTYPES
 from hf_ddpm.benchmark.library import Library, endless, with_workers, worker_counts
 from hf_ddpm.benchmark.setting import RandomImages, Setting
 from hf_ddpm.benchmark.timing import Work
 from hf_ddpm.benchmark.transforms import transforms
 from hf_ddpm.images import to_signed
+from hf_ddpm.sampling import PRECISIONS
 
 # The script's defaults.
 ADAM = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
@@ -90,7 +90,7 @@ def script_loop(setting: Setting, model: Any, batches: Any) -> Iterator[None]:
         After each step.
     """
     accelerator = setting.accelerator()
-    weight_dtype = DTYPES[accelerator.mixed_precision]
+    weight_dtype = PRECISIONS[accelerator.mixed_precision]
     noise_scheduler = diffusers.DDPMScheduler.from_pretrained(setting.model / "scheduler")
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     lr_scheduler = get_scheduler(

@@ -40,6 +40,15 @@ class GaussianDiffusion:
 
     Raises:
         ValueError: If a variance lies outside (0, 1].
+
+    Example:
+        What the right noise says of the image (Eq. 15) is the image.
+
+        >>> diffusion = GaussianDiffusion(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
+        >>> x_start, noise, t = torch.full((2, 3, 8, 8), 0.5), torch.randn(2, 3, 8, 8), torch.tensor([0, 500])
+        >>> x_t = diffusion.q_sample(x_start, t, noise)
+        >>> torch.allclose(diffusion.predict_start(noise, x_t, t), x_start, atol=1e-5)
+        True
     """
 
     def __init__(self, betas: Tensor | Sequence[float]):

@@ -37,6 +37,13 @@ class Objective:
 
     Raises:
         ValueError: If the objective is unknown, or leaves a learned variance without training.
+
+    Example:
+        >>> diffusion = GaussianDiffusion(torch.linspace(1e-4, 0.02, 1000))
+        >>> x_start, noise, t = torch.zeros(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([10, 500])
+        >>> x_t = diffusion.q_sample(x_start, t, noise)
+        >>> Objective("simple")(diffusion, noise + 0.5, x_start, t, noise, x_t)  # of a network that is wrong by 1/2
+        tensor([0.2500, 0.2500])
     """
 
     name: str

@@ -35,6 +35,10 @@ def beta_schedule(
 
     Raises:
         ValueError: If `name` or `num_timesteps` is not allowed.
+
+    Example:
+        >>> beta_schedule("linear", 3, 0.1, 0.3)
+        tensor([0.1000, 0.2000, 0.3000], dtype=torch.float64)
     """
     check_one_of("beta_schedule", name, BETA_SCHEDULES)
     if num_timesteps < 1:

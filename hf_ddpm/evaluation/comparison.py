@@ -49,7 +49,7 @@ def compare(
         return {}, None
     sets = Sets(generated, *known)
     entries = {metric: {**figures(metric, sets), "made_by": made_by} for metric in request.compared}
-    copies = copied_fraction(images, range(count), reference, request.levels or 256)
+    copies = copied_fraction(images, range(count), reference, request.pixel_values)
     numbers_of = {"num_images": count, "reference_images": len(reference)}
     entries["memorization"] = {"exact_copies": copies, **numbers_of, "made_by": made_by}
     return entries, nearest_picture(images, generated.features, reference, sets.reference)

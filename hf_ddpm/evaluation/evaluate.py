@@ -14,12 +14,13 @@ from hf_ddpm.data.store import ImageStore, load_images
 from hf_ddpm.evaluation.collect import Processes
 from hf_ddpm.evaluation.comparison import compare
 from hf_ddpm.evaluation.features import load_extractor
-from hf_ddpm.evaluation.nll import variational_bound
+from hf_ddpm.evaluation.nll import classes_for, variational_bound
 from hf_ddpm.evaluation.reference import fingerprint
 from hf_ddpm.evaluation.report import METRIC_SEED, provenance, record
-from hf_ddpm.evaluation.request import EvaluateConfig, classes_for, identify
+from hf_ddpm.evaluation.request import EvaluateConfig
 from hf_ddpm.files import public_name
 from hf_ddpm.images import save_picture
+from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.sampling import Sampling, fill_folder
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
@@ -132,7 +133,7 @@ class Evaluator:
                 mine,
                 seed=seed,
                 batch_size=request.batch_size,
-                levels=request.levels or 256,
+                levels=request.pixel_values,
                 steps_per_image=request.steps_per_image,
                 classes=classes_for(pipe, images.labels, images.class_names, len(images)),
                 progress=bar.update,
@@ -166,8 +167,34 @@ class Evaluator:
             column=self.request.image_column,
             resolution=(shape[1], shape[2]),
             channels=shape[0],
-            levels=self.request.levels or 256,
+            levels=self.request.pixel_values,
             class_column=self.request.class_column,
             skip_bad_images=self.request.skip_bad_images,
             device=self.accelerator.device,
         )
+
+
+def identify(
+    config: EvaluateConfig, pipe: DDPMPipeline | None, images: SampleFolder | PictureFolder | None
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Returns the name and the checksum of what is evaluated, and the shape of its images.
+
+    Args:
+        config: What was asked for.
+        pipe: The model, if it was given.
+        images: Its samples, if they were.
+
+    Raises:
+        ValueError: If the samples are of another model or another shape.
+    """
+    settings: dict[str, Any] = getattr(images, "settings", {})
+    if pipe is None:
+        assert images is not None
+        checksum = settings.get("model_checksum") or fingerprint(images, range(len(images)))
+        return {"name": settings.get("model", config.samples), "checksum": checksum}, images.shape
+    checksum = model_checksum(pipe)
+    if settings.get("model_checksum", checksum) != checksum:
+        raise ValueError(f"samples={config.samples!r} are of another model than {config.model!r}: {settings['model']}")
+    if images is not None and images.shape != pipe.image_shape:
+        raise ValueError(f"samples={config.samples!r} are of {images.shape}, images of the model {pipe.image_shape}")
+    return {"name": config.model, "checksum": checksum}, pipe.image_shape

@@ -122,6 +122,13 @@ def frechet_distance(moments: Moments, reference: Moments) -> float:
 
     Raises:
         ValueError: If a set has fewer than 2 images or more than 2^21, or the dimensions differ.
+
+    Example:
+        Moved by one in each of two dimensions:
+
+        >>> features = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 3.0]])
+        >>> round(frechet_distance(Moments.of(features), Moments.of(features + 1)), 6)
+        2.0
     """
     check_same_width(moments.width, reference.width)
     for count in (int(moments.count), int(reference.count)):

@@ -24,6 +24,7 @@ from hf_ddpm.data.store import ImageStore
 from hf_ddpm.diffusion.gaussian import split_output
 from hf_ddpm.diffusion.likelihood import bound_nats, prior_nats
 from hf_ddpm.images import to_signed
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.seeds import BOUND_NOISE, BOUND_STEPS, generator
 
@@ -207,3 +208,31 @@ def _batches(items: Iterator[Evaluation], size: int) -> Iterator[list[Evaluation
 
 def _noise(seed: int, image: int, step: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator(seed, BOUND_NOISE, image, step))
+
+
+def classes_for(pipe: DDPMPipeline, labels: Tensor | None, names: tuple[str, ...], count: int) -> Tensor | None:
+    """Returns the classes of images by the numbers that a model knows them by.
+
+    Args:
+        pipe: The model.
+        labels: Their classes by the numbers of the data, int64, shape `(count,)`; None if they were not asked for.
+        names: Names of the classes of the data.
+        count: Number of images.
+
+    Returns:
+        The classes, int64, shape `(count,)`; no class if they were not asked for; None for a network without.
+
+    Raises:
+        ValueError: If the model needs them, or does not know one.
+    """
+    if pipe.unet.config.num_class_embeds is None:
+        return None
+    if labels is None:
+        if pipe.null_class is None:
+            raise ValueError("the model is conditioned on classes: class_column is missing")
+        return torch.full((count,), pipe.null_class)
+    known = pipe.class_names or list(names)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"class {name!r} of the data is none of the model's: {', '.join(known)}")
+    return torch.tensor([known.index(name) for name in names], device=labels.device)[labels]

@@ -2,18 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import ClassVar
 
 from hf_ddpm.config import Config
-from hf_ddpm.data.samples import PictureFolder, SampleFolder
 from hf_ddpm.evaluation.features import Extractor
-from hf_ddpm.evaluation.reference import fingerprint
-from hf_ddpm.options import option, require, require_at_least
-from hf_ddpm.pipelines.checksum import model_checksum
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+from hf_ddpm.options import option, require, require_at_least, require_value
 
 # Each with the fewest images, generated and real, that it can be computed from.
 METRICS = {"fd": 2, "kid": 2, "is": 1, "pr": 4, "nll": 1}
@@ -23,6 +16,9 @@ SYNONYMS = {"fid": "fd"}
 @dataclass
 class EvaluateConfig:
     """What to evaluate, on what."""
+
+    # What messages put before names of options: a run in training has others.
+    prefix: ClassVar[str] = ""
 
     dataset: str = option("digits, a folder of images or parquet files, a parquet file, or a Hub id")
     model: str | None = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers", None)
@@ -49,8 +45,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         """Checks the values."""
         for metric in self.metrics.split(","):
-            if SYNONYMS.get(metric, metric) not in METRICS:
-                raise ValueError(f"metrics={metric!r} is not allowed: any of {', '.join(METRICS)}, with commas")
+            known = SYNONYMS.get(metric, metric) in METRICS
+            require_value(f"{self.prefix}metrics", metric, known, f"any of {', '.join(METRICS)}, with commas")
         require_at_least(self, 1, "num_images", "batch_size")
         require(self, "output", not Path(self.output).is_dir(), "it is a folder, a file is wanted")
         if self.levels is None:
@@ -63,9 +59,18 @@ class EvaluateConfig:
         if self.model is None and (self.samples is None or "nll" in self.chosen):
             raise ValueError("model is missing: only samples can be evaluated without, and not by nll")
         require(self, "samples", self.samples is None or Path(self.samples).is_dir(), "there is no such folder")
-
+        weights = self.extractor_weights
+        require(self, "extractor_weights", weights is None or self.extractor == "inception", "only of inception")
+        require(self, "extractor_weights", weights is None or Path(weights).is_file(), "there is no such file")
         same = self.floor and self.split == self.reference_split and self.distances
-        require(self, "split", not same, "the floor is of images that are not the reference, or none: --floor false")
+        allowed = f"the floor is of images that are not the reference, or none: --{self.prefix}floor false"
+        require_value(f"{self.prefix}split", self.split, not same, allowed)
+
+    @property
+    def pixel_values(self) -> int:
+        """The number of values that a pixel takes: `levels`, known by now."""
+        assert self.levels is not None
+        return self.levels
 
     @property
     def distances(self) -> set[str]:
@@ -91,7 +96,9 @@ class EvaluateConfig:
         """Raises a `ValueError` unless the extractor takes images of that shape, and is a classifier if need be."""
         extractor.check(shape)
         if "is" in self.chosen and not extractor.classifies:
-            raise ValueError(f"metrics=is is not allowed with extractor {extractor.name!r}: it has no classes")
+            raise ValueError(
+                f"{self.prefix}metrics=is is not allowed with extractor {extractor.name!r}: it has no classes"
+            )
 
     def count(self, held_out: int | None, reference: int | None, samples: int | None) -> int:
         """Returns on how many images to evaluate.
@@ -104,28 +111,35 @@ class EvaluateConfig:
         Raises:
             ValueError: If they are more than there are, or too few for a metric.
         """
+        name = f"{self.prefix}num_images"
         if self.compared and samples is not None and self.num_images is None:
             count = samples if held_out is None else min(samples, held_out)
         else:
             count = self.num_images or held_out or reference or 0
         if held_out is not None and count > held_out:
             only = self.compared and "nll" not in self.chosen
-            hint = f" in split {self.split!r}, or --floor false" if only else ""
-            raise ValueError(f"num_images={count} is not allowed: at most the {held_out} of {self.dataset!r}{hint}")
-        if self.compared and samples is not None and count > samples:
-            raise ValueError(f"num_images={count} is not allowed: at most the {samples} of samples={self.samples!r}")
+            hint = f" in split {self.split!r}, or --{self.prefix}floor false" if only else ""
+            require_value(name, count, False, f"at most the {held_out} of {self.dataset!r}{hint}")
+        if self.compared and samples is not None:
+            require_value(name, count, count <= samples, f"at most the {samples} of samples={self.samples!r}")
         for metric in self.chosen:
-            if count < METRICS[metric]:
-                raise ValueError(f"num_images={count} is not allowed: at least {METRICS[metric]} for {metric}")
+            require_value(name, count, count >= METRICS[metric], f"at least {METRICS[metric]} for {metric}")
             if metric in self.distances and reference is not None and reference < METRICS[metric]:
                 raise ValueError(f"{reference} images in split {self.reference_split!r} are too few for {metric}")
         return count
 
 
+@dataclass
+class TrainingRequest(EvaluateConfig):
+    """The same, of a run in training."""
+
+    prefix: ClassVar[str] = "eval_"
+
+
 def training_request(config: Config) -> EvaluateConfig:
     """Returns what `scripts/evaluate.py` would be asked for by the options of a run in training."""
     data, options = config.data, config.evaluation
-    return EvaluateConfig(
+    return TrainingRequest(
         dataset=data.dataset,
         model=config.training.output_dir,
         reference_split=data.split,
@@ -141,57 +155,3 @@ def training_request(config: Config) -> EvaluateConfig:
         steps_per_image=options.eval_steps_per_image,
         batch_size=config.training.train_batch_size,
     )
-
-
-def identify(
-    config: EvaluateConfig, pipe: DDPMPipeline | None, images: SampleFolder | PictureFolder | None
-) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Returns the name and the checksum of what is evaluated, and the shape of its images.
-
-    Args:
-        config: What was asked for.
-        pipe: The model, if it was given.
-        images: Its samples, if they were.
-
-    Raises:
-        ValueError: If the samples are of another model or another shape.
-    """
-    settings: dict[str, Any] = getattr(images, "settings", {})
-    if pipe is None:
-        assert images is not None
-        checksum = settings.get("model_checksum") or fingerprint(images, range(len(images)))
-        return {"name": settings.get("model", config.samples), "checksum": checksum}, images.shape
-    checksum = model_checksum(pipe)
-    if settings.get("model_checksum", checksum) != checksum:
-        raise ValueError(f"samples={config.samples!r} are of another model than {config.model!r}: {settings['model']}")
-    if images is not None and images.shape != pipe.image_shape:
-        raise ValueError(f"samples={config.samples!r} are of {images.shape}, images of the model {pipe.image_shape}")
-    return {"name": config.model, "checksum": checksum}, pipe.image_shape
-
-
-def classes_for(pipe: DDPMPipeline, labels: Tensor | None, names: tuple[str, ...], count: int) -> Tensor | None:
-    """Returns the classes of images by the numbers that a model knows them by.
-
-    Args:
-        pipe: The model.
-        labels: Their classes by the numbers of the data, int64, shape `(count,)`; None if they were not asked for.
-        names: Names of the classes of the data.
-        count: Number of images.
-
-    Returns:
-        The classes, int64, shape `(count,)`; no class if they were not asked for; None for a network without.
-
-    Raises:
-        ValueError: If the model needs them, or does not know one.
-    """
-    if pipe.unet.config.num_class_embeds is None:
-        return None
-    if labels is None:
-        if pipe.null_class is None:
-            raise ValueError("the model is conditioned on classes: class_column is missing")
-        return torch.full((count,), pipe.null_class)
-    known = pipe.class_names or list(names)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"class {name!r} of the data is none of the model's: {', '.join(known)}")
-    return torch.tensor([known.index(name) for name in names], device=labels.device)[labels]

@@ -1,6 +1,7 @@
 """Model cards: what the files in a model's folder say, and nothing else."""
 
 import json
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hf_ddpm.plots import save_curves
 TEMPLATE = resources.files("hf_ddpm.hub") / "template.md"
 # A card without it was written by a person, and stays.
 MARK = "<!-- Written by hf_ddpm from the files beside it; without this line it would not be written anew. -->"
-KINDS = {1: "grayscale", 3: "RGB", 4: "RGBA"}
+CHANNELS = {1: "grayscale", 3: "RGB", 4: "RGBA"}
 
 
 def write_card(folder: Path, *, model_id: str | None = None, license: str | None = None) -> Path:
@@ -37,22 +38,52 @@ def write_card(folder: Path, *, model_id: str | None = None, license: str | None
     path = folder / "README.md"
     if path.exists() and MARK.encode() not in path.read_bytes():
         return path
-    card = model_card(folder, model_id=model_id, license=license)
-    write_text(path, str(card))
+    known = read_folder(folder)
+    draw_loss(known.metrics, folder / "loss.png")
+    write_text(path, str(model_card(folder, known, model_id=model_id, license=license)))
     return path
 
 
-def model_card(folder: Path, *, model_id: str | None = None, license: str | None = None) -> ModelCard:
-    """Returns the card of the model in a folder; see `write_card`."""
+@dataclass(frozen=True)
+class Known:
+    """What a model's folder says of the weights that are in it; of other weights it says nothing.
+
+    Attributes:
+        pipe: The model.
+        results: `results.json`.
+        options: `config.yaml`.
+        metrics: The lines of `metrics.jsonl` up to the step of the weights.
+        status: `status.json`.
+    """
+
+    pipe: DDPMPipeline
+    results: dict[str, Any]
+    options: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    status: dict[str, Any]
+
+
+def read_folder(folder: Path) -> Known:
+    """Reads what a folder says of its model; raises as `write_card` does."""
     pipe = load_pipeline(str(folder), "cpu")
     checksum = model_checksum(pipe)
     results, exported = (_read(folder / name, json.loads) for name in ("results.json", "export.json"))
-    # What is of other weights is not told.
     results = results if results.get("model", {}).get("checksum") == checksum else {}
-    is_of_run = exported.get("checksum") == checksum
-    options = _read(folder / "config.yaml", yaml.safe_load) if is_of_run else {}
-    metrics = _metrics(folder, exported["step"]) if is_of_run else []
-    draw_loss(metrics, folder / "loss.png")
+    if exported.get("checksum") != checksum:
+        return Known(pipe, results, {}, [], {})
+    lines = _read(folder / "metrics.jsonl", lambda text: {"lines": [*map(json.loads, text.splitlines())]})
+    return Known(
+        pipe,
+        results,
+        _read(folder / "config.yaml", yaml.safe_load),
+        [line for line in lines.get("lines", []) if line["step"] <= exported["step"]],
+        _read(folder / "status.json", json.loads),
+    )
+
+
+def model_card(folder: Path, known: Known, *, model_id: str | None = None, license: str | None = None) -> ModelCard:
+    """Returns the card of the model in a folder; see `write_card`."""
+    pipe, results, options = known.pipe, known.results, known.options
     license = license or options.get("license")
     model_id = model_id or folder.resolve().name
     name = model_id.split("/")[-1]
@@ -76,7 +107,7 @@ def model_card(folder: Path, *, model_id: str | None = None, license: str | None
         class_names=pipe.class_names,
         stock_samples=_is_stock(pipe.scheduler.config),
         model=_about_the_model(pipe),
-        training=_about_the_training(options, metrics, _read(folder / "status.json", json.loads)),
+        training=_about_the_training(options, known.metrics, known.status),
         samples=_about_the_samples(options, pipe),
         num_classes=pipe.unet.config.num_class_embeds,
         figures=figures,
@@ -104,12 +135,6 @@ def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
         save_curves(path, {"loss": curve}, x_label="step", y_label="loss", log_y=True)
 
 
-def _metrics(folder: Path, last: int) -> list[dict[str, Any]]:
-    """Returns the lines of `metrics.jsonl` up to a step."""
-    found = _read(folder / "metrics.jsonl", lambda text: {"lines": [*map(json.loads, text.splitlines())]})
-    return [line for line in found.get("lines", []) if line["step"] <= last]
-
-
 def _about_the_model(pipe: DDPMPipeline) -> dict[str, str]:
     unet, scheduler = pipe.unet.config, pipe.scheduler.config
     channels, height, width = pipe.image_shape
@@ -118,7 +143,7 @@ def _about_the_model(pipe: DDPMPipeline) -> dict[str, str]:
     ]
     classes = {"classes": ", ".join(name.replace("|", "\\|") for name in pipe.class_names)} if pipe.class_names else {}
     return {
-        "images": f"{KINDS.get(channels, f'{channels} channels')}, {height}x{width}",
+        "images": f"{CHANNELS.get(channels, f'{channels} channels')}, {height}x{width}",
         "network": f"U-Net, {pipe.unet.num_parameters():,} parameters; channels {_list(unet.block_out_channels)}; "
         f"blocks a resolution: {unet.layers_per_block}; attention at {_list(attended) or 'the lowest alone'}",
         **classes,
@@ -155,7 +180,8 @@ def _about_the_training(
         "optimizer": f"Adam, learning rate {options['learning_rate']:g} ({options['lr_schedule']} after "
         f"{options['warmup_steps']:,} steps of warm-up), gradients of norm at most {options['max_grad_norm']:g}",
         "dropout": f"{options['dropout']:g}",
-        "weights": f"exponential moving average, decay {options['ema_decay'][0]:g}",
+        "weights": f"exponential moving average, decay {options['ema_decay'][0]:g}"
+        + (" after a warm-up" if options["ema_warmup"] else ""),
         "precision": {"no": "float32"}.get(options["mixed_precision"], options["mixed_precision"]),
         "hardware": status["hardware"],
         "seed": str(options["seed"]),

@@ -60,6 +60,13 @@ class UNet2DModel(ModelMixin, ConfigMixin):
 
     Raises:
         ValueError: If an option asks for an architecture other than the above.
+
+    Example:
+        >>> unet = UNet2DModel(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8,
+        ...                    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        ...                    up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+        >>> unet(torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 100, 999])).sample.shape
+        torch.Size([4, 3, 8, 8])
     """
 
     _supports_gradient_checkpointing = True

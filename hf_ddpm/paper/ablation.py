@@ -14,11 +14,13 @@ import yaml
 
 from hf_ddpm.config import Config, EvaluationConfig, HubConfig, parse_config
 from hf_ddpm.data.samples import SampleFolder
+from hf_ddpm.evaluation.request import EvaluateConfig
 from hf_ddpm.files import write_text
 from hf_ddpm.images import save_picture
-from hf_ddpm.options import option, require, require_at_least, require_distinct
+from hf_ddpm.options import option, parse_options, require, require_at_least, require_distinct
 from hf_ddpm.paper.pictures import sheet
 from hf_ddpm.paper.study import table
+from hf_ddpm.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ ROWS = {
 RESULTS = "results_ablation.json"
 METRICS = {"fd": "Frechet distance", "is": "Inception score"}
 SHOWN = 10
+
+# Options of an evaluation that its figures do not depend on.
+ANYHOW = ("model", "output", "batch_size", "compile")
 
 
 @dataclass
@@ -184,16 +189,20 @@ def as_words(given: dict[str, Any]) -> list[str]:
 
 
 def evaluated(options: AblationConfig, folder: Path, config: Config) -> dict[str, Any] | None:
-    """Returns the figures of a run, or None if they are not there, or of other weights or samples."""
-    steps = options.sampling_steps(config)
+    """Returns the figures of a run, or None if they are not there, of other weights, or asked for in another way."""
+    request, sampling = parse_options(evaluation(options, folder, config), EvaluateConfig, Sampling)
+    asked = {"request": asdict(request), "sampling": asdict(sampling)}
     try:
         results, exported = (json.loads((folder / name).read_text()) for name in (RESULTS, "export.json"))
         figures = {name: results[name] for name in METRICS}
     except (FileNotFoundError, KeyError, ValueError):
         return None
     same = results["model"]["checksum"] == exported["checksum"] and all(
-        figure["num_images"] == options.num_images and figure["made_by"]["sampling"]["num_inference_steps"] == steps
+        figure["made_by"][kind].get(name) == value
         for figure in figures.values()
+        for kind, values in asked.items()
+        for name, value in values.items()
+        if name not in ANYHOW
     )
     return figures if same else None
 

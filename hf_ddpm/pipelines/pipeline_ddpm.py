@@ -38,6 +38,16 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
             `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`.
         id2label: Names of the classes of a conditioned network by number, which JSON has as text. If the network has
             one embedding more, that one stands for no class.
+
+    Example:
+        Of a network that is not trained, in two steps; `from_pretrained` loads one that is.
+
+        >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 16), norm_num_groups=4,
+        ...                    down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+        >>> pipe = DDPMPipeline(unet, DDPMScheduler())
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe(batch_size=3, generator=torch.Generator().manual_seed(0), num_inference_steps=2).images[0].size
+        (8, 8)
     """
 
     unet: Any

@@ -55,6 +55,15 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
     Raises:
         ValueError: If an option is not allowed.
+
+    Example:
+        >>> scheduler = DDPMScheduler(timestep_spacing="trailing")
+        >>> scheduler.set_timesteps(4)
+        >>> scheduler.timesteps
+        tensor([999, 749, 499, 249])
+        >>> x_t, noise = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
+        >>> scheduler.step(noise, 249, x_t).pred_original_sample.abs().max()
+        tensor(0.)
     """
 
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]

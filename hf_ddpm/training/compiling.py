@@ -11,13 +11,14 @@ from hf_ddpm.training.randomness import draw, dropout_masks
 TOLERANCES = {"no": 1e-2, "bf16": 0.2, "fp16": 0.1}
 
 
-def compile_network(unet: UNet2DModel, accelerator: Accelerator, batch: int) -> None:
+def compile_network(unet: UNet2DModel, accelerator: Accelerator, batch: int, shape: tuple[int, ...]) -> None:
     """Compiles a network in place: its parameters and their names stay.
 
     Args:
         unet: The network, in training.
         accelerator: Says how passes are made.
         batch: Images a pass, for which the code is made.
+        shape: Theirs, `(C, H, W)`.
 
     Raises:
         FloatingPointError: If the gradients of the compiled network are not those of the network.
@@ -26,9 +27,9 @@ def compile_network(unet: UNet2DModel, accelerator: Accelerator, batch: int) -> 
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))  # the paper's initialization has gradients of zero
-    eager = _gradients(unet, accelerator, batch)
+    eager = _gradients(unet, accelerator, batch, shape)
     unet.compile()
-    compiled = _gradients(unet, accelerator, batch)
+    compiled = _gradients(unet, accelerator, batch, shape)
     with torch.no_grad():
         for parameter, value in zip(unet.parameters(), kept, strict=True):
             parameter.copy_(value)
@@ -48,11 +49,9 @@ def compile_network(unet: UNet2DModel, accelerator: Accelerator, batch: int) -> 
         )
 
 
-def _gradients(unet: UNet2DModel, accelerator: Accelerator, batch: int) -> list[Tensor]:
+def _gradients(unet: UNet2DModel, accelerator: Accelerator, batch: int, shape: tuple[int, ...]) -> list[Tensor]:
     """Returns the gradients of Eq. 14 on noise: any input will do."""
-    size = unet.config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    draws = draw(0, 0, range(batch), (unet.config["in_channels"], height, width), 1000, accelerator.device)
+    draws = draw(0, 0, range(batch), shape, 1000, accelerator.device)
     classes = draws.t.clamp(max=0) if unet.config["num_class_embeds"] else None
     unet.train()
     unet.draw_dropout(dropout_masks(0, 0, range(batch)))

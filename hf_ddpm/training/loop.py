@@ -123,7 +123,7 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
         run.scheduler.diffusion,
     )
     if config.compile:
-        compile_network(run.unet, accelerator, config.train_batch_size)
+        compile_network(run.unet, accelerator, config.train_batch_size, images.shape)
     network, optimizer = accelerator.prepare(run.unet, run.optimizer)
     network.train()
     weights = list(network.parameters())

@@ -14,7 +14,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 RUN = """
 import json, os, shutil, sys, time
 from pathlib import Path
-from hf_ddpm.hub.push import BackgroundPush
+from hf_ddpm.hub.background import BackgroundPush
 
 folder, hub = Path(sys.argv[1]), Path(sys.argv[2])
 said = []

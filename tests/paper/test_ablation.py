@@ -9,7 +9,7 @@ from PIL import Image
 
 from hf_ddpm.config import parse_config
 from hf_ddpm.diffusion.losses import Objective
-from hf_ddpm.paper.ablation import RESULTS, ROWS, AblationConfig, ablation, agreement, outcome, spread
+from hf_ddpm.paper.ablation import RESULTS, ROWS, AblationConfig, ablation, agreement, evaluated, outcome, spread
 from tests.conftest import load_script
 
 TINY = """
@@ -94,6 +94,14 @@ def test_what_is_trained_is_not_trained_again(done, train):
     before = (done / "ablation.md").read_text()
     ablation(options(done), lambda script, words: pytest.fail("it is there"))
     assert (done / "ablation.md").read_text() == before
+
+
+def test_figures_of_other_requests_are_not_taken(done):
+    for more, others in [("", {}), ("eval_split: validation", {}), ("eval_extractor: org/model", {}),
+                         ("", {"num_images": 9}), ("", {"num_inference_steps": 3})]:  # fmt: skip
+        asked = options(done, more, **others)
+        found = evaluated(asked, asked.folder("mean-fixed", 3), parse_config(asked.words("mean-fixed", 3)))
+        assert (found is None) == bool(more or others)
 
 
 def test_runs_of_other_options_are_refused(done):

@@ -177,7 +177,7 @@ def test_any_image_model_extracts(main, words, dinov2, tmp_path):
         ("--metrics fd,fvd", "metrics='fvd' is not allowed: any of fd, kid, is, pr, nll, with commas"),
         ("--metrics fd, ", "metrics='' is not allowed"),
         ("--extractor no/such/model", "extractor 'no/such/model' is not allowed: digits, inception, or a model"),
-        ("--extractor digits --extractor_weights x", "weights='x' is not allowed with extractor 'digits'"),
+        ("--extractor digits --extractor_weights x", "extractor_weights='x' is not allowed: only of inception"),
         ("--num_images 900", "num_images=900 is not allowed: at most the 899 of 'digits' in split 'test', or --floor"),
         ("--num_images 1 --metrics fd", "num_images=1 is not allowed: at least 2 for fd"),
         ("--num_images 1 --metrics kid", "num_images=1 is not allowed: at least 2 for kid"),
