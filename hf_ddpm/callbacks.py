@@ -20,10 +20,10 @@ from hf_ddpm.hub.background import BackgroundPush
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import check_push
 from hf_ddpm.images import grid, save_picture, to_pil
+from hf_ddpm.lines import append_line, cut_lines, read_lines
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.sampling import Sampling, sample_images
 from hf_ddpm.training.loop import Callback, Run
-from hf_ddpm.training.progress import truncate
 from hf_ddpm.training.trackers import track_picture
 
 
@@ -47,13 +47,12 @@ class SampleGrid(Callback):
         training, accelerator = run.config.training, run.accelerator
         pipe = run.pipeline()
         pipe.set_progress_bar_config(desc="Sampling", leave=False, disable=not accelerator.is_main_process)
+        steps = training.num_inference_steps or len(run.scheduler)
         images = sample_images(
             pipe,
             range(training.num_samples)[accelerator.process_index :: accelerator.num_processes],
-            seed=training.seed,
-            num_inference_steps=training.num_inference_steps or len(run.scheduler),
+            Sampling(training.seed, steps, class_labels=list(run.class_names)),
             batch_size=training.train_batch_size,
-            class_labels=range(len(run.class_names)),
             device=accelerator.device,
         )
         in_order = sorted(gather_object(list(images)), key=lambda numbered: numbered[0])
@@ -105,8 +104,8 @@ class Evaluations(Callback):
             raise ValueError(f"eval_num_images={count} is not allowed: at least one for each of the {classes} classes")
         is_done = True
         if run.accelerator.is_main_process:
-            truncate(self.log, run.step)
-            is_done = run.step == 0 or run.step in [line["step"] for line in self._lines()]
+            cut_lines(self.log, run.step)
+            is_done = run.step == 0 or run.step in [line["step"] for line in read_lines(self.log)]
         (is_done,) = broadcast_object_list([is_done])
         if not is_done and run.step < run.config.training.max_train_steps:
             self.on_pause(run)
@@ -141,22 +140,18 @@ class Evaluations(Callback):
             options = asdict(self.evaluator.request) | asdict(self._sampling(run))
             request = {k: v for k, v in options.items() if k not in ("model", "samples", "batch_size", "output")}
             line = {"step": run.step, "request": request, **figures}
-            lines = self._lines()
+            lines = read_lines(self.log)
             rivals = [other for other in lines if other.get("request") == request and other["step"] != run.step]
             if all(self._is_as_good(line, other) for other in rivals):
                 self._keep(run, results)
             if run.step not in [other["step"] for other in lines]:
-                with self.log.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                append_line(self.log, line)
         numbers = {f"{name}/{key}": value for name, figure in figures.items() for key, value in figure.items()}
         run.accelerator.log(numbers, step=run.step)
 
     def _sampling(self, run: Run) -> Sampling:
         steps = run.config.evaluation.eval_inference_steps or len(run.scheduler)
         return Sampling(run.config.training.seed, steps, class_labels=list(run.class_names))
-
-    def _lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
     def _is_as_good(self, line: dict[str, Any], other: dict[str, Any]) -> bool:
         metric = self.evaluator.request.chosen[0]

@@ -13,7 +13,16 @@ from typing import Any, Literal
 import yaml
 
 from hf_ddpm.files import write_text
-from hf_ddpm.options import option, parse_first, parse_options, read_yaml, require, require_at_least
+from hf_ddpm.options import (
+    option,
+    parse_first,
+    parse_options,
+    read_yaml,
+    require,
+    require_at_least,
+    require_distinct,
+    require_value,
+)
 
 PRESETS = resources.files("hf_ddpm") / "presets"
 
@@ -159,7 +168,7 @@ class TrainingConfig:
         require(self, "adam_beta2", 0 <= self.adam_beta2 < 1, "in [0, 1)")
         decays = self.ema_decay
         require(self, "ema_decay", all(0 <= decay < 1 for decay in decays), "in [0, 1)")
-        require(self, "ema_decay", len(set(decays)) == len(decays), "different decays")
+        require_distinct(self, "ema_decay")
 
     def global_batch_size(self, processes: int) -> int:
         """Returns the images of an optimizer step, over all processes."""
@@ -340,6 +349,5 @@ def preset_names() -> list[str]:
 
 def preset_path(name: str) -> Any:
     """Returns the file of a preset, or raises a `ValueError` with those there are."""
-    if name not in preset_names():
-        raise ValueError(f"preset={name!r} is not allowed: one of {', '.join(preset_names())}")
+    require_value("preset", name, name in preset_names(), f"one of {', '.join(preset_names())}")
     return PRESETS / f"{name}.yaml"

@@ -16,7 +16,7 @@ from hf_ddpm.data.decoding import attempt
 from hf_ddpm.data.fitting import ImageFormat
 from hf_ddpm.images import grid, to_bytes, to_pil, to_signed
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
-from hf_ddpm.sampling import Sampling, draw
+from hf_ddpm.sampling import Sampling, sample_images
 from hf_ddpm.seeds import FIGURES, generator
 from hf_ddpm.watching import Moment, watch
 
@@ -100,7 +100,7 @@ class Demo:
         own = self._own_pipeline()
 
         def work(**options: Any) -> Tensor:
-            images = draw(own, numbers, sampling, batch_size=len(numbers), device=own.device, **options)
+            images = sample_images(own, numbers, sampling, batch_size=len(numbers), device=own.device, **options)
             return torch.stack([image for _, image in images])
 
         return watch(work)

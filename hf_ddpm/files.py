@@ -1,6 +1,7 @@
 """How a file is written that no reader, and no kill, ever finds half of; what others may read of paths and errors."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,15 +9,22 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(path: Path, writer: str = "") -> Iterator[Path]:
-    """Yields another path to write to, and puts what is there in the place of `path` if all went well.
+    """Yields another path to write to, and puts what is there in the place of `path` if all went well, else away.
 
     Args:
-        path: The file.
+        path: The file, or a folder.
         writer: Tells several writers of the file apart, who may be at it at once.
     """
     partial = path.with_name(f".{path.name}{writer}.partial")
-    yield partial
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

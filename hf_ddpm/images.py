@@ -46,6 +46,11 @@ def to_bytes(unit: Tensor) -> Tensor:
     return (unit * 255).round().to(torch.uint8)
 
 
+def bytes_to_unit(pixels: Tensor) -> Tensor:
+    """Returns bytes as unit images: 0 is 0, and 255 is 1."""
+    return pixels / 255
+
+
 def to_pil(pixels: Tensor) -> list[Image.Image]:
     """Returns bytes with 1, 3 or 4 channels as PIL images; other numbers of channels raise a `ValueError`."""
     if pixels.shape[1] not in MODES:

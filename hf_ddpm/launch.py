@@ -1,8 +1,7 @@
-"""How a script starts and ends."""
+"""How a script starts and ends, and which cores are its own."""
 
 import io
 import os
-import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -62,13 +61,6 @@ def use_own_cores() -> None:
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if is_launched and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(own_cores())
-
-
-def hardware(device: torch.device) -> str:
-    """Returns what a device is called."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, threads: {torch.get_num_threads()})"
 
 
 def own_cores() -> int:

@@ -61,7 +61,7 @@ def parse_options(argv: list[str], *parts: type, program: str | None = None) -> 
         ValueError: If an option is unknown or its value not allowed; one line.
     """
     parser = _Parser(parts, prog=program, allow_abbrev=False)
-    *options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    *options, unknown = parser.parse_args_into_dataclasses(argv, **_ASKED_FOR)
     if unknown:
         raise ValueError(f"unknown option {unknown[0]}: {_hint(unknown[0].lstrip('-'), parts, '--')}")
     return options
@@ -91,7 +91,7 @@ def parse_command(argv: list[str], commands: Mapping[str, tuple[type, ...]]) -> 
 def parse_first(argv: list[str], part: type) -> tuple[Any, list[str]]:
     """Reads the options that one dataclass declares; returns an instance of it and the words that are left."""
     parser = _Parser((part,), add_help=False, allow_abbrev=False)
-    options, left = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    options, left = parser.parse_args_into_dataclasses(argv, **_ASKED_FOR)
     return options, left
 
 
@@ -126,6 +126,10 @@ def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]
             raise ValueError(f"config {str(path)!r}: {name}={value!r} is not allowed: {what}")
         words[name] = None if value in ("", "~", "null") else value if isinstance(value, list) else [value]
     return words
+
+
+# No file beside the script, `train.args`, is read without being named.
+_ASKED_FOR: Any = {"return_remaining_strings": True, "look_for_args_file": False}
 
 
 class _Parser(HfArgumentParser):

@@ -106,55 +106,6 @@ def use_scheduler(pipe: DiffusionPipeline, name: str) -> None:
 
 
 def sample_images(
-    pipe: DiffusionPipeline,
-    ids: Sequence[int],
-    *,
-    seed: int,
-    num_inference_steps: int,
-    batch_size: int,
-    eta: float = 0.0,
-    class_labels: Sequence[int | str] = (),
-    guidance_scale: float = 1.0,
-    mixed_precision: str = "no",
-    device: torch.device | str = "cpu",
-    **call: Any,
-) -> Iterator[tuple[int, Tensor]]:
-    """Generates images by their numbers.
-
-    Args:
-        pipe: The pipeline, on `device`.
-        ids: Numbers of the images, at least 0.
-        seed: Which infinite row of images the numbers count.
-        num_inference_steps: Steps of the reverse process.
-        batch_size: Images at a time.
-        eta: Noise of a DDIM scheduler, in [0, 1].
-        class_labels: Numbers or names of classes that the images go through in turn, for a conditioned network.
-        guidance_scale: See `DDPMPipeline`.
-        mixed_precision: One of `PRECISIONS`: of the network's passes; the weights and the chain stay in float32.
-        device: Where noise is drawn; the numbers drawn differ between kinds of devices.
-        call: Further arguments of the pipeline's call, such as `callback_on_step_end`.
-
-    Yields:
-        The number of an image and the image, uint8, shape `(C, H, W)`, on the CPU.
-    """
-    kind, dtype = torch.device(device).type, PRECISIONS[mixed_precision]
-    for start in range(0, len(ids), batch_size):
-        chunk = ids[start : start + batch_size]
-        with torch.autocast(kind, dtype, enabled=mixed_precision != "no"):
-            unit = pipe(
-                batch_size=len(chunk),
-                generator=[generator(seed, SAMPLES, i, device=device) for i in chunk],
-                num_inference_steps=num_inference_steps,
-                output_type="pt",
-                eta=eta,
-                class_labels=[class_labels[i % len(class_labels)] for i in chunk] if class_labels else None,
-                guidance_scale=guidance_scale,
-                **call,
-            ).images
-        yield from zip(chunk, to_bytes(unit).cpu(), strict=True)
-
-
-def draw(
     pipe: DDPMPipeline,
     ids: Sequence[int],
     sampling: Sampling,
@@ -163,24 +114,41 @@ def draw(
     device: torch.device | str = "cpu",
     **call: Any,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Generates images of a `Sampling` by their numbers, as `sample_images` does; the pipeline keeps its scheduler."""
+    """Generates images by their numbers; the pipeline keeps its scheduler.
+
+    Args:
+        pipe: The pipeline, on `device`.
+        ids: Numbers of the images, at least 0.
+        sampling: Which infinite row of images the numbers count.
+        batch_size: Images at a time.
+        device: Where noise is drawn; the numbers drawn differ between kinds of devices.
+        call: Further arguments of the pipeline's call, such as `callback_on_step_end`.
+
+    Yields:
+        The number of an image and the image, uint8, shape `(C, H, W)`, on the CPU.
+
+    Raises:
+        ValueError: If the scheduler cannot walk the pipeline's process in that many steps.
+    """
     sampling.check(pipe)
+    labels, dtype = sampling.labels(pipe), PRECISIONS[sampling.mixed_precision]
     own_scheduler = pipe.scheduler
     use_scheduler(pipe, sampling.scheduler)
     try:
-        yield from sample_images(
-            pipe,
-            ids,
-            seed=sampling.seed,
-            num_inference_steps=sampling.num_inference_steps,
-            batch_size=batch_size,
-            eta=sampling.eta,
-            class_labels=sampling.labels(pipe),
-            guidance_scale=sampling.guidance_scale,
-            mixed_precision=sampling.mixed_precision,
-            device=device,
-            **call,
-        )
+        for start in range(0, len(ids), batch_size):
+            chunk = ids[start : start + batch_size]
+            with torch.autocast(torch.device(device).type, dtype, enabled=sampling.mixed_precision != "no"):
+                unit = pipe(
+                    batch_size=len(chunk),
+                    generator=[generator(sampling.seed, SAMPLES, i, device=device) for i in chunk],
+                    num_inference_steps=sampling.num_inference_steps,
+                    output_type="pt",
+                    eta=sampling.eta,
+                    class_labels=[labels[i % len(labels)] for i in chunk] if labels else None,
+                    guidance_scale=sampling.guidance_scale,
+                    **call,
+                ).images
+            yield from zip(chunk, to_bytes(unit).cpu(), strict=True)
     finally:
         pipe.scheduler = own_scheduler
 
@@ -194,7 +162,6 @@ def fill_folder(
     model: str,
     batch_size: int,
     state: PartialState | Accelerator,
-    called: str = "output",
 ) -> SampleFolder:
     """Generates the images of a folder that are not there yet; all processes are to call it.
 
@@ -206,21 +173,22 @@ def fill_folder(
         model: What the pipeline was loaded from, for the record.
         batch_size: Images at a time and process, at most those of a shard.
         state: The processes.
-        called: What the user calls the folder.
 
     Returns:
         The folder, with all of the images.
 
     Raises:
         ValueError: If it holds images of other settings or is in use, or an argument is not allowed.
+        OSError: If images that other processes made cannot be seen here.
     """
     sampling.check(pipe)
     folder = SampleFolder(path, sampling.settings(pipe, model, state.device))
     folder.check(free=["model"])
     state.wait_for_everyone()
     path.mkdir(parents=True, exist_ok=True)
-    with sole_run(path, called) if state.is_main_process else nullcontext():
+    with sole_run(path, "output") if state.is_main_process else nullcontext():
         if state.is_main_process:
+            folder.check(free=["model"])  # another run may have come between
             folder.bind()
         state.wait_for_everyone()
         parts = folder.missing(num_images)
@@ -248,7 +216,7 @@ def make_parts(
     """Generates the images of some of a folder's missing parts, and adds each part when it is whole."""
     for numbers in parts:
         images = []
-        for _, image in draw(pipe, numbers, sampling, batch_size=batch_size, device=device):
+        for _, image in sample_images(pipe, numbers, sampling, batch_size=batch_size, device=device):
             images.append(image)
             progress(1)
         folder.add(numbers, torch.stack(images))

@@ -18,6 +18,7 @@ from hf_ddpm.config import Config, parse_config
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.opening import open_images
 from hf_ddpm.launch import Interrupted, run_script, sole_run
+from hf_ddpm.lines import read_lines
 from hf_ddpm.training.build import build_process, build_run, check_same_step, start_accelerator
 from hf_ddpm.training.dry_run import estimate_cost
 from hf_ddpm.training.loop import Callback, Run, train
@@ -63,7 +64,12 @@ def main(argv: list[str]) -> int:
         is_evaluated = bool(config.evaluation.eval_metrics)
         evaluations = [Evaluations(config, accelerator, tell=tqdm.write)] if is_evaluated else []
         checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
-        run, images = start(config, accelerator, checkpoint, folder / "bad_images.jsonl")
+        is_told = accelerator.is_main_process or config.data.streaming  # each process streams images of its own
+        listed = folder / "bad_images.jsonl"
+        if checkpoint is None and accelerator.is_main_process:
+            listed.unlink(missing_ok=True)  # of another run
+        report = listed if is_told else None
+        run, images = start(config, accelerator, checkpoint, report)
         if checkpoint is not None:
             load_checkpoint(run, checkpoint)
         check_same_step(run)  # and all have read before the folder changes
@@ -94,8 +100,9 @@ def main(argv: list[str]) -> int:
         except Interrupted as interrupted:
             run.stopped_by = interrupted.number
         accelerator.end_training()
-    if images.skipped:
-        accelerator.print(f"{images.skipped:,} images could not be used: {folder / 'bad_images.jsonl'} lists them")
+    skipped = {(bad["file"], bad["row"]) for bad in read_lines(listed)}
+    if skipped:
+        accelerator.print(f"{len(skipped):,} images could not be used: {listed} lists them")
     if run.stopped_by is not None:
         accelerator.print(f"stopped at step {run.step}: with --resume latest the run goes on from its last checkpoint")
         return 128 + run.stopped_by

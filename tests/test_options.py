@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from hf_ddpm.options import option, parse_command
+from hf_ddpm.options import option, parse_command, parse_first, parse_options
 
 
 @dataclass
@@ -30,6 +30,12 @@ class Count:
 
 
 COMMANDS = {"draw-all": (Common, Draw), "count": (Common, Count)}
+
+
+def test_a_file_beside_the_script_is_not_read_without_being_named(tmp_path, monkeypatch):
+    (tmp_path / "draw.args").write_text("--size 7")
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "draw.py")])
+    assert parse_options([], Draw) == [Draw(1)] and parse_first([], Draw)[0] == Draw(1)
 
 
 def test_a_command_is_read_with_its_own_options():

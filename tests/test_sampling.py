@@ -17,7 +17,7 @@ import hf_ddpm.data.samples
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.data.samples import PictureFolder, SampleFolder, open_samples
 from hf_ddpm.launch import sole_run
-from hf_ddpm.sampling import Sampling, draw, fill_folder, make_parts, use_scheduler
+from hf_ddpm.sampling import Sampling, fill_folder, make_parts, sample_images, use_scheduler
 from tests.conftest import load_script
 
 ROOT = Path(__file__).parents[1]
@@ -47,11 +47,9 @@ def images(folder):
 @pytest.fixture(scope="module")
 def ten(trained, tmp_path_factory):
     """Ten images, made without any folder."""
-    from hf_ddpm.sampling import sample_images
-
     pipe = DDPMPipeline.from_pretrained(trained)
     pipe.set_progress_bar_config(disable=True)
-    made = sample_images(pipe, range(10), seed=0, num_inference_steps=4, batch_size=10)
+    made = sample_images(pipe, range(10), Sampling(0, 4), batch_size=10)
     return torch.stack([image for _, image in made])
 
 
@@ -87,11 +85,11 @@ def test_all_numbers_of_steps_that_are_allowed_make_images(tiny_unet, tmp_path, 
 
 def test_a_pipeline_keeps_its_scheduler_even_if_drawing_is_left(pipe):
     own, sampling = pipe.scheduler, Sampling(num_inference_steps=2, scheduler="ddim")
-    drawing = draw(pipe, range(4), sampling, batch_size=2)
+    drawing = sample_images(pipe, range(4), sampling, batch_size=2)
     assert next(drawing)[0] == 0 and type(pipe.scheduler).__name__ == "DDIMScheduler"
     drawing.close()
     assert pipe.scheduler is own
-    assert len(list(draw(pipe, range(4), sampling, batch_size=3))) == 4
+    assert len(list(sample_images(pipe, range(4), sampling, batch_size=3))) == 4
     assert pipe.scheduler is own
 
 
@@ -100,7 +98,7 @@ def test_low_precision_is_for_the_network_alone(pipe, ten):
     pipe.unet.conv_out.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     sampling = Sampling(num_inference_steps=4, mixed_precision="bf16")
     found = []
-    for _, image in draw(pipe, range(10), sampling, batch_size=4):
+    for _, image in sample_images(pipe, range(10), sampling, batch_size=4):
         assert not torch.is_autocast_enabled("cpu")  # whoever takes the images does not compute in it
         found.append(image)
     assert set(seen) == {torch.bfloat16} and pipe.unet.dtype == torch.float32
@@ -246,6 +244,15 @@ def test_the_script_writes_pictures_or_one_array(trained, ten, tmp_path):
     assert torch.equal(images(PictureFolder(tmp_path)), ten) and type(open_samples(tmp_path)) is SampleFolder
     with pytest.raises(ValueError, match="it is a file, a folder is wanted"):
         main([*words, "--output", str(tmp_path / "grid.png")])
+
+
+def test_pictures_of_others_are_taken_as_they_look_or_refused(tmp_path):
+    Image.new("P", (4, 4)).save(tmp_path / "0.png", transparency=0)  # black, and transparent all over
+    (palette,) = images(PictureFolder(tmp_path))
+    assert palette.shape == (3, 4, 4) and (palette == 255).all()
+    Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match=r"0\.png cannot be used: it has more than 8 bits a channel"):
+        PictureFolder(tmp_path)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.streaming import open_stream
 from hf_ddpm.evaluation.nll import variational_bound
 from hf_ddpm.images import to_signed
-from hf_ddpm.launch import interrupt
+from hf_ddpm.launch import Interrupted
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
@@ -101,7 +101,7 @@ class Ours(Library):
         def lead(others: Callable[[], None]) -> None:
             train(run, images, [*callbacks, _Turns(options.steps_per_turn, others)])
             if run.stopped_by is not None:
-                interrupt(run.stopped_by, None)
+                raise Interrupted(run.stopped_by)
 
         return self.steps(lambda: lead(lambda: None), lead=lead, close=images.close)
 

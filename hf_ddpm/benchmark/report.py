@@ -11,9 +11,9 @@ import torch
 
 from hf_ddpm.benchmark.device import Rates
 from hf_ddpm.benchmark.timing import Timed, Work
-from hf_ddpm.evaluation.report import provenance
 from hf_ddpm.files import write_text
 from hf_ddpm.plots import save_curves
+from hf_ddpm.provenance import provenance
 
 Row = dict[str, Any]
 

@@ -43,7 +43,7 @@ class Party:
         self.name, self.kind, self.setting = name, LIBRARIES[name], setting
         self.compiled = compiled
         if not compiled:
-            self.name, self.setting = f"{name}, not compiled", setting.not_compiled()
+            self.name, self.setting = f"{name}, not compiled", setting.not_compiled
         self.library: Library | None = None
         self.error: str | None = None
         self.refusal: str | None = None

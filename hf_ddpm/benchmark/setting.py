@@ -59,8 +59,9 @@ class Setting:
         on_cpu = self.options.device == "cpu" or not torch.cuda.is_available()
         return Accelerator(cpu=on_cpu, mixed_precision=self.config.training.mixed_precision)
 
+    @cached_property
     def not_compiled(self) -> "Setting":
-        """Returns the same for networks that are not compiled."""
+        """The same for networks that are not compiled."""
         training = replace(self.config.training, compile=False)
         folder = self.folder / "not_compiled"
         folder.mkdir()

@@ -87,7 +87,7 @@ def fit(row: dict[str, Any] | None, form: ImageFormat) -> np.ndarray:
     if image.width < form.width or image.height < form.height:
         asked = f"{form.height}" if form.height == form.width else f"{form.height}x{form.width} (height x width)"
         raise ValueError(f"{image.width}x{image.height} is smaller than resolution={asked}")
-    image = _as_floats(image, form.channels) if form.deep else _as_bytes(image, form.channels)
+    image = _as_floats(image, form.channels) if form.deep else as_bytes(image, form.channels)
     if image.size != (form.width, form.height):
         image = _resize(image, form)
     if form.deep:
@@ -112,7 +112,12 @@ def crop_at(pixels: np.ndarray, form: ImageFormat, where: Sequence[float]) -> np
     return pixels[:, top : top + form.height, left : left + form.width]
 
 
-def _as_bytes(image: Image.Image, channels: int) -> Image.Image:
+def as_bytes(image: Image.Image, channels: int) -> Image.Image:
+    """Returns an image of 1, 3 or 4 channels of 8 bits, transparency laid on white unless there are 4.
+
+    Raises:
+        ValueError: If it has more bits.
+    """
     # Always before resizing: the indices of a palette must not be interpolated.
     if image.mode.startswith(DEEP_MODES):
         raise ValueError(
@@ -129,7 +134,7 @@ def _as_bytes(image: Image.Image, channels: int) -> Image.Image:
 
 def _as_floats(image: Image.Image, channels: int) -> Image.Image:
     if not image.mode.startswith(DEEP_MODES):
-        return Image.fromarray(np.asarray(_as_bytes(image, channels)).astype(np.float32) * 257)  # 255 becomes 65535
+        return Image.fromarray(np.asarray(as_bytes(image, channels)).astype(np.float32) * 257)  # 255 becomes 65535
     if image.mode == "F":
         raise ValueError("its pixels are floats (mode F), of which no white is known: save it as 16-bit integers")
     values = np.asarray(image)

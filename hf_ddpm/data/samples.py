@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hf_ddpm.data.fitting import as_bytes
 from hf_ddpm.files import one_line, write_text, written_whole
 from hf_ddpm.images import MODES, from_pil, grid, save_picture, to_pil
 
@@ -189,9 +190,12 @@ class PictureFolder:
     def _load(file: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
-                return from_pil(image, {mode: channels for channels, mode in MODES.items()}.get(image.mode, 3))
+                channels = {mode: channels for channels, mode in MODES.items()}.get(image.mode, 3)
+                return from_pil(as_bytes(image, channels), channels)
         except OSError as error:
             raise ValueError(f"{file} is no picture: {one_line(error)}") from error
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be used: {error}") from error
 
 
 def open_samples(path: Path) -> SampleFolder | PictureFolder:

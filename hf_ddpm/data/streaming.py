@@ -1,12 +1,7 @@
 """Images of a set larger than memory and disk: read, decoded and shuffled as they are needed."""
 
-import json
-import os
-import signal
-import threading
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from hf_ddpm.data.batches import Batch, crop_places
+from hf_ddpm.data.decoders import Place, decoding
 from hf_ddpm.data.decoding import BadImage, attempt
 from hf_ddpm.data.fitting import ImageFormat, crop_at
 from hf_ddpm.data.labels import find_class_column, find_classes
@@ -26,11 +21,10 @@ from hf_ddpm.data.sources import find_image_column, find_shards
 from hf_ddpm.data.windows import LoadedWindow, WindowReader
 from hf_ddpm.files import one_line
 from hf_ddpm.launch import own_cores
+from hf_ddpm.lines import append_line, read_lines
 
 # More decoding processes are not started unless asked for.
 MOST_WORKERS = 8
-
-Place = Sequence[float]
 
 
 class Pick(NamedTuple):
@@ -61,7 +55,7 @@ class ImageStream:
     Attributes:
         shape: Shape `(C, H, W)` of an image.
         class_names: Names of the classes; empty if none were asked for.
-        skipped: Images that could not be used, so far and in this process.
+        skipped: Images that could not be used, so far: those of the report, and those that this process has met.
     """
 
     def __init__(
@@ -78,11 +72,11 @@ class ImageStream:
         self.shape = form.shape
         self.class_names = reader.classes.names if reader.classes else ()
         self.skip_bad_images, self.report = skip_bad_images, report
-        self._known_bad: set[tuple[str, int]] = set()
+        self._known_bad = {(bad["file"], bad["row"]) for bad in read_lines(report)} if report is not None else set()
         self._next: tuple[int, slice] | None = None
         self._jobs = _Jobs(reader, form)
         count = min(own_cores(), MOST_WORKERS) if workers is None else workers
-        self._loader = _loader(form, self._jobs, count)
+        self._loader = decoding(form, self._jobs, count)
         self._decoded: Iterator[Any] | None = None
 
     def __len__(self) -> int:
@@ -91,7 +85,7 @@ class ImageStream:
 
     @property
     def skipped(self) -> int:
-        """The number of images that could not be used, so far and in this process."""
+        """The number of images that could not be used, so far."""
         return len(self._known_bad)
 
     def batch(self, step: int, rows: slice) -> Batch:
@@ -120,7 +114,7 @@ class ImageStream:
     def close(self) -> None:
         """Ends the processes and threads."""
         self._decoded = self._next = None
-        self._loader = _loader(self.form, self._jobs, 0)  # the workers end with the loader that has them
+        self._loader = decoding(self.form, self._jobs, 0)  # the workers end with the loader that has them
         self._jobs.under_way.clear()
         self.reader.close()
 
@@ -154,8 +148,7 @@ class ImageStream:
         if key not in self._known_bad:
             self._known_bad.add(key)
             if self.report is not None:
-                with self.report.open("a", encoding="utf-8") as report:
-                    report.write(json.dumps(asdict(bad)) + "\n")
+                append_line(self.report, asdict(bad))
 
 
 def open_stream(
@@ -262,52 +255,3 @@ class _Jobs:
             return [(0.0, 0.0)] * count
         lanes = self.reader.lanes
         return crop_places(lanes.seed, step, lanes.batch_size)[self.rows].tolist()
-
-
-class _Decoder(Dataset[Any]):
-    """Decodes what it is given as an index: the rows of a batch."""
-
-    def __init__(self, form: ImageFormat):
-        self.form = form
-
-    def __getitem__(self, job: tuple[list[dict[str, Any] | None], list[Place]]) -> tuple[np.ndarray, list[Any]]:
-        images = np.zeros((len(job[0]), *self.form.shape), self.form.dtype)
-        bad = []
-        for row, (encoded, place) in enumerate(zip(*job, strict=True)):
-            image = attempt(encoded, self.form)
-            if isinstance(image, str):
-                bad.append((row, image))
-            else:
-                images[row] = crop_at(image, self.form, place)
-        return images, bad
-
-
-def _loader(form: ImageFormat, jobs: _Jobs, workers: int) -> DataLoader[Any]:
-    return DataLoader(
-        _Decoder(form),
-        batch_size=None,
-        sampler=jobs,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_serve_parent if workers else None,
-        persistent_workers=workers > 0,
-        generator=torch.Generator(),  # the global one is not touched
-    )
-
-
-def _as_it_is(decoded: Any) -> Any:
-    return decoded  # as numpy, which travels by pipe: tensors would need shared memory, of which containers have little
-
-
-def _serve_parent(worker: int) -> None:
-    """Leaves signals to the parent, and ends with it: killed, it could not say so, and its pipes stay open here."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # a whole process group is told, and the parent needs its last batch
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

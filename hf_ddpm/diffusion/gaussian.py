@@ -34,9 +34,9 @@ class GaussianDiffusion:
         betas: The variances :math:`\beta_t` in (0, 1], shape `(T,)`.
 
     Attributes:
-        betas: :math:`\beta_t`.
-        alphas_cumprod: :math:`\bar\alpha_t = \prod_{s \le t} (1 - \beta_s)`.
-        timesteps: What the network is shown at index `t`, int64; `t` itself unless the process is respaced.
+        betas: :math:`\beta_t`, float64, shape `(T,)`, on the CPU as all tables.
+        alphas_cumprod: :math:`\bar\alpha_t = \prod_{s \le t} (1 - \beta_s)`, float64, shape `(T,)`.
+        timesteps: What the network is shown at index `t`, int64, shape `(T,)`; `t` itself unless respaced.
 
     Raises:
         ValueError: If a variance lies outside (0, 1].
@@ -163,7 +163,7 @@ class GaussianDiffusion:
             output: What the network says about the variance, shape of `like`; for the learned ones.
 
         Returns:
-            The log-variance in nats, broadcastable to `like`.
+            The natural logarithm of the variance, broadcastable to `like`.
 
         Raises:
             ValueError: If `variance_type` is not allowed, or `output` is missing.
@@ -288,35 +288,3 @@ class GaussianDiffusion:
         if key not in self._on_device:
             self._on_device[key] = table.to(device=key[1], dtype=key[2])
         return self._on_device[key][t].view(-1, *[1] * (like.ndim - 1))
-
-
-def dynamic_threshold(x_start: Tensor, ratio: float, max_value: float) -> Tensor:
-    r"""Pulls over-saturated images back into [-1, 1] (Saharia et al. 2022, Section 2.3).
-
-    With :math:`s` the `ratio` quantile of the absolute pixel values of an image, kept within [1, `max_value`], the
-    image is clipped to :math:`[-s, s]` and divided by :math:`s`.
-
-    Args:
-        x_start: Estimated images, float32 or float64, shape `(B, C, H, W)`.
-        ratio: Quantile in [0, 1].
-        max_value: Largest allowed :math:`s`, at least 1.
-
-    Returns:
-        Images in [-1, 1], same shape.
-    """
-    s = torch.quantile(x_start.abs().flatten(1), ratio, dim=1).clamp(1, max_value)
-    s = s.view(-1, *[1] * (x_start.ndim - 1))
-    return x_start.clamp(-s, s) / s
-
-
-def output_channels(channels: int, variance_type: str) -> int:
-    """Returns the number of channels of a network for images of so many: twice that with a learned variance."""
-    return channels * (2 if variance_type in LEARNED else 1)
-
-
-def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """Splits a network's output into its prediction and, where there are twice the channels, its variance output."""
-    if output.shape[1] == channels:
-        return output, None
-    prediction, variance_output = output.chunk(2, dim=1)
-    return prediction, variance_output

@@ -16,12 +16,13 @@ from hf_ddpm.evaluation.comparison import compare
 from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.nll import classes_for, variational_bound
 from hf_ddpm.evaluation.reference import fingerprint
-from hf_ddpm.evaluation.report import METRIC_SEED, provenance, record
+from hf_ddpm.evaluation.report import METRIC_SEED, record
 from hf_ddpm.evaluation.request import EvaluateConfig
 from hf_ddpm.files import public_name
 from hf_ddpm.images import save_picture
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+from hf_ddpm.provenance import provenance
 from hf_ddpm.sampling import Sampling, fill_folder
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -56,6 +57,16 @@ class Evaluator:
         """Returns on how many images to evaluate; `samples` is how many were generated, if they were."""
         held_out, reference = (None if found is None else len(found) for found in (self.held_out, self.reference))
         return self.request.count(held_out, reference, samples)
+
+    @property
+    def processes(self) -> Processes:
+        """The processes, as those who extract features take them."""
+        return Processes(self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.gather)
+
+    @property
+    def for_floor(self) -> ImageStore | None:
+        """The real images that the floor of a distance is of, if there is to be one."""
+        return self.held_out if self.request.floor else None
 
     def evaluate(
         self,
@@ -107,11 +118,10 @@ class Evaluator:
             if images is None:
                 images = self._sample(pipe, sampling, output, count)
             made_by = {"samples": str(images.path), "sampling": getattr(images, "settings", None)}
-            accelerator = self.accelerator
-            processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.gather)
-            held_out = self.held_out if self.request.floor else None
             assert self.reference is not None
-            figures, picture = compare(self.request, self.extractor, images, self.reference, held_out, count, processes)
+            figures, picture = compare(
+                self.request, self.extractor, images, self.reference, self.for_floor, count, self.processes
+            )
             if picture is not None:
                 save_picture(picture, output.with_name(f"{output.stem}_nearest.png"))
             yield {name: figure | {"made_by": made_by | figure["made_by"]} for name, figure in figures.items()}

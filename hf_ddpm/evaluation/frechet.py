@@ -10,14 +10,14 @@ images, about as 1/n: only distances from equally many images are comparable.
 import math
 import operator
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from hf_ddpm.evaluation.rows import check_features, check_same_width, in_parts
+from hf_ddpm.evaluation.rows import check_features, check_same_width
 
 # Features become whole multiples of 2^-28, of at most 40 bits: two limbs of 20 bits. A product of limbs has 40 bits,
 # so that float64 adds up 2^12 of them, and int64 2^21, without rounding.
@@ -66,7 +66,7 @@ class Moments:
         width = 2 * features.shape[1]
         products = torch.zeros(width, width, dtype=torch.int64, device=features.device)
         sums = torch.zeros(width, dtype=torch.int64, device=features.device)
-        for rows in in_parts(features, ROWS_AT_A_TIME):
+        for rows in torch.split(features, ROWS_AT_A_TIME):
             whole = (rows.double() * 2**FRACTION_BITS).round()
             high = (whole / 2**LIMB_BITS).round()
             limbs = torch.cat([high, whole - high * 2**LIMB_BITS], dim=1)
@@ -78,10 +78,6 @@ class Moments:
         """Returns the moments of both sets of features together, exactly."""
         check_same_width(self.width, other.width)
         return Moments(self.count + other.count, self.sums + other.sums, self.products + other.products)
-
-    def summed(self, add_up: Callable[[Tensor], Tensor]) -> "Moments":
-        """Returns the moments over all processes; `add_up` does it for an int64 tensor."""
-        return Moments(*(add_up(value) for value in vars(self).values()))
 
     @property
     def width(self) -> int:

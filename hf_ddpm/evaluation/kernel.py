@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from hf_ddpm.evaluation.rows import check_pair, in_parts
+from hf_ddpm.evaluation.rows import check_pair
 from hf_ddpm.seeds import METRIC_ORDER, generator
 
 ROWS_AT_A_TIME = 1024
@@ -70,7 +70,7 @@ def kernel_distance(
     shuffled = []
     for place, rows in enumerate((features, reference)):
         order = torch.randperm(len(rows), generator=generator(seed, METRIC_ORDER, place))
-        shuffled.append(in_parts(rows[order.to(rows.device)], block_size)[:blocks])
+        shuffled.append(torch.split(rows[order.to(rows.device)], block_size)[:blocks])
     estimates = torch.tensor([squared_mmd(x, y) for x, y in zip(*shuffled, strict=True)], dtype=torch.float64)
     return estimates.mean().item(), estimates.std().item() / math.sqrt(blocks)
 
@@ -81,7 +81,7 @@ def _mean_of_pairs(x: Tensor) -> float:
 
 
 def _kernel_sum(x: Tensor, y: Tensor) -> float:
-    return math.fsum(_kernel(rows @ y.T, x.shape[1]).sum().item() for rows in in_parts(x, ROWS_AT_A_TIME))
+    return math.fsum(_kernel(rows @ y.T, x.shape[1]).sum().item() for rows in torch.split(x, ROWS_AT_A_TIME))
 
 
 def _kernel(inner_products: Tensor, width: int) -> Tensor:

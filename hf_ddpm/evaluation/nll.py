@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_ddpm.data.store import ImageStore
-from hf_ddpm.diffusion.gaussian import split_output
 from hf_ddpm.diffusion.likelihood import bound_nats, prior_nats
+from hf_ddpm.diffusion.outputs import split_output
 from hf_ddpm.images import to_signed
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler

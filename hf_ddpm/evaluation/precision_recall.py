@@ -7,7 +7,7 @@ member. Precision is the fraction of generated images in the region of the real 
 import torch
 from torch import Tensor
 
-from hf_ddpm.evaluation.rows import check_pair, in_parts
+from hf_ddpm.evaluation.rows import check_pair
 
 ROWS_AT_A_TIME = 1024
 
@@ -61,7 +61,7 @@ def nearest(features: Tensor, reference: Tensor, k: int = 1) -> tuple[Tensor, Te
     y = reference.double()
     found = [
         _squared_distances(rows.double(), y).topk(k, dim=1, largest=False)
-        for rows in in_parts(features, ROWS_AT_A_TIME)
+        for rows in torch.split(features, ROWS_AT_A_TIME)
     ]
     return torch.cat([part.values for part in found]).sqrt(), torch.cat([part.indices for part in found])
 
@@ -71,7 +71,8 @@ def _fraction_inside(features: Tensor, reference: Tensor, k: int) -> float:
     radii = nearest(reference, reference, k + 1)[0][:, -1]
     y = reference.double()
     inside = [
-        (_squared_distances(rows.double(), y).sqrt() <= radii).any(dim=1) for rows in in_parts(features, ROWS_AT_A_TIME)
+        (_squared_distances(rows.double(), y).sqrt() <= radii).any(dim=1)
+        for rows in torch.split(features, ROWS_AT_A_TIME)
     ]
     return torch.cat(inside).double().mean().item()
 

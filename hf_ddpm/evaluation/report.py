@@ -1,19 +1,14 @@
 """From features to figures, each with its number of images and what real images score; and `results.json`."""
 
 import json
-import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
 
-import hf_ddpm
 from hf_ddpm.data.sources import choose
 from hf_ddpm.evaluation.features import Extracted
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
@@ -21,7 +16,6 @@ from hf_ddpm.evaluation.inception_score import inception_score
 from hf_ddpm.evaluation.kernel import kernel_distance, squared_mmd
 from hf_ddpm.evaluation.precision_recall import precision_recall
 from hf_ddpm.files import write_text
-from hf_ddpm.launch import hardware
 
 # Blocks of the kernel distance, as is usual; from fewer images than two of them it is taken over all pairs.
 KERNEL_BLOCK = 1000
@@ -84,34 +78,6 @@ def summary(figures: Mapping[str, Mapping[str, Any]]) -> str:
         elif name == "nll":
             parts.append(f"nll {figure['total_bpd']:.4g} bits/dim")
     return ", ".join(parts)
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Returns what computed a figure, and when."""
-    return {
-        "versions": {
-            "hf_ddpm": hf_ddpm.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
-        "revision": revision(Path(hf_ddpm.__file__)),
-        "device": hardware(device),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def revision(file: Path) -> str | None:
-    """Returns the git revision of a file's checkout, with `-dirty` if it was changed; None if it is in none."""
-    # A file that is merely below a checkout, such as one in its virtual environment, is not of it.
-    for words in (["ls-files", "--error-unmatch", file.name], ["describe", "--always", "--dirty", "--abbrev=40"]):
-        try:
-            said = subprocess.run(["git", *words], cwd=file.parent, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if said.returncode:
-            return None
-    return said.stdout.strip() or None
 
 
 def read_results(path: Path) -> dict[str, Any]:

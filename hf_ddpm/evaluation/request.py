@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hf_ddpm.config import Config
 from hf_ddpm.evaluation.features import Extractor
@@ -50,7 +50,7 @@ class EvaluateConfig:
         require_at_least(self, 1, "num_images", "batch_size")
         require(self, "output", not Path(self.output).is_dir(), "it is a folder, a file is wanted")
         if self.levels is None:
-            self.levels = 17 if self.dataset == "digits" else 256
+            self.levels = default_levels(self.dataset)
         most = 256 if self.compared else 65536
         hint = " with metrics that compare images" if self.compared else ""
         require(self, "levels", 2 <= self.levels <= most, f"2 to {most}{hint}")
@@ -138,20 +138,33 @@ class TrainingRequest(EvaluateConfig):
 
 def training_request(config: Config) -> EvaluateConfig:
     """Returns what `scripts/evaluate.py` would be asked for by the options of a run in training."""
-    data, options = config.data, config.evaluation
+    options = config.evaluation
     return TrainingRequest(
-        dataset=data.dataset,
         model=config.training.output_dir,
-        reference_split=data.split,
-        split=options.eval_split,
-        floor=options.eval_floor,
-        image_column=data.image_column,
-        class_column=data.class_column,
-        skip_bad_images=data.skip_bad_images,
         metrics=options.eval_metrics,
-        extractor=options.eval_extractor,
         num_images=options.eval_num_images,
-        levels=data.levels,
         steps_per_image=options.eval_steps_per_image,
         batch_size=config.training.train_batch_size,
+        **real_images(config),
     )
+
+
+def default_levels(dataset: str | None) -> int:
+    """Returns how many evenly spaced values a pixel of a data set takes, unless told."""
+    return 17 if dataset == "digits" else 256
+
+
+def real_images(config: Config) -> dict[str, Any]:
+    """Returns the options of an `EvaluateConfig` that say by which real images, and how, a run is measured."""
+    data, options = config.data, config.evaluation
+    return {
+        "dataset": data.dataset,
+        "reference_split": data.split,
+        "split": options.eval_split,
+        "floor": options.eval_floor,
+        "image_column": data.image_column,
+        "class_column": data.class_column,
+        "skip_bad_images": data.skip_bad_images,
+        "levels": data.levels,
+        "extractor": options.eval_extractor,
+    }

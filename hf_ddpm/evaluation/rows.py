@@ -1,4 +1,4 @@
-"""Features as rows, one an image: how they are taken in parts, and unusable ones refused."""
+"""Features as rows, one an image: unusable ones are refused."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,6 @@ from torch import Tensor
 from hf_ddpm.diffusion.checks import check_one_of
 
 DTYPES = ("float32", "float64")
-
-
-def in_parts(rows: Tensor, size: int) -> list[Tensor]:
-    """Returns consecutive parts of at most `size` rows, without copying."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def check_features(name: str, features: Tensor, at_least: int = 1) -> None:

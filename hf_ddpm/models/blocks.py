@@ -1,11 +1,10 @@
-"""The parts of the U-Net: residual block, attention, resampling, and the stages that they make up.
+"""The parts of the U-Net: residual block, attention, resampling.
 
 The attribute names are the keys of the checkpoints of diffusers, and the order of construction and of registration
 is that of its U-Net: the same seed gives the same weights, and `parameters()` the same list.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,162 +156,6 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Maps `(B, C, H, W)` to `(B, C, 2H, 2W)`, whatever the time."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Stage(nn.Module):
-    """What the stages of the U-Net share: their parts, and gradient checkpointing of the residual blocks."""
-
-    _gradient_checkpointing_func: Callable[..., Tensor]
-
-    def __init__(self, resnets: list[ResnetBlock], attentions: list[Attention]):
-        super().__init__()
-        # Attentions are registered first: see the head of this file.
-        self.attentions = nn.ModuleList(attentions)
-        self.resnets = nn.ModuleList(resnets)
-        self.gradient_checkpointing = False
-
-    def attend(self, i: int, x: Tensor) -> Tensor:
-        """Applies the attention behind residual block `i`, if this stage has one."""
-        return self.attentions[i](x) if self.attentions else x
-
-    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """Calls a block, forgetting its activations until the backward pass if gradient checkpointing is on."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, *inputs)
-        return block(*inputs)
-
-
-class DownStage(Stage):
-    """One resolution on the way down: residual blocks, each perhaps followed by attention, then a downsampling.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of all outputs.
-        layers: Number of residual blocks.
-        head_dim: Channels of an attention head; None for no attention.
-        downsample: `conv`, `resnet`, or None at the lowest resolution.
-        padding: Padding of the convolution that downsamples.
-        time_dim, groups, eps, dropout, scale_shift: As in `ResnetBlock`.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        layers: int,
-        head_dim: int | None,
-        downsample: str | None,
-        padding: int,
-        groups: int,
-        eps: float,
-        **resnet: Any,
-    ):
-        resnets, attentions = [], []
-        for i in range(layers):
-            channels = in_channels if i == 0 else out_channels
-            resnets.append(ResnetBlock(channels, out_channels, groups=groups, eps=eps, **resnet))
-            if head_dim is not None:
-                attentions.append(Attention(out_channels, head_dim=head_dim, groups=groups, eps=eps))
-        super().__init__(resnets, attentions)
-        self.downsamplers = nn.ModuleList()
-        if downsample == "conv":
-            self.downsamplers.append(Downsample(out_channels, padding))
-        elif downsample == "resnet":
-            pool = nn.AvgPool2d(2)
-            block = ResnetBlock(out_channels, out_channels, groups=groups, eps=eps, resample=pool, **resnet)
-            self.downsamplers.append(block)
-
-    def forward(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """Maps `(B, C, H, W)` to every feature map on the way, for the skips; the last one goes on down."""
-        skips = []
-        for i, resnet in enumerate(self.resnets):
-            x = self.attend(i, self.run(resnet, x, emb))
-            skips.append(x)
-        for downsampler in self.downsamplers:
-            skips.append(downsampler(x, emb))
-        return skips
-
-
-class MidStage(Stage):
-    """The bottom: a residual block, attention, a residual block.
-
-    Args:
-        channels: Channels throughout.
-        head_dim: Channels of an attention head; None for no attention.
-        attn_groups: Groups of the normalization of the attention; none if None.
-        time_dim, groups, eps, dropout, scale_shift, scale: As in `ResnetBlock`.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        *,
-        head_dim: int | None,
-        attn_groups: int | None,
-        eps: float,
-        scale: float,
-        **resnet: Any,
-    ):
-        first = ResnetBlock(channels, channels, eps=eps, scale=scale, **resnet)
-        attentions = []
-        if head_dim is not None:
-            attentions.append(Attention(channels, head_dim=head_dim, groups=attn_groups, eps=eps, scale=scale))
-        super().__init__([first, ResnetBlock(channels, channels, eps=eps, scale=scale, **resnet)], attentions)
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Maps `(B, C, H, W)` to the same shape."""
-        x = self.attend(0, self.run(self.resnets[0], x, emb))
-        return self.run(self.resnets[1], x, emb)
-
-
-class UpStage(Stage):
-    """One resolution on the way up: residual blocks that each take in a skip, perhaps attention, then an upsampling.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        skip_channels: Channels of the skips, in the order in which they are taken in; one a residual block.
-        head_dim: Channels of an attention head; None for no attention.
-        upsample: `conv`, `resnet`, or None at the highest resolution.
-        time_dim, groups, eps, dropout, scale_shift: As in `ResnetBlock`.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        skip_channels: list[int],
-        head_dim: int | None,
-        upsample: str | None,
-        groups: int,
-        eps: float,
-        **resnet: Any,
-    ):
-        resnets, attentions = [], []
-        for i, skip in enumerate(skip_channels):
-            channels = in_channels if i == 0 else out_channels
-            resnets.append(ResnetBlock(channels + skip, out_channels, groups=groups, eps=eps, **resnet))
-            if head_dim is not None:
-                attentions.append(Attention(out_channels, head_dim=head_dim, groups=groups, eps=eps))
-        super().__init__(resnets, attentions)
-        self.upsamplers = nn.ModuleList()
-        if upsample == "conv":
-            self.upsamplers.append(Upsample(out_channels))
-        elif upsample == "resnet":
-            repeat = nn.Upsample(scale_factor=2.0, mode="nearest")
-            block = ResnetBlock(out_channels, out_channels, groups=groups, eps=eps, resample=repeat, **resnet)
-            self.upsamplers.append(block)
-
-    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
-        """Maps `(B, C, H, W)` upwards; takes its skips off the end of the list."""
-        for i, resnet in enumerate(self.resnets):
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = self.attend(i, self.run(resnet, x, emb))
-        for upsampler in self.upsamplers:
-            x = upsampler(x, emb)
-        return x
 
 
 def activate(x: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from hf_ddpm.models.blocks import DownStage, Dropout, MidStage, UpStage, activate
+from hf_ddpm.models.blocks import Dropout, activate
 from hf_ddpm.models.embeddings import TimestepEmbedding, sinusoidal
+from hf_ddpm.models.stages import DownStage, MidStage, UpStage
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")

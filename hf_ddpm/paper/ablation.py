@@ -14,12 +14,12 @@ import yaml
 
 from hf_ddpm.config import Config, EvaluationConfig, HubConfig, parse_config
 from hf_ddpm.data.samples import SampleFolder
-from hf_ddpm.evaluation.request import EvaluateConfig
+from hf_ddpm.evaluation.request import EvaluateConfig, real_images
 from hf_ddpm.files import write_text
-from hf_ddpm.images import save_picture
+from hf_ddpm.images import bytes_to_unit, save_picture
 from hf_ddpm.options import option, parse_options, require, require_at_least, require_distinct
 from hf_ddpm.paper.pictures import sheet
-from hf_ddpm.paper.study import table
+from hf_ddpm.paper.study import table, with_error
 from hf_ddpm.sampling import Sampling
 
 
@@ -54,7 +54,7 @@ METRICS = {"fd": "Frechet distance", "is": "Inception score"}
 SHOWN = 10
 
 # Options of an evaluation that its figures do not depend on.
-ANYHOW = ("model", "output", "batch_size", "compile")
+NOT_OF_FIGURES = ("model", "output", "batch_size", "compile")
 
 
 @dataclass
@@ -90,7 +90,7 @@ class AblationConfig:
             "max_train_steps": self.max_train_steps,
             "eval_metrics": "",
         }
-        return [*as_words(given), *ROWS[row].words]
+        return [*command_line(given), *ROWS[row].words]
 
     def sampling_steps(self, config: Config) -> int:
         """Returns the steps that a run is sampled in; more than its process has raise a `ValueError`."""
@@ -165,25 +165,19 @@ def outcome(folder: Path, steps: int) -> dict[str, Any] | None:
 
 def evaluation(options: AblationConfig, folder: Path, config: Config) -> list[str]:
     """Returns the command line of `scripts/evaluate.py` for a run."""
-    data = config.data
     given = {
+        **real_images(config),
         "model": folder,
         "output": folder / RESULTS,
         "metrics": ",".join(METRICS),
-        "dataset": data.dataset,
-        "reference_split": data.split,
-        "split": config.evaluation.eval_split,
-        "image_column": data.image_column,
-        "levels": data.levels,
-        "extractor": config.evaluation.eval_extractor,
         "num_images": options.num_images,
         "num_inference_steps": options.sampling_steps(config),
         "seed": config.training.seed,
     }
-    return as_words(given)
+    return command_line(given)
 
 
-def as_words(given: dict[str, Any]) -> list[str]:
+def command_line(given: dict[str, Any]) -> list[str]:
     """Returns options as the words of a command line; None is left to the default."""
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 
@@ -202,7 +196,7 @@ def evaluated(options: AblationConfig, folder: Path, config: Config) -> dict[str
         for figure in figures.values()
         for kind, values in asked.items()
         for name, value in values.items()
-        if name not in ANYHOW
+        if name not in NOT_OF_FIGURES
     )
     return figures if same else None
 
@@ -274,10 +268,7 @@ def text(figures: dict[str, Any]) -> str:
 
 def in_words(found: dict[str, float] | None) -> str:
     """Returns mean and standard deviation as text."""
-    if found is None:
-        return "-"
-    deviation = f" ± {found['standard_deviation']:.2g}" if "standard_deviation" in found else ""
-    return f"{found['mean']:.4g}{deviation}"
+    return "-" if found is None else with_error(found["mean"], found.get("standard_deviation"))
 
 
 def draw(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> None:
@@ -288,6 +279,6 @@ def draw(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> Non
         if finished:
             name = Path(finished[0]["fd"]["made_by"]["samples"]).name
             samples = SampleFolder.read(options.folder(row, finished[0]["seed"]) / "results_ablation_samples" / name)
-            rows.append((row, samples[torch.arange(min(SHOWN, len(samples)))] / 255))
+            rows.append((row, bytes_to_unit(samples[torch.arange(min(SHOWN, len(samples)))])))
     if rows:
         save_picture(sheet(rows, [""] * len(rows[0][1])), Path(options.output) / "ablation.png")

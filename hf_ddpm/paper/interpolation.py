@@ -70,7 +70,8 @@ def ends(study: Study, options: InterpolateConfig) -> list[Tensor]:
     """Returns the two images as signed images, shape `(1, C, H, W)`, on the CPU."""
     levels = study.levels
     if options.first is None or options.second is None:
-        images = study.images()
+        images = study.evaluator("nll").held_out
+        assert images is not None
         require(options, "rows", max(options.rows) < len(images), f"less than the {len(images)} of the split")
         return [to_signed(images[torch.tensor([row])], levels).cpu() for row in options.rows]
     channels, height, width = study.pipe.image_shape

@@ -12,7 +12,6 @@ from hf_ddpm.evaluation.collect import Images
 from hf_ddpm.evaluation.pictures import copied_fraction, nearest_picture
 from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.evaluation.report import METRIC_SEED
-from hf_ddpm.images import to_signed
 from hf_ddpm.options import option, require_at_least
 from hf_ddpm.paper.study import Study, table
 from hf_ddpm.paper.yardstick import Yardstick
@@ -75,7 +74,7 @@ def as_points(images: Images, numbers: Any) -> Tensor:
     parts = []
     for start in range(0, len(numbers), AT_A_TIME):
         pixels = images[torch.tensor(numbers[start : start + AT_A_TIME])]
-        small = F.adaptive_avg_pool2d(127.5 * (to_signed(pixels) + 1), (height, width))
+        small = F.adaptive_avg_pool2d(pixels.float(), (height, width))
         parts.append(small.flatten(1).cpu())
     return torch.cat(parts)
 

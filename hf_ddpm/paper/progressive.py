@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.images import to_bytes
+from hf_ddpm.images import bytes_to_unit, to_bytes
 from hf_ddpm.options import option, require, require_at_least
 from hf_ddpm.paper.pictures import Pictures, rmse, sheet
 from hf_ddpm.paper.study import Study, table
@@ -49,10 +49,10 @@ def progressive(study: Study, options: ProgressiveConfig) -> None:
     chosen = np.linspace(0, len(frames) - 1, min(options.columns, len(frames))).round().astype(int).tolist()
     moments = []
     for place in chosen:
-        moment = {"t": timesteps[place] + 1, "rmse": rmse(frames[place] / 255, frames[-1] / 255)}
+        moment = {"t": timesteps[place] + 1, "rmse": rmse(bytes_to_unit(frames[place]), bytes_to_unit(frames[-1]))}
         moments.append(moment | (yardstick(Pictures(frames[place])) if yardstick else {}))
 
-    shown = [frame[: options.shown] / 255 for frame in frames]
+    shown = [bytes_to_unit(frame[: options.shown]) for frame in frames]
     rows = [("", torch.stack([shown[place][image] for place in chosen])) for image in range(options.shown)]
     study.draw("progressive.png", sheet(rows, [f"t = {moment['t']}" for moment in moments]))
     study.animate(f"progressive.{options.animation}", shown)

@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_ddpm.diffusion.gaussian import LEARNED
 from hf_ddpm.options import option, require, require_at_least, require_distinct
-from hf_ddpm.paper.study import Study, table
+from hf_ddpm.paper.study import Study, table, with_error
 from hf_ddpm.paper.yardstick import Yardstick, what_was_compared
 from hf_ddpm.sampling import SCHEDULERS, Sampling, use_scheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
@@ -134,10 +134,10 @@ def text(rows: list[dict[str, Any]], made_by: dict[str, Any]) -> str:
     cells, notes = [], []
     for row in rows:
         points = {point["steps"]: point for point in row["points"]}
-        shown = [with_error(points[number]) if number in points else "" for number in columns]
+        shown = [in_words(points[number]) if number in points else "" for number in columns]
         cells.append([row["sampler"], *shown, row["fewest"] or "-"])
         notes += [f"- {row['sampler']}, {n} steps: {p['failed']}" for n, p in points.items() if "failed" in p]
-        more = max(point.get("evaluations", 0) - number for number, point in points.items())
+        more = max((point.get("evaluations", 0) - number for number, point in points.items()), default=0)
         notes += [f"- {row['sampler']} evaluates the network {more} times more than it takes steps"] if more > 0 else []
     full = rows[0]["points"][-1]
     best = min((row for row in rows if row["fewest"]), key=lambda row: row["fewest"])
@@ -153,12 +153,9 @@ def text(rows: list[dict[str, Any]], made_by: dict[str, Any]) -> str:
     )
 
 
-def with_error(point: dict[str, Any]) -> str:
-    """Returns a distance and its standard error as text."""
-    if "value" not in point:
-        return "-"
-    error = f" ± {point['standard_error']:.2g}" if "standard_error" in point else ""
-    return f"{point['value']:.4g}{error}"
+def in_words(point: dict[str, Any]) -> str:
+    """Returns the distance of a point as text."""
+    return with_error(point["value"], point.get("standard_error")) if "value" in point else "-"
 
 
 def caution(full: dict[str, Any]) -> str:

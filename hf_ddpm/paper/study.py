@@ -12,16 +12,15 @@ from torch import Tensor
 
 from hf_ddpm.config import parse_config
 from hf_ddpm.data.samples import SampleFolder
-from hf_ddpm.data.store import ImageStore, load_images
 from hf_ddpm.evaluation.evaluate import Evaluator
-from hf_ddpm.evaluation.report import provenance
-from hf_ddpm.evaluation.request import EvaluateConfig
+from hf_ddpm.evaluation.request import EvaluateConfig, default_levels, real_images
 from hf_ddpm.files import write_text, written_whole
 from hf_ddpm.images import grid, save_picture, to_bytes, to_pil
-from hf_ddpm.options import option, require, require_at_least
+from hf_ddpm.options import option, require, require_at_least, require_value
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.plots import Curve, save_curves
+from hf_ddpm.provenance import provenance
 from hf_ddpm.sampling import Sampling, fill_folder
 
 # How long a frame of an animation is shown.
@@ -59,13 +58,10 @@ class Subject:
         require_at_least(self, 2, "levels")
         run = Path(self.model) / "config.yaml"
         if self.dataset is None and run.is_file():
-            config = parse_config(["--config", str(run)])
-            data = config.data
-            self.dataset, self.image_column = data.dataset, self.image_column or data.image_column
-            self.class_column = self.class_column or data.class_column
-            self.split = self.split or config.evaluation.eval_split
-            self.reference_split = self.reference_split or data.split
-            self.levels = self.levels or data.levels
+            found = real_images(parse_config(["--config", str(run)]))
+            self.floor = self.floor and found.pop("floor")
+            for name, value in found.items():
+                setattr(self, name, getattr(self, name) or value)
         self.split, self.reference_split = self.split or "test", self.reference_split or "train"
 
 
@@ -98,28 +94,13 @@ class Study:
     @property
     def levels(self) -> int:
         """Values that a pixel of the data takes."""
-        return self.subject.levels or (17 if self.subject.dataset == "digits" else 256)
+        return self.subject.levels or default_levels(self.subject.dataset)
 
     def evaluator(self, metrics: str, num_images: int | None = None) -> Evaluator:
         """Returns what measures this model; arguments as in `request`, which are refused if they cannot be met."""
         evaluator = Evaluator(self.request(metrics, num_images), self.pipe.image_shape, self.accelerator)
         evaluator.count()
         return evaluator
-
-    def images(self, split: str | None = None) -> ImageStore:
-        """Returns real images, by default those of the held-out split."""
-        request = self.request("nll")
-        with self.accelerator.main_process_first():
-            return load_images(
-                request.dataset,
-                split=split or request.split,
-                column=request.image_column,
-                resolution=self.pipe.image_shape[1:],
-                channels=self.pipe.image_shape[0],
-                levels=self.levels,
-                skip_bad_images=request.skip_bad_images,
-                device=self.accelerator.device,
-            )
 
     def samples(self, count: int, sampling: Sampling) -> SampleFolder:
         """Returns generated images; a folder below `samples/` keeps them."""
@@ -136,9 +117,7 @@ class Study:
     def diffused(self, asked: Sequence[int]) -> list[int]:
         """Returns numbers of diffusion steps, the paper's `t`: those asked for, or else quarters of all."""
         total = len(self.pipe.scheduler)
-        for number in asked:
-            if not 1 <= number <= total:
-                raise ValueError(f"diffused={list(asked)} is not allowed: 1 to {total}")
+        require_value("diffused", list(asked), all(1 <= number <= total for number in asked), f"1 to {total}")
         return sorted(set(asked)) or [max(1, round(part * total / 4)) for part in (1, 2, 3, 4)]
 
     def draw(self, name: str, picture: Image.Image) -> None:
@@ -189,6 +168,11 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     lines = [[_cell(value) for value in row] for row in (head, *rows)]
     ruler = ["---" if isinstance(value, str) else "---:" for value in (rows[0] if rows else head)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ruler, *lines[1:]))
+
+
+def with_error(value: float, error: float | None) -> str:
+    """Returns a figure and its error as text."""
+    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
 
 
 def _cell(value: object) -> str:

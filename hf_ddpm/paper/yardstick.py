@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_ddpm.evaluation.collect import Images, Processes, extract
+from hf_ddpm.evaluation.collect import Images, extract
 from hf_ddpm.evaluation.comparison import real_features
 from hf_ddpm.evaluation.evaluate import Evaluator
 from hf_ddpm.evaluation.features import Extracted
@@ -31,15 +31,13 @@ class Yardstick:
     """
 
     def __init__(self, evaluator: Evaluator):
-        accelerator = evaluator.accelerator
         self.count = evaluator.count()
         self.extractor = evaluator.extractor
-        self._processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.gather)
-        request, reference = evaluator.request, evaluator.reference
+        self._processes = evaluator.processes
+        reference = evaluator.reference
         assert reference is not None
-        held_out = evaluator.held_out if request.floor else None
         self.known, self.made_by = real_features(
-            request, self.extractor, reference, held_out, self.count, self._processes
+            evaluator.request, self.extractor, reference, evaluator.for_floor, self.count, self._processes
         )
         self._reference = Moments.of(self.known[0])
 

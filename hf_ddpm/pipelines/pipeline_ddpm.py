@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from hf_ddpm.diffusion.checks import check_one_of
-from hf_ddpm.diffusion.gaussian import split_output
+from hf_ddpm.diffusion.outputs import split_output
 from hf_ddpm.files import one_line
 from hf_ddpm.images import OUTPUT_TYPES, as_output, to_unit
 from hf_ddpm.models.unet_2d import UNet2DModel

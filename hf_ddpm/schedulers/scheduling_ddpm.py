@@ -12,14 +12,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from hf_ddpm.diffusion.checks import check_one_of
-from hf_ddpm.diffusion.gaussian import (
-    PREDICTION_TYPES,
-    VARIANCE_TYPES,
-    GaussianDiffusion,
-    dynamic_threshold,
-    output_channels,
-    split_output,
-)
+from hf_ddpm.diffusion.gaussian import PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion
+from hf_ddpm.diffusion.outputs import dynamic_threshold, output_channels, split_output
 from hf_ddpm.diffusion.schedules import beta_schedule as named_beta_schedule
 from hf_ddpm.diffusion.schedules import rescale_zero_terminal_snr
 

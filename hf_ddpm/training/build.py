@@ -106,7 +106,7 @@ def build_run(
         scheduler=scheduler,
         objective=_objective(config, scheduler),
         class_names=images.class_names,
-        images=len(images),
+        num_images=len(images),
     )
 
 

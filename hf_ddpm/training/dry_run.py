@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hf_ddpm.config import EvaluationConfig
 from hf_ddpm.data.batches import BatchSource
-from hf_ddpm.launch import interrupt
+from hf_ddpm.launch import Interrupted
 from hf_ddpm.models.flops import count_flops
 from hf_ddpm.training.loop import Callback, Run, train
 
@@ -27,7 +28,7 @@ class _Clock(Callback):
 
 
 def estimate_cost(run: Run, images: BatchSource) -> dict[str, str]:
-    """Takes a few steps and returns lines to print; the run is of no further use."""
+    """Takes a few steps and returns lines to print, by name; the run is of no further use."""
     training, unet = run.config.training, run.unet
     x = torch.zeros(1, *images.shape, device=run.accelerator.device)
     classes = torch.zeros(1, dtype=torch.int64, device=x.device) if run.class_names else None
@@ -39,10 +40,10 @@ def estimate_cost(run: Run, images: BatchSource) -> dict[str, str]:
 
     clock = _Clock()
     short = replace(training, max_train_steps=WARM_UP + MEASURED, checkpointing_steps=WARM_UP + MEASURED)
-    trial = replace(run, config=replace(run.config, training=short))
+    trial = replace(run, config=replace(run.config, training=short, evaluation=EvaluationConfig()))
     train(trial, images, [clock])
     if trial.stopped_by is not None:
-        interrupt(trial.stopped_by, None)
+        raise Interrupted(trial.stopped_by)
     seconds = (clock.times[-1] - clock.times[WARM_UP - 1]) / MEASURED
 
     start = time.perf_counter()

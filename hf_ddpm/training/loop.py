@@ -32,7 +32,7 @@ class Run:
     Attributes:
         emas: Averages of the weights; the first is the one that counts.
         class_names: Names of the classes; empty for a network without.
-        images: Images of an epoch.
+        num_images: Images of an epoch.
         step: Optimizer steps done.
         losses: Losses of the last step, an image of this process each, on the device.
         t: Timesteps that they belong to.
@@ -48,7 +48,7 @@ class Run:
     scheduler: DDPMScheduler
     objective: Objective
     class_names: tuple[str, ...] = ()
-    images: int = 0
+    num_images: int = 0
     step: int = 0
     losses: Tensor = field(default_factory=lambda: torch.empty(0))
     t: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))

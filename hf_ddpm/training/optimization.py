@@ -22,5 +22,5 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def adam(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Returns Adam for a network: one kernel for all weights where the device has it."""
+    """Returns Adam for a network, whose step is one kernel for all weights."""
     return torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), fused=True)

@@ -1,13 +1,12 @@
 """What a person sees of a run: a bar on the terminal and lines in `metrics.jsonl`."""
 
-import json
 import time
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from hf_ddpm.files import write_text
+from hf_ddpm.lines import append_line, cut_lines
 from hf_ddpm.training.loop import Callback, Run
 
 
@@ -22,18 +21,23 @@ class Progress(Callback):
 
     def __init__(self, path: Path):
         self.path = path
+        self._rate, self._is_paused = 0.0, False
 
     def on_start(self, run: Run) -> None:
         """Cuts the file to the step resumed from, and opens the bar."""
         steps, is_main = run.config.training.max_train_steps, run.accelerator.is_main_process
         if is_main:
-            truncate(self.path, run.step)
+            cut_lines(self.path, run.step)
         self._bar = tqdm(total=steps, initial=run.step, desc="Training", unit="step", disable=not is_main)
-        self._restart(run)
+        self._restart()
 
     def on_step(self, run: Run) -> None:
         """Advances the bar; writes a line when one is due."""
         self._bar.update()
+        if self._is_paused:  # the time since is not that of this step
+            self._since, self._timed, self._is_paused = time.perf_counter(), 0, False
+        else:
+            self._timed += 1
         self._losses.append(run.losses)
         self._t.append(run.t)
         training = run.config.training
@@ -41,12 +45,16 @@ class Progress(Callback):
             return
         line = self._line(run)
         if run.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.path, line)
         run.accelerator.log({name: value for name, value in line.items() if value is not None}, step=run.step)
         self._bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
         run.check_finite()
-        self._restart(run)
+        self._restart()
+
+    def on_pause(self, run: Run) -> None:
+        """Lets what others do now, such as to evaluate, count as no time of a step."""
+        self._measure(run)
+        self._is_paused = True
 
     def on_end(self, run: Run) -> None:
         """Closes the bar before others show theirs."""
@@ -62,7 +70,7 @@ class Progress(Callback):
         quarter = t * 4 // len(run.scheduler)
         sums = losses.new_zeros(2, 4).index_add_(1, quarter, torch.stack([losses, torch.ones_like(losses)]))
         totals, counts = run.accelerator.reduce(sums, reduction="sum").tolist()
-        seconds = time.perf_counter() - self._since
+        self._measure(run)
         return {
             "step": run.step,
             "images": run.step * run.global_batch_size,
@@ -71,24 +79,14 @@ class Progress(Callback):
             **{f"loss_q{i}": totals[i - 1] / counts[i - 1] if counts[i - 1] else None for i in range(1, 5)},
             "grad_norm": float(run.grad_norm),
             "learning_rate": run.optimizer.param_groups[0]["lr"],
-            "images_per_second": len(self._losses) * run.global_batch_size / seconds,
+            "images_per_second": self._rate,
         }
 
-    def _restart(self, run: Run) -> None:
+    def _measure(self, run: Run) -> None:
+        if self._timed:
+            self._rate = self._timed * run.global_batch_size / (time.perf_counter() - self._since)
+
+    def _restart(self) -> None:
         self._losses: list[torch.Tensor] = []
         self._t: list[torch.Tensor] = []
-        self._since = time.perf_counter()
-
-
-def truncate(path: Path, step: int) -> None:
-    """Drops the lines of a file of JSON that are of later steps than `step`, and a line that a kill has cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_text(path, "".join(kept))
+        self._since, self._timed = time.perf_counter(), 0

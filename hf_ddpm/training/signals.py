@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 import torch
 from accelerate import Accelerator
 
-from hf_ddpm.launch import interrupt
+from hf_ddpm.launch import Interrupted
 
 
 class StopSignal:
@@ -48,7 +48,7 @@ class StopSignal:
         """Lets a signal raise `Interrupted` while nothing is there to be saved."""
         self._at_once = True
         if self._number:
-            interrupt(self._number, None)
+            raise Interrupted(self._number)
         try:
             yield
         finally:
@@ -56,5 +56,5 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._at_once or (self._number and number == signal.SIGINT):
-            interrupt(number, frame)
+            raise Interrupted(number)
         self._number = number

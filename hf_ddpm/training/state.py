@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hf_ddpm.config import EvaluationConfig, HubConfig
 from hf_ddpm.files import write_text
-from hf_ddpm.launch import hardware
+from hf_ddpm.provenance import hardware
 from hf_ddpm.training.loop import Callback, Run
 
 # Options that may differ between the sessions of a run: they change what is kept and shown, how a global batch is
@@ -191,7 +191,7 @@ def status_file(path: Path, run: Run) -> Iterator[None]:
     """Keeps `status.json` true: running, then finished, preempted or failed (with the error), at which step."""
     accelerator = run.accelerator
     facts = {
-        "images": run.images,
+        "images": run.num_images,
         "hardware": f"{accelerator.num_processes} x {hardware(accelerator.device)}",
     }
 
@@ -225,7 +225,7 @@ def _check_same_run(run: Run, state: dict[str, Any], path: Path) -> None:
 
 def _data(run: Run) -> dict[str, Any]:
     """Returns what of the data decides which image is which."""
-    return {"images": run.images, "classes": list(run.class_names)}
+    return {"images": run.num_images, "classes": list(run.class_names)}
 
 
 def _flat(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -129,6 +129,10 @@ def test_bad_images_are_reported_and_stood_in_for_alike_on_all_processes(tmp_pat
     lines = [json.loads(line) for line in report.read_text().splitlines()]
     assert sorted((Path(line["file"]).name[6:11], line["row"]) for line in lines) == [
         ("00001", 1), ("00001", 10), ("00003", 4)]  # fmt: skip
+    with stream(folder, **options, report=report) as again:  # as after a kill
+        for step in range(4):
+            again.batch(step, ALL)
+        assert again.skipped == 3 and len(report.read_text().splitlines()) == 3
     with stream(folder, **options) as first, stream(folder, **options) as second:
         for step, batch in enumerate(batches):
             assert digest(first.batch(step, slice(0, 12))) == digest(batch)

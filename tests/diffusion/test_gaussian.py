@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_ddpm import GaussianDiffusion
-from hf_ddpm.diffusion.gaussian import dynamic_threshold
+from hf_ddpm.diffusion.outputs import dynamic_threshold
 
 T = 1000
 BETAS = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)

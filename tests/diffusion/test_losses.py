@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from hf_ddpm import GaussianDiffusion
-from hf_ddpm.diffusion.gaussian import split_output
 from hf_ddpm.diffusion.likelihood import bound_nats
 from hf_ddpm.diffusion.losses import Objective
+from hf_ddpm.diffusion.outputs import split_output
 
 T = 100
 DIFFUSION = GaussianDiffusion(torch.linspace(1e-3, 0.2, T, dtype=torch.float64))

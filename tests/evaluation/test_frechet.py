@@ -118,18 +118,12 @@ def test_merged_moments_are_exactly_those_of_one_process():
             mine = x[rank::processes]
             none = Moments.of(x[:0])
             ranks.append(sum((Moments.of(rows) for rows in mine.split(batch)), start=none))
-        merged = ranks[0].summed(lambda value, ranks=ranks: _sum_of(ranks, value))
+        merged = sum(reversed(ranks), start=none)
         for name, value in vars(alone).items():
             assert torch.equal(getattr(merged, name), value)
         assert frechet_distance(merged, reference) == frechet_distance(alone, reference)
     shuffled = Moments.of(x[torch.randperm(len(x), generator=torch.Generator().manual_seed(1))])
     assert torch.equal(shuffled.covariance, alone.covariance)
-
-
-def _sum_of(ranks, value):
-    """What an all-reduce does, in another order than the ranks'."""
-    (name,) = (name for name, own in vars(ranks[0]).items() if own is value)
-    return sum(getattr(rank, name) for rank in reversed(ranks))
 
 
 def test_sums_stay_exact_at_the_largest_allowed_features():

@@ -1,5 +1,4 @@
 import json
-import subprocess
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ from hf_ddpm.evaluation.features import Extracted
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from hf_ddpm.evaluation.kernel import kernel_distance, squared_mmd
 from hf_ddpm.evaluation.precision_recall import precision_recall
-from hf_ddpm.evaluation.report import Sets, figures, provenance, read_results, record, revision
+from hf_ddpm.evaluation.report import Sets, figures, read_results, record
 
 
 def rows(count, shift=0.0, seed=0):
@@ -81,32 +80,3 @@ def test_a_file_that_holds_no_results_is_not_overwritten(tmp_path, content):
     with pytest.raises(ValueError, match="what is there is no results.json"):
         read_results(path)
     assert read_results(tmp_path / "none.json") == {}
-
-
-def git(folder, *words):
-    identity = ["-c", "user.name=n", "-c", "user.email=e@e.e"]
-    subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)
-
-
-def test_the_revision_is_of_the_checkout_that_the_file_belongs_to(tmp_path, monkeypatch):
-    file = tmp_path / "package" / "__init__.py"
-    file.parent.mkdir()
-    file.write_text("")
-    assert revision(file) is None  # in no checkout
-    git(tmp_path, "init", "-q")
-    assert revision(file) is None  # not one of its files
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "-qm", "first")
-    clean = revision(file)
-    assert len(clean) == 40 and int(clean, 16)
-    file.write_text("changed")
-    assert revision(file) == f"{clean}-dirty"
-    monkeypatch.setenv("PATH", "")
-    assert revision(file) is None  # no git
-
-
-def test_what_computed_a_figure_is_told():
-    made = provenance(torch.device("cpu"))
-    assert made["versions"].keys() == {"hf_ddpm", "torch", "diffusers", "python"}
-    assert made["versions"]["torch"] == torch.__version__ and made["device"].startswith("cpu (")
-    assert made["date"].endswith("+00:00")

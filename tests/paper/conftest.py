@@ -31,7 +31,7 @@ def study(model, tmp_path):
 @pytest.fixture
 def knowing(study):
     """A study whose network knows data N(m, s^2 I), of the mean and the deviation of the digits, perfectly."""
-    images = to_signed(study.images()[torch.arange(899)], 17)
+    images = to_signed(study.evaluator("nll").held_out[torch.arange(899)], 17)
     mean, deviation = images.mean(), images.std()
 
     class Knows(UNet2DModel):

@@ -57,7 +57,7 @@ def test_interpolations_end_at_reconstructions(study):
     interpolate(study, InterpolateConfig(diffused=[15, 5], weights=[0.5], rows=[3, 8]))
     rows = written(study, "interpolate")["reconstruction_rmse"]
     assert [row["diffused"] for row in rows] == [5, 15]
-    pair = to_signed(study.images()[torch.tensor([3, 8])], 17)
+    pair = to_signed(study.evaluator("nll").held_out[torch.tensor([3, 8])], 17)
     from hf_ddpm.seeds import FIGURES as PURPOSE
     from hf_ddpm.seeds import generator
 
@@ -131,7 +131,7 @@ def test_neighbors_are_those_of_the_training_images(study):
     nearest_neighbors(study, NearestConfig(num_images=6))
     figures = written(study, "nearest-neighbors")
     samples = study.samples(6, Sampling(num_inference_steps=T))[torch.arange(6)].float().flatten(1)
-    training = study.images("train")[torch.arange(898)].float().flatten(1)
+    training = study.evaluator("fd").reference[torch.arange(898)].float().flatten(1)
     distances = torch.cdist(samples.double(), training.double()).min(dim=1).values
     assert figures["median_distances"]["pixels"]["samples"] == pytest.approx(distances.quantile(0.5).item(), rel=1e-5)
     assert figures["exact_copies"] == 0

@@ -6,7 +6,7 @@ from PIL import Image
 
 import hf_ddpm.sampling
 from hf_ddpm import DDPMScheduler
-from hf_ddpm.paper.steps import StepsConfig, caution, steps, walks, with_error
+from hf_ddpm.paper.steps import StepsConfig, caution, in_words, steps, walks
 from hf_ddpm.sampling import Sampling
 from tests.paper.conftest import T
 
@@ -78,10 +78,16 @@ def test_a_sampler_that_cannot_walk_gets_a_dash_and_the_reason(study):
     assert "- pndm evaluates the network 9 times more than it takes steps" in text
 
 
+def test_a_process_of_few_steps_is_walked_in_all_of_them(study):
+    study.pipe.scheduler = DDPMScheduler(num_train_timesteps=10)
+    steps(study, StepsConfig(samplers=["ddim"], num_images=4))
+    assert "| sampler | 10 | within 10% |" in (study.folder / "steps.md").read_text()
+
+
 def test_nothing_is_sampled_twice(study, monkeypatch):
     steps(study, OPTIONS)
     before = written(study)["rows"]
-    monkeypatch.setattr(hf_ddpm.sampling, "sample_images", None)
+    monkeypatch.setattr(hf_ddpm.sampling, "sample_images", lambda *args, **kwargs: pytest.fail("they are there"))
     steps(study, OPTIONS)
     assert written(study)["rows"] == before
 
@@ -96,7 +102,7 @@ def test_few_images_are_a_reason_for_caution():
     assert caution({"value": 5.0, "standard_error": 0.6}).startswith("With so few images 10% is less than")
     assert caution({"value": 5.0, "standard_error": 0.4}) == "After ± are standard errors."
     assert caution({"value": 5.0}).startswith("Of so few images no error is known")
-    assert with_error({"value": 5.0}) == "5" and with_error({"failed": "x"}) == "-"
+    assert in_words({"value": 5.0}) == "5" and in_words({"failed": "x"}) == "-"
 
 
 def test_a_model_of_another_scheduler_is_measured_too(study):

@@ -12,6 +12,7 @@ from hf_ddpm.config import parse_config
 from hf_ddpm.training.dry_run import kept_for_backward
 from hf_ddpm.training.ema import EMA
 from hf_ddpm.training.optimization import learning_rate
+from hf_ddpm.training.progress import Progress
 from hf_ddpm.training.randomness import draw, dropout_masks
 from hf_ddpm.training.trackers import check_tracker
 from tests.conftest import TINY_RUN
@@ -104,12 +105,34 @@ def test_digits_are_learned(run_training, tmp_path):
 
 
 def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(run_training, tmp_path, capsys):
-    run_training(tmp_path / "run", "--max_train_steps", "1000", "--dry_run")
+    later = ["--eval_metrics", "fd", "--eval_steps", "100", "--checkpointing_steps", "100"]
+    run_training(tmp_path / "run", "--max_train_steps", "1000", *later, "--dry_run")
     said = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     unet = UNet2DModel(**parse_config(TINY_RUN).unet())
     assert said["parameters"].strip() == f"{unet.num_parameters():,}"
     assert "1,000 steps of 8 images" in said["training"] and "898 of 1 x 8 x 8" in said["images"]
     assert not any(tmp_path.iterdir())
+
+
+def test_what_is_done_between_steps_is_no_time_of_a_step(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("hf_ddpm.training.progress.time.perf_counter", lambda: now[0])
+    training = SimpleNamespace(max_train_steps=8, log_steps=4)
+    run = SimpleNamespace(
+        config=SimpleNamespace(training=training), step=0, losses=torch.ones(8), t=torch.zeros(8, dtype=torch.int64),
+        scheduler=range(10), global_batch_size=8, grad_norm=1.0, stopped_by=None, accelerator=Accelerator(cpu=True),
+        optimizer=SimpleNamespace(param_groups=[{"lr": 1.0}]), check_finite=lambda: None,
+    )  # fmt: skip
+    progress = Progress(tmp_path / "metrics.jsonl")
+    progress.on_start(run)
+    for step in range(1, 9):
+        now[0], run.step = now[0] + 2, step
+        progress.on_step(run)
+        if step in (2, 4):
+            progress.on_pause(run)
+            now[0] += 1000  # an evaluation
+    progress.on_end(run)
+    assert [line["images_per_second"] for line in metrics(tmp_path)] == [4, 4]
 
 
 def test_what_a_pass_keeps_is_counted():

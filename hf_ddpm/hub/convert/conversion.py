@@ -161,11 +161,7 @@ def write_pipeline(pipe: DDPMPipeline, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(folder) as partial:
         shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
-        try:
-            pipe.save_pretrained(partial)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        pipe.save_pretrained(partial)
 
 
 def _without_kernel(shape: tuple[int, ...] | torch.Size) -> tuple[int, ...]:

@@ -1,0 +1,33 @@
+"""Files of JSON, an entry a line, that runs append to: what a kill has cut short is no line."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_ddpm.files import write_text
+
+
+def append_line(path: Path, entry: Mapping[str, Any]) -> None:
+    """Adds an entry to a file, which need not be there."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the entries of a file, none if it is not there."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        entries += [entry] if isinstance(entry, dict) else []
+    return entries
+
+
+def cut_lines(path: Path, step: int) -> None:
+    """Drops the entries of a file that are of later steps than `step`, or of none."""
+    if path.exists():
+        kept = [entry for entry in read_lines(path) if entry.get("step", step + 1) <= step]
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
