@@ -68,6 +68,7 @@ def main(argv: list[str]) -> int:
         listed = folder / "bad_images.jsonl"
         if checkpoint is None and accelerator.is_main_process:
             listed.unlink(missing_ok=True)  # of another run
+        accelerator.wait_for_everyone()
         report = listed if is_told else None
         run, images = start(config, accelerator, checkpoint, report)
         if checkpoint is not None:

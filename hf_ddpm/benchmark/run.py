@@ -99,7 +99,7 @@ def run_benchmark(options: BenchmarkConfig, config: Config, tell: Tell, done: Te
     about = f"Images of {size}, {setting.batch} a process and step, precision {config.training.mixed_precision}."
     return {
         "made_by": made_by(setting.device) | {"processes": setting.processes},
-        "options": asdict(options) | {"config": config.to_dict()},
+        "options": asdict(options) | {"json": Path(options.json).name, "config": config.to_dict()},
         "about": about if options.growth == "none" else f"{about[:-1]}, but for the {options.growth}.",
         "memory": ON_GPU if setting.device.type == "cuda" else ON_CPU,
         "rates": rates,
