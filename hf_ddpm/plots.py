@@ -31,16 +31,18 @@ def save_curves(
         markers: Whether each point is marked, for curves of few.
     """
     from matplotlib.figure import Figure  # takes a second; not pyplot, which keeps state and may want a display
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     for name, (x, y) in curves.items():
         axes.plot(x, y, label=name, marker="o" if markers else None, markersize=4, linewidth=1.2)
     axes.set(xlabel=x_label, ylabel=y_label)
-    if log_x:
-        axes.set_xscale("log")
-    if log_y:
-        axes.set_yscale("log")
+    for axis, scale, is_log in ((axes.xaxis, axes.set_xscale, log_x), (axes.yaxis, axes.set_yscale, log_y)):
+        if is_log:
+            scale("log")
+            axis.set_major_formatter(LogFormatter())  # 20, not 2 x 10^1
+            axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.8)))
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend(frameon=False)
