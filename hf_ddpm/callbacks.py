@@ -138,7 +138,9 @@ class Evaluations(Callback):
         if run.accelerator.is_main_process:
             # Another number of images or steps makes another figure.
             options = asdict(self.evaluator.request) | asdict(self._sampling(run))
-            request = {k: v for k, v in options.items() if k not in ("model", "samples", "batch_size", "output")}
+            request = {
+                k: v for k, v in options.items() if k not in ("model", "samples", "batch_size", "compile", "output")
+            }
             line = {"step": run.step, "request": request, **figures}
             lines = read_lines(self.log)
             rivals = [other for other in lines if other.get("request") == request and other["step"] != run.step]

@@ -1,6 +1,7 @@
 """Files of JSON, an entry a line, that runs append to: what a kill has cut short is no line."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ from hf_ddpm.files import write_text
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
     """Adds an entry to a file, which need not be there."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    with path.open("ab+") as file:
+        is_torn = False
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            is_torn = file.read() != b"\n"
+        file.write((b"\n" if is_torn else b"") + json.dumps(entry).encode() + b"\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -29,5 +34,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def cut_lines(path: Path, step: int) -> None:
     """Drops the entries of a file that are of later steps than `step`, or of none."""
     if path.exists():
-        kept = [entry for entry in read_lines(path) if entry.get("step", step + 1) <= step]
+        kept = [entry for entry in read_lines(path) if isinstance(entry.get("step"), int) and entry["step"] <= step]
         write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))

@@ -93,9 +93,12 @@ class Sampling:
 def compile_for_sampling(unet: nn.Module) -> None:
     """Compiles a network in place for many passes of one size without gradients: its weights must not change any more.
 
-    On a CPU the kernels of convolutions are laid out once; on a GPU a pass is one launch, a CUDA graph.
+    They are constants of the compiled code, laid out once as it likes them; on a GPU a pass is a CUDA graph.
     """
-    unet.compile(options={"freezing": True, "triton.cudagraphs": True})
+    from torch._inductor import config  # takes seconds
+
+    config.freezing = True  # as an option of the compiler the tracer would not see it
+    unet.compile(dynamic=False, options={"triton.cudagraphs": True})
 
 
 def use_scheduler(pipe: DiffusionPipeline, name: str) -> None:

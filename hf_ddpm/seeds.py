@@ -12,7 +12,7 @@ import torch
 def derived_seed(seed: int, purpose: int, *place: int) -> int:
     """Mixes a user's seed, a purpose and a place, such as a step or an image, into a seed in [0, 2**63)."""
     sequence = np.random.SeedSequence(seed, spawn_key=(purpose, *place))
-    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
 def generator(seed: int, purpose: int, *place: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
         except Interrupted as interrupted:
             run.stopped_by = interrupted.number
         accelerator.end_training()
-    skipped = {(bad["file"], bad["row"]) for bad in read_lines(listed)}
+    skipped = {(bad.get("file"), bad.get("row")) for bad in read_lines(listed)}
     if skipped:
         accelerator.print(f"{len(skipped):,} images could not be used: {listed} lists them")
     if run.stopped_by is not None:

@@ -30,5 +30,8 @@ def test_lines_are_cut_to_a_step_and_what_a_kill_has_left_is_none(tmp_path):
     with file.open("a") as torn:
         torn.write('{"step": 4, "lo')
     assert [line["step"] for line in read_lines(file)] == [1, 2, 3]
+    append_line(file, {"step": 5})
+    append_line(file, {"step": None})
+    assert [line["step"] for line in read_lines(file)] == [1, 2, 3, 5, None]
     cut_lines(file, 2)
     assert file.read_text() == "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2))

@@ -1,6 +1,8 @@
+import copy
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import hf_ddpm.data.samples
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.data.samples import PictureFolder, SampleFolder, open_samples
 from hf_ddpm.launch import sole_run
-from hf_ddpm.sampling import Sampling, fill_folder, make_parts, sample_images, use_scheduler
+from hf_ddpm.sampling import Sampling, compile_for_sampling, fill_folder, make_parts, sample_images, use_scheduler
 from tests.conftest import load_script
 
 ROOT = Path(__file__).parents[1]
@@ -285,3 +287,19 @@ def test_two_launched_processes_make_the_same_images(trained, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "a" / "samples.npz").read_bytes() == (tmp_path / "b" / "samples.npz").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="nothing compiles here")
+def test_weights_are_constants_of_a_network_that_is_compiled_for_sampling(tiny_unet):
+    from torch._inductor import config
+
+    unet, plain = tiny_unet.eval(), copy.deepcopy(tiny_unet).eval()
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([5])
+    with config.patch(freezing=False), torch.no_grad():  # as it is again afterwards
+        compile_for_sampling(unet)
+        before = unet(x, t).sample
+        torch.testing.assert_close(before, plain(x, t).sample, rtol=0, atol=1e-5)
+        unet.conv_out.weight.zero_()
+        assert torch.equal(unet(x, t).sample, before)
+    torch.compiler.reset()

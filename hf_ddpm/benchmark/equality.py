@@ -46,7 +46,7 @@ def refusal(checks: dict[str, dict[str, Any]]) -> str | None:
 
 @torch.no_grad()
 def _predictions(library: Library) -> Tensor:
-    return library.network().eval()(*library.setting.inputs(2)).sample
+    return library.network().eval()(*library.setting.inputs(2)).sample.clone()  # a CUDA graph writes there again
 
 
 def _gradients(library: Library) -> Tensor:

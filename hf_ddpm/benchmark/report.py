@@ -58,6 +58,8 @@ def measured(task: str, work: Work, timed: Timed, ours: tuple[Work, Timed] | Non
         },
         "images_per_second": work.images / middle if work.images else None,
         "beside_ours": None,
+        "beside_ours_least": None,
+        "beside_ours_most": None,
         "flops_per_second": None,
         "parameters": work.parameters,
         "memory_bytes": None,
@@ -66,9 +68,8 @@ def measured(task: str, work: Work, timed: Timed, ours: tuple[Work, Timed] | Non
     if ours is not None:
         its, best = ours
         share = (its.images or 1) / (work.images or 1)
-        row["beside_ours"] = median(
-            mine / other * share for mine, other in zip(timed.seconds, best.seconds, strict=True)
-        )
+        ratios = [mine / other * share for mine, other in zip(timed.seconds, best.seconds, strict=True)]
+        row["beside_ours"], row["beside_ours_least"], row["beside_ours_most"] = median(ratios), min(ratios), max(ratios)
     if work.flops is not None:
         row["flops_per_second"] = work.flops / middle
         row |= {f"of_{name}": row["flops_per_second"] / rate for name, rate in rates.items()}
@@ -129,7 +130,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             "",
             f"Alone, a large matrix product reaches {rates['matmul'] / 1e9:.4g} GFLOP/s here, a large 3x3 convolution "
             f'{rates["convolution"] / 1e9:.4g}. Times are of a step, a pass, a chain; "time / ours" is that of '
-            "an image, the median over the rounds.",
+            "an image, the median over the rounds (least to most of one).",
             "",
             *lines,
             "",
@@ -169,12 +170,19 @@ def _cells(row: Row, growth: str) -> list[str]:
         _duration(seconds["median"]),
         f"{_duration(seconds['least'])} to {_duration(seconds['most'])}",
         _known(row["images_per_second"], "{:.4g}"),
-        _known(row["beside_ours"], "{:.2f}"),
+        _ratio(row),
         _known(row["flops_per_second"], "{:.4g}", 1e-9),
         _known(row.get("of_matmul"), "{:.0%}"),
         _known(row.get("of_convolution"), "{:.0%}"),
         _known(memory, "{:,.0f} MiB", 2**-20),
     ]
+
+
+def _ratio(row: Row) -> str:
+    """Returns how many times ours it takes, with the least and the most of a round; of ours just 1."""
+    if row["beside_ours"] is None or row["beside_ours_least"] == row["beside_ours_most"]:
+        return _known(row["beside_ours"], "{:.2f}")
+    return f"{row['beside_ours']:.2f} ({row['beside_ours_least']:.2f} to {row['beside_ours_most']:.2f})"
 
 
 def _known(value: float | None, form: str, scale: float = 1) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from hf_ddpm.benchmark.denoising_diffusion import DenoisingDiffusion
 from hf_ddpm.benchmark.device import Rates, measure_rates
 from hf_ddpm.benchmark.equality import check_equal, refusal
@@ -111,6 +113,7 @@ def run_benchmark(options: BenchmarkConfig, config: Config, tell: Tell, done: Te
 def run_task(task: str, parties: list[Party], setting: Setting, rates: Rates, tell: Tell) -> list[Row]:
     """Returns the rows of a task."""
     rows, works = [], []
+    torch.compiler.reset()  # compiled networks that are gone count towards the limit of compilations
     gc.collect()  # what the task before has left would count as memory of this one
     memory = _memory(task, parties, setting, tell)
     for party in parties:

@@ -72,7 +72,7 @@ class ImageStream:
         self.shape = form.shape
         self.class_names = reader.classes.names if reader.classes else ()
         self.skip_bad_images, self.report = skip_bad_images, report
-        self._known_bad = {(bad["file"], bad["row"]) for bad in read_lines(report)} if report is not None else set()
+        self._known_bad = set() if report is None else {(bad.get("file"), bad.get("row")) for bad in read_lines(report)}
         self._next: tuple[int, slice] | None = None
         self._jobs = _Jobs(reader, form)
         count = min(own_cores(), MOST_WORKERS) if workers is None else workers

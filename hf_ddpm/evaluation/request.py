@@ -58,6 +58,7 @@ class EvaluateConfig:
             self.extractor = "digits" if self.dataset == "digits" else "inception"
         if self.model is None and (self.samples is None or "nll" in self.chosen):
             raise ValueError("model is missing: only samples can be evaluated without, and not by nll")
+        require(self, "compile", not (self.compile and self.model is None), "there is no model")
         require(self, "samples", self.samples is None or Path(self.samples).is_dir(), "there is no such folder")
         weights = self.extractor_weights
         require(self, "extractor_weights", weights is None or self.extractor == "inception", "only of inception")

@@ -1,6 +1,7 @@
 """Model cards: what the files in a model's folder say, and nothing else."""
 
 import json
+import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hf_ddpm.files import one_line, public_name, write_text
 from hf_ddpm.hub.figures import rows
+from hf_ddpm.lines import read_lines
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.plots import save_curves
@@ -71,12 +73,11 @@ def read_folder(folder: Path) -> Known:
     results = results if results.get("model", {}).get("checksum") == checksum else {}
     if exported.get("checksum") != checksum:
         return Known(pipe, results, {}, [], {})
-    lines = _read(folder / "metrics.jsonl", lambda text: {"lines": [*map(json.loads, text.splitlines())]})
     return Known(
         pipe,
         results,
         _read(folder / "config.yaml", yaml.safe_load),
-        [line for line in lines.get("lines", []) if line["step"] <= exported["step"]],
+        [line for line in read_lines(folder / "metrics.jsonl") if line.get("step", math.inf) <= exported["step"]],
         _read(folder / "status.json", json.loads),
     )
 

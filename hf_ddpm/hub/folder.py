@@ -9,6 +9,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from hf_ddpm.files import one_line, public_name
+from hf_ddpm.lines import read_lines
 
 BESIDE = (
     "README.md",
@@ -45,7 +46,7 @@ def public_content(file: Path) -> bytes | Path:
     if file.name == "config.yaml":
         read, write = _read_yaml, lambda value: yaml.safe_dump(value, sort_keys=False)
     elif file.name == "evaluations.jsonl":
-        read, write = _read_lines, lambda value: "".join(json.dumps(line) + "\n" for line in value)
+        read, write = read_lines, lambda value: "".join(json.dumps(line) + "\n" for line in value)
     elif file.match("results*.json"):
         read, write = _read, lambda value: json.dumps(value, indent=2) + "\n"
     else:
@@ -115,10 +116,3 @@ def _read_yaml(file: Path) -> Any:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file} is no YAML: {one_line(error)}") from error
-
-
-def _read_lines(file: Path) -> list[Any]:
-    try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{file} holds lines that are no JSON: {error}") from error

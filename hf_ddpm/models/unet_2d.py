@@ -253,7 +253,8 @@ class UNet2DModel(ModelMixin, ConfigMixin):
 
     def _sinusoids(self, timestep: Tensor | float | int, sample: Tensor) -> Tensor:
         if not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu"):
-            t = _filled(timestep, sample.device)
+            # A number is filled in on the device: no copy, no wait. One row does for the whole batch.
+            t = torch.full((1,), float(timestep), device=sample.device)
         else:
             t = timestep.to(sample.device).view(-1)
         sinusoids = sinusoidal(
@@ -308,10 +309,3 @@ class UNet2DModel(ModelMixin, ConfigMixin):
                     f"block_out_channels={config.block_out_channels} must be multiples of "
                     f"norm_num_groups={config.norm_num_groups}"
                 )
-
-
-# A compiler would make new code for every number.
-@torch.compiler.disable
-def _filled(number: Tensor | float | int, device: torch.device) -> Tensor:
-    """Returns a number as one row, which does for the whole batch, filled in on the device: no copy, no wait."""
-    return torch.full((1,), float(number), device=device)

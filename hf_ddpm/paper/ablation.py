@@ -119,7 +119,7 @@ def ablation(options: AblationConfig, run: Callable[[str, list[str]], int]) -> N
     configs = [parse_config(options.words(*cell)) for cell in cells]
     for cell, config in zip(cells, configs, strict=True):
         check_same(options.folder(*cell), config)
-        options.sampling_steps(config)
+        parse_options(evaluation(options, options.folder(*cell), config), EvaluateConfig, Sampling)
     found: dict[str, list[dict[str, Any]]] = {row: [] for row in options.rows}
     for (row, seed), config in zip(cells, configs, strict=True):
         folder, steps = options.folder(row, seed), config.training.max_train_steps

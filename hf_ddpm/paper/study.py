@@ -59,7 +59,8 @@ class Subject:
         run = Path(self.model) / "config.yaml"
         if self.dataset is None and run.is_file():
             found = real_images(parse_config(["--config", str(run)]))
-            self.floor = self.floor and found.pop("floor")
+            floor = found.pop("floor")
+            self.floor = self.floor and floor
             for name, value in found.items():
                 setattr(self, name, getattr(self, name) or value)
         self.split, self.reference_split = self.split or "test", self.reference_split or "train"

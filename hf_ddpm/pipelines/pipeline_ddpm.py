@@ -242,6 +242,8 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         return labels.to(self._execution_device, torch.int64)
 
     def _predict(self, x_t: Tensor, t: Tensor, classes: Tensor | None, guidance_scale: float) -> Tensor:
+        # A number filled in on the device: no copy, no wait; and a compiled network sees a tensor, no new number.
+        t = torch.full((1,), t.item(), dtype=t.dtype, device=x_t.device)
         if guidance_scale == 1:
             return self.unet(x_t, t, class_labels=classes).sample
         assert classes is not None and self.null_class is not None

@@ -21,7 +21,8 @@ class Progress(Callback):
 
     def __init__(self, path: Path):
         self.path = path
-        self._rate, self._is_paused = 0.0, False
+        self._rate: float | None = None
+        self._is_paused = True  # others have something to do before the first step, too
 
     def on_start(self, run: Run) -> None:
         """Cuts the file to the step resumed from, and opens the bar."""
@@ -47,7 +48,8 @@ class Progress(Callback):
         if run.accelerator.is_main_process:
             append_line(self.path, line)
         run.accelerator.log({name: value for name, value in line.items() if value is not None}, step=run.step)
-        self._bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s")
+        rate = "" if self._rate is None else f", {self._rate:.0f} images/s"
+        self._bar.set_postfix_str(f"loss {line['loss']:.4f}{rate}")
         run.check_finite()
         self._restart()
 

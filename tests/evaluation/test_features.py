@@ -9,7 +9,6 @@ from PIL import Image
 from safetensors import safe_open
 from scipy.signal import correlate2d
 from transformers import AutoConfig, AutoModel
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from hf_ddpm.data.sources import open_dataset
 from hf_ddpm.data.store import load_images
@@ -17,6 +16,7 @@ from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from hf_ddpm.pipelines.checksum import weights_checksum
 from tests.conftest import load_script
+from tests.evaluation.processors import BitProcessor
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
@@ -41,7 +41,7 @@ def save_model(folder, kind="dinov2", size=28, processor=None, **options):
     model.save_pretrained(folder)
     square = {"height": size, "width": size}
     processor = processor or {"size": {"shortest_edge": size + 4}, "crop_size": square, "do_center_crop": True}
-    BitImageProcessorPil(**processor, resample=3, **IMAGENET).save_pretrained(folder)
+    BitProcessor(**processor, resample=3, **IMAGENET).save_pretrained(folder)
     return model.eval()
 
 
@@ -216,7 +216,7 @@ def test_what_is_no_extractor_is_refused_in_one_line(tmp_path, dinov2):
         folder.mkdir()
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=9, **small)).save_pretrained(text)
-    BitImageProcessorPil(**IMAGENET).save_pretrained(text)
+    BitProcessor(**IMAGENET).save_pretrained(text)
     model = save_model(cut)
     weights = {key: value for key, value in model.state_dict().items() if key != "layernorm.weight"}
     model.save_pretrained(cut, state_dict=weights)

@@ -158,6 +158,7 @@ def test_wrong_options_are_told_before_anything_is_trained(tmp_path):
         ({"num_images": 1}, "num_images=1 is not allowed: at least 2"),
         ({"preset": "cats"}, "preset='cats' is not allowed: one of"),
         ({"config": "none.yaml"}, "config 'none.yaml' cannot be read"),
+        ({"more": "eval_split: train"}, "split='train' is not allowed: the floor is of images that are not"),
     ]:
         with pytest.raises(ValueError, match=message):
             ablation(options(tmp_path, **wrong), lambda script, words: pytest.fail("trained"))

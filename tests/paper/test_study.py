@@ -12,6 +12,7 @@ def test_numbers_are_right_of_their_columns():
 
 def test_the_data_of_a_run_are_known_and_may_be_others(trained, model):
     known = Subject(str(trained))
+    assert known.floor and not Subject(str(trained), floor=False).floor
     assert (known.dataset, known.levels, known.image_column) == ("digits", 17, None)
     other = Subject(str(trained), dataset="mine", image_column="picture")
     assert (other.dataset, other.levels, other.image_column) == ("mine", None, "picture")

@@ -205,3 +205,16 @@ def test_guidance_goes_beyond_the_condition(scale):
     torch.testing.assert_close(seen[0][:, 1, 0, 0], conditional)  # the variance is not guided
     images = pipe(3, seeded(), 2, output_type="pt").images  # no class
     assert torch.equal(images, pipe(3, seeded(), 2, output_type="pt", class_labels=[11] * 3).images)
+
+
+def test_a_compiled_network_is_one_graph_for_all_steps(tiny_pipeline):
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    tiny_pipeline.unet.compile(backend=compiler, fullgraph=True)
+    tiny_pipeline(batch_size=2, num_inference_steps=3)
+    assert len(graphs) == 1
+    torch.compiler.reset()

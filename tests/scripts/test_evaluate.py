@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 import hf_ddpm.evaluation.reference
 from hf_ddpm import DDPMPipeline
@@ -20,6 +19,7 @@ from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from tests.conftest import load_script
+from tests.evaluation.processors import BitProcessor
 
 ROOT = Path(__file__).parents[2]
 ALL = "fid,kid,is,pr"
@@ -160,7 +160,7 @@ def dinov2(tmp_path_factory):
     torch.manual_seed(0)
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     AutoModel.from_config(AutoConfig.for_model("dinov2", mlp_ratio=2, **small)).save_pretrained(folder)
-    BitImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False).save_pretrained(folder)
+    BitProcessor(size={"height": 28, "width": 28}, do_center_crop=False).save_pretrained(folder)
     return str(folder)
 
 

@@ -1,0 +1,8 @@
+"""The processor of DINOv2, which has had several names."""
+
+try:
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil as BitProcessor
+except ImportError:  # before transformers 5
+    from transformers import BitImageProcessor as BitProcessor
+
+__all__ = ["BitProcessor"]
