@@ -11,7 +11,7 @@ README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 # All that is said to be typed, in the documents and at the heads of the scripts.
-DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SAYING = [*DOCUMENTS, *sorted((ROOT / "scripts").rglob("*.py"))]
 COMMANDS = [
     command

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import diffusers
 import torch
@@ -57,8 +57,9 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
 
     def __init__(
         self,
-        unet: UNet2DModel | diffusers.UNet2DModel,
-        scheduler: DDPMScheduler | SchedulerMixin,
+        # diffusers reads these, before 0.36 in no other spelling.
+        unet: Union[UNet2DModel, diffusers.UNet2DModel],  # noqa: UP007
+        scheduler: Union[DDPMScheduler, SchedulerMixin],  # noqa: UP007
         id2label: dict[str, str] | None = None,
     ):
         super().__init__()

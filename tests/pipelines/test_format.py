@@ -117,18 +117,22 @@ def test_shards_and_variants_load(stock_folder, tmp_path, low_cpu_mem_usage):
     stock.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards" / "unet").glob("*-of-*.safetensors"))) > 1
     stock.to(torch.float16).save_pretrained(tmp_path / "variant", variant="fp16")
-    for folder, options in [("shards", {}), ("variant", {"variant": "fp16", "dtype": torch.float16})]:
+    for folder, options in [("shards", {}), ("variant", {"variant": "fp16", "torch_dtype": torch.float16})]:
         pipe = DDPMPipeline.from_pretrained(tmp_path / folder, low_cpu_mem_usage=low_cpu_mem_usage, **options)
-        assert is_ours(pipe) and pipe.unet.dtype == options.get("dtype", torch.float32)
+        assert is_ours(pipe) and pipe.unet.dtype == options.get("torch_dtype", torch.float32)
         for name, value in pipe.unet.state_dict().items():
             torch.testing.assert_close(value, stock.unet.state_dict()[name].to(value.dtype), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtypes_load_and_save(stock_folder, tmp_path, dtype):
-    pipe = DDPMPipeline.from_pretrained(stock_folder, dtype=dtype)
+    pipe = DDPMPipeline.from_pretrained(stock_folder, torch_dtype=dtype)
     pipe.save_pretrained(tmp_path / "half")
-    assert pipe.unet.dtype == diffusers.DDPMPipeline.from_pretrained(tmp_path / "half", dtype=dtype).unet.dtype == dtype
+    assert (
+        pipe.unet.dtype
+        == diffusers.DDPMPipeline.from_pretrained(tmp_path / "half", torch_dtype=dtype).unet.dtype
+        == dtype
+    )
 
 
 def test_broken_safetensors_are_an_error_and_never_replaced_by_a_pickle(stock_folder):
@@ -170,7 +174,7 @@ def test_a_learned_variance_is_nothing_that_diffusers_would_load_and_misread(tmp
     unet = UNet2DModel(**{**TINY_UNET, "out_channels": 2})
     DDPMPipeline(unet, DDPMScheduler(variance_type="learned")).save_pretrained(tmp_path)
     assert is_ours(DDPMPipeline.from_pretrained(tmp_path))
-    with pytest.raises(ValueError, match="no class `HFDDPMScheduler`"):
+    with pytest.raises((ValueError, AttributeError), match="HFDDPMScheduler"):
         diffusers.DDPMPipeline.from_pretrained(tmp_path)
 
 
