@@ -33,6 +33,12 @@ def save_curves(
     from matplotlib.figure import Figure  # takes a second; not pyplot, which keeps state and may want a display
     from matplotlib.ticker import LogFormatter
 
+    class Plain(LogFormatter):
+        """Says 20 and 0.2, where others say 2 x 10^1 and 2e-01."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     for name, (x, y) in curves.items():
@@ -41,8 +47,8 @@ def save_curves(
     for axis, scale, is_log in ((axes.xaxis, axes.set_xscale, log_x), (axes.yaxis, axes.set_yscale, log_y)):
         if is_log:
             scale("log")
-            axis.set_major_formatter(LogFormatter())  # 20, not 2 x 10^1
-            axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.8)))
+            axis.set_major_formatter(Plain())
+            axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.8)))
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend(frameon=False)
