@@ -6,6 +6,7 @@
 The same command goes on from the last checkpoint. `--help` lists the options, hf_ddpm/presets the presets.
 """
 
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -43,17 +44,37 @@ def start(
     return build_run(config, accelerator, scheduler, source, images), images
 
 
+def callbacks_of(config: Config, evaluations: Sequence[Callback], pushes: Sequence[Callback]) -> list[Callback]:
+    """Returns what happens beside the training, in this order."""
+    folder = Path(config.training.output_dir)
+    return [
+        Progress(folder / "metrics.jsonl"),
+        Checkpoints(folder / "checkpoints", config.training.keep_checkpoints),
+        Export(folder),
+        Card(folder),
+        SampleGrid(folder / "samples.png"),
+        *evaluations,
+        Card(folder),
+        *pushes,
+    ]
+
+
+def print_cost(config: Config, accelerator: Accelerator) -> None:
+    """Prints what the run would cost."""
+    run, images = start(config, accelerator)
+    with closing(images):
+        for name, line in estimate_cost(run, images).items():
+            accelerator.print(f"{name + ':':16}{line}")
+    accelerator.end_training()
+
+
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
     config = parse_config(argv)
     check_tracker(config.training.tracker)
     accelerator = start_accelerator(config)
     if config.training.dry_run:
-        run, images = start(config, accelerator)
-        with closing(images):
-            for name, line in estimate_cost(run, images).items():
-                accelerator.print(f"{name + ':':16}{line}")
-        accelerator.end_training()
+        print_cost(config, accelerator)
         return 0
 
     folder = Path(config.training.output_dir)
@@ -64,13 +85,12 @@ def main(argv: list[str]) -> int:
         is_evaluated = bool(config.evaluation.eval_metrics)
         evaluations = [Evaluations(config, accelerator, tell=tqdm.write)] if is_evaluated else []
         checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
-        is_told = accelerator.is_main_process or config.data.streaming  # each process streams images of its own
         listed = folder / "bad_images.jsonl"
         if checkpoint is None and accelerator.is_main_process:
             listed.unlink(missing_ok=True)  # of another run
         accelerator.wait_for_everyone()
-        report = listed if is_told else None
-        run, images = start(config, accelerator, checkpoint, report)
+        is_told = accelerator.is_main_process or config.data.streaming  # each process streams images of its own
+        run, images = start(config, accelerator, checkpoint, listed if is_told else None)
         if checkpoint is not None:
             load_checkpoint(run, checkpoint)
         check_same_step(run)  # and all have read before the folder changes
@@ -85,19 +105,9 @@ def main(argv: list[str]) -> int:
             f"{len(images):,} images, {run.unet.num_parameters():,} parameters, {run.global_batch_size} images a step, "
             f"{accelerator.num_processes} x {accelerator.device}, {torch.get_num_threads()} threads, {origin}"
         )
-        callbacks: list[Callback] = [
-            Progress(folder / "metrics.jsonl"),
-            Checkpoints(folder / "checkpoints", config.training.keep_checkpoints),
-            Export(folder),
-            Card(folder),
-            SampleGrid(folder / "samples.png"),
-            *evaluations,
-            Card(folder),
-            *pushes,
-        ]
         try:
             with status_file(folder / "status.json", run), closing(images):
-                train(run, images, callbacks)
+                train(run, images, callbacks_of(config, evaluations, pushes))
         except Interrupted as interrupted:
             run.stopped_by = interrupted.number
         accelerator.end_training()
