@@ -123,7 +123,14 @@ def test_a_card_that_a_person_wrote_stays(copied):
     assert write_card(copied).read_bytes() == b"mine \xff"
 
 
-@pytest.mark.parametrize("name", ["results.json", "config.yaml", "status.json", "metrics.jsonl"])
+def test_a_line_that_a_kill_has_cut_short_costs_no_card(copied):
+    before = write_card(copied).read_text()
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    assert write_card(copied).read_text() == before
+
+
+@pytest.mark.parametrize("name", ["results.json", "config.yaml", "status.json"])
 def test_a_broken_file_is_named(copied, name):
     (copied / name).write_text("{")
     with pytest.raises(ValueError, match=rf"{name} cannot be read") as caught:
