@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from hf_ddpm.config import Config
 from hf_ddpm.evaluation.evaluate import Evaluator, Figures
 from hf_ddpm.evaluation.report import read_results, scalars, summary
-from hf_ddpm.evaluation.request import training_request
+from hf_ddpm.evaluation.request import NOT_OF_FIGURES, training_request
 from hf_ddpm.hub.background import BackgroundPush
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import check_push
@@ -138,9 +138,7 @@ class Evaluations(Callback):
         if run.accelerator.is_main_process:
             # Another number of images or steps makes another figure.
             options = asdict(self.evaluator.request) | asdict(self._sampling(run))
-            request = {
-                k: v for k, v in options.items() if k not in ("model", "samples", "batch_size", "compile", "output")
-            }
+            request = {name: value for name, value in options.items() if name not in NOT_OF_FIGURES}
             line = {"step": run.step, "request": request, **figures}
             lines = read_lines(self.log)
             rivals = [other for other in lines if other.get("request") == request and other["step"] != run.step]

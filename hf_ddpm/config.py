@@ -218,6 +218,9 @@ class HubConfig:
         require(self, "push_to_hub", not self.push_to_hub or name is not None, "hub_model_id says where to")
 
 
+# Options that leave a run's weights as they are.
+BESIDE_TRAINING = {field.name for part in (EvaluationConfig, HubConfig) for field in dataclasses.fields(part)}
+
 PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig, EvaluationConfig, HubConfig)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,12 @@ def append_line(path: Path, entry: Mapping[str, Any]) -> None:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             is_torn = file.read() != b"\n"
-        file.write((b"\n" if is_torn else b"") + json.dumps(entry).encode() + b"\n")
+        file.write((b"\n" if is_torn else b"") + as_lines([entry]).encode())
+
+
+def as_lines(entries: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the text of a file of these entries."""
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -35,4 +40,4 @@ def cut_lines(path: Path, step: int) -> None:
     """Drops the entries of a file that are of later steps than `step`, or of none."""
     if path.exists():
         kept = [entry for entry in read_lines(path) if isinstance(entry.get("step"), int) and entry["step"] <= step]
-        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        write_text(path, as_lines(kept))

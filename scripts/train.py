@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 from hf_ddpm.callbacks import Card, Evaluations, Export, Push, SampleGrid
 from hf_ddpm.config import Config, parse_config
 from hf_ddpm.data.batches import BatchSource
+from hf_ddpm.data.decoding import read_report
 from hf_ddpm.data.opening import open_images
 from hf_ddpm.launch import Interrupted, run_script, sole_run
-from hf_ddpm.lines import read_lines
 from hf_ddpm.training.build import build_process, build_run, check_same_step, start_accelerator
 from hf_ddpm.training.dry_run import estimate_cost
 from hf_ddpm.training.loop import Callback, Run, train
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> int:
         except Interrupted as interrupted:
             run.stopped_by = interrupted.number
         accelerator.end_training()
-    skipped = {(bad.get("file"), bad.get("row")) for bad in read_lines(listed)}
+    skipped = read_report(listed)
     if skipped:
         accelerator.print(f"{len(skipped):,} images could not be used: {listed} lists them")
     if run.stopped_by is not None:

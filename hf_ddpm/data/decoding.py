@@ -1,6 +1,5 @@
 """Files to pixels, once: every image is decoded, fitted and kept as the raw bytes of a CHW array in a cached table."""
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from datasets import Dataset, Features, Image, Value
 from hf_ddpm.data.fitting import ImageFormat, fit
 from hf_ddpm.files import one_line, write_text
 from hf_ddpm.launch import own_cores
+from hf_ddpm.lines import as_lines, read_lines
 
 # Part of the cache's key, which does not see the functions below: raised when they change what they return.
 RECIPE = 2
@@ -107,7 +107,12 @@ def attempt(row: dict[str, Any] | None, form: ImageFormat) -> np.ndarray | str:
 
 def write_report(bad: Sequence[BadImage], path: Path) -> None:
     """Writes the images that were left out, one JSON object a line, so that no reader sees half of it."""
-    write_text(path, "".join(json.dumps(asdict(image)) + "\n" for image in bad))
+    write_text(path, as_lines(map(asdict, bad)))
+
+
+def read_report(path: Path) -> set[tuple[Any, Any]]:
+    """Returns file and row of each image that a report lists; none if it is not there."""
+    return {(image.get("file"), image.get("row")) for image in read_lines(path)}
 
 
 def _decode_rows(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_ddpm.data.batches import Batch, crop_places
 from hf_ddpm.data.decoders import Place, decoding
-from hf_ddpm.data.decoding import BadImage, attempt
+from hf_ddpm.data.decoding import BadImage, attempt, read_report
 from hf_ddpm.data.fitting import ImageFormat, crop_at
 from hf_ddpm.data.labels import find_class_column, find_classes
 from hf_ddpm.data.lanes import Lanes
@@ -21,7 +21,7 @@ from hf_ddpm.data.sources import find_image_column, find_shards
 from hf_ddpm.data.windows import LoadedWindow, WindowReader
 from hf_ddpm.files import one_line
 from hf_ddpm.launch import own_cores
-from hf_ddpm.lines import append_line, read_lines
+from hf_ddpm.lines import append_line
 
 # More decoding processes are not started unless asked for.
 MOST_WORKERS = 8
@@ -72,7 +72,7 @@ class ImageStream:
         self.shape = form.shape
         self.class_names = reader.classes.names if reader.classes else ()
         self.skip_bad_images, self.report = skip_bad_images, report
-        self._known_bad = set() if report is None else {(bad.get("file"), bad.get("row")) for bad in read_lines(report)}
+        self._known_bad = set() if report is None else read_report(report)
         self._next: tuple[int, slice] | None = None
         self._jobs = _Jobs(reader, form)
         count = min(own_cores(), MOST_WORKERS) if workers is None else workers

@@ -12,6 +12,9 @@ from hf_ddpm.options import option, require, require_at_least, require_value
 METRICS = {"fd": 2, "kid": 2, "is": 1, "pr": 4, "nll": 1}
 SYNONYMS = {"fid": "fd"}
 
+# Options that the figures of a model do not depend on.
+NOT_OF_FIGURES = ("model", "samples", "batch_size", "compile", "output")
+
 
 @dataclass
 class EvaluateConfig:

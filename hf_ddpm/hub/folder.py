@@ -9,7 +9,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from hf_ddpm.files import one_line, public_name
-from hf_ddpm.lines import read_lines
+from hf_ddpm.lines import as_lines, read_lines
 
 BESIDE = (
     "README.md",
@@ -46,7 +46,7 @@ def public_content(file: Path) -> bytes | Path:
     if file.name == "config.yaml":
         read, write = _read_yaml, lambda value: yaml.safe_dump(value, sort_keys=False)
     elif file.name == "evaluations.jsonl":
-        read, write = read_lines, lambda value: "".join(json.dumps(line) + "\n" for line in value)
+        read, write = read_lines, as_lines
     elif file.match("results*.json"):
         read, write = _read, lambda value: json.dumps(value, indent=2) + "\n"
     else:

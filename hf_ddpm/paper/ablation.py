@@ -5,16 +5,16 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from hf_ddpm.config import Config, EvaluationConfig, HubConfig, parse_config
+from hf_ddpm.config import BESIDE_TRAINING, Config, parse_config
 from hf_ddpm.data.samples import SampleFolder
-from hf_ddpm.evaluation.request import EvaluateConfig, real_images
+from hf_ddpm.evaluation.request import NOT_OF_FIGURES, EvaluateConfig, real_images
 from hf_ddpm.files import write_text
 from hf_ddpm.images import bytes_to_unit, save_picture
 from hf_ddpm.options import option, parse_options, require, require_at_least, require_distinct
@@ -52,9 +52,6 @@ ROWS = {
 RESULTS = "results_ablation.json"
 METRICS = {"fd": "Frechet distance", "is": "Inception score"}
 SHOWN = 10
-
-# Options of an evaluation that its figures do not depend on.
-NOT_OF_FIGURES = ("model", "output", "batch_size", "compile")
 
 
 @dataclass
@@ -143,8 +140,7 @@ def check_same(folder: Path, config: Config) -> None:
         there = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
-    aside = {field.name for part in (EvaluationConfig, HubConfig) for field in fields(part)} | {"output_dir"}
-    asked = {name: value for name, value in config.to_dict().items() if name not in aside}
+    asked = {name: value for name, value in config.to_dict().items() if name not in {*BESIDE_TRAINING, "output_dir"}}
     if asked["max_train_steps"] > there.get("max_train_steps", 0):
         del asked["max_train_steps"]  # it goes on
     changed = [f"{name}={asked[name]!r} (was {there.get(name)!r})" for name in asked if there.get(name) != asked[name]]

@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_ddpm.config import EvaluationConfig, HubConfig
+from hf_ddpm.config import BESIDE_TRAINING
 from hf_ddpm.files import write_text
 from hf_ddpm.provenance import hardware
 from hf_ddpm.training.loop import Callback, Run
@@ -33,7 +32,7 @@ FREE_OPTIONS = {
     "output_dir", "max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints", "resume",
     "train_batch_size", "gradient_accumulation_steps", "sample_at_checkpoints", "num_samples", "num_inference_steps",
     "tf32", "gradient_checkpointing", "compile", "tracker", "world_size", "dry_run",
-    *(field.name for part in (EvaluationConfig, HubConfig) for field in fields(part)),
+    *BESIDE_TRAINING,
 }  # fmt: skip
 
 
