@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
+    "DDIMScheduler": "hf_ddpm.schedulers.scheduling_ddim",
     "DDPMPipeline": "hf_ddpm.pipelines.pipeline_ddpm",
     "DDPMScheduler": "hf_ddpm.schedulers.scheduling_ddpm",
     "GaussianDiffusion": "hf_ddpm.diffusion",
@@ -19,7 +20,15 @@ _HOME = {
     "UNet2DModel": "hf_ddpm.models.unet_2d",
 }
 
-__all__ = ["DDPMPipeline", "DDPMScheduler", "GaussianDiffusion", "ModelMixin", "SchedulerMixin", "UNet2DModel"]
+__all__ = [
+    "DDIMScheduler",
+    "DDPMPipeline",
+    "DDPMScheduler",
+    "GaussianDiffusion",
+    "ModelMixin",
+    "SchedulerMixin",
+    "UNet2DModel",
+]
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
@@ -27,6 +36,7 @@ if TYPE_CHECKING:
     from hf_ddpm.diffusion import GaussianDiffusion
     from hf_ddpm.models.unet_2d import UNet2DModel
     from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+    from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
     from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
 

@@ -24,6 +24,7 @@ from hf_ddpm.options import (
     require_value,
 )
 
+LARGEST_BETA = 0.999
 PRESETS = resources.files("hf_ddpm") / "presets"
 
 
@@ -99,8 +100,11 @@ class DiffusionConfig:
     beta_schedule: Literal["linear", "scaled_linear", "quad", "const", "squaredcos_cap_v2", "sigmoid"] = option(
         "variances of the forward process", "linear"
     )
-    beta_start: float = option("first variance", 1e-4)
-    beta_end: float = option("last variance", 0.02)
+    beta_start: float | None = option("first variance; 0.1 / num_train_timesteps by default, at most 0.999", None)
+    beta_end: float | None = option("last variance; 20 / num_train_timesteps by default, at most 0.999", None)
+    allow_terminal_signal: bool = option(
+        "train even if the last step keeps more than 0.1% of the variance of images: samples then lack contrast", False
+    )
     rescale_betas_zero_snr: bool = option("whether the last step holds no signal at all", False)
     prediction_type: Literal["epsilon", "sample", "mean", "v_prediction"] = option(
         "what the network predicts", "epsilon"
@@ -110,12 +114,17 @@ class DiffusionConfig:
     )
 
     timestep_spacing: Literal["leading", "linspace", "trailing"] = option(
-        "how sampling in fewer steps spreads them", "leading"
+        "how sampling in fewer steps spreads them", "trailing"
     )
 
     def __post_init__(self) -> None:
         """Checks the values."""
         require(self, "num_train_timesteps", self.num_train_timesteps >= 2, "at least 2")
+        # The paper's values are for T = 1000. Scaled, the process ends in noise for every T.
+        if self.beta_start is None:
+            self.beta_start = min(0.1 / self.num_train_timesteps, LARGEST_BETA)
+        if self.beta_end is None:
+            self.beta_end = min(20 / self.num_train_timesteps, LARGEST_BETA)
         require(self, "beta_start", 0 < self.beta_start < 1, "in (0, 1)")
         require(self, "beta_end", 0 < self.beta_end < 1, "in (0, 1)")
 
@@ -139,7 +148,7 @@ class TrainingConfig:
         "decays of the averages of the weights; the first average is sampled from and exported, others beside it",
         factory=lambda: [0.9999],
     )
-    ema_warmup: bool = option("whether a decay starts small, as min(decay, (1 + step) / (10 + step))", False)
+    ema_warmup: bool = option("let decays start small, as min(decay, (1 + step) / (10 + step))", True)
     mixed_precision: Literal["no", "bf16", "fp16"] = option("precision of the network's passes", "no")
     tf32: bool = option("whether an NVIDIA GPU may round the factors of float32 products to 10 bits", True)
     gradient_checkpointing: bool = option("whether to compute activations twice instead of keeping them", False)
@@ -303,7 +312,9 @@ class Config:
 
     def scheduler(self) -> dict[str, Any]:
         """Returns the options of the `DDPMScheduler`."""
-        return dataclasses.asdict(self.diffusion)
+        options = dataclasses.asdict(self.diffusion)
+        del options["allow_terminal_signal"]
+        return options
 
 
 def block_types(attends: list[bool]) -> dict[str, tuple[str, ...]]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 from accelerate import Accelerator, PartialState
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -19,20 +19,27 @@ from hf_ddpm.data.samples import SampleFolder
 from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.images import to_bytes
 from hf_ddpm.launch import sole_run
-from hf_ddpm.options import option, require, require_at_least
+from hf_ddpm.options import option, require, require_at_least, require_value
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
+from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.seeds import SAMPLES, generator
 
-# Other walks through the same reverse process; None is the pipeline's own.
-SCHEDULERS = {
+# Other samplers of the same model, each with the options with which its samples are right; None is the pipeline's own.
+SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]] | None] = {
     "ddpm": None,
-    "ddim": "DDIMScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "pndm": "PNDMScheduler",
-    "euler": "EulerDiscreteScheduler",
+    "ddim": (DDIMScheduler, {}),
+    "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {}),
+    "sde-dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+    "pndm": (diffusers.PNDMScheduler, {}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
 }
+SPACING = "trailing"
+
+# Of samplers: raised when the same settings make other images.
+VERSION = 2
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,9 +49,9 @@ class Sampling:
     """Which infinite row of images a model is asked for: with the model, all that determines them."""
 
     seed: int = option("which infinite row of images to take them from", 0)
-    num_inference_steps: int = option("steps of the reverse process", 1000)
-    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "unipc", "pndm", "euler"] = option(
-        "how to walk the reverse process", "ddpm"
+    num_inference_steps: int | None = option("steps of the reverse process; all of the model's by default", None)
+    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc", "pndm", "euler"] = option(
+        "sampler: ddpm is the model's own, the others take steps of trailing spacing", "ddpm"
     )
     eta: float = option("noise of ddim, from 0 for none to 1 for that of ddpm", 0.0)
     class_labels: list[str] = option("names or numbers of classes that the images go through in turn", factory=list)
@@ -61,11 +68,17 @@ class Sampling:
 
     def check(self, pipe: DDPMPipeline) -> None:
         """Raises a `ValueError` unless the scheduler can walk a pipeline's process in that many steps."""
+        total, count = pipe.scheduler.config.num_train_timesteps, self.steps(pipe)
         least = 4 if self.scheduler == "pndm" else 1  # of Runge and Kutta, to start with
-        # Of all T steps these take one twice, with a length of 0 to divide by.
-        most = pipe.scheduler.config.num_train_timesteps - (self.scheduler in ("dpmsolver++", "unipc"))
-        name, allowed = "num_inference_steps", f"{least} to {most} with this model and scheduler={self.scheduler}"
-        require(self, name, least <= self.num_inference_steps <= most, allowed)
+        allowed = f"{least} to {total} with this model and scheduler={self.scheduler}"
+        require_value("num_inference_steps", count, least <= count <= total, allowed)
+        if self.scheduler == "pndm":
+            divisors = ", ".join(str(n) for n in range(least, total + 1) if total % n == 0)
+            require_value("num_inference_steps", count, total % count == 0, f"with scheduler=pndm one of {divisors}")
+
+    def steps(self, pipe: DDPMPipeline) -> int:
+        """Returns the number of steps of a pipeline's process."""
+        return self.num_inference_steps or pipe.scheduler.config.num_train_timesteps
 
     def settings(self, pipe: DDPMPipeline, model: str, device: torch.device) -> dict[str, Any]:
         """Returns what determines the images of a pipeline, for a `SampleFolder`."""
@@ -75,7 +88,17 @@ class Sampling:
             "shape": list(pipe.image_shape),
             "device": device.type,  # other kinds draw other noise
             **asdict(self),
+            "num_inference_steps": self.steps(pipe),
+            **({"sampler_version": VERSION} if self._is_changed(pipe) else {}),
         }
+
+    def _is_changed(self, pipe: DDPMPipeline) -> bool:
+        """Returns whether earlier versions made other images of these settings: a folder must not mix both."""
+        if self.scheduler != "ddpm" or pipe.scheduler.config.prediction_type == "mean":
+            return True
+        own = DDPMScheduler.from_config(pipe.scheduler.config)
+        own.set_timesteps(self.steps(pipe))
+        return own.timestep_spacing != own.config.timestep_spacing
 
     def labels(self, pipe: DDPMPipeline) -> list[int | str]:
         """Returns the classes as a pipeline takes them.
@@ -104,8 +127,10 @@ def compile_for_sampling(unet: nn.Module) -> None:
 def use_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     """Gives a pipeline the scheduler of that name in `SCHEDULERS`, with the configuration of its own."""
     check_one_of("scheduler", name, tuple(SCHEDULERS))
-    if SCHEDULERS[name] is not None:
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+    sampler = SCHEDULERS[name]
+    if sampler is not None:
+        kind, options = sampler
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing=SPACING, **options)
 
 
 def sample_images(
@@ -144,7 +169,7 @@ def sample_images(
                 unit = pipe(
                     batch_size=len(chunk),
                     generator=[generator(sampling.seed, SAMPLES, i, device=device) for i in chunk],
-                    num_inference_steps=sampling.num_inference_steps,
+                    num_inference_steps=sampling.steps(pipe),
                     output_type="pt",
                     eta=sampling.eta,
                     class_labels=[labels[i % len(labels)] for i in chunk] if labels else None,

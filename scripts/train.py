@@ -105,6 +105,12 @@ def main(argv: list[str]) -> int:
             f"{len(images):,} images, {run.unet.num_parameters():,} parameters, {run.global_batch_size} images a step, "
             f"{accelerator.num_processes} x {accelerator.device}, {torch.get_num_threads()} threads, {origin}"
         )
+        share = run.emas[0].initial_share(config.training.max_train_steps)
+        if share > 0.5:
+            accelerator.print(
+                f"ema_decay={run.emas[0].decay}: {share:.0%} of the averaged weights, which are exported, will be "
+                "initial weights; --ema_warmup true or a smaller decay avoids it"
+            )
         try:
             with status_file(folder / "status.json", run), closing(images):
                 train(run, images, callbacks_of(config, evaluations, pushes))

@@ -7,7 +7,8 @@ A forward process adds Gaussian noise to an image :math:`x_0` in :math:`T` steps
 and a network learns to walk back, :math:`p_\theta(x_{t-1} \mid x_t) = \mathcal{N}(\mu_\theta(x_t, t), \sigma_t^2 I)`.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from hf_ddpm.diffusion.schedules import shift_right
 PREDICTION_TYPES = ("epsilon", "sample", "mean", "v_prediction")
 LEARNED = ("learned", "learned_range")
 VARIANCE_TYPES = ("fixed_small", "fixed_large", *LEARNED)
+
+# Up to this share of the variance of x_t may be signal where sampling starts from noise alone.
+NOISE_SIGNAL = 1e-3
 
 
 class GaussianDiffusion:
@@ -73,6 +77,13 @@ class GaussianDiffusion:
             "log_beta": self.betas.log(),
             "snr": self.alphas_cumprod / (1 - self.alphas_cumprod),
         }
+        # What a network was trained for is a single step of the whole process: respaced processes keep these.
+        self._tables |= {
+            "mean_start": self._tables["posterior_start"],
+            "mean_x_t": self._tables["posterior_x_t"],
+            "step_var": posterior_var,
+            "is_single": torch.ones_like(self.betas),
+        }
         self._on_device: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def __len__(self) -> int:
@@ -103,6 +114,10 @@ class GaussianDiffusion:
         alphas_cumprod = self.alphas_cumprod[kept]
         process = GaussianDiffusion(1 - alphas_cumprod / shift_right(alphas_cumprod))
         process.timesteps = self.timesteps[kept]
+        for name in ("mean_start", "mean_x_t", "step_var"):
+            process._tables[name] = self._tables[name][kept]
+        is_adjacent = torch.diff(torch.tensor(kept), prepend=torch.tensor([-1])) == 1
+        process._tables["is_single"] = is_adjacent * self._tables["is_single"][kept]
         return process
 
     def q_sample(self, x_start: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
@@ -149,7 +164,10 @@ class GaussianDiffusion:
 
         - `fixed_large`: :math:`\beta_t`, best for :math:`x_0 \sim \mathcal{N}(0, I)` (Section 3.2).
         - `fixed_small`: :math:`\tilde\beta_t`, best for a single point :math:`x_0`.
-        - `learned`: the network's own, a diagonal.
+        - `learned`: the network's own, a diagonal. It is that of a single step of the whole process,
+          :math:`v = \tilde\beta_t + c_t^2 \operatorname{Var}(x_0 \mid x_t)` with the coefficient :math:`c_t` of
+          :math:`x_0` in Eq. 7; in a longer step of a respaced process it is that step's
+          :math:`\tilde\beta'_t + c_t'^2 \operatorname{Var}(x_0 \mid x_t)`, with the variance of pixels kept in [0, 1].
         - `learned_range`: between the two, :math:`u \log \beta_t + (1 - u) \log \tilde\beta_t` with
           :math:`u = (o + 1) / 2` of the network's output :math:`o` (Nichol & Dhariwal 2021, Eq. 15).
 
@@ -174,7 +192,7 @@ class GaussianDiffusion:
         if output is None:
             raise ValueError(f"variance_type={variance_type!r} needs a network with twice the channels of the images")
         if variance_type == "learned":
-            return output
+            return output if self._is_whole else self._rescaled(output, t)
         u = (output + 1) / 2
         return u * self._at("log_beta", t, like) + (1 - u) * self._at("fixed_small", t, like)
 
@@ -205,7 +223,8 @@ class GaussianDiffusion:
         if prediction_type == "sample":
             return x_start
         if prediction_type == "mean":
-            return self.q_posterior(x_start, self.q_sample(x_start, t, noise), t)[0]
+            x_t = self.q_sample(x_start, t, noise)
+            return self._at("mean_start", t, x_t) * x_start + self._at("mean_x_t", t, x_t) * x_t
         return self._at("signal", t, noise) * noise - self._at("noise", t, noise) * x_start
 
     def predict_start(
@@ -235,8 +254,66 @@ class GaussianDiffusion:
         if prediction_type == "sample":
             return prediction
         if prediction_type == "mean":
-            return (prediction - self._at("posterior_x_t", t, x_t) * x_t) / self._at("posterior_start", t, x_t)
+            return (prediction - self._at("mean_x_t", t, x_t) * x_t) / self._at("mean_start", t, x_t)
         return self._at("signal", t, x_t) * x_t - self._at("noise", t, x_t) * prediction
+
+    def p_mean(
+        self,
+        prediction: Tensor,
+        x_t: Tensor,
+        t: int | Tensor,
+        prediction_type: str = "epsilon",
+        bound: Callable[[Tensor], Tensor] = lambda x_start: x_start,
+    ) -> tuple[Tensor, Tensor]:
+        r"""Returns the mean of the reverse step and the image that it is heading for.
+
+        .. math:: \mu_\theta(x_t, t) = \tilde\mu_t(x_t, \hat x_0) \tag{11}
+
+        A prediction of type `mean` is itself the mean, as in the paper's code: bounding the image does not change it.
+        Only the longer steps of a respaced process go through :math:`\hat x_0`.
+
+        Args:
+            prediction: The output of the network, shape `(B, C, H, W)`.
+            x_t: Its input, same shape.
+            t: Step in [0, T).
+            prediction_type: One of `PREDICTION_TYPES`.
+            bound: Keeps an estimate of the image within the range of images.
+
+        Returns:
+            :math:`\mu_\theta` and :math:`\hat x_0`, both of the same shape.
+
+        Raises:
+            ValueError: If `prediction_type` is not allowed.
+        """
+        x_start = bound(self.predict_start(prediction, x_t, t, prediction_type))
+        mean, _ = self.q_posterior(x_start, x_t, t)
+        if prediction_type == "mean":
+            mean = prediction if self._is_whole else torch.where(self._is_single(t, x_t), prediction, mean)
+        return mean, x_start
+
+    def ddim_posterior(self, x_start: Tensor, x_t: Tensor, t: int, eta: float) -> tuple[Tensor, float]:
+        r"""Returns mean and standard deviation of the non-Markovian posterior of DDIM (Song et al. 2021, Eqs. 7, 16).
+
+        .. math:: \mathcal{N}\Big(\sqrt{\bar\alpha_{t-1}} \, x_0 + \sqrt{1 - \bar\alpha_{t-1} - \sigma_t^2} \;
+            \frac{x_t - \sqrt{\bar\alpha_t} \, x_0}{\sqrt{1 - \bar\alpha_t}}, \; \sigma_t^2 I\Big), \quad
+            \sigma_t = \eta \sqrt{\tilde\beta_t}
+
+        It has the marginals of Eq. 4 for every :math:`\eta`; at :math:`\eta = 1` it is the posterior of Eqs. 6 and 7,
+        at :math:`\eta = 0` nothing is random.
+
+        Args:
+            x_start: :math:`x_0`, or an estimate, shape `(B, C, H, W)`.
+            x_t: The diffused images, same shape.
+            t: Step in [0, T), the same for all images.
+            eta: :math:`\eta` in [0, 1].
+
+        Returns:
+            The mean, same shape, and :math:`\sigma_t`, which is 0 at `t = 0`.
+        """
+        before = self.alphas_cumprod[t - 1].item() if t > 0 else 1.0
+        std = eta * math.sqrt(self.betas[t].item() * (1 - before) / (1 - self.alphas_cumprod[t].item()))
+        eps = self.predict_eps(x_start, x_t, t)
+        return math.sqrt(before) * x_start + math.sqrt(max(1 - before - std**2, 0.0)) * eps, std
 
     def predict_eps(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         r"""Returns the noise that leads from `x_start` to `x_t`, the inverse of Eq. 4.
@@ -275,6 +352,22 @@ class GaussianDiffusion:
         r"""Returns the signal-to-noise ratio :math:`\bar\alpha_t / (1 - \bar\alpha_t)`, broadcastable to `like`."""
         return self._at("snr", t, like)
 
+    def _rescaled(self, log_var: Tensor, t: int | Tensor) -> Tensor:
+        """Turns the log-variance of a single step into that of the step of this process, which may be longer."""
+        excess = torch.exp(log_var) - self._at("step_var", t, log_var)
+        pixel_var = (excess / self._at("mean_start", t, log_var) ** 2).clamp(0, 1)
+        posterior_var = torch.exp(torch.as_tensor(self._at("fixed_small", t, log_var)))
+        longer = torch.log(posterior_var + self._at("posterior_start", t, log_var) ** 2 * pixel_var)
+        return torch.where(self._is_single(t, log_var), log_var, longer)
+
+    @property
+    def _is_whole(self) -> bool:
+        return bool(self._tables["is_single"].all())
+
+    def _is_single(self, t: int | Tensor, like: Tensor) -> Tensor:
+        """Returns whether steps lead to the next time of the whole process, broadcastable to `like`."""
+        return torch.as_tensor(self._at("is_single", t, like), device=like.device) > 0
+
     def _at(self, name: str, t: int | Tensor, like: Tensor) -> float | Tensor:
         """Gathers a coefficient at `t`: a number, or one an image, shaped to multiply `like`."""
         table = self._tables[name]
@@ -288,3 +381,16 @@ class GaussianDiffusion:
         if key not in self._on_device:
             self._on_device[key] = table.to(device=key[1], dtype=key[2])
         return self._on_device[key][t].view(-1, *[1] * (like.ndim - 1))
+
+
+def is_noise(alphas_cumprod: Tensor, t: int) -> bool:
+    r"""Returns whether a reverse process may start at `t` from :math:`\mathcal{N}(0, I)`.
+
+    At most a thousandth of the variance of :math:`x_t` is signal (:math:`\bar\alpha_t`), or not more than twice what
+    the end of the process leaves of it.
+
+    Args:
+        alphas_cumprod: :math:`\bar\alpha_t`, shape `(T,)`.
+        t: Step in [0, T).
+    """
+    return bool(alphas_cumprod[t] <= max(NOISE_SIGNAL, 2 * float(alphas_cumprod[-1])))

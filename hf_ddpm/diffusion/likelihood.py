@@ -86,7 +86,7 @@ def prior_nats(diffusion: GaussianDiffusion, x_start: Tensor) -> Tensor:
 def bound_nats(
     diffusion: GaussianDiffusion,
     x_start: Tensor,
-    x_start_hat: Tensor,
+    mean: Tensor,
     x_t: Tensor,
     t: Tensor,
     log_var: float | Tensor,
@@ -100,7 +100,8 @@ def bound_nats(
     Args:
         diffusion: The process.
         x_start: Images :math:`x_0` in [-1, 1], shape `(B, C, H, W)`.
-        x_start_hat: The network's estimate of them; clipped in evaluation, not in training.
+        mean: Mean of the reverse step, see `GaussianDiffusion.p_mean`, same shape; in evaluation, not in training, of
+            clipped estimates of the images.
         x_t: The diffused images, same shape.
         t: Steps in [0, T), int64, shape `(B,)`; at 0 the term is :math:`L_0`.
         log_var: Log-variance of the reverse step.
@@ -110,7 +111,6 @@ def bound_nats(
         The mean over the dimensions of each image, in nats, shape `(B,)`.
     """
     true_mean, true_log_var = diffusion.q_posterior(x_start, x_t, t)
-    mean, _ = diffusion.q_posterior(x_start_hat, x_t, t)
     kl = gaussian_kl(true_mean, true_log_var, mean, log_var).flatten(1).mean(dim=1)
     decoder = -decoder_log_likelihood(x_start, mean, log_var, levels).flatten(1).mean(dim=1)
     return torch.where(t == 0, decoder, kl)

@@ -1,5 +1,6 @@
 """Training objectives: functions of what a network said about a batch, an image at a time."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,10 @@ from hf_ddpm.diffusion.outputs import split_output
 
 OBJECTIVES = ("simple", "vlb", "hybrid", "min_snr")
 
-# Weight of the bound beside the simple objective (Nichol & Dhariwal 2021, Eq. 16), and cap of the signal-to-noise
-# ratio (Hang et al. 2023).
-BOUND_WEIGHT = 0.001
+# Weight of the bound beside the simple objective (Nichol & Dhariwal 2021, Eq. 16): 0.001, for a bound in bits as in
+# their code. Ours is in nats.
+BOUND_WEIGHT = 0.001 / math.log(2)
+# Cap of the signal-to-noise ratio (Hang et al. 2023).
 SNR_CAP = 5.0
 
 
@@ -106,6 +108,6 @@ class Objective:
         x_t: Tensor,
     ) -> Tensor:
         """Estimates the bound, which is a sum over all steps, from the term of one."""
-        x_start_hat = diffusion.predict_start(prediction, x_t, t, self.prediction_type)
+        mean, _ = diffusion.p_mean(prediction, x_t, t, self.prediction_type)
         log_var = diffusion.log_var(t, x_t, self.variance_type, variance_output)
-        return len(diffusion) * bound_nats(diffusion, x_start, x_start_hat, x_t, t, log_var, self.levels)
+        return len(diffusion) * bound_nats(diffusion, x_start, mean, x_t, t, log_var, self.levels)

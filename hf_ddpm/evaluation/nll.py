@@ -170,9 +170,10 @@ def _evaluate(
     dtype = next(unet.parameters()).dtype
     output = unet(x_t.to(dtype), t, classes).sample.float()
     prediction, variance_output = split_output(output, x_start.shape[1])
-    x_start_hat = diffusion.predict_start(prediction, x_t, t, scheduler.config["prediction_type"]).clamp(-1, 1)
+    kind = scheduler.config["prediction_type"]
+    mean, x_start_hat = diffusion.p_mean(prediction, x_t, t, kind, bound=lambda x: x.clamp(-1, 1))
     log_var = diffusion.log_var(t, x_t, scheduler.variance_type, variance_output)
-    terms = bound_nats(diffusion, x_start, x_start_hat, x_t, t, log_var, levels)
+    terms = bound_nats(diffusion, x_start, mean, x_t, t, log_var, levels)
     return terms, (x_start - x_start_hat).square().flatten(1).mean(dim=1)
 
 

@@ -175,7 +175,7 @@ class LatentMethods:
         self,
         batch_size: int = 1,
         generator: Generators = None,
-        num_inference_steps: int = 1000,
+        num_inference_steps: int | None = None,
         frames: int | None = 11,
         output_type: str = "pil",
         **options: Any,
@@ -189,7 +189,7 @@ class LatentMethods:
         Args:
             batch_size: Number of images.
             generator: As in a call: the same images come out.
-            num_inference_steps: Number of steps of the reverse process.
+            num_inference_steps: Number of steps of the reverse process; all of the network's by default.
             frames: How many steps to show, evenly spread, the first and the last among them; all if None.
             output_type: As in a call.
             options: Further arguments of a call, such as `class_labels` or `latents`.

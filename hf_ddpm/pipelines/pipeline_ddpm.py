@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,16 +15,24 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from hf_ddpm.diffusion.checks import check_one_of
+from hf_ddpm.diffusion.gaussian import is_noise
 from hf_ddpm.diffusion.outputs import split_output
 from hf_ddpm.files import one_line
 from hf_ddpm.images import OUTPUT_TYPES, as_output, to_unit
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.latents import Generators, LatentMethods, check_generators
+from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+from hf_ddpm.schedulers.stock import check_stock
 
-# Our classes by the names that they are stored under. diffusers has no class of the last one and refuses to load it:
-# its scheduler would take a learned log-variance for a variance.
-OURS = {"UNet2DModel": UNet2DModel, "DDPMScheduler": DDPMScheduler, "HFDDPMScheduler": DDPMScheduler}
+# Our classes by the names that they are stored under. diffusers has no class of the last two and refuses to load them:
+# it would take a learned log-variance for a variance, and walk DDIM otherwise.
+OURS = {
+    "UNet2DModel": UNet2DModel,
+    "DDPMScheduler": DDPMScheduler,
+    "HFDDPMScheduler": DDPMScheduler,
+    "HFDDIMScheduler": DDIMScheduler,
+}
 
 
 class DDPMPipeline(LatentMethods, DiffusionPipeline):
@@ -93,7 +102,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         self,
         batch_size: int = 1,
         generator: Generators = None,
-        num_inference_steps: int = 1000,
+        num_inference_steps: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         latents: Tensor | None = None,
@@ -109,7 +118,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         Args:
             batch_size: Number of images.
             generator: Source of the noise; a list of `batch_size` gives each image its own.
-            num_inference_steps: Number of steps of the reverse process.
+            num_inference_steps: Number of steps of the reverse process; all of the network's by default.
             output_type: `pil`, `np` (NHWC in [0, 1]) or `pt` (NCHW in [0, 1]).
             return_dict: Whether to wrap the result.
             latents: :math:`x_T` to start from, shape `(batch_size, C, H, W)`; drawn by default.
@@ -124,13 +133,15 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
                 none.
             timesteps: The steps to take, descending, in place of `num_inference_steps`; with `latents`, a chain may
                 start anywhere.
-            eta: Noise of a DDIM scheduler, from 0 (none) to 1 (that of DDPM); others do not know it.
+            eta: Noise of a DDIM scheduler, from 0 (none) to 1 (that of DDPM).
 
         Returns:
             The images, as `.images` or in a tuple.
 
         Raises:
-            ValueError: If an argument is not allowed.
+            ValueError: If an argument is not allowed, or the scheduler is one of diffusers in a setting in which its
+                images are wrong.
+            FloatingPointError: If the network's output is not finite; the step and the reason are named.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is not allowed: at least 1")
@@ -140,21 +151,15 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         unet, was_training = self.unet, self.unet.training
         dtype = unet.dtype  # diffusers looks at every weight to tell it: not in every step
 
+        self._set_timesteps(num_inference_steps, timesteps, from_noise=latents is None)
         # The chain stays in float32; only the network works in its own dtype.
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        if timesteps is None:
-            self.scheduler.set_timesteps(num_inference_steps)
-        elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            self.scheduler.set_timesteps(timesteps=timesteps)
-        else:
-            raise ValueError(
-                f"timesteps are not allowed with a {type(self.scheduler).__name__}: num_inference_steps is"
-            )
         x_t = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
         step_options = self._step_options(generator, eta)
         takes_variance = isinstance(self.scheduler, DDPMScheduler | diffusers.DDPMScheduler)
         classes = self._classes(class_labels, batch_size, guidance_scale)
+        sums = []
 
         try:
             unet.eval()  # dropout is for training
@@ -162,6 +167,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
                 x_in = self.scheduler.scale_model_input(x_t, t).to(dtype)
                 # A copy: where the network is a CUDA graph, it writes its next output in the same place.
                 prediction = self._predict(x_in, t, classes, guidance_scale).to(torch.float32, copy=True)
+                sums.append(prediction.sum())
                 if not takes_variance:
                     prediction, _ = split_output(prediction, x_t.shape[1])
                 output = self.scheduler.step(prediction, t, x_t, **step_options)
@@ -171,6 +177,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
                     tensors = {"latents": x_t, "pred_original_sample": x_start, "model_output": prediction}
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     x_t = (callback_on_step_end(self, i, t, wanted) or {}).get("latents", x_t)
+            self._check_finite([*sums, x_t.sum()])
         finally:
             unet.train(was_training)
             self.maybe_free_model_hooks()
@@ -197,8 +204,8 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         for name, component in self.components.items():
             kind = type(getattr(component, "_orig_mod", component))  # look through torch.compile
             if kind in OURS.values():
-                misread = kind is DDPMScheduler and component.config.variance_type == "learned"
-                index[name] = ["diffusers", "HFDDPMScheduler" if misread else kind.__name__]
+                learned = kind is DDPMScheduler and component.config.variance_type == "learned"
+                index[name] = ["diffusers", f"HF{kind.__name__}" if learned or kind is DDIMScheduler else kind.__name__]
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _check_arguments(
@@ -218,11 +225,46 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
                 allowed = ", ".join(self._callback_tensor_inputs)
                 raise ValueError(f"callback_on_step_end_tensor_inputs: {name!r} is not allowed: any of {allowed}")
 
+    def _set_timesteps(self, count: int | None, timesteps: list[int] | None, *, from_noise: bool) -> None:
+        """Sets the scheduler's steps, and refuses those from which the samples would be wrong."""
+        scheduler = self.scheduler
+        if timesteps is None:
+            count = scheduler.config.num_train_timesteps if count is None else count
+            scheduler.set_timesteps(count)
+        elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+            scheduler.set_timesteps(timesteps=timesteps)
+        else:
+            raise ValueError(f"timesteps are not allowed with a {type(scheduler).__name__}: num_inference_steps is")
+        if not isinstance(scheduler, DDPMScheduler):
+            check_stock(scheduler, None if timesteps else count, from_noise=from_noise)
+        elif from_noise and not is_noise(scheduler.diffusion.alphas_cumprod, int(scheduler.timesteps[0])):
+            first = int(scheduler.timesteps[0])
+            raise ValueError(
+                f"timesteps from {first}: x_t is not noise there yet; pass latents, or start at a later time"
+            )
+
+    def _check_finite(self, sums: list[Tensor]) -> None:
+        """Raises a `FloatingPointError` that names the first step at which something was not finite, and the reason."""
+        is_finite = torch.stack(sums).isfinite()  # one wait for a whole chain
+        if bool(is_finite.all()):
+            return
+        step = int((~is_finite).nonzero()[0])
+        broken = [name for name, value in self.unet.named_parameters() if not bool(value.isfinite().all())]
+        if broken:
+            reason = f"weights of the network are not finite, such as {broken[0]}"
+        elif torch.float16 in (self.unet.dtype, torch.get_autocast_dtype(self.device.type)):
+            reason = "float16 may have overflowed: use bfloat16 or float32"
+        else:
+            reason = "latents, guidance_scale or the network's output are out of range"
+        raise FloatingPointError(f"values are not finite at step {step} of {len(sums) - 1}: {reason}")
+
     def _classes(
         self, labels: Tensor | list[int | str] | None, batch_size: int, guidance_scale: float
     ) -> Tensor | None:
         """Returns the numbers of the classes, or None for a network without."""
         count, names, null = self.unet.config.num_class_embeds, self.class_names, self.null_class
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale={guidance_scale} is not allowed: a finite number")
         if guidance_scale != 1 and null is None:
             raise ValueError(f"guidance_scale={guidance_scale} is not allowed: the network was trained without it")
         if count is None:
@@ -258,6 +300,10 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
     def _step_options(self, generator: Generators, eta: float) -> dict[str, Any]:
         """Returns what this scheduler's `step` understands: some are deterministic, and few have an eta."""
         known = inspect.signature(self.scheduler.step).parameters
+        if eta and "eta" not in known:
+            raise ValueError(
+                f"eta={eta} is not allowed with a {type(self.scheduler).__name__}: with a DDIMScheduler it is"
+            )
         return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in known}
 
 

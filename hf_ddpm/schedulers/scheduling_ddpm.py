@@ -12,11 +12,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from hf_ddpm.diffusion.checks import check_one_of
-from hf_ddpm.diffusion.gaussian import PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion
+from hf_ddpm.diffusion.gaussian import PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion, is_noise
 from hf_ddpm.diffusion.outputs import dynamic_threshold, output_channels, split_output
 from hf_ddpm.diffusion.schedules import beta_schedule as named_beta_schedule
 from hf_ddpm.diffusion.schedules import rescale_zero_terminal_snr
 
+# What a network was trained with. `from_config` of another class must not replace any of it by that class's default.
+PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
@@ -25,10 +27,15 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     r"""Walks from :math:`x_T` to :math:`x_0` (Ho et al. 2020, Algorithm 2), in all steps or in fewer.
 
     Options and defaults are those of `diffusers.DDPMScheduler`: either class reads the other's configuration, and
-    `from_config` swaps it against the other schedulers of diffusers. It differs from it in three ways. Coefficients
-    come from float64 tables and meet images in float32, whatever their dtype. No noise is added in the last step,
-    wherever that is: with `trailing` spacing and `fixed_large`, diffusers returns images with the noise of its last
-    step, :math:`t = T/S - 1`, left in. Unknown names are refused.
+    `from_config` swaps it for the other schedulers of diffusers. It differs from it in these ways:
+
+    - Coefficients come from float64 tables and meet images in float32, whatever their dtype.
+    - No noise is added in the last step, wherever that is: with `trailing` spacing and `fixed_large`, diffusers returns
+      images with the noise of its last step, :math:`t = T/S - 1`, left in.
+    - Steps start from noise: where those of `leading` or `linspace` would start at a time when :math:`x_t` still shows
+      the image, as with 501 of 1000 steps (`leading` starts at 500), they are those of `trailing`.
+    - Predictions of type `mean` are the mean of the step, see `GaussianDiffusion.p_mean`.
+    - Unknown names are refused.
 
     Args:
         num_train_timesteps: Number :math:`T` of diffusion steps.
@@ -43,7 +50,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         dynamic_thresholding_ratio: Quantile for it.
         clip_sample_range: Largest absolute value that clipping leaves.
         sample_max_value: Largest threshold of dynamic thresholding.
-        timestep_spacing: How fewer steps are spread: `leading`, `linspace` or `trailing`.
+        timestep_spacing: How fewer steps are spread: `leading`, `linspace` or `trailing`; `trailing` is best.
         steps_offset: Added to the steps of `leading`.
         rescale_betas_zero_snr: Whether to leave no signal at the last step; not with `epsilon`.
 
@@ -96,9 +103,10 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if len(betas) != num_train_timesteps:
             raise ValueError(f"trained_betas has {len(betas)} entries, num_train_timesteps is {num_train_timesteps}")
         if beta_schedule not in STOCK_SCHEDULES:
-            # diffusers knows it by its values, which are then no default that from_config may drop.
-            defaults = [name for name in self.config.get("_use_default_values", []) if name != "trained_betas"]
-            self.register_to_config(beta_schedule="linear", trained_betas=betas.tolist(), _use_default_values=defaults)
+            self.register_to_config(beta_schedule="linear", trained_betas=betas.tolist())  # for diffusers
+        # Heun's default betas, for one, are others: from_config drops what is recorded as a default.
+        defaults = [name for name in self.config.get("_use_default_values", []) if name not in PROCESS]
+        self.register_to_config(_use_default_values=defaults)
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
 
@@ -110,6 +118,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
+        self.timestep_spacing = timestep_spacing  # of the steps that are set
         self._set_chain(list(reversed(range(num_train_timesteps))), device=None)
 
     def __len__(self) -> int:
@@ -179,28 +188,12 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If `timestep` is none of `self.timesteps`, or the shapes differ.
         """
-        channels = output_channels(sample.shape[1], self.variance_type)
-        if model_output.shape != (sample.shape[0], channels, *sample.shape[2:]):
-            raise ValueError(
-                f"model_output of shape {tuple(model_output.shape)} does not fit sample of shape {tuple(sample.shape)} "
-                f"with variance_type={self.variance_type!r}"
-            )
-        t = self._index(timestep)
-        x_t = _at_least_float32(sample)
-        prediction, variance_output = split_output(_at_least_float32(model_output), sample.shape[1])
-
-        x_start = self._chain.predict_start(prediction, x_t, t, self.config.prediction_type)
-        x_start = self._bound(x_start)
-        x_prev, _ = self._chain.q_posterior(x_start, x_t, t)
+        t, x_t, prediction, variance_output = self._read(model_output, timestep, sample)
+        mean, x_start = self._chain.p_mean(prediction, x_t, t, self.config.prediction_type, self._bound)
+        std: float | Tensor = 0.0
         if t > 0:
-            log_var = self._chain.log_var(t, x_t, self.variance_type, variance_output)
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
-            x_prev = x_prev + _deviation(log_var) * noise
-
-        x_prev, x_start = x_prev.to(sample.dtype), x_start.to(sample.dtype)
-        if not return_dict:
-            return x_prev, x_start
-        return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_start)
+            std = _deviation(self._chain.log_var(t, x_t, self.variance_type, variance_output))
+        return self._result(mean, std, x_start, model_output.dtype, sample, generator, return_dict)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Diffuses images to steps of the whole process (Eq. 4), in float32 or better inside.
@@ -226,6 +219,37 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         index = self._index(timestep)
         return int(self._chain.timesteps[index - 1]) if index > 0 else -1
 
+    def _read(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor
+    ) -> tuple[int, Tensor, Tensor, Tensor | None]:
+        """Returns the index in the chain, :math:`x_t`, the prediction and what is said of the variance."""
+        channels = output_channels(sample.shape[1], self.variance_type)
+        if model_output.shape != (sample.shape[0], channels, *sample.shape[2:]):
+            raise ValueError(
+                f"model_output of shape {tuple(model_output.shape)} does not fit sample of shape {tuple(sample.shape)} "
+                f"with variance_type={self.variance_type!r}"
+            )
+        prediction, variance_output = split_output(_at_least_float32(model_output), sample.shape[1])
+        return self._index(timestep), _at_least_float32(sample), prediction, variance_output
+
+    def _result(
+        self,
+        mean: Tensor,
+        std: float | Tensor,
+        x_start: Tensor,
+        noise_dtype: torch.dtype,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        return_dict: bool,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Draws the next sample; a standard deviation that is the number 0 draws nothing."""
+        if isinstance(std, Tensor) or std > 0:
+            mean = mean + std * randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=noise_dtype)
+        x_prev, x_start = mean.to(sample.dtype), x_start.to(sample.dtype)
+        if not return_dict:
+            return x_prev, x_start
+        return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_start)
+
     def _index(self, timestep: int | Tensor) -> int:
         """Returns the place of a timestep in the chain, counted from its end."""
         index = self._index_of.get(float(timestep))
@@ -234,13 +258,15 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         return index
 
     def _spaced(self, count: int) -> list[int]:
-        """Returns `count` steps, descending, as Lin et al. 2023, Table 2 name and space them."""
-        total = len(self)
-        if self.config.timestep_spacing == "linspace":
-            steps = np.linspace(0, total - 1, count).round()[::-1]
-        elif self.config.timestep_spacing == "leading":
+        """Returns `count` steps, descending, as Lin et al. 2023, Table 2 name and space them, that start from noise."""
+        total, self.timestep_spacing = len(self), self.config.timestep_spacing
+        if self.timestep_spacing == "leading":
             steps = np.arange(count)[::-1] * (total // count) + self.config.steps_offset
         else:
+            steps = np.linspace(0, total - 1, count).round()[::-1]
+        from_noise = steps[0] < total and is_noise(self.diffusion.alphas_cumprod, int(steps[0]))
+        if self.timestep_spacing == "trailing" or not from_noise:
+            self.timestep_spacing = "trailing"
             # Cut to length: rounding makes the range one too long for counts such as 61.
             steps = np.round(np.arange(total, 0, -total / count))[:count] - 1
         return [int(t) for t in steps]

@@ -1,6 +1,7 @@
 """From options to a run at step 0."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 
 from hf_ddpm.config import Config
 from hf_ddpm.data.batches import BatchSource
+from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL
 from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.launch import use_own_cores
 from hf_ddpm.models.initialization import initialize_like_paper
@@ -64,6 +66,8 @@ def build_process(config: Config, checkpoint: Path | None = None) -> tuple[DDPMS
         ValueError: If the pipeline cannot be loaded or is none of such images, or an option does not fit.
     """
     source, scheduler = None, DDPMScheduler(**config.scheduler())
+    if config.model.init_from is None and checkpoint is None:
+        _check_terminal_signal(config, scheduler)
     if config.model.init_from is not None:
         source = load_pipeline(config.model.init_from, "cpu") if checkpoint is None else stored_pipeline(checkpoint)
         _check_source(source, config)
@@ -124,6 +128,19 @@ def _objective(config: Config, scheduler: DDPMScheduler) -> Objective:
         variance_type=scheduler.variance_type,
         levels=config.data.levels,
     )
+
+
+def _check_terminal_signal(config: Config, scheduler: DDPMScheduler) -> None:
+    """Raises a `ValueError` unless the process ends in noise, which sampling starts from, or the options allow it."""
+    options, signal = config.diffusion, scheduler.diffusion.alphas_cumprod[-1].item()
+    if signal > NOISE_SIGNAL and not options.allow_terminal_signal:
+        prior_bits = -0.5 * math.log2(1 - signal)
+        betas = f"beta_start={options.beta_start:g}, beta_end={options.beta_end:g}"
+        raise ValueError(
+            f"{betas} with num_train_timesteps={options.num_train_timesteps}: x_T keeps {signal:.1%} of the variance "
+            f"of images (L_T up to {prior_bits:.2g} bits/dim), but sampling starts from noise; leave the betas out (they "
+            "are scaled to the number of steps), or set allow_terminal_signal=true"
+        )
 
 
 def _check_source(source: DDPMPipeline, config: Config) -> None:

@@ -1,6 +1,7 @@
 """The exponential moving average of the weights: what is sampled from, evaluated and exported."""
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -25,5 +26,11 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Moves the average towards the weights of the network after optimizer step `step`, counted from 0."""
-        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+        torch._foreach_lerp_(self._averages, self._weights, 1 - self._decay(step))
+
+    def initial_share(self, steps: int) -> float:
+        """Returns the weight that the initial weights have in the average after so many steps, in [0, 1]."""
+        return math.prod(self._decay(step) for step in range(steps))
+
+    def _decay(self, step: int) -> float:
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay

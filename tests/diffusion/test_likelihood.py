@@ -86,7 +86,8 @@ def terms(x_start, x_start_hat, noise, t, variance_type):
     times = torch.full((len(x_start),), t)
     x_t = DIFFUSION.q_sample(x_start, times, noise)
     log_var = DIFFUSION.log_var(times, x_t, variance_type)
-    return bound_nats(DIFFUSION, x_start, x_start_hat(x_t, times), x_t, times, log_var)
+    mean, _ = DIFFUSION.q_posterior(x_start_hat(x_t, times), x_t, times)
+    return bound_nats(DIFFUSION, x_start, mean, x_t, times, log_var)
 
 
 def test_the_true_noise_makes_every_divergence_zero():

@@ -1,4 +1,5 @@
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -58,10 +59,13 @@ def test_steps_are_those_of_theory(prediction_type, count):
             z = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
             expected = expected + beta**0.5 * z
         v = a**0.5 * eps - (1 - a) ** 0.5 * x_start
-        mean = a_before**0.5 * beta / (1 - a) * x_start + (1 - beta) ** 0.5 * (1 - a_before) / (1 - a) * x_t
+        # A network that predicts means was trained on single steps, however long the steps of the chain are.
+        a_next = alpha_bars[t - 1] if t > 0 else 1.0
+        beta_t = 1 - a / a_next
+        mean = a_next**0.5 * beta_t / (1 - a) * x_start + (1 - beta_t) ** 0.5 * (1 - a_next) / (1 - a) * x_t
         predictions = {"epsilon": eps, "sample": x_start, "mean": mean, "v_prediction": v}
         prediction = predictions[prediction_type]
-        torch.testing.assert_close(step(scheduler, t, x_t, prediction), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(step(scheduler, t, x_t, prediction), expected, rtol=0, atol=1e-11)
 
 
 def test_float32_steps_are_within_rounding_of_float64_ones():
@@ -105,8 +109,8 @@ def test_the_last_step_adds_no_noise_wherever_it_is():
 )
 def test_options_mean_what_they_mean_in_diffusers(config):
     ours, theirs = both(**config)
-    ours.set_timesteps(20)
-    theirs.set_timesteps(20)
+    ours.set_timesteps(50)
+    theirs.set_timesteps(50)
     assert ours.timesteps.tolist() == theirs.timesteps.tolist()
     x_start, noise = inputs()
     for t in ours.timesteps:
@@ -123,6 +127,90 @@ def test_every_number_of_steps_can_be_set(spacing):
         scheduler.set_timesteps(count)
         steps = scheduler.timesteps
         assert len(steps) == count and 0 <= steps[-1] and steps[0] < T and (steps.diff() < 0).all()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_steps_start_from_noise_and_are_those_of_diffusers_where_these_do(spacing, schedule):
+    # What is drawn as x_T is noise alone. diffusers' leading steps start at t = 500 for 501 of them.
+    ours, theirs = both(timestep_spacing=spacing, beta_schedule=schedule)
+    signal = theirs.alphas_cumprod.double()
+    agreeing = 0
+    for count in range(1, T + 1):
+        ours.set_timesteps(count)
+        assert signal[ours.timesteps[0]] <= 1.0001e-3
+        theirs.set_timesteps(count)
+        if theirs.timesteps[0] < T and signal[theirs.timesteps[0]] <= 0.9999e-3 and len(theirs.timesteps) == count:
+            assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+            agreeing += 1
+    assert agreeing > (50 if spacing == "leading" else 800)
+
+
+def test_an_offset_beyond_the_end_starts_at_the_end():
+    scheduler = DDPMScheduler(steps_offset=1)
+    scheduler.set_timesteps(T)
+    assert scheduler.timesteps.tolist() == list(range(T - 1, -1, -1))
+
+
+@pytest.mark.parametrize("name", ["Heun", "KDPM2", "LMS", "Euler"])
+def test_other_schedulers_get_the_process_of_the_network(name):
+    # from_config drops what is recorded as a default: Heun's own default betas, 0.00085 to 0.012, would take over.
+    kind = getattr(diffusers, f"{name}DiscreteScheduler")
+    ours = DDPMScheduler()
+    torch.testing.assert_close(kind.from_config(ours.config).alphas_cumprod, ours.alphas_cumprod)
+    assert DDPMScheduler.from_config(kind.from_config(ours.config).config).config.beta_end == 0.02
+
+
+@pytest.mark.parametrize("clip_sample", [True, False])
+def test_a_predicted_mean_is_the_mean(clip_sample):
+    # As in the paper's code: only the image that is shown is clipped, here of values up to 30.
+    scheduler = DDPMScheduler(prediction_type="mean", clip_sample=clip_sample)
+    x_t, mean = inputs()
+    for t in (999, 500, 3, 0):
+        z = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(1))
+        before = scheduler.alphas_cumprod[t - 1].double() if t else 1.0
+        variance = scheduler.betas[t].double() * (1 - before) / (1 - scheduler.alphas_cumprod[t].double())
+        expected = mean + variance**0.5 * z
+        torch.testing.assert_close(step(scheduler, t, x_t, mean), expected.float(), rtol=1e-3, atol=1e-4)
+        shown = scheduler.step(mean, t, x_t, generator=torch.Generator()).pred_original_sample
+        assert bool(shown.abs().max() <= 1) == clip_sample
+
+
+def exact_log_var(ab, before, variance):
+    """The log-variance of the best Gaussian reverse step for pixels N(0, variance)."""
+    beta, pixel_var = 1 - ab / before, variance * (1 - ab) / (ab * variance + 1 - ab)
+    return np.log(beta * (1 - before) / (1 - ab) + before * beta**2 / (1 - ab) ** 2 * pixel_var)
+
+
+@pytest.mark.parametrize("count", [20, 100, 334, T])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "mean"])
+def test_learned_variances_of_single_steps_serve_longer_ones(count, prediction_type):
+    # Of data N(0, 1/4) and the best network, every step of Algorithm 2 keeps the marginals exactly, however long:
+    # predicted means and learned variances, which are those of single steps, must be carried over.
+    scheduler = DDPMScheduler(
+        variance_type="learned", prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(count)
+    ab = np.cumprod(1 - np.linspace(1e-4, 0.02, T))
+    steps, variance = scheduler.timesteps.tolist(), 0.25
+    for t, after in zip(steps[:-1], steps[1:], strict=True):
+        before = ab[t - 1]
+        gain = ab[t] ** 0.5 * variance / (ab[t] * variance + 1 - ab[t])  # E[x_0 | x_t] = gain x_t
+        beta = 1 - ab[t] / before
+        mean = before**0.5 * beta / (1 - ab[t]) * gain + (ab[t] / before) ** 0.5 * (1 - before) / (1 - ab[t])
+        said = {"epsilon": (1 - ab[t] ** 0.5 * gain) / (1 - ab[t]) ** 0.5, "mean": mean}[prediction_type]
+        one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        log_var = exact_log_var(ab[t], before, variance) * one
+        output = torch.cat([said * one, log_var], dim=1)
+        with_noise = scheduler.step(output, t, one, generator=torch.Generator().manual_seed(1)).prev_sample.item()
+        without = scheduler.step(
+            torch.cat([said * one, log_var], dim=1), t, one, generator=torch.Generator().manual_seed(2)
+        ).prev_sample.item()
+        z = [torch.randn(1, generator=torch.Generator().manual_seed(k), dtype=torch.float64).item() for k in (1, 2)]
+        deviation = (with_noise - without) / (z[0] - z[1])
+        drift = with_noise - deviation * z[0]
+        marginal, target = (ab[k] * variance + 1 - ab[k] for k in (t, after))
+        assert drift**2 * marginal + deviation**2 == pytest.approx(target, rel=1e-6)
 
 
 def test_fixed_large_log_is_fixed_large():
@@ -246,7 +334,7 @@ def test_wrong_values_are_refused_with_the_allowed_ones():
         with pytest.raises(ValueError, match=f"timestep={t} is not one of the 10"):
             scheduler.previous_timestep(t)
     with pytest.raises(ValueError, match=r"timesteps hold 1000, which is not in \[0, 1000\)"):
-        DDPMScheduler(steps_offset=1).set_timesteps(1000)
+        scheduler.set_timesteps(timesteps=[1000, 0])
     with pytest.raises(ValueError, match="does not fit"):
         scheduler.step(torch.cat([noise, noise], dim=1), 900, x_start)
 

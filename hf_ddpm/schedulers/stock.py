@@ -1,0 +1,60 @@
+"""Settings in which schedulers of diffusers walk another process than the network was trained for."""
+
+from typing import Any
+
+import diffusers
+import torch
+
+from hf_ddpm.diffusion.gaussian import is_noise
+
+# Their steps lead from t to t - T // S, whatever the spacing says.
+EVEN = (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler, diffusers.PNDMScheduler)
+
+
+def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: bool) -> None:
+    """Raises a `ValueError` if a scheduler of diffusers would sample from another distribution than the network's.
+
+    Schedulers of other libraries pass: nothing is known of them.
+
+    Args:
+        scheduler: The scheduler, its timesteps set.
+        num_inference_steps: The number of steps that was asked for; None for timesteps given one by one.
+        from_noise: Whether sampling starts from noise, not from latents.
+
+    Raises:
+        ValueError: If the process is another one, the steps do not start from noise, or do not fit together.
+    """
+    if not type(scheduler).__module__.startswith("diffusers."):
+        return
+    name, total = type(scheduler).__name__, scheduler.config.get("num_train_timesteps")
+    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    if alphas_cumprod is None or len(alphas_cumprod) != total:
+        raise ValueError(
+            f"scheduler {name}: it has a noise schedule of its own, not the network's; "
+            "use DDIMScheduler, DPMSolverMultistepScheduler or EulerDiscreteScheduler"
+        )
+    steps = torch.as_tensor(scheduler.timesteps, dtype=torch.float64)
+    setting = f"scheduler {name} with {len(steps)} timesteps from {steps[0]:g} to {steps[-1]:g}"
+    remedy = f"use {name}.from_config(pipe.scheduler.config, timestep_spacing='trailing')"
+    if from_noise and not is_noise(alphas_cumprod, int(steps.max())):
+        signal = float(alphas_cumprod[int(steps.max())].sqrt())
+        raise ValueError(f"{setting}: sampling starts where x_t still holds {signal:.0%} of the image; {remedy}")
+    if isinstance(scheduler, EVEN) and num_inference_steps is not None and not _is_even(scheduler, num_inference_steps):
+        divisors = [n for n in range(max(1, num_inference_steps // 2), total + 1) if total % n == 0]
+        raise ValueError(
+            f"{setting}: each step leads to t - {total // num_inference_steps}, which is not the next timestep; use "
+            f"hf_ddpm.DDIMScheduler, or 'trailing' spacing with num_inference_steps={divisors[0]}"
+        )
+    is_multistep = "solver_order" in scheduler.config
+    if is_multistep and len(steps.unique()) < len(steps):
+        raise ValueError(f"{setting}: one of them is taken twice; {remedy}")
+    if isinstance(scheduler, diffusers.DDPMScheduler) and steps[-1] > 0 and "large" in scheduler.config.variance_type:
+        raise ValueError(f"{setting}: noise of the last step stays in the images; use hf_ddpm.DDPMScheduler")
+
+
+def _is_even(scheduler: Any, num_inference_steps: int) -> bool:
+    """Returns whether all timesteps are `T // S` apart; PNDM takes some of them twice or between others."""
+    total, spacing = scheduler.config.num_train_timesteps, scheduler.config.timestep_spacing
+    if spacing == "leading":
+        return True
+    return spacing == "trailing" and total % num_inference_steps == 0
