@@ -1,6 +1,7 @@
 """Images by number: image `i` of a seed is the same in any batch and on any process."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -24,9 +25,10 @@ from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+from hf_ddpm.schedulers.stock import check_stock
 from hf_ddpm.seeds import SAMPLES, generator
 
-# Other samplers of the same model, each with the options with which its samples are right; None is the pipeline's own.
+# Other samplers of the same model; None is the pipeline's own scheduler.
 SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]] | None] = {
     "ddpm": None,
     "ddim": (DDIMScheduler, {}),
@@ -36,7 +38,10 @@ SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]] | None] = {
     "pndm": (diffusers.PNDMScheduler, {}),
     "euler": (diffusers.EulerDiscreteScheduler, {}),
 }
-SPACING = "trailing"
+# In this order: which spacing of the steps to take for other samplers.
+SPACINGS = ("trailing", "leading")
+# What clips the estimate of x_0 to [-1, 1] in samplers that have no `clip_sample`.
+CLIPPING = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
 
 # Of samplers: raised when the same settings make other images.
 VERSION = 2
@@ -72,9 +77,7 @@ class Sampling:
         least = 4 if self.scheduler == "pndm" else 1  # of Runge and Kutta, to start with
         allowed = f"{least} to {total} with this model and scheduler={self.scheduler}"
         require_value("num_inference_steps", count, least <= count <= total, allowed)
-        if self.scheduler == "pndm":
-            divisors = ", ".join(str(n) for n in range(least, total + 1) if total % n == 0)
-            require_value("num_inference_steps", count, total % count == 0, f"with scheduler=pndm one of {divisors}")
+        find_scheduler(pipe, self.scheduler, count)
 
     def steps(self, pipe: DDPMPipeline) -> int:
         """Returns the number of steps of a pipeline's process."""
@@ -124,13 +127,38 @@ def compile_for_sampling(unet: nn.Module) -> None:
     unet.compile(dynamic=False, options={"triton.cudagraphs": True})
 
 
-def use_scheduler(pipe: DiffusionPipeline, name: str) -> None:
-    """Gives a pipeline the scheduler of that name in `SCHEDULERS`, with the configuration of its own."""
+def find_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int) -> Any:
+    """Returns a sampler of a pipeline's model, in a setting in which its samples are right.
+
+    Args:
+        pipe: The pipeline.
+        name: One of `SCHEDULERS`.
+        num_inference_steps: Number of steps that it will take.
+
+    Returns:
+        The scheduler; the pipeline's own for `ddpm`.
+
+    Raises:
+        ValueError: If the sampler has no such setting.
+    """
     check_one_of("scheduler", name, tuple(SCHEDULERS))
-    sampler = SCHEDULERS[name]
-    if sampler is not None:
-        kind, options = sampler
-        pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing=SPACING, **options)
+    sampler, config = SCHEDULERS[name], pipe.scheduler.config
+    if sampler is None:
+        return pipe.scheduler
+    kind, options = sampler
+    clips = config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0
+    if clips and "thresholding" in inspect.signature(kind).parameters and not issubclass(kind, DDPMScheduler):
+        options = options | CLIPPING
+    errors = []
+    for spacing in SPACINGS:
+        scheduler = kind.from_config(config, timestep_spacing=spacing, **options)
+        try:
+            scheduler.set_timesteps(num_inference_steps)
+            check_stock(scheduler, num_inference_steps, from_noise=True)
+            return scheduler
+        except ValueError as error:
+            errors.append(error)
+    raise ValueError(f"scheduler={name}, num_inference_steps={num_inference_steps}: {errors[0]}")
 
 
 def sample_images(
@@ -161,7 +189,7 @@ def sample_images(
     sampling.check(pipe)
     labels, dtype = sampling.labels(pipe), PRECISIONS[sampling.mixed_precision]
     own_scheduler = pipe.scheduler
-    use_scheduler(pipe, sampling.scheduler)
+    pipe.scheduler = find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe))
     try:
         for start in range(0, len(ids), batch_size):
             chunk = ids[start : start + batch_size]

