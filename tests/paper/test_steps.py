@@ -116,7 +116,10 @@ def test_a_model_of_another_scheduler_is_measured_too(study):
     [
         ({"steps": [0]}, r"steps=\[0\] is not allowed: at least 1"),
         ({"steps": [21]}, r"steps=\[21\] is not allowed: at most the 20 of the process"),
-        ({"samplers": ["heun"]}, r"samplers=\['heun'\] is not allowed: any of ddim, dpmsolver\+\+, sde-dpmsolver\+\+, unipc, pndm, euler"),
+        (
+            {"samplers": ["heun"]},
+            r"samplers=\['heun'\] is not allowed: any of ddim, dpmsolver\+\+, sde-dpmsolver\+\+, unipc, pndm, euler",
+        ),
         ({"num_images": 1}, "num_images=1 is not allowed: at least 2"),
         ({"num_images": 900}, "num_images=900 is not allowed: at most the 899 of 'digits'"),
     ],
