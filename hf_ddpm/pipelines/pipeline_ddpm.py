@@ -272,6 +272,8 @@ def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
     missing = [name for name, value in pipe.unet.named_parameters() if value.is_meta]
     if missing:
         raise ValueError(f"model {model!r} cannot be loaded: it lacks {len(missing)} weights, {missing[0]} among them")
+    if type(pipe.unet) is UNet2DModel:
+        pipe.unet.lay_out_kernels()
     return pipe.to(device)
 
 

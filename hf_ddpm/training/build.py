@@ -95,6 +95,7 @@ def build_run(
         unet = UNet2DModel.from_config({**source.unet.config, "dropout": config.model.dropout})
         unet.load_state_dict(source.unet.state_dict())
     unet.to(accelerator.device)
+    unet.lay_out_kernels()  # before averages, the optimizer and DDP copy the layout
     if config.training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return Run(
