@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -22,7 +23,16 @@ DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
 
 
-class UNet2DModel(ModelMixin, ConfigMixin):
+class _EqualToStock(type):
+    """Makes `UNet2DModel == diffusers.UNet2DModel`, which `from_pipe` of diffusers asks of the types of components."""
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (cls is UNet2DModel and other is diffusers.UNet2DModel)
+
+    __hash__ = type.__hash__
+
+
+class UNet2DModel(ModelMixin, ConfigMixin, metaclass=_EqualToStock):
     r"""Predicts from :math:`x_t` and `t`, at every pixel, the noise (or what else it was trained for).
 
     The network of Ho et al. 2020, Appendix B: a U-Net of residual blocks with group normalization, a sinusoidal time
