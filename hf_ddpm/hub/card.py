@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_ddpm.files import one_line, public_name, write_text
+from hf_ddpm.files import one_line, write_text
 from hf_ddpm.hub.figures import rows
 from hf_ddpm.lines import read_lines
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.plots import save_curves
+from hf_ddpm.public import public_name
 
 TEMPLATE = resources.files("hf_ddpm.hub") / "template.md"
 # A card without it was written by a person, and stays.
@@ -56,6 +57,7 @@ class Known:
         options: `config.yaml`.
         metrics: The lines of `metrics.jsonl` up to the step of the weights.
         status: `status.json`.
+        hub_ids: Names in the options that are Hub ids, see `hf_ddpm.public`.
     """
 
     pipe: DDPMPipeline
@@ -63,6 +65,7 @@ class Known:
     options: dict[str, Any]
     metrics: list[dict[str, Any]]
     status: dict[str, Any]
+    hub_ids: list[str] = field(default_factory=list)
 
 
 def read_folder(folder: Path) -> Known:
@@ -79,6 +82,7 @@ def read_folder(folder: Path) -> Known:
         _read(folder / "config.yaml", yaml.safe_load),
         [line for line in read_lines(folder / "metrics.jsonl") if line.get("step", math.inf) <= exported["step"]],
         _read(folder / "status.json", json.loads),
+        exported.get("hub_ids", []),
     )
 
 
@@ -96,7 +100,7 @@ def model_card(folder: Path, known: Known, *, model_id: str | None = None, licen
             library_name="diffusers",
             pipeline_tag="unconditional-image-generation",
             tags=["pytorch", "diffusers", "unconditional-image-generation", "ddpm", "hf_ddpm"],
-            datasets=_hub_datasets(options),
+            datasets=[options["dataset"]] if options.get("dataset") in known.hub_ids else None,
             metrics=sorted({row.type for row in figures}) or None,
             eval_results=[row.eval_result() for row in figures] or None,
         ),
@@ -108,7 +112,7 @@ def model_card(folder: Path, known: Known, *, model_id: str | None = None, licen
         class_names=pipe.class_names,
         stock_samples=_is_stock(pipe.scheduler.config),
         model=_about_the_model(pipe),
-        training=_about_the_training(options, known.metrics, known.status),
+        training=_about_the_training(known),
         samples=_about_the_samples(options, pipe),
         num_classes=pipe.unet.config.num_class_embeds,
         figures=figures,
@@ -165,15 +169,15 @@ def _describe_schedule(scheduler: Any) -> str:
     return f"{kind}, T = {config.num_train_timesteps}, variances from {betas[0]:.3g} to {betas[-1]:.3g}{rescaled}"
 
 
-def _about_the_training(
-    options: dict[str, Any], metrics: list[dict[str, Any]], status: dict[str, Any]
-) -> dict[str, str]:
+def _about_the_training(known: Known) -> dict[str, str]:
+    options, metrics, status = known.options, known.metrics, known.status
     if not (options and status and metrics):
         return {}
     steps, seen = metrics[-1]["step"], metrics[-1]["images"]
-    start = {"started from": f"`{public_name(options['init_from'])}`"} if options["init_from"] else {}
+    start = {"started from": f"`{public_name(options['init_from'], known.hub_ids)}`"} if options["init_from"] else {}
+    dataset = _describe_dataset(options["dataset"], known.hub_ids)
     return {
-        "data": f"{_describe_dataset(options['dataset'])}, split {options['split']}, {status['images']:,} images"
+        "data": f"{dataset}, split {options['split']}, {status['images']:,} images"
         + (", half of them mirrored at random" if options["horizontal_flip"] else ""),
         **start,
         "steps": f"{steps:,} of {seen // steps:,} images: {seen:,} images seen",
@@ -196,15 +200,10 @@ def _about_the_samples(options: dict[str, Any], pipe: DDPMPipeline) -> str:
     return f"{options['num_samples']} images of seed {options['seed']}, in {steps} steps; not chosen."
 
 
-def _describe_dataset(name: str) -> str:
+def _describe_dataset(name: str, hub_ids: list[str]) -> str:
     if name == "digits":
         return "the digits of hf_ddpm (from UCI's Optical Recognition of Handwritten Digits, CC BY 4.0)"
-    return f"`{public_name(name)}`"
-
-
-def _hub_datasets(options: dict[str, Any]) -> list[str] | None:
-    name = options.get("dataset", "")
-    return [name] if public_name(name) == name and name.count("/") == 1 else None
+    return f"`{public_name(name, hub_ids)}`"
 
 
 def _list(items: Any) -> str:

@@ -15,6 +15,7 @@ from hf_ddpm.models.initialization import initialize_like_paper
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.options import require
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, labels_by_number, load_pipeline
+from hf_ddpm.public import hub_ids
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.seeds import INITIALIZATION, derived_seed
 from hf_ddpm.training.ema import EMA
@@ -108,6 +109,7 @@ def build_run(
         objective=_objective(config, scheduler),
         class_names=images.class_names,
         num_images=len(images),
+        hub_ids=hub_ids(config.data.dataset, config.model.init_from, config.evaluation.eval_extractor),
     )
 
 

@@ -18,6 +18,7 @@ from hf_ddpm.demo import Demo, row, square, strip
 from hf_ddpm.launch import run_script
 from hf_ddpm.options import option, parse_options
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
+from hf_ddpm.public import hub_ids, public_name
 from hf_ddpm.sampling import SCHEDULERS
 
 BETWEEN = SEEDS, IMAGES = "two seeds", "two images"
@@ -141,7 +142,8 @@ def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
     (config,) = parse_options(argv, AppConfig)
     pipe = load_pipeline(config.model, "cuda" if torch.cuda.is_available() else "cpu")
-    build(Demo(pipe, config.model)).launch(css=CSS, show_error=True)
+    name = public_name(config.model, hub_ids(config.model))
+    build(Demo(pipe, name)).launch(css=CSS, show_error=True)
     return 0
 
 

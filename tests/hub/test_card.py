@@ -75,12 +75,82 @@ def test_a_run_that_was_not_evaluated_has_a_card_without_figures(trained):
     assert "has not been evaluated" in card.text and "## Training" in card.text
 
 
-def test_results_of_other_weights_are_not_told(copied):
+@pytest.mark.parametrize("change", ["weights", "scheduler"])
+def test_of_another_model_a_card_tells_nothing_that_is_left_beside_it(copied, change):
     pipe = DDPMPipeline.from_pretrained(copied)
-    pipe.unet.conv_out.bias.data += 1
+    if change == "weights":
+        pipe.unet.conv_out.bias.data += 1
+    else:
+        pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.save_pretrained(copied)
     card = ModelCard.load(write_card(copied))
-    assert card.data.eval_results is None and "has not been evaluated" in card.text
+    assert card.data.eval_results is None and card.data.license is None and card.data.datasets is None
+    assert "has not been evaluated" in card.text and "## Training" not in card.text and ".png" not in card.text
+
+
+def without_results(folder):
+    (folder / "results.json").unlink()
+
+
+def other_results(folder):
+    results = json.loads((folder / "results.json").read_text())
+    results["model"]["checksum"] = "0" * 64
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def other_export(folder):
+    (folder / "export.json").write_text(json.dumps({"step": 4, "images": 32, "checksum": "0" * 64}))
+
+
+@pytest.mark.parametrize(
+    ("make_stale", "figures", "training"),
+    [
+        (without_results, False, True),
+        (other_results, False, True),
+        (other_export, True, False),
+        (lambda folder: (folder / "export.json").unlink(), True, False),
+    ],
+    ids=["no results", "other results", "other export", "no export"],
+)
+def test_each_source_of_a_card_is_of_its_weights_or_left_out(copied, make_stale, figures, training):
+    make_stale(copied)
+    card = ModelCard.load(write_card(copied))
+    assert (card.data.eval_results is not None) == ("results_nearest.png" in card.text) == figures
+    for part in ("## Training", "(samples.png)", "(loss.png)"):
+        assert (part in card.text) == training
+    assert (card.data.license is not None) == training
+
+
+def test_lines_of_metrics_behind_the_exported_step_do_not_count(copied):
+    before, curve = write_card(copied).read_text(), (copied / "loss.png").read_bytes()
+    lines = (copied / "metrics.jsonl").read_text().splitlines()
+    later = json.loads(lines[-1]) | {"step": 6, "images": 48, "loss": 1000.0}
+    (copied / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(later)]) + "\n")
+    assert write_card(copied).read_text() == before and "4 of 8 images: 32 images seen" in before
+    assert (copied / "loss.png").read_bytes() == curve
+
+
+def rewrite(folder, name, read, write, **changes):
+    (folder / name).write_text(write(read((folder / name).read_text()) | changes))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_only_what_the_run_has_found_to_be_hub_ids_is_told_as_such(copied, known):
+    names = {"dataset": "acme/faces", "init_from": "acme/model"}
+    rewrite(copied, "config.yaml", yaml.safe_load, yaml.safe_dump, **names)
+    ids = {"hub_ids": list(names.values()) if known else []}
+    rewrite(copied, "export.json", json.loads, json.dumps, **ids)
+    results = json.loads((copied / "results.json").read_text())
+    for metric in ("fd", "nll"):
+        results[metric]["made_by"] |= {"dataset": {"name": "acme/faces", "split": "test"}, **ids}
+    results["fd"]["made_by"]["extractor"]["name"] = "acme/model"
+    (copied / "results.json").write_text(json.dumps(results))
+    card = ModelCard.load(write_card(copied))
+    assert card.data.datasets == (["acme/faces"] if known else None)
+    told = {result.metric_type: result for result in card.data.eval_results}
+    assert told["bits_per_dim"].dataset_name == ("acme/faces" if known else "faces")
+    assert told["frechet_distance"].metric_args["extractor"] == ("acme/model" if known else "model")
+    assert ("acme" in card.content) == known
 
 
 def test_a_pipeline_alone_has_a_card(tmp_path):
