@@ -1,3 +1,4 @@
+import ast
 import json
 import re
 import shutil
@@ -8,7 +9,11 @@ from huggingface_hub import ModelCard
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hf_ddpm.hub.card import write_card
+from hf_ddpm.markdown import plain
+from hf_ddpm.pipelines.checksum import model_checksum
+from hf_ddpm.public import public_name
 from tests.conftest import TINY_UNET
+from tests.test_markdown import HOSTILE, cells, parse
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +211,38 @@ def test_a_broken_file_is_named(copied, name):
     with pytest.raises(ValueError, match=rf"{name} cannot be read") as caught:
         write_card(copied)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_foreign_names_are_text_in_a_card(copied, name):
+    unet = UNet2DModel(**TINY_UNET | {"num_class_embeds": 3})
+    pipe = DDPMPipeline(unet, DDPMScheduler(), {"0": name, "1": "dog"})
+    pipe.save_pretrained(copied)
+    checksum = model_checksum(pipe)
+    rewrite(copied, "export.json", json.loads, json.dumps, checksum=checksum, hub_ids=[])
+    rewrite(
+        copied, "config.yaml", yaml.safe_load, yaml.safe_dump, dataset=name, init_from=name, split=name, license=name
+    )
+    results = json.loads((copied / "results.json").read_text())
+    results["model"]["checksum"] = checksum
+    results["fd"]["made_by"]["dataset"] |= {"name": name, "reference_split": name}
+    results["fd"]["made_by"]["extractor"]["name"] = name
+    (copied / "results.json").write_text(json.dumps(results))
+    card = ModelCard.load(write_card(copied, model_id=f"org/{name}"))
+    public, shown = public_name(name), plain(name)
+    rows = {row[0]: row[1:] for row in cells(card.text) if row}
+    assert rows["classes"] == [f"{shown}, dog"]
+    assert rows["data"][0].startswith(f"{plain(public)}, split {shown}, ") and rows["started from"] == [plain(public)]
+    assert rows["Frechet distance"][3] == f"{plain(public)}, {shown}" and len(rows["Frechet distance"]) == 5
+    headings = [token.tag for token in parse(card.text) if token.type == "heading_open"]
+    assert headings == ["h1", *["h2"] * 7]  # Use, Model, Training, Evaluation, Limits, License, Citation
+    assert not [token for token in parse(card.text) if token.type == "html_block"][1:]  # the mark alone
+    # The metadata are YAML, and say the same.
+    assert card.data.license == shown and card.data.model_name == plain(f"org/{name}".split("/")[-1])
+    fd = next(result for result in card.data.eval_results if result.metric_type == "frechet_distance")
+    assert (fd.dataset_name, fd.dataset_split) == (plain(public), shown)
+    assert fd.metric_args["extractor"] == plain(public)
+    # The code is Python, and names the class and the model.
+    block = next(token.content for token in parse(card.text) if token.type == "fence" and token.info == "python")
+    strings = [node.value for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)]
+    assert f"org/{name}" in strings and name in strings
