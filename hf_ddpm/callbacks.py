@@ -238,6 +238,7 @@ def export(run: Run, folder: Path, number: int = 0) -> None:
     try:
         pipe.save_pretrained(partial)
         record = {"step": run.step, "images": run.step * run.global_batch_size, "checksum": model_checksum(pipe)}
+        record["hub_ids"] = run.hub_ids
         (partial / "export.json").write_text(json.dumps(record) + "\n")
         files = [path for path in partial.rglob("*") if path.is_file()]
         for file in sorted(files, key=lambda path: path.name == "model_index.json"):

@@ -127,6 +127,11 @@ class DiffusionConfig:
             self.beta_end = min(20 / self.num_train_timesteps, LARGEST_BETA)
         require(self, "beta_start", 0 < self.beta_start < 1, "in (0, 1)")
         require(self, "beta_end", 0 < self.beta_end < 1, "in (0, 1)")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr=True is not allowed with prediction_type='epsilon': x_T is noise alone, which "
+                "says nothing about the image; expected v_prediction, sample or mean"
+            )
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_ddpm.data.decoding import attempt
 from hf_ddpm.data.fitting import ImageFormat
 from hf_ddpm.images import grid, to_bytes, to_pil, to_signed
+from hf_ddpm.markdown import escape
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.sampling import Sampling, sample_images
 from hf_ddpm.seeds import FIGURES, generator
@@ -58,7 +59,7 @@ class Demo:
         """Returns what there is to know of the model, in a line of Markdown."""
         channels, height, width = self.pipe.image_shape
         facts = [
-            f"**{self.name}**",
+            f"**{escape(self.name)}**",
             f"{self.pipe.unet.num_parameters():,} parameters",
             f"{height}x{width} pixels of {channels} channel{'s' * (channels > 1)}",
             f"{type(self.pipe.scheduler).__name__}, T = {self.num_train_timesteps}",

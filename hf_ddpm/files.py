@@ -1,6 +1,5 @@
-"""How a file is written that no reader, and no kill, ever finds half of; what others may read of paths and errors."""
+"""Atomic file writes, and errors without line breaks."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,12 +30,6 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text as UTF-8, whole or not at all."""
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-def public_name(name: str) -> str:
-    """Returns a name as others may read it: of a path on this machine, or of a URL, only the last part."""
-    is_path = "://" in name or name.startswith((".", "~")) or Path(name).is_absolute() or os.path.exists(name)
-    return Path(name).name if is_path else name
 
 
 def one_line(error: object) -> str:

@@ -18,8 +18,8 @@ from hf_ddpm.files import written_whole
 # What the numbers of channels are called in PIL.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
-# What pipelines return images as.
-OUTPUT_TYPES = ("pil", "np", "pt")
+# What pipelines return images as; "numpy" is a synonym of "np" in diffusers.
+OUTPUT_TYPES = ("pil", "np", "pt", "numpy")
 
 
 def to_signed(pixels: Tensor, levels: int = 256) -> Tensor:
@@ -66,10 +66,10 @@ def from_pil(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def as_output(unit: Tensor, output_type: str) -> Any:
-    """Returns unit images as pictures of PIL, as an NHWC array (`np`) or as they are (`pt`)."""
+    """Returns unit images as pictures of PIL, as an NHWC array (`np`, `numpy`) or as they are (`pt`)."""
     if output_type == "pil":
         return to_pil(to_bytes(unit))
-    return unit.permute(0, 2, 3, 1).cpu().numpy() if output_type == "np" else unit
+    return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def read_signed(images: Any, shape: tuple[int, ...]) -> Tensor:

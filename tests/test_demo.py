@@ -11,9 +11,11 @@ from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hf_ddpm.data.fitting import ImageFormat, fit
 from hf_ddpm.demo import Demo, row, square, strip, whole
 from hf_ddpm.images import to_signed
+from hf_ddpm.markdown import plain
 from hf_ddpm.sampling import SCHEDULERS
 from hf_ddpm.seeds import SAMPLES, generator
 from tests.conftest import TINY_UNET, load_script
+from tests.test_markdown import HOSTILE, parse
 
 
 @pytest.fixture
@@ -208,6 +210,13 @@ def test_the_model_is_described(demo):
     assert line.startswith("**tiny**") and f" {count:,} parameters " in line
     for fact in ("8x8", "1 channel ", "DDPMScheduler, T = 1000", "at most 64 images", "on cpu"):
         assert fact in line
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_model_of_any_name_is_described_in_text(tiny_pipeline, name):
+    _, inline, _ = parse(Demo(tiny_pipeline, name).describe())
+    assert {child.type for child in inline.children} == {"text", "strong_open", "strong_close"}
+    assert "".join(child.content for child in inline.children).startswith(f"{plain(name)} · ")
 
 
 def test_pictures_are_enlarged_pixel_by_pixel(demo):

@@ -14,7 +14,7 @@ from hf_ddpm.evaluation.pictures import copied_fraction, nearest_picture
 from hf_ddpm.evaluation.reference import fingerprint, reference_features
 from hf_ddpm.evaluation.report import METRIC_SEED, Sets, figures
 from hf_ddpm.evaluation.request import EvaluateConfig
-from hf_ddpm.files import public_name
+from hf_ddpm.public import hub_ids, public_name
 
 
 def compare(
@@ -72,7 +72,7 @@ def real_features(
     """
     drawn = choose(len(held_out), count, METRIC_SEED) if held_out is not None else []
     data = {
-        "name": public_name(request.dataset),
+        "name": public_name(request.dataset, hub_ids(request.dataset)),
         "reference_split": request.reference_split,
         "reference_fingerprint": fingerprint(reference, range(len(reference))),
         "held_out_split": None if held_out is None else request.split,

@@ -18,11 +18,11 @@ from hf_ddpm.evaluation.nll import classes_for, variational_bound
 from hf_ddpm.evaluation.reference import fingerprint
 from hf_ddpm.evaluation.report import METRIC_SEED, record
 from hf_ddpm.evaluation.request import EvaluateConfig
-from hf_ddpm.files import public_name
 from hf_ddpm.images import save_picture
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.provenance import provenance
+from hf_ddpm.public import hub_ids, public_name
 from hf_ddpm.sampling import Sampling, fill_folder
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -52,6 +52,7 @@ class Evaluator:
         with accelerator.main_process_first():
             self.held_out = self._load(request.split, shape) if request.needs_held_out else None
             self.reference = self._load(request.reference_split, shape) if request.compared else None
+        self.hub_ids = hub_ids(request.dataset, request.model, request.extractor)
 
     def count(self, samples: int | None = None) -> int:
         """Returns on how many images to evaluate; `samples` is how many were generated, if they were."""
@@ -95,7 +96,7 @@ class Evaluator:
         count = self.count(None if images is None else len(images))
         model = model or identify(self.request, pipe, images)[0]
         made_by = {"seed": sampling.seed, "metric_seed": METRIC_SEED, **provenance(self.accelerator.device)}
-        made_by |= {"request": asdict(self.request)}
+        made_by |= {"request": asdict(self.request), "hub_ids": self.hub_ids}
         if pipe is not None:
             made_by |= {key: pipe.scheduler.config.get(key) for key in ("num_train_timesteps", "variance_type")}
         for part in self._parts(output, sampling, pipe, images, count):
@@ -149,7 +150,7 @@ class Evaluator:
                 progress=bar.update,
             )
         data = {
-            "name": public_name(request.dataset),
+            "name": public_name(request.dataset, self.hub_ids),
             "split": request.split,
             "fingerprint": fingerprint(images, numbers),
         }

@@ -75,7 +75,10 @@ class BackgroundPush:
         options = {"folder": str(self._copy), "repo_id": self.repo_id, "private": self.private, "message": message}
         try:
             shutil.rmtree(self._copy, ignore_errors=True)
-            for file in model_files(folder):
+            files = model_files(folder)
+            # Not pushed, but read for what may be pushed: see public_content.
+            records = [str(Path(file).with_name("export.json")) for file in files if file.endswith("model_index.json")]
+            for file in [*files, *(record for record in records if (folder / record).exists())]:
                 (self._copy / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / file, self._copy / file)
             self._said = tempfile.TemporaryFile("w+", errors="replace")

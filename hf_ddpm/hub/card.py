@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_ddpm.files import one_line, public_name, write_text
+from hf_ddpm.files import one_line, write_text
 from hf_ddpm.hub.figures import rows
 from hf_ddpm.lines import read_lines
+from hf_ddpm.markdown import code, escape, plain
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.plots import save_curves
+from hf_ddpm.public import public_name
 
 TEMPLATE = resources.files("hf_ddpm.hub") / "template.md"
 # A card without it was written by a person, and stays.
@@ -56,6 +58,7 @@ class Known:
         options: `config.yaml`.
         metrics: The lines of `metrics.jsonl` up to the step of the weights.
         status: `status.json`.
+        hub_ids: Names in the options that are Hub ids, see `hf_ddpm.public`.
     """
 
     pipe: DDPMPipeline
@@ -63,6 +66,7 @@ class Known:
     options: dict[str, Any]
     metrics: list[dict[str, Any]]
     status: dict[str, Any]
+    hub_ids: list[str] = field(default_factory=list)
 
 
 def read_folder(folder: Path) -> Known:
@@ -79,15 +83,16 @@ def read_folder(folder: Path) -> Known:
         _read(folder / "config.yaml", yaml.safe_load),
         [line for line in read_lines(folder / "metrics.jsonl") if line.get("step", math.inf) <= exported["step"]],
         _read(folder / "status.json", json.loads),
+        exported.get("hub_ids", []),
     )
 
 
 def model_card(folder: Path, known: Known, *, model_id: str | None = None, license: str | None = None) -> ModelCard:
     """Returns the card of the model in a folder; see `write_card`."""
     pipe, results, options = known.pipe, known.results, known.options
-    license = license or options.get("license")
+    license = plain(license or options.get("license") or "") or None
     model_id = model_id or folder.resolve().name
-    name = model_id.split("/")[-1]
+    name = plain(model_id.split("/")[-1])
     figures = list(rows(results))
     return ModelCard.from_template(
         ModelCardData(
@@ -96,19 +101,20 @@ def model_card(folder: Path, known: Known, *, model_id: str | None = None, licen
             library_name="diffusers",
             pipeline_tag="unconditional-image-generation",
             tags=["pytorch", "diffusers", "unconditional-image-generation", "ddpm", "hf_ddpm"],
-            datasets=_hub_datasets(options),
+            datasets=[options["dataset"]] if options.get("dataset") in known.hub_ids else None,
             metrics=sorted({row.type for row in figures}) or None,
             eval_results=[row.eval_result() for row in figures] or None,
         ),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         mark=MARK,
-        name=name,
+        name=escape(name),
         model_id=model_id,
-        license=license,
+        stock_call=code(f"diffusers.DDPMPipeline.from_pretrained({json.dumps(model_id)})"),
+        license=escape(license or ""),
         class_names=pipe.class_names,
         stock_samples=_is_stock(pipe.scheduler.config),
         model=_about_the_model(pipe),
-        training=_about_the_training(options, known.metrics, known.status),
+        training=_about_the_training(known),
         samples=_about_the_samples(options, pipe),
         num_classes=pipe.unet.config.num_class_embeds,
         figures=figures,
@@ -126,7 +132,7 @@ def _pictures(folder: Path, results: dict[str, Any], options: dict[str, Any]) ->
 def _versions(results: dict[str, Any]) -> str:
     found = [figure["made_by"]["versions"] for figure in results.values() if "made_by" in figure]
     lines = [f"hf_ddpm {v['hf_ddpm']}, torch {v['torch']}, diffusers {v['diffusers']}" for v in found]
-    return "; ".join(dict.fromkeys(lines))
+    return escape("; ".join(dict.fromkeys(lines)))
 
 
 def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
@@ -142,7 +148,7 @@ def _about_the_model(pipe: DDPMPipeline) -> dict[str, str]:
     attended = [
         f"{height // 2**i}x{width // 2**i}" for i, block in enumerate(unet.down_block_types) if block.startswith("Attn")
     ]
-    classes = {"classes": ", ".join(name.replace("|", "\\|") for name in pipe.class_names)} if pipe.class_names else {}
+    classes = {"classes": ", ".join(map(escape, pipe.class_names))} if pipe.class_names else {}
     return {
         "images": f"{CHANNELS.get(channels, f'{channels} channels')}, {height}x{width}",
         "network": f"U-Net, {pipe.unet.num_parameters():,} parameters; channels {_list(unet.block_out_channels)}; "
@@ -165,26 +171,26 @@ def _describe_schedule(scheduler: Any) -> str:
     return f"{kind}, T = {config.num_train_timesteps}, variances from {betas[0]:.3g} to {betas[-1]:.3g}{rescaled}"
 
 
-def _about_the_training(
-    options: dict[str, Any], metrics: list[dict[str, Any]], status: dict[str, Any]
-) -> dict[str, str]:
+def _about_the_training(known: Known) -> dict[str, str]:
+    options, metrics, status = known.options, known.metrics, known.status
     if not (options and status and metrics):
         return {}
     steps, seen = metrics[-1]["step"], metrics[-1]["images"]
-    start = {"started from": f"`{public_name(options['init_from'])}`"} if options["init_from"] else {}
+    start = {"started from": code(public_name(options["init_from"], known.hub_ids))} if options["init_from"] else {}
+    dataset = _describe_dataset(options["dataset"], known.hub_ids)
     return {
-        "data": f"{_describe_dataset(options['dataset'])}, split {options['split']}, {status['images']:,} images"
+        "data": f"{dataset}, split {escape(options['split'])}, {status['images']:,} images"
         + (", half of them mirrored at random" if options["horizontal_flip"] else ""),
         **start,
         "steps": f"{steps:,} of {seen // steps:,} images: {seen:,} images seen",
-        "objective": options["objective"],
-        "optimizer": f"Adam, learning rate {options['learning_rate']:g} ({options['lr_schedule']} after "
+        "objective": escape(options["objective"]),
+        "optimizer": f"Adam, learning rate {options['learning_rate']:g} ({escape(options['lr_schedule'])} after "
         f"{options['warmup_steps']:,} steps of warm-up), gradients of norm at most {options['max_grad_norm']:g}",
         "dropout": f"{options['dropout']:g}",
         "weights": f"exponential moving average, decay {options['ema_decay'][0]:g}"
         + (" after a warm-up" if options["ema_warmup"] else ""),
-        "precision": {"no": "float32"}.get(options["mixed_precision"], options["mixed_precision"]),
-        "hardware": status["hardware"],
+        "precision": escape({"no": "float32"}.get(options["mixed_precision"], options["mixed_precision"])),
+        "hardware": escape(status["hardware"]),
         "seed": str(options["seed"]),
     }
 
@@ -196,15 +202,10 @@ def _about_the_samples(options: dict[str, Any], pipe: DDPMPipeline) -> str:
     return f"{options['num_samples']} images of seed {options['seed']}, in {steps} steps; not chosen."
 
 
-def _describe_dataset(name: str) -> str:
+def _describe_dataset(name: str, hub_ids: list[str]) -> str:
     if name == "digits":
         return "the digits of hf_ddpm (from UCI's Optical Recognition of Handwritten Digits, CC BY 4.0)"
-    return f"`{public_name(name)}`"
-
-
-def _hub_datasets(options: dict[str, Any]) -> list[str] | None:
-    name = options.get("dataset", "")
-    return [name] if public_name(name) == name and name.count("/") == 1 else None
+    return code(public_name(name, hub_ids))
 
 
 def _list(items: Any) -> str:

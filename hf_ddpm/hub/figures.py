@@ -6,7 +6,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from hf_ddpm.files import public_name
+from hf_ddpm.markdown import escape, plain
+from hf_ddpm.public import public_name
 
 # In the order of the table: the metric, its key in results.json, what a reader and what the Hub call it, and the key
 # of what real images score.
@@ -52,6 +53,16 @@ class Row:
     how: str
     arguments: dict[str, Any]
 
+    @property
+    def compared_with(self) -> str:
+        """The data, in Markdown."""
+        return escape(f"{self.data}, {self.split}")
+
+    @property
+    def made_with(self) -> str:
+        """What it was made with, in Markdown."""
+        return escape(self.how)
+
     def eval_result(self) -> EvalResult:
         """Returns it as metadata of a model card."""
         return EvalResult(
@@ -88,8 +99,8 @@ def rows(results: Mapping[str, Any]) -> Iterator[Row]:
             error="" if error is None else f" ± {error:.2g}",
             floor=None if figure.get(floor) is None else float(figure[floor]),
             count=int(figure["num_images"]),
-            data=public_name(made_by["dataset"]["name"]),
-            split=made_by["dataset"].get("reference_split", made_by["dataset"].get("split")),
+            data=plain(public_name(made_by["dataset"]["name"], made_by.get("hub_ids", ()))),
+            split=plain(made_by["dataset"].get("reference_split") or made_by["dataset"].get("split") or ""),
             how=f"{how}; {made_by['device']}",
             arguments={"num_images": int(figure["num_images"]), **arguments},
         )
@@ -100,7 +111,8 @@ def _of_samples(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, di
     words = []
     if has_features:
         extractor = made_by["extractor"]
-        arguments |= {"extractor": public_name(extractor["name"]), "extractor_sha256": extractor["checksum"]}
+        name = plain(public_name(extractor["name"], made_by.get("hub_ids", ())))
+        arguments |= {"extractor": name, "extractor_sha256": extractor["checksum"]}
         words.append(f"{arguments['extractor']} features")
     keys = ("scheduler", "num_inference_steps", "eta", "seed", "guidance_scale")
     sampling = {key: made_by["sampling"][key] for key in keys}

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from hf_ddpm.files import one_line, public_name
+from hf_ddpm.files import one_line
 from hf_ddpm.lines import as_lines, read_lines
+from hf_ddpm.public import public_values
 
 BESIDE = (
     "README.md",
@@ -42,26 +44,49 @@ def model_files(folder: Path) -> list[str]:
 
 
 def public_content(file: Path) -> bytes | Path:
-    """Returns what is pushed of a file: it, but that options and results lose the paths of this machine."""
+    """Returns what is pushed of a file: the file, but of options, results and configurations only what is public.
+
+    Paths and URLs lose all but their last part, see `hf_ddpm.public`.
+    """
+    dump = partial(json.dumps, indent=2)
     if file.name == "config.yaml":
-        read, write = _read_yaml, lambda value: yaml.safe_dump(value, sort_keys=False)
+        read, make_public, write = _read_yaml, _public_options, partial(yaml.safe_dump, sort_keys=False)
     elif file.name == "evaluations.jsonl":
-        read, write = read_lines, as_lines
+        read, make_public, write = read_lines, _public_options, as_lines
     elif file.match("results*.json"):
-        read, write = _read, lambda value: json.dumps(value, indent=2) + "\n"
+        read, make_public, write = _read, _public_results, dump
+    elif file.suffix == ".json":
+        read, make_public, write = _read, _without_origin, dump
     else:
         return file
     given = read(file)
-    public = _public(given)
-    return file if public == given else write(public).encode()
+    public = make_public(given, file.parent)
+    return file if public == given else (write(public).rstrip("\n") + "\n").encode()
 
 
-def _public(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _public(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_public(item) for item in value]
-    return public_name(value) if isinstance(value, str) and value else value
+def _public_options(options: Any, folder: Path) -> Any:
+    """Returns options with the names that the run in the folder has found to be Hub ids."""
+    record = folder / "export.json"
+    return public_values(options, _hub_ids(_read(record) if record.is_file() else {}))
+
+
+def _public_results(results: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns figures, each with the names that its evaluation has found to be Hub ids."""
+    known = {
+        name: _hub_ids(figure.get("made_by")) if isinstance(figure, dict) else [] for name, figure in results.items()
+    }
+    known["model"] = [name for names in known.values() for name in names]
+    return {name: public_values(figure, known[name]) for name, figure in results.items()}
+
+
+def _without_origin(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns a configuration of diffusers without the path that it was loaded from."""
+    return {name: value for name, value in config.items() if name != "_name_or_path"}
+
+
+def _hub_ids(record: Any) -> list[str]:
+    found = record.get("hub_ids") if isinstance(record, dict) else None
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
 def matching(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:

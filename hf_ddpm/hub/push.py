@@ -85,7 +85,7 @@ def push_space(
         folder: Holds `app.py`, further modules, `requirements.txt`, and a `README.md` with the Space's metadata.
         repo_id: The Space's `namespace/name`.
         model_id: The model's. A Space needs a secret `HF_TOKEN` to read a private one.
-        private: As of `push_model`.
+        private: As of `push_model`; a new Space is as private as its model by default.
         message: The commit's first line.
         token: By default the one that is logged in with.
 
@@ -104,7 +104,7 @@ def push_space(
         contents["README.md"] = str(card).encode()
         api = _api(repo_id, token)
         if private is None and api.repo_exists(model_id) and not api.repo_exists(repo_id, repo_type="space"):
-            private = api.model_info(model_id).private or None  # the demo of a private model is private, too
+            private = api.model_info(model_id).private  # a new demo is as private as its model
         _open_repo(api, repo_id, private, "space")
         api.add_space_variable(repo_id, "MODEL_ID", model_id)
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]

@@ -73,15 +73,15 @@ class DownStage(Stage):
             block = ResnetBlock(out_channels, out_channels, groups=groups, eps=eps, resample=pool, **resnet)
             self.downsamplers.append(block)
 
-    def forward(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """Maps `(B, C, H, W)` to every feature map on the way, for the skips; the last one goes on down."""
+    def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
+        """Maps `(B, C, H, W)` to every feature map of the stage, for the skips; the last one is its output."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = self.attend(i, self.run(resnet, x, emb))
             skips.append(x)
         for downsampler in self.downsamplers:
             skips.append(downsampler(x, emb))
-        return skips
+        return tuple(skips)
 
 
 class MidStage(Stage):
@@ -155,10 +155,11 @@ class UpStage(Stage):
             block = ResnetBlock(out_channels, out_channels, groups=groups, eps=eps, resample=repeat, **resnet)
             self.upsamplers.append(block)
 
-    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
-        """Maps `(B, C, H, W)` upwards; takes its skips off the end of the list."""
-        for i, resnet in enumerate(self.resnets):
-            x = torch.cat([x, skips.pop()], dim=1)
+    def forward(self, x: Tensor, skips: tuple[Tensor, ...], emb: Tensor) -> Tensor:
+        """Maps `(B, C, H, W)` upwards with one skip per residual block, the last skip first."""
+        # Tensors in, tensors out: hooks (offloading, sharding) pass on copies of containers.
+        for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
+            x = torch.cat([x, skip], dim=1)
             x = self.attend(i, self.run(resnet, x, emb))
         for upsampler in self.upsamplers:
             x = upsampler(x, emb)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -22,7 +23,16 @@ DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
 
 
-class UNet2DModel(ModelMixin, ConfigMixin):
+class _EqualToStock(type):
+    """Makes `UNet2DModel == diffusers.UNet2DModel`, which `from_pipe` of diffusers asks of the types of components."""
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (cls is UNet2DModel and other is diffusers.UNet2DModel)
+
+    __hash__ = type.__hash__
+
+
+class UNet2DModel(ModelMixin, ConfigMixin, metaclass=_EqualToStock):
     r"""Predicts from :math:`x_t` and `t`, at every pixel, the noise (or what else it was trained for).
 
     The network of Ho et al. 2020, Appendix B: a U-Net of residual blocks with group normalization, a sinusoidal time
@@ -169,7 +179,7 @@ class UNet2DModel(ModelMixin, ConfigMixin):
 
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
-        self._lay_out()
+        self._has_run = False  # on a GPU
 
     def forward(
         self,
@@ -193,6 +203,8 @@ class UNet2DModel(ModelMixin, ConfigMixin):
             ValueError: If the size cannot be halved often enough, or classes are missing or superfluous.
         """
         self._check_input(sample, class_labels)
+        if sample.is_cuda and not self._has_run and not torch.compiler.is_compiling():
+            self._prepare_for_gpu()
         if self.config.center_input_sample:
             sample = 2 * sample - 1
 
@@ -201,7 +213,7 @@ class UNet2DModel(ModelMixin, ConfigMixin):
             emb = emb + self.class_embedding(class_labels)
         emb = F.silu(emb)  # every residual block begins with this
 
-        x = self.conv_in(sample).contiguous(memory_format=torch.channels_last)  # gray images know no such order
+        x = self.conv_in(sample).contiguous(memory_format=torch.channels_last)  # gray inputs have no such order
         skips = [x]
         for down in self.down_blocks:
             skips += down(x, emb)
@@ -209,7 +221,9 @@ class UNet2DModel(ModelMixin, ConfigMixin):
         if self.mid_block is not None:
             x = self.mid_block(x, emb)
         for up in self.up_blocks:
-            x = up(x, skips, emb)
+            taken = len(up.resnets)
+            skips, own = skips[:-taken], skips[-taken:]
+            x = up(x, tuple(own), emb)
         x = self.conv_out(activate(self.conv_norm_out(x))).contiguous()
 
         return UNet2DOutput(sample=x) if return_dict else (x,)
@@ -229,15 +243,25 @@ class UNet2DModel(ModelMixin, ConfigMixin):
         for number, layer in enumerate(layers):
             layer.draw = None if draw is None else partial(draw, number)
 
+    @torch.inference_mode(False)
+    def lay_out_kernels(self) -> None:
+        """Lays out the kernels of convolutions channels-last, as their feature maps are.
+
+        Convolutions on GPUs need it. In a single process the first pass on a GPU does it. It is not done at
+        construction because FSDP2 shards contiguous weights only; with several processes, call it before DDP wraps the
+        network. `unet.to(memory_format=torch.contiguous_format)` undoes it.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and type(module.weight) is nn.Parameter:
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "UNet2DModel":
         """Loads a network as diffusers does, and a pickle only where there are no safetensors under any name."""
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if kwargs.get("use_safetensors") is None and folder.is_dir():
             kwargs["use_safetensors"] = any(folder.glob("*.safetensors*")) or not any(folder.glob("*.bin*"))
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._lay_out()
-        return loaded
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def to_json_string(self) -> str:
         """Serializes the configuration, without the local path that the weights were read from."""
@@ -245,11 +269,11 @@ class UNet2DModel(ModelMixin, ConfigMixin):
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
-    def _lay_out(self) -> None:
-        """Lays out the kernels channels innermost, as convolutions like it: all feature maps follow them."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    def _prepare_for_gpu(self) -> None:
+        """Lay out the kernels before the first pass on a GPU, unless DDP or the like may hold views of them."""
+        self._has_run = True
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            self.lay_out_kernels()
 
     def _sinusoids(self, timestep: Tensor | float | int, sample: Tensor) -> Tensor:
         if not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu"):

@@ -119,7 +119,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
             batch_size: Number of images.
             generator: Source of the noise; a list of `batch_size` gives each image its own.
             num_inference_steps: Number of steps of the reverse process; all of the network's by default.
-            output_type: `pil`, `np` (NHWC in [0, 1]) or `pt` (NCHW in [0, 1]).
+            output_type: `pil`, `np` or `numpy` (NHWC in [0, 1]) or `pt` (NCHW in [0, 1]).
             return_dict: Whether to wrap the result.
             latents: :math:`x_T` to start from, shape `(batch_size, C, H, W)`; drawn by default.
             callback_on_step_end: Called as `f(pipe, i, t, tensors)` after step `i`; `tensors` holds those asked for,
@@ -203,7 +203,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         index.pop("_name_or_path", None)
         for name, component in self.components.items():
             kind = type(getattr(component, "_orig_mod", component))  # look through torch.compile
-            if kind in OURS.values():
+            if any(kind is own for own in OURS.values()):
                 learned = kind is DDPMScheduler and component.config.variance_type == "learned"
                 index[name] = ["diffusers", f"HF{kind.__name__}" if learned or kind is DDIMScheduler else kind.__name__]
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -318,6 +318,8 @@ def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
     missing = [name for name, value in pipe.unet.named_parameters() if value.is_meta]
     if missing:
         raise ValueError(f"model {model!r} cannot be loaded: it lacks {len(missing)} weights, {missing[0]} among them")
+    if type(pipe.unet) is UNet2DModel:
+        pipe.unet.lay_out_kernels()
     return pipe.to(device)
 
 

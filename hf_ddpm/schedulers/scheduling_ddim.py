@@ -56,6 +56,6 @@ class DDIMScheduler(DDPMScheduler):
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} is not allowed: in [0, 1]")
         t, x_t, prediction, _ = self._read(model_output, timestep, sample)
-        _, x_start = self._chain.p_mean(prediction, x_t, t, self.config.prediction_type, self._bound)
+        _, x_start = self._estimate(prediction, x_t, t)
         mean, std = self._chain.ddim_posterior(x_start, x_t, t, eta)
         return self._result(mean, std, x_start, model_output.dtype, sample, generator, return_dict)

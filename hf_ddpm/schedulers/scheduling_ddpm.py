@@ -52,7 +52,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         sample_max_value: Largest threshold of dynamic thresholding.
         timestep_spacing: How fewer steps are spread: `leading`, `linspace` or `trailing`; `trailing` is best.
         steps_offset: Added to the steps of `leading`.
-        rescale_betas_zero_snr: Whether to leave no signal at the last step; not with `epsilon`.
+        rescale_betas_zero_snr: Whether to leave no signal at the last step. With `epsilon` that step gives an estimate
+            of :math:`x_0` only if it is bounded, as `clip_sample` does.
 
     Raises:
         ValueError: If an option is not allowed.
@@ -93,8 +94,6 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         check_one_of("variance_type", self.variance_type, VARIANCE_TYPES)
         check_one_of("prediction_type", prediction_type, PREDICTION_TYPES)
         check_one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        if rescale_betas_zero_snr and prediction_type == "epsilon":
-            raise ValueError("rescale_betas_zero_snr=True is not allowed with prediction_type='epsilon': x_T is noise")
         if trained_betas is not None:
             betas = torch.as_tensor(trained_betas, dtype=torch.float64)
             self.register_to_config(trained_betas=betas.tolist())
@@ -189,7 +188,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             ValueError: If `timestep` is none of `self.timesteps`, or the shapes differ.
         """
         t, x_t, prediction, variance_output = self._read(model_output, timestep, sample)
-        mean, x_start = self._chain.p_mean(prediction, x_t, t, self.config.prediction_type, self._bound)
+        mean, x_start = self._estimate(prediction, x_t, t)
         std: float | Tensor = 0.0
         if t > 0:
             std = _deviation(self._chain.log_var(t, x_t, self.variance_type, variance_output))
@@ -214,10 +213,16 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         t = timesteps.to(sample.device)
         return self.diffusion.target(sample, t, noise, "v_prediction").to(sample.dtype)
 
-    def previous_timestep(self, timestep: int | Tensor) -> int:
-        """Returns the step that `step` goes to from `timestep`; -1 from the last one."""
-        index = self._index(timestep)
-        return int(self._chain.timesteps[index - 1]) if index > 0 else -1
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+        """Returns the step that `step` goes to from `timestep`, -1 from the last one.
+
+        As in diffusers it is a tensor once steps were set, and of the kind of `timestep` before.
+        """
+        indices = [self._index(t) for t in torch.as_tensor(timestep).reshape(-1)]
+        if not (self.custom_timesteps or self.num_inference_steps):
+            return timestep - 1
+        steps = [int(self._chain.timesteps[index - 1]) if index > 0 else -1 for index in indices]
+        return torch.tensor(steps if len(steps) > 1 else steps[0], device=self.timesteps.device)
 
     def _read(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor
@@ -231,6 +236,17 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             )
         prediction, variance_output = split_output(_at_least_float32(model_output), sample.shape[1])
         return self._index(timestep), _at_least_float32(sample), prediction, variance_output
+
+    def _estimate(self, prediction: Tensor, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """Returns the mean of a step of the chain and the bounded estimate of the image."""
+        kind = self.config.prediction_type
+
+        def bound(x_start: Tensor) -> Tensor:
+            if kind == "epsilon" and self._chain.alphas_cumprod[t] == 0:
+                x_start = self._without_signal(x_start, self._chain.timesteps[t])
+            return self._bound(x_start)
+
+        return self._chain.p_mean(prediction, x_t, t, kind, bound)
 
     def _result(
         self,
@@ -275,6 +291,15 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         self._chain = self.diffusion.respaced(descending)
         self._index_of = {int(t): index for index, t in enumerate(self._chain.timesteps)}
         self.timesteps = torch.tensor(descending, device=device)
+
+    def _without_signal(self, x_start: Tensor, timestep: Tensor) -> Tensor:
+        """Returns estimates that were divided by a signal of 0: infinite as in diffusers, or 0 if undefined."""
+        if not (self.config.thresholding or self.config.clip_sample):
+            raise ValueError(
+                f"timestep={int(timestep)}: rescale_betas_zero_snr leaves no signal there, so that prediction_type="
+                "'epsilon' gives no image; set clip_sample=True, or start below it with set_timesteps(timesteps=...)"
+            )
+        return x_start.nan_to_num(0.0, torch.inf, -torch.inf)
 
     def _bound(self, x_start: Tensor) -> Tensor:
         """Keeps the estimate of the image within the range of images, as the configuration says."""

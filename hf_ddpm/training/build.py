@@ -17,6 +17,7 @@ from hf_ddpm.models.initialization import initialize_like_paper
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.options import require
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, labels_by_number, load_pipeline
+from hf_ddpm.public import hub_ids
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.seeds import INITIALIZATION, derived_seed
 from hf_ddpm.training.ema import EMA
@@ -99,6 +100,7 @@ def build_run(
         unet = UNet2DModel.from_config({**source.unet.config, "dropout": config.model.dropout})
         unet.load_state_dict(source.unet.state_dict())
     unet.to(accelerator.device)
+    unet.lay_out_kernels()  # before averages, the optimizer and DDP copy the layout
     if config.training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return Run(
@@ -111,6 +113,7 @@ def build_run(
         objective=_objective(config, scheduler),
         class_names=images.class_names,
         num_images=len(images),
+        hub_ids=hub_ids(config.data.dataset, config.model.init_from, config.evaluation.eval_extractor),
     )
 
 

@@ -33,6 +33,7 @@ class Run:
         emas: Averages of the weights; the first is the one that counts.
         class_names: Names of the classes; empty for a network without.
         num_images: Images of an epoch.
+        hub_ids: Names in the options that are Hub ids, and no paths.
         step: Optimizer steps done.
         losses: Losses of the last step, an image of this process each, on the device.
         t: Timesteps that they belong to.
@@ -49,6 +50,7 @@ class Run:
     objective: Objective
     class_names: tuple[str, ...] = ()
     num_images: int = 0
+    hub_ids: list[str] = field(default_factory=list)
     step: int = 0
     losses: Tensor = field(default_factory=lambda: torch.empty(0))
     t: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))

@@ -87,6 +87,7 @@ def _write(run: Run, folder: Path) -> None:
         "scaler": None if scaler is None else scaler.state_dict(),
         "config": run.config.to_dict(),
         "data": _data(run),
+        "hub_ids": run.hub_ids,
         # What `init_from` may no longer say.
         "unet": dict(run.unet.config),
         "scheduler": dict(run.scheduler.config),
@@ -115,6 +116,9 @@ def load_checkpoint(run: Run, path: Path) -> None:
     if run.accelerator.scaler is not None and state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step = state["step"]
+    # Only the first session has opened it: by now a folder may be gone, and look like a Hub id.
+    init_from, then = run.config.model.init_from, state.get("hub_ids", [])
+    run.hub_ids = [name for name in run.hub_ids if name != init_from or name in then]
 
 
 def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL.Image import Image
 
-from hf_ddpm.config import Config
+from hf_ddpm.public import public_values
 from hf_ddpm.training.loop import Run
 
 PROJECT = "hf_ddpm"
@@ -27,7 +27,7 @@ def start_tracker(run: Run) -> None:
         "wandb": {"group": folder.name, "dir": str(folder)},
     }
     if tracker != "none":
-        run.accelerator.init_trackers(PROJECT, config=_flat(run.config), init_kwargs={tracker: options[tracker]})
+        run.accelerator.init_trackers(PROJECT, config=_flat(run), init_kwargs={tracker: options[tracker]})
 
 
 def track_picture(run: Run, name: str, picture: Image) -> None:
@@ -44,6 +44,7 @@ def track_picture(run: Run, name: str, picture: Image) -> None:
             tracker.log({name: trackio.Image(picture)}, step=run.step)
 
 
-def _flat(config: Config) -> dict[str, int | float | str | bool]:
-    options = config.to_dict()
+def _flat(run: Run) -> dict[str, int | float | str | bool]:
+    """Returns the options as trackers take them; they leave this machine, paths of it do not."""
+    options = public_values(run.config.to_dict(), run.hub_ids)
     return {name: value if isinstance(value, int | float | str) else str(value) for name, value in options.items()}

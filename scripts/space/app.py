@@ -5,6 +5,7 @@
 In a Space, the variable MODEL_ID names the model. Image `i` of a seed is that of `scripts/sample.py`.
 """
 
+import html
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass
@@ -16,8 +17,10 @@ import torch
 
 from hf_ddpm.demo import Demo, row, square, strip
 from hf_ddpm.launch import run_script
+from hf_ddpm.markdown import plain
 from hf_ddpm.options import option, parse_options
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
+from hf_ddpm.public import hub_ids, public_name
 from hf_ddpm.sampling import SCHEDULERS
 
 BETWEEN = SEEDS, IMAGES = "two seeds", "two images"
@@ -63,7 +66,7 @@ def answer(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[...,
         try:
             yield from handler(demo, *typed)
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
 
     return handle
 
@@ -71,7 +74,7 @@ def answer(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[...,
 def build(demo: Demo) -> gr.Blocks:
     """Returns the app."""
     total, classless = demo.num_train_timesteps, demo.pipe.null_class is not None
-    with gr.Blocks(title=demo.name, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
+    with gr.Blocks(title=plain(demo.name), analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         gr.Markdown(f"# Denoising diffusion\n{demo.describe()}")
         with gr.Row():
             steps = gr.Number(min(total, 100), label=f"steps (1 to {total})")
@@ -141,7 +144,8 @@ def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
     (config,) = parse_options(argv, AppConfig)
     pipe = load_pipeline(config.model, "cuda" if torch.cuda.is_available() else "cpu")
-    build(Demo(pipe, config.model)).launch(css=CSS, show_error=True)
+    name = public_name(config.model, hub_ids(config.model))
+    build(Demo(pipe, name)).launch(css=CSS, show_error=True)
     return 0
 
 

@@ -1,3 +1,4 @@
+import ast
 import json
 import re
 import shutil
@@ -8,7 +9,11 @@ from huggingface_hub import ModelCard
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hf_ddpm.hub.card import write_card
+from hf_ddpm.markdown import plain
+from hf_ddpm.pipelines.checksum import model_checksum
+from hf_ddpm.public import public_name
 from tests.conftest import TINY_UNET
+from tests.test_markdown import HOSTILE, cells, parse
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +80,82 @@ def test_a_run_that_was_not_evaluated_has_a_card_without_figures(trained):
     assert "has not been evaluated" in card.text and "## Training" in card.text
 
 
-def test_results_of_other_weights_are_not_told(copied):
+@pytest.mark.parametrize("change", ["weights", "scheduler"])
+def test_of_another_model_a_card_tells_nothing_that_is_left_beside_it(copied, change):
     pipe = DDPMPipeline.from_pretrained(copied)
-    pipe.unet.conv_out.bias.data += 1
+    if change == "weights":
+        pipe.unet.conv_out.bias.data += 1
+    else:
+        pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.save_pretrained(copied)
     card = ModelCard.load(write_card(copied))
-    assert card.data.eval_results is None and "has not been evaluated" in card.text
+    assert card.data.eval_results is None and card.data.license is None and card.data.datasets is None
+    assert "has not been evaluated" in card.text and "## Training" not in card.text and ".png" not in card.text
+
+
+def without_results(folder):
+    (folder / "results.json").unlink()
+
+
+def other_results(folder):
+    results = json.loads((folder / "results.json").read_text())
+    results["model"]["checksum"] = "0" * 64
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def other_export(folder):
+    (folder / "export.json").write_text(json.dumps({"step": 4, "images": 32, "checksum": "0" * 64}))
+
+
+@pytest.mark.parametrize(
+    ("make_stale", "figures", "training"),
+    [
+        (without_results, False, True),
+        (other_results, False, True),
+        (other_export, True, False),
+        (lambda folder: (folder / "export.json").unlink(), True, False),
+    ],
+    ids=["no results", "other results", "other export", "no export"],
+)
+def test_each_source_of_a_card_is_of_its_weights_or_left_out(copied, make_stale, figures, training):
+    make_stale(copied)
+    card = ModelCard.load(write_card(copied))
+    assert (card.data.eval_results is not None) == ("results_nearest.png" in card.text) == figures
+    for part in ("## Training", "(samples.png)", "(loss.png)"):
+        assert (part in card.text) == training
+    assert (card.data.license is not None) == training
+
+
+def test_lines_of_metrics_behind_the_exported_step_do_not_count(copied):
+    before, curve = write_card(copied).read_text(), (copied / "loss.png").read_bytes()
+    lines = (copied / "metrics.jsonl").read_text().splitlines()
+    later = json.loads(lines[-1]) | {"step": 6, "images": 48, "loss": 1000.0}
+    (copied / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(later)]) + "\n")
+    assert write_card(copied).read_text() == before and "4 of 8 images: 32 images seen" in before
+    assert (copied / "loss.png").read_bytes() == curve
+
+
+def rewrite(folder, name, read, write, **changes):
+    (folder / name).write_text(write(read((folder / name).read_text()) | changes))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_only_what_the_run_has_found_to_be_hub_ids_is_told_as_such(copied, known):
+    names = {"dataset": "acme/faces", "init_from": "acme/model"}
+    rewrite(copied, "config.yaml", yaml.safe_load, yaml.safe_dump, **names)
+    ids = {"hub_ids": list(names.values()) if known else []}
+    rewrite(copied, "export.json", json.loads, json.dumps, **ids)
+    results = json.loads((copied / "results.json").read_text())
+    for metric in ("fd", "nll"):
+        results[metric]["made_by"] |= {"dataset": {"name": "acme/faces", "split": "test"}, **ids}
+    results["fd"]["made_by"]["extractor"]["name"] = "acme/model"
+    (copied / "results.json").write_text(json.dumps(results))
+    card = ModelCard.load(write_card(copied))
+    assert card.data.datasets == (["acme/faces"] if known else None)
+    told = {result.metric_type: result for result in card.data.eval_results}
+    assert told["bits_per_dim"].dataset_name == ("acme/faces" if known else "faces")
+    assert told["frechet_distance"].metric_args["extractor"] == ("acme/model" if known else "model")
+    assert ("acme" in card.content) == known
 
 
 def test_a_pipeline_alone_has_a_card(tmp_path):
@@ -136,3 +211,38 @@ def test_a_broken_file_is_named(copied, name):
     with pytest.raises(ValueError, match=rf"{name} cannot be read") as caught:
         write_card(copied)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_foreign_names_are_text_in_a_card(copied, name):
+    unet = UNet2DModel(**TINY_UNET | {"num_class_embeds": 3})
+    pipe = DDPMPipeline(unet, DDPMScheduler(), {"0": name, "1": "dog"})
+    pipe.save_pretrained(copied)
+    checksum = model_checksum(pipe)
+    rewrite(copied, "export.json", json.loads, json.dumps, checksum=checksum, hub_ids=[])
+    rewrite(
+        copied, "config.yaml", yaml.safe_load, yaml.safe_dump, dataset=name, init_from=name, split=name, license=name
+    )
+    results = json.loads((copied / "results.json").read_text())
+    results["model"]["checksum"] = checksum
+    results["fd"]["made_by"]["dataset"] |= {"name": name, "reference_split": name}
+    results["fd"]["made_by"]["extractor"]["name"] = name
+    (copied / "results.json").write_text(json.dumps(results))
+    card = ModelCard.load(write_card(copied, model_id=f"org/{name}"))
+    public, shown = public_name(name), plain(name)
+    rows = {row[0]: row[1:] for row in cells(card.text) if row}
+    assert rows["classes"] == [f"{shown}, dog"]
+    assert rows["data"][0].startswith(f"{plain(public)}, split {shown}, ") and rows["started from"] == [plain(public)]
+    assert rows["Frechet distance"][3] == f"{plain(public)}, {shown}" and len(rows["Frechet distance"]) == 5
+    headings = [token.tag for token in parse(card.text) if token.type == "heading_open"]
+    assert headings == ["h1", *["h2"] * 7]  # Use, Model, Training, Evaluation, Limits, License, Citation
+    assert not [token for token in parse(card.text) if token.type == "html_block"][1:]  # the mark alone
+    # The metadata are YAML, and say the same.
+    assert card.data.license == shown and card.data.model_name == plain(f"org/{name}".split("/")[-1])
+    fd = next(result for result in card.data.eval_results if result.metric_type == "frechet_distance")
+    assert (fd.dataset_name, fd.dataset_split) == (plain(public), shown)
+    assert fd.metric_args["extractor"] == plain(public)
+    # The code is Python, and names the class and the model.
+    block = next(token.content for token in parse(card.text) if token.type == "fence" and token.info == "python")
+    strings = [node.value for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)]
+    assert f"org/{name}" in strings and name in strings

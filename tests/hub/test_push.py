@@ -210,6 +210,20 @@ def test_a_space_shows_the_model(hub, tmp_path):
     assert hub.call("push_space", **options, model_id="org/y")[1].endswith("cannot be pushed: it has no app.py")
 
 
+@pytest.mark.parametrize("is_private", [True, False])
+def test_a_new_space_is_as_private_as_its_model(hub, folder, tmp_path, is_private):
+    (tmp_path / "space").mkdir()
+    for name in ("app.py", "requirements.txt", "README.md"):
+        (tmp_path / "space" / name).write_text(README)
+    hub.push(folder, "org/x", private=is_private)
+    options = {"folder": tmp_path / "space", "repo_id": "org/demo", "model_id": "org/x"}
+    for _ in range(2):  # the second push finds it there
+        hub.call("push_space", **options)
+        assert hub.repo("org/demo", "spaces")["private"] is is_private
+    created = [line for line in hub.requests("POST /api/repos/create")]
+    assert len(created) == 2
+
+
 def test_a_space_that_costs_is_told_in_a_line(hub, tmp_path):
     for name in ("app.py", "requirements.txt", "README.md"):
         (tmp_path / name).write_text(README)

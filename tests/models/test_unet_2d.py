@@ -106,6 +106,8 @@ def test_kernels_and_feature_maps_lie_channels_innermost(tmp_path):
     network.save_pretrained(tmp_path)
     layouts = []
     for loaded in (network, UNet2DModel.from_pretrained(tmp_path)):
+        assert all(parameter.is_contiguous() for parameter in loaded.parameters())  # as FSDP2 wants them
+        loaded.lay_out_kernels()
         for module in loaded.modules():
             if isinstance(module, torch.nn.Conv2d) and module is not loaded.conv_in:
                 assert module.weight.is_contiguous(memory_format=torch.channels_last)

@@ -196,3 +196,31 @@ def test_a_pipeline_without_all_weights_is_one_line(stock_folder):
     save_file(state, stock_folder / WEIGHTS)
     with pytest.raises(ValueError, match="cannot be loaded: it lacks 1 weights, conv_in.bias among them"):
         load_pipeline(str(stock_folder), "cpu")
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_pipelines_of_diffusers_take_over_our_components(tiny_pipeline, tmp_path, is_loaded):
+    pipe = tiny_pipeline
+    if is_loaded:
+        pipe.save_pretrained(tmp_path)
+        pipe = DDPMPipeline.from_pretrained(tmp_path)
+    stock = diffusers.DDPMPipeline.from_pipe(pipe)
+    assert type(stock) is diffusers.DDPMPipeline and stock.unet is pipe.unet and stock.scheduler is pipe.scheduler
+    np.testing.assert_allclose(sample(stock), sample(pipe), rtol=0, atol=1e-6)
+    ddim = diffusers.DDIMPipeline.from_pipe(pipe)
+    assert ddim.unet is pipe.unet and type(ddim.scheduler) is diffusers.DDIMScheduler
+    back = DDPMPipeline.from_pipe(stock)
+    assert is_ours(back) and np.array_equal(sample(back), sample(pipe))
+
+
+def test_class_names_survive_the_way_through_a_pipeline_of_diffusers():
+    unet = UNet2DModel(**TINY_UNET, num_class_embeds=2)
+    pipe = DDPMPipeline(unet, DDPMScheduler(), {"0": "cat", "1": "dog"})
+    assert DDPMPipeline.from_pipe(diffusers.DDPMPipeline.from_pipe(pipe)).class_names == ["cat", "dog"]
+
+
+def test_only_the_type_itself_equals_that_of_diffusers():
+    assert UNet2DModel == diffusers.UNet2DModel and UNet2DModel == UNet2DModel
+    subclass = type("Other", (UNet2DModel,), {})
+    assert UNet2DModel != diffusers.UNet2DConditionModel and subclass not in (UNet2DModel, diffusers.UNet2DModel)
+    assert not issubclass(UNet2DModel, diffusers.UNet2DModel) and len({UNet2DModel, diffusers.UNet2DModel}) == 2

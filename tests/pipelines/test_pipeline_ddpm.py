@@ -33,6 +33,9 @@ def test_output_types_are_one_picture(tiny_pipeline):
     np.testing.assert_array_equal(np.asarray(pil[1]), np.round(numpy[1, ..., 0] * 255))
     np.testing.assert_array_equal(numpy, torch_.permute(0, 2, 3, 1).numpy())
     assert 0 <= numpy.min() and numpy.max() <= 1
+    np.testing.assert_array_equal(sample("numpy"), numpy)  # a synonym, in diffusers
+    frames = tiny_pipeline.progressive(2, seeded(), 5, output_type="numpy")
+    np.testing.assert_array_equal(frames.images[-1], numpy)
 
 
 def test_a_list_of_generators_makes_images_independent_of_the_batch(tiny_pipeline):
@@ -235,7 +238,7 @@ def test_schedulers_that_scale_get_scaled_noise():
 def test_wrong_arguments_are_refused(tiny_pipeline):
     for arguments, message in [
         ({"batch_size": 0}, "batch_size=0 is not allowed"),
-        ({"output_type": "jpg"}, "output_type='jpg' is not allowed: one of pil, np, pt"),
+        ({"output_type": "jpg"}, "output_type='jpg' is not allowed: one of pil, np, pt, numpy"),
         ({"generator": [seeded()], "batch_size": 2}, "1 generators for batch_size=2"),
         ({"latents": torch.zeros(1, 1, 4, 4)}, r"latents of shape \(1, 1, 4, 4\)"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "'noise' is not allowed: any of latents"),

@@ -321,8 +321,6 @@ def test_wrong_values_are_refused_with_the_allowed_ones():
             DDPMScheduler(**{name: "nonsense"})
     with pytest.raises(ValueError, match="trained_betas has 2 entries"):
         DDPMScheduler(trained_betas=[0.1, 0.2])
-    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
-        DDPMScheduler(rescale_betas_zero_snr=True)
     scheduler, (x_start, noise) = DDPMScheduler(), inputs()
     for count in (0, 10.5, 1001):
         with pytest.raises(ValueError, match=f"num_inference_steps={count} is not allowed: 1 to 1000"):
@@ -361,3 +359,44 @@ def test_a_chain_may_start_in_its_middle():
     for t in ours.timesteps[15:]:
         mine, stock = step(ours, t, mine, 0.5 * noise), step(theirs, t, stock, 0.5 * noise)
     torch.testing.assert_close(mine, stock, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [{}, {"num_inference_steps": 10}, {"timesteps": [900, 500, 3]}], ids=str)
+def test_previous_steps_have_the_type_that_diffusers_gives_them(steps):
+    schedulers = both()
+    for scheduler in schedulers if steps else []:
+        scheduler.set_timesteps(**steps)
+    for t in (900, 0 if "timesteps" not in steps else 3, torch.tensor(500), torch.tensor([900])):
+        mine, stock = (scheduler.previous_timestep(t) for scheduler in schedulers)
+        assert mine == stock and type(mine) is type(stock)
+        assert not steps or mine.shape == stock.shape == ()
+    batch = torch.tensor([900, 500])  # for which diffusers has no answer once steps were set
+    expected = [899, 499] if not steps else [800, 400] if "timesteps" not in steps else [500, 3]
+    assert schedulers[0].previous_timestep(batch).tolist() == expected
+
+
+@pytest.mark.parametrize("count", [T, 50])
+def test_noise_predicted_at_a_step_without_signal(count, tmp_path):
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    diffusers.DDPMScheduler(**options).save_pretrained(tmp_path)
+    ours, theirs = DDPMScheduler.from_pretrained(tmp_path), diffusers.DDPMScheduler.from_pretrained(tmp_path)
+    assert ours.alphas_cumprod[-1] == 0
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(count)
+    x_T, noise = inputs()
+    mine, stock = step(ours, T - 1, x_T, noise), step(theirs, T - 1, x_T, noise)
+    torch.testing.assert_close(mine, stock, rtol=0, atol=4e-6)
+    # The ideal network: what it sees is the noise. 0 / 0 is NaN in diffusers.
+    output = ours.step(x_T, T - 1, x_T, generator=torch.Generator().manual_seed(0))
+    assert output.pred_original_sample.abs().max() == 0 and output.prev_sample.isfinite().all()
+
+
+def test_without_a_bound_a_step_without_signal_is_refused():
+    x_T, noise = inputs()
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True, clip_sample=False)
+    with pytest.raises(
+        ValueError, match="timestep=999: rescale_betas_zero_snr leaves no signal .* set clip_sample=True"
+    ):
+        scheduler.step(noise, T - 1, x_T)
+    scheduler.set_timesteps(timesteps=list(range(T - 2, -1, -1)))  # the way out that it names
+    assert scheduler.step(noise, T - 2, x_T).prev_sample.isfinite().all()

@@ -67,6 +67,12 @@ def test_what_is_typed_wrong_becomes_a_message(app, demo, name, typed, message):
         list(app.answer(getattr(app, name), demo)(*typed))
 
 
+def test_what_is_typed_is_no_html_in_a_message(app, demo):
+    with pytest.raises(app.gr.Error) as caught:
+        list(app.answer(app.generate, demo)(1, 0, 5, "<img src=x onerror=alert(1)>", [], 1))
+    assert "&lt;img src=x onerror=alert(1)&gt;" in caught.value.message and "<" not in caught.value.message
+
+
 def test_classes_are_asked_for_where_the_model_knows_them(app, demo):
     def asked(demo):
         blocks = [block for block in app.build(demo).blocks.values() if getattr(block, "label", None)]

@@ -1,0 +1,118 @@
+"""What of a run's files leaves the machine: no paths of it, wherever the push is started."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from hf_ddpm.hub.card import write_card
+from hf_ddpm.hub.folder import model_files, public_content
+from tests.conftest import TINY_RUN, load_script
+from tests.hub.conftest import ROOT
+
+
+def published(folder):
+    """Returns what would be pushed, by file."""
+    contents = {name: public_content(folder / name) for name in model_files(folder)}
+    return {name: item.read_bytes() if isinstance(item, Path) else item for name, item in contents.items()}
+
+
+@pytest.fixture
+def acme(tmp_path, monkeypatch):
+    """A folder with images in data/acme-confidential, and the present folder."""
+    (tmp_path / "data" / "acme-confidential").mkdir(parents=True)
+    for gray in range(12):
+        Image.new("L", (8, 8), 20 * gray).save(tmp_path / "data" / "acme-confidential" / f"{gray}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+DATA = ("--dataset", "data/acme-confidential", "--channels", "1", "--resolution", "8", "--levels", "256")
+SHORT = ("--max_train_steps", "2", "--eval_inference_steps", "2", "--eval_num_images", "8")
+
+
+def test_a_relative_path_is_none_where_it_is_pushed_from(acme, run_training, tmp_path_factory, monkeypatch):
+    run_training(Path("runs/secret/one"), *DATA, *SHORT, "--eval_metrics", "nll", "--eval_split", "train")
+    words = [
+        "--model",
+        "runs/secret/one",
+        "--dataset",
+        "data/acme-confidential",
+        "--metrics",
+        "nll",
+        "--split",
+        "train",
+    ]
+    load_script("evaluate").main([*words, "--num_images", "4", "--output", "runs/secret/one/results_more.json"])
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    folder = acme / "runs" / "secret" / "one"
+    assert "`acme-confidential`, split train" in write_card(folder).read_text()
+    contents = published(folder)
+    assert {"config.yaml", "results.json", "results_more.json", "README.md"} <= set(contents)
+    for name, content in contents.items():
+        for private in (b"data/acme", b"runs/", b"secret", str(acme).encode()):
+            assert private not in content, name
+    assert yaml.safe_load(contents["config.yaml"])["dataset"] == "acme-confidential"
+    assert json.loads(contents["results_more.json"])["model"]["name"] == "one"
+
+
+def test_a_folder_that_is_gone_at_a_resume_is_no_hub_id(acme, run_training, trained):
+    (acme / "runs").mkdir()
+    (acme / "runs" / "base").symlink_to(trained)
+    run_training(Path("runs/one"), *SHORT, "--init_from", "runs/base")
+    (acme / "runs" / "base").unlink()
+    run_training(Path("runs/one"), *SHORT, "--init_from", "runs/base", "--max_train_steps", "4")
+    assert json.loads(Path("runs/one/export.json").read_text())["hub_ids"] == []
+    assert b"runs/base" not in b"".join(published(Path("runs/one")).values())
+
+
+def test_names_without_a_decision_are_taken_for_paths(folder):
+    options = {"dataset": "data/acme", "init_from": "s3://acme/model?sig=1", "output_dir": "runs/acme/x", "seed": 0}
+    (folder / "config.yaml").write_text(yaml.safe_dump(options))
+    (folder / "evaluations.jsonl").write_text(json.dumps({"step": 1, "request": {"dataset": "data/acme"}}) + "\n")
+    figure = {"value": 1.0, "made_by": {"dataset": {"name": "data/acme"}, "request": {"samples": "/out/acme"}}}
+    results = {"model": {"name": "runs/acme", "checksum": "0"}, "fd": figure, "odd": 3}
+    (folder / "results.json").write_text(json.dumps(results))
+    contents = published(folder)
+    expected = {"dataset": "acme", "init_from": "model", "output_dir": "x", "seed": 0}
+    assert yaml.safe_load(contents["config.yaml"]) == expected
+    assert json.loads(contents["evaluations.jsonl"])["request"]["dataset"] == "acme"
+    told = json.loads(contents["results.json"])
+    assert told["fd"]["made_by"] == {"dataset": {"name": "acme"}, "request": {"samples": "acme"}}
+    assert told["model"] == {"name": "acme", "checksum": "0"} and told["odd"] == 3
+
+
+def test_hub_ids_are_told_where_the_run_has_found_them(folder):
+    (folder / "export.json").write_text(json.dumps({"hub_ids": ["org/faces"]}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"dataset": "org/faces", "init_from": "org/model"}))
+    figures = {
+        name: {"made_by": {"dataset": {"name": "org/faces"}, "hub_ids": ids}}
+        for name, ids in {"fd": ["org/faces", "org/model"], "kid": []}.items()
+    }
+    (folder / "results.json").write_text(json.dumps({"model": {"name": "org/model", "checksum": "0"}, **figures}))
+    contents = published(folder)
+    assert yaml.safe_load(contents["config.yaml"]) == {"dataset": "org/faces", "init_from": "model"}
+    told = json.loads(contents["results.json"])
+    assert told["model"]["name"] == "org/model" and told["fd"] == figures["fd"]
+    assert told["kid"]["made_by"]["dataset"]["name"] == "faces"
+
+
+def test_configurations_lose_the_path_that_they_were_loaded_from(folder):
+    for name in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(config | {"_name_or_path": "/home/acme/model"}))
+        assert json.loads(published(folder)[name]) == config
+
+
+@pytest.mark.hub
+@pytest.mark.slow
+def test_a_model_of_the_hub_that_a_run_starts_from_is_told(hub, trained, tmp_path):
+    hub.push(trained, "org/base")
+    words = ["--max_train_steps", "2", "--init_from", "org/base", "--push_to_hub", "--hub_model_id", "org/new"]
+    code, output, errors = hub.run(ROOT / "scripts" / "train.py", *TINY_RUN, *words, "--output_dir", tmp_path / "run")
+    assert code == 0 and "org/new is on the Hub" in errors + output, errors
+    files = hub.files("org/new")
+    assert yaml.safe_load(files["config.yaml"])["init_from"] == "org/base"
+    assert b"| started from | `org/base` |" in files["README.md"]
