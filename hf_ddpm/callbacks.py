@@ -82,6 +82,7 @@ class Evaluations(Callback):
         config: The options of the run.
         accelerator: Its processes.
         tell: Told a line about each evaluation.
+        log: Called with a line on files of the data set that are not used, and on damaged caches.
 
     Raises:
         ValueError: If what is asked for is not possible: before the training, not after it.
@@ -90,11 +91,18 @@ class Evaluations(Callback):
     # By which metrics a model can be best: the figure, and whether less of it is better.
     BEST_BY = {"fd": ("value", True), "kid": ("value", True), "is": ("value", False)}
 
-    def __init__(self, config: Config, accelerator: Accelerator, tell: Callable[[str], object]):
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        tell: Callable[[str], object],
+        log: Callable[[str], object] = lambda line: None,
+    ):
         self.folder, self.tell = Path(config.training.output_dir), tell
         self.log, self.every = self.folder / "evaluations.jsonl", config.evaluation.eval_steps
         read_results(self.folder / "results.json")
-        self.evaluator = Evaluator(training_request(config), (config.data.channels, *config.data.size), accelerator)
+        shape = (config.data.channels, *config.data.size)
+        self.evaluator = Evaluator(training_request(config), shape, accelerator, log)
         self.evaluator.count()
 
     def on_start(self, run: Run) -> None:

@@ -32,7 +32,10 @@ PRESETS = resources.files("hf_ddpm") / "presets"
 class DataConfig:
     """Which images."""
 
-    dataset: str = option("digits, a folder of images or parquet files, a parquet file, or a Hub id", "")
+    dataset: str = option(
+        "digits, a folder of images, archives or parquet files, a parquet, zip or tar file, or a Hub id", ""
+    )
+    dataset_config: str | None = option("configuration, for data sets with several ones", None)
     split: str = option("split to train on", "train")
     image_column: str | None = option("column of the images; guessed by default", None)
     class_column: str | None = option("column of the classes to condition on, or auto; none by default", None)
@@ -41,6 +44,7 @@ class DataConfig:
         "height and width in pixels, or one number for both; images are resized and cropped to it", factory=lambda: [32]
     )
     crop: Literal["center", "random"] = option("what is cut from images of another shape", "center")
+    enlarge: bool = option("scale up images that are smaller than the resolution instead of refusing them", False)
     channels: Literal[1, 3, 4] = option("channels of the images: gray, RGB or RGBA", 3)
     levels: int = option("evenly spaced values that a pixel takes; with 1 channel above 256 for 16 bits", 256)
     horizontal_flip: bool = option("whether to mirror half of the images at random", False)

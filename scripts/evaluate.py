@@ -10,6 +10,7 @@ evaluations an image (`--steps_per_image` makes it a cheaper estimate). The same
 """
 
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
         compile_for_sampling(pipe.unet)
     images = open_samples(Path(config.samples)) if config.samples is not None and config.compared else None
     model, shape = identify(config, pipe, images)
-    evaluator = Evaluator(config, shape, accelerator)
+    evaluator = Evaluator(config, shape, accelerator, log=cache(accelerator.print))  # once, not per split
     for figures in evaluator.evaluate(output, sampling, pipe, images, model=model, tell=accelerator.print):
         for name, figure in scalars(figures).items():
             accelerator.print(json.dumps({name: figure}, indent=2))

@@ -12,6 +12,7 @@ were sampled stay below `samples/` in the output, runs of the ablation below `ab
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
     subject, options = parts
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     use_own_cores()
-    study = Study(subject, accelerator)
+    study = Study(subject, accelerator, log=cache(accelerator.print))  # once, not per figure
     make, _ = OF_A_MODEL[name]
     make(study, options)
     if accelerator.is_main_process:  # which alone knows that the report is written

@@ -6,8 +6,9 @@
 The same command goes on from the last checkpoint. `--help` lists the options, hf_ddpm/presets the presets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,7 +30,11 @@ from hf_ddpm.training.trackers import check_tracker, start_tracker
 
 
 def start(
-    config: Config, accelerator: Accelerator, checkpoint: Path | None = None, report: Path | None = None
+    config: Config,
+    accelerator: Accelerator,
+    checkpoint: Path | None = None,
+    report: Path | None = None,
+    log: Callable[[str], object] | None = None,
 ) -> tuple[Run, BatchSource]:
     """Returns a run at step 0 and its images; `checkpoint` is where it will go on from, `report` lists bad images."""
     scheduler, source = build_process(config, checkpoint)  # complains before images are decoded for hours
@@ -40,6 +45,7 @@ def start(
         device=accelerator.device,
         one_first=accelerator.main_process_first(),
         report=report,
+        log=log or accelerator.print,
     )
     return build_run(config, accelerator, scheduler, source, images), images
 
@@ -79,18 +85,19 @@ def main(argv: list[str]) -> int:
 
     folder = Path(config.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    log = cache(accelerator.print)  # a data set that is opened twice is described once
     with sole_run(folder) if accelerator.is_main_process else nullcontext():
         is_pushed = config.hub.push_to_hub and accelerator.is_main_process  # what cannot be done is told first
         pushes = [Push(config, tell=tqdm.write)] if is_pushed else []
         is_evaluated = bool(config.evaluation.eval_metrics)
-        evaluations = [Evaluations(config, accelerator, tell=tqdm.write)] if is_evaluated else []
+        evaluations = [Evaluations(config, accelerator, tell=tqdm.write, log=log)] if is_evaluated else []
         checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
         listed = folder / "bad_images.jsonl"
         if checkpoint is None and accelerator.is_main_process:
             listed.unlink(missing_ok=True)  # of another run
         accelerator.wait_for_everyone()
         is_told = accelerator.is_main_process or config.data.streaming  # each process streams images of its own
-        run, images = start(config, accelerator, checkpoint, listed if is_told else None)
+        run, images = start(config, accelerator, checkpoint, listed if is_told else None, log)
         if checkpoint is not None:
             load_checkpoint(run, checkpoint)
         check_same_step(run)  # and all have read before the folder changes
@@ -119,7 +126,7 @@ def main(argv: list[str]) -> int:
         accelerator.end_training()
     skipped = read_report(listed)
     if skipped:
-        accelerator.print(f"{len(skipped):,} images could not be used: {listed} lists them")
+        accelerator.print(f"{len(skipped):,} images or other files are not used: {listed} lists them")
     if run.stopped_by is not None:
         accelerator.print(f"stopped at step {run.step}: with --resume latest the run goes on from its last checkpoint")
         return 128 + run.stopped_by

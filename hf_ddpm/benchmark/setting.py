@@ -104,9 +104,13 @@ class Setting:
     def dataset(self) -> Dataset:
         """Returns as many of the same images as make whole global batches, encoded, as the column `image`."""
         data = self.config.data
-        dataset = open_dataset(data.dataset, data.split)
+        dataset = open_dataset(data.dataset, data.split, data.dataset_config)
         column = find_image_column(dataset, data.image_column)
-        dataset = dataset.select_columns([column]).rename_columns({column: "image"} if column != "image" else {})
+        dataset = (
+            dataset.select_columns([column])
+            .cast_column(column, datasets.Image())
+            .rename_columns({column: "image"} if column != "image" else {})
+        )
         chosen = choose(len(dataset), data.max_train_samples, SEED)
         batch = self.batch * self.processes
         whole = len(chosen) // batch * batch

@@ -1,6 +1,7 @@
 """Files to pixels, once: every image is decoded, fitted and kept as the raw bytes of a CHW array in a cached table."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,18 +10,26 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Image, Value
+from datasets.fingerprint import Hasher
 
+from hf_ddpm.data.caching import cache_folder, full_disk_named, read_decoded
 from hf_ddpm.data.fitting import ImageFormat, fit
 from hf_ddpm.files import one_line, write_text
 from hf_ddpm.launch import own_cores
 from hf_ddpm.lines import as_lines, read_lines
 
 # Part of the cache's key, which does not see the functions below: raised when they change what they return.
-RECIPE = 2
+RECIPE = 3
 
 ROWS = 256
 DECODED = Features(
-    {"pixels": Value("binary"), "height": Value("int32"), "width": Value("int32"), "reason": Value("string")}
+    {
+        "pixels": Value("binary"),
+        "height": Value("int32"),
+        "width": Value("int32"),
+        "reason": Value("string"),
+        "note": Value("string"),
+    }
 )
 
 
@@ -30,12 +39,12 @@ class BadImage:
 
     Attributes:
         file: Where it is: its own file, or the one that holds its row; None if unknown.
-        row: Its row there, or in the data set.
+        row: Its row there, or in the data set; None if it is in neither.
         reason: What is wrong with it.
     """
 
     file: str | None
-    row: int
+    row: int | None
     reason: str
 
     def text(self, column: str) -> str:
@@ -44,7 +53,8 @@ class BadImage:
 
     def refusal(self, column: str) -> "UnusableImage":
         """Returns the error that names it."""
-        error = UnusableImage(f"{self.text(column)} (skip_bad_images leaves such images out)")
+        larger = "enlarge=true scales small images up, " if "is smaller than resolution" in self.reason else ""
+        error = UnusableImage(f"{self.text(column)} ({larger}skip_bad_images leaves such images out)")
         error.image = self
         return error
 
@@ -60,7 +70,12 @@ class UnusableImage(ValueError):
 
 
 def decode(
-    dataset: Dataset, column: str, form: ImageFormat, *, skip_bad_images: bool = False
+    dataset: Dataset,
+    column: str,
+    form: ImageFormat,
+    *,
+    skip_bad_images: bool = False,
+    log: Callable[[str], object] = lambda line: None,
 ) -> tuple[Dataset, list[BadImage]]:
     """Decodes all images of a split into raw bytes; a second call with the same arguments reads the cache.
 
@@ -69,6 +84,7 @@ def decode(
         column: Its column of images.
         form: What images are made into.
         skip_bad_images: Whether images that cannot be used are left out.
+        log: Called with a line if the cache was damaged, and with one on what is lost of images.
 
     Returns:
         A data set, in order, of `pixels`, the bytes of CHW arrays of `form.dtype`, and their `height` and `width`; and
@@ -78,16 +94,28 @@ def decode(
         ValueError: If an image cannot be used, or with `skip_bad_images` none can; row, file and reason are named.
     """
     encoded = dataset.select_columns([column]).cast_column(column, Image(decode=False))
-    decoded = encoded.map(
-        _decode_rows,
-        with_indices=True,
-        batched=True,
-        batch_size=ROWS,
-        fn_kwargs={"column": column, "form": asdict(form), "skip": skip_bad_images, "recipe": RECIPE},
-        remove_columns=encoded.column_names,
-        features=DECODED,
-        desc="Decoding images",
-    )
+    options = {"column": column, "form": asdict(form), "skip": skip_bad_images, "recipe": RECIPE}
+    key = _cache_key(encoded, options)
+    file = cache_folder() / "hf_ddpm" / f"cache-{key}.arrow"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    decoded = read_decoded(file, len(encoded), log)
+    if decoded is None:
+        with full_disk_named():
+            decoded = encoded.map(
+                _decode_rows,
+                with_indices=True,
+                batched=True,
+                batch_size=ROWS,
+                fn_kwargs=options,
+                remove_columns=encoded.column_names,
+                features=DECODED,
+                cache_file_name=str(file),
+                new_fingerprint=key,
+                desc="Decoding images",
+            )
+    for note, count in Counter(decoded.select_columns(["note"])["note"]).items():
+        if note is not None:
+            log(f"{note}: {count:,} images")
     reasons = decoded.select_columns(["reason"]).with_format("arrow")[:]["reason"]
     if reasons.null_count == len(reasons):
         return decoded, []
@@ -97,10 +125,10 @@ def decode(
     return decoded.select(_rows(reasons.is_null())), bad
 
 
-def attempt(row: dict[str, Any] | None, form: ImageFormat) -> np.ndarray | str:
+def attempt(row: dict[str, Any] | None, form: ImageFormat, notes: list[str] | None = None) -> np.ndarray | str:
     """Returns an image, fitted, or what is wrong with it, in one line."""
     try:
-        return fit(row, form)
+        return fit(row, form, notes)
     except Exception as error:  # decoders raise anything
         return one_line(error) or type(error).__name__
 
@@ -119,22 +147,31 @@ def _decode_rows(
     rows: dict[str, list[Any]], indices: list[int], column: str, form: dict[str, Any], skip: bool, recipe: int
 ) -> dict[str, list[Any]]:
     target, encoded, cores = ImageFormat(**form), rows[column], own_cores()
+    notes: list[list[str]] = [[] for _ in encoded]
     # A thread takes many at a time: with small images, handing them over one by one would cost more than it gains.
     share = -(-len(encoded) // cores)
-    parts = [encoded[start : start + share] for start in range(0, len(encoded), share)]
+    parts = [range(start, min(start + share, len(encoded))) for start in range(0, len(encoded), share)]
     with ThreadPoolExecutor(cores) as pool:
-        images = [i for part in pool.map(lambda part: [attempt(row, target) for row in part], parts) for i in part]
+        done = pool.map(lambda part: [attempt(encoded[row], target, notes[row]) for row in part], parts)
+        images = [image for part in done for image in part]
     columns: dict[str, list[Any]] = {name: [] for name in DECODED}
-    for index, row, image in zip(indices, encoded, images, strict=True):
+    for index, row, image, note in zip(indices, encoded, images, notes, strict=True):
         if isinstance(image, str):
             if not skip:
                 raise BadImage(_path(row), index, image).refusal(column)
-            values: tuple[Any, ...] = (None, None, None, image)
+            values: tuple[Any, ...] = (None, None, None, image, None)
         else:
-            values = (image.tobytes(), *image.shape[1:], None)
+            values = (image.tobytes(), *image.shape[1:], None, ", ".join(note) or None)
         for name, value in zip(DECODED, values, strict=True):
             columns[name].append(value)
     return columns
+
+
+def _cache_key(encoded: Dataset, options: dict[str, Any]) -> str:
+    """Returns what decoded images depend on: the data set, the files that it is kept in, and how it is decoded."""
+    files = [Path(file["filename"]) for file in encoded.cache_files]
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return Hasher.hash([encoded._fingerprint, stamps, options])
 
 
 def _path(row: dict[str, Any] | None) -> str | None:

@@ -1,13 +1,13 @@
 """One encoded image to an array of the size, channels and depth that a network is trained on."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from hf_ddpm.data.pictures import open_picture
 from hf_ddpm.images import MODES, from_pil
 from hf_ddpm.options import require_value
 
@@ -26,6 +26,7 @@ class ImageFormat:
         crop: What is cut from an image of another shape, once its smaller side fits: the `center`, or, anew each time
             the image is seen, a place at `random`.
         deep: Whether pixels have 16 bits, for one channel only: PIL reads color of 16 bits a channel as 8.
+        enlarge: Whether images that are smaller are scaled up; they are refused otherwise.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -36,6 +37,7 @@ class ImageFormat:
     channels: int
     crop: Literal["center", "random"] = "center"
     deep: bool = False
+    enlarge: bool = False
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -46,12 +48,18 @@ class ImageFormat:
 
     @classmethod
     def of(
-        cls, resolution: int | tuple[int, int], channels: int, *, levels: int = 256, crop: str = "center"
+        cls,
+        resolution: int | tuple[int, int],
+        channels: int,
+        *,
+        levels: int = 256,
+        crop: str = "center",
+        enlarge: bool = False,
     ) -> "ImageFormat":
         """Returns the format for a resolution, one number or height and width, and a number of values of a pixel."""
         height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
         require_value("levels", levels, 2 <= levels <= 65536, "2 to 65536")
-        return cls(height, width, channels, crop, deep=levels > 256)  # type: ignore[arg-type]
+        return cls(height, width, channels, crop, deep=levels > 256, enlarge=enlarge)  # type: ignore[arg-type]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -64,12 +72,13 @@ class ImageFormat:
         return np.uint16 if self.deep else np.uint8
 
 
-def fit(row: dict[str, Any] | None, form: ImageFormat) -> np.ndarray:
+def fit(row: dict[str, Any] | None, form: ImageFormat, notes: list[str] | None = None) -> np.ndarray:
     """Decodes an image and fits it: turned as its camera says, transparency laid on white unless there are 4 channels.
 
     Args:
         row: The image as `datasets` keeps it: `bytes`, or the `path` of a file.
         form: What it is made into.
+        notes: Gets a line on what is lost, such as bits of color.
 
     Returns:
         Pixels, `form.dtype`, shape `(C, H, W)`; with random crops one of H and W may be larger, for `crop_at`.
@@ -79,14 +88,13 @@ def fit(row: dict[str, Any] | None, form: ImageFormat) -> np.ndarray:
     """
     if row is None or (row["bytes"] is None and row["path"] is None):
         raise ValueError("there is none")
-    try:
-        image: Image.Image = Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"]))
-    except UnidentifiedImageError as error:  # its text holds an address in memory
-        raise ValueError("it is no image of a known format") from error
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.width < form.width or image.height < form.height:
-        asked = f"{form.height}" if form.height == form.width else f"{form.height}x{form.width} (height x width)"
-        raise ValueError(f"{image.width}x{image.height} is smaller than resolution={asked}")
+    image = open_picture(row)
+    _check_size(image.width, image.height, form)
+    if image.info["depth_lost"]:
+        if form.deep:
+            raise ValueError("it has color or transparency with 16 bits, which PIL reads as 8: save it as 16-bit gray")
+        if notes is not None:
+            notes.append("16 bits per channel are read as 8")
     image = _as_floats(image, form.channels) if form.deep else as_bytes(image, form.channels)
     if image.size != (form.width, form.height):
         image = _resize(image, form)
@@ -132,12 +140,21 @@ def as_bytes(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 
+def _check_size(width: int, height: int, form: ImageFormat) -> None:
+    """Raises a `ValueError` if an image is smaller than asked for, unless such images are enlarged."""
+    if not form.enlarge and (width < form.width or height < form.height):
+        asked = f"{form.height}" if form.height == form.width else f"{form.height}x{form.width} (height x width)"
+        raise ValueError(f"{width}x{height} is smaller than resolution={asked}")
+
+
 def _as_floats(image: Image.Image, channels: int) -> Image.Image:
     if not image.mode.startswith(DEEP_MODES):
         return Image.fromarray(np.asarray(as_bytes(image, channels)).astype(np.float32) * 257)  # 255 becomes 65535
     if image.mode == "F":
         raise ValueError("its pixels are floats (mode F), of which no white is known: save it as 16-bit integers")
     values = np.asarray(image)
+    if isinstance(hidden := image.info.get("transparency"), int):
+        values = np.where(values == hidden, 65535, values)  # transparency on white
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"its pixels reach from {values.min()} to {values.max()}, beyond 16 bits")
     return Image.fromarray(values.astype(np.float32))

@@ -1,5 +1,6 @@
 """From the options of a run to its images."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def open_images(
     device: torch.device | str,
     one_first: AbstractContextManager[None],
     report: Path | None = None,
+    log: Callable[[str], object] = lambda line: None,
 ) -> BatchSource:
     """Opens the images of a run.
 
@@ -31,7 +33,8 @@ def open_images(
         batch_size: Images in a global batch.
         device: Where batches are wanted.
         one_first: Entered while images are decoded: one process does it, the others find them in the cache.
-        report: File for images that cannot be used, as lines of JSON.
+        report: File for images that cannot be used, and for other files that are not, as lines of JSON.
+        log: Called with a line on the files of a folder, and with one for each damaged cache.
 
     Returns:
         The images, to be closed.
@@ -41,17 +44,20 @@ def open_images(
     """
     options = {
         "split": config.split,
+        "config": config.dataset_config,
         "column": config.image_column,
         "resolution": config.size,
         "channels": config.channels,
         "levels": config.levels,
         "crop": config.crop,
+        "enlarge": config.enlarge,
         "class_column": config.class_column,
         "max_samples": config.max_train_samples,
         "seed": seed,
         "skip_bad_images": config.skip_bad_images,
         "report": report if config.skip_bad_images else None,
         "device": device,
+        "log": log,
     }
     if config.streaming:
         return open_stream(config.dataset, batch_size=batch_size, lanes=LANES, **options)

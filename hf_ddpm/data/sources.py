@@ -1,44 +1,61 @@
-"""Where images come from: the embedded digits, a folder, parquet files, or the Hub. All end as a `datasets.Dataset`."""
+"""Data sets by name: the embedded digits, a folder, a file, or an id on the Hub; all end as `datasets.Dataset`."""
 
-import glob
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, Image, load_dataset, load_dataset_builder
-from datasets.exceptions import DatasetGenerationError
-from PIL.Image import registered_extensions
+from datasets import Dataset, Image, Value
 
-from hf_ddpm.files import one_line
+from hf_ddpm.data.loading import Log, files_beside, find_data_files, open_splits
+from hf_ddpm.data.scan import LeftOut, summary
 from hf_ddpm.seeds import SUBSET, generator
-
-# Folders of these names at the top are splits; all other folders are classes.
-SPLITS = ("train", "validation", "test")
 
 # In this order: what image columns are mostly called.
 USUAL_COLUMNS = ("image", "img", "images", "pixel_values", "picture")
 
 
-def open_dataset(name: str, split: str = "train") -> Dataset:
+def open_dataset(name: str, split: str = "train", config: str | None = None) -> Dataset:
+    """Opens a split of a data set; see `open_split`."""
+    return open_split(name, split, config=config)[0]
+
+
+def open_split(
+    name: str,
+    split: str = "train",
+    *,
+    config: str | None = None,
+    class_column: str | None = None,
+    log: Log = lambda line: None,
+) -> tuple[Dataset, list[LeftOut]]:
     """Opens a split of a data set.
 
     Args:
-        name: `digits` (embedded), a folder of images or of parquet files, a parquet file, or an id on the Hub.
+        name: `digits` (embedded); a folder of images, archives or parquet files, or one that `datasets` has saved; a
+            parquet file or an archive; or an id on the Hub.
         split: Name of the split.
+        config: Configuration, for data sets with several ones.
+        class_column: Column of the classes, if they are wanted.
+        log: Called with a line on a folder's files, and with one for each damaged cache.
 
     Returns:
-        The split, as `datasets` reads it; images are not decoded yet.
+        The split, as `datasets` reads it, whose images are not decoded yet; and the files that are not used.
 
     Raises:
-        ValueError: If there is no such data set or split, or no image in it.
+        ValueError: If there is no such data set, configuration or split, or no image in it.
+        OSError: If the disk of the cache is full.
     """
-    splits = _load(name)
-    if split not in splits:
-        raise ValueError(f"dataset {name!r} has no split {split!r}: one of {', '.join(splits)}")
-    if len(splits[split]) == 0:
+    opened = open_splits(name, config, class_column, log)
+    left_out = opened.left_out or []
+    if opened.left_out is not None:
+        log(summary(name, {split: len(data) for split, data in opened.splits.items()}, left_out))
+    if split not in opened.splits:
+        beside = [file.kind for file in left_out if "beside the folders of splits" in file.kind]
+        hint = f" (images are {beside[0]})" if beside else ""
+        raise ValueError(f"dataset {name!r} has no split {split!r}: one of {', '.join(opened.splits)}{hint}")
+    if len(opened.splits[split]) == 0:
         raise ValueError(f"dataset {name!r} is empty: split {split!r} holds no image")
-    return splits[split]
+    return opened.splits[split], left_out
 
 
 def find_image_column(dataset: Dataset, name: str | None = None) -> str:
@@ -49,13 +66,15 @@ def find_image_column(dataset: Dataset, name: str | None = None) -> str:
         name: Name of the column; guessed if None.
 
     Returns:
-        The name of a column of type `datasets.Image`.
+        The name of a column of images, or of files as bytes, as other tools write them.
 
     Raises:
         ValueError: If there is no such column, or none that looks like it, or more than one.
     """
     columns = dataset.column_names
-    images = [column for column in columns if isinstance(dataset.features[column], Image)]
+    encoded = [column for column in columns if _holds_files(dataset.features[column])]
+    declared = [column for column in encoded if isinstance(dataset.features[column], Image)]
+    images = encoded if name is not None else declared or encoded
     if name is not None:
         if name not in images:
             what = "holds no images" if name in columns else "does not exist"
@@ -67,32 +86,38 @@ def find_image_column(dataset: Dataset, name: str | None = None) -> str:
     return (usual or images)[0]
 
 
-def find_shards(name: str, split: str = "train") -> list[str]:
+def find_shards(
+    name: str, split: str = "train", config: str | None = None, log: Log = lambda line: None
+) -> tuple[list[str], list[LeftOut]]:
     """Finds the parquet files of a split, without reading or fetching them.
 
     Args:
         name: `digits`, a folder of parquet files, a parquet file, an id on the Hub, or a URL or pattern of parquet
             files that `fsspec` knows how to open (`https://`, `hf://`, `s3://`).
         split: Name of the split; a single file and a URL are taken for the one asked for.
+        config: Configuration, for data sets with several ones.
+        log: Called with a line on a folder's files.
 
     Returns:
-        Paths and URLs, in order.
+        Paths and URLs, in order; and the files of a folder that are not used.
 
     Raises:
         ValueError: If there is no such data set or split, or its files are not parquet.
     """
+    if config is not None and (Path(name).is_file() or "://" in name or name == "digits"):
+        raise ValueError(f"dataset_config={config!r}: dataset {name!r} has no configurations; leave dataset_config out")
     if Path(name).is_file() and name.endswith(".parquet"):
-        return [name]
-    try:
-        files = _data_files(name, split)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"dataset {name!r} cannot be streamed: {one_line(error)}") from error
+        return [name], []
+    files = find_data_files(name, split, config)
+    left_out = files_beside(Path(name), files) if Path(name).is_dir() else []
+    if Path(name).is_dir():
+        log(summary(name, None, left_out))
     if split not in files:
         raise ValueError(f"dataset {name!r} has no split {split!r}: one of {', '.join(files)}")
     other = [file for file in files[split] if not file.endswith(".parquet")]
     if other:
         raise ValueError(f"dataset {name!r} cannot be streamed: {other[0]!r} is not parquet, of which a stream is made")
-    return files[split]
+    return files[split], left_out
 
 
 def choose(size: int, max_samples: int | None, seed: int) -> Sequence[int]:
@@ -113,53 +138,15 @@ def check_max_samples(max_samples: int | None) -> None:
         raise ValueError(f"max_samples={max_samples} is not allowed: at least 1")
 
 
-def _load(name: str) -> DatasetDict:
-    if name == "digits":
-        return load_dataset("parquet", data_files=_digits())
-    path = Path(name)
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ValueError(f"dataset {name!r} is not there: a folder, a parquet file, a Hub id or digits is allowed")
-    if path.is_file() and path.suffix != ".parquet":
-        raise ValueError(f"dataset {name!r} is not allowed: of files, only parquet is")
-    try:
-        if path.is_file():
-            return load_dataset("parquet", data_files={"train": glob.escape(name)})
-        return _load_folder(path) if path.is_dir() else load_dataset(name)
-    except FileNotFoundError as error:
-        what = "is empty: the folder holds no image" if path.is_dir() else "is neither a folder here nor on the Hub"
-        raise ValueError(f"dataset {name!r} {what}") from error
-    except ConnectionError as error:
-        raise ValueError(f"dataset {name!r} is no folder here, and the Hub cannot be reached") from error
-    except (DatasetGenerationError, ValueError) as error:
-        reason = one_line(error.__cause__ or error)
-        raise ValueError(f"dataset {name!r} cannot be read: {reason}") from error
-
-
-def _digits() -> dict[str, str]:
-    folder = resources.files("hf_ddpm.data") / "digits"
-    return {split: str(folder / f"{split}.parquet") for split in ("train", "test")}
-
-
-def _data_files(name: str, split: str) -> dict[str, list[str]]:
-    """Returns the files of all splits, as `datasets` finds them."""
-    if name == "digits":
-        return {split: [path] for split, path in _digits().items()}
-    from_url = {"path": "parquet", "data_files": {split: name}}
-    builder = load_dataset_builder(**(from_url if "://" in name else {"path": name}))
-    return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
-
-
-def _load_folder(path: Path) -> DatasetDict:
-    """Loads a folder; left to itself, `datasets` takes class folders such as testing_cats/ for splits."""
-    if any(path.rglob("*.parquet")):
-        return load_dataset(str(path))
-    if not any(file.suffix.lower() in registered_extensions() for file in path.rglob("*")):
-        raise FileNotFoundError
-    splits = [name for name in SPLITS if (path / name).is_dir()]
-    root = Path(glob.escape(str(path)))
-    files = {name: str(root / name / "**") for name in splits} or {"train": str(root / "**")}
-    return load_dataset("imagefolder", data_files=files)
+def _holds_files(kind: Any) -> bool:
+    """Returns whether a column is one of images, or of their files: bytes alone, or beside a path."""
+    if isinstance(kind, Value):
+        return kind.dtype in ("binary", "large_binary")
+    return isinstance(kind, Image) or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
 
 
 def _described(dataset: Dataset) -> str:
-    return ", ".join(f"{name} ({type(kind).__name__})" for name, kind in dataset.features.items())
+    kinds = {
+        name: kind.dtype if isinstance(kind, Value) else type(kind).__name__ for name, kind in dataset.features.items()
+    }
+    return ", ".join(f"{name} ({kind})" for name, kind in kinds.items())

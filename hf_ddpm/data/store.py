@@ -1,5 +1,6 @@
 """Decoded images by index, as fast as the memory that holds them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from hf_ddpm.data.decoding import UnusableImage, decode, write_report
+from hf_ddpm.data.decoding import BadImage, UnusableImage, decode, write_report
 from hf_ddpm.data.fitting import ImageFormat, crop_at
 from hf_ddpm.data.labels import read_classes
-from hf_ddpm.data.sources import choose, find_image_column, open_dataset
+from hf_ddpm.data.sources import choose, find_image_column, open_split
 
 # Sets up to this size are held in the memory of the device, larger ones stay mapped to the file.
 RESIDENT_BYTES = 2 * 1024**3
@@ -99,38 +100,45 @@ def load_images(
     channels: int,
     levels: int = 256,
     crop: str = "center",
+    enlarge: bool = False,
+    config: str | None = None,
     class_column: str | None = None,
     max_samples: int | None = None,
     seed: int = 0,
     skip_bad_images: bool = False,
     report: Path | None = None,
     device: torch.device | str = "cpu",
+    log: Callable[[str], object] = lambda line: None,
 ) -> ImageStore:
     """Opens a data set, decodes its images (once: the result is cached) and stores them for batches.
 
     Args:
-        name: `digits`, a folder, a parquet file or an id on the Hub.
+        name: `digits`, a folder, a parquet file, an archive or an id on the Hub; see `open_split`.
         split: Name of the split.
         column: Column of the images; guessed if None.
         resolution: Height and width that images are fitted to, in pixels, or one number for both.
         channels: 1, 3 or 4.
         levels: Evenly spaced values of a pixel; above 256 images have 16 bits.
         crop: `center`, or `random`, for `ImageStore.cropped`.
+        enlarge: Whether images that are smaller than the resolution are scaled up, not refused.
+        config: Configuration, for data sets with several ones.
         class_column: Column of the classes, or `auto` to guess it; without it there are no labels.
         max_samples: How many images to use, drawn at random (folders come class by class); by default all.
         seed: Seed of that draw.
         skip_bad_images: Whether images that cannot be used are left out.
-        report: File for those left out, as lines of JSON; empty if none are.
+        report: File for those left out, and for files that are no images, as lines of JSON; empty if none are.
         device: Where batches are wanted.
+        log: Called with a line on the files that are not used, and on damaged caches.
 
     Returns:
         The images.
 
     Raises:
         ValueError: If the data set, a column or an image is not usable; each is named, with the reason.
+        OSError: If the disk of the cache is full.
     """
-    form = ImageFormat.of(resolution, channels, levels=levels, crop=crop)
-    dataset = open_dataset(name, split)
+    form = ImageFormat.of(resolution, channels, levels=levels, crop=crop, enlarge=enlarge)
+    dataset, left_out = open_split(name, split, config=config, class_column=class_column, log=log)
     column = find_image_column(dataset, column)
     rows = choose(len(dataset), max_samples, seed)
     dataset = dataset.select(rows) if len(rows) < len(dataset) else dataset
@@ -138,7 +146,7 @@ def load_images(
     if class_column is not None:
         classes, labels = read_classes(dataset, class_column, rows)
     try:
-        decoded, bad = decode(dataset, column, form, skip_bad_images=skip_bad_images)
+        decoded, bad = decode(dataset, column, form, skip_bad_images=skip_bad_images, log=log)
     except UnusableImage as error:  # its row is that of the draw
         raise replace(error.image, row=rows[error.image.row]).refusal(column) from error
     if labels is not None:
@@ -146,6 +154,7 @@ def load_images(
         kept[[image.row for image in bad]] = False
         labels = labels[kept]
     if report is not None:
-        write_report([replace(image, row=rows[image.row]) for image in bad], report)
+        unused = [BadImage(file.file, None, file.reason) for file in left_out]
+        write_report([replace(image, row=rows[image.row]) for image in bad] + unused, report)
     names = () if classes is None else classes.names
     return ImageStore(decoded, form, device, labels=labels, class_names=names, skipped=len(bad))

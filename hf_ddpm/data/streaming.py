@@ -1,7 +1,7 @@
 """Images of a set larger than memory and disk: read, decoded and shuffled as they are needed."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +72,7 @@ class ImageStream:
         self.shape = form.shape
         self.class_names = reader.classes.names if reader.classes else ()
         self.skip_bad_images, self.report = skip_bad_images, report
-        self._known_bad = set() if report is None else read_report(report)
+        self._known_bad = {(file, row) for file, row in (read_report(report) if report else ()) if row is not None}
         self._next: tuple[int, slice] | None = None
         self._jobs = _Jobs(reader, form)
         count = min(own_cores(), MOST_WORKERS) if workers is None else workers
@@ -162,6 +162,8 @@ def open_stream(
     channels: int,
     levels: int = 256,
     crop: str = "center",
+    enlarge: bool = False,
+    config: str | None = None,
     class_column: str | None = None,
     max_samples: int | None = None,
     skip_bad_images: bool = False,
@@ -170,6 +172,7 @@ def open_stream(
     lanes: int = 8,
     window_rows: int = 1024,
     workers: int | None = None,
+    log: Callable[[str], object] = lambda line: None,
 ) -> ImageStream:
     """Opens a data set of parquet files as a stream; nothing is fetched but what the files say about themselves.
 
@@ -183,6 +186,8 @@ def open_stream(
         channels: 1, 3 or 4.
         levels: Evenly spaced values of a pixel; above 256 images have 16 bits.
         crop: `center` or `random`.
+        enlarge: Whether images that are smaller than the resolution are scaled up, not refused.
+        config: Configuration, for data sets with several ones.
         class_column: Column of the classes, or `auto` to guess it. If it does not name its classes, it is read wholly.
         max_samples: How many images to use: random groups of rows, and of the last one the first rows.
         skip_bad_images: Whether to go on over images that cannot be used.
@@ -191,6 +196,7 @@ def open_stream(
         lanes: See `Lanes`; at least the number of processes, so that none reads much that others use.
         window_rows: See `Lanes`; about `2 * lanes * window_rows` encoded images are held, over all processes.
         workers: Processes that decode; by default one a core, up to 8.
+        log: Called with a line on files of a folder that are not used.
 
     Returns:
         The images.
@@ -198,8 +204,9 @@ def open_stream(
     Raises:
         ValueError: If the data set or a column is not usable; each is named, with the reason.
     """
-    form = ImageFormat.of(resolution, channels, levels=levels, crop=crop)
-    shards = Shards(find_shards(name, split))
+    form = ImageFormat.of(resolution, channels, levels=levels, crop=crop, enlarge=enlarge)
+    paths, left_out = find_shards(name, split, config, log)
+    shards = Shards(paths)
     column = find_image_column(shards.sample(), column)
     classes = None
     if class_column is not None:
@@ -208,6 +215,11 @@ def open_stream(
     groups = shards.some(max_samples, seed)
     plan = Lanes(seed, batch_size, [group.rows for group in groups], lanes=lanes, window_rows=window_rows)
     reader = WindowReader(groups, plan, column, classes)
+    if report is not None:
+        listed = read_report(report)
+        for file in left_out:
+            if (file.file, None) not in listed:
+                append_line(report, asdict(BadImage(file.file, None, file.reason)))
     return ImageStream(reader, form, device=device, skip_bad_images=skip_bad_images, report=report, workers=workers)
 
 

@@ -66,7 +66,8 @@ class WindowReader:
         for piece in window.pieces:
             group, rows = self.groups[piece.group], slice(piece.start, piece.stop)
             table = group.read([self.column, *([self.classes.column] if self.classes else [])])[rows]
-            images += table[self.column].to_pylist()
+            values = table[self.column].to_pylist()
+            images += [{"bytes": value, "path": None} if isinstance(value, bytes) else value for value in values]
             first = group.first_row + piece.start
             origins += [(group.path, first + row) for row in range(len(table))]
             if self.classes is not None:

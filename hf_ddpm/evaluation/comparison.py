@@ -73,6 +73,7 @@ def real_features(
     drawn = choose(len(held_out), count, METRIC_SEED) if held_out is not None else []
     data = {
         "name": public_name(request.dataset, hub_ids(request.dataset)),
+        "config": request.dataset_config,
         "reference_split": request.reference_split,
         "reference_fingerprint": fingerprint(reference, range(len(reference))),
         "held_out_split": None if held_out is None else request.split,

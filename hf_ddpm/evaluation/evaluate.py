@@ -38,13 +38,20 @@ class Evaluator:
         request: What was asked for.
         shape: The shape `(C, H, W)` of the images.
         accelerator: The processes.
+        log: Called with a line on files of the data set that are not used, and on damaged caches.
 
     Raises:
         ValueError: If a data set or the extractor cannot be had or does not fit.
     """
 
-    def __init__(self, request: EvaluateConfig, shape: tuple[int, ...], accelerator: Accelerator):
-        self.request, self.accelerator = request, accelerator
+    def __init__(
+        self,
+        request: EvaluateConfig,
+        shape: tuple[int, ...],
+        accelerator: Accelerator,
+        log: Callable[[str], object] = lambda line: None,
+    ):
+        self.request, self.accelerator, self.log = request, accelerator, log
         if request.compared:
             weights = request.extractor_weights
             self.extractor = load_extractor(str(request.extractor), accelerator.device, weights=weights)
@@ -151,6 +158,7 @@ class Evaluator:
             )
         data = {
             "name": public_name(request.dataset, self.hub_ids),
+            "config": request.dataset_config,
             "split": request.split,
             "fingerprint": fingerprint(images, numbers),
         }
@@ -175,13 +183,16 @@ class Evaluator:
         return load_images(
             self.request.dataset,
             split=split,
+            config=self.request.dataset_config,
             column=self.request.image_column,
             resolution=(shape[1], shape[2]),
             channels=shape[0],
             levels=self.request.pixel_values,
             class_column=self.request.class_column,
+            enlarge=self.request.enlarge,
             skip_bad_images=self.request.skip_bad_images,
             device=self.accelerator.device,
+            log=self.log,
         )
 
 

@@ -1,7 +1,7 @@
 """What all figures have in common: a model, its data, the folder that they go to, and how they are written."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Subject:
     model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
     output: str = option("folder of the figures", "figures")
     dataset: str | None = option("real images; by default those that the model of a run was trained on", None)
+    dataset_config: str | None = option("configuration, for data sets with several ones", None)
     image_column: str | None = option("column of the images; guessed by default", None)
     class_column: str | None = option("column of the classes of a conditioned model; that of the run by default", None)
     split: str | None = option("held-out split; that of the run, else test by default", None)
@@ -41,6 +42,7 @@ class Subject:
         "split that generated images are compared with; that of the run, else train by default", None
     )
     floor: bool = option("whether to compare as many held-out images, too", True)
+    enlarge: bool = option("scale up real images that are smaller than those of the model", False)
     skip_bad_images: bool = option("whether to leave out real images that cannot be used", False)
     levels: int | None = option("evenly spaced values that a pixel takes; 17 for digits, else 256 by default", None)
     extractor: str | None = option("as in evaluate.py; digits for the digits, else inception by default", None)
@@ -72,13 +74,14 @@ class Study:
     Args:
         subject: What was asked for.
         accelerator: The processes; all are to make a study, and to call the functions of this package.
+        log: Called with a line on files of the data set that are not used, and on damaged caches.
 
     Raises:
         ValueError: If the model cannot be loaded.
     """
 
-    def __init__(self, subject: Subject, accelerator: Accelerator):
-        self.subject, self.accelerator = subject, accelerator
+    def __init__(self, subject: Subject, accelerator: Accelerator, log: Callable[[str], object] = lambda line: None):
+        self.subject, self.accelerator, self.log = subject, accelerator, log
         self.folder = Path(subject.output)
         self.pipe = load_pipeline(subject.model, accelerator.device)
         self.pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not accelerator.is_main_process)
@@ -99,7 +102,7 @@ class Study:
 
     def evaluator(self, metrics: str, num_images: int | None = None) -> Evaluator:
         """Returns what measures this model; arguments as in `request`, which are refused if they cannot be met."""
-        evaluator = Evaluator(self.request(metrics, num_images), self.pipe.image_shape, self.accelerator)
+        evaluator = Evaluator(self.request(metrics, num_images), self.pipe.image_shape, self.accelerator, self.log)
         evaluator.count()
         return evaluator
 

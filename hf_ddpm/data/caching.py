@@ -1,0 +1,113 @@
+"""Caches of `datasets` that a kill or a full disk has cut short."""
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, config
+
+T = TypeVar("T", Dataset, DatasetDict)
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def load_sound(load: Callable[[], T], log: Callable[[str], object]) -> T:
+    """Loads a data set; damaged caches are removed and made anew.
+
+    Args:
+        load: Loads it.
+        log: Called with a line for each cache that was damaged.
+
+    Returns:
+        What `load` returned.
+
+    Raises:
+        OSError: If the disk of the cache is full; its folder is named.
+    """
+    with full_disk_named():
+        try:
+            loaded = load()
+            if _is_whole(loaded):
+                return loaded
+        except Exception as error:  # loaders raise anything
+            if is_full(error) or not remove_damaged(log):
+                raise
+        else:
+            remove_damaged(log)
+        return load()
+
+
+def remove_damaged(log: Callable[[str], object]) -> bool:
+    """Removes the data sets in the cache whose files are cut short; returns whether there were any."""
+    damaged = [path.parent for path in cache_folder().rglob("dataset_info.json") if not _is_sound(path)]
+    for folder in damaged:
+        shutil.rmtree(folder, ignore_errors=True)
+        log(f"cache {folder} was damaged: it is removed and made anew")
+    return bool(damaged)
+
+
+def read_decoded(path: Path, rows: int, log: Callable[[str], object]) -> Dataset | None:
+    """Returns a cached table of so many rows; None if it does not exist, or was damaged and is removed."""
+    if not path.exists():
+        return None
+    try:
+        table = Dataset.from_file(str(path))
+        if len(table) == rows:
+            return table
+    except (OSError, ValueError):
+        pass
+    path.unlink(missing_ok=True)
+    log(f"cache {path} was damaged: it is removed and made anew")
+    return None
+
+
+@contextmanager
+def full_disk_named() -> Iterator[None]:
+    """Turns the error of a full disk into one that names the folder of the cache, and how to choose another."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        hint = "free some space, or set HF_DATASETS_CACHE or HF_HOME to a folder on another disk"
+        raise OSError(f"the disk of the cache {str(cache_folder())!r} is full: {hint}") from error
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Returns whether an error, or one that it was raised from, is that of a full disk."""
+    while error is not None:
+        if isinstance(error, OSError) and (error.errno in FULL or "Not enough disk space" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def cache_folder() -> Path:
+    """Returns the folder of the caches of `datasets`."""
+    return Path(config.HF_DATASETS_CACHE)
+
+
+def _is_whole(loaded: Dataset | DatasetDict) -> bool:
+    splits = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split): loaded}
+    infos = {name: (data.info.splits or {}).get(name) for name, data in splits.items()}
+    return all(info is None or info.num_examples == len(splits[name]) for name, info in infos.items())
+
+
+def _is_sound(info: Path) -> bool:
+    """Returns whether a cached data set can be read, with all rows that its description counts."""
+    try:
+        splits = json.loads(info.read_text(encoding="utf-8"))["splits"]
+        rows = sum(_rows(path) for path in info.parent.glob("*.arrow") if not path.name.startswith("cache-"))
+        return rows == sum(split["num_examples"] for split in splits.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _rows(path: Path) -> int:
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_stream(file).read_all().num_rows

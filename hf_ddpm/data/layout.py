@@ -1,0 +1,103 @@
+"""Splits and classes of images, by the folders that they are in."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from hf_ddpm.data.scan import LeftOut
+
+# What folders of a split are called; `datasets` knows the same words.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A division of files into splits.
+
+    Attributes:
+        splits: The files of each split.
+        left_out: Files beside the folders of the splits.
+        level: Which folder of a path is that of its split, from 0; None if there are no such folders.
+    """
+
+    splits: dict[str, list[str]]
+    left_out: list[LeftOut] = field(default_factory=list)
+    level: int | None = None
+
+    def folders(self, name: str) -> list[str]:
+        """Returns the folders that a file is in, from the top down, without that of its split."""
+        parts = name.split("/")[:-1]
+        return [part for level, part in enumerate(parts) if level != self.level]
+
+
+def arrange(names: Sequence[str]) -> Layout:
+    """Finds splits among the folders of files.
+
+    Folders of two splits side by side, such as train/ and val/, are splits wherever they are, and what is beside them
+    is not used: held-out images never become training images. A lone train/, validation/ or test/ at the top is a split
+    if no other folder there has images, and so is validation/ or test/ beside other folders. A train/ beside folders
+    that hold images at the same depth is a class, such as that of railway trains. All else is one split, train.
+
+    Args:
+        names: Relative paths with `/`.
+
+    Returns:
+        The splits, train first.
+    """
+    folders = [name.split("/")[:-1] for name in names]
+    for level in range(max(map(len, folders), default=0)):
+        siblings = defaultdict(set)
+        for parts in folders:
+            if len(parts) > level and (split := split_of(parts[level])):
+                siblings[tuple(parts[:level])].add(split)
+        if any(len(splits) > 1 for splits in siblings.values()):
+            return _divide(names, level)
+    top = {parts[0] for parts in folders if parts}
+    lone = top & SPLITS.keys()
+    if not lone:
+        return Layout({"train": list(names)})
+    depths = {len(parts) for parts in folders if parts}
+    if lone == {"train"} and len(top) > 1 and len(depths) == 1:
+        return Layout({"train": list(names)})
+    return _divide(names, 0)
+
+
+def split_of(folder: str) -> str | None:
+    """Returns the split that a folder is named after, such as train for Train or train2017; None if it is not."""
+    return _SPLIT_OF.get(re.sub(r"[-_ ]?\d{4}$", "", folder.casefold()))
+
+
+def class_names(folders: Iterable[Sequence[str]]) -> list[str] | None:
+    """Returns the names of the classes that folders stand for, sorted.
+
+    Args:
+        folders: The folders that each image is in, from the top down; the last one is its class.
+
+    Returns:
+        The names; None unless all images are in equally many folders and there are two classes at least.
+    """
+    found = {(len(parts), parts[-1] if parts else "") for parts in folders}
+    names = {name for _, name in found}
+    return sorted(names) if len({depth for depth, _ in found}) == 1 and len(names) > 1 else None
+
+
+def _divide(names: Sequence[str], level: int) -> Layout:
+    parts_of = {name: name.split("/")[:-1] for name in names}
+    found = {parts[level] for parts in parts_of.values() if len(parts) > level and split_of(parts[level])}
+    beside = " and ".join(f"{folder}/" for folder in sorted(found))
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    left_out = []
+    for name, parts in parts_of.items():
+        split = split_of(parts[level]) if len(parts) > level else None
+        if split is None:
+            where = f"in {parts[0]}/, " if parts else ""
+            left_out.append(LeftOut(name, f"{where}beside the folders of splits {beside}"))
+        else:
+            splits[split].append(name)
+    return Layout({split: files for split, files in splits.items() if files}, left_out, level)

@@ -1,0 +1,132 @@
+"""Image files opened for their pixels: upright, and whatever is wrong with texts, color profiles or camera data."""
+
+import io
+import re
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from hf_ddpm.data.scan import as_path, register_plugins
+
+ORIENTATION = ExifTags.Base.Orientation
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+PNG, TIFF = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*")
+# Chunks of a PNG that its pixels depend on; eXIf and small iTXt may hold the orientation.
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT")
+LARGEST_XMP = 65536
+# Tags of a TIFF that its pixels depend on: sizes, depths, places, compression, colors, orientation.
+TIFF_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 301, 317, 320, 322, 323,
+             324, 325, 330, 332, 334, 338, 339, 340, 341, 347, *range(512, 522), 529, 530, 531, 532}  # fmt: skip
+
+
+def open_picture(row: dict[str, Any]) -> Image.Image:
+    """Reads an image file; only its pixels and its orientation count.
+
+    Args:
+        row: The image as `datasets` keeps it: `bytes`, or the `path` of a file.
+
+    Returns:
+        The image, loaded and turned as its orientation says. Nothing is converted.
+
+    Raises:
+        Exception: If its pixels cannot be read (whatever PIL raises), or are too many (`DecompressionBombError`).
+    """
+    register_plugins()
+    data, path = row["bytes"], row["path"]
+    try:
+        image = _load(as_path(path) if data is None else io.BytesIO(data))
+    except (Image.DecompressionBombError, FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:  # decoders raise anything
+        plain = without_metadata(Path(as_path(path)).read_bytes() if data is None else data)
+        try:
+            image = _load(io.BytesIO(plain))
+        except Image.DecompressionBombError:
+            raise
+        except Exception:
+            if isinstance(error, UnidentifiedImageError):  # its text holds an address in memory
+                raise ValueError("it is no image of a known format") from error
+            raise error from None
+    method = UPRIGHT.get(orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def orientation(image: Image.Image) -> int:
+    """Returns how an image is turned, 1 to 8, as EXIF or XMP data say; 1, upright, if they do not or are damaged."""
+    try:
+        value = image.getexif().get(ORIENTATION)
+    except Exception:  # damaged camera data raise anything
+        value = None
+    if value is None:
+        xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
+        text = xmp if isinstance(xmp, bytes) else str(xmp).encode()
+        match = re.search(rb'tiff:Orientation(?:="|>)([1-8])', text)
+        value = int(match[1]) if match else None
+    return value if isinstance(value, int) and value in UPRIGHT else 1
+
+
+def depth_lost(image: Image.Image, tiles: list[Any]) -> bool:
+    """Returns whether PIL has read 16 bits per channel as 8.
+
+    Args:
+        image: A loaded image.
+        tiles: Its `tile` before it was loaded.
+    """
+    is_8_bit = image.mode in ("L", "LA", "RGB", "RGBA", "CMYK")
+    return is_8_bit and any(re.search(r";16|, 65535\)", str(tile[3])) for tile in tiles)
+
+
+def without_metadata(data: bytes) -> bytes:
+    """Returns a PNG or TIFF file without the parts that say nothing about pixels; others as they are."""
+    if data.startswith(PNG):
+        return _plain_png(data)
+    return _plain_tiff(data) if data.startswith(TIFF) else data
+
+
+def _load(source: Any) -> Image.Image:
+    image = Image.open(source)
+    tiles = list(getattr(image, "tile", []))
+    image.load()
+    image.info["depth_lost"] = depth_lost(image, tiles)
+    return image
+
+
+def _plain_png(data: bytes) -> bytes:
+    """Returns a PNG file of the chunks that are needed, those of metadata only if they are sound."""
+    kept, start = [PNG], len(PNG)
+    while start + 12 <= len(data):
+        size = int.from_bytes(data[start : start + 4], "big")
+        chunk = data[start : start + 12 + size]
+        kind, start = chunk[4:8], start + len(chunk)
+        is_sound = zlib.crc32(chunk[4:-4]).to_bytes(4, "big") == chunk[-4:]
+        # An uncompressed text: keyword, 0, and a 0 as flag of compression.
+        is_xmp = kind == b"iTXt" and size < LARGEST_XMP and chunk[8:].startswith(b"XML:com.adobe.xmp\0\0")
+        if kind in PNG_CHUNKS or (is_sound and (kind == b"eXIf" or is_xmp)):
+            kept.append(chunk)
+    return b"".join(kept)
+
+
+def _plain_tiff(data: bytes) -> bytes:
+    """Returns a TIFF file whose first directory lists only tags that pixels depend on."""
+    order = "<" if data.startswith(b"II") else ">"
+    (start,) = struct.unpack_from(f"{order}L", data, 4)
+    if start + 2 > len(data):
+        return data
+    (count,) = struct.unpack_from(f"{order}H", data, start)
+    end = start + 2 + 12 * count
+    entries = [data[at : at + 12] for at in range(start + 2, end, 12)]
+    kept = [entry for entry in entries if len(entry) == 12 and struct.unpack(f"{order}H", entry[:2])[0] in TIFF_TAGS]
+    directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + data[end : end + 4]
+    return data[:start] + directory.ljust(end + 4 - start, b"\0") + data[end + 4 :]
