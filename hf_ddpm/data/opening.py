@@ -46,6 +46,7 @@ def open_images(
         "channels": config.channels,
         "levels": config.levels,
         "crop": config.crop,
+        "value_range": config.value_range,
         "class_column": config.class_column,
         "max_samples": config.max_train_samples,
         "seed": seed,

@@ -10,6 +10,8 @@ from datasets import Dataset, DatasetDict, Image, load_dataset, load_dataset_bui
 from datasets.exceptions import DatasetGenerationError
 from PIL.Image import registered_extensions
 
+from hf_ddpm.data.array_files import load_arrays
+from hf_ddpm.data.arrays import SUFFIXES as ARRAY_SUFFIXES
 from hf_ddpm.files import one_line
 from hf_ddpm.seeds import SUBSET, generator
 
@@ -24,7 +26,8 @@ def open_dataset(name: str, split: str = "train") -> Dataset:
     """Opens a split of a data set.
 
     Args:
-        name: `digits` (embedded), a folder of images or of parquet files, a parquet file, or an id on the Hub.
+        name: `digits` (embedded), a folder of images, of arrays (`.npy`, `.npz`) or of parquet files, a parquet or
+            array file, or an id on the Hub.
         split: Name of the split.
 
     Returns:
@@ -119,9 +122,11 @@ def _load(name: str) -> DatasetDict:
     path = Path(name)
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ValueError(f"dataset {name!r} is not there: a folder, a parquet file, a Hub id or digits is allowed")
-    if path.is_file() and path.suffix != ".parquet":
-        raise ValueError(f"dataset {name!r} is not allowed: of files, only parquet is")
+    if path.is_file() and path.suffix not in (".parquet", *ARRAY_SUFFIXES):
+        raise ValueError(f"dataset {name!r} is not allowed: of files, only .parquet, .npy and .npz are")
     try:
+        if path.is_file() and path.suffix in ARRAY_SUFFIXES:
+            return load_arrays({"train": path})
         if path.is_file():
             return load_dataset("parquet", data_files={"train": glob.escape(name)})
         return _load_folder(path) if path.is_dir() else load_dataset(name)
@@ -153,9 +158,9 @@ def _load_folder(path: Path) -> DatasetDict:
     """Loads a folder; left to itself, `datasets` takes class folders such as testing_cats/ for splits."""
     if any(path.rglob("*.parquet")):
         return load_dataset(str(path))
-    if not any(file.suffix.lower() in registered_extensions() for file in path.rglob("*")):
-        raise FileNotFoundError
     splits = [name for name in SPLITS if (path / name).is_dir()]
+    if not any(file.suffix.lower() in registered_extensions() for file in path.rglob("*")):
+        return load_arrays({name: path / name for name in splits} or {"train": path})
     root = Path(glob.escape(str(path)))
     files = {name: str(root / name / "**") for name in splits} or {"train": str(root / "**")}
     return load_dataset("imagefolder", data_files=files)

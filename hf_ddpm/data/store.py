@@ -1,5 +1,6 @@
 """Decoded images by index, as fast as the memory that holds them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +100,7 @@ def load_images(
     channels: int,
     levels: int = 256,
     crop: str = "center",
+    value_range: Sequence[float] | None = None,
     class_column: str | None = None,
     max_samples: int | None = None,
     seed: int = 0,
@@ -109,13 +111,14 @@ def load_images(
     """Opens a data set, decodes its images (once: the result is cached) and stores them for batches.
 
     Args:
-        name: `digits`, a folder, a parquet file or an id on the Hub.
+        name: `digits`, a folder, a file or an id on the Hub, as `open_dataset` takes it.
         split: Name of the split.
         column: Column of the images; guessed if None.
         resolution: Height and width that images are fitted to, in pixels, or one number for both.
-        channels: 1, 3 or 4.
+        channels: 1, 3 or 4, or the number that arrays have.
         levels: Evenly spaced values of a pixel; above 256 images have 16 bits.
         crop: `center`, or `random`, for `ImageStore.cropped`.
+        value_range: The floats that become black and white, for images of floats.
         class_column: Column of the classes, or `auto` to guess it; without it there are no labels.
         max_samples: How many images to use, drawn at random (folders come class by class); by default all.
         seed: Seed of that draw.
@@ -129,7 +132,7 @@ def load_images(
     Raises:
         ValueError: If the data set, a column or an image is not usable; each is named, with the reason.
     """
-    form = ImageFormat.of(resolution, channels, levels=levels, crop=crop)
+    form = ImageFormat.of(resolution, channels, levels=levels, crop=crop, value_range=value_range)
     dataset = open_dataset(name, split)
     column = find_image_column(dataset, column)
     rows = choose(len(dataset), max_samples, seed)
