@@ -19,7 +19,7 @@ from hf_ddpm.evaluation.request import NOT_OF_FIGURES, training_request
 from hf_ddpm.hub.background import BackgroundPush
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import check_push
-from hf_ddpm.images import grid, save_picture, to_pil
+from hf_ddpm.images import grid, save_picture, to_pictures
 from hf_ddpm.lines import append_line, cut_lines, read_lines
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.sampling import Sampling, sample_images
@@ -57,7 +57,7 @@ class SampleGrid(Callback):
         )
         in_order = sorted(gather_object(list(images)), key=lambda numbered: numbered[0])
         if accelerator.is_main_process:
-            picture = grid(to_pil(torch.stack([image for _, image in in_order])))
+            picture = grid(to_pictures(torch.stack([image for _, image in in_order])))
             save_picture(picture, self.path)
             track_picture(run, "samples", picture)
 
@@ -149,7 +149,9 @@ class Evaluations(Callback):
             request = {name: value for name, value in options.items() if name not in NOT_OF_FIGURES}
             line = {"step": run.step, "request": request, **figures}
             lines = read_lines(self.log)
-            rivals = [other for other in lines if other.get("request") == request and other["step"] != run.step]
+            # Lines of earlier versions lack options that did not exist: none of them was given.
+            given = _given(request)
+            rivals = [old for old in lines if _given(old.get("request")) == given and old["step"] != run.step]
             if all(self._is_as_good(line, other) for other in rivals):
                 self._keep(run, results)
             if run.step not in [other["step"] for other in lines]:
@@ -231,6 +233,11 @@ class Push(Callback):
     def _start(self, run: Run) -> None:
         write_card(self.folder, model_id=self.model_id)
         self.background.start(self.folder, f"Upload the model of step {run.step}")
+
+
+def _given(request: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Returns the options of a request that are not None."""
+    return request and {name: value for name, value in request.items() if value is not None}
 
 
 def export(run: Run, folder: Path, number: int = 0) -> None:

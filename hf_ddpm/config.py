@@ -21,6 +21,7 @@ from hf_ddpm.options import (
     require,
     require_at_least,
     require_distinct,
+    require_range,
     require_value,
 )
 
@@ -33,7 +34,8 @@ class DataConfig:
     """Which images."""
 
     dataset: str = option(
-        "digits, a folder of images, archives or parquet files, a parquet, zip or tar file, or a Hub id", ""
+        "digits; a folder of images, arrays, archives or parquet files; such a file; or a Hub id",
+        "",
     )
     dataset_config: str | None = option("configuration, for data sets with several ones", None)
     split: str = option("split to train on", "train")
@@ -45,8 +47,11 @@ class DataConfig:
     )
     crop: Literal["center", "random"] = option("what is cut from images of another shape", "center")
     enlarge: bool = option("scale up images that are smaller than the resolution instead of refusing them", False)
-    channels: Literal[1, 3, 4] = option("channels of the images: gray, RGB or RGBA", 3)
-    levels: int = option("evenly spaced values that a pixel takes; with 1 channel above 256 for 16 bits", 256)
+    channels: int = option(
+        "channels of the images: 1 (gray), 3 (RGB) or 4 (RGBA); any number with arrays (.npy, .npz, TIFF pages)", 3
+    )
+    levels: int = option("evenly spaced values that a pixel takes; above 256 for 16 bits", 256)
+    value_range: list[float] | None = option("floats that become black and white, for images of floats", None)
     horizontal_flip: bool = option("whether to mirror half of the images at random", False)
     max_train_samples: int | None = option("how many images to use, drawn at random; all by default", None)
     skip_bad_images: bool = option(
@@ -59,8 +64,9 @@ class DataConfig:
         require(self, "dataset", bool(self.dataset), "the name of a data set (or give --preset)")
         sides = self.resolution
         require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
-        most = 65536 if self.channels == 1 else 256
-        require(self, "levels", 2 <= self.levels <= most, f"2 to {most} with channels={self.channels}")
+        require_at_least(self, 1, "channels")
+        require(self, "levels", 2 <= self.levels <= 65536, "2 to 65536")
+        require_range(self, "value_range")
         require(self, "class_dropout", 0 <= self.class_dropout < 1, "in [0, 1)")
         require_at_least(self, 1, "max_train_samples")
 
@@ -169,7 +175,7 @@ class TrainingConfig:
     keep_checkpoints: int = option("checkpoints that are kept", 2)
     resume: str = option("latest, never, or the folder of a checkpoint", "latest")
     sample_at_checkpoints: bool = option("whether to draw samples.png at checkpoints too, not only at the end", False)
-    num_samples: int = option("images in samples.png", 64)
+    num_samples: int = option("images in samples.png; channels side by side unless there are 1, 3 or 4", 64)
     num_inference_steps: int | None = option("sampling steps for samples.png; all by default", None)
     dry_run: bool = option("whether to print what the run would cost, and stop", False)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_ddpm.data.decoding import attempt
 from hf_ddpm.data.fitting import ImageFormat
-from hf_ddpm.images import grid, to_bytes, to_pil, to_signed
+from hf_ddpm.images import grid, to_bytes, to_pictures, to_signed
 from hf_ddpm.markdown import escape
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.sampling import Sampling, sample_images
@@ -175,4 +175,5 @@ def strip(moment: Moment) -> Image.Image:
 
 def _tiled(images: Tensor, columns: int, width: int) -> Image.Image:
     """Tiles bytes, enlarged pixel by pixel as far as they fit into a width."""
-    return grid(to_pil(images), columns, scale=max(1, width // (columns * images.shape[3])))
+    pictures = to_pictures(images)
+    return grid(pictures, columns, scale=max(1, width // (columns * pictures[0].width)))

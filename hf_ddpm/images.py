@@ -53,10 +53,29 @@ def bytes_to_unit(pixels: Tensor) -> Tensor:
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
     """Returns bytes with 1, 3 or 4 channels as PIL images; other numbers of channels raise a `ValueError`."""
-    if pixels.shape[1] not in MODES:
-        raise ValueError(f"{pixels.shape[1]} channels are no picture: one of {', '.join(map(str, MODES))} is")
+    check_picture(pixels.shape[1], "arrays and tensors hold any number")
     arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
+
+
+def check_picture(channels: int, instead: str) -> None:
+    """Raises a `ValueError` unless images of so many channels can be pictures of PIL; `instead` names the remedy."""
+    if channels not in MODES:
+        raise ValueError(f"images with {channels} channels are not pictures: expected 1, 3 or 4; {instead}")
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """Returns bytes with any number of channels as pictures to look at.
+
+    Args:
+        pixels: Bytes, shape `(N, C, H, W)`.
+
+    Returns:
+        A picture per image: gray, RGB or RGBA with 1, 3 or 4 channels, else the channels in gray, side by side.
+    """
+    if pixels.shape[1] in MODES:
+        return to_pil(pixels)
+    return [grid(to_pil(image.unsqueeze(1)), scale=1) for image in pixels]
 
 
 def from_pil(image: Image.Image, channels: int) -> np.ndarray:

@@ -6,6 +6,7 @@ A file is turned into the same words that a command line is made of: one parser 
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import field
@@ -38,6 +39,13 @@ def require_distinct(config: Any, *names: str) -> None:
     for name in names:
         values = getattr(config, name)
         require(config, name, len(set(values)) == len(values), "each of them once")
+
+
+def require_range(config: Any, name: str) -> None:
+    """Raises a `ValueError` unless an option, if it is given, is a pair of finite numbers, the smaller one first."""
+    values = getattr(config, name)
+    holds = values is None or (len(values) == 2 and -math.inf < values[0] < values[1] < math.inf)
+    require(config, name, holds, "two finite numbers LOW HIGH, LOW < HIGH")
 
 
 def require_at_least(config: Any, least: int, *names: str) -> None:
@@ -120,7 +128,7 @@ def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]
     for name, value in options.items():
         if name not in kinds:
             raise ValueError(f"config {str(path)!r}: unknown option {name}: {_hint(name, parts)}")
-        is_list = kinds[name] in (list[int], list[float])  # which one value makes, too
+        is_list = "list[" in str(kinds[name])  # which one value makes, too
         if isinstance(value, dict) or value == [] or (isinstance(value, list) and not is_list):
             what = "a list with an entry" if is_list else "one value"
             raise ValueError(f"config {str(path)!r}: {name}={value!r} is not allowed: {what}")

@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 
 from hf_ddpm.data.samples import SHARD_SIZE
+from hf_ddpm.images import check_picture
 from hf_ddpm.launch import run_script, use_own_cores
 from hf_ddpm.options import option, parse_options, require, require_at_least
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
@@ -29,7 +30,9 @@ class SampleConfig:
     model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
     output: str = option("folder of the images")
     num_images: int = option("number of images", 64)
-    format: Literal["png", "npz"] = option("a PNG file an image, or one file of all as an array", "png")
+    format: Literal["png", "npz"] = option(
+        "a PNG file per image (1, 3 or 4 channels), or one file of all as an array (any number)", "png"
+    )
     batch_size: int = option(f"images at a time and process, at most the {SHARD_SIZE} of a shard", 64)
     compile: bool = option("whether to compile the network first, for many images", False)
 
@@ -45,6 +48,8 @@ def main(argv: list[str]) -> int:
     state = PartialState(cpu=not torch.cuda.is_available())
     use_own_cores()
     pipe = load_pipeline(config.model, state.device)
+    if config.format == "png":
+        check_picture(pipe.image_shape[0], "--format npz writes them as an array")
     if config.compile:
         compile_for_sampling(pipe.unet)
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)

@@ -104,8 +104,9 @@ def test_the_options_are_a_contract():
     }  # fmt: skip
 
 
-def test_the_saved_options_make_the_same_run(tmp_path):
-    config = parse_config(["--preset", "digits", "--seed", "5", "--attention_head_dim", "8"])
+@pytest.mark.parametrize("more", [[], ["--value_range", "-1", "2.5", "--channels", "6", "--levels", "65536"]])
+def test_the_saved_options_make_the_same_run(tmp_path, more):
+    config = parse_config(["--preset", "digits", "--seed", "5", "--attention_head_dim", "8", *more])
     config.save(tmp_path / "config.yaml")
     assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
 
@@ -124,7 +125,10 @@ def test_the_saved_options_make_the_same_run(tmp_path):
         ("--ema_decay 1", r"ema_decay=\[1.0\] is not allowed: in \[0, 1\)"),
         ("--beta_schedule cosine", "argument --beta_schedule: invalid choice: 'cosine'"),
         ("--variance_type learnt", "argument --variance_type: invalid choice: 'learnt'"),
-        ("--channels 2", "argument --channels: invalid choice: '2'"),
+        ("--channels 0", "channels=0 is not allowed: at least 1"),
+        ("--levels 70000", "levels=70000 is not allowed: 2 to 65536"),
+        ("--value_range 1", r"value_range=\[1.0\] is not allowed: two finite numbers LOW HIGH"),
+        ("--value_range 1 -1", r"value_range=\[1.0, -1.0\] is not allowed: two finite numbers LOW HIGH"),
         ("--resolution 9", r"resolution=\[9\] is not allowed: multiples of 2, for the U-Net's 1 halvings"),
         ("--attention_resolutions 3", r"attention_resolutions=\[3\] is not allowed: any of \[8, 4\], or 0 for none"),
         ("--attention_head_dim 999", "attention_head_dim=999 is not allowed: at most the 64 channels there"),

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ddpm.images import from_pil, grid, read_signed, save_picture, to_bytes, to_pil, to_signed, to_unit
+from hf_ddpm.images import from_pil, grid, read_signed, save_picture, to_bytes, to_pictures, to_pil, to_signed, to_unit
 
 
 def test_bytes_survive_the_round_trip():
@@ -26,8 +26,20 @@ def test_pil_and_back(channels):
 
 
 def test_two_channels_are_no_picture():
-    with pytest.raises(ValueError, match="2 channels are no picture: one of 1, 3, 4"):
+    with pytest.raises(ValueError, match="images with 2 channels are not pictures: expected 1, 3 or 4; arrays"):
         to_pil(torch.zeros(1, 2, 4, 4, dtype=torch.uint8))
+
+
+def test_pictures_to_look_at_show_every_channel():
+    pixels = torch.randint(256, (2, 5, 4, 6), dtype=torch.uint8)
+    for image, picture in zip(pixels, to_pictures(pixels), strict=True):
+        shown = np.asarray(picture)  # 3 columns, 2 rows, a pixel between them
+        assert shown.shape == (2 * 5 - 1, 3 * 7 - 1)
+        for channel, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]):
+            tile = shown[5 * row : 5 * row + 4, 7 * column : 7 * column + 6]
+            np.testing.assert_array_equal(tile, image[channel].numpy())
+    rgb = torch.randint(256, (1, 3, 4, 6), dtype=torch.uint8)
+    np.testing.assert_array_equal(to_pictures(rgb)[0], to_pil(rgb)[0])
 
 
 def test_a_grid_holds_every_image_in_its_place(tmp_path):

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from hf_ddpm.config import PARTS, Config, EvaluationConfig, Sources, parse_config
+from hf_ddpm.images import MODES
 from hf_ddpm.options import option, parse_first, parse_options, require, require_at_least
 
 # What may be asked for, and the works that it stands for.
@@ -121,6 +122,7 @@ def growth_values(options: BenchmarkConfig, config: Config) -> list[int]:
 
 def _comparable(config: Config) -> Config:
     """Returns options of a run without what not all of those who are compared have."""
+    require(config.data, "channels", config.data.channels in MODES, "1, 3 or 4, as all who are compared read")
     return replace(
         config,
         data=replace(config.data, class_column=None, streaming=False),

@@ -7,11 +7,12 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from hf_ddpm.data.arrays import channels_last, picture_array, read_array, to_color, to_planes
 from hf_ddpm.data.pictures import open_picture
 from hf_ddpm.images import MODES, from_pil
-from hf_ddpm.options import require_value
+from hf_ddpm.options import require_range, require_value
 
-# More than 8 bits a channel: PIL would clip these to 255 when it converts. Floats have no known white.
+# More than 8 bits a channel: PIL would clip these to 255 when it converts.
 DEEP_MODES = ("I", "F")
 
 
@@ -22,11 +23,12 @@ class ImageFormat:
     Attributes:
         height: Rows of pixels.
         width: Columns of pixels.
-        channels: 1, 3 or 4.
+        channels: 1, 3 or 4; any other number for arrays of exactly so many channels.
         crop: What is cut from an image of another shape, once its smaller side fits: the `center`, or, anew each time
             the image is seen, a place at `random`.
-        deep: Whether pixels have 16 bits, for one channel only: PIL reads color of 16 bits a channel as 8.
+        deep: Whether pixels have 16 bits; with several channels from arrays only: PIL reads color with 8.
         enlarge: Whether images that are smaller are scaled up; they are refused otherwise.
+        value_range: The floats that become black and white, for arrays and pictures of floats.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -38,13 +40,14 @@ class ImageFormat:
     crop: Literal["center", "random"] = "center"
     deep: bool = False
     enlarge: bool = False
+    value_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         """Checks the values."""
         require_value("resolution", (self.height, self.width), min(self.shape[1:]) >= 1, "at least 1")
-        require_value("channels", self.channels, self.channels in MODES, ", ".join(map(str, MODES)))
+        require_value("channels", self.channels, self.channels >= 1, "at least 1")
         require_value("crop", self.crop, self.crop in ("center", "random"), "center or random")
-        require_value("channels", self.channels, self.channels == 1 or not self.deep, "1 with more than 256 levels")
+        require_range(self, "value_range")
 
     @classmethod
     def of(
@@ -55,11 +58,13 @@ class ImageFormat:
         levels: int = 256,
         crop: str = "center",
         enlarge: bool = False,
+        value_range: Sequence[float] | None = None,
     ) -> "ImageFormat":
         """Returns the format for a resolution, one number or height and width, and a number of values of a pixel."""
         height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
         require_value("levels", levels, 2 <= levels <= 65536, "2 to 65536")
-        return cls(height, width, channels, crop, deep=levels > 256, enlarge=enlarge)  # type: ignore[arg-type]
+        limits = None if value_range is None else tuple(map(float, value_range))
+        return cls(height, width, channels, crop, levels > 256, enlarge, limits)  # type: ignore[arg-type]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -88,19 +93,32 @@ def fit(row: dict[str, Any] | None, form: ImageFormat, notes: list[str] | None =
     """
     if row is None or (row["bytes"] is None and row["path"] is None):
         raise ValueError("there is none")
-    image = open_picture(row)
-    _check_size(image.width, image.height, form)
-    if image.info["depth_lost"]:
-        if form.deep:
-            raise ValueError("it has color or transparency with 16 bits, which PIL reads as 8: save it as 16-bit gray")
-        if notes is not None:
-            notes.append("16 bits per channel are read as 8")
-    image = _as_floats(image, form.channels) if form.deep else as_bytes(image, form.channels)
-    if image.size != (form.width, form.height):
-        image = _resize(image, form)
-    if form.deep:
-        return np.asarray(image).round().clip(0, 65535).astype(np.uint16)[np.newaxis]
-    return from_pil(image, form.channels)
+    array = read_array(row)
+    if array is None:
+        image = open_picture(row)
+        _check_size(image.width, image.height, form)
+        if image.info["depth_lost"]:
+            if form.deep:
+                raise ValueError("it has color or transparency with 16 bits, which PIL reads as 8: use an array")
+            if notes is not None:
+                notes.append("16 bits per channel are read as 8")
+        array = picture_array(image, form.channels, form.deep)
+    else:
+        array = channels_last(array, form.channels)
+    if array is None:
+        if not form.deep:
+            return from_pil(_resize(as_bytes(image, form.channels), form), form.channels)
+        if form.channels > 1:
+            raise ValueError(
+                f"color with 16 bits needs arrays, or a TIFF of {form.channels} pages: PIL reads it with 8"
+            )
+        array = np.asarray(as_bytes(image, 1))[..., np.newaxis]
+    _check_size(array.shape[1], array.shape[0], form)
+    planes = to_planes(array, form.deep, form.value_range)
+    if len(planes) < form.channels:
+        planes = to_color(planes[0], form.channels, np.iinfo(form.dtype).max)
+    pixels = np.stack([np.asarray(_resize(plane, form)) for plane in planes])
+    return pixels if pixels.dtype == np.uint8 else pixels.round().clip(0, np.iinfo(form.dtype).max).astype(form.dtype)
 
 
 def crop_at(pixels: np.ndarray, form: ImageFormat, where: Sequence[float]) -> np.ndarray:
@@ -124,9 +142,14 @@ def as_bytes(image: Image.Image, channels: int) -> Image.Image:
     """Returns an image of 1, 3 or 4 channels of 8 bits, transparency laid on white unless there are 4.
 
     Raises:
-        ValueError: If it has more bits.
+        ValueError: If it has more bits, or is to have another number of channels.
     """
     # Always before resizing: the indices of a palette must not be interpolated.
+    if channels not in MODES:
+        raise ValueError(
+            f"a picture of mode {image.mode} has no {channels} channels: channels={channels} needs arrays (.npy, .npz)"
+            f" of {channels} channels, or a TIFF of {channels} gray pages"
+        )
     if image.mode.startswith(DEEP_MODES):
         raise ValueError(
             f"it has more than 8 bits a channel (mode {image.mode}), which {MODES[channels]} would clip:"
@@ -147,21 +170,10 @@ def _check_size(width: int, height: int, form: ImageFormat) -> None:
         raise ValueError(f"{width}x{height} is smaller than resolution={asked}")
 
 
-def _as_floats(image: Image.Image, channels: int) -> Image.Image:
-    if not image.mode.startswith(DEEP_MODES):
-        return Image.fromarray(np.asarray(as_bytes(image, channels)).astype(np.float32) * 257)  # 255 becomes 65535
-    if image.mode == "F":
-        raise ValueError("its pixels are floats (mode F), of which no white is known: save it as 16-bit integers")
-    values = np.asarray(image)
-    if isinstance(hidden := image.info.get("transparency"), int):
-        values = np.where(values == hidden, 65535, values)  # transparency on white
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"its pixels reach from {values.min()} to {values.max()}, beyond 16 bits")
-    return Image.fromarray(values.astype(np.float32))
-
-
 def _resize(image: Image.Image, form: ImageFormat) -> Image.Image:
     size = form.width, form.height
+    if image.size == size:
+        return image
     if form.crop == "center":
         return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     scale = max(form.width / image.width, form.height / image.height)

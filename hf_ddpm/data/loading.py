@@ -14,6 +14,8 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from hf_ddpm.data.archives import is_archive, open_archives
+from hf_ddpm.data.array_files import open_arrays
+from hf_ddpm.data.arrays import SUFFIXES as ARRAY_SUFFIXES
 from hf_ddpm.data.caching import is_full, load_sound
 from hf_ddpm.data.folders import READERS, Opened, open_folder
 from hf_ddpm.data.scan import LeftOut, Stamp, image_suffixes, list_files, sort_out, summary
@@ -85,13 +87,16 @@ def digits_files() -> dict[str, str]:
 
 def _open_file(path: Path, log: Log) -> Opened:
     if path.suffix == ".parquet":
-        files = {"train": glob.escape(str(path))}
-        return Opened(load_sound(lambda: load_dataset("parquet", data_files=files), log))
+        table = {"train": glob.escape(str(path))}
+        return Opened(load_sound(lambda: load_dataset("parquet", data_files=table), log))
+    status = path.stat()
+    files = {path.name: Stamp(status.st_size, status.st_mtime_ns)}
     if is_archive(path.name):
-        status = path.stat()
-        return open_archives(path.parent, {path.name: Stamp(status.st_size, status.st_mtime_ns)}, [], log)
+        return open_archives(path.parent, files, [], log)
+    if path.suffix.lower() in ARRAY_SUFFIXES:
+        return open_arrays(path.parent, files, [], log)
     raise _Refused(
-        f"dataset {str(path)!r} is not allowed: of files, only parquet is, and archives of images (zip, tar)"
+        f"dataset {str(path)!r} is not allowed: of files, only parquet, .npy and .npz are, and archives (zip, tar)"
     )
 
 
@@ -111,6 +116,10 @@ def _open_folder(path: Path, config: str | None, class_column: str | None, log: 
             return Opened(splits, files_beside(path, builder.config.data_files or {}))
     if images:
         return open_folder(path, files, left_out, class_column)
+    arrays, without_arrays = sort_out(files, ARRAY_SUFFIXES)
+    if arrays:
+        stamps = {name: files[name] for name in arrays}
+        return open_arrays(path, stamps, left_out + without_arrays, log)
     archives = {name: files[name] for name in files if is_archive(name) and LeftOut(name, "hidden") not in others}
     if archives:
         return open_archives(path, archives, left_out + [file for file in others if file.file not in archives], log)

@@ -51,6 +51,7 @@ def open_images(
         "levels": config.levels,
         "crop": config.crop,
         "enlarge": config.enlarge,
+        "value_range": config.value_range,
         "class_column": config.class_column,
         "max_samples": config.max_train_samples,
         "seed": seed,

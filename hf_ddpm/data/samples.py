@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_ddpm.data.fitting import as_bytes
 from hf_ddpm.files import one_line, write_text, written_whole
-from hf_ddpm.images import MODES, from_pil, grid, save_picture, to_pil
+from hf_ddpm.images import MODES, from_pil, grid, save_picture, to_pictures, to_pil
 
 # Images a shard, whatever the batch size and the number of processes: a kill costs at most these, of each process.
 SHARD_SIZE = 256
@@ -118,7 +118,7 @@ class SampleFolder:
 
     def write_grid(self, num_images: int) -> None:
         """Writes `grid.png`, the first 64 of the images."""
-        save_picture(grid(to_pil(self[torch.arange(min(num_images, GRID_IMAGES))])), self.path / "grid.png")
+        save_picture(grid(to_pictures(self[torch.arange(min(num_images, GRID_IMAGES))])), self.path / "grid.png")
 
     def write_npz(self, num_images: int) -> None:
         """Writes `samples.npz`: `arr_0`, uint8, shape `(N, H, W, C)`, as the evaluation code of others reads it."""

@@ -18,6 +18,8 @@ REMEDIES = {
     ".heic": "install pillow-heif",
     ".heif": "install pillow-heif",
     ".avif": "install Pillow 11.3 or later",
+    ".npy": "arrays are read from folders without pictures",
+    ".npz": "arrays are read from folders without pictures",
 }
 
 # Folders named in the line that sums up what is not used; the report of bad images lists all files.

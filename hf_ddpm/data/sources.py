@@ -31,8 +31,8 @@ def open_split(
     """Opens a split of a data set.
 
     Args:
-        name: `digits` (embedded); a folder of images, archives or parquet files, or one that `datasets` has saved; a
-            parquet file or an archive; or an id on the Hub.
+        name: `digits` (embedded); a folder of images, arrays (`.npy`, `.npz`), archives or parquet files, or one that
+            `datasets` has saved; a parquet or array file, or an archive; or an id on the Hub.
         split: Name of the split.
         config: Configuration, for data sets with several ones.
         class_column: Column of the classes, if they are wanted.

@@ -1,6 +1,6 @@
 """Decoded images by index, as fast as the memory that holds them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,6 +101,7 @@ def load_images(
     levels: int = 256,
     crop: str = "center",
     enlarge: bool = False,
+    value_range: Sequence[float] | None = None,
     config: str | None = None,
     class_column: str | None = None,
     max_samples: int | None = None,
@@ -113,14 +114,15 @@ def load_images(
     """Opens a data set, decodes its images (once: the result is cached) and stores them for batches.
 
     Args:
-        name: `digits`, a folder, a parquet file, an archive or an id on the Hub; see `open_split`.
+        name: `digits`, a folder, a file or an id on the Hub; see `open_split`.
         split: Name of the split.
         column: Column of the images; guessed if None.
         resolution: Height and width that images are fitted to, in pixels, or one number for both.
-        channels: 1, 3 or 4.
+        channels: 1, 3 or 4, or the number that arrays have.
         levels: Evenly spaced values of a pixel; above 256 images have 16 bits.
         crop: `center`, or `random`, for `ImageStore.cropped`.
         enlarge: Whether images that are smaller than the resolution are scaled up, not refused.
+        value_range: The floats that become black and white, for images of floats.
         config: Configuration, for data sets with several ones.
         class_column: Column of the classes, or `auto` to guess it; without it there are no labels.
         max_samples: How many images to use, drawn at random (folders come class by class); by default all.
@@ -137,7 +139,7 @@ def load_images(
         ValueError: If the data set, a column or an image is not usable; each is named, with the reason.
         OSError: If the disk of the cache is full.
     """
-    form = ImageFormat.of(resolution, channels, levels=levels, crop=crop, enlarge=enlarge)
+    form = ImageFormat.of(resolution, channels, levels=levels, crop=crop, enlarge=enlarge, value_range=value_range)
     dataset, left_out = open_split(name, split, config=config, class_column=class_column, log=log)
     column = find_image_column(dataset, column)
     rows = choose(len(dataset), max_samples, seed)

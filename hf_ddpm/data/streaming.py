@@ -1,7 +1,7 @@
 """Images of a set larger than memory and disk: read, decoded and shuffled as they are needed."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,6 +163,7 @@ def open_stream(
     levels: int = 256,
     crop: str = "center",
     enlarge: bool = False,
+    value_range: Sequence[float] | None = None,
     config: str | None = None,
     class_column: str | None = None,
     max_samples: int | None = None,
@@ -183,10 +184,11 @@ def open_stream(
         split: Name of the split.
         column: Column of the images; guessed if None.
         resolution: Height and width that images are fitted to, in pixels, or one number for both.
-        channels: 1, 3 or 4.
+        channels: 1, 3 or 4, or the number that arrays have.
         levels: Evenly spaced values of a pixel; above 256 images have 16 bits.
         crop: `center` or `random`.
         enlarge: Whether images that are smaller than the resolution are scaled up, not refused.
+        value_range: The floats that become black and white, for images of floats.
         config: Configuration, for data sets with several ones.
         class_column: Column of the classes, or `auto` to guess it. If it does not name its classes, it is read wholly.
         max_samples: How many images to use: random groups of rows, and of the last one the first rows.
@@ -204,7 +206,7 @@ def open_stream(
     Raises:
         ValueError: If the data set or a column is not usable; each is named, with the reason.
     """
-    form = ImageFormat.of(resolution, channels, levels=levels, crop=crop, enlarge=enlarge)
+    form = ImageFormat.of(resolution, channels, levels=levels, crop=crop, enlarge=enlarge, value_range=value_range)
     paths, left_out = find_shards(name, split, config, log)
     shards = Shards(paths)
     column = find_image_column(shards.sample(), column)

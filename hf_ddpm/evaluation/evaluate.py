@@ -188,6 +188,7 @@ class Evaluator:
             resolution=(shape[1], shape[2]),
             channels=shape[0],
             levels=self.request.pixel_values,
+            value_range=self.request.value_range,
             class_column=self.request.class_column,
             enlarge=self.request.enlarge,
             skip_bad_images=self.request.skip_bad_images,

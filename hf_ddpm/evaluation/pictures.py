@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_ddpm.evaluation.collect import Images
 from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.evaluation.reference import digests
-from hf_ddpm.images import grid, to_pil
+from hf_ddpm.images import grid, to_pictures
 
 NEIGHBORS = 3
 ROWS = 8
@@ -31,7 +31,7 @@ def nearest_picture(images: Images, features: Tensor, reference: Images, referen
     rows = distances[:, 0].argsort(stable=True)[:ROWS].cpu()
     tiles = []
     for row in rows.tolist():
-        tiles += to_pil(images[torch.tensor([row])]) + to_pil(reference[neighbors[row].cpu()])
+        tiles += to_pictures(images[torch.tensor([row])]) + to_pictures(reference[neighbors[row].cpu()])
     return grid(tiles, columns=1 + neighbors.shape[1])
 
 

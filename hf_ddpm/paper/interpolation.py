@@ -75,7 +75,7 @@ def ends(study: Study, options: InterpolateConfig) -> list[Tensor]:
         require(options, "rows", max(options.rows) < len(images), f"less than the {len(images)} of the split")
         return [to_signed(images[torch.tensor([row])], levels).cpu() for row in options.rows]
     channels, height, width = study.pipe.image_shape
-    form, pair = ImageFormat.of((height, width), channels, levels=levels), []
+    form, pair = ImageFormat.of((height, width), channels, levels=levels, value_range=study.subject.value_range), []
     for name, file in (("first", options.first), ("second", options.second)):
         try:
             pixels = fit({"bytes": Path(file).read_bytes(), "path": None}, form)

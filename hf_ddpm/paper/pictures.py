@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from hf_ddpm.images import grid, to_bytes, to_pil
+from hf_ddpm.images import grid, to_bytes, to_pictures
 
 FONT_SIZE = 13
 MARGIN = 6
@@ -57,7 +57,7 @@ def sheet(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str]) -> Image.I
     Returns:
         The picture.
     """
-    pictures = to_pil(to_bytes(torch.cat([images for _, images in rows]).clamp(0, 1)))
+    pictures = to_pictures(to_bytes(torch.cat([images for _, images in rows]).clamp(0, 1)))
     tiles = grid(pictures, columns=len(columns), gap=GAP, background="white")
     width, height = (tiles.width + GAP) // len(columns), (tiles.height + GAP) // len(rows)
     font = ImageFont.load_default(FONT_SIZE)

@@ -15,8 +15,8 @@ from hf_ddpm.data.samples import SampleFolder
 from hf_ddpm.evaluation.evaluate import Evaluator
 from hf_ddpm.evaluation.request import EvaluateConfig, default_levels, real_images
 from hf_ddpm.files import write_text, written_whole
-from hf_ddpm.images import grid, save_picture, to_bytes, to_pil
-from hf_ddpm.options import option, require, require_at_least, require_value
+from hf_ddpm.images import grid, save_picture, to_bytes, to_pictures
+from hf_ddpm.options import option, require, require_at_least, require_range, require_value
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.plots import Curve, save_curves
@@ -45,6 +45,7 @@ class Subject:
     enlarge: bool = option("scale up real images that are smaller than those of the model", False)
     skip_bad_images: bool = option("whether to leave out real images that cannot be used", False)
     levels: int | None = option("evenly spaced values that a pixel takes; 17 for digits, else 256 by default", None)
+    value_range: list[float] | None = option("floats that become black and white, for images of floats", None)
     extractor: str | None = option("as in evaluate.py; digits for the digits, else inception by default", None)
     extractor_weights: str | None = option("file of the weights of inception; downloaded by default", None)
     seed: int = option("seed of everything random", 0)
@@ -58,6 +59,7 @@ class Subject:
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "batch_size")
         require_at_least(self, 2, "levels")
+        require_range(self, "value_range")
         run = Path(self.model) / "config.yaml"
         if self.dataset is None and run.is_file():
             found = real_images(parse_config(["--config", str(run)]))
@@ -132,7 +134,7 @@ class Study:
     def animate(self, name: str, frames: Sequence[Tensor]) -> None:
         """Writes unit images, shape `(N, C, H, W)` in each moment, as an animation that rests at its end."""
         if self.accelerator.is_main_process:
-            first, *others = [grid(to_pil(to_bytes(frame))) for frame in frames]
+            first, *others = [grid(to_pictures(to_bytes(frame))) for frame in frames]
             times = [MILLISECONDS] * len(others) + [LAST_MILLISECONDS]
             with written_whole(self._path(name)) as partial:
                 kind = Path(name).suffix[1:]

@@ -18,7 +18,7 @@ from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.diffusion.gaussian import is_noise
 from hf_ddpm.diffusion.outputs import split_output
 from hf_ddpm.files import one_line
-from hf_ddpm.images import OUTPUT_TYPES, as_output, to_unit
+from hf_ddpm.images import OUTPUT_TYPES, as_output, check_picture, to_unit
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.latents import Generators, LatentMethods, check_generators
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
@@ -217,6 +217,8 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         tensor_inputs: list[str] | tuple[str, ...],
     ) -> None:
         check_one_of("output_type", output_type, OUTPUT_TYPES)
+        if output_type == "pil":
+            check_picture(shape[1], 'output_type="np" or "pt" returns them')
         check_generators(generator, shape[0])
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents of shape {tuple(latents.shape)} are not allowed: {shape}")

@@ -118,7 +118,7 @@ def test_missing_and_empty_data_sets_are_refused_by_name(tmp_path):
         ("a/b/c", "dataset 'a/b/c' is not there"),
         (str(tmp_path / "nowhere"), "is not there"),
         ("somebody/something", "dataset 'somebody/something' is (neither a|no) folder here"),
-        (str(tmp_path / "note.txt"), "is not allowed: of files, only parquet is"),
+        (str(tmp_path / "note.txt"), "is not allowed: of files, only parquet, .npy and .npz are, and archives"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_images(name, resolution=8, channels=3)

@@ -63,20 +63,18 @@ def test_depth_is_refused_where_it_would_be_lost():
     with pytest.raises(ValueError, match=r"more than 8 bits.*levels=65536 with channels=1 keeps them"):
         fit(deep, ImageFormat.of(8, 1))
     floats = encoded(PILImage.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF")
-    with pytest.raises(ValueError, match="floats"):
+    with pytest.raises(ValueError, match="--value_range LOW HIGH"):
         fit(floats, ImageFormat.of(8, 1, levels=65536))
     beyond = encoded(PILImage.fromarray(np.full((8, 8), 70_000, np.int32)), "TIFF")
     with pytest.raises(ValueError, match="from 70000 to 70000, beyond 16 bits"):
         fit(beyond, ImageFormat.of(8, 1, levels=65536))
-    with pytest.raises(ValueError, match="channels=3 is not allowed: 1 with more than 256 levels"):
-        ImageFormat.of(8, 3, levels=65536)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"resolution": 0, "channels": 3}, "resolution=.0, 0. is not allowed"),
      ({"resolution": (8, 0), "channels": 3}, "resolution=.8, 0. is not allowed"),
-     ({"resolution": 8, "channels": 2}, "channels=2 is not allowed: 1, 3, 4"),
+     ({"resolution": 8, "channels": 0}, "channels=0 is not allowed: at least 1"),
      ({"resolution": 8, "channels": 3, "crop": "left"}, "crop='left' is not allowed: center or random"),
      ({"resolution": 8, "channels": 3, "levels": 1}, "levels=1 is not allowed")],
 )  # fmt: skip
