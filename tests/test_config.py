@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 
-from hf_ddpm import UNet2DModel
+from hf_ddpm import DDPMScheduler, UNet2DModel
 from hf_ddpm.config import Config, DataConfig, parse_config, preset_names, preset_path
 
 
@@ -170,3 +170,20 @@ def test_attention_stands_at_its_resolutions():
     unet = parse_config(["--preset", "cifar10"]).unet()
     assert unet["down_block_types"] == ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
     assert unet["up_block_types"] == ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "quad", "const", "squaredcos_cap_v2", "sigmoid"])
+@pytest.mark.parametrize("total", [2, 10, 50, 200, 4000])
+def test_a_process_ends_in_noise_whatever_its_number_of_steps(total, schedule):
+    # 1e-4 to 0.02 are for T = 1000: of 50 such steps, 60% of the variance of x_T is signal.
+    words = ["--dataset", "digits", "--num_train_timesteps", str(total), "--beta_schedule", schedule]
+    scheduler = DDPMScheduler(**parse_config(words).scheduler())
+    assert scheduler.alphas_cumprod[-1] < 1e-3
+    if total == 4000:
+        assert parse_config(words).diffusion.beta_end == pytest.approx(0.005)
+
+
+def test_the_betas_of_1000_steps_are_those_of_the_paper():
+    for preset in preset_names():
+        process = parse_config(["--preset", preset]).scheduler()
+        assert (process["num_train_timesteps"], process["beta_start"], process["beta_end"]) == (1000, 1e-4, 0.02)

@@ -11,11 +11,12 @@ from typing import Any, Union
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from hf_ddpm.diffusion.checks import check_one_of
-from hf_ddpm.diffusion.gaussian import is_noise
+from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL, is_noise
 from hf_ddpm.diffusion.outputs import split_output
 from hf_ddpm.files import one_line
 from hf_ddpm.images import OUTPUT_TYPES, as_output, check_picture, to_unit
@@ -24,6 +25,8 @@ from hf_ddpm.pipelines.latents import Generators, LatentMethods, check_generator
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.schedulers.stock import check_stock
+
+logger = logging.get_logger(__name__)
 
 # Our classes by the names that they are stored under. diffusers has no class of the last two and refuses to load them:
 # it would take a learned log-variance for a variance, and walk DDIM otherwise.
@@ -237,6 +240,12 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
             scheduler.set_timesteps(timesteps=timesteps)
         else:
             raise ValueError(f"timesteps are not allowed with a {type(scheduler).__name__}: num_inference_steps is")
+        end = float(getattr(scheduler, "alphas_cumprod", [0.0])[-1])
+        if from_noise and end > NOISE_SIGNAL:
+            logger.warning(
+                f"sampling starts from noise, but x_T of this process keeps {end:.1%} of the variance of images: "
+                "samples lack contrast; train with betas scaled to the number of steps"
+            )
         if not isinstance(scheduler, DDPMScheduler):
             check_stock(scheduler, None if timesteps else count, from_noise=from_noise)
         elif from_noise and not is_noise(scheduler.diffusion.alphas_cumprod, int(scheduler.timesteps[0])):

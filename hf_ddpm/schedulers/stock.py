@@ -12,7 +12,7 @@ CLIPPING = (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler, diffusers.
 
 # How much larger the signal may become in the first step where estimates of the image are not clipped: the error of the
 # network's first prediction grows with it.
-LARGEST_GAIN = 100
+LARGEST_GAIN = 30
 
 # Their steps lead from t to t - T // S, whatever the spacing says.
 EVEN = (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler, diffusers.PNDMScheduler)
@@ -59,7 +59,7 @@ def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: 
             f"{setting}: each step leads to t - {total // num_inference_steps}, which is not the next timestep; use "
             f"hf_ddpm.DDIMScheduler, or 'trailing' spacing with num_inference_steps={divisors[0]}"
         )
-    is_multistep = "solver_order" in scheduler.config
+    is_multistep = bool({"solver_order", "predictor_order"} & set(scheduler.config))
     if is_multistep and len(steps.unique()) < len(steps):
         raise ValueError(f"{setting}: one of them is taken twice; {remedy}")
     if isinstance(scheduler, diffusers.DDPMScheduler) and steps[-1] > 0 and "large" in scheduler.config.variance_type:
@@ -68,8 +68,11 @@ def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: 
 
 def _first_gain(alphas_cumprod: torch.Tensor, steps: torch.Tensor) -> float:
     """Returns by how much the share of the image in x_t grows in the first step."""
-    first, *others = steps.unique().long().flip(0).tolist()
-    return float((alphas_cumprod[others[0]] / alphas_cumprod[first]).sqrt()) if others else 1.0
+    distinct = steps.unique().flip(0)
+    between = 1 + int(bool((distinct % 1 != 0).any()))  # every second timestep of KDPM2 lies between two steps
+    if len(distinct) <= between:
+        return 1.0
+    return float((alphas_cumprod[int(distinct[between])] / alphas_cumprod[int(distinct[0])]).sqrt())
 
 
 def _is_even(scheduler: Any, num_inference_steps: int) -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+import hf_ddpm.pipelines.pipeline_ddpm
 from hf_ddpm import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from tests.conftest import TINY_UNET
 
@@ -141,6 +142,17 @@ def test_all_steps_are_taken_by_default(tiny_unet, total):
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe(callback_on_step_end=lambda pipe, i, t, tensors: seen.append(int(t)))
     assert len(seen) == 2 * total
+
+
+def test_a_process_that_does_not_end_in_noise_is_told(tiny_unet, monkeypatch):
+    told = []
+    monkeypatch.setattr(hf_ddpm.pipelines.pipeline_ddpm.logger, "warning", told.append)
+    for options in ({"num_train_timesteps": 50}, {"num_train_timesteps": 50, "beta_start": 2e-3, "beta_end": 0.4}):
+        pipe = DDPMPipeline(tiny_unet, DDPMScheduler(**options))
+        pipe.set_progress_bar_config(disable=True)
+        pipe(num_inference_steps=2)
+        pipe(num_inference_steps=2, latents=torch.zeros(1, 1, 8, 8))
+    assert len(told) == 1 and "x_T of this process keeps 60.3% of the variance" in told[0]
 
 
 @pytest.mark.parametrize(

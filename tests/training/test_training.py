@@ -93,6 +93,34 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize(("decay", "warmup"), [(0.99, False), (0.9999, True)])
+def test_the_share_of_initial_weights_is_known(decay, warmup):
+    # An average of weights that are 1 from the first step on, and were 0: what is missing to 1 are initial weights.
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema = EMA(model, decay, warmup=warmup)
+    torch.nn.init.ones_(model.weight)
+    for step in range(30):
+        assert ema.initial_share(step) == pytest.approx(1 - ema.model.weight.item(), abs=1e-6)
+        ema.update(step)
+
+
+def test_an_average_of_initial_weights_is_told(run_training, tmp_path, capsys):
+    run_training(tmp_path / "warm", "--max_train_steps", "2", "--ema_decay", "0.9999")
+    assert "initial weights" not in capsys.readouterr().out
+    run_training(tmp_path / "cold", "--max_train_steps", "2", "--ema_decay", "0.9999", "--ema_warmup", "false")
+    assert "100% of the averaged weights, which are exported, will be initial weights" in capsys.readouterr().out
+
+
+def test_a_process_that_does_not_end_in_noise_needs_a_word(run_training, tmp_path):
+    words = ["--max_train_steps", "1", "--num_train_timesteps", "50", "--beta_schedule", "linear"]
+    literal = ["--beta_start", "0.0001", "--beta_end", "0.02"]
+    with pytest.raises(ValueError, match=r"x_T keeps 60.3% of the variance of images \(L_T up to 0.67 bits/dim\)"):
+        run_training(tmp_path / "a", *words, *literal)
+    assert run_training(tmp_path / "b", *words, *literal, "--allow_terminal_signal", "true") == 0
+    assert run_training(tmp_path / "c", *words) == 0
+
+
 def test_digits_are_learned(run_training, tmp_path):
     # A hundred steps of a tiny network: the loss falls from 1, that of predicting no noise, and the result is used.
     run_training(tmp_path, "--max_train_steps", "100", "--log_steps", "10", "--learning_rate", "3e-3")
