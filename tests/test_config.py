@@ -173,7 +173,7 @@ def test_attention_stands_at_its_resolutions():
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "quad", "const", "squaredcos_cap_v2", "sigmoid"])
-@pytest.mark.parametrize("total", [2, 10, 50, 200, 4000])
+@pytest.mark.parametrize("total", [10, 50, 200, 4000])
 def test_a_process_ends_in_noise_whatever_its_number_of_steps(total, schedule):
     # 1e-4 to 0.02 are for T = 1000: of 50 such steps, 60% of the variance of x_T is signal.
     words = ["--dataset", "digits", "--num_train_timesteps", str(total), "--beta_schedule", schedule]

@@ -44,7 +44,8 @@ def load_sound(load: Callable[[], T], log: Callable[[str], object]) -> T:
 
 def remove_damaged(log: Callable[[str], object]) -> bool:
     """Removes the data sets in the cache whose files are cut short; returns whether there were any."""
-    damaged = [path.parent for path in cache_folder().rglob("dataset_info.json") if not _is_sound(path)]
+    found = [path for path in cache_folder().rglob("dataset_info.json") if not _is_of_user(path.parent)]
+    damaged = [path.parent for path in found if not _is_sound(path)]
     for folder in damaged:
         shutil.rmtree(folder, ignore_errors=True)
         log(f"cache {folder} was damaged: it is removed and made anew")
@@ -96,6 +97,11 @@ def _is_whole(loaded: Dataset | DatasetDict) -> bool:
     splits = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split): loaded}
     infos = {name: (data.info.splits or {}).get(name) for name, data in splits.items()}
     return all(info is None or info.num_examples == len(splits[name]) for name, info in infos.items())
+
+
+def _is_of_user(folder: Path) -> bool:
+    """Returns whether a folder was saved by someone, and is no cache."""
+    return (folder / "state.json").exists() or any(folder.glob("*.parquet"))
 
 
 def _is_sound(info: Path) -> bool:

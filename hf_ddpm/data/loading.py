@@ -74,9 +74,13 @@ def files_beside(path: Path, data_files: Mapping[Any, Sequence[str]]) -> list[Le
     files, left_out = list_files(path)
     names = [name for name in files if name not in used and name != "README.md"]
     beside, hidden = sort_out(names, {posixpath.splitext(name)[1].lower() for name in names})
-    read = " and ".join(sorted({posixpath.splitext(name)[1] for name in used})) or "no"
-    kinds = {name: posixpath.splitext(name)[1].lower() or "without suffix" for name in beside}
-    return left_out + hidden + [LeftOut(name, f"{kinds[name]} beside the {read} files") for name in beside]
+    suffixes = {posixpath.splitext(name)[1].lower() for name in used}
+    read = " and ".join(sorted(suffixes)) or "no"
+    for name in beside:
+        suffix = posixpath.splitext(name)[1].lower() or "no suffix"
+        kind = "in no split of this configuration" if suffix in suffixes else f"beside the {read} files"
+        left_out.append(LeftOut(name, f"{suffix}, {kind}"))
+    return left_out + hidden
 
 
 def digits_files() -> dict[str, str]:
@@ -123,7 +127,7 @@ def _open_folder(path: Path, config: str | None, class_column: str | None, log: 
     archives = {name: files[name] for name in files if is_archive(name) and LeftOut(name, "hidden") not in others}
     if archives:
         return open_archives(path, archives, left_out + [file for file in others if file.file not in archives], log)
-    unused = summary(str(path), {}, left_out + others).partition("; ")[2]
+    unused = summary(str(path), None, left_out + others).removeprefix(f"dataset {str(path)!r}: ")
     detail = f" ({unused})" if left_out or others else ""
     raise _Refused(f"dataset {str(path)!r} is empty: the folder holds no image{detail}")
 
@@ -143,7 +147,8 @@ def _reason(name: str, config: str | None, error: Exception) -> str:
         return "is no folder here, and the Hub cannot be reached"
     if isinstance(error, FileNotFoundError) and not is_local:
         return "is neither a folder here nor on the Hub"
-    return _config_reason(name, config) or f"cannot be read: {one_line(error.__cause__ or error)}"
+    inner = (error.__cause__ or error) if isinstance(error, DatasetGenerationError) else error
+    return _config_reason(name, config) or f"cannot be read: {one_line(inner)}"
 
 
 def _config_reason(name: str, config: str | None) -> str | None:

@@ -1,0 +1,144 @@
+"""Caches that a kill or a full disk has cut short are made anew, and a full disk is named."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pytest
+import torch
+
+from hf_ddpm.data.caching import full_disk_named, is_full
+from hf_ddpm.data.store import load_images
+from tests.data.files import numbered, parquet
+from tests.data.test_kinds import image, pack, saved
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", folder / "downloads")
+    return folder
+
+
+def values(name, lines):
+    images = load_images(str(name), resolution=8, channels=1, log=lines.append)
+    return images[torch.arange(len(images))][:, 0, 0, 0].tolist()
+
+
+def last_batch(path):
+    """Returns where the last batch of rows of an arrow file begins: a file that ends there reads without an error."""
+    with pa.memory_map(str(path)) as file:
+        reader = pa.ipc.open_stream(file)
+        at = file.tell()
+        for _ in reader:
+            at, end = file.tell(), at
+    return end
+
+
+CUTS = {
+    "half": lambda path: path.stat().st_size // 2,
+    "the last bytes": lambda path: path.stat().st_size - 20,
+    "all": lambda path: 0,
+    "a batch": last_batch,
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("kind", ["parquet", "zip"])
+@pytest.mark.parametrize("which", ["source", "decoded"])
+def test_torn_caches_are_told_removed_and_made_anew(tmp_path, cache, kind, which, cut):
+    numbers = list(range(1, 251)) * 2
+    if kind == "parquet":
+        name = parquet(tmp_path / "a.parquet", image=[numbered(number) for number in numbers])
+    else:
+        name = pack(tmp_path / "a.zip", {f"{i:03d}.png": image(number) for i, number in enumerate(numbers)})
+    lines = []
+    assert values(name, lines) == numbers
+    (file,) = [path for path in cache.rglob("*.arrow") if path.name.startswith("cache-") == (which == "decoded")]
+    os.truncate(file, cut(file))
+    lines.clear()
+    assert values(name, lines) == numbers
+    told = [line for line in lines if "was damaged: it is removed and made anew" in line]
+    assert told and str(file if which == "decoded" else file.parent) in told[0]
+    lines.clear()
+    assert values(name, lines) == numbers and not any("damaged" in line for line in lines)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_torn_description_of_a_cache_is_made_anew(tmp_path, cache, text):
+    name = parquet(tmp_path / "a.parquet", image=[numbered(number) for number in (1, 2)])
+    assert values(name, []) == [1, 2]
+    (info,) = cache.rglob("dataset_info.json")
+    info.write_text(text)
+    for path in cache.rglob("*.arrow"):
+        path.unlink()
+    lines = []
+    assert values(name, lines) == [1, 2]
+    assert any("was damaged" in line for line in lines)
+
+
+def test_nothing_but_caches_is_removed(tmp_path, cache):
+    kept = cache / "of_someone"
+    saved([1, 2]).save_to_disk(kept)
+    (data,) = kept.glob("*.arrow")
+    os.truncate(data, 10)
+    name = parquet(tmp_path / "a.parquet", image=[numbered(number) for number in (1, 2)])
+    assert values(name, []) == [1, 2]
+    (file,) = [path for path in cache.rglob("parquet-*.arrow")]
+    os.truncate(file, 10)
+    assert values(name, []) == [1, 2] and data.exists()
+
+
+def test_a_damaged_source_is_no_damaged_cache(tmp_path, cache):
+    name = parquet(tmp_path / "a.parquet", image=[numbered(1)])
+    Path(name).write_bytes(Path(name).read_bytes()[:100])
+    lines = []
+    with pytest.raises(ValueError, match=r"a\.parquet' cannot be read"):
+        values(name, lines)
+    assert lines == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_names_the_folder_and_the_way_out(cache, number):
+    for cause in (OSError(number, os.strerror(number)), OSError("Not enough disk space. Needed: 3 GB")):
+        with (
+            pytest.raises(OSError, match=r"cache.*is full: .*HF_DATASETS_CACHE or HF_HOME") as caught,
+            full_disk_named(),
+        ):
+            try:
+                raise cause
+            except OSError as error:
+                raise RuntimeError("generation failed") from error
+        assert "\n" not in str(caught.value) and str(cache) in str(caught.value)
+    assert not is_full(OSError(errno.EACCES, "no"))
+
+
+@pytest.mark.slow
+def test_a_limit_on_files_ends_a_run_in_one_line(tmp_path):
+    name = parquet(tmp_path / "a.parquet", image=[numbered(number % 256, size=64) for number in range(300)])
+    code = f"""
+from hf_ddpm.launch import run_script
+from hf_ddpm.data.store import load_images
+run_script(lambda argv: load_images({name!r}, resolution=64, channels=3) and 0)
+"""
+    home = str(tmp_path / "home")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HF_HOME": home},
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and f"{home}/datasets" in last and "is full: free some space, or set" in last
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,206 @@
+"""Data sets of every kind that is not a folder of image files: saved, archived, configured, in tables of others."""
+
+import io
+import json
+import tarfile
+import zipfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+
+from hf_ddpm.data.sources import open_split
+from hf_ddpm.data.store import load_images
+from hf_ddpm.data.streaming import open_stream
+from tests.data.files import numbered, parquet
+
+
+def values(name, split="train", **options):
+    """Returns the gray values of the images of a split, sorted."""
+    images = load_images(str(name), split=split, resolution=8, channels=1, **options)
+    return sorted(images[torch.arange(len(images))][:, 0, 0, 0].tolist())
+
+
+def saved(numbers):
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    rows = {"image": [numbered(number) for number in numbers], "label": [number % 2 for number in numbers]}
+    return Dataset.from_dict(rows, features)
+
+
+def test_data_sets_that_were_saved_to_disk(tmp_path):
+    saved([1, 2, 3]).save_to_disk(tmp_path / "one")
+    assert values(tmp_path / "one") == [1, 2, 3]
+    images = load_images(str(tmp_path / "one"), resolution=8, channels=1, class_column="auto")
+    assert images.class_names == ("a", "b") and images.labels.tolist() == [1, 0, 1]
+    DatasetDict(train=saved([1, 2]), test=saved([3])).save_to_disk(tmp_path / "two")
+    assert values(tmp_path / "two") == [1, 2] and values(tmp_path / "two", "test") == [3]
+    with pytest.raises(ValueError, match="has no split 'validation': one of train, test"):
+        values(tmp_path / "two", "validation")
+    # Other rows in the same place are not taken for the former ones, and nothing is written there.
+    before = {path.name for path in (tmp_path / "one").iterdir()}
+    saved([4, 5, 6]).save_to_disk(tmp_path / "one")
+    assert values(tmp_path / "one") == [4, 5, 6]
+    assert {path.name for path in (tmp_path / "one").iterdir()} == before
+
+
+def pack(path, files):
+    """Writes files, bytes by name, into an archive."""
+    if path.name.endswith(".zip"):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+        return path
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def image(value, format="PNG"):
+    return numbered(value, format=format)["bytes"]
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar", "tar.gz", "tgz"])
+@pytest.mark.parametrize("is_file", [True, False])
+def test_archives_are_read_as_the_folders_that_they_hold(tmp_path, suffix, is_file):
+    file = pack(
+        tmp_path / f"all.{suffix}",
+        {
+            "./root/train/cats/0.png": image(1), "./root/train/dogs/a.b.JPG": image(200, "JPEG"),
+            "./root/val/cats/0.png": image(3), "__MACOSX/root/._0.png": b"", "root/notes.md": b"x",
+        },
+    )  # fmt: skip
+    name, lines = str(file if is_file else tmp_path), []
+    images = load_images(name, resolution=8, channels=1, class_column="label", log=lines.append)
+    assert images.class_names == ("cats", "dogs") and images.labels.tolist() == [0, 1]
+    found = images[torch.arange(2)][:, 0, 0, 0].tolist()
+    assert found[0] == 1 and abs(found[1] - 200) <= 2
+    assert values(name, "validation") == [3]
+    assert "2 images in train, 1 images in validation; files not used: " in lines[0]
+    assert "hidden: 1" in lines[0] and "unknown format .md: 1" in lines[0]
+    # A changed archive is read anew.
+    pack(file, {"x/0.png": image(9), "x/1.png": image(10)})
+    assert values(name) == [9, 10]
+
+
+def test_web_data_sets_have_classes_and_splits_by_the_names_of_their_shards(tmp_path):
+    for name, numbers in (("train-000000", [1, 2]), ("train-000001", [3]), ("val-000000", [4])):
+        files = {}
+        for number in numbers:
+            files |= {f"{number:05d}.png": image(number), f"{number:05d}.cls": str(number % 2).encode(),
+                      f"{number:05d}.json": b"{}"}  # fmt: skip
+        pack(tmp_path / f"{name}.tar", files)
+    assert values(tmp_path) == [1, 2, 3] and values(tmp_path, "validation") == [4]
+    images = load_images(str(tmp_path), resolution=8, channels=1, class_column="cls")
+    assert images.class_names == ("0", "1") and images.labels.tolist() == [1, 0, 1]
+    _, left_out = open_split(str(tmp_path))
+    assert [file.kind for file in left_out] == ["unknown format .json"] * 4
+
+
+def test_damaged_archives_and_members_are_named(tmp_path):
+    file = pack(tmp_path / "a.zip", {"0.png": image(1), "1.png": image(2)})
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match=r"archive '.*a\.zip' cannot be read: "):
+        values(file)
+    at = whole.index(b"IDAT") + 6
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+    with pytest.raises(ValueError, match=r"image in row 0 \(.*a\.zip/0\.png\) is not usable"):
+        values(file)
+    assert values(file, skip_bad_images=True) == [2]
+    (tmp_path / "b.tar").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"archive '.*b\.tar' cannot be read: "):
+        values(tmp_path / "b.tar")
+    pack(tmp_path / "c.zip", {"a.txt": b""})
+    with pytest.raises(ValueError, match=r"archive '.*c\.zip' holds no image"):
+        values(tmp_path / "c.zip")
+
+
+def configured(path):
+    for name, numbers in (("small", [1, 2]), ("big", [3, 4, 5])):
+        (path / name).mkdir(parents=True)
+        parquet(path / name / "train.parquet", image=[numbered(number) for number in numbers])
+    entries = "".join(f'- config_name: {name}\n  data_files: "{name}/*.parquet"\n' for name in ("small", "big"))
+    (path / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
+    return str(path)
+
+
+def test_configurations_are_named_by_an_option(tmp_path):
+    name = configured(tmp_path / "data")
+    assert values(name, config="small") == [1, 2] and values(name, config="big") == [3, 4, 5]
+    several = "'.*data' has several configurations, name one by dataset_config: small, big$"
+    unknown = "'.*data' has no configuration dataset_config='huge': one of small, big$"
+    options = {"seed": 0, "batch_size": 2, "resolution": 8, "channels": 1, "workers": 0}
+    for config, message in ((None, several), ("huge", unknown)):
+        with pytest.raises(ValueError, match=message):
+            values(name, config=config)
+        with pytest.raises(ValueError, match=message):
+            open_stream(name, config=config, **options)
+    stream = open_stream(name, config="big", **options)
+    assert len(stream) == 3
+    stream.close()
+    for other in ("digits", str(tmp_path / "data" / "small" / "train.parquet")):
+        with pytest.raises(ValueError, match="dataset_config='x': .* has no configurations"):
+            values(other, config="x")
+        with pytest.raises(ValueError, match="dataset_config='x': .* has no configurations"):
+            open_stream(other, config="x", **options)
+
+
+def test_files_beside_tables_are_counted_in_memory_and_in_streams(tmp_path):
+    name, lines, report = configured(tmp_path / "data"), [], tmp_path / "report"
+    (tmp_path / "data" / "figure.png").write_bytes(image(9))
+    load_images(name, config="small", resolution=8, channels=1, log=lines.append)
+    for _ in range(2):  # a stream that resumes lists them once
+        open_stream(
+            name, config="small", seed=0, batch_size=2, resolution=8, channels=1, workers=0, log=lines.append,
+            report=report, skip_bad_images=True,
+        ).close()  # fmt: skip
+    assert "2 images in train" in lines[0] and len(lines) == 3
+    for line in lines:
+        assert ".png, beside the .parquet files: 1" in line
+        assert ".parquet, in no split of this configuration: 1" in line
+    found = [json.loads(line)["file"] for line in report.read_text().splitlines()]
+    assert sorted(found) == ["big/train.parquet", "figure.png"]
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "struct", "more"])
+def test_images_in_tables_of_other_tools_are_found(tmp_path, kind):
+    files = [image(number) for number in (5, 6, 7)]
+    if kind in ("struct", "more"):
+        column = pa.array([{"bytes": data, "path": None} for data in files])
+    else:
+        column = pa.array(files, getattr(pa, kind)())
+    columns = {"image": column, "label": pa.array([0, 1, 0])}
+    if kind == "more":
+        columns = {"digest": pa.array([b"x", b"y", b"z"]), **columns}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert values(tmp_path / "a.parquet") == [5, 6, 7]
+    stream = open_stream(
+        str(tmp_path / "a.parquet"), seed=0, batch_size=3, resolution=8, channels=1, workers=0, class_column="label"
+    )
+    batch = stream.batch(0, slice(0, 3))
+    stream.close()
+    assert sorted(batch.images[:, 0, 0, 0].tolist()) == [5, 6, 7]
+    assert [(value - 5) % 2 for value in batch.images[:, 0, 0, 0].tolist()] == batch.labels.tolist()
+
+
+def test_a_column_of_images_goes_before_one_of_bytes(tmp_path):
+    features = Features({"scan": Image()})
+    data = Dataset.from_dict({"scan": [numbered(3)]}, features).add_column("image", [b"no image"])
+    data.to_parquet(str(tmp_path / "a.parquet"))
+    assert values(tmp_path / "a.parquet") == [3]
+    pq.write_table(pa.table({"x": [image(1)], "y": [image(2)]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"name it by image_column: columns are x \(binary\), y \(binary\)"):
+        values(tmp_path / "b.parquet")
+    assert values(tmp_path / "b.parquet", column="y") == [2]
+
+
+def test_bytes_that_are_no_images_are_named(tmp_path):
+    pq.write_table(pa.table({"image": [image(1), b"text", None]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="image in row 1 .* is no image of a known format"):
+        values(tmp_path / "a.parquet")
+    assert values(tmp_path / "a.parquet", skip_bad_images=True) == [1]
