@@ -5,6 +5,7 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hf_ddpm.data.array_files import open_arrays
 from hf_ddpm.data.arrays import SUFFIXES as ARRAY_SUFFIXES
 from hf_ddpm.data.caching import is_full, load_sound
 from hf_ddpm.data.folders import READERS, Opened, open_folder
-from hf_ddpm.data.scan import LeftOut, Stamp, image_suffixes, list_files, sort_out, summary
+from hf_ddpm.data.scan import LeftOut, Stamp, image_suffixes, list_files, printable, sort_out, summary
 from hf_ddpm.files import one_line
 
 Log = Callable[[str], object]
@@ -39,9 +40,9 @@ def open_splits(name: str, config: str | None, class_column: str | None, log: Lo
         raise ValueError(f"dataset {name!r} is not there: a folder, a parquet file, a Hub id or digits is allowed")
     try:
         if path.is_file():
-            return _open_file(path, log)
+            return _located(path.parent, _open_file(path, log))
         if path.is_dir():
-            return _open_folder(path, config, class_column, log)
+            return _located(path, _open_folder(path, config, class_column, log))
         return Opened(load_sound(lambda: load_dataset(name, config), log))
     except _Refused:
         raise
@@ -70,6 +71,10 @@ def find_data_files(name: str, split: str, config: str | None) -> dict[str, list
 
 def files_beside(path: Path, data_files: Mapping[Any, Sequence[str]]) -> list[LeftOut]:
     """Returns the files of a folder that are not among those that `datasets` reads, each with the reason."""
+    return [_with_path(path, file) for file in _files_beside(path, data_files)]
+
+
+def _files_beside(path: Path, data_files: Mapping[Any, Sequence[str]]) -> list[LeftOut]:
     used = {os.path.relpath(file, path.absolute()) for files in data_files.values() for file in files}
     files, left_out = list_files(path)
     names = [name for name in files if name not in used and name != "README.md"]
@@ -87,6 +92,17 @@ def digits_files() -> dict[str, str]:
     """Returns the embedded files of the digits, by split."""
     folder = resources.files("hf_ddpm.data") / "digits"
     return {split: str(folder / f"{split}.parquet") for split in ("train", "test")}
+
+
+def _with_path(root: Path, file: LeftOut) -> LeftOut:
+    return replace(file, file=printable(str(root / file.file)))
+
+
+def _located(root: Path, opened: Opened) -> Opened:
+    """Returns a data set whose files that are not used have their whole paths."""
+    if opened.left_out is None:
+        return opened
+    return replace(opened, left_out=[_with_path(root, file) for file in opened.left_out])
 
 
 def _open_file(path: Path, log: Log) -> Opened:
@@ -117,7 +133,7 @@ def _open_folder(path: Path, config: str | None, class_column: str | None, log: 
         builder = load_dataset_builder(str(path), config)
         if config is not None or not isinstance(builder, ImageFolder):
             splits = load_sound(lambda: load_dataset(str(path), config), log)
-            return Opened(splits, files_beside(path, builder.config.data_files or {}))
+            return Opened(splits, _files_beside(path, builder.config.data_files or {}))
     if images:
         return open_folder(path, files, left_out, class_column)
     arrays, without_arrays = sort_out(files, ARRAY_SUFFIXES)

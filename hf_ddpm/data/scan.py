@@ -131,7 +131,9 @@ def summary(name: str, counts: Mapping[str, int] | None, left_out: Iterable[Left
     images = ", ".join(f"{count:,} images in {split}" for split, count in (counts or {}).items())
     kinds = Counter((file.kind, file.remedy) for file in left_out)
     most = kinds.most_common(NAMED_KINDS)
-    lines = [f"{kind}: {count:,}" + (f" ({remedy})" if remedy else "") for (kind, remedy), count in most]
+    lines = [
+        f"{printable_name(kind)}: {count:,}" + (f" ({remedy})" if remedy else "") for (kind, remedy), count in most
+    ]
     rest = kinds.total() - sum(count for _, count in most)
     lines += [f"other: {rest:,}"] if rest else []
     unused = f"files not used: {', '.join(lines)}" if lines else "all files are used"

@@ -25,7 +25,7 @@ def opened(folder, split="train", **options):
     images = load_images(str(folder), split=split, resolution=8, channels=1, log=lines.append, **options)
     _, left_out = open_split(str(folder), split, class_column=options.get("class_column"))
     values = images[torch.arange(len(images))][:, 0, 0, 0].tolist()
-    return values, {(file.file, file.kind) for file in left_out}, lines[0]
+    return values, {(os.path.relpath(file.file, folder), file.kind) for file in left_out}, lines[0]
 
 
 def test_links_to_files_and_folders_are_followed_and_never_in_circles(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 import zipfile
 
@@ -163,7 +164,7 @@ def test_files_beside_tables_are_counted_in_memory_and_in_streams(tmp_path):
     for line in lines:
         assert ".png, beside the .parquet files: 1" in line
         assert ".parquet, in no split of this configuration: 1" in line
-    found = [json.loads(line)["file"] for line in report.read_text().splitlines()]
+    found = [os.path.relpath(json.loads(line)["file"], name) for line in report.read_text().splitlines()]
     assert sorted(found) == ["big/train.parquet", "figure.png"]
 
 
