@@ -1,7 +1,9 @@
 """What a demo of a model answers: what was typed, checked, and images to look at."""
 
 import copy
+import io
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,10 @@ from hf_ddpm.watching import Moment, watch
 PIXELS = 64 * 64 * 64
 # Images whose way is shown.
 ROWS = 4
+# Of an uploaded image: more than cameras make, and little enough to decode.
+UPLOADED_PIXELS = 50_000_000
+# Formats that PIL decodes by itself; EPS, for one, would be handed to Ghostscript.
+UPLOADED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 
 
 @dataclass
@@ -82,9 +88,10 @@ class Demo:
     def read_image(self, name: str, path: str | None) -> Tensor:
         """Returns an image file, fitted as images are for training, as bytes of shape `(1, C, H, W)`."""
         channels, height, width = self.pipe.image_shape
-        pixels = attempt({"bytes": None, "path": path}, ImageFormat(height, width, channels))
+        row = {"bytes": None if path is None else _checked_upload(name, Path(path)), "path": None}
+        pixels = attempt(row, ImageFormat(height, width, channels))
         if isinstance(pixels, str):
-            raise ValueError(f"{name} is not usable: {pixels.replace(str(path), Path(str(path)).name)}")
+            raise ValueError(f"{name} is not usable: {pixels}")
         return torch.tensor(pixels).unsqueeze(0)
 
     def generate(self, sampling: Sampling, count: float) -> Iterator[Moment]:
@@ -146,6 +153,24 @@ class Demo:
         own = DDPMPipeline(self.pipe.unet, copy.deepcopy(self.pipe.scheduler), self.pipe.config.get("id2label"))
         own.set_progress_bar_config(disable=True)
         return own
+
+
+def _checked_upload(name: str, path: Path) -> bytes:
+    """Returns the bytes of an image file whose header promises a safe format and size."""
+    content = path.read_bytes()
+    Image.init()
+    formats = [known for known in UPLOADED_FORMATS if known in Image.OPEN]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is tighter
+            width, height = Image.open(io.BytesIO(content), formats=formats).size  # reads the header alone
+    except Image.DecompressionBombError:
+        raise ValueError(f"{name} is not usable: it has too many pixels; at most {UPLOADED_PIXELS:,}") from None
+    except Exception as error:  # decoders raise anything
+        raise ValueError(f"{name} is not usable: it is no image of a known format ({', '.join(formats)})") from error
+    if width * height > UPLOADED_PIXELS:
+        raise ValueError(f"{name} is not usable: {width}x{height} pixels are too many; at most {UPLOADED_PIXELS:,}")
+    return content
 
 
 def whole(name: str, value: Any, least: int, most: int) -> int:

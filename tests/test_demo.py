@@ -1,4 +1,5 @@
 import math
+import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -239,3 +240,40 @@ def test_a_strip_has_a_row_an_image_and_fills_from_the_left(demo):
                 tile = tiles[line * 129 : line * 129 + 128 : 16, column * 129 : column * 129 + 128 : 16]
                 expected = moment.frames[column][line, 0] if column <= number else np.zeros((8, 8))
                 np.testing.assert_array_equal(tile, expected)
+
+
+def test_formats_that_start_other_programs_are_refused_by_their_content(demo, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda *words, **options: started.append(words))
+    for file in ("drawing.eps", "drawing.png"):
+        Image.new("L", (9, 9)).save(tmp_path / file, format="EPS")
+        with pytest.raises(ValueError, match="first image is not usable: it is no image of a known format"):
+            demo.read_image("first image", str(tmp_path / file))
+    assert not started
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_usual_formats_are_read(demo, tmp_path, kind):
+    Image.new("L", (8, 8), 200).save(tmp_path / "image", format=kind)
+    pixels = demo.read_image("first image", str(tmp_path / "image"))
+    assert pixels.shape == (1, 1, 8, 8) and (pixels.int() - 200).abs().max() <= 2
+
+
+def bitmap(width, height):
+    """Returns the header of a BMP file of a size, without its pixels."""
+    return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("width", "height"), [(7072, 7072), (10_000, 10_000), (65_000, 65_000)])
+def test_pixels_are_counted_before_they_are_decoded(demo, tmp_path, monkeypatch, width, height):
+    monkeypatch.setattr("hf_ddpm.demo.attempt", lambda *row: pytest.fail("decoded"))
+    (tmp_path / "huge.bmp").write_bytes(bitmap(width, height))
+    with pytest.raises(ValueError, match=r"^first image is not usable: .* too many.*; at most 50,000,000$"):
+        demo.read_image("first image", str(tmp_path / "huge.bmp"))
+
+
+def test_fewer_pixels_than_the_bound_are_decoded(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_ddpm.demo.attempt", lambda *row: "decoded")
+    (tmp_path / "large.bmp").write_bytes(bitmap(7071, 7071))  # 7071^2 = 49,999,041
+    with pytest.raises(ValueError, match="decoded"):
+        demo.read_image("first image", str(tmp_path / "large.bmp"))

@@ -8,9 +8,9 @@ from hf_ddpm.markdown import code, escape, plain
 HOSTILE = [
     "a|b", r"a\|b", "back`tick", "``two``", "```", "*bold*", "__init__", "_i_", "snake_case", "[text](http://e.org)",
     "![picture](x.png)", "<script>alert(1)</script>", "<!-- hidden", "&lt;", "http://e.org", "www.e.org", "$x$",
-    "~~s~~", "# heading #", "line\nbreak", "a\r\n## Heading", "---", "a\n---\nb: c", "{{ 7 * 7 }}", "{% raw %}", "'", '"',
-    "\\",    "n\x00ul\x1b[31m", "a\u2028b", "\u202eabc", "ünïcode 猫", " spaces  inside ", "- item", "1. item", "> quote",
-    "yes", "1e3",
+    "~~s~~", "# heading #", "line\nbreak", "a\r\n## Heading", "---", "a\n---\nb: c", "{{ 7 * 7 }}", "{% raw %}",
+    "'", '"', "\\", "n\x00ul\x1b[31m", "a\u2028b", "\u202eabc", "ünïcode 猫", " spaces  inside ", "- item", "1. item",
+    "> quote", "yes", "1e3",
 ]  # fmt: skip
 
 

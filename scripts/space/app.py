@@ -27,6 +27,9 @@ BETWEEN = SEEDS, IMAGES = "two seeds", "two images"
 # Labels and buttons lie over pictures: room for them. Browsers smooth what they enlarge, and show small uploads small.
 CSS = """.picture .image-container {padding-top: 2.3em} .picture img {image-rendering: pixelated}
 .upload img {width: 100%; height: 100%; object-fit: contain}"""
+UPLOAD = "32mb"  # largest uploaded file
+WAITING = 32  # requests in the queue; further ones are refused
+AT_ONCE = 2  # requests that sample at the same time
 
 
 @dataclass
@@ -87,7 +90,7 @@ def build(demo: Demo) -> gr.Blocks:
             generate_tab(demo, settings)
         with gr.Tab("Interpolate"):
             interpolate_tab(demo, settings)
-    return app
+    return app.queue(max_size=WAITING)
 
 
 def generate_tab(demo: Demo, settings: list) -> None:
@@ -136,8 +139,20 @@ def buttons(name: str, handler: Callable[..., Iterator[tuple]], inputs: list, pi
     with gr.Row():
         start, stop = gr.Button(name, variant="primary"), gr.Button("Stop")
     progress = gr.Textbox(placeholder="progress", show_label=False, container=False)
-    started = start.click(handler, inputs, [*pictures, progress], show_progress_on=progress)
+    started = start.click(
+        handler,
+        inputs,
+        [*pictures, progress],
+        show_progress_on=progress,
+        concurrency_limit=AT_ONCE,
+        concurrency_id="sampling",
+    )
     stop.click(None, cancels=[started])
+
+
+def serve(demo: Demo, **options: Any) -> str:
+    """Starts the app; returns its address."""
+    return build(demo).launch(css=CSS, show_error=True, max_file_size=UPLOAD, **options)[1]
 
 
 def main(argv: list[str]) -> int:
@@ -145,7 +160,7 @@ def main(argv: list[str]) -> int:
     (config,) = parse_options(argv, AppConfig)
     pipe = load_pipeline(config.model, "cuda" if torch.cuda.is_available() else "cpu")
     name = public_name(config.model, hub_ids(config.model))
-    build(Demo(pipe, name)).launch(css=CSS, show_error=True)
+    serve(Demo(pipe, name))
     return 0
 
 

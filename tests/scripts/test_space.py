@@ -1,3 +1,5 @@
+import threading
+from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +105,39 @@ def test_the_card_of_the_space_is_complete():
     constraints = (ROOT / "constraints.txt").read_text()
     assert f"gradio=={card['sdk_version']}\n" in constraints
     assert len(card["short_description"]) <= 60  # what the Hub allows
+
+
+@pytest.mark.slow
+def test_uploads_and_waiting_requests_are_limited(app, tiny_pipeline, monkeypatch):
+    httpx, client = pytest.importorskip("httpx"), pytest.importorskip("gradio_client")
+    for name, value in {"UPLOAD": "10kb", "WAITING": 1, "AT_ONCE": 1}.items():
+        assert getattr(app, name)  # there is a limit
+        monkeypatch.setattr(app, name, value)
+    started, gate = threading.Event(), threading.Event()
+
+    class Waiting(Demo):
+        def generate(self, *typed):
+            started.set()
+            assert gate.wait(60)
+            return super().generate(*typed)
+
+    url = app.serve(Waiting(tiny_pipeline, "tiny"), prevent_thread_lock=True, quiet=True)
+    try:
+        sent = [
+            httpx.post(f"{url}gradio_api/upload", files={"files": ("a.png", bytes(size))}).status_code
+            for size in (5_000, 20_000)
+        ]
+        assert sent == [200, 413]
+        asker = client.Client(url, verbose=False)
+        jobs = [asker.submit(1, 0, 2, "ddpm", [], 1, api_name="/generate")]
+        assert started.wait(60)
+        jobs += [asker.submit(1, 0, 2, "ddpm", [], 1, api_name="/generate") for _ in range(3)]
+        done, _ = wait(jobs, timeout=60, return_when="FIRST_EXCEPTION")
+        assert done and not gate.is_set()
+        gate.set()
+        errors = [job.exception(timeout=60) for job in jobs]
+        assert errors[0] is None and [error is None for error in errors].count(True) == 2  # one at work, one waiting
+        assert all("Queue is full" in str(error) for error in errors if error is not None)
+    finally:
+        gate.set()
+        app.gr.close_all()
