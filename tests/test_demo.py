@@ -42,11 +42,12 @@ def other_sizes(**config):
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_images_are_those_of_the_script(trained, tmp_path, scheduler):
-    words = ["--num_images", "5", "--seed", "3", "--num_inference_steps", "4", "--scheduler", scheduler]
+    steps = 50 if scheduler in ("pndm", "euler") else 4  # fewer of these do not start from noise that they can take
+    words = ["--num_images", "5", "--seed", "3", "--num_inference_steps", str(steps), "--scheduler", scheduler]
     load_script("sample").main(["--model", str(trained), "--output", str(tmp_path), *words, "--batch_size", "2"])
     files = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
     demo = Demo(DDPMPipeline.from_pretrained(trained), "trained")
-    images = end(demo.generate(demo.read(3, 4, scheduler), 5))
+    images = end(demo.generate(demo.read(3, steps, scheduler), 5))
     np.testing.assert_array_equal(images.squeeze(1), np.stack(files))
 
 
@@ -156,7 +157,7 @@ def test_classes_without_names_are_numbers():
         ({"count": 0}, "count=0 is not allowed: a whole number from 1 to 64"),
         ({"count": 65.0}, "count=65 is not allowed"),
         ({"scheduler": "heun"}, "scheduler='heun' is not allowed"),
-        ({"scheduler": "unipc", "steps": 1000}, "num_inference_steps=1000 is not allowed: 1 to 999 with this model"),
+        ({"scheduler": "pndm", "steps": 3}, "num_inference_steps=3 is not allowed: 4 to 1000 with this model"),
         ({"classes": ["three"]}, "class_labels: 'three' is not allowed: one of \\['zero', 'one', 'two'\\]"),
     ],
 )

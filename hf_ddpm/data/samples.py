@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hf_ddpm.data.arrays import open_stack
 from hf_ddpm.data.fitting import as_bytes
 from hf_ddpm.files import one_line, write_text, written_whole
 from hf_ddpm.images import MODES, from_pil, grid, save_picture, to_pictures, to_pil
@@ -170,7 +171,9 @@ class PictureFolder:
         self.path = path
         self.files = sorted(file for file in path.glob("*.png") if file.name != "grid.png")
         if not self.files:
-            raise ValueError(f"samples={str(path)!r} is not allowed: it holds neither shards nor PNG files")
+            raise ValueError(
+                f"samples={str(path)!r} is not allowed: it holds neither shards, PNG files nor one .npz file"
+            )
         self.shape = self._load(self.files[0]).shape
 
     def __len__(self) -> int:
@@ -198,8 +201,57 @@ class PictureFolder:
             raise ValueError(f"{file} cannot be used: {error}") from error
 
 
-def open_samples(path: Path) -> SampleFolder | PictureFolder:
-    """Opens a folder that `scripts/sample.py` wrote, or one of PNG files; a `ValueError` if it is neither."""
+class SampleFile:
+    """The images of a `.npz` or `.npy` file, mapped to memory unless it is compressed.
+
+    Args:
+        path: The file: its first array of 4 dimensions is taken, uint8, shape `(N, H, W, C)`.
+
+    Raises:
+        ValueError: If it cannot be read, or has no such array, or no image.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._images = path, open_stack(path)
+        if self._images.dtype != np.uint8 or not self._images.size:
+            kind = f"{self._images.dtype} of shape {self._images.shape}"
+            raise ValueError(f"samples={str(path)!r}: {kind}; expected uint8, shape (N, H, W, C), as sample.py writes")
+        _, height, width, channels = self._images.shape
+        self.shape = channels, height, width
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self._images)
+
+    def __getitem__(self, numbers: Tensor) -> Tensor:
+        """Returns images by their numbers, int64, shape `(B,)`, as bytes, shape `(B, C, H, W)`."""
+        # A copy has the strides of any other batch, also of one channel: features then agree to the last bit.
+        return torch.from_numpy(self._images[numbers.numpy()].transpose(0, 3, 1, 2).copy())
+
+
+Samples = SampleFolder | PictureFolder | SampleFile
+
+
+def open_samples(path: Path) -> Samples:
+    """Opens generated images.
+
+    Args:
+        path: A folder that `scripts/sample.py` wrote, of PNG files, or of `samples.npz` or one other `.npz` file; or a
+            `.npz` or `.npy` file.
+
+    Returns:
+        The images.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if path.is_file():
+        return SampleFile(path)
+    has_shards = any(path.glob("shards/*.npy"))
+    files = [path / "samples.npz"] if (path / "samples.npz").exists() else list(path.glob("*.npz"))
+    has_pictures = any(file.name != "grid.png" for file in path.glob("*.png"))
+    if len(files) == 1 and not has_shards and not has_pictures:
+        return SampleFile(files[0])
     return SampleFolder.read(path) if (path / "sampling.json").exists() else PictureFolder(path)
 
 

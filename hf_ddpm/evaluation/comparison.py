@@ -1,6 +1,7 @@
 """Generated images against real ones: features of all sets, then the figures, then the nearest training images."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -12,6 +13,7 @@ from hf_ddpm.evaluation.collect import Images, Processes, extract
 from hf_ddpm.evaluation.features import Extractor
 from hf_ddpm.evaluation.pictures import copied_fraction, nearest_picture
 from hf_ddpm.evaluation.reference import fingerprint, reference_features
+from hf_ddpm.evaluation.reference_stats import ReferenceStats, write_reference_stats
 from hf_ddpm.evaluation.report import METRIC_SEED, Sets, figures
 from hf_ddpm.evaluation.request import EvaluateConfig
 from hf_ddpm.public import hub_ids, public_name
@@ -21,10 +23,11 @@ def compare(
     request: EvaluateConfig,
     extractor: Extractor,
     images: Images,
-    reference: Images,
+    reference: Images | None,
     held_out: Images | None,
     count: int,
     processes: Processes,
+    stats: ReferenceStats | None = None,
 ) -> tuple[dict[str, dict[str, Any]], Image.Image | None]:
     """Computes what was asked for of generated images; all processes are to call it.
 
@@ -32,23 +35,36 @@ def compare(
         request: What was asked for.
         extractor: The extractor.
         images: Generated images, the first `count` of which are taken.
-        reference: Real images, all of which are taken.
+        reference: Real images, all of which are taken; None if there are only `stats`.
         held_out: Other real images, `count` of which are drawn at random for the floor; None for no floor.
         count: Number of images.
         processes: Those that share the work.
+        stats: What the Frechet distance is measured by, instead of the reference.
 
     Returns:
         The figures by metric, those on copies as `memorization`, each with what it was made with; and the picture of
-        the nearest training images. On all processes but the first, nothing.
+        the nearest training images. On all processes but the first, nothing; without a reference, no copies and no
+        picture.
     """
-    total = count + len(reference) + (count if held_out is not None else 0)
+    total = count + (0 if reference is None else len(reference)) + (count if held_out is not None else 0)
+    known: list[Tensor] = []
+    made_by: dict[str, Any] = {"extractor": {"name": extractor.name, "checksum": extractor.checksum}}
     with tqdm(total=-(-total // processes.world), desc="Features", unit="image", disable=processes.rank > 0) as bar:
         generated = extract(extractor, images, range(count), processes, bar.update)
-        known, made_by = real_features(request, extractor, reference, held_out, count, processes, bar.update)
+        if reference is not None:
+            known, made_by = real_features(request, extractor, reference, held_out, count, processes, bar.update)
     if processes.rank > 0:
         return {}, None
-    sets = Sets(generated, *known)
+    real = dict(zip(("reference", "held_out"), known, strict=False))
+    sets = Sets(generated, real.get("reference"), real.get("held_out"), stats)
     entries = {metric: {**figures(metric, sets), "made_by": made_by} for metric in request.compared}
+    if stats is not None and "fd" in entries:
+        source = {"name": stats.name, "sha256": stats.sha256}
+        entries["fd"] = entries["fd"] | {"made_by": made_by | {"reference_stats": source}}
+    if reference is None or sets.reference is None:
+        return entries, None
+    if request.save_reference_stats is not None:
+        write_reference_stats(Path(request.save_reference_stats), sets.reference)
     copies = copied_fraction(images, range(count), reference, request.pixel_values)
     numbers_of = {"num_images": count, "reference_images": len(reference)}
     entries["memorization"] = {"exact_copies": copies, **numbers_of, "made_by": made_by}
@@ -72,7 +88,7 @@ def real_features(
     """
     drawn = choose(len(held_out), count, METRIC_SEED) if held_out is not None else []
     data = {
-        "name": public_name(request.dataset, hub_ids(request.dataset)),
+        "name": public_name(str(request.dataset), hub_ids(request.dataset)),
         "config": request.dataset_config,
         "reference_split": request.reference_split,
         "reference_fingerprint": fingerprint(reference, range(len(reference))),

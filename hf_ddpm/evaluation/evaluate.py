@@ -5,10 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from hf_ddpm.data.samples import PictureFolder, SampleFolder
+from hf_ddpm.data.samples import SampleFolder, Samples
 from hf_ddpm.data.sources import choose
 from hf_ddpm.data.store import ImageStore, load_images
 from hf_ddpm.evaluation.collect import Processes
@@ -16,6 +17,7 @@ from hf_ddpm.evaluation.comparison import compare
 from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.nll import classes_for, variational_bound
 from hf_ddpm.evaluation.reference import fingerprint
+from hf_ddpm.evaluation.reference_stats import ReferenceStats
 from hf_ddpm.evaluation.report import METRIC_SEED, record
 from hf_ddpm.evaluation.request import EvaluateConfig
 from hf_ddpm.images import save_picture
@@ -56,9 +58,11 @@ class Evaluator:
             weights = request.extractor_weights
             self.extractor = load_extractor(str(request.extractor), accelerator.device, weights=weights)
             request.check_extractor(self.extractor, shape)
+            self.stats = self._read_stats(shape)
         with accelerator.main_process_first():
             self.held_out = self._load(request.split, shape) if request.needs_held_out else None
-            self.reference = self._load(request.reference_split, shape) if request.compared else None
+            has_reference = request.compared and request.dataset is not None
+            self.reference = self._load(request.reference_split, shape) if has_reference else None
         self.hub_ids = hub_ids(request.dataset, request.model, request.extractor)
 
     def count(self, samples: int | None = None) -> int:
@@ -81,7 +85,7 @@ class Evaluator:
         output: Path,
         sampling: Sampling,
         pipe: DDPMPipeline | None = None,
-        images: SampleFolder | PictureFolder | None = None,
+        images: Samples | None = None,
         *,
         model: dict[str, Any] | None = None,
         tell: Callable[[str], object] = lambda line: None,
@@ -117,7 +121,7 @@ class Evaluator:
         output: Path,
         sampling: Sampling,
         pipe: DDPMPipeline | None,
-        images: SampleFolder | PictureFolder | None,
+        images: Samples | None,
         count: int,
     ) -> Iterator[Figures]:
         if "nll" in self.request.chosen:
@@ -126,10 +130,8 @@ class Evaluator:
             if images is None:
                 images = self._sample(pipe, sampling, output, count)
             made_by = {"samples": str(images.path), "sampling": getattr(images, "settings", None)}
-            assert self.reference is not None
-            figures, picture = compare(
-                self.request, self.extractor, images, self.reference, self.for_floor, count, self.processes
-            )
+            real = (self.reference, self.for_floor)
+            figures, picture = compare(self.request, self.extractor, images, *real, count, self.processes, self.stats)
             if picture is not None:
                 save_picture(picture, output.with_name(f"{output.stem}_nearest.png"))
             yield {name: figure | {"made_by": made_by | figure["made_by"]} for name, figure in figures.items()}
@@ -157,7 +159,7 @@ class Evaluator:
                 progress=bar.update,
             )
         data = {
-            "name": public_name(request.dataset, self.hub_ids),
+            "name": public_name(str(request.dataset), self.hub_ids),
             "config": request.dataset_config,
             "split": request.split,
             "fingerprint": fingerprint(images, numbers),
@@ -178,10 +180,19 @@ class Evaluator:
             state=self.accelerator,
         )
 
+    def _read_stats(self, shape: tuple[int, ...]) -> ReferenceStats | None:
+        """Returns the statistics to compare with, if they were given and fit the extractor."""
+        if self.request.reference_stats is None:
+            return None
+        stats = ReferenceStats.read(Path(self.request.reference_stats))
+        features = self.extractor(torch.zeros(1, *shape, dtype=torch.uint8)).features
+        stats.check(features.shape[1], self.extractor.name)
+        return stats
+
     def _load(self, split: str, shape: tuple[int, ...]) -> ImageStore:
         """Returns the real images of a split."""
         return load_images(
-            self.request.dataset,
+            str(self.request.dataset),
             split=split,
             config=self.request.dataset_config,
             column=self.request.image_column,
@@ -198,7 +209,7 @@ class Evaluator:
 
 
 def identify(
-    config: EvaluateConfig, pipe: DDPMPipeline | None, images: SampleFolder | PictureFolder | None
+    config: EvaluateConfig, pipe: DDPMPipeline | None, images: Samples | None
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Returns the name and the checksum of what is evaluated, and the shape of its images.
 

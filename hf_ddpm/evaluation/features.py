@@ -61,7 +61,8 @@ class Extractor(ABC):
         channels, height, width = shape
         if channels not in self.channels:
             allowed = " or ".join(map(str, self.channels))
-            raise ValueError(f"extractor {self.name!r} takes no images of {channels} channels: {allowed}")
+            hint = "" if channels in (1, 3) else "; metrics=nll takes any number"
+            raise ValueError(f"extractor {self.name!r} takes no images of {channels} channels: {allowed}{hint}")
         if self.size is not None and (height, width) != (self.size, self.size):
             raise ValueError(f"extractor {self.name!r} takes no images of {height}x{width}: {self.size}x{self.size}")
 

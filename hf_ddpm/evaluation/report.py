@@ -15,6 +15,7 @@ from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from hf_ddpm.evaluation.inception_score import inception_score
 from hf_ddpm.evaluation.kernel import kernel_distance, squared_mmd
 from hf_ddpm.evaluation.precision_recall import precision_recall
+from hf_ddpm.evaluation.reference_stats import ReferenceStats
 from hf_ddpm.files import write_text
 
 # Blocks of the kernel distance, as is usual; from fewer images than two of them it is taken over all pairs.
@@ -32,12 +33,15 @@ class Sets:
     Attributes:
         generated: Of `n` generated images.
         reference: Of all real images that they are measured by, shape `(m, D)`.
+            None if there are only `stats`.
         held_out: Of `n` other real images, shape `(n, D)`; None for no floor.
+        stats: What the Frechet distance is measured by instead of `reference`, if it is given.
     """
 
     generated: Extracted
-    reference: Tensor
+    reference: Tensor | None = None
     held_out: Tensor | None = None
+    stats: ReferenceStats | None = None
 
 
 def figures(metric: str, sets: Sets) -> dict[str, Any]:
@@ -49,10 +53,9 @@ def figures(metric: str, sets: Sets) -> dict[str, Any]:
         assert sets.generated.probabilities is not None
         mean, deviation = inception_score(sets.generated.probabilities, splits=splits, seed=METRIC_SEED)
         return {"value": mean, "standard_deviation": deviation, "splits": splits, **report}
-    measure = {"fd": _frechet, "kid": _kernel, "pr": _precision_recall}[metric]
-    report = measure(sets.generated.features, sets.reference) | report
+    report = _measure(metric, sets.generated.features, sets) | report
     if sets.held_out is not None:
-        floor = measure(sets.held_out, sets.reference)
+        floor = _measure(metric, sets.held_out, sets)
         names = ("precision", "recall") if metric == "pr" else ("value",)
         report |= {"floor" if name == "value" else f"held_out_{name}": floor[name] for name in names}
     return report
@@ -115,6 +118,14 @@ def record(path: Path, model: Mapping[str, Any], entries: Mapping[str, Any]) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(results, indent=2) + "\n")
     return is_other
+
+
+def _measure(metric: str, features: Tensor, sets: Sets) -> dict[str, Any]:
+    if metric == "fd" and sets.stats is not None:
+        return {"value": sets.stats.distance(features)}
+    assert sets.reference is not None
+    measure = {"fd": _frechet, "kid": _kernel, "pr": _precision_recall}[metric]
+    return measure(features, sets.reference)
 
 
 def _frechet(features: Tensor, reference: Tensor) -> dict[str, Any]:

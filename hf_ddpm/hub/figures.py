@@ -37,7 +37,7 @@ class Row:
         floor: What real images score.
         count: Number of generated images, or of those whose likelihood it is.
         data: The data set that it is about.
-        split: Its split.
+        split: Its split; None for statistics from a file.
         how: What it was made with, in words.
         arguments: The same, for the Hub.
     """
@@ -49,14 +49,14 @@ class Row:
     floor: float | None
     count: int
     data: str
-    split: str
+    split: str | None
     how: str
     arguments: dict[str, Any]
 
     @property
     def compared_with(self) -> str:
         """The data, in Markdown."""
-        return escape(f"{self.data}, {self.split}")
+        return escape(f"{self.data}, {self.split}" if self.split else self.data)
 
     @property
     def made_with(self) -> str:
@@ -91,6 +91,7 @@ def rows(results: Mapping[str, Any]) -> Iterator[Row]:
             how, arguments = _of_samples(made_by, has_features=metric != "memorization")
         estimated = bool(figure.get("is_estimate"))
         error = figure.get("standard_deviation", figure.get("standard_error"))
+        data, split = _compared_with(made_by)
         is_fid = metric == "fd" and arguments["extractor"] == "inception"
         yield Row(
             name=name + (" (estimate)" if estimated else ""),
@@ -99,11 +100,20 @@ def rows(results: Mapping[str, Any]) -> Iterator[Row]:
             error="" if error is None else f" ± {error:.2g}",
             floor=None if figure.get(floor) is None else float(figure[floor]),
             count=int(figure["num_images"]),
-            data=plain(public_name(made_by["dataset"]["name"], made_by.get("hub_ids", ()))),
-            split=plain(made_by["dataset"].get("reference_split") or made_by["dataset"].get("split") or ""),
+            data=data,
+            split=split,
             how=f"{how}; {made_by['device']}",
             arguments={"num_images": int(figure["num_images"]), **arguments},
         )
+
+
+def _compared_with(made_by: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Returns the real images that a figure is of: data set and split, or the file of their statistics."""
+    if "reference_stats" in made_by:
+        return plain(public_name(made_by["reference_stats"]["name"])), None
+    dataset = made_by.get("dataset") or {"name": "none"}
+    split = dataset.get("reference_split") or dataset.get("split")
+    return plain(public_name(dataset["name"], made_by.get("hub_ids", ()))), None if split is None else plain(split)
 
 
 def _of_samples(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, dict[str, Any]]:

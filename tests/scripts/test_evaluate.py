@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from hf_ddpm.data.sources import choose
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
+from hf_ddpm.hub.figures import rows
 from tests.conftest import load_script
 from tests.evaluation.processors import BitProcessor
 
@@ -133,6 +135,92 @@ def test_images_that_were_sampled_already_are_evaluated(main, words, evaluated, 
     assert every["fd"]["num_images"] == 45
 
 
+def test_arrays_of_samples_score_what_their_folder_scores(main, words, evaluated, tmp_path):
+    expected = figures(json.loads((evaluated / "results.json").read_text()))
+    out = tmp_path / "out"
+    load_script("sample").main([*words[:2], *words[4:], "--num_images", "40", "--format", "npz", "--output", str(out)])
+    for name in ("only", "other"):
+        (tmp_path / name).mkdir()
+    shutil.copy(out / "samples.npz", tmp_path / "only")
+    images = np.load(out / "samples.npz")["arr_0"]
+    np.savez_compressed(tmp_path / "other" / "samples_40x8x8x1.npz", labels=np.arange(40), images=images)
+    np.save(tmp_path / "a.npy", images)
+    common = ["--dataset", "digits", "--metrics", ALL, "--num_images", "40", "--samples"]
+    for samples in (out, out / "samples.npz", tmp_path / "only", tmp_path / "other", tmp_path / "a.npy"):
+        assert figures(run(main, tmp_path / f"{samples.name}.json", *common, str(samples))) == expected
+
+
+def test_arrays_that_are_not_samples_are_refused(main, tmp_path):
+    common = ["--dataset", "digits", "--metrics", "fd", "--output", str(tmp_path / "r.json"), "--samples"]
+    np.savez(tmp_path / "a.npz", np.zeros((4, 8, 8, 1), np.float32))
+    with pytest.raises(ValueError, match=r"a\.npz.: float32 of shape \(4, 8, 8, 1\); expected uint8"):
+        main([*common, str(tmp_path / "a.npz")])
+    np.savez(tmp_path / "a.npz", np.zeros((4, 8), np.uint8))
+    with pytest.raises(ValueError, match="a.npz cannot be read as an array of images: no array of 4 dimensions"):
+        main([*common, str(tmp_path / "a.npz")])
+    (tmp_path / "a.npz").write_text("no archive")
+    with pytest.raises(ValueError, match="a.npz cannot be read as an array of images: File is not a zip file"):
+        main([*common, str(tmp_path / "a.npz")])
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(ValueError, match="a.txt' is not allowed: a folder, or a .npz or .npy file"):
+        main([*common, str(tmp_path / "a.txt")])
+    np.savez(tmp_path / "a.npz", np.zeros((4, 8, 8, 6), np.uint8))
+    with pytest.raises(ValueError, match="takes no images of 6 channels: 1; metrics=nll takes any number"):
+        main([*common, str(tmp_path / "a.npz")])
+
+
+def test_saved_statistics_stand_for_the_reference_split(main, words, evaluated, tmp_path):
+    expected = json.loads((evaluated / "results.json").read_text())["fd"]
+    (samples,) = (evaluated / "results_samples").iterdir()
+    stats, common = str(tmp_path / "stats.npz"), ["--samples", str(samples), "--metrics", "fd", "--num_images", "40"]
+    saved = run(main, tmp_path / "a.json", *common, "--dataset", "digits", "--save_reference_stats", stats)["fd"]
+    assert saved["value"] == expected["value"]
+    train = load_images("digits", split="train", resolution=8, channels=1)[torch.arange(898)]
+    features = load_extractor("digits")(train).features.double().numpy()
+    arrays = np.load(stats)
+    np.testing.assert_allclose(arrays["mu"], features.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(arrays["sigma"], np.cov(features, rowvar=False), atol=1e-6)
+    alone = run(main, tmp_path / "b.json", *common, "--extractor", "digits", "--reference_stats", stats)
+    assert alone["fd"]["value"] == pytest.approx(expected["value"], rel=1e-9) and "floor" not in alone["fd"]
+    checksum = hashlib.sha256((tmp_path / "stats.npz").read_bytes()).hexdigest()
+    assert alone["fd"]["made_by"]["reference_stats"] == {"name": "stats.npz", "sha256": checksum}
+    assert "memorization" not in alone
+    (row,) = rows(alone)
+    assert (row.data, row.split) == ("stats.npz", None)
+    beside = run(main, tmp_path / "c.json", *common, "--dataset", "digits", "--reference_stats", stats)["fd"]
+    assert beside["floor"] == pytest.approx(expected["floor"], rel=1e-9)
+    assert beside["value"] == pytest.approx(expected["value"], rel=1e-9)
+
+
+def test_statistics_that_do_not_fit_are_refused(main, words, evaluated, tmp_path):
+    (samples,) = (evaluated / "results_samples").iterdir()
+    path, output = tmp_path / "s.npz", ["--output", str(tmp_path / "r.json")]
+    common = ["--samples", str(samples), "--extractor", "digits", "--reference_stats", str(path), *output, "--metrics"]
+    eye = np.eye(64)
+    for arrays, message in [
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "s.npz: 3 dimensions, but features of extractor 'digits' have 64"),
+        ({"mu": np.zeros(64)}, "s.npz: it lacks an array .*sigma"),
+        ({"mu": np.zeros(64), "sigma": np.eye(3)}, r"mu \(64,\) and sigma \(3, 3\); expected shapes"),
+        ({"mu": np.full(64, np.nan), "sigma": eye}, "not all values of mu and sigma are finite"),
+        ({"mu": np.zeros(64), "sigma": np.triu(np.ones((64, 64)))}, "sigma is not a covariance matrix"),
+        ({"mu": np.zeros(64), "sigma": eye.astype(int)}, "float64 and int64; expected floats"),
+    ]:
+        np.savez(path, **arrays)
+        with pytest.raises(ValueError, match=message):
+            main([*common, "fd"])
+    np.savez(path, mu=np.zeros(64), sigma=eye)
+    for metric in ("kid", "pr"):
+        with pytest.raises(
+            ValueError, match=f"metrics='{metric}' is not allowed: it needs real images, --reference_st"
+        ):
+            main([*common, f"fd,{metric}"])
+    with pytest.raises(ValueError, match="dataset is missing: only fd and is can do without"):
+        main(["--samples", str(samples), "--metrics", "fd", *output])
+    with pytest.raises(ValueError, match="num_images is missing: without a data set"):
+        main([*words[:2], *common[2:], "fd"])
+    assert not (tmp_path / "r.json").exists()
+
+
 def test_the_training_images_themselves_are_seen_through(main, tmp_path):
     images = load_images("digits", split="train", resolution=8, channels=1)[torch.arange(50)]
     for number, image in enumerate(images):
@@ -187,8 +275,8 @@ def test_any_image_model_extracts(main, words, dinov2, tmp_path):
         ("--levels 300", "levels=300 is not allowed: 2 to 256 with metrics that compare images"),
         ("--split dev", "dataset 'digits' has no split 'dev'"),
         ("--reference_split dev", "dataset 'digits' has no split 'dev'"),
-        ("--samples nowhere", "samples='nowhere' is not allowed: there is no such folder"),
-        ("--samples .", "samples='.' is not allowed: it holds neither shards nor PNG files"),
+        ("--samples nowhere", "samples='nowhere' is not allowed: there is no such folder or file"),
+        ("--samples .", "samples='.' is not allowed: it holds neither shards, PNG files nor one .npz file"),
         ("--num_inference_steps 2000", "num_inference_steps"),
         ("--scheduler ddpm --eta 1", "eta=1.0 is not allowed with scheduler=ddpm"),
         ("--output .", "output='.' is not allowed: it is a folder"),
@@ -245,7 +333,7 @@ def test_a_file_that_is_no_results_is_kept(main, words, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_launched_processes_find_the_same_figures(words, evaluated, tmp_path):
+def test_two_launched_processes_find_the_same_figures(main, words, evaluated, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     more = ["--metrics", f"{ALL},nll", "--num_images", "40", "--steps_per_image", "2"]
     command = [sys.executable, *launcher, str(ROOT / "scripts" / "evaluate.py"), *words, *more]
@@ -255,5 +343,7 @@ def test_two_launched_processes_find_the_same_figures(words, evaluated, tmp_path
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = figures(json.loads((tmp_path / "r.json").read_text()))
-    assert np.isfinite(found.pop("nll")["total_bpd"])
+    nll, alone = found.pop("nll"), run(main, tmp_path / "one.json", *words, *more[:1], "nll", *more[2:])["nll"]
+    assert nll["num_images"] == alone["num_images"] == 40
+    assert nll["total_bpd"] == pytest.approx(alone["total_bpd"], rel=1e-6)
     assert found == figures(json.loads((evaluated / "results.json").read_text()))

@@ -158,8 +158,8 @@ VARIANTS = {
     "image": "--prediction_type sample --variance_type fixed_small",
     "posterior mean": "--prediction_type mean --beta_schedule quad",
     "v, zero terminal SNR": "--prediction_type v_prediction --rescale_betas_zero_snr true --objective min_snr",
-    "bound": "--objective vlb --variance_type fixed_small --beta_schedule linear --beta_end 0.5",
-    "learned": "--objective vlb --variance_type learned --beta_schedule const --beta_end 0.2",
+    "bound": "--objective vlb --variance_type fixed_small --beta_schedule linear",
+    "learned": "--objective vlb --variance_type learned --beta_schedule const --beta_end 0.4",
     "learned mean": "--objective hybrid --variance_type learned --prediction_type mean --beta_schedule scaled_linear",
     "learned range": "--objective hybrid --variance_type learned_range --beta_schedule sigmoid",
 }
