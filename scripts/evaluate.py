@@ -9,7 +9,6 @@ and recall; `nll`, the variational bound on the negative log-likelihood in bits 
 evaluations an image (`--steps_per_image` makes it a cheaper estimate). The same command goes on after an interruption.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from hf_ddpm.evaluation.evaluate import Evaluator, identify
 from hf_ddpm.evaluation.report import read_results, scalars
 from hf_ddpm.evaluation.request import EvaluateConfig
 from hf_ddpm.launch import run_script, use_own_cores
+from hf_ddpm.lines import to_json
 from hf_ddpm.options import parse_options
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.sampling import Sampling, compile_for_sampling
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     evaluator = Evaluator(config, shape, accelerator)
     for figures in evaluator.evaluate(output, sampling, pipe, images, model=model, tell=accelerator.print):
         for name, figure in scalars(figures).items():
-            accelerator.print(json.dumps({name: figure}, indent=2))
+            accelerator.print(to_json({name: figure}, indent=2))
     accelerator.end_training()
     return 0
 

@@ -9,7 +9,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from hf_ddpm.files import one_line, public_name
-from hf_ddpm.lines import as_lines, read_lines
+from hf_ddpm.lines import as_lines, read_lines, to_json
 
 BESIDE = (
     "README.md",
@@ -48,7 +48,7 @@ def public_content(file: Path) -> bytes | Path:
     elif file.name == "evaluations.jsonl":
         read, write = read_lines, as_lines
     elif file.match("results*.json"):
-        read, write = _read, lambda value: json.dumps(value, indent=2) + "\n"
+        read, write = _read, lambda value: to_json(value, indent=2) + "\n"
     else:
         return file
     given = read(file)
