@@ -9,6 +9,11 @@ and recall; `nll`, the variational bound on the negative log-likelihood in bits 
 evaluations an image (`--steps_per_image` makes it a cheaper estimate). The same command goes on after an interruption.
 """
 
+if __name__ == "__main__":  # before imports that take seconds
+    from hf_ddpm.launch import end_quietly
+
+    end_quietly()
+
 from pathlib import Path
 
 import torch
@@ -18,6 +23,7 @@ from hf_ddpm.data.samples import open_samples
 from hf_ddpm.evaluation.evaluate import Evaluator, identify
 from hf_ddpm.evaluation.report import read_results, scalars
 from hf_ddpm.evaluation.request import EvaluateConfig
+from hf_ddpm.files import make_folder
 from hf_ddpm.launch import run_script, use_own_cores
 from hf_ddpm.lines import to_json
 from hf_ddpm.options import parse_options
@@ -30,6 +36,7 @@ def main(argv: list[str]) -> int:
     config, sampling = parse_options(argv, EvaluateConfig, Sampling)
     output = Path(config.output)
     read_results(output)  # what cannot be added to is told before anything is computed
+    make_folder(output.parent, "output")
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     use_own_cores()
     pipe = None if config.model is None else load_pipeline(config.model, accelerator.device)
