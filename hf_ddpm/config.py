@@ -5,6 +5,7 @@ checks all three, and the command line wins.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -245,6 +246,14 @@ class HubConfig:
 # Options that leave a run's weights as they are.
 BESIDE_TRAINING = {field.name for part in (EvaluationConfig, HubConfig) for field in dataclasses.fields(part)}
 
+# Former defaults of options whose default has changed. A run keeps the defaults that it began with.
+FORMER_DEFAULTS: dict[str, Any] = {
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "ema_warmup": False,
+    "timestep_spacing": "leading",
+}
+
 PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig, EvaluationConfig, HubConfig)
 
 
@@ -348,11 +357,26 @@ class Sources:
     config: str | None = option("YAML file of options, such as the config.yaml of a run", None)
 
 
-def parse_config(argv: list[str]) -> Config:
+def default_options() -> dict[str, Any]:
+    """Returns the defaults of all options by name."""
+    fields = [field for part in PARTS for field in dataclasses.fields(part)]
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in fields
+    }
+
+
+def with_past_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns stored options; those that did not exist when they were stored have the default of that time."""
+    return {**default_options(), **FORMER_DEFAULTS, **stored}
+
+
+def parse_config(argv: list[str], past: Mapping[str, Any] | None = None) -> Config:
     """Reads `[--preset NAME] [--config FILE.yaml] [--OPTION VALUE ...]`; what stands later wins.
 
     Args:
         argv: The command line without the program's name.
+        past: The stored options of a run to be resumed: their values are the defaults of `FORMER_DEFAULTS`.
 
     Returns:
         The run.
@@ -361,13 +385,14 @@ def parse_config(argv: list[str]) -> Config:
         ValueError: If an option is unknown or its value not allowed; one line.
     """
     sources, _ = parse_first(argv, Sources)
-    options = {}
+    options: dict[str, list[str] | None] = {}
+    former = [] if past is None else [f"--{name}={with_past_defaults(past)[name]}" for name in FORMER_DEFAULTS]
     if sources.preset is not None:
         options |= read_yaml(preset_path(sources.preset), PARTS)
     if sources.config is not None:
         options |= read_yaml(Path(sources.config), PARTS)
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", *value)]
-    *parts, _ = parse_options(words + argv, *PARTS, Sources)
+    *parts, _ = parse_options(former + words + argv, *PARTS, Sources)
     return Config(*parts)
 
 

@@ -1,38 +1,52 @@
-"""Files of JSON, an entry a line, that runs append to: what a kill has cut short is no line."""
+"""Finite JSON, and files of JSON lines that runs append to; lines that a kill cut short are skipped."""
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_ddpm.files import write_text
+from hf_ddpm.files import naming, write_text
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Returns a value as JSON.
+
+    Raises:
+        FloatingPointError: If a number is not finite: JSON has no such number, and no figure is one.
+    """
+    for name, number in _not_finite(value, ""):
+        raise FloatingPointError(f"{name} is {number}: only finite numbers are written")
+    return json.dumps(value, indent=indent, allow_nan=False)
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Adds an entry to a file, which need not be there."""
-    with path.open("ab+") as file:
+    """Appends an entry to a file, which is created if it is missing."""
+    line = as_lines([entry]).encode()
+    with naming(path), path.open("ab+") as file:
         is_torn = False
         if file.tell():
             file.seek(-1, os.SEEK_END)
             is_torn = file.read() != b"\n"
-        file.write((b"\n" if is_torn else b"") + as_lines([entry]).encode())
+        file.write((b"\n" if is_torn else b"") + line)
 
 
 def as_lines(entries: Iterable[Mapping[str, Any]]) -> str:
     """Returns the text of a file of these entries."""
-    return "".join(json.dumps(entry) + "\n" for entry in entries)
+    return "".join(to_json(entry) + "\n" for entry in entries)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the entries of a file, none if it is not there."""
+    """Returns the entries of a file, an empty list if it is missing; lines that are not JSON objects are skipped."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # bytes that are not UTF-8 are a ValueError, too
             continue
-        entries += [entry] if isinstance(entry, dict) else []
+        if isinstance(entry, dict) and not any(_not_finite(entry, "")):
+            entries.append(entry)
     return entries
 
 
@@ -41,3 +55,15 @@ def cut_lines(path: Path, step: int) -> None:
     if path.exists():
         kept = [entry for entry in read_lines(path) if isinstance(entry.get("step"), int) and entry["step"] <= step]
         write_text(path, as_lines(kept))
+
+
+def _not_finite(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    """Yields the numbers in a value that are not finite, each with its place, such as `fd.value` or `terms[3]`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, f"{name}[{index}]")

@@ -141,11 +141,43 @@ _ASKED_FOR: Any = {"return_remaining_strings": True, "look_for_args_file": False
 
 
 class _Parser(HfArgumentParser):
-    """Says what is wrong in one line, not under a page of usage."""
+    """Reports errors in one line, without the usage, and reads only usable values: see `_READERS`."""
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        kind = settings.get("type")
+        if kind in _READERS and not (kind is str and settings.get("default") == ""):  # whose empty default means none
+            settings["type"] = _READERS[kind]
+        return super().add_argument(*names, **settings)
 
     def error(self, message: str) -> NoReturn:
         # An option has an alias with dashes: one name will do.
         raise ValueError(re.sub(r"^(argument --\w+)/--[\w-]+", r"\1", message))
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is too large: at most 63 bits")
+    return value
+
+
+def _filled(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a text with a character")
+    return text
+
+
+# How values are read, by the type of their option.
+_READERS: dict[Any, Any] = {float: _finite, int: _whole, str: _filled}
+# What argparse calls them in messages.
+_finite.__name__, _whole.__name__ = "float", "int"
 
 
 def _hint(name: str, parts: tuple[type, ...], prefix: str = "") -> str:

@@ -10,6 +10,11 @@ and of a model; `nll`, the bound on the likelihood beside the network alone. Tho
 compared. Options of train.py, such as `--train_batch_size` and `--compile`, say on what.
 """
 
+if __name__ == "__main__":  # before imports that take seconds
+    from hf_ddpm.launch import end_quietly
+
+    end_quietly()
+
 import os
 import sys
 from pathlib import Path

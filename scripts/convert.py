@@ -11,6 +11,11 @@ anything is written, the converted network is compared with another computation 
 what would become what, and writes nothing.
 """
 
+if __name__ == "__main__":  # before imports that take seconds
+    from hf_ddpm.launch import end_quietly
+
+    end_quietly()
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal

@@ -9,7 +9,11 @@ and recall; `nll`, the variational bound on the negative log-likelihood in bits 
 evaluations an image (`--steps_per_image` makes it a cheaper estimate). The same command goes on after an interruption.
 """
 
-import json
+if __name__ == "__main__":  # before imports that take seconds
+    from hf_ddpm.launch import end_quietly
+
+    end_quietly()
+
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +24,9 @@ from hf_ddpm.data.samples import open_samples
 from hf_ddpm.evaluation.evaluate import Evaluator, identify
 from hf_ddpm.evaluation.report import read_results, scalars
 from hf_ddpm.evaluation.request import EvaluateConfig
+from hf_ddpm.files import make_folder
 from hf_ddpm.launch import run_script, use_own_cores
+from hf_ddpm.lines import to_json
 from hf_ddpm.options import parse_options
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.sampling import Sampling, compile_for_sampling
@@ -31,6 +37,7 @@ def main(argv: list[str]) -> int:
     config, sampling = parse_options(argv, EvaluateConfig, Sampling)
     output = Path(config.output)
     read_results(output)  # what cannot be added to is told before anything is computed
+    make_folder(output.parent, "output")
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     use_own_cores()
     pipe = None if config.model is None else load_pipeline(config.model, accelerator.device)
@@ -41,7 +48,7 @@ def main(argv: list[str]) -> int:
     evaluator = Evaluator(config, shape, accelerator, log=cache(accelerator.print))  # once, not per split
     for figures in evaluator.evaluate(output, sampling, pipe, images, model=model, tell=accelerator.print):
         for name, figure in scalars(figures).items():
-            accelerator.print(json.dumps({name: figure}, indent=2))
+            accelerator.print(to_json({name: figure}, indent=2))
     accelerator.end_training()
     return 0
 

@@ -8,6 +8,11 @@ pictures, results, configuration and metrics; checkpoints and samples stay here.
 failure, and pushes what has changed.
 """
 
+if __name__ == "__main__":  # before imports that take seconds
+    from hf_ddpm.launch import end_quietly
+
+    end_quietly()
+
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -9,6 +9,11 @@
 were sampled stay below `samples/` in the output, runs of the ablation below `ablation/`.
 """
 
+if __name__ == "__main__":  # before imports that take seconds
+    from hf_ddpm.launch import end_quietly
+
+    end_quietly()
+
 import shlex
 import subprocess
 import sys

@@ -8,6 +8,11 @@ interruption, with a larger `--num_images` also after the end: `shards/` holds w
 it was made with.
 """
 
+if __name__ == "__main__":  # before imports that take seconds
+    from hf_ddpm.launch import end_quietly
+
+    end_quietly()
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +21,7 @@ import torch
 from accelerate import PartialState
 
 from hf_ddpm.data.samples import SHARD_SIZE
+from hf_ddpm.files import make_folder
 from hf_ddpm.images import check_picture
 from hf_ddpm.launch import run_script, use_own_cores
 from hf_ddpm.options import option, parse_options, require, require_at_least
@@ -45,6 +51,7 @@ class SampleConfig:
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
     config, sampling = parse_options(argv, SampleConfig, Sampling)
+    make_folder(Path(config.output), "output")
     state = PartialState(cpu=not torch.cuda.is_available())
     use_own_cores()
     pipe = load_pipeline(config.model, state.device)

@@ -6,6 +6,11 @@
 The same command goes on from the last checkpoint. `--help` lists the options, hf_ddpm/presets the presets.
 """
 
+if __name__ == "__main__":  # before imports that take seconds
+    from hf_ddpm.launch import end_quietly
+
+    end_quietly()
+
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from functools import cache
@@ -20,12 +25,20 @@ from hf_ddpm.config import Config, parse_config
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.decoding import read_report
 from hf_ddpm.data.opening import open_images
-from hf_ddpm.launch import Interrupted, run_script, sole_run
+from hf_ddpm.files import make_folder
+from hf_ddpm.launch import Interrupted, run_script, signals, sole_run
 from hf_ddpm.training.build import build_process, build_run, check_same_step, start_accelerator
 from hf_ddpm.training.dry_run import estimate_cost
 from hf_ddpm.training.loop import Callback, Run, train
 from hf_ddpm.training.progress import Progress
-from hf_ddpm.training.state import Checkpoints, find_checkpoint, load_checkpoint, set_aside, status_file
+from hf_ddpm.training.state import (
+    Checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    set_aside,
+    status_file,
+    stored_options,
+)
 from hf_ddpm.training.trackers import check_tracker, start_tracker
 
 
@@ -84,14 +97,16 @@ def main(argv: list[str]) -> int:
         return 0
 
     folder = Path(config.training.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "output_dir")
     log = cache(accelerator.print)  # a data set that is opened twice is described once
     with sole_run(folder) if accelerator.is_main_process else nullcontext():
+        checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
+        if checkpoint is not None:
+            config = parse_config(argv, past=stored_options(checkpoint))
         is_pushed = config.hub.push_to_hub and accelerator.is_main_process  # what cannot be done is told first
         pushes = [Push(config, tell=tqdm.write)] if is_pushed else []
         is_evaluated = bool(config.evaluation.eval_metrics)
         evaluations = [Evaluations(config, accelerator, tell=tqdm.write, log=log)] if is_evaluated else []
-        checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
         listed = folder / "bad_images.jsonl"
         if checkpoint is None and accelerator.is_main_process:
             listed.unlink(missing_ok=True)  # of another run
@@ -123,6 +138,7 @@ def main(argv: list[str]) -> int:
                 train(run, images, callbacks_of(config, evaluations, pushes))
         except Interrupted as interrupted:
             run.stopped_by = interrupted.number
+            signals.settle()
         accelerator.end_training()
     skipped = read_report(listed)
     if skipped:

@@ -6,6 +6,11 @@ The file in the package was made so, on one CPU thread. The same machine makes t
 the last digits, and so in the measured distances: only the file of the package gives comparable figures.
 """
 
+if __name__ == "__main__":  # before imports that take seconds
+    from hf_ddpm.launch import end_quietly
+
+    end_quietly()
+
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,8 +1,12 @@
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 
 import pytest
 
+from hf_ddpm.config import PARTS, EvaluationConfig
+from hf_ddpm.evaluation.request import EvaluateConfig
 from hf_ddpm.options import option, parse_command, parse_first, parse_options
+from hf_ddpm.paper.study import Subject
+from hf_ddpm.sampling import Sampling
 
 
 @dataclass
@@ -65,3 +69,30 @@ def test_help_names_commands_and_then_options(capsys):
         with pytest.raises(SystemExit):
             parse_command(words, COMMANDS)
         assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", [*PARTS, Sampling, EvaluateConfig, Subject])
+def test_floats_of_every_option_are_finite(part):
+    required = [f"--{f.name}=x" for f in fields(part) if f.default is MISSING and f.default_factory is MISSING]
+    floats = [f.name for f in fields(part) if "float" in str(f.type)]
+    for name in floats:
+        for text in ("nan", "inf", "-inf", "1e999"):
+            with pytest.raises(ValueError, match=f"--{name}: '{text}' is not a finite number"):
+                parse_options([*required, f"--{name}={text}"], part)
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_text_is_refused_unless_it_is_the_default(text):
+    for words in (["--output", text, "--model", "m"], ["--model", text, "--output", "o"]):
+        with pytest.raises(ValueError, match=f"argument {words[0]}: '{text}' is not allowed"):
+            parse_options(words, Subject)
+    with pytest.raises(ValueError, match="argument --eval_split: "):
+        parse_options(["--eval_split", text], EvaluationConfig)
+    assert parse_options(["--eval_metrics", ""], EvaluationConfig)[0].eval_metrics == ""
+
+
+def test_a_number_beyond_63_bits_is_refused():
+    assert parse_options(["--size", str(2**63 - 1)], Draw) == [Draw(2**63 - 1)]
+    for value in (2**63, -(2**63)):
+        with pytest.raises(ValueError, match=f"--size: '{value}' is too large"):
+            parse_options([f"--size={value}"], Draw)

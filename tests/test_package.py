@@ -6,7 +6,8 @@ import hf_ddpm
 
 def test_public_names_are_there():
     assert set(hf_ddpm.__all__) == {
-        "DDPMPipeline", "DDPMScheduler", "GaussianDiffusion", "ModelMixin", "SchedulerMixin", "UNet2DModel",
+        "DDIMScheduler", "DDPMPipeline", "DDPMScheduler", "GaussianDiffusion", "ModelMixin", "SchedulerMixin",
+        "UNet2DModel",
     }  # fmt: skip
     for name in hf_ddpm.__all__:
         assert getattr(hf_ddpm, name).__name__ == name

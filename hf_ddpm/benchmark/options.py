@@ -33,7 +33,7 @@ class BenchmarkConfig:
 
     json: str = option("file of the results; a table goes beside it, as .md", "benchmark.json")
     device: Literal["auto", "cuda", "cpu"] = option("where; on a GPU if there is one by default", "auto")
-    against: str = option(f"any of {', '.join(OTHERS)}, with commas; empty for nobody", ",".join(OTHERS))
+    against: str = option(f"any of {', '.join(OTHERS)}, with commas; none for nobody", ",".join(OTHERS))
     tasks: str = option(f"any of {', '.join(TASKS)}, with commas", ",".join(TASKS))
     rounds: int = option("turns of each, after one to warm up", 5)
     steps_per_turn: int = option("training steps in a turn of train_step and training", 10)
@@ -50,7 +50,7 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         """Checks the values."""
         require_at_least(self, 1, "rounds", "steps_per_turn", "threads")
-        for name, known in (("against", OTHERS), ("tasks", tuple(TASKS))):
+        for name, known in (("against", (*OTHERS, "none")), ("tasks", tuple(TASKS))):
             asked = _words(getattr(self, name))
             require(self, name, set(asked) <= set(known), f"any of {', '.join(known)}")
             require(self, name, len(set(asked)) == len(asked), "each of them once")
@@ -70,7 +70,7 @@ class BenchmarkConfig:
     @property
     def others(self) -> list[str]:
         """Those who are timed beside this package."""
-        return _words(self.against)
+        return [] if self.against == "none" else _words(self.against)
 
 
 def parse_benchmark(argv: list[str]) -> tuple[BenchmarkConfig, Config]:

@@ -1,6 +1,5 @@
 """From times to rows of a table, and to files."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from hf_ddpm.benchmark.device import Rates
 from hf_ddpm.benchmark.timing import Timed, Work
 from hf_ddpm.files import write_text
+from hf_ddpm.lines import to_json
 from hf_ddpm.plots import save_curves
 from hf_ddpm.provenance import provenance
 
@@ -102,7 +102,7 @@ def write_report(path: Path, report: Mapping[str, Any]) -> str:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = markdown(report)
-    for file, content in ((path, json.dumps(report, indent=2) + "\n"), (path.with_suffix(".md"), text)):
+    for file, content in ((path, to_json(report, indent=2) + "\n"), (path.with_suffix(".md"), text)):
         write_text(file, content)
     growth = report["options"]["growth"]
     if growth != "none":

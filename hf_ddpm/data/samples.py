@@ -111,11 +111,12 @@ class SampleFolder:
         return torch.from_numpy(np.stack([self._image(number) for number in numbers.tolist()]))
 
     def write_pictures(self, numbers: Sequence[int]) -> None:
-        """Writes the images of these numbers as `00000.png`, ..., those that are not there yet."""
+        """Writes the images of these numbers as `00000.png`, ..., those that are missing or damaged."""
         there = set(os.listdir(self.path))
         for number in numbers:
-            if f"{number:05d}.png" not in there:
-                save_picture(to_pil(self[torch.tensor([number])])[0], self.path / f"{number:05d}.png")
+            file, image = self.path / f"{number:05d}.png", self._image(number)
+            if file.name not in there or not _shows(file, image):
+                save_picture(to_pil(torch.from_numpy(image[np.newaxis].copy()))[0], file)
 
     def write_grid(self, num_images: int) -> None:
         """Writes `grid.png`, the first 64 of the images."""
@@ -253,6 +254,15 @@ def open_samples(path: Path) -> Samples:
     if len(files) == 1 and not has_shards and not has_pictures:
         return SampleFile(files[0])
     return SampleFolder.read(path) if (path / "sampling.json").exists() else PictureFolder(path)
+
+
+def _shows(file: Path, image: np.ndarray) -> bool:
+    """Returns whether a file is a readable picture of an image, shape `(C, H, W)`."""
+    try:
+        with Image.open(file) as picture:
+            return picture.mode == MODES[len(image)] and np.array_equal(from_pil(picture, len(image)), image)
+    except Exception:  # decoders raise anything
+        return False
 
 
 def _read_settings(path: Path) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from hf_ddpm.evaluation.kernel import kernel_distance, squared_mmd
 from hf_ddpm.evaluation.precision_recall import precision_recall
 from hf_ddpm.evaluation.reference_stats import ReferenceStats
 from hf_ddpm.files import write_text
+from hf_ddpm.lines import to_json
 
 # Blocks of the kernel distance, as is usual; from fewer images than two of them it is taken over all pairs.
 KERNEL_BLOCK = 1000
@@ -116,7 +117,7 @@ def record(path: Path, model: Mapping[str, Any], entries: Mapping[str, Any]) -> 
         **entries,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(results, indent=2) + "\n")
+    write_text(path, to_json(results, indent=2) + "\n")
     return is_other
 
 

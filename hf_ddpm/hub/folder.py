@@ -10,7 +10,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from hf_ddpm.files import one_line
-from hf_ddpm.lines import as_lines, read_lines
+from hf_ddpm.lines import as_lines, read_lines, to_json
 from hf_ddpm.public import public_values
 
 BESIDE = (
@@ -48,7 +48,7 @@ def public_content(file: Path) -> bytes | Path:
 
     Paths and URLs lose all but their last part, see `hf_ddpm.public`.
     """
-    dump = partial(json.dumps, indent=2)
+    dump = partial(to_json, indent=2)
     if file.name == "config.yaml":
         read, make_public, write = _read_yaml, _public_options, partial(yaml.safe_dump, sort_keys=False)
     elif file.name == "evaluations.jsonl":

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,15 @@ from torch import Tensor, nn
 from hf_ddpm.models.blocks import Dropout, activate
 from hf_ddpm.models.embeddings import TimestepEmbedding, sinusoidal
 from hf_ddpm.models.stages import DownStage, MidStage, UpStage
+from hf_ddpm.schema import CheckedConfig, check_range
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+# Options that are numbers of something.
+COUNTS = (
+    *("sample_size", "in_channels", "out_channels", "time_embedding_dim", "block_out_channels", "attention_head_dim"),
+    *("norm_num_groups", "attn_norm_num_groups", "num_class_embeds", "num_train_timesteps"),
+)
 
 
 class _EqualToStock(type):
@@ -32,7 +38,7 @@ class _EqualToStock(type):
     __hash__ = type.__hash__
 
 
-class UNet2DModel(ModelMixin, ConfigMixin, metaclass=_EqualToStock):
+class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStock):
     r"""Predicts from :math:`x_t` and `t`, at every pixel, the noise (or what else it was trained for).
 
     The network of Ho et al. 2020, Appendix B: a U-Net of residual blocks with group normalization, a sinusoidal time
@@ -83,6 +89,9 @@ class UNet2DModel(ModelMixin, ConfigMixin, metaclass=_EqualToStock):
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
 
+    # Names of stored weights that the network has no place for.
+    unexpected_keys: tuple[str, ...] = ()
+
     @register_to_config
     def __init__(
         self,
@@ -116,7 +125,7 @@ class UNet2DModel(ModelMixin, ConfigMixin, metaclass=_EqualToStock):
         num_train_timesteps: int | None = None,
     ):
         super().__init__()
-        self._check_config()
+        self.check_values(self.config)
         channels = block_out_channels
         time_dim = time_embedding_dim or channels[0] * 4
         resnet = {
@@ -261,7 +270,10 @@ class UNet2DModel(ModelMixin, ConfigMixin, metaclass=_EqualToStock):
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if kwargs.get("use_safetensors") is None and folder.is_dir():
             kwargs["use_safetensors"] = any(folder.glob("*.safetensors*")) or not any(folder.glob("*.bin*"))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        network, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        network.unexpected_keys = tuple(info["unexpected_keys"])
+        return (network, info) if with_info else network
 
     def to_json_string(self) -> str:
         """Serializes the configuration, without the local path that the weights were read from."""
@@ -300,8 +312,9 @@ class UNet2DModel(ModelMixin, ConfigMixin, metaclass=_EqualToStock):
             state = "needs class_labels" if class_labels is None else "takes no class_labels: num_class_embeds is None"
             raise ValueError(f"this U-Net {state}")
 
-    def _check_config(self) -> None:
-        config = self.config
+    @classmethod
+    def check_values(cls, config: Mapping[str, Any]) -> None:
+        """Raises a `ValueError` that names an option and its value, unless this network can be built."""
         allowed = {
             "time_embedding_type": ("positional",),
             "mid_block_type": ("UNetMidBlock2D", None),
@@ -313,23 +326,30 @@ class UNet2DModel(ModelMixin, ConfigMixin, metaclass=_EqualToStock):
             "class_embed_type": (None,),
         }
         given = [(name, config[name], options) for name, options in allowed.items()]
-        given += [("down_block_types", block, DOWN_BLOCKS) for block in config.down_block_types]
-        given += [("up_block_types", block, UP_BLOCKS) for block in config.up_block_types]
+        given += [("down_block_types", block, DOWN_BLOCKS) for block in config["down_block_types"]]
+        given += [("up_block_types", block, UP_BLOCKS) for block in config["up_block_types"]]
         for name, value, options in given:
             if value not in options:
                 raise ValueError(
                     f"hf_ddpm's UNet2DModel has no {name}={value!r}, only {', '.join(map(repr, options))}; for other "
                     "architectures pass unet=diffusers.UNet2DModel.from_pretrained(...) to the pipeline"
                 )
-        levels = len(config.block_out_channels)
-        if not len(config.down_block_types) == len(config.up_block_types) == levels:
+        check_range(config, 1, 2**20, *COUNTS)
+        check_range(config, 1, 2**10, "layers_per_block")
+        check_range(config, 0, 1, "dropout")
+        check_range(config, 1e-30, 1e30, "norm_eps", "mid_block_scale_factor")
+        widths, groups = config["block_out_channels"], config["norm_num_groups"]
+        if not widths:
+            raise ValueError(f"block_out_channels={widths}: expected at least one")
+        check_range(config, 0, widths[0] // 2 - 1, "freq_shift")
+        if not len(config["down_block_types"]) == len(config["up_block_types"]) == len(widths):
             raise ValueError(
-                f"down_block_types={config.down_block_types}, up_block_types={config.up_block_types} and "
-                f"block_out_channels={config.block_out_channels} must be equally long: one entry a resolution"
+                f"down_block_types={config['down_block_types']}, up_block_types={config['up_block_types']} and "
+                f"block_out_channels={widths} must be equally long: one entry per resolution"
             )
-        for width in config.block_out_channels:
-            if width % config.norm_num_groups:
-                raise ValueError(
-                    f"block_out_channels={config.block_out_channels} must be multiples of "
-                    f"norm_num_groups={config.norm_num_groups}"
-                )
+        if any(width % groups for width in widths):
+            raise ValueError(f"block_out_channels={widths} must be multiples of norm_num_groups={groups}")
+        if widths[-1] % (config["attn_norm_num_groups"] or 1):
+            raise ValueError(
+                f"attn_norm_num_groups={config['attn_norm_num_groups']}: expected a divisor of {widths[-1]}"
+            )

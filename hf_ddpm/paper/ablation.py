@@ -17,6 +17,7 @@ from hf_ddpm.data.samples import SampleFolder
 from hf_ddpm.evaluation.request import NOT_OF_FIGURES, EvaluateConfig, real_images
 from hf_ddpm.files import write_text
 from hf_ddpm.images import bytes_to_unit, save_picture
+from hf_ddpm.lines import to_json
 from hf_ddpm.options import option, parse_options, require, require_at_least, require_distinct
 from hf_ddpm.paper.pictures import sheet
 from hf_ddpm.paper.study import table, with_error
@@ -208,7 +209,7 @@ def report(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> N
     figures = {"options": asdict(options), "rows": rows, "pairs": pairs, "pairs_in_the_order_of_the_paper": same}
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, words in (("json", json.dumps(figures, indent=2) + "\n"), ("md", text(figures))):
+    for name, words in (("json", to_json(figures, indent=2) + "\n"), ("md", text(figures))):
         write_text(folder / f"ablation.{name}", words)
     draw(options, found)
 

@@ -1,6 +1,5 @@
 """What all figures have in common: a model, its data, the folder that they go to, and how they are written."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from hf_ddpm.evaluation.evaluate import Evaluator
 from hf_ddpm.evaluation.request import EvaluateConfig, default_levels, real_images
 from hf_ddpm.files import write_text, written_whole
 from hf_ddpm.images import grid, save_picture, to_bytes, to_pictures
+from hf_ddpm.lines import to_json
 from hf_ddpm.options import option, require, require_at_least, require_range, require_value
 from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
@@ -160,7 +160,7 @@ class Study:
         known = provenance(self.accelerator.device)
         made_by = {"seed": self.subject.seed, "options": dict(options), **known, **made_by}
         model = {"name": self.subject.model, "checksum": self._checksum}
-        content = json.dumps({"model": model, "made_by": made_by, **figures}, indent=2) + "\n"
+        content = to_json({"model": model, "made_by": made_by, **figures}, indent=2) + "\n"
         for file, words in ((f"{name}.json", content), (f"{name}.md", f"## {title}\n\n{text}\n")):
             write_text(self._path(file), words)
 

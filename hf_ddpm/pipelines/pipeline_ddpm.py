@@ -21,10 +21,12 @@ from hf_ddpm.diffusion.outputs import split_output
 from hf_ddpm.files import one_line
 from hf_ddpm.images import OUTPUT_TYPES, as_output, check_picture, to_unit
 from hf_ddpm.models.unet_2d import UNet2DModel
+from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.latents import Generators, LatentMethods, check_generators
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.schedulers.stock import check_stock
+from hf_ddpm.schema import conforms
 
 logger = logging.get_logger(__name__)
 
@@ -190,11 +192,17 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Reads a pipeline's index as diffusers does, and maps its classes to ours of the same name."""
+        """Reads a pipeline's index as diffusers does, and maps its classes to ours of the same name.
+
+        Raises:
+            ValueError: If it is damaged; one line that names key and value.
+        """
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
-        if not isinstance(index, dict):
-            raise ValueError("its model_index.json is none")
+        try:
+            _check_index(index)
+        except ValueError as error:
+            raise ValueError(f"model_index.json: {error}") from error
         for name, component in index.items():
             if isinstance(component, list) and component[0] == "diffusers" and component[1] in OURS:
                 index[name] = ["hf_ddpm", OURS[component[1]].__name__]
@@ -324,20 +332,71 @@ def labels_by_number(class_names: Sequence[str]) -> dict[str, str] | None:
 
 
 def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
-    """Loads the pipeline of a folder or Hub id onto a device; what cannot be loaded is a `ValueError` of one line."""
+    """Loads the pipeline of a folder or Hub id onto a device.
+
+    A warning is logged if the folder holds the export of a run, whose checksum differs: files were changed since.
+
+    Raises:
+        ValueError: If it cannot be loaded, or weights are missing, superfluous or not finite; one line.
+    """
     pipe = read_pipeline(model)
-    missing = [name for name, value in pipe.unet.named_parameters() if value.is_meta]
-    if missing:
-        raise ValueError(f"model {model!r} cannot be loaded: it lacks {len(missing)} weights, {missing[0]} among them")
+    weights = dict(pipe.unet.named_parameters())
+    broken = {
+        "lacks {} weights": [name for name, value in weights.items() if value.is_meta],
+        "holds {} weights that its network has no place for": getattr(pipe.unet, "unexpected_keys", ()),
+        "holds {} weights that are not finite": [
+            name for name, value in weights.items() if not value.is_meta and not bool(value.isfinite().all())
+        ],
+    }
+    for what, names in broken.items():
+        if names:
+            raise ValueError(f"model {model!r} cannot be loaded: it {what.format(len(names))}, {names[0]} among them")
+    if pipe.class_names and pipe.unet.config.num_class_embeds not in (len(pipe.class_names), len(pipe.class_names) + 1):
+        raise ValueError(
+            f"model {model!r} cannot be loaded: model_index.json: id2label names {len(pipe.class_names)} classes, "
+            f"unet/config.json: num_class_embeds={pipe.unet.config.num_class_embeds}"
+        )
+    _compare_with_export(pipe, Path(model) / "export.json")
     if type(pipe.unet) is UNet2DModel:
         pipe.unet.lay_out_kernels()
     return pipe.to(device)
 
 
 def read_pipeline(model: str) -> DDPMPipeline:
-    """Reads a pipeline as `load_pipeline` does; weights that are not there stay on the meta device."""
+    """Reads a pipeline as `load_pipeline` does; weights that are missing stay on the meta device."""
     try:
-        return DDPMPipeline.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        why = error.__cause__ or error  # what the Hub has said, where diffusers speaks of its cache
-        raise ValueError(f"model {model!r} cannot be loaded: {one_line(why)}") from error
+        pipe = DDPMPipeline.from_pretrained(model)
+        if not isinstance(pipe.unet, UNet2DModel | diffusers.UNet2DModel):
+            raise ValueError(f"model_index.json: unet is of class {type(pipe.unet).__name__}: expected UNet2DModel")
+        if not (isinstance(pipe.scheduler, SchedulerMixin) and hasattr(pipe.scheduler, "step")):
+            raise ValueError(f"model_index.json: scheduler is of class {type(pipe.scheduler).__name__}")
+        return pipe
+    except Exception as error:  # diffusers raises anything on a damaged file
+        # The Hub's answer, where diffusers reports on its cache.
+        why = (isinstance(error, OSError) and error.__cause__) or error
+        raise ValueError(f"model {model!r} cannot be loaded: {one_line(why) or type(why).__name__}") from error
+
+
+def _compare_with_export(pipe: DDPMPipeline, record: Path) -> None:
+    """Logs a warning unless a pipeline is the one that a run exported, if a run did."""
+    try:
+        checksum = json.loads(record.read_text(encoding="utf-8"))["checksum"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    if checksum != model_checksum(pipe):
+        logger.warning(f"{record.parent}: weights or configuration differ from those that the run exported")
+
+
+def _check_index(index: Any) -> None:
+    """Raises a `ValueError` that names a key and its value, unless an index names a network and a scheduler."""
+    if not isinstance(index, dict):
+        raise ValueError("not a JSON object")
+    for name in ("unet", "scheduler"):
+        if not conforms(index.get(name), tuple[str, str]):
+            raise ValueError(f"{name}={index.get(name)!r}: expected the names of a library and a class")
+    labels = index.get("id2label")
+    if labels is not None and not conforms(labels, dict[str, str]):
+        raise ValueError(f"id2label={labels!r}: expected an object of text")
+    missing = [str(number) for number in range(len(labels or ())) if str(number) not in labels]
+    if missing:
+        raise ValueError(f"id2label={labels!r}: class {missing[0]} is missing")

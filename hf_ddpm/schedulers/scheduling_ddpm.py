@@ -1,6 +1,8 @@
 """The reverse process as a diffusers scheduler: an adapter over `hf_ddpm.diffusion`, with no mathematics of its own."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor
 from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.diffusion.gaussian import PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion, is_noise
 from hf_ddpm.diffusion.outputs import dynamic_threshold, output_channels, split_output
+from hf_ddpm.diffusion.schedules import BETA_SCHEDULES, rescale_zero_terminal_snr
 from hf_ddpm.diffusion.schedules import beta_schedule as named_beta_schedule
-from hf_ddpm.diffusion.schedules import rescale_zero_terminal_snr
+from hf_ddpm.schema import CheckedConfig, check_range
 
 # What a network was trained with. `from_config` of another class must not replace any of it by that class's default.
 PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -23,7 +26,7 @@ STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 
-class DDPMScheduler(SchedulerMixin, ConfigMixin):
+class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
     r"""Walks from :math:`x_T` to :math:`x_0` (Ho et al. 2020, Algorithm 2), in all steps or in fewer.
 
     Options and defaults are those of `diffusers.DDPMScheduler`: either class reads the other's configuration, and
@@ -91,16 +94,12 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
     ):
         self.variance_type = variance_type.removesuffix("_log")
-        check_one_of("variance_type", self.variance_type, VARIANCE_TYPES)
-        check_one_of("prediction_type", prediction_type, PREDICTION_TYPES)
-        check_one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        self.check_values(self.config)
         if trained_betas is not None:
             betas = torch.as_tensor(trained_betas, dtype=torch.float64)
             self.register_to_config(trained_betas=betas.tolist())
         else:
             betas = named_beta_schedule(beta_schedule, num_train_timesteps, beta_start, beta_end)
-        if len(betas) != num_train_timesteps:
-            raise ValueError(f"trained_betas has {len(betas)} entries, num_train_timesteps is {num_train_timesteps}")
         if beta_schedule not in STOCK_SCHEDULES:
             self.register_to_config(beta_schedule="linear", trained_betas=betas.tolist())  # for diffusers
         # Heun's default betas, for one, are others: from_config drops what is recorded as a default.
@@ -119,6 +118,25 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         self.custom_timesteps = False
         self.timestep_spacing = timestep_spacing  # of the steps that are set
         self._set_chain(list(reversed(range(num_train_timesteps))), device=None)
+
+    @classmethod
+    def check_values(cls, config: Mapping[str, Any]) -> None:
+        """Raises a `ValueError` that names an option and its value, unless the scheduler can be built."""
+        check_one_of("variance_type", config["variance_type"].removesuffix("_log"), VARIANCE_TYPES)
+        check_one_of("prediction_type", config["prediction_type"], PREDICTION_TYPES)
+        check_one_of("timestep_spacing", config["timestep_spacing"], TIMESTEP_SPACINGS)
+        check_one_of("beta_schedule", config["beta_schedule"], BETA_SCHEDULES)
+        check_range(config, 1, 2**20, "num_train_timesteps")
+        check_range(config, 0, 2**20, "steps_offset")
+        check_range(config, 1e-30, 1, "beta_start", "beta_end", "dynamic_thresholding_ratio")
+        check_range(config, 1e-30, 1e30, "clip_sample_range", "sample_max_value")
+        betas = config["trained_betas"]
+        if betas is not None:
+            check_range({"trained_betas": torch.as_tensor(betas).tolist()}, 1e-30, 1, "trained_betas")
+            if len(betas) != config["num_train_timesteps"]:
+                raise ValueError(
+                    f"trained_betas has {len(betas)} entries, num_train_timesteps is {config['num_train_timesteps']}"
+                )
 
     def __len__(self) -> int:
         """Returns the number of diffusion steps that the network was trained for."""

@@ -1,5 +1,6 @@
 """What a person sees of a run: a bar on the terminal and lines in `metrics.jsonl`."""
 
+import math
 import time
 from pathlib import Path
 
@@ -44,13 +45,15 @@ class Progress(Callback):
         training = run.config.training
         if run.step % training.log_steps and run.step < training.max_train_steps and run.stopped_by is None:
             return
-        line = self._line(run)
+        run.check_finite()
+        # In half precision a loss may overflow for a step, which is then skipped.
+        line = {name: value if math.isfinite(value or 0) else None for name, value in self._line(run).items()}
         if run.accelerator.is_main_process:
             append_line(self.path, line)
         run.accelerator.log({name: value for name, value in line.items() if value is not None}, step=run.step)
         rate = "" if self._rate is None else f", {self._rate:.0f} images/s"
-        self._bar.set_postfix_str(f"loss {line['loss']:.4f}{rate}")
-        run.check_finite()
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        self._bar.set_postfix_str(f"loss {loss}{rate}")
         self._restart()
 
     def on_pause(self, run: Run) -> None:

@@ -7,7 +7,6 @@ newest folder that its manifest confirms.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_ddpm.config import BESIDE_TRAINING
-from hf_ddpm.files import write_text
+from hf_ddpm.config import BESIDE_TRAINING, with_past_defaults
+from hf_ddpm.files import flush, flush_entry, write_text
 from hf_ddpm.provenance import hardware
 from hf_ddpm.training.loop import Callback, Run
 
@@ -32,6 +31,7 @@ FREE_OPTIONS = {
     "output_dir", "max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints", "resume",
     "train_batch_size", "gradient_accumulation_steps", "sample_at_checkpoints", "num_samples", "num_inference_steps",
     "tf32", "gradient_checkpointing", "compile", "tracker", "world_size", "dry_run",
+    "allow_terminal_signal",
     *BESIDE_TRAINING,
 }  # fmt: skip
 
@@ -65,8 +65,9 @@ def save_checkpoint(run: Run, folder: Path) -> Path:
     try:
         partial.mkdir(parents=True)
         _write(run, partial)
+        flush(partial)
         partial.rename(final)
-        _flush(folder)
+        flush_entry(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         left = checkpoints(folder)
@@ -95,8 +96,6 @@ def _write(run: Run, folder: Path) -> None:
     (folder / "state.json").write_text(json.dumps(state, indent=2))
     manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in folder.iterdir()}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    for file in [*folder.iterdir(), folder]:
-        _flush(file)
 
 
 def load_checkpoint(run: Run, path: Path) -> None:
@@ -153,6 +152,11 @@ def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
     if complaints:
         raise ValueError(f"no checkpoint in {folder} is sound: {'; '.join(complaints)}")
     return None, []
+
+
+def stored_options(checkpoint: Path) -> dict[str, Any]:
+    """Returns the options of the run that a checkpoint is of."""
+    return dict(json.loads((checkpoint / "state.json").read_text())["config"])
 
 
 def set_aside(folder: Path, step: int) -> None:
@@ -216,12 +220,13 @@ def status_file(path: Path, run: Run) -> Iterator[None]:
 
 
 def _check_same_run(run: Run, state: dict[str, Any], path: Path) -> None:
-    now, then = run.config.to_dict(), state["config"]
+    now, then = run.config.to_dict(), with_past_defaults(state["config"])
     free = FREE_OPTIONS if now["lr_schedule"] == "constant" else FREE_OPTIONS - {"max_train_steps"}
-    changed = [f"{k}={now[k]!r} (was {then.get(k)!r})" for k in now if k not in free and now[k] != then.get(k)]
+    changed = [f"{k}={now[k]!r} (was {then[k]!r})" for k in now if k not in free and now[k] != then[k]]
     if run.global_batch_size != state["global_batch_size"]:
         changed.append(f"images a step: {run.global_batch_size} (was {state['global_batch_size']})")
-    changed += [f"{k}={v!r} (was {state['data'][k]!r})" for k, v in _data(run).items() if v != state["data"][k]]
+    data = _data(run) | state["data"]  # an older version recorded less
+    changed += [f"{k}={v!r} (was {data[k]!r})" for k, v in _data(run).items() if v != data[k]]
     if changed:
         raise ValueError(f"{path} is of another run, choose another output_dir: {', '.join(changed)}")
 
@@ -259,11 +264,3 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

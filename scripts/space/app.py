@@ -5,6 +5,11 @@
 In a Space, the variable MODEL_ID names the model. Image `i` of a seed is that of `scripts/sample.py`.
 """
 
+if __name__ == "__main__":  # before imports that take seconds
+    from hf_ddpm.launch import end_quietly
+
+    end_quietly()
+
 import html
 import os
 from collections.abc import Callable, Iterator

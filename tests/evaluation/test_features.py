@@ -204,7 +204,10 @@ def test_images_of_a_wrong_kind_are_refused(dinov2):
         (lambda: digits(random_images(1, 1, 8, 8).float()), r"images as float32 of shape \(1, 1, 8, 8\) are not"),
         (lambda: digits(random_images(1, 8, 8)), r"images as uint8 of shape \(1, 8, 8\) are not allowed"),
         (lambda: digits.check((3, 8, 8)), "extractor 'digits' takes no images of 3 channels: 1$"),
-        (lambda: model(random_images(1, 4, 8, 8)), "takes no images of 4 channels: 1 or 3; metrics=nll takes any number$"),
+        (
+            lambda: model(random_images(1, 4, 8, 8)),
+            "takes no images of 4 channels: 1 or 3; metrics=nll takes any number$",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             act()

@@ -205,3 +205,20 @@ def test_the_command_line_from_end_to_end(tmp_path):
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1].startswith("train.py: error: resolution=[9] is not allowed")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("kept", [0, 20, -1])
+def test_a_damaged_picture_is_made_anew(sample, trained, tmp_path, kept):
+    words = ["--model", str(trained), "--output", str(tmp_path), "--num_images", "3", "--num_inference_steps", "2"]
+    assert sample(words) == 0
+    file = tmp_path / "00001.png"
+    content = file.read_bytes()
+    file.write_bytes(content[:kept] if kept >= 0 else (tmp_path / "00002.png").read_bytes())
+    assert sample(words) == 0
+    assert file.read_bytes() == content
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(sample, trained, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="output: folder '.*file/out' cannot be written to"):
+        sample(["--model", str(trained), "--output", str(tmp_path / "file" / "out")])

@@ -38,7 +38,7 @@ def test_bad_images_are_counted_listed_and_left_out(run_training, tmp_path, caps
     (tmp_path / "images" / "bad.png").write_bytes(b"no picture")
     run_training(tmp_path / "run", "--dataset", str(tmp_path / "images"), "--max_train_steps", "2", "--skip_bad_images")
     said = capsys.readouterr().out
-    assert "9 images" in said and "1 images could not be used" in said
+    assert "9 images, " in said and "1 images or other files are not used" in said
     (line,) = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
     assert json.loads(line)["file"].endswith("bad.png")
 

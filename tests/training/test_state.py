@@ -1,6 +1,8 @@
 import errno
+import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_ddpm.callbacks import SampleGrid
+from hf_ddpm.config import FORMER_DEFAULTS, TrainingConfig, default_options, parse_config
 from hf_ddpm.launch import sole_run
-from hf_ddpm.training.state import find_checkpoint, find_damage
+from hf_ddpm.training.state import Checkpoints, find_checkpoint, find_damage
 from tests.conftest import TINY_RUN
 
 ROOT = Path(__file__).parents[2]
@@ -174,7 +178,7 @@ def test_a_full_disk_costs_no_checkpoint(run_training, tmp_path, monkeypatch):
         if "step-000000004" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hf_ddpm.training.state._flush", flush)
+    monkeypatch.setattr("hf_ddpm.training.state.flush", flush)
     with pytest.raises(OSError, match="checkpoint .*4 cannot be written, the last one is .*2: .*No space left"):
         run_training(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "2")
     assert names(tmp_path) == ["step-000000002"] and find_damage(newest(tmp_path)) is None
@@ -267,3 +271,103 @@ def test_two_processes_and_two_machines_are_the_same_run(run_training, tmp_path)
         assert "2 x cpu" in outputs[0]
         assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / name), rel=1e-5)
         assert (tmp_path / name / "samples.png").read_bytes() == (tmp_path / "one" / "samples.png").read_bytes()
+
+
+def test_a_signal_during_a_checkpoint_stops_what_follows_it(run_training, tmp_path, monkeypatch):
+    drawn, save = [], Checkpoints.on_checkpoint
+
+    def on_checkpoint(self, run):
+        save(self, run)
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "on_checkpoint", on_checkpoint)
+    monkeypatch.setattr(SampleGrid, "draw", lambda self, run: drawn.append(run.step))
+    words = ["--max_train_steps", "4", "--checkpointing_steps", "2", "--sample_at_checkpoints", "true"]
+    assert run_training(tmp_path, *words) == 128 + signal.SIGTERM
+    assert drawn == [] and names(tmp_path) == ["step-000000002"]
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "preempted"
+    monkeypatch.setattr(Checkpoints, "on_checkpoint", save)
+    assert run_training(tmp_path, *words) == 0 and drawn == [4]
+
+
+def test_a_checkpoint_is_on_disk_before_its_name_and_older_ones_go_after_that(run_training, tmp_path, monkeypatch):
+    calls, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (calls.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
+    )
+    monkeypatch.setattr(Path, "rename", lambda a, b: (calls.append(("rename", str(b))), rename(a, b))[1])
+    words = ["--max_train_steps", "2", "--checkpointing_steps", "1", "--keep_checkpoints", "1"]
+    run_training(tmp_path, *words)
+    folder = tmp_path / "checkpoints"
+    partial, final = folder / ".step-000000002.partial", folder / "step-000000002"
+    assert sorted(file.name for file in final.iterdir()) == sorted(
+        ["ema-0.995.safetensors", "manifest.json", "optimizer.safetensors", "state.json", "unet.safetensors"]
+    )
+    named = calls.index(("rename", str(final)))
+    flushed = [path for kind, path in calls[:named] if kind == "fsync" and path.startswith(str(partial))]
+    assert sorted(flushed) == sorted(map(str, [partial, *(partial / file.name for file in final.iterdir())]))
+    assert flushed[-1] == str(partial)
+    following = [call for call in calls[named + 1 :] if str(folder) in call[1]]
+    assert following[:2] == [("fsync", str(folder)), ("rename", str(folder / ".trash-step-000000001"))]
+
+
+@pytest.mark.parametrize(
+    "spoil", ["{}", "[]", "null", '{"state.json": {}}', '{"state.json": 3}', "no unet", "no bytes"]
+)
+def test_a_manifest_that_is_not_whole_is_damage(trained, tmp_path, spoil):
+    path = tmp_path / "step-000000004"
+    shutil.copytree(newest(trained), path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert find_damage(path) is None
+    if spoil == "no unet":
+        spoil = json.dumps({name: entry for name, entry in manifest.items() if name != "unet.safetensors"})
+    elif spoil == "no bytes":
+        spoil = json.dumps({name: {"sha256": entry["sha256"]} for name, entry in manifest.items()})
+    (path / "manifest.json").write_text(spoil)
+    assert find_damage(path) is not None
+
+
+def rewrite_state(folder, change):
+    """Changes `state.json` of the newest checkpoint, and its manifest, as another version would have written them."""
+    path = newest(folder)
+    state = json.loads((path / "state.json").read_text())
+    change(state)
+    content = json.dumps(state).encode()
+    (path / "state.json").write_bytes(content)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("option", ["crop", "ema_warmup", "levels", "init_from", "skip_bad_images"])
+def test_a_run_of_an_older_version_lacks_options_and_continues(run_training, trained, tmp_path, option):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+
+    def change(state):
+        state["config"].pop(option)
+        state["config"]["of_another_version"] = 3
+        state["data"].pop("classes")
+
+    rewrite_state(folder, change)
+    words = [f"--{option}", str(default_options()[option])] if option == "levels" else []
+    if option == "levels":  # of which the preset has another value: compared with the default
+        with pytest.raises(ValueError, match=rf"of another run, .*{option}=.* \(was "):
+            run_training(folder, "--max_train_steps", "5")
+    assert run_training(folder, "--max_train_steps", "5", *words) == 0
+
+
+def test_a_changed_default_is_that_of_the_runs_beginning(run_training, tmp_path, monkeypatch):
+    words = ["--max_train_steps", "1"]
+    assert run_training(tmp_path, *words) == 0
+    stored = json.loads((newest(tmp_path) / "state.json").read_text())["config"]["learning_rate"]
+    # As if the default had been what the run has, and were another one now.
+    monkeypatch.setitem(FORMER_DEFAULTS, "adam_beta2", 0.999)
+    monkeypatch.setattr(TrainingConfig.__dataclass_fields__["adam_beta2"], "default", 0.95)
+    assert parse_config(["--preset", "digits"]).training.adam_beta2 == 0.95
+    assert run_training(tmp_path, "--max_train_steps", "2") == 0
+    config = json.loads((newest(tmp_path) / "state.json").read_text())["config"]
+    assert (config["adam_beta2"], config["learning_rate"]) == (0.999, stored)
+    with pytest.raises(ValueError, match=r"adam_beta2=0\.95 \(was 0\.999\)"):
+        run_training(tmp_path, "--max_train_steps", "3", "--adam_beta2", "0.95")
