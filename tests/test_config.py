@@ -131,7 +131,7 @@ def test_the_saved_options_make_the_same_run(tmp_path):
         ("--num_train_timesteps 1", "num_train_timesteps=1 is not allowed: at least 2"),
         ("--block_out_channels 2 2 --norm_num_groups 1", "at least 4 at the highest resolution"),
         ("--norm_num_groups 0", "norm_num_groups=0 is not allowed: at least 1"),
-        ("--learning_rate inf", "learning_rate=inf is not allowed"),
+        ("--learning_rate inf", "--learning_rate: 'inf' is not a finite number"),
         ("--mixed_precision a/--b", "invalid choice: 'a/--b'"),
         ("--norm_num_groups 5", "is not allowed: multiples of norm_num_groups=5"),
     ],
