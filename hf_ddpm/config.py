@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
@@ -364,6 +364,11 @@ def default_options() -> dict[str, Any]:
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in fields
     }
+
+
+def option_types() -> dict[str, Any]:
+    """Returns the annotations of all options by name."""
+    return {name: hint for part in PARTS for name, hint in get_type_hints(part).items()}
 
 
 def with_past_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
