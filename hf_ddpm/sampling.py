@@ -3,6 +3,8 @@
 import hashlib
 import inspect
 import json
+import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -238,6 +240,7 @@ def fill_folder(
         OSError: If images that other processes made cannot be seen here.
     """
     sampling.check(pipe)
+    _check_space(path, num_images, math.prod(pipe.image_shape))
     folder = SampleFolder(path, sampling.settings(pipe, model, state.device))
     folder.check(free=["model"])
     state.wait_for_everyone()
@@ -257,6 +260,14 @@ def fill_folder(
     if folder.missing(num_images):
         raise OSError(f"{path} lacks images that other processes made: all machines must see the same folder")
     return folder
+
+
+def _check_space(path: Path, num_images: int, image_bytes: int) -> None:
+    """Raises a `ValueError` unless the disk of a folder is large enough for so many images."""
+    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    size, total = num_images * image_bytes, shutil.disk_usage(parent).total
+    allowed = f"they take {size / 2**30:,.0f} GiB, and the disk of {str(path)!r} has {total / 2**30:,.0f}"
+    require_value("num_images", num_images, size <= total, allowed)
 
 
 def make_parts(
