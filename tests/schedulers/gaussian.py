@@ -19,15 +19,16 @@ from hf_ddpm.schedulers.stock import check_stock
 INTRODUCTION = """\
 # Samplers on data of which the best network is known
 
-`python -m tests.schedulers.gaussian > docs/samplers.md` wrote this page, with diffusers {version}. The data are images of
-32x32 pixels of one brightness, N(0, 0.25); T = 1000. A cell is the standard deviation of the brightness of 400 samples, by
-number of steps. 0.5 is right; the cells have a standard error of 0.02. The linear schedule ends at a small signal, which
-costs deterministic samplers 0.05. With few steps, the first step of the cosine schedule is too long for samplers of first
-order.
+`python -m tests.schedulers.gaussian > docs/samplers.md` wrote this page, with diffusers {version}. The data are
+images of 32x32 pixels of one brightness, N(0, 0.25); T = 1000. A cell is the standard deviation of the
+brightness of 400 samples, by number of steps. 0.5 is right; the cells have a standard error of 0.02. The linear
+schedule ends at a small signal, which costs deterministic samplers 0.05. With few steps, the first step of the
+cosine schedule is too long for samplers of first order.
 
-The pipeline refuses settings in which a sampler is wrong. Nothing is clipped here, since the data have no range. With the
-cosine schedule, which ends without any signal, samplers of diffusers that do not clip are refused unless they start
-earlier; `find_scheduler` and `--scheduler` give solvers that clip. Names without `hf_ddpm` are schedulers of diffusers."""
+The pipeline refuses settings in which a sampler is wrong. Nothing is clipped here, since the data have no
+range. With the cosine schedule, which ends without any signal, samplers of diffusers that do not clip are
+refused unless they start earlier; `find_scheduler` and `--scheduler` give solvers that clip. Names without
+`hf_ddpm` are schedulers of diffusers."""
 
 STD = 0.5
 STOCK = [
