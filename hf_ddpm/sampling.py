@@ -151,7 +151,7 @@ def find_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int)
     clips = config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0
     if clips and "thresholding" in inspect.signature(kind).parameters and not issubclass(kind, DDPMScheduler):
         options = options | CLIPPING
-    errors = []
+    reasons = []
     for spacing in SPACINGS:
         scheduler = kind.from_config(config, timestep_spacing=spacing, **options)
         try:
@@ -159,8 +159,11 @@ def find_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int)
             check_stock(scheduler, num_inference_steps, from_noise=True)
             return scheduler
         except ValueError as error:
-            errors.append(error)
-    raise ValueError(f"scheduler={name}, num_inference_steps={num_inference_steps}: {errors[0]}")
+            reasons.append(str(error).partition("; ")[0])
+    raise ValueError(
+        f"scheduler={name}, num_inference_steps={num_inference_steps}: {reasons[0]}; use ddim, dpmsolver++, "
+        "sde-dpmsolver++ or unipc, or another number of steps"
+    )
 
 
 def sample_images(
