@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
 
 from hf_ddpm.config import Config
 from hf_ddpm.evaluation.evaluate import Evaluator, Figures
 from hf_ddpm.evaluation.report import read_results, scalars, summary
 from hf_ddpm.evaluation.request import NOT_OF_FIGURES, training_request
+from hf_ddpm.files import flush, flush_entry, naming
 from hf_ddpm.hub.background import BackgroundPush
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import check_push
@@ -113,7 +113,7 @@ class Evaluations(Callback):
         is_done = True
         if run.accelerator.is_main_process:
             cut_lines(self.log, run.step)
-            is_done = run.step == 0 or run.step in [line["step"] for line in read_lines(self.log)]
+            is_done = run.step == 0 or run.step in [line.get("step") for line in read_lines(self.log)]
         (is_done,) = broadcast_object_list([is_done])
         if not is_done and run.step < run.config.training.max_train_steps:
             self.on_pause(run)
@@ -151,10 +151,10 @@ class Evaluations(Callback):
             lines = read_lines(self.log)
             # Lines of earlier versions lack options that did not exist: none of them was given.
             given = _given(request)
-            rivals = [old for old in lines if _given(old.get("request")) == given and old["step"] != run.step]
+            rivals = [old for old in lines if _given(old.get("request")) == given and old.get("step") != run.step]
             if all(self._is_as_good(line, other) for other in rivals):
                 self._keep(run, results)
-            if run.step not in [other["step"] for other in lines]:
+            if run.step not in [other.get("step") for other in lines]:
                 append_line(self.log, line)
         numbers = {f"{name}/{key}": value for name, figure in figures.items() for key, value in figure.items()}
         run.accelerator.log(numbers, step=run.step)
@@ -166,8 +166,11 @@ class Evaluations(Callback):
     def _is_as_good(self, line: dict[str, Any], other: dict[str, Any]) -> bool:
         metric = self.evaluator.request.chosen[0]
         key, less_is_better = self.BEST_BY[metric]
-        better, worse = (line, other) if less_is_better else (other, line)
-        return bool(better[metric][key] <= worse[metric][key])
+        ours, theirs = (found.get(metric) for found in (line, other))
+        if not isinstance(theirs, dict) or not isinstance(theirs.get(key), int | float):
+            return True  # a damaged line is no rival
+        better, worse = (ours, theirs) if less_is_better else (theirs, ours)
+        return bool(better[key] <= worse[key])
 
     def _keep(self, run: Run, results: Path) -> None:
         """Puts the model and its figures into `best/`."""
@@ -235,9 +238,9 @@ class Push(Callback):
         self.background.start(self.folder, f"Upload the model of step {run.step}")
 
 
-def _given(request: dict[str, Any] | None) -> dict[str, Any] | None:
+def _given(request: Any) -> dict[str, Any] | None:
     """Returns the options of a request that are not None."""
-    return request and {name: value for name, value in request.items() if value is not None}
+    return {name: value for name, value in request.items() if value is not None} if isinstance(request, dict) else None
 
 
 def export(run: Run, folder: Path, number: int = 0) -> None:
@@ -251,16 +254,17 @@ def export(run: Run, folder: Path, number: int = 0) -> None:
     partial, pipe = folder / ".export", run.pipeline(number)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        pipe.save_pretrained(partial)
-        record = {"step": run.step, "images": run.step * run.global_batch_size, "checksum": model_checksum(pipe)}
-        record["hub_ids"] = run.hub_ids
-        (partial / "export.json").write_text(json.dumps(record) + "\n")
-        files = [path for path in partial.rglob("*") if path.is_file()]
-        for file in sorted(files, key=lambda path: path.name == "model_index.json"):
-            target = folder / file.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(target)
-    except SafetensorError as error:
-        raise OSError(f"{folder} cannot be written: {error}") from error
+        with naming(folder):
+            pipe.save_pretrained(partial)
+            record = {"step": run.step, "images": run.step * run.global_batch_size, "checksum": model_checksum(pipe)}
+            record["hub_ids"] = run.hub_ids
+            (partial / "export.json").write_text(json.dumps(record) + "\n")
+            flush(partial)
+            files = [path for path in partial.rglob("*") if path.is_file()]
+            for file in sorted(files, key=lambda path: path.name == "model_index.json"):
+                target = folder / file.relative_to(partial)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+                flush_entry(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

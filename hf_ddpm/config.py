@@ -5,11 +5,12 @@ checks all three, and the command line wins.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
@@ -22,6 +23,7 @@ from hf_ddpm.options import (
     require,
     require_at_least,
     require_distinct,
+    require_memory,
     require_range,
     require_value,
 )
@@ -270,6 +272,10 @@ class Config:
 
     def __post_init__(self) -> None:
         """Checks what concerns more than one part."""
+        pixels = float(self.data.channels * math.prod(self.data.size))
+        require_memory(self.data, "resolution", 4 * pixels)
+        require_memory(self.training, "train_batch_size", 4 * pixels * self.training.train_batch_size)
+        require_memory(self.training, "num_samples", 4 * pixels * self.training.num_samples)
         if self.model.init_from is None:
             self._check_architecture()
         streams = self.data.streaming and self.evaluation.eval_metrics
@@ -364,6 +370,11 @@ def default_options() -> dict[str, Any]:
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in fields
     }
+
+
+def option_types() -> dict[str, Any]:
+    """Returns the annotations of all options by name."""
+    return {name: hint for part in PARTS for name, hint in get_type_hints(part).items()}
 
 
 def with_past_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
+from hf_ddpm.files import one_line
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Seconds after which a signal is raised again, as long as what it has raised is lost.
 AGAIN = 0.5
@@ -154,7 +156,11 @@ def _exit_code(main: Callable[[list[str]], int], name: str) -> Any:
     except SystemExit as error:  # of --help
         code = error.code
     except (ValueError, OSError, FloatingPointError) as error:
-        code, line = 2 if isinstance(error, ValueError) else 1, f"error: {error}"
+        code, line = 2 if isinstance(error, ValueError) else 1, f"error: {one_line(error)}"
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        code, line = 1, f"error: not enough memory; use a smaller batch size, resolution or network ({one_line(error)})"
     except Interrupted as interrupted:
         signals.number = signals.number or interrupted.number
         code = 128 + signals.number
@@ -175,6 +181,12 @@ def _exit_code(main: Callable[[list[str]], int], name: str) -> Any:
 def _hide_interrupted(hook: Callable[[Any], object]) -> Callable[[Any], object]:
     """Returns a hook that shows no traceback of an `Interrupted` which gets lost: it is raised again."""
     return lambda lost: None if isinstance(lost.exc_value, Interrupted) else hook(lost)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error says that memory is short; that of torch on a CPU is a plain `RuntimeError`."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text
 
 
 def _is_unwinding(error: BaseException | None) -> bool:

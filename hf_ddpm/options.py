@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import field
@@ -52,6 +53,13 @@ def require_at_least(config: Any, least: int, *names: str) -> None:
     """Raises a `ValueError` unless options, those of them that are given, are at least so much."""
     for name in names:
         require(config, name, getattr(config, name) is None or getattr(config, name) >= least, f"at least {least}")
+
+
+def require_memory(config: Any, name: str, size: float) -> None:
+    """Raises a `ValueError` unless bytes, of which an option is the cause, fit into the memory of this machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    allowed = f"it needs {size / 2**30:,.0f} GiB of memory, and this machine has {memory / 2**30:,.0f}"
+    require(config, name, size <= memory, allowed)
 
 
 def parse_options(argv: list[str], *parts: type, program: str | None = None) -> list[Any]:

@@ -3,6 +3,8 @@
 import hashlib
 import inspect
 import json
+import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -149,7 +151,7 @@ def find_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int)
     clips = config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0
     if clips and "thresholding" in inspect.signature(kind).parameters and not issubclass(kind, DDPMScheduler):
         options = options | CLIPPING
-    errors = []
+    reasons = []
     for spacing in SPACINGS:
         scheduler = kind.from_config(config, timestep_spacing=spacing, **options)
         try:
@@ -157,8 +159,11 @@ def find_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int)
             check_stock(scheduler, num_inference_steps, from_noise=True)
             return scheduler
         except ValueError as error:
-            errors.append(error)
-    raise ValueError(f"scheduler={name}, num_inference_steps={num_inference_steps}: {errors[0]}")
+            reasons.append(str(error).partition("; ")[0])
+    raise ValueError(
+        f"scheduler={name}, num_inference_steps={num_inference_steps}: {reasons[0]}; use ddim, dpmsolver++, "
+        "sde-dpmsolver++ or unipc, or another number of steps"
+    )
 
 
 def sample_images(
@@ -238,6 +243,7 @@ def fill_folder(
         OSError: If images that other processes made cannot be seen here.
     """
     sampling.check(pipe)
+    _check_space(path, num_images, math.prod(pipe.image_shape))
     folder = SampleFolder(path, sampling.settings(pipe, model, state.device))
     folder.check(free=["model"])
     state.wait_for_everyone()
@@ -257,6 +263,14 @@ def fill_folder(
     if folder.missing(num_images):
         raise OSError(f"{path} lacks images that other processes made: all machines must see the same folder")
     return folder
+
+
+def _check_space(path: Path, num_images: int, image_bytes: int) -> None:
+    """Raises a `ValueError` unless the disk of a folder is large enough for so many images."""
+    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    size, total = num_images * image_bytes, shutil.disk_usage(parent).total
+    allowed = f"they take {size / 2**30:,.0f} GiB, and the disk of {str(path)!r} has {total / 2**30:,.0f}"
+    require_value("num_images", num_images, size <= total, allowed)
 
 
 def make_parts(

@@ -137,6 +137,8 @@ def test_the_saved_options_make_the_same_run(tmp_path, more):
         ("--norm_num_groups 0", "norm_num_groups=0 is not allowed: at least 1"),
         ("--learning_rate inf", "argument --learning_rate: 'inf' is not a finite number"),
         ("--mixed_precision a/--b", "invalid choice: 'a/--b'"),
+        ("--train_batch_size 1000000000", r"train_batch_size=1000000000 is not allowed: it needs 238 GiB of memory"),
+        ("--resolution 10000000", "resolution=.* is not allowed: it needs 372,529 GiB of memory"),
         ("--norm_num_groups 5", "is not allowed: multiples of norm_num_groups=5"),
     ],
 )

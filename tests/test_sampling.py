@@ -109,6 +109,12 @@ def test_samplers_that_do_not_clip_are_refused_where_they_would_blow_up_errors(t
     assert not find_scheduler(unclipped, "dpmsolver++", 20).config.thresholding
 
 
+def test_more_images_than_the_disk_holds_are_refused(pipe, tmp_path):
+    with pytest.raises(ValueError, match="num_images=1000000000000 is not allowed: they take 59,605 GiB, and the disk"):
+        fill(pipe, tmp_path / "out", 10**12)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_pipeline_keeps_its_scheduler_even_if_drawing_is_left(pipe):
     own, sampling = pipe.scheduler, Sampling(num_inference_steps=2, scheduler="ddim")
     drawing = sample_images(pipe, range(4), sampling, batch_size=2)

@@ -1,6 +1,6 @@
 """Generated images against real ones: features of all sets, then the figures, then the nearest training images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ def compare(
     count: int,
     processes: Processes,
     stats: ReferenceStats | None = None,
-) -> tuple[dict[str, dict[str, Any]], Image.Image | None]:
-    """Computes what was asked for of generated images; all processes are to call it.
+) -> Iterator[tuple[dict[str, dict[str, Any]], Image.Image | None]]:
+    """Computes what was asked for of generated images, a metric at a time; all processes are to call it.
 
     Args:
         request: What was asked for.
@@ -41,8 +41,8 @@ def compare(
         processes: Those that share the work.
         stats: What the Frechet distance is measured by, instead of the reference.
 
-    Returns:
-        The figures by metric, those on copies as `memorization`, each with what it was made with; and the picture of
+    Yields:
+        The figures of a metric, with what it was made with; last those on copies, as `memorization`, and the picture of
         the nearest training images. On all processes but the first, nothing; without a reference, no copies and no
         picture.
     """
@@ -54,21 +54,22 @@ def compare(
         if reference is not None:
             known, made_by = real_features(request, extractor, reference, held_out, count, processes, bar.update)
     if processes.rank > 0:
-        return {}, None
+        return
     real = dict(zip(("reference", "held_out"), known, strict=False))
     sets = Sets(generated, real.get("reference"), real.get("held_out"), stats)
-    entries = {metric: {**figures(metric, sets), "made_by": made_by} for metric in request.compared}
-    if stats is not None and "fd" in entries:
-        source = {"name": stats.name, "sha256": stats.sha256}
-        entries["fd"] = entries["fd"] | {"made_by": made_by | {"reference_stats": source}}
+    for metric in request.compared:
+        entry = {**figures(metric, sets), "made_by": made_by}
+        if stats is not None and metric == "fd":
+            entry["made_by"] = made_by | {"reference_stats": {"name": stats.name, "sha256": stats.sha256}}
+        yield {metric: entry}, None
     if reference is None or sets.reference is None:
-        return entries, None
+        return
     if request.save_reference_stats is not None:
         write_reference_stats(Path(request.save_reference_stats), sets.reference)
     copies = copied_fraction(images, range(count), reference, request.pixel_values)
     numbers_of = {"num_images": count, "reference_images": len(reference)}
-    entries["memorization"] = {"exact_copies": copies, **numbers_of, "made_by": made_by}
-    return entries, nearest_picture(images, generated.features, reference, sets.reference)
+    picture = nearest_picture(images, generated.features, reference, sets.reference)
+    yield {"memorization": {"exact_copies": copies, **numbers_of, "made_by": made_by}}, picture
 
 
 def real_features(

@@ -131,10 +131,11 @@ class Evaluator:
                 images = self._sample(pipe, sampling, output, count)
             made_by = {"samples": str(images.path), "sampling": getattr(images, "settings", None)}
             real = (self.reference, self.for_floor)
-            figures, picture = compare(self.request, self.extractor, images, *real, count, self.processes, self.stats)
-            if picture is not None:
-                save_picture(picture, output.with_name(f"{output.stem}_nearest.png"))
-            yield {name: figure | {"made_by": made_by | figure["made_by"]} for name, figure in figures.items()}
+            parts = compare(self.request, self.extractor, images, *real, count, self.processes, self.stats)
+            for figures, picture in parts:
+                if picture is not None:
+                    save_picture(picture, output.with_name(f"{output.stem}_nearest.png"))
+                yield {name: figure | {"made_by": made_by | figure["made_by"]} for name, figure in figures.items()}
 
     def bound(self, pipe: Any, seed: int) -> dict[str, Any]:
         """Returns the figures of the bound on held-out images, from all processes."""

@@ -1,7 +1,6 @@
 """Model cards: what the files in a model's folder say, and nothing else."""
 
 import json
-import math
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from hf_ddpm.config import option_types, with_past_defaults
 from hf_ddpm.files import one_line, write_text
 from hf_ddpm.hub.figures import rows
 from hf_ddpm.lines import read_lines
@@ -18,10 +18,12 @@ from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.plots import save_curves
 from hf_ddpm.public import public_name
+from hf_ddpm.schema import check_types, conforms
 
 TEMPLATE = resources.files("hf_ddpm.hub") / "template.md"
 # A card without it was written by a person, and stays.
 MARK = "<!-- Written by hf_ddpm from the files beside it; without this line it would not be written anew. -->"
+VERSIONS = dict[str, str]
 CHANNELS = {1: "grayscale", 3: "RGB", 4: "RGBA"}
 
 
@@ -74,17 +76,19 @@ def read_folder(folder: Path) -> Known:
     pipe = load_pipeline(str(folder), "cpu")
     checksum = model_checksum(pipe)
     results, exported = (_read(folder / name, json.loads) for name in ("results.json", "export.json"))
-    results = results if results.get("model", {}).get("checksum") == checksum else {}
+    model = results.get("model")
+    results = results if isinstance(model, dict) and model.get("checksum") == checksum else {}
     if exported.get("checksum") != checksum:
         return Known(pipe, results, {}, [], {})
-    return Known(
-        pipe,
-        results,
-        _read(folder / "config.yaml", yaml.safe_load),
-        [line for line in read_lines(folder / "metrics.jsonl") if line.get("step", math.inf) <= exported["step"]],
-        _read(folder / "status.json", json.loads),
-        exported.get("hub_ids", []),
-    )
+    options, status = _read(folder / "config.yaml", yaml.safe_load), _read(folder / "status.json", json.loads)
+    _check(folder / "export.json", exported, {"step": int}, required=True)
+    if options:
+        options = with_past_defaults(options)
+        _check(folder / "config.yaml", options, option_types())
+    if status:
+        _check(folder / "status.json", status, {"images": int, "hardware": str}, required=True)
+    metrics = [line for line in read_lines(folder / "metrics.jsonl") if _is_metric(line, exported["step"])]
+    return Known(pipe, results, options, metrics, status, exported.get("hub_ids", []))
 
 
 def model_card(folder: Path, known: Known, *, model_id: str | None = None, license: str | None = None) -> ModelCard:
@@ -130,7 +134,13 @@ def _pictures(folder: Path, results: dict[str, Any], options: dict[str, Any]) ->
 
 
 def _versions(results: dict[str, Any]) -> str:
-    found = [figure["made_by"]["versions"] for figure in results.values() if "made_by" in figure]
+    figures = [figure for figure in results.values() if isinstance(figure, dict)]
+    found = [
+        v
+        for f in figures
+        if isinstance(f.get("made_by"), dict) and conforms(v := f["made_by"].get("versions"), VERSIONS)
+    ]
+    found = [v for v in found if {"hf_ddpm", "torch", "diffusers"} <= v.keys()]
     lines = [f"hf_ddpm {v['hf_ddpm']}, torch {v['torch']}, diffusers {v['diffusers']}" for v in found]
     return escape("; ".join(dict.fromkeys(lines)))
 
@@ -212,13 +222,31 @@ def _list(items: Any) -> str:
     return ", ".join(map(str, items))
 
 
+def _check(path: Path, values: dict[str, Any], hints: dict[str, Any], required: bool = False) -> None:
+    """Raises a `ValueError` that names the file and a key unless its values have these types."""
+    try:
+        missing = [name for name in hints if required and name not in values]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        check_types(values, hints)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _is_metric(line: dict[str, Any], last: int) -> bool:
+    return (
+        all(conforms(line.get(name), hint) for name, hint in {"step": int, "images": int, "loss": float}.items())
+        and 1 <= line["step"] <= last
+    )
+
+
 def _read(path: Path, parse: Any) -> dict[str, Any]:
     """Returns what a file holds, nothing if it is not there."""
     if not path.exists():
         return {}
     try:
         content = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} cannot be read: it holds no names and values")

@@ -1,5 +1,7 @@
 """From `results.json` to the rows of a card's table and its metadata: the same numbers, each with how it was made."""
 
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,29 +84,42 @@ def rows(results: Mapping[str, Any]) -> Iterator[Row]:
     for metric, key, name, kind, floor in KINDS:
         if metric not in results:
             continue
-        figure, made_by = results[metric], results[metric]["made_by"]
-        if metric != "nll" and made_by["sampling"] is None:
-            continue  # pictures of which nobody knows where they are from
-        if metric == "nll":
-            how, arguments = _of_the_bound(figure, made_by)
-        else:
-            how, arguments = _of_samples(made_by, has_features=metric != "memorization")
-        estimated = bool(figure.get("is_estimate"))
-        error = figure.get("standard_deviation", figure.get("standard_error"))
-        data, split = _compared_with(made_by)
-        is_fid = metric == "fd" and arguments["extractor"] == "inception"
-        yield Row(
-            name=name + (" (estimate)" if estimated else ""),
-            type="fid" if is_fid else kind,
-            value=float(figure[key]),
-            error="" if error is None else f" ± {error:.2g}",
-            floor=None if figure.get(floor) is None else float(figure[floor]),
-            count=int(figure["num_images"]),
-            data=data,
-            split=split,
-            how=f"{how}; {made_by['device']}",
-            arguments={"num_images": int(figure["num_images"]), **arguments},
-        )
+        try:
+            row = _row(results[metric], metric, key, name, kind, floor)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            logging.getLogger(__name__).warning("results: %s is left out, its entry is damaged: %r", metric, error)
+            continue
+        if row is not None:
+            yield row
+
+
+def _row(entry: Mapping[str, Any], metric: str, key: str, name: str, kind: str, floor: str | None) -> Row | None:
+    """Returns the row of a figure, None for one of pictures of unknown origin."""
+    figure, made_by = entry, entry["made_by"]
+    if not math.isfinite(figure[key]):
+        raise ValueError(f"{key} is {figure[key]}")
+    if metric != "nll" and made_by["sampling"] is None:
+        return None
+    if metric == "nll":
+        how, arguments = _of_the_bound(figure, made_by)
+    else:
+        how, arguments = _of_samples(made_by, has_features=metric != "memorization")
+    estimated = bool(figure.get("is_estimate"))
+    error = figure.get("standard_deviation", figure.get("standard_error"))
+    data, split = _compared_with(made_by)
+    is_fid = metric == "fd" and arguments["extractor"] == "inception"
+    return Row(
+        name=name + (" (estimate)" if estimated else ""),
+        type="fid" if is_fid else kind,
+        value=float(figure[key]),
+        error="" if error is None else f" ± {error:.2g}",
+        floor=None if figure.get(floor) is None else float(figure[floor]),
+        count=int(figure["num_images"]),
+        data=data,
+        split=split,
+        how=f"{how}; {made_by['device']}",
+        arguments={"num_images": int(figure["num_images"]), **arguments},
+    )
 
 
 def _compared_with(made_by: Mapping[str, Any]) -> tuple[str, str | None]:

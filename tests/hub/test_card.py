@@ -246,3 +246,32 @@ def test_foreign_names_are_text_in_a_card(copied, name):
     block = next(token.content for token in parse(card.text) if token.type == "fence" and token.info == "python")
     strings = [node.value for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)]
     assert f"org/{name}" in strings and name in strings
+
+
+def test_files_of_an_older_version_or_with_odd_entries_make_a_card(copied, caplog):
+    options = yaml.safe_load((copied / "config.yaml").read_text())
+    for name in ("ema_warmup", "horizontal_flip", "init_from"):
+        options.pop(name)
+    (copied / "config.yaml").write_text(yaml.safe_dump({**options, "of_another_version": 3}))
+    with (copied / "metrics.jsonl").open("ab") as file:
+        file.write(
+            b'\xff\xfe\n{"step": 4}\n{"step": "4", "loss": 1, "images": 3}\n{"step": 4, "images": 3, "loss": null}\n'
+        )
+    results = json.loads((copied / "results.json").read_text())
+    del results["fd"]["made_by"]
+    (copied / "results.json").write_text(json.dumps({**results, "kid": 3, "is": None, "note": ["x"]}))
+    text = write_card(copied).read_text()
+    assert set(numbers_of_the_table(text)) == {"precision", "recall", "bound on the NLL, bits/dim (estimate)",
+                                               "share of exact copies of training images"}  # fmt: skip
+    assert all(f"{metric} is left out" in caplog.text for metric in ("fd", "kid", "is"))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("config.yaml", "learning_rate", "much"), ("status.json", "images", "many"), ("export.json", "step", None)],
+)
+def test_a_wrong_type_is_named_with_its_file(copied, name, key, value):
+    read = yaml.safe_load if name.endswith("yaml") else json.loads
+    (copied / name).write_text(json.dumps({**read((copied / name).read_text()), key: value}))
+    with pytest.raises(ValueError, match=rf"{name}: {key}={value!r}: expected"):
+        write_card(copied)

@@ -71,6 +71,7 @@ def test_stages_leave_their_inputs_alone(tiny_unet):
 # Trains a network, sharded if there are two processes, and saves its weights from the first one. SGD: the size of a
 # gradient counts.
 TRAIN = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -98,7 +99,9 @@ weights = get_model_state_dict(unet, options=StateDictOptions(full_state_dict=Tr
 if rank == 0:
     torch.save(weights, output)
 if world > 1:
+    dist.barrier()
     dist.destroy_process_group()
+os._exit(0)  # threads of gloo may still be there: destroying them ends the process with an error now and then
 """
 
 

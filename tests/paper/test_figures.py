@@ -37,7 +37,7 @@ def test_the_progress_ends_with_the_samples_of_the_seed(study):
     assert [moment["t"] for moment in moments] == [20, 14, 7, 1]
     errors = [moment["rmse"] for moment in moments]
     assert errors[-1] == 0 and all(error > 0 for error in errors[:-1])
-    (found,) = study.evaluator("fd", 5).evaluate(study.folder / "r.json", Sampling(num_inference_steps=T), study.pipe)
+    found, *_ = study.evaluator("fd", 5).evaluate(study.folder / "r.json", Sampling(num_inference_steps=T), study.pipe)
     assert moments[-1]["value"] == pytest.approx(found["fd"]["value"], rel=1e-5)
     assert moments[-1]["floor"] == pytest.approx(found["fd"]["floor"], rel=1e-5)
     with Image.open(study.folder / "progressive.gif") as animation:

@@ -26,13 +26,13 @@ def test_distances_are_those_of_an_evaluation(study, tmp_path):
     }  # fmt: skip
     for name, sampler in [("ddpm, fixed_large", "ddpm"), ("ddim", "ddim")]:
         sampling = Sampling(num_inference_steps=5, scheduler=sampler)
-        (found,) = study.evaluator("fd", 40).evaluate(tmp_path / "results.json", sampling, study.pipe)
+        found, *_ = study.evaluator("fd", 40).evaluate(tmp_path / "results.json", sampling, study.pipe)
         assert rows[name][5]["value"] == pytest.approx(found["fd"]["value"], rel=1e-6)
         assert rows[name][5]["floor"] == pytest.approx(found["fd"]["floor"], rel=1e-6)
         assert rows[name][5]["num_images"] == 40 and rows[name][5]["evaluations"] == 5
     study.pipe.scheduler = DDPMScheduler.from_config(study.pipe.scheduler.config, variance_type="fixed_small")
     small = Sampling(num_inference_steps=T)
-    (found,) = study.evaluator("fd", 40).evaluate(tmp_path / "small.json", small, study.pipe)
+    found, *_ = study.evaluator("fd", 40).evaluate(tmp_path / "small.json", small, study.pipe)
     assert rows["ddpm, fixed_small"][T]["value"] == pytest.approx(found["fd"]["value"], rel=1e-6)
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel
 
+import hf_ddpm.evaluation.comparison
 import hf_ddpm.evaluation.reference
 from hf_ddpm import DDPMPipeline
 from hf_ddpm.data.samples import SampleFolder
@@ -55,6 +56,19 @@ def evaluated(main, words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
     run(main, folder / "results.json", *words, "--metrics", ALL, "--num_images", "40")
     return folder
+
+
+def test_figures_are_kept_as_soon_as_they_are_known(main, words, tmp_path, monkeypatch):
+    def breaks(metric, sets, figures=hf_ddpm.evaluation.comparison.figures):
+        if metric == "kid":
+            raise OSError("no space left")
+        return figures(metric, sets)
+
+    monkeypatch.setattr(hf_ddpm.evaluation.comparison, "figures", breaks)
+    output = tmp_path / "not" / "yet" / "there" / "results.json"
+    with pytest.raises(OSError, match="no space left"):
+        main([*words, "--metrics", "fd,kid", "--num_images", "4", "--output", str(output)])
+    assert set(json.loads(output.read_text())) == {"model", "fd"}
 
 
 def test_a_model_is_evaluated_from_end_to_end(evaluated, trained):
