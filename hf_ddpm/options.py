@@ -79,7 +79,7 @@ def parse_options(argv: list[str], *parts: type, program: str | None = None) -> 
     parser = _Parser(parts, prog=program, allow_abbrev=False)
     *options, unknown = parser.parse_args_into_dataclasses(argv, **_ASKED_FOR)
     if unknown:
-        raise ValueError(f"unknown option {unknown[0]}: {_hint(unknown[0].lstrip('-'), parts, '--')}")
+        raise ValueError(f"unknown option {unknown[0]}: {_hint(unknown[0].lstrip('-').split('=')[0], parts, '--')}")
     return options
 
 
@@ -127,7 +127,7 @@ def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]
     try:
         # The base loader leaves all values as they are written: `no` and `1e-4` are for the command line's parser.
         options = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"config {str(path)!r} cannot be read: {one_line(error)}") from error
     if not isinstance(options, dict):
         raise ValueError(f"config {str(path)!r} holds no options: lines of the form `name: value` are")

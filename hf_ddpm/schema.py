@@ -95,7 +95,9 @@ def conforms(value: Any, hint: Any) -> bool:
             return all(conforms(item, parts[0]) for item in value)
         return len(value) == len(parts) and all(map(conforms, value, parts))
     if hint is float:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        # torch takes no larger whole numbers.
+        return is_number and math.isfinite(value) and (isinstance(value, float) or abs(value) < 2**63)
     if hint is int:
         return isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(int(value)) < 2**63
     return hint is Any or isinstance(value, type(None) if hint is None else hint)

@@ -197,14 +197,22 @@ def _json(rng: random.Random) -> Iterator[Mutation]:
         yield Mutation(group, f"{file} with an unknown key", _edit(file, ("unknown_key",), 7), "card", "any")
         for key in _keys(file):
             for value in rng.sample((*VALUES, _GONE), count):
-                where = (*_parts(file), *(k for k in key if k.isidentifier()))
+                where = (*_parts(file), "_blocks.", *(k for k in key if k.isidentifier()))
                 name = f"{file} {'.'.join(key)} = {value!r}"
                 yield Mutation(group, name, _edit(file, key, value), rng.choice(commands), names=where)
 
 
 def _jsonl(rng: random.Random) -> Iterator[Mutation]:
     for file in ("metrics.jsonl", "evaluations.jsonl"):
-        lines = (b"", b"\xff\xfe\n", b"null\n", b"[1]\n", b'{"step": "x"}\n', b'{"step": 2}\n', b'{"loss": NaN, "step": 3}')
+        lines = (
+            b"",
+            b"\xff\xfe\n",
+            b"null\n",
+            b"[1]\n",
+            b'{"step": "x"}\n',
+            b'{"step": 2}\n',
+            b'{"loss": NaN, "step": 3}',
+        )
         lines += (b'{"step": 3, "loss": "x"}\n{"step": 4, "loss": null}\n', b'{"step": 1, "loss"', b"{" * 5000, b"\0\0")
         for line in lines:
             for command in ("card", "resume"):
@@ -216,19 +224,31 @@ def _checkpoints(rng: random.Random) -> Iterator[Mutation]:
     for name in ("state.json", "manifest.json"):
         file = f"{CHECKPOINT}/{name}"
         for content in rng.sample(DAMAGED_JSON, 3):
-            yield Mutation("checkpoint", f"{name} = {content[:12]!r}", _write(file, content), "resume", names=(name, "manifest"))
+            yield Mutation(
+                "checkpoint",
+                f"{name} = {content[:12]!r}",
+                _write(file, content),
+                "resume",
+                names=(name, "step-000000004"),
+            )
     for name in ("unet.safetensors", "optimizer.safetensors", "state.json"):
-        yield Mutation("checkpoint", f"{name} bit", _flip(f"{CHECKPOINT}/{name}", 900), "resume", "refused", names=(name,))
-        yield Mutation("checkpoint", f"{name} gone", _remove(f"{CHECKPOINT}/{name}"), "resume", "refused", names=(name,))
+        yield Mutation(
+            "checkpoint", f"{name} bit", _flip(f"{CHECKPOINT}/{name}", 900), "resume", "refused", names=(name,)
+        )
+        yield Mutation(
+            "checkpoint", f"{name} gone", _remove(f"{CHECKPOINT}/{name}"), "resume", "refused", names=(name,)
+        )
     # As an older version or a person may have left it: the manifest is that of the file.
     file = f"{CHECKPOINT}/state.json"
     for content in DAMAGED_JSON:
         name = f"sealed state.json = {content[:12]!r}"
-        yield Mutation("checkpoint", name, _sealed(_write(file, content)), "resume", "refused", names=("step-000000004",))
+        yield Mutation("checkpoint", name, _sealed(_write(file, content)), "resume", "refused", names=("state.json",))
     for key in ("step", "global_batch_size", "scaler", "config", "data", "hub_ids", "unet", "scheduler"):
         for value in rng.sample((*VALUES, _GONE), 3):
             damage = _sealed(_edit(file, (key,), value))
-            yield Mutation("checkpoint", f"sealed {key} = {value!r}", damage, "resume", names=("step-000000004", "state.json"))
+            yield Mutation(
+                "checkpoint", f"sealed {key} = {value!r}", damage, "resume", names=("step-000000004", "state.json")
+            )
     for name in ("unet", "optimizer", "ema-0.995"):
         tensors = f"{CHECKPOINT}/{name}.safetensors"
         for kind, change in TENSOR_CHANGES.items():
@@ -238,9 +258,21 @@ def _checkpoints(rng: random.Random) -> Iterator[Mutation]:
 
 def _yaml(rng: random.Random) -> Iterator[Mutation]:
     file = "config.yaml"
-    for content in (b"", b"- 1\n", b"x", b"a: [", b"\xff\xfe", b"a: !!python/object:os.system x", b"{" * 3000, b"? [a]\n: 1", b"\t"):
+    for content in (
+        b"",
+        b"- 1\n",
+        b"x",
+        b"a: [",
+        b"\xff\xfe",
+        b"a: !!python/object:os.system x",
+        b"{" * 3000,
+        b"? [a]\n: 1",
+        b"\t",
+    ):
         for command in ("train_config", "card"):
-            yield Mutation("yaml", f"{command} {content[:12]!r}", _write(file, content), command, "any", names=(file,))
+            yield Mutation(
+                "yaml", f"{command} {content[:12]!r}", _write(file, content), command, "any", names=(file, "dataset")
+            )
     for key, wrong in (
         ("learning_rate", "nan"), ("learning_rate", ".inf"), ("train_batch_size", "8.5"), ("train_batch_size", "0"),
         ("dropout", "x"), ("resolution", "{a: 1}"), ("resolution", "[]"), ("block_out_channels", "[8, x]"),
@@ -258,7 +290,7 @@ def _yaml(rng: random.Random) -> Iterator[Mutation]:
 
 def _weights(rng: random.Random) -> Iterator[Mutation]:
     file = "unet/diffusion_pytorch_model.safetensors"
-    names = (*_parts(file), "weights", "model")
+    names = (*_parts(file), "weights", "model", "conv_in.weight", "other.weight")
     for command in ("sample", "convert", "evaluate", "card"):
         for kind, change in TENSOR_CHANGES.items():
             expect = "same" if command != "card" else "any"
@@ -279,9 +311,16 @@ def _images(rng: random.Random) -> Iterator[Mutation]:
             ("truncated", _truncate(file)), ("empty", _write(file, b"")), ("text", _write(file, b"no image\n" * 9)),
             ("zeros", _write(file, bytes(300))),
         ):  # fmt: skip
-            command = rng.choice(("train_images", "compare"))
+            command = rng.choice(("train_images", "compare")) if kind in ("png", "npz") else "train_images"
             expect = "any" if name == "truncated" and kind in ("npz", "gif") else "refused"
-            yield Mutation("images", f"{command} {kind} {name}", _then(_folder(kind), damage), command, expect, names=(f"3.{kind}",))
+            yield Mutation(
+                "images",
+                f"{command} {kind} {name}",
+                _then(_folder(kind), damage),
+                command,
+                expect,
+                names=(f"3.{kind}", "samples="),
+            )
         for offset in (1, 20, 60):
             # Only PNG and ZIP have checksums; a changed value elsewhere is another image.
             expect = "same" if kind in ("png", "npz") else "any"
@@ -291,7 +330,9 @@ def _images(rng: random.Random) -> Iterator[Mutation]:
         damage = _then(_folder(kind), _copy(f"images/3.{kind}", f"images/9.{other}"))
         yield Mutation("images", f"{kind} named .{other}", damage, "train_images", "any", names=(f"9.{other}",))
     yield Mutation("images", "no folder", lambda run: None, "train_images", "refused", names=("images",))
-    yield Mutation("images", "empty folder", lambda run: (run / "images").mkdir(), "train_images", "refused", names=("images",))
+    yield Mutation(
+        "images", "empty folder", lambda run: (run / "images").mkdir(), "train_images", "refused", names=("images",)
+    )
 
 
 def _parquet(rng: random.Random) -> Iterator[Mutation]:
@@ -302,9 +343,13 @@ def _parquet(rng: random.Random) -> Iterator[Mutation]:
         ("lists", _table(image=[[1], [2], []])), ("nulls", _table(image=[None, b"x", b"y"])),
         ("no images", _table(label=[1, 2])), ("no rows", _table(image=[])), ("bytes", _table(image=[b"x", b"y"])),
     ):  # fmt: skip
-        yield Mutation("parquet", name, _then(_rows, damage), "train_images", "refused", names=("images", "image_column"))
+        yield Mutation(
+            "parquet", name, _then(_rows, damage), "train_images", "refused", names=("images", "image_column")
+        )
     for offset in (5, 200, 1200, -60, -200, -8, -2, -6):
-        yield Mutation("parquet", f"byte {offset}", _then(_rows, _flip(file, offset)), "train_images", names=("images",))
+        yield Mutation(
+            "parquet", f"byte {offset}", _then(_rows, _flip(file, offset)), "train_images", names=("images",)
+        )
     del rng
 
 
@@ -329,7 +374,15 @@ def _options(rng: random.Random) -> Iterator[Mutation]:
                 is_list = text in ("", "None") and name in ("attention_resolutions", "max_train_samples")
                 expect = "any" if is_number or is_list else "refused"
                 words = (f"--{name}={text}",)
-                yield Mutation("options", f"{command} {words[0]!r}", _nothing, command, expect, words, (name,))
+                yield Mutation(
+                    "options",
+                    f"{command} {words[0]!r}",
+                    _nothing,
+                    command,
+                    expect,
+                    words,
+                    (name, name.replace("_", " ")),
+                )
     for command, words, *names in (
         ("train", ("--learnin_rate=1",), "learning_rate"), ("sample", ("--num_image=1",), "num_images"),
         ("evaluate", ("--metric=fd",), "metrics"), ("convert", ("--imput=x",), "input"),
@@ -623,7 +676,9 @@ def fuzz(folder: Path, report: Callable[[str], object] | None = None) -> Counter
         if mutation.expect == "same":
             key = mutation.command, mutation.name.split()[0] if mutation.group in ("images", "parquet") else ""
             if key not in results:
-                results[key] = attempt(_undamaged(mutation), run, folder)[1]
+                state, results[key] = attempt(_undamaged(mutation), run, folder)
+                if state != "ok":
+                    raise RuntimeError(f"{mutation.command} without damage: {state}: {results[key]}")
             undamaged = results[key]
         state, result = attempt(mutation, run, folder)
         outcome = judge(mutation, state, result, undamaged)

@@ -356,7 +356,7 @@ def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
             f"model {model!r} cannot be loaded: model_index.json: id2label names {len(pipe.class_names)} classes, "
             f"unet/config.json: num_class_embeds={pipe.unet.config.num_class_embeds}"
         )
-    _compare_with_export(pipe, Path(model) / "export.json")
+    compare_with_export(pipe, Path(model) / "export.json")
     if type(pipe.unet) is UNet2DModel:
         pipe.unet.lay_out_kernels()
     return pipe.to(device)
@@ -377,7 +377,7 @@ def read_pipeline(model: str) -> DDPMPipeline:
         raise ValueError(f"model {model!r} cannot be loaded: {one_line(why) or type(why).__name__}") from error
 
 
-def _compare_with_export(pipe: DDPMPipeline, record: Path) -> None:
+def compare_with_export(pipe: DDPMPipeline, record: Path) -> None:
     """Logs a warning unless a pipeline is the one that a run exported, if a run did."""
     try:
         checksum = json.loads(record.read_text(encoding="utf-8"))["checksum"]

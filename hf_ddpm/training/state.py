@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from hf_ddpm.config import BESIDE_TRAINING, with_past_defaults
 from hf_ddpm.files import flush, flush_entry, write_text
 from hf_ddpm.provenance import hardware
+from hf_ddpm.schema import check_types
 from hf_ddpm.training.loop import Callback, Run
 
 # Options that may differ between the sessions of a run: they change what is kept and shown, how a global batch is
@@ -37,6 +38,14 @@ FREE_OPTIONS = {
 
 
 NEEDED = ("unet.safetensors", "optimizer.safetensors", "state.json")
+STATE = {"step": int, "global_batch_size": int, "config": dict[str, Any], "data": dict[str, Any]}
+# Entries that older versions did not write.
+LATER_STATE = {
+    "scaler": dict[str, Any] | None,
+    "hub_ids": list[str],
+    "unet": dict[str, Any],
+    "scheduler": dict[str, Any],
+}
 
 
 class Checkpoints(Callback):
@@ -102,17 +111,19 @@ def load_checkpoint(run: Run, path: Path) -> None:
     """Puts a checkpoint's weights, average, optimizer and step into a run.
 
     Raises:
-        ValueError: If the run differs from the checkpoint's in an option that changes what is computed.
+        ValueError: If the run differs from the checkpoint's in an option that changes what is computed, or tensors are
+            missing, superfluous, not finite, or of another shape or type.
     """
-    state = json.loads((path / "state.json").read_text())
+    state = read_state(path)
     _check_same_run(run, state, path)
     if state["step"] > run.config.training.max_train_steps:
         raise ValueError(f"max_train_steps={run.config.training.max_train_steps} is not allowed: {path} is beyond it")
-    run.unet.load_state_dict(load_file(path / "unet.safetensors"))
+    run.unet.load_state_dict(_load_tensors(path / "unet.safetensors", run.unet.state_dict()))
     for ema in run.emas:
-        ema.model.load_state_dict(load_file(path / f"{ema.name}.safetensors"))
-    _load_optimizer(run.optimizer, load_file(path / "optimizer.safetensors"))
-    if run.accelerator.scaler is not None and state["scaler"] is not None:
+        ema.model.load_state_dict(_load_tensors(path / f"{ema.name}.safetensors", ema.model.state_dict()))
+    moments = _moments(run.optimizer) if state["step"] else {}
+    _load_optimizer(run.optimizer, _load_tensors(path / "optimizer.safetensors", moments))
+    if run.accelerator.scaler is not None and state.get("scaler") is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step = state["step"]
     # Only the first session has opened it: by now a folder may be gone, and look like a Hub id.
@@ -156,7 +167,26 @@ def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
 
 def stored_options(checkpoint: Path) -> dict[str, Any]:
     """Returns the options of the run that a checkpoint is of."""
-    return dict(json.loads((checkpoint / "state.json").read_text())["config"])
+    return dict(read_state(checkpoint)["config"])
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Returns the `state.json` of a checkpoint; raises a `ValueError` that names file and key if it is damaged."""
+    path = checkpoint / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError("not a JSON object")
+        missing = [name for name in STATE if name not in state]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        check_types(state, STATE | LATER_STATE)
+        named = re.fullmatch(r"step-(\d{9})", checkpoint.name)
+        if named is not None and int(named[1]) != state["step"]:
+            raise ValueError(f"step={state['step']}: expected {int(named[1])}, as in the name of the folder")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return state
 
 
 def set_aside(folder: Path, step: int) -> None:
@@ -255,6 +285,32 @@ def _nested(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         index, name = key.split(".")
         state.setdefault(int(index), {})[name] = value
     return state
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns tensors of the names, shapes and types of an Adam optimizer's state, on the meta device."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    step = torch.empty((), device="meta")
+    return {
+        f"{index}.{name}": step if name == "step" else parameter.to("meta")
+        for index, parameter in enumerate(parameters)
+        for name in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+
+def _load_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Reads a file of tensors; raises a `ValueError` unless they are finite, of these names, shapes and types."""
+    tensors = load_file(path)
+    odd = sorted(tensors.keys() ^ like.keys())
+    if odd:
+        raise ValueError(f"{path}: {odd[0]} is {'superfluous' if odd[0] in tensors else 'missing'}")
+    for name, value in tensors.items():
+        now, then = (tuple(value.shape), value.dtype), (tuple(like[name].shape), like[name].dtype)
+        if now != then:
+            raise ValueError(f"{path}: {name} is {now[1]} of shape {now[0]}, expected {then[1]} of shape {then[0]}")
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{path}: {name} holds values that are not finite")
+    return tensors
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_ddpm.hub.convert.conversion import Conversion, Entry, as_it_is
 from hf_ddpm.hub.convert.hints import Hints
 from hf_ddpm.hub.convert.reading import read_weights
-from hf_ddpm.pipelines.pipeline_ddpm import read_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import compare_with_export, read_pipeline
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 FORMERLY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -36,6 +36,8 @@ def plan(model: str, hints: Hints) -> Conversion:
     """
     hints.check("stock")
     pipe = read_pipeline(model)
+    if not any(value.is_meta for value in pipe.unet.parameters()):  # else weights are missing, which is an error later
+        compare_with_export(pipe, Path(model) / "export.json")
     folder = Path(pipe.unet.config._name_or_path)  # of a Hub id: in the cache
     weights = _read(folder)
     entries = [Entry(ours, _name(ours, weights), as_it_is) for ours in pipe.unet.state_dict()]
