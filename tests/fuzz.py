@@ -386,8 +386,10 @@ def _options(rng: random.Random) -> Iterator[Mutation]:
     for command, words, *names in (
         ("train", ("--learnin_rate=1",), "learning_rate"), ("sample", ("--num_image=1",), "num_images"),
         ("evaluate", ("--metric=fd",), "metrics"), ("convert", ("--imput=x",), "input"),
-        ("sample", ("--model=",), "model"), ("sample", ("--model=x\0y",), "model"), ("sample", ("--output=",), "output"),
-        ("sample", ("--output=a\0b",), "output"), ("sample", ("--format=jpg",), "format"), ("sample", ("stray",), "stray"),
+        ("sample", ("--model=",), "model"), ("sample", ("--model=x\0y",), "model"),
+        ("sample", ("--output=",), "output"),
+        ("sample", ("--output=a\0b",), "output"), ("sample", ("--format=jpg",), "format"),
+        ("sample", ("stray",), "stray"),
         ("sample", ("--sampler=dimm",), "sampler"), ("train", ("--dataset=",), "dataset"),
         ("train", ("--dataset=a\0b",), "dataset"), ("train", ("--output_dir=",), "output_dir"),
         ("train", ("--output_dir=a\0b",), "output_dir"), ("train", ("--preset=\0",), "preset"),
@@ -601,7 +603,7 @@ def prepare(folder: Path) -> Path:
 
 
 def attempt(mutation: Mutation, run: Path, folder: Path) -> tuple[str, str]:
-    """Returns whether the command succeeded (`ok`), was `refused`, or ended in a `traceback`, and its result or text."""
+    """Returns whether a command succeeded (`ok`), was `refused`, or ended in a `traceback`, and its result or text."""
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(run, work)
