@@ -146,6 +146,8 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
             code = _exit_code(main, name)
     finally:
         sys.unraisablehook = hook
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # what was to be done is done
     sys.exit(code)
 
 

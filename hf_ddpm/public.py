@@ -40,19 +40,21 @@ def public_name(name: str, known: Collection[str] = ()) -> str:
         path = re.split("[?#]", unquote(urlsplit(last).path))[0]
     except ValueError:  # a host that is none
         path = ""
-    return _last_part(path) or last.split("://")[0]
+    return _last_part(re.split("[;@]", path)[0]) or last.split("://")[0]
 
 
 def public_values(value: Any, known: Collection[str] = ()) -> Any:
     """Returns options or results, in which every text that holds a path or a URL is a `public_name`."""
     if isinstance(value, dict):
         return {key: item if key in KEPT else public_values(item, known) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [public_values(item, known) for item in value]
-    is_path = isinstance(value, str) and (value.startswith("~") or any(mark in value for mark in ("/", "\\", "::")))
+    is_path = isinstance(value, str) and (
+        value.startswith("~") or any(mark in value for mark in ("/", "\\", "::", "@"))
+    )
     return public_name(value, known) if is_path else value
 
 
 def _last_part(path: str) -> str:
     parts = [part for part in re.split(r"[/\\]", path) if part]
-    return parts[-1] if parts else ""
+    return re.sub(r"^[^@]*@[^:]*:", "", parts[-1]) if parts else ""  # without user and host, as scp has them

@@ -151,12 +151,13 @@ def find_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int)
     clips = config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0
     if clips and "thresholding" in inspect.signature(kind).parameters and not issubclass(kind, DDPMScheduler):
         options = options | CLIPPING
+    _, height, width = pipe.image_shape
     reasons = []
     for spacing in SPACINGS:
         scheduler = kind.from_config(config, timestep_spacing=spacing, **options)
         try:
             scheduler.set_timesteps(num_inference_steps)
-            check_stock(scheduler, num_inference_steps, from_noise=True)
+            check_stock(scheduler, num_inference_steps, from_noise=True, pixels=height * width)
             return scheduler
         except ValueError as error:
             reasons.append(str(error).partition("; ")[0])

@@ -87,7 +87,7 @@ def open_stack(path: Path) -> np.ndarray:
 def is_stack(path: Path) -> bool:
     """Returns whether a file holds many images; what cannot be read is one image, which will be refused by name."""
     try:
-        return _stack_of(_headers(path)) is not None
+        return any(len(shape) == 4 for shape, *_ in _headers(path).values())
     except Exception:  # whatever zip archives and numpy raise
         return False
 
@@ -105,6 +105,10 @@ def channels_last(array: np.ndarray, channels: int) -> np.ndarray:
     Raises:
         ValueError: If it has another number of channels, or other dimensions.
     """
+    if array.ndim == 3 and array.shape[0] == array.shape[2] == channels > 1:
+        raise ValueError(
+            f"array of shape {array.shape} may be (H, W, {channels}) or ({channels}, H, W): resize it first"
+        )
     if array.ndim == 2 and channels == 1:
         return array[..., np.newaxis]
     if array.ndim == 3 and array.shape[2] == channels:
@@ -219,8 +223,11 @@ def _image_of(headers: dict[str, Header]) -> str:
 
 
 def _stack_of(headers: dict[str, Header]) -> str | None:
-    """Returns the name of the first array of 4 dimensions, None if there is none."""
-    return next((name for name, (shape, *_) in headers.items() if len(shape) == 4), None)
+    """Returns the name of the array of 4 dimensions, or `arr_0` of several; None if there is none."""
+    names = [name for name, (shape, *_) in headers.items() if len(shape) == 4]
+    if len(names) > 1 and "arr_0" not in names:
+        raise ValueError(f"it holds several arrays of 4 dimensions, {', '.join(names)}: expected one, or arr_0")
+    return "arr_0" if "arr_0" in names else next(iter(names), None)
 
 
 def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:

@@ -103,6 +103,8 @@ def fit(row: dict[str, Any] | None, form: ImageFormat, notes: list[str] | None =
             if notes is not None:
                 notes.append("16 bits per channel are read as 8")
         array = picture_array(image, form.channels, form.deep)
+        if array is None and notes is not None and getattr(image, "n_frames", 1) > 1:
+            notes.append("only the first frame or page is read")
     else:
         array = channels_last(array, form.channels)
     if array is None:

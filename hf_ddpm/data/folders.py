@@ -112,18 +112,26 @@ def read_metadata(root: Path, names: Sequence[str], images: Sequence[str]) -> Me
             metadata.left_out.append(LeftOut(name, f"{posixpath.basename(name)} without a column file_name"))
             continue
         first = "file_name" if "file_name" in keys else next(iter(keys))
-        columns = {key: keys.get(key, key) for key in table.column_names if key != first}
+        # A column called image would take the place of the images.
+        columns = {key: keys.get(key, key) for key in table.column_names if key not in (first, "image")}
+        seen: dict[str, dict[str, Any]] = {}
         metadata.columns += [column for column in columns.values() if column not in metadata.columns]
         metadata.pictures |= {keys[key] for key in columns if key in keys}
         for row in table.to_pylist():
+            odd = [key for key in keys if not isinstance(row[key], str | None)]
+            if odd:
+                raise ValueError(f"{str(root / name)!r}: {odd[0]}={row[odd[0]]!r}: expected the path of a file")
             at = {key: posixpath.normpath(posixpath.join(posixpath.dirname(name), row[key] or "")) for key in keys}
             if at[first] not in known:
                 metadata.left_out.append(LeftOut(at[first], f"missing, but listed in {posixpath.basename(name)}"))
                 continue
-            metadata.rows[at[first]] = {
+            values = {
                 column: (at[key] if at[key] in known else None) if key in at else row[key]
                 for key, column in columns.items()
             }
+            if seen.setdefault(at[first], values) != values:
+                raise ValueError(f"{str(root / name)!r} lists {at[first]!r} twice with different values")
+            metadata.rows[at[first]] = values
     return metadata
 
 

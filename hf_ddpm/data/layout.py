@@ -1,7 +1,6 @@
 """Splits and classes of images, by the folders that they are in."""
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +38,7 @@ class Layout:
 def arrange(names: Sequence[str]) -> Layout:
     """Finds splits among the folders of files.
 
-    Folders of two splits side by side, such as train/ and val/, are splits wherever they are, and what is beside them
+    Folders of two splits at one depth, such as train/ and val/, are splits wherever they are, and what is beside them
     is not used: held-out images never become training images. A lone train/, validation/ or test/ at the top is a split
     if no other folder there has images, and so is validation/ or test/ beside other folders. A train/ beside folders
     that hold images at the same depth is a class, such as that of railway trains. All else is one split, train.
@@ -52,11 +51,7 @@ def arrange(names: Sequence[str]) -> Layout:
     """
     folders = [name.split("/")[:-1] for name in names]
     for level in range(max(map(len, folders), default=0)):
-        siblings = defaultdict(set)
-        for parts in folders:
-            if len(parts) > level and (split := split_of(parts[level])):
-                siblings[tuple(parts[:level])].add(split)
-        if any(len(splits) > 1 for splits in siblings.values()):
+        if len({split_of(parts[level]) for parts in folders if len(parts) > level} - {None}) > 1:
             return _divide(names, level)
     top = {parts[0] for parts in folders if parts}
     lone = top & SPLITS.keys()

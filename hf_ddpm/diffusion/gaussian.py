@@ -20,7 +20,7 @@ PREDICTION_TYPES = ("epsilon", "sample", "mean", "v_prediction")
 LEARNED = ("learned", "learned_range")
 VARIANCE_TYPES = ("fixed_small", "fixed_large", *LEARNED)
 
-# Up to this share of the variance of x_t may be signal where sampling starts from noise alone.
+# Up to this share of the variance of x_T may be signal.
 NOISE_SIGNAL = 1e-3
 
 
@@ -383,14 +383,16 @@ class GaussianDiffusion:
         return self._on_device[key][t].view(-1, *[1] * (like.ndim - 1))
 
 
-def is_noise(alphas_cumprod: Tensor, t: int) -> bool:
+def is_noise(alphas_cumprod: Tensor, t: int, limit: float) -> bool:
     r"""Returns whether a reverse process may start at `t` from :math:`\mathcal{N}(0, I)`.
 
-    At most a thousandth of the variance of :math:`x_t` is signal (:math:`\bar\alpha_t`), or not more than twice what
-    the end of the process leaves of it.
+    That is so if the signal is small, :math:`\bar\alpha_t \le` `limit`, or hardly larger than at the end:
+    :math:`\bar\alpha_t \le 1.5 \bar\alpha_T`. All pixels together show the brightness of an image: what is small depends
+    on their number.
 
     Args:
         alphas_cumprod: :math:`\bar\alpha_t`, shape `(T,)`.
         t: Step in [0, T).
+        limit: Largest share of the variance of :math:`x_t` that may be signal.
     """
-    return bool(alphas_cumprod[t] <= max(NOISE_SIGNAL, 2 * float(alphas_cumprod[-1])))
+    return bool(alphas_cumprod[t] <= max(limit, 1.5 * float(alphas_cumprod[-1])))

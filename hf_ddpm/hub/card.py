@@ -82,6 +82,7 @@ def read_folder(folder: Path) -> Known:
         return Known(pipe, results, {}, [], {})
     options, status = _read(folder / "config.yaml", yaml.safe_load), _read(folder / "status.json", json.loads)
     _check(folder / "export.json", exported, {"step": int}, required=True)
+    _check(folder / "export.json", exported, {"hub_ids": list[str]})
     if options:
         options = with_past_defaults(options)
         _check(folder / "config.yaml", options, option_types())

@@ -255,8 +255,9 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
                 "samples lack contrast; train with betas scaled to the number of steps"
             )
         if not isinstance(scheduler, DDPMScheduler):
-            check_stock(scheduler, None if timesteps else count, from_noise=from_noise)
-        elif from_noise and not is_noise(scheduler.diffusion.alphas_cumprod, int(scheduler.timesteps[0])):
+            _, height, width = self.image_shape
+            check_stock(scheduler, None if timesteps else count, from_noise=from_noise, pixels=height * width)
+        elif from_noise and not is_noise(scheduler.diffusion.alphas_cumprod, int(scheduler.timesteps[0]), NOISE_SIGNAL):
             first = int(scheduler.timesteps[0])
             raise ValueError(
                 f"timesteps from {first}: x_t is not noise there yet; pass latents, or start at a later time"

@@ -1,4 +1,4 @@
-"""DDIM on the respaced process: the same marginals, with any share of the noise."""
+"""DDIM on the respaced process: the marginals of DDPM with less noise per step, or none."""
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
@@ -38,7 +38,7 @@ class DDIMScheduler(DDPMScheduler):
         r"""Takes one step, see `GaussianDiffusion.ddim_posterior`.
 
         Args:
-            model_output: Prediction of the network at `timestep`, shape `(B, C, H, W)`; what it says of the variance is
+            model_output: Prediction of the network at `timestep`, shape `(B, C, H, W)`; outputs for the variance are
                 not used.
             timestep: One of `self.timesteps`.
             sample: :math:`x_t`, same shape.
@@ -56,6 +56,8 @@ class DDIMScheduler(DDPMScheduler):
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} is not allowed: in [0, 1]")
         t, x_t, prediction, _ = self._read(model_output, timestep, sample)
-        _, x_start = self._estimate(prediction, x_t, t)
+        ddpm_mean, x_start = self._estimate(prediction, x_t, t)
         mean, std = self._chain.ddim_posterior(x_start, x_t, t, eta)
+        if eta == 1:
+            mean = ddpm_mean  # the same, but for predictions of type `mean`
         return self._result(mean, std, x_start, model_output.dtype, sample, generator, return_dict)

@@ -22,6 +22,8 @@ from hf_ddpm.schema import CheckedConfig, check_range
 
 # What a network was trained with. `from_config` of another class must not replace any of it by that class's default.
 PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+# Largest share of the variance that may be signal at the first step, for images of up to 100x100 pixels or so.
+START_SIGNAL = 1e-4
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
@@ -298,7 +300,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
             steps = np.arange(count)[::-1] * (total // count) + self.config.steps_offset
         else:
             steps = np.linspace(0, total - 1, count).round()[::-1]
-        from_noise = steps[0] < total and is_noise(self.diffusion.alphas_cumprod, int(steps[0]))
+        from_noise = steps[0] < total and is_noise(self.diffusion.alphas_cumprod, int(steps[0]), START_SIGNAL)
         if self.timestep_spacing == "trailing" or not from_noise:
             self.timestep_spacing = "trailing"
             # Cut to length: rounding makes the range one too long for counts such as 61.

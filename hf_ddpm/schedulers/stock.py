@@ -5,7 +5,18 @@ from typing import Any
 import diffusers
 import torch
 
-from hf_ddpm.diffusion.gaussian import is_noise
+from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL, is_noise
+
+# Schedulers of diffusers that sample from the distribution of a network of this kind: see docs/samplers.md.
+RIGHT = (
+    *("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler"),
+    *("LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler"),
+    *("DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"),
+    "SASolverScheduler",
+)
+# With fewer steps these are far off.
+LEAST = {"HeunDiscreteScheduler": 10, "KDPM2AncestralDiscreteScheduler": 20, "SASolverScheduler": 20}
 
 # Those in which `clip_sample` keeps the estimate of the image in its range, whatever is predicted.
 CLIPPING = (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler, diffusers.DDPMScheduler)
@@ -18,7 +29,7 @@ LARGEST_GAIN = 30
 EVEN = (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler, diffusers.PNDMScheduler)
 
 
-def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: bool) -> None:
+def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: bool, pixels: int = 1024) -> None:
     """Raises a `ValueError` if a scheduler of diffusers would sample from another distribution than the network's.
 
     Schedulers of other libraries pass: nothing is known of them.
@@ -27,6 +38,7 @@ def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: 
         scheduler: The scheduler, its timesteps set.
         num_inference_steps: The number of steps that was asked for; None for timesteps given one by one.
         from_noise: Whether sampling starts from noise, not from latents.
+        pixels: Number of pixels of an image, per channel.
 
     Raises:
         ValueError: If the process is another one, the steps do not start from noise, or do not fit together.
@@ -34,16 +46,18 @@ def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: 
     if not type(scheduler).__module__.startswith("diffusers."):
         return
     name, total = type(scheduler).__name__, scheduler.config.get("num_train_timesteps")
-    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
-    if alphas_cumprod is None or len(alphas_cumprod) != total:
-        raise ValueError(
-            f"scheduler {name}: it has a noise schedule of its own, not the network's; "
-            "use DDIMScheduler, DPMSolverMultistepScheduler or EulerDiscreteScheduler"
-        )
+    if name not in RIGHT:
+        raise ValueError(f"scheduler {name}: it is not made for such networks; use one of {', '.join(RIGHT)}")
+    if name == "DDPMScheduler" and scheduler.config.variance_type == "learned":
+        raise ValueError(f"scheduler {name}: it takes a learned log-variance for a variance; use hf_ddpm.DDPMScheduler")
+    least = LEAST.get(name, 1)
+    if num_inference_steps is not None and num_inference_steps < least:
+        raise ValueError(f"scheduler {name} with num_inference_steps={num_inference_steps}: expected at least {least}")
+    alphas_cumprod = scheduler.alphas_cumprod
     steps = torch.as_tensor(scheduler.timesteps, dtype=torch.float64)
     setting = f"scheduler {name} with {len(steps)} timesteps from {steps[0]:g} to {steps[-1]:g}"
     remedy = f"use {name}.from_config(pipe.scheduler.config, timestep_spacing='trailing')"
-    if from_noise and not is_noise(alphas_cumprod, int(steps.max())):
+    if from_noise and not is_noise(alphas_cumprod, int(steps.max()), min(NOISE_SIGNAL, 1 / pixels)):
         signal = float(alphas_cumprod[int(steps.max())].sqrt())
         raise ValueError(f"{setting}: sampling starts where x_t still holds {signal:.0%} of the image; {remedy}")
     clips = scheduler.config.get("thresholding") or (isinstance(scheduler, CLIPPING) and scheduler.config.clip_sample)

@@ -38,8 +38,9 @@ def test_steps_lead_from_each_timestep_to_the_next(spacing, count):
 
 @pytest.mark.parametrize("count", [7, 50, 334, T])
 @pytest.mark.parametrize("clip_sample", [True, False])
-def test_eta_1_is_ddpm(count, clip_sample):
-    options = {"timestep_spacing": "trailing", "variance_type": "fixed_small", "clip_sample": clip_sample}
+@pytest.mark.parametrize("kind", ["epsilon", "mean"])
+def test_eta_1_is_ddpm(count, clip_sample, kind):
+    options = {"timestep_spacing": "trailing", "clip_sample": clip_sample, "prediction_type": kind}
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = []
     for scheduler, eta in [(DDPMScheduler(**options), {}), (DDIMScheduler(**options), {"eta": 1.0})]:

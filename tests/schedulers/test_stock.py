@@ -37,8 +37,11 @@ def test_brightness_is_that_of_the_data_or_the_setting_is_refused(name, spacing)
         ("DPMSolverMultistep", "linspace", 1000, "taken twice"),
         ("DPMSolverMultistep", "leading", 2, "starts where x_t"),
         ("EulerDiscrete", "leading", 600, "starts where x_t"),
-        ("IPNDM", "leading", 50, "a noise schedule of its own"),
-        ("FlowMatchEulerDiscrete", "leading", 50, "a noise schedule of its own"),
+        ("IPNDM", "leading", 50, "it is not made for such networks; use one of DDIMScheduler"),
+        ("FlowMatchEulerDiscrete", "leading", 50, "it is not made for such networks"),
+        ("DDIMInverse", "leading", 50, "it is not made for such networks"),
+        ("LCM", "trailing", 50, "it is not made for such networks"),
+        ("SASolver", "trailing", 10, "expected at least 20"),
     ],
 )
 def test_wrong_settings_are_refused_with_a_way_out(name, spacing, count, reason):
@@ -58,6 +61,21 @@ def test_ends_without_any_signal_are_refused_to_samplers_that_do_not_clip(name, 
     scheduler.set_timesteps(count)
     with pytest.raises(ValueError, match="multiplies the network's error by"):
         check_stock(scheduler, count, from_noise=True)
+
+
+def test_larger_images_need_a_start_with_less_signal():
+    # Their pixels show the brightness together: leading steps of 850 start at 849, where alpha_bar is 7e-4.
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(DDPMScheduler().config, timestep_spacing="leading")
+    scheduler.set_timesteps(850)
+    check_stock(scheduler, 850, from_noise=True, pixels=32 * 32)
+    with pytest.raises(ValueError, match="starts where x_t still holds 3% of the image"):
+        check_stock(scheduler, 850, from_noise=True, pixels=256 * 256)
+
+
+def test_learned_log_variances_are_refused_to_diffusers():
+    scheduler = diffusers.DDPMScheduler(variance_type="learned")
+    with pytest.raises(ValueError, match="takes a learned log-variance for a variance"):
+        check_stock(scheduler, 1000, from_noise=True)
 
 
 def test_latents_may_start_anywhere():
