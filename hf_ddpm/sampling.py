@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.data.samples import SampleFolder
 from hf_ddpm.diffusion.checks import check_one_of
+from hf_ddpm.diffusion.gaussian import start_signal
 from hf_ddpm.images import to_bytes
 from hf_ddpm.launch import sole_run
 from hf_ddpm.options import option, require, require_at_least, require_value
@@ -102,6 +103,7 @@ class Sampling:
         if self.scheduler != "ddpm" or pipe.scheduler.config.prediction_type == "mean":
             return True
         own = DDPMScheduler.from_config(pipe.scheduler.config)
+        own.start_signal = start_signal(math.prod(pipe.image_shape[1:]))
         own.set_timesteps(self.steps(pipe))
         return own.timestep_spacing != own.config.timestep_spacing
 
@@ -151,13 +153,12 @@ def find_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int)
     clips = config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0
     if clips and "thresholding" in inspect.signature(kind).parameters and not issubclass(kind, DDPMScheduler):
         options = options | CLIPPING
-    _, height, width = pipe.image_shape
     reasons = []
     for spacing in SPACINGS:
         scheduler = kind.from_config(config, timestep_spacing=spacing, **options)
         try:
             scheduler.set_timesteps(num_inference_steps)
-            check_stock(scheduler, num_inference_steps, from_noise=True, pixels=height * width)
+            check_stock(scheduler, num_inference_steps, from_noise=True, pixels=math.prod(pipe.image_shape[1:]))
             return scheduler
         except ValueError as error:
             reasons.append(str(error).partition("; ")[0])

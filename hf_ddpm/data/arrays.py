@@ -105,10 +105,6 @@ def channels_last(array: np.ndarray, channels: int) -> np.ndarray:
     Raises:
         ValueError: If it has another number of channels, or other dimensions.
     """
-    if array.ndim == 3 and array.shape[0] == array.shape[2] == channels > 1:
-        raise ValueError(
-            f"array of shape {array.shape} may be (H, W, {channels}) or ({channels}, H, W): resize it first"
-        )
     if array.ndim == 2 and channels == 1:
         return array[..., np.newaxis]
     if array.ndim == 3 and array.shape[2] == channels:

@@ -383,16 +383,26 @@ class GaussianDiffusion:
         return self._on_device[key][t].view(-1, *[1] * (like.ndim - 1))
 
 
+def start_signal(pixels: int) -> float:
+    """Returns the largest share of the variance that may be signal where sampling starts from noise.
+
+    All pixels together show the brightness of an image: the more of them, the less signal each may hold.
+
+    Args:
+        pixels: Number of pixels of an image, per channel.
+    """
+    return min(NOISE_SIGNAL, 1 / pixels)
+
+
 def is_noise(alphas_cumprod: Tensor, t: int, limit: float) -> bool:
     r"""Returns whether a reverse process may start at `t` from :math:`\mathcal{N}(0, I)`.
 
     That is so if the signal is small, :math:`\bar\alpha_t \le` `limit`, or hardly larger than at the end:
-    :math:`\bar\alpha_t \le 1.5 \bar\alpha_T`. All pixels together show the brightness of an image: what is small depends
-    on their number.
+    :math:`\bar\alpha_t \le 1.5 \bar\alpha_T`.
 
     Args:
         alphas_cumprod: :math:`\bar\alpha_t`, shape `(T,)`.
         t: Step in [0, T).
-        limit: Largest share of the variance of :math:`x_t` that may be signal.
+        limit: What is small, see `start_signal`.
     """
     return bool(alphas_cumprod[t] <= max(limit, 1.5 * float(alphas_cumprod[-1])))

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from hf_ddpm.diffusion.checks import check_one_of
-from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL, is_noise
+from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL, is_noise, start_signal
 from hf_ddpm.diffusion.outputs import split_output
 from hf_ddpm.files import one_line
 from hf_ddpm.images import OUTPUT_TYPES, as_output, check_picture, to_unit
@@ -240,7 +240,9 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
 
     def _set_timesteps(self, count: int | None, timesteps: list[int] | None, *, from_noise: bool) -> None:
         """Sets the scheduler's steps, and refuses those from which the samples would be wrong."""
-        scheduler = self.scheduler
+        scheduler, pixels = self.scheduler, math.prod(self.image_shape[1:])
+        if isinstance(scheduler, DDPMScheduler):
+            scheduler.start_signal = start_signal(pixels)
         if timesteps is None:
             count = scheduler.config.num_train_timesteps if count is None else count
             scheduler.set_timesteps(count)
@@ -255,8 +257,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
                 "samples lack contrast; train with betas scaled to the number of steps"
             )
         if not isinstance(scheduler, DDPMScheduler):
-            _, height, width = self.image_shape
-            check_stock(scheduler, None if timesteps else count, from_noise=from_noise, pixels=height * width)
+            check_stock(scheduler, None if timesteps else count, from_noise=from_noise, pixels=pixels)
         elif from_noise and not is_noise(scheduler.diffusion.alphas_cumprod, int(scheduler.timesteps[0]), NOISE_SIGNAL):
             first = int(scheduler.timesteps[0])
             raise ValueError(

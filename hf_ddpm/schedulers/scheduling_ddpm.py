@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from hf_ddpm.diffusion.checks import check_one_of
-from hf_ddpm.diffusion.gaussian import PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion, is_noise
+from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL, PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion, is_noise
 from hf_ddpm.diffusion.outputs import dynamic_threshold, output_channels, split_output
 from hf_ddpm.diffusion.schedules import BETA_SCHEDULES, rescale_zero_terminal_snr
 from hf_ddpm.diffusion.schedules import beta_schedule as named_beta_schedule
@@ -22,8 +22,6 @@ from hf_ddpm.schema import CheckedConfig, check_range
 
 # What a network was trained with. `from_config` of another class must not replace any of it by that class's default.
 PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-# Largest share of the variance that may be signal at the first step, for images of up to 100x100 pixels or so.
-START_SIGNAL = 1e-4
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
@@ -119,6 +117,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self.timestep_spacing = timestep_spacing  # of the steps that are set
+        self.start_signal = NOISE_SIGNAL  # a pipeline knows the size of its images, and may set less
         self._set_chain(list(reversed(range(num_train_timesteps))), device=None)
 
     @classmethod
@@ -300,7 +299,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
             steps = np.arange(count)[::-1] * (total // count) + self.config.steps_offset
         else:
             steps = np.linspace(0, total - 1, count).round()[::-1]
-        from_noise = steps[0] < total and is_noise(self.diffusion.alphas_cumprod, int(steps[0]), START_SIGNAL)
+        from_noise = steps[0] < total and is_noise(self.diffusion.alphas_cumprod, int(steps[0]), self.start_signal)
         if self.timestep_spacing == "trailing" or not from_noise:
             self.timestep_spacing = "trailing"
             # Cut to length: rounding makes the range one too long for counts such as 61.

@@ -5,7 +5,7 @@ from typing import Any
 import diffusers
 import torch
 
-from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL, is_noise
+from hf_ddpm.diffusion.gaussian import is_noise, start_signal
 
 # Schedulers of diffusers that sample from the distribution of a network of this kind: see docs/samplers.md.
 RIGHT = (
@@ -57,7 +57,7 @@ def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: 
     steps = torch.as_tensor(scheduler.timesteps, dtype=torch.float64)
     setting = f"scheduler {name} with {len(steps)} timesteps from {steps[0]:g} to {steps[-1]:g}"
     remedy = f"use {name}.from_config(pipe.scheduler.config, timestep_spacing='trailing')"
-    if from_noise and not is_noise(alphas_cumprod, int(steps.max()), min(NOISE_SIGNAL, 1 / pixels)):
+    if from_noise and not is_noise(alphas_cumprod, int(steps.max()), start_signal(pixels)):
         signal = float(alphas_cumprod[int(steps.max())].sqrt())
         raise ValueError(f"{setting}: sampling starts where x_t still holds {signal:.0%} of the image; {remedy}")
     clips = scheduler.config.get("thresholding") or (isinstance(scheduler, CLIPPING) and scheduler.config.clip_sample)

@@ -144,6 +144,18 @@ def test_all_steps_are_taken_by_default(tiny_unet, total):
     assert len(seen) == 2 * total
 
 
+def test_larger_images_start_later(tiny_unet):
+    # 20 leading steps start at 950, where alpha_bar is 1.06e-4: noise for 64 pixels, not for 65,536 that show one
+    # brightness. 50 start at 980, with hardly more signal than at the end.
+    seen = []
+    pipe = DDPMPipeline(tiny_unet, DDPMScheduler())
+    for size, count in [(8, 20), (256, 20), (256, 50)]:
+        tiny_unet.register_to_config(sample_size=size)
+        pipe._set_timesteps(count, None, from_noise=True)
+        seen.append(int(pipe.scheduler.timesteps[0]))
+    assert seen == [950, 999, 980]
+
+
 def test_a_process_that_does_not_end_in_noise_is_told(tiny_unet, monkeypatch):
     told = []
     monkeypatch.setattr(hf_ddpm.pipelines.pipeline_ddpm.logger, "warning", told.append)

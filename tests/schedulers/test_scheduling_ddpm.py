@@ -109,8 +109,8 @@ def test_the_last_step_adds_no_noise_wherever_it_is():
 )
 def test_options_mean_what_they_mean_in_diffusers(config):
     ours, theirs = both(**config)
-    ours.set_timesteps(200)
-    theirs.set_timesteps(200)
+    ours.set_timesteps(50)
+    theirs.set_timesteps(50)
     assert ours.timesteps.tolist() == theirs.timesteps.tolist()
     x_start, noise = inputs()
     for t in ours.timesteps:
@@ -138,12 +138,12 @@ def test_steps_start_from_noise_and_are_those_of_diffusers_where_these_do(spacin
     agreeing = 0
     for count in range(1, T + 1):
         ours.set_timesteps(count)
-        assert signal[ours.timesteps[0]] <= 1.0001e-4
+        assert signal[ours.timesteps[0]] <= 1.0001e-3
         theirs.set_timesteps(count)
-        if theirs.timesteps[0] < T and signal[theirs.timesteps[0]] <= 0.9999e-4 and len(theirs.timesteps) == count:
+        if theirs.timesteps[0] < T and signal[theirs.timesteps[0]] <= 0.9999e-3 and len(theirs.timesteps) == count:
             assert ours.timesteps.tolist() == theirs.timesteps.tolist()
             agreeing += 1
-    assert agreeing > (5 if spacing == "leading" else 800)
+    assert agreeing > (50 if spacing == "leading" else 800)
 
 
 def test_an_offset_beyond_the_end_starts_at_the_end():
