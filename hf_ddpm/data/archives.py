@@ -22,8 +22,8 @@ from hf_ddpm.files import one_line
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
-# Texts beside an image of the same name, which WebDataset calls by their suffix; the class is a number.
-SIDECARS = {".cls": Value("int64"), ".txt": Value("string")}
+# Texts beside an image of the same name, which WebDataset calls by their suffix.
+SIDECARS = (".cls", ".txt")
 
 
 def is_archive(name: str) -> bool:
@@ -54,24 +54,29 @@ def open_archives(
     if not images:
         raise ValueError(f"archive {str(root / next(iter(files)))!r} holds no image")
     layout = arrange(images)
-    stems = {posixpath.splitext(name)[0] for name in images}
-    beside = {stem + suffix for stem in stems for suffix in SIDECARS} & members.keys()
+    stem_of = {name: _stem(name, members) for name in images}
+    beside = {stem + suffix for stem in stem_of.values() for suffix in SIDECARS} & members.keys()
+    _check_single(stem_of, beside)
     inner = {name: _inner_folders(name, members[name][0], layout.level) for name in images}
     labels = class_names(inner[name] for names in layout.splits.values() for name in names)
     features = Features({"image": Image()})
     if labels is not None:
         features["label"] = ClassLabel(names=[printable_name(name) for name in labels])
     suffixes = {posixpath.splitext(name)[1] for name in beside}
-    features |= {suffix[1:]: kind for suffix, kind in SIDECARS.items() if suffix in suffixes}
+    has_numbers = all(
+        text.isdigit() for text in _texts(root, [members[name] for name in beside if name[-4:] == ".cls"])
+    )
+    kinds = {".cls": Value("int64" if has_numbers else "string"), ".txt": Value("string")}
+    features |= {suffix[1:]: kinds[suffix] for suffix in SIDECARS if suffix in suffixes}
     splits = {}
     for split, names in layout.splits.items():
         plan: dict[str, dict[str, Any]] = {archive: {} for archive in files}
         for name in names:
             archive, member = members[name]
-            texts = {s: members[t][1] for s in suffixes if (t := posixpath.splitext(name)[0] + s) in members}
+            texts = {s: members[t][1] for s in suffixes if (t := stem_of[name] + s) in members}
             plan[archive][member] = labels.index(inner[name][-1]) if labels else None, texts
         stamps = [(stamp.size, stamp.changed) for stamp in files.values()]
-        options = {"root": str(root.absolute()), "plan": plan, "stamps": stamps}
+        options = {"root": str(root.absolute()), "plan": plan, "stamps": stamps, "has_numbers": has_numbers}
         make = partial(Dataset.from_generator, _rows, features=features, gen_kwargs={"options": options})
         splits[split] = load_sound(make, log)
     unused = [
@@ -92,10 +97,34 @@ def _rows(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
             label, texts = images[member]
             row: dict[str, Any] = {"image": {"bytes": data, "path": printable(str(path / member))}}
             row |= {} if label is None else {"label": label}
-            for suffix in SIDECARS.keys() & texts.keys():
+            for suffix in texts:
                 text = texts_of[texts[suffix]].strip()
-                row[suffix[1:]] = text if suffix == ".txt" else int(text)
+                row[suffix[1:]] = int(text) if suffix == ".cls" and options["has_numbers"] else text
             yield row
+
+
+def _stem(name: str, members: Container[str]) -> str:
+    """Returns the name of an image without its suffix, or before its first dot if WebDataset's texts are called so."""
+    folder, file = posixpath.split(name)
+    sample = posixpath.join(folder, file.split(".")[0])
+    return sample if any(sample + suffix in members for suffix in SIDECARS) else posixpath.splitext(name)[0]
+
+
+def _check_single(stem_of: Mapping[str, str], beside: Container[str]) -> None:
+    """Raises a `ValueError` if several images share one text, as `0.rgb.png` and `0.depth.png` do."""
+    first: dict[str, str] = {}
+    for name, stem in stem_of.items():
+        other = first.setdefault(stem, name)
+        if other != name and any(stem + suffix in beside for suffix in SIDECARS):
+            both = " and ".join(posixpath.basename(path) for path in (other, name))
+            raise ValueError(f"a sample holds several images, {both}: expected one per sample")
+
+
+def _texts(root: Path, members: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Yields the contents of some members."""
+    for archive in dict(members):
+        wanted = {member for name, member in members if name == archive}
+        yield from (data.decode(errors="replace").strip() for _, data in _read(root / archive, wanted))
 
 
 def _place(archive: str, member: str) -> str:

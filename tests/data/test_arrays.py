@@ -283,3 +283,12 @@ def test_folders_of_arrays_are_not_streamed(tmp_path):
     with pytest.raises(ValueError, match="cannot be streamed") as caught:
         open_stream(str(tmp_path), seed=0, batch_size=1, resolution=8, channels=2)
     assert "\n" not in str(caught.value)
+
+
+def test_several_stacks_in_a_file_are_named_unless_one_is_arr_0(tmp_path):
+    stacks = {"x_test": np.zeros((3, 8, 8, 1), np.uint8), "x_train": np.zeros((9, 8, 8, 1), np.uint8)}
+    np.savez(tmp_path / "two.npz", **stacks)
+    with pytest.raises(ValueError, match="several arrays of 4 dimensions, x_test, x_train: expected one, or arr_0"):
+        load_images(str(tmp_path / "two.npz"), resolution=8, channels=1)
+    np.savez(tmp_path / "named.npz", labels=np.zeros((4, 1, 1, 1)), arr_0=np.zeros((4, 8, 8, 1), np.uint8))
+    assert len(load_images(str(tmp_path / "named.npz"), resolution=8, channels=1)) == 4

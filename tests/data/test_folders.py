@@ -219,3 +219,39 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path):
         (tmp_path / f"{number}.heic").write_bytes(b"")
     with pytest.raises(ValueError, match=r"holds no image \(files not used: unknown format \.heic: 2 \(install"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"file_name": 5}], "metadata.jsonl': file_name=5: expected the path of a file"),
+        (
+            [{"file_name": "0.png", "c": "a"}, {"file_name": "0.png", "c": "b"}],
+            "lists '0.png' twice with different values",
+        ),
+    ],
+)
+def test_metadata_that_cannot_be_meant_are_named(tmp_path, lines, message):
+    write_images(tmp_path, count=2)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path)
+
+
+def test_a_column_of_metadata_called_image_leaves_the_images(tmp_path):
+    write_images(tmp_path, count=2)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "image": "x"}))
+    assert len(opened(tmp_path)[0]) == 2
+
+
+def test_splits_below_different_folders_are_splits():
+    layout = arrange(["2020/train/0.png", "2021/val/1.png"])
+    assert layout.splits == {"train": ["2020/train/0.png"], "validation": ["2021/val/1.png"]}
+
+
+def test_frames_that_are_not_read_are_counted(tmp_path):
+    frames = [PILImage.new("L", (8, 8), value) for value in (10, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    lines = []
+    load_images(str(tmp_path), resolution=8, channels=1, log=lines.append)
+    assert any("only the first frame or page is read" in line for line in lines)

@@ -102,6 +102,20 @@ def test_web_data_sets_have_classes_and_splits_by_the_names_of_their_shards(tmp_
     assert [file.kind for file in left_out] == ["unknown format .json"] * 4
 
 
+def test_classes_of_web_data_sets_may_be_words_and_names_may_have_dots(tmp_path):
+    files = {}
+    for number, name in enumerate(("cat", "dog", "cat")):
+        files |= {f"{number:05d}.rgb.png": image(number), f"{number:05d}.cls": name.encode()}
+    pack(tmp_path / "words.tar", files)
+    name = str(tmp_path / "words.tar")
+    images = load_images(name, resolution=8, channels=1, class_column="cls")
+    assert images.class_names == ("cat", "dog") and images.labels.tolist() == [0, 1, 0]
+    assert values(name) == [0, 1, 2]
+    pack(tmp_path / "two.tar", {**files, "00000.depth.png": image(9)})
+    with pytest.raises(ValueError, match=r"a sample holds several images, 00000.rgb.png and 00000.depth.png"):
+        values(str(tmp_path / "two.tar"))
+
+
 def test_damaged_archives_and_members_are_named(tmp_path):
     file = pack(tmp_path / "a.zip", {"0.png": image(1), "1.png": image(2)})
     whole = file.read_bytes()
