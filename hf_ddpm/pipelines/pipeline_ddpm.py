@@ -78,6 +78,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        self._alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)  # of the process that the network is for
         if id2label is not None:
             self.register_to_config(id2label=id2label)
 
@@ -258,10 +259,21 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
             )
         if not isinstance(scheduler, DDPMScheduler):
             check_stock(scheduler, None if timesteps else count, from_noise=from_noise, pixels=pixels)
+            self._check_process()
         elif from_noise and not is_noise(scheduler.diffusion.alphas_cumprod, int(scheduler.timesteps[0]), NOISE_SIGNAL):
             first = int(scheduler.timesteps[0])
             raise ValueError(
                 f"timesteps from {first}: x_t is not noise there yet; pass latents, or start at a later time"
+            )
+
+    def _check_process(self) -> None:
+        """Raises a `ValueError` if a scheduler has other betas than the one that the pipeline was made with."""
+        own, other = self._alphas_cumprod, getattr(self.scheduler, "alphas_cumprod", None)
+        if own is not None and other is not None and (len(own) != len(other) or not own.allclose(other, atol=0.01)):
+            name = type(self.scheduler).__name__
+            raise ValueError(
+                f"scheduler {name}: its betas are not those of the network; use {name}.from_config with the "
+                "configuration of the model's own scheduler"
             )
 
     def _check_finite(self, sums: list[Tensor]) -> None:

@@ -200,6 +200,9 @@ def test_stock_schedulers_in_wrong_settings_are_refused(tiny_pipeline):
     tiny_pipeline.scheduler = diffusers.DDIMScheduler.from_config(config, timestep_spacing="trailing")
     with pytest.raises(ValueError, match="use hf_ddpm.DDIMScheduler"):
         tiny_pipeline(num_inference_steps=334)
+    tiny_pipeline.scheduler = diffusers.HeunDiscreteScheduler()  # with its default betas, 0.00085 to 0.012
+    with pytest.raises(ValueError, match="its betas are not those of the network; use HeunDiscreteScheduler.from_con"):
+        tiny_pipeline(num_inference_steps=20)
     tiny_pipeline.scheduler = DDIMScheduler.from_config(config)
     assert tiny_pipeline(num_inference_steps=7, output_type="pt").images.isfinite().all()
 
