@@ -59,7 +59,7 @@ class Sampling:
     seed: int = option("which infinite row of images to take them from", 0)
     num_inference_steps: int | None = option("steps of the reverse process; all of the model's by default", None)
     scheduler: Literal["ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc", "pndm", "euler"] = option(
-        "sampler: ddpm is the model's own, the others take steps of trailing spacing", "ddpm"
+        "sampler; ddpm is the model's own", "ddpm"
     )
     eta: float = option("noise of ddim, from 0 for none to 1 for that of ddpm", 0.0)
     class_labels: list[str] = option("names or numbers of classes that the images go through in turn", factory=list)

@@ -19,7 +19,7 @@ RIGHT = (
 LEAST = {"HeunDiscreteScheduler": 10, "KDPM2AncestralDiscreteScheduler": 20, "SASolverScheduler": 20}
 
 # Those in which `clip_sample` keeps the estimate of the image in its range, whatever is predicted.
-CLIPPING = (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler, diffusers.DDPMScheduler)
+CLIP_SAMPLE = (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler, diffusers.DDPMScheduler)
 
 # How much larger the signal may become in the first step where estimates of the image are not clipped: the error of the
 # network's first prediction grows with it.
@@ -60,11 +60,14 @@ def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: 
     if from_noise and not is_noise(alphas_cumprod, int(steps.max()), start_signal(pixels)):
         signal = float(alphas_cumprod[int(steps.max())].sqrt())
         raise ValueError(f"{setting}: sampling starts where x_t still holds {signal:.0%} of the image; {remedy}")
-    clips = scheduler.config.get("thresholding") or (isinstance(scheduler, CLIPPING) and scheduler.config.clip_sample)
-    if from_noise and not clips and _first_gain(alphas_cumprod, steps) > LARGEST_GAIN:
+    clips = scheduler.config.get("thresholding") or (
+        isinstance(scheduler, CLIP_SAMPLE) and scheduler.config.clip_sample
+    )
+    gain = _first_gain(alphas_cumprod, steps)
+    if from_noise and not clips and gain > LARGEST_GAIN:
         raise ValueError(
             f"{setting}: x_T holds so little of the image that the first step multiplies the network's error by "
-            f"{_first_gain(alphas_cumprod, steps):.0f}; use hf_ddpm.DDIMScheduler, which clips, or a solver with "
+            f"{gain:.0f}; use hf_ddpm.DDIMScheduler, which clips, or a solver with "
             "thresholding=True, dynamic_thresholding_ratio=1.0, sample_max_value=1.0"
         )
     if isinstance(scheduler, EVEN) and num_inference_steps is not None and not _is_even(scheduler, num_inference_steps):
