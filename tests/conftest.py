@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -36,6 +37,16 @@ TINY_RUN = [
     *("--train_batch_size", "8", "--num_samples", "4", "--num_inference_steps", "2", "--log_steps", "2"),
     *("--lr_schedule", "constant", "--warmup_steps", "2", "--eval_metrics", ""),
 ]
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Gives signals back to their handlers: a test that ignores them would make the next one hang."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -614,7 +614,7 @@ def attempt(mutation: Mutation, run: Path, folder: Path) -> tuple[str, str]:
     logging.getLogger().addHandler(handler)
     out = io.StringIO()
     here = Path.cwd()
-    signal.signal(signal.SIGALRM, _end)
+    previous = signal.signal(signal.SIGALRM, _end)
     signal.setitimer(signal.ITIMER_REAL, LIMIT)
     try:
         with contextlib.chdir(work), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -627,6 +627,7 @@ def attempt(mutation: Mutation, run: Path, folder: Path) -> tuple[str, str]:
         return "traceback", traceback.format_exc(limit=-2)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
         logging.getLogger().removeHandler(handler)
         assert Path.cwd() == here
     is_warned = noticed.getvalue() or "passed over" in out.getvalue() or "skipped" in out.getvalue()

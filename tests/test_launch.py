@@ -19,11 +19,11 @@ HANDLED = (*SIGNALS, signal.SIGALRM)
 
 
 @pytest.fixture(autouse=True)
-def handlers_come_back(monkeypatch):
+def nothing_pends_at_the_end(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/sample.py"])
-    before = [signal.getsignal(number) for number in HANDLED]
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     yield
-    assert [signal.getsignal(number) for number in HANDLED] == before
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signals.number == 0
 
 
@@ -131,7 +131,9 @@ def test_a_signal_of_an_earlier_session_does_not_stop_the_next():
 
 
 def test_training_gives_the_handlers_back(run_training, tmp_path):
-    assert run_training(tmp_path, "--max_train_steps", "1") == 0  # the fixture above compares them
+    before = [signal.getsignal(number) for number in HANDLED]
+    assert run_training(tmp_path, "--max_train_steps", "1") == 0
+    assert [signal.getsignal(number) for number in HANDLED] == before
 
 
 def test_help_and_errors_keep_their_codes():
