@@ -14,8 +14,8 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from hf_ddpm.files import write_text
-from hf_ddpm.options import (
+from hf_ddpm.utils.files import write_text
+from hf_ddpm.utils.options import (
     option,
     parse_first,
     parse_options,

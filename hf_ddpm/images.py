@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_ddpm.files import written_whole
+from hf_ddpm.utils.files import atomic_write
 
 # What the numbers of channels are called in PIL.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -175,5 +175,5 @@ def grid(
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Writes a PNG, so that a reader of `path` never sees half a picture."""
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         picture.save(partial, format="PNG")

@@ -11,7 +11,7 @@ compared. Options of train.py, such as `--train_batch_size` and `--compile`, say
 """
 
 if __name__ == "__main__":  # before imports that take seconds
-    from hf_ddpm.launch import end_quietly
+    from hf_ddpm.utils.launch import end_quietly
 
     end_quietly()
 
@@ -25,7 +25,7 @@ from hf_ddpm.benchmark.options import growth_values, parse_benchmark
 from hf_ddpm.benchmark.processes import run_processes
 from hf_ddpm.benchmark.report import write_report
 from hf_ddpm.benchmark.run import run_benchmark
-from hf_ddpm.launch import run_script, use_own_cores
+from hf_ddpm.utils.launch import run_script, use_own_cores
 
 
 def main(argv: list[str]) -> int:

@@ -7,7 +7,7 @@ the last digits, and so in the measured distances: only the file of the package 
 """
 
 if __name__ == "__main__":  # before imports that take seconds
-    from hf_ddpm.launch import end_quietly
+    from hf_ddpm.utils.launch import end_quietly
 
     end_quietly()
 
@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from hf_ddpm.data.sources import open_dataset
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.digits import SIZE, DigitsClassifier
-from hf_ddpm.files import written_whole
-from hf_ddpm.launch import run_script
-from hf_ddpm.options import option, parse_options
+from hf_ddpm.utils.files import atomic_write
+from hf_ddpm.utils.launch import run_script
+from hf_ddpm.utils.options import option, parse_options
 
 EPOCHS = 20
 BATCH_SIZE = 64
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)
     network = train(*load("train"))
     weights = save(network.state_dict(), metadata={"format": "pt"})
-    with written_whole(Path(config.output)) as partial:
+    with atomic_write(Path(config.output)) as partial:
         partial.write_bytes(weights)
     pixels, labels = load("test")
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """One thread, no network, a cache of its own, and the tiny models that the tests share."""
 
+import importlib
 import importlib.util
 import os
 import signal
@@ -14,6 +15,8 @@ os.environ["DIFFUSERS_VERBOSITY"] = "error"
 
 import pytest
 import torch
+
+from hf_ddpm.cli import COMMANDS
 
 torch.set_num_threads(1)
 
@@ -67,12 +70,16 @@ def tiny_pipeline(tiny_unet):
 
 
 def load_script(name):
-    """Returns a file of scripts/ as a module."""
-    path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Returns the module of a file of scripts/."""
+    name = name.removeprefix("space/")
+    if name in ("benchmark", "train_digits_classifier"):
+        path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"scripts_{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    command = {"push_to_hub": "push", "app": "demo"}.get(name, name)
+    return importlib.import_module(COMMANDS[command])
 
 
 @pytest.fixture(scope="session")

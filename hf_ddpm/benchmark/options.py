@@ -8,7 +8,7 @@ import torch
 
 from hf_ddpm.config import PARTS, Config, EvaluationConfig, Sources, parse_config
 from hf_ddpm.images import MODES
-from hf_ddpm.options import option, parse_first, parse_options, require, require_at_least
+from hf_ddpm.utils.options import option, parse_first, parse_options, require, require_at_least
 
 # What may be asked for, and the works that it stands for.
 TASKS = {

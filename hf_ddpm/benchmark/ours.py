@@ -8,16 +8,16 @@ from hf_ddpm.benchmark.library import Library, with_workers, worker_counts
 from hf_ddpm.benchmark.setting import SEED, RandomImages
 from hf_ddpm.benchmark.timing import Work
 from hf_ddpm.data.batches import BatchSource
-from hf_ddpm.data.streaming import open_stream
+from hf_ddpm.data.streaming.stream import open_stream
 from hf_ddpm.evaluation.nll import variational_bound
 from hf_ddpm.images import to_signed
-from hf_ddpm.launch import Interrupted
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.training.build import build_run
 from hf_ddpm.training.loop import Callback, Run, train
 from hf_ddpm.training.progress import Progress
+from hf_ddpm.utils.launch import Interrupted
 
 # Steps of the bound of an image that are evaluated, of all that it has.
 BOUND_STEPS = 10

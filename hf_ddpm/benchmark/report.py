@@ -10,10 +10,10 @@ import torch
 
 from hf_ddpm.benchmark.device import Rates
 from hf_ddpm.benchmark.timing import Timed, Work
-from hf_ddpm.files import write_text
-from hf_ddpm.lines import to_json
-from hf_ddpm.plots import save_curves
 from hf_ddpm.provenance import provenance
+from hf_ddpm.utils.files import write_text
+from hf_ddpm.utils.jsonl import to_json
+from hf_ddpm.utils.plots import save_curves
 
 Row = dict[str, Any]
 

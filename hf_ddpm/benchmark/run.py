@@ -21,7 +21,7 @@ from hf_ddpm.benchmark.setting import Setting
 from hf_ddpm.benchmark.stock import Stock
 from hf_ddpm.benchmark.timing import Work, clock_of, reason, time_in_turns, unseen
 from hf_ddpm.config import Config
-from hf_ddpm.sampling import PRECISIONS
+from hf_ddpm.sampling.generate import PRECISIONS
 
 LIBRARIES: dict[str, type[Library]] = {kind.name: kind for kind in (Ours, Stock, DenoisingDiffusion)}
 

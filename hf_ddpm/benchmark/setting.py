@@ -98,7 +98,7 @@ class Setting:
             seed=SEED,
             batch_size=self.batch * self.processes,
             device=self.device,
-            one_first=nullcontext(),
+            main_process_first=nullcontext(),
         )
 
     def dataset(self) -> Dataset:

@@ -17,7 +17,7 @@ from hf_ddpm.benchmark.setting import RandomImages, Setting
 from hf_ddpm.benchmark.timing import Work
 from hf_ddpm.benchmark.transforms import transforms
 from hf_ddpm.images import to_signed
-from hf_ddpm.sampling import PRECISIONS
+from hf_ddpm.sampling.generate import PRECISIONS
 
 # The script's defaults.
 ADAM = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}

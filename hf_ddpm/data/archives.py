@@ -18,7 +18,7 @@ from hf_ddpm.data.caching import load_sound
 from hf_ddpm.data.folders import Opened
 from hf_ddpm.data.layout import arrange, class_names
 from hf_ddpm.data.scan import LeftOut, Stamp, image_suffixes, printable, printable_name, sort_out
-from hf_ddpm.files import one_line
+from hf_ddpm.utils.files import one_line
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 

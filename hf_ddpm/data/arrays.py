@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from hf_ddpm.data.scan import as_path
-from hf_ddpm.files import one_line
+from hf_ddpm.utils.files import one_line
 
 SUFFIXES = (".npy", ".npz")
 NPY, ZIP = b"\x93NUMPY", b"PK\x03\x04"

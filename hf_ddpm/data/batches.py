@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.data.store import ImageStore
-from hf_ddpm.seeds import CROP, ORDER, generator
+from hf_ddpm.utils.seeds import CROP, ORDER, generator
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from datasets import Dataset, Features, Image, Value
 from datasets.fingerprint import Hasher
 
 from hf_ddpm.data.caching import cache_folder, full_disk_named, read_decoded
-from hf_ddpm.data.fitting import ImageFormat, fit
-from hf_ddpm.files import one_line, write_text
-from hf_ddpm.launch import own_cores
-from hf_ddpm.lines import as_lines, read_lines
+from hf_ddpm.data.transforms import ImageFormat, fit
+from hf_ddpm.utils.files import one_line, write_text
+from hf_ddpm.utils.jsonl import as_lines, read_lines
+from hf_ddpm.utils.launch import own_cores
 
 # Part of the cache's key, which does not see the functions below: raised when they change what they return.
 RECIPE = 3

@@ -16,7 +16,7 @@ from datasets.fingerprint import Hasher
 from hf_ddpm.data.labels import GUESS, USUAL_COLUMNS
 from hf_ddpm.data.layout import Layout, arrange, class_names
 from hf_ddpm.data.scan import LeftOut, Stamp, image_suffixes, printable, printable_name, sort_out
-from hf_ddpm.files import one_line
+from hf_ddpm.utils.files import one_line
 
 READERS: dict[str, Callable[[str], pa.Table]] = {
     "metadata.jsonl": pa.json.read_json,

@@ -20,7 +20,7 @@ from hf_ddpm.data.arrays import SUFFIXES as ARRAY_SUFFIXES
 from hf_ddpm.data.caching import is_full, load_sound
 from hf_ddpm.data.folders import READERS, Opened, open_folder
 from hf_ddpm.data.scan import LeftOut, Stamp, image_suffixes, list_files, printable, sort_out, summary
-from hf_ddpm.files import one_line
+from hf_ddpm.utils.files import one_line
 
 Log = Callable[[str], object]
 

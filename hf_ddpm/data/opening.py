@@ -9,7 +9,7 @@ import torch
 from hf_ddpm.config import DataConfig
 from hf_ddpm.data.batches import BatchSource, ShuffledImages
 from hf_ddpm.data.store import load_images
-from hf_ddpm.data.streaming import open_stream
+from hf_ddpm.data.streaming.stream import open_stream
 
 # Lanes of a stream: as many as processes that read little beside what they use. A change changes every streamed run.
 LANES = 16
@@ -21,7 +21,7 @@ def open_images(
     seed: int,
     batch_size: int,
     device: torch.device | str,
-    one_first: AbstractContextManager[None],
+    main_process_first: AbstractContextManager[None],
     report: Path | None = None,
     log: Callable[[str], object] = lambda line: None,
 ) -> BatchSource:
@@ -32,7 +32,7 @@ def open_images(
         seed: Seed of the run.
         batch_size: Images in a global batch.
         device: Where batches are wanted.
-        one_first: Entered while images are decoded: one process does it, the others find them in the cache.
+        main_process_first: Entered while images are decoded: one process does it, the others find them in the cache.
         report: File for images that cannot be used, and for other files that are not, as lines of JSON.
         log: Called with a line on the files of a folder, and with one for each damaged cache.
 
@@ -62,6 +62,6 @@ def open_images(
     }
     if config.streaming:
         return open_stream(config.dataset, batch_size=batch_size, lanes=LANES, **options)
-    with one_first:
+    with main_process_first:
         store = load_images(config.dataset, **options)
     return ShuffledImages(store, seed=seed, batch_size=batch_size)

@@ -9,7 +9,7 @@ from datasets import Dataset, Image, Value
 
 from hf_ddpm.data.loading import Log, files_beside, find_data_files, open_splits
 from hf_ddpm.data.scan import LeftOut, summary
-from hf_ddpm.seeds import SUBSET, generator
+from hf_ddpm.utils.seeds import SUBSET, generator
 
 # In this order: what image columns are mostly called.
 USUAL_COLUMNS = ("image", "img", "images", "pixel_values", "picture")

@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_ddpm.data.decoding import BadImage, UnusableImage, decode, write_report
-from hf_ddpm.data.fitting import ImageFormat, crop_at
 from hf_ddpm.data.labels import read_classes
 from hf_ddpm.data.sources import choose, find_image_column, open_split
+from hf_ddpm.data.transforms import ImageFormat, crop_at
 
 # Sets up to this size are held in the memory of the device, larger ones stay mapped to the file.
 RESIDENT_BYTES = 2 * 1024**3

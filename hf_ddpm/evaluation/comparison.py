@@ -9,14 +9,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ddpm.data.sources import choose
-from hf_ddpm.evaluation.collect import Images, Processes, extract
+from hf_ddpm.evaluation.extraction import Images, Processes, extract
+from hf_ddpm.evaluation.feature_cache import fingerprint, reference_features
 from hf_ddpm.evaluation.features import Extractor
+from hf_ddpm.evaluation.options import EvaluateConfig
 from hf_ddpm.evaluation.pictures import copied_fraction, nearest_picture
-from hf_ddpm.evaluation.reference import fingerprint, reference_features
 from hf_ddpm.evaluation.reference_stats import ReferenceStats, write_reference_stats
-from hf_ddpm.evaluation.report import METRIC_SEED, Sets, figures
-from hf_ddpm.evaluation.request import EvaluateConfig
-from hf_ddpm.public import hub_ids, public_name
+from hf_ddpm.evaluation.results import METRIC_SEED, Sets, figures
+from hf_ddpm.utils.public import hub_ids, strip_local_path
 
 
 def compare(
@@ -89,7 +89,7 @@ def real_features(
     """
     drawn = choose(len(held_out), count, METRIC_SEED) if held_out is not None else []
     data = {
-        "name": public_name(str(request.dataset), hub_ids(request.dataset)),
+        "name": strip_local_path(str(request.dataset), hub_ids(request.dataset)),
         "config": request.dataset_config,
         "reference_split": request.reference_split,
         "reference_fingerprint": fingerprint(reference, range(len(reference))),

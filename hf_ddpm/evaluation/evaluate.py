@@ -9,24 +9,23 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from hf_ddpm.data.samples import SampleFolder, Samples
 from hf_ddpm.data.sources import choose
 from hf_ddpm.data.store import ImageStore, load_images
-from hf_ddpm.evaluation.collect import Processes
 from hf_ddpm.evaluation.comparison import compare
+from hf_ddpm.evaluation.extraction import Processes
+from hf_ddpm.evaluation.feature_cache import fingerprint
 from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.nll import classes_for, variational_bound
-from hf_ddpm.evaluation.reference import fingerprint
+from hf_ddpm.evaluation.options import EvaluateConfig
 from hf_ddpm.evaluation.reference_stats import ReferenceStats
-from hf_ddpm.evaluation.report import METRIC_SEED, record
-from hf_ddpm.evaluation.request import EvaluateConfig
+from hf_ddpm.evaluation.results import METRIC_SEED, record
 from hf_ddpm.images import save_picture
-from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
-from hf_ddpm.provenance import provenance
-from hf_ddpm.public import hub_ids, public_name
-from hf_ddpm.sampling import Sampling, fill_folder
+from hf_ddpm.provenance import model_checksum, provenance
+from hf_ddpm.sampling.folder import SampleFolder, Samples
+from hf_ddpm.sampling.generate import Sampling, fill_folder
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+from hf_ddpm.utils.public import hub_ids, strip_local_path
 
 Figures = dict[str, dict[str, Any]]
 
@@ -160,7 +159,7 @@ class Evaluator:
                 progress=bar.update,
             )
         data = {
-            "name": public_name(str(request.dataset), self.hub_ids),
+            "name": strip_local_path(str(request.dataset), self.hub_ids),
             "config": request.dataset_config,
             "split": request.split,
             "fingerprint": fingerprint(images, numbers),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ddpm.evaluation.digits import SIZE, load_digits_classifier
-from hf_ddpm.pipelines.checksum import weights_checksum
+from hf_ddpm.provenance import weights_checksum
 
 
 class Extracted(NamedTuple):

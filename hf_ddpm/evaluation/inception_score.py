@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.evaluation.rows import check_features
-from hf_ddpm.seeds import METRIC_ORDER, generator
+from hf_ddpm.utils.seeds import METRIC_ORDER, generator
 
 # How far the probabilities of an image may be from a sum of 1: float32 softmax over a thousand classes.
 TOLERANCE = 1e-4

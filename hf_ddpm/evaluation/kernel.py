@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.evaluation.rows import check_pair
-from hf_ddpm.seeds import METRIC_ORDER, generator
+from hf_ddpm.utils.seeds import METRIC_ORDER, generator
 
 ROWS_AT_A_TIME = 1024
 

@@ -26,7 +26,7 @@ from hf_ddpm.diffusion.outputs import split_output
 from hf_ddpm.images import to_signed
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
-from hf_ddpm.seeds import BOUND_NOISE, BOUND_STEPS, generator
+from hf_ddpm.utils.seeds import BOUND_NOISE, BOUND_STEPS, generator
 
 # Place of the image among those asked for, image, step, and the number of steps that this one stands for.
 Evaluation = tuple[int, int, int, float]

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_ddpm.evaluation.collect import Images
+from hf_ddpm.evaluation.extraction import Images
+from hf_ddpm.evaluation.feature_cache import digests
 from hf_ddpm.evaluation.precision_recall import nearest
-from hf_ddpm.evaluation.reference import digests
 from hf_ddpm.images import grid, to_pictures
 
 NEIGHBORS = 3

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.evaluation.frechet import Moments, gaussian_distance
-from hf_ddpm.files import one_line, written_whole
+from hf_ddpm.utils.files import atomic_write, one_line
 
 
 @dataclass(frozen=True)
@@ -83,5 +83,5 @@ def write_reference_stats(path: Path, features: Tensor) -> None:
     """Writes mean `mu` and covariance `sigma` of features, shape `(N, D)`, as a `.npz` file, whole or not at all."""
     moments = Moments.of(features)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         np.savez(file, mu=moments.mean.cpu().numpy(), sigma=moments.covariance.cpu().numpy())

@@ -10,15 +10,15 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_ddpm.config import option_types, with_past_defaults
-from hf_ddpm.files import one_line, write_text
 from hf_ddpm.hub.figures import rows
-from hf_ddpm.lines import read_lines
-from hf_ddpm.markdown import code, escape, plain
-from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
-from hf_ddpm.plots import save_curves
-from hf_ddpm.public import public_name
-from hf_ddpm.schema import check_types, conforms
+from hf_ddpm.provenance import model_checksum
+from hf_ddpm.utils.files import one_line, write_text
+from hf_ddpm.utils.jsonl import read_lines
+from hf_ddpm.utils.markdown import code, escape, plain
+from hf_ddpm.utils.plots import save_curves
+from hf_ddpm.utils.public import strip_local_path
+from hf_ddpm.utils.schema import check_types, conforms
 
 TEMPLATE = resources.files("hf_ddpm.hub") / "template.md"
 # A card without it was written by a person, and stays.
@@ -60,7 +60,7 @@ class Known:
         options: `config.yaml`.
         metrics: The lines of `metrics.jsonl` up to the step of the weights.
         status: `status.json`.
-        hub_ids: Names in the options that are Hub ids, see `hf_ddpm.public`.
+        hub_ids: Names in the options that are Hub ids, see `hf_ddpm.utils.public`.
     """
 
     pipe: DDPMPipeline
@@ -187,7 +187,9 @@ def _about_the_training(known: Known) -> dict[str, str]:
     if not (options and status and metrics):
         return {}
     steps, seen = metrics[-1]["step"], metrics[-1]["images"]
-    start = {"started from": code(public_name(options["init_from"], known.hub_ids))} if options["init_from"] else {}
+    start = (
+        {"started from": code(strip_local_path(options["init_from"], known.hub_ids))} if options["init_from"] else {}
+    )
     dataset = _describe_dataset(options["dataset"], known.hub_ids)
     return {
         "data": f"{dataset}, split {escape(options['split'])}, {status['images']:,} images"
@@ -216,7 +218,7 @@ def _about_the_samples(options: dict[str, Any], pipe: DDPMPipeline) -> str:
 def _describe_dataset(name: str, hub_ids: list[str]) -> str:
     if name == "digits":
         return "the digits of hf_ddpm (from UCI's Optical Recognition of Handwritten Digits, CC BY 4.0)"
-    return code(public_name(name, hub_ids))
+    return code(strip_local_path(name, hub_ids))
 
 
 def _list(items: Any) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from hf_ddpm.markdown import escape, plain
-from hf_ddpm.public import public_name
+from hf_ddpm.utils.markdown import escape, plain
+from hf_ddpm.utils.public import strip_local_path
 
 # In the order of the table: the metric, its key in results.json, what a reader and what the Hub call it, and the key
 # of what real images score.
@@ -125,10 +125,10 @@ def _row(entry: Mapping[str, Any], metric: str, key: str, name: str, kind: str, 
 def _compared_with(made_by: Mapping[str, Any]) -> tuple[str, str | None]:
     """Returns the real images that a figure is of: data set and split, or the file of their statistics."""
     if "reference_stats" in made_by:
-        return plain(public_name(made_by["reference_stats"]["name"])), None
+        return plain(strip_local_path(made_by["reference_stats"]["name"])), None
     dataset = made_by.get("dataset") or {"name": "none"}
     split = dataset.get("reference_split") or dataset.get("split")
-    return plain(public_name(dataset["name"], made_by.get("hub_ids", ()))), None if split is None else plain(split)
+    return plain(strip_local_path(dataset["name"], made_by.get("hub_ids", ()))), None if split is None else plain(split)
 
 
 def _of_samples(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, dict[str, Any]]:
@@ -136,7 +136,7 @@ def _of_samples(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, di
     words = []
     if has_features:
         extractor = made_by["extractor"]
-        name = plain(public_name(extractor["name"], made_by.get("hub_ids", ())))
+        name = plain(strip_local_path(extractor["name"], made_by.get("hub_ids", ())))
         arguments |= {"extractor": name, "extractor_sha256": extractor["checksum"]}
         words.append(f"{arguments['extractor']} features")
     keys = ("scheduler", "num_inference_steps", "eta", "seed", "guidance_scale")

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from hf_ddpm.files import one_line
-from hf_ddpm.lines import as_lines, read_lines, to_json
-from hf_ddpm.public import public_values
+from hf_ddpm.utils.files import one_line
+from hf_ddpm.utils.jsonl import as_lines, read_lines, to_json
+from hf_ddpm.utils.public import public_values
 
 BESIDE = (
     "README.md",
@@ -46,7 +46,7 @@ def model_files(folder: Path) -> list[str]:
 def public_content(file: Path) -> bytes | Path:
     """Returns what is pushed of a file: the file, but of options, results and configurations only what is public.
 
-    Paths and URLs lose all but their last part, see `hf_ddpm.public`.
+    Paths and URLs lose all but their last part, see `hf_ddpm.utils.public`.
     """
     dump = partial(to_json, indent=2)
     if file.name == "config.yaml":

@@ -12,8 +12,8 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from hf_ddpm.files import one_line
 from hf_ddpm.hub.folder import matching, model_files, public_content
+from hf_ddpm.utils.files import one_line
 
 SPACE = ("app.py", "requirements.txt", "README.md")
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"

@@ -15,10 +15,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from hf_ddpm.models.blocks import Dropout, activate
-from hf_ddpm.models.embeddings import TimestepEmbedding, sinusoidal
+from hf_ddpm.models.blocks import Dropout, TimestepEmbedding, activate, sinusoidal
 from hf_ddpm.models.stages import DownStage, MidStage, UpStage
-from hf_ddpm.schema import CheckedConfig, check_range
+from hf_ddpm.utils.schema import CheckedConfig, check_range
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")

@@ -13,15 +13,15 @@ import torch
 import yaml
 
 from hf_ddpm.config import BESIDE_TRAINING, Config, parse_config
-from hf_ddpm.data.samples import SampleFolder
-from hf_ddpm.evaluation.request import NOT_OF_FIGURES, EvaluateConfig, real_images
-from hf_ddpm.files import write_text
+from hf_ddpm.evaluation.options import NOT_OF_FIGURES, EvaluateConfig, real_images
 from hf_ddpm.images import bytes_to_unit, save_picture
-from hf_ddpm.lines import to_json
-from hf_ddpm.options import option, parse_options, require, require_at_least, require_distinct
 from hf_ddpm.paper.pictures import sheet
 from hf_ddpm.paper.study import table, with_error
-from hf_ddpm.sampling import Sampling
+from hf_ddpm.sampling.folder import SampleFolder
+from hf_ddpm.sampling.generate import Sampling
+from hf_ddpm.utils.files import write_text
+from hf_ddpm.utils.jsonl import to_json
+from hf_ddpm.utils.options import option, parse_options, require, require_at_least, require_distinct
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,12 @@ def ablation(options: AblationConfig, run: Callable[[str, list[str]], int]) -> N
     for (row, seed), config in zip(cells, configs, strict=True):
         folder, steps = options.folder(row, seed), config.training.max_train_steps
         if outcome(folder, steps) is None:
-            code = run("train.py", options.words(row, seed))
+            code = run("train", options.words(row, seed))
             if outcome(folder, steps) is None:
                 raise OSError(f"{folder}: the training ended with code {code}, see above")
         known = outcome(folder, steps) or evaluated(options, folder, config)
         if known is None:
-            code = run("evaluate.py", evaluation(options, folder, config))
+            code = run("evaluate", evaluation(options, folder, config))
             known = evaluated(options, folder, config)
             if known is None:
                 raise OSError(f"{folder}: the evaluation ended with code {code}, see above")

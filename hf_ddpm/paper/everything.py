@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hf_ddpm.files import write_text
-from hf_ddpm.options import option, require_at_least
 from hf_ddpm.paper.interpolation import InterpolateConfig, interpolate
 from hf_ddpm.paper.lossy import LossyConfig, lossy_reconstruct
 from hf_ddpm.paper.nearest_neighbors import NearestConfig, nearest_neighbors
@@ -15,6 +13,8 @@ from hf_ddpm.paper.schedules import SchedulesConfig, schedules
 from hf_ddpm.paper.shared_latent import SharedLatentConfig, shared_latent
 from hf_ddpm.paper.steps import StepsConfig, steps
 from hf_ddpm.paper.study import Study
+from hf_ddpm.utils.files import write_text
+from hf_ddpm.utils.options import option, require_at_least
 
 # By the names of their files, in the order of the report.
 FIGURES: dict[str, tuple[Callable[[Study, Any], None], type]] = {

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_ddpm.data.fitting import ImageFormat, fit
-from hf_ddpm.files import one_line
+from hf_ddpm.data.transforms import ImageFormat, fit
 from hf_ddpm.images import to_signed, to_unit
-from hf_ddpm.options import option, require
 from hf_ddpm.paper.pictures import rmse, sheet
 from hf_ddpm.paper.study import Study, table
-from hf_ddpm.seeds import FIGURES, generator
+from hf_ddpm.utils.files import one_line
+from hf_ddpm.utils.options import option, require
+from hf_ddpm.utils.seeds import FIGURES, generator
 
 
 @dataclass

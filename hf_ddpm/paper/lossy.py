@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.data.sources import choose
-from hf_ddpm.evaluation.report import METRIC_SEED
+from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.images import to_signed, to_unit
-from hf_ddpm.options import option, require_at_least
 from hf_ddpm.paper.pictures import rmse, sheet
 from hf_ddpm.paper.study import Study, table
-from hf_ddpm.seeds import FIGURES, generator
+from hf_ddpm.utils.options import option, require_at_least
+from hf_ddpm.utils.seeds import FIGURES, generator
 
 
 @dataclass

@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ddpm.data.sources import choose
-from hf_ddpm.evaluation.collect import Images
+from hf_ddpm.evaluation.extraction import Images
 from hf_ddpm.evaluation.pictures import copied_fraction, nearest_picture
 from hf_ddpm.evaluation.precision_recall import nearest
-from hf_ddpm.evaluation.report import METRIC_SEED
-from hf_ddpm.options import option, require_at_least
+from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.paper.study import Study, table
-from hf_ddpm.paper.yardstick import Yardstick
-from hf_ddpm.sampling import Sampling
+from hf_ddpm.paper.yardstick import DistanceToReference
+from hf_ddpm.sampling.generate import Sampling
+from hf_ddpm.utils.options import option, require_at_least
 
 # Sides beyond which images are compared smaller: of all pixels, those of a large set would not fit into memory.
 MOST_PIXELS = 32
@@ -44,7 +44,7 @@ def nearest_neighbors(study: Study, options: NearestConfig) -> None:
         ValueError: If there are no data, or an argument is not allowed.
     """
     evaluator = study.evaluator("fd", options.num_images)
-    yardstick = Yardstick(evaluator)
+    yardstick = DistanceToReference(evaluator)
     training, held_out, numbers = evaluator.reference, evaluator.held_out, range(yardstick.count)
     assert training is not None
     samples = study.samples(yardstick.count, Sampling(study.subject.seed, len(study.pipe.scheduler)))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.images import bytes_to_unit, to_bytes
-from hf_ddpm.options import option, require, require_at_least
 from hf_ddpm.paper.pictures import Pictures, rmse, sheet
 from hf_ddpm.paper.study import Study, table
-from hf_ddpm.paper.yardstick import Yardstick, what_was_compared
-from hf_ddpm.seeds import SAMPLES, generator
+from hf_ddpm.paper.yardstick import DistanceToReference, what_was_compared
+from hf_ddpm.utils.options import option, require, require_at_least
+from hf_ddpm.utils.seeds import SAMPLES, generator
 
 
 @dataclass
@@ -44,7 +44,7 @@ def progressive(study: Study, options: ProgressiveConfig) -> None:
     Raises:
         ValueError: If an argument is not allowed, or the scheduler does not give the estimate.
     """
-    yardstick = Yardstick(study.evaluator("fd", options.num_images)) if options.num_images else None
+    yardstick = DistanceToReference(study.evaluator("fd", options.num_images)) if options.num_images else None
     timesteps, frames = estimates(study, max(options.shown, options.num_images), options.frames)
     chosen = np.linspace(0, len(frames) - 1, min(options.columns, len(frames))).round().astype(int).tolist()
     moments = []

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hf_ddpm.options import option, require_at_least
 from hf_ddpm.paper.study import Study, table
+from hf_ddpm.utils.options import option, require_at_least
 
 RATE, DISTORTION, STEPS = (
     "rate, bits a dimension",

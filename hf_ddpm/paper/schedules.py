@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_ddpm.diffusion.schedules import BETA_SCHEDULES
-from hf_ddpm.options import option, require, require_at_least, require_distinct
 from hf_ddpm.paper.study import Study, table
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+from hf_ddpm.utils.options import option, require, require_at_least, require_distinct
 
 LOSS, SIGNAL = "squared error of the noise, of clipped estimates", "share of the image in the variance of x_t"
 

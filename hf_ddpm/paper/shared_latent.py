@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 import torch
 
 from hf_ddpm.images import to_unit
-from hf_ddpm.options import option, require_at_least
 from hf_ddpm.paper.pictures import sheet, variety
 from hf_ddpm.paper.study import Study, table
-from hf_ddpm.seeds import FIGURES, SAMPLES, generator
+from hf_ddpm.utils.options import option, require_at_least
+from hf_ddpm.utils.seeds import FIGURES, SAMPLES, generator
 
 # Latents in the picture; more serve the measurement alone.
 SHOWN = 2

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_ddpm.diffusion.gaussian import LEARNED
-from hf_ddpm.options import option, require, require_at_least, require_distinct
 from hf_ddpm.paper.study import Study, table, with_error
-from hf_ddpm.paper.yardstick import Yardstick, what_was_compared
-from hf_ddpm.sampling import SCHEDULERS, Sampling, find_scheduler
+from hf_ddpm.paper.yardstick import DistanceToReference, what_was_compared
+from hf_ddpm.sampling.generate import SCHEDULERS, Sampling, find_scheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+from hf_ddpm.utils.options import option, require, require_at_least, require_distinct
 
 # How much farther than in all steps still counts as being there.
 TOLERANCE = 1.1
@@ -69,7 +69,7 @@ def steps(study: Study, options: StepsConfig) -> None:
     total = len(study.pipe.scheduler)
     asked = options.steps or [number for number in (10, 20, 50, 100) if number < total]
     require(options, "steps", max(asked, default=1) <= total, f"at most the {total} of the process")
-    yardstick = Yardstick(study.evaluator("fd", options.num_images))
+    yardstick = DistanceToReference(study.evaluator("fd", options.num_images))
     rows = []
     for walk in walks(study.pipe.scheduler, options.samplers):
         numbers = {*asked, total} if walk.sampler == "ddpm" else set(asked)
@@ -89,7 +89,7 @@ def walks(scheduler: Any, others: Sequence[str]) -> list[Walk]:
     return [*paper, *(Walk(sampler, sampler, scheduler) for sampler in others)]
 
 
-def measure(study: Study, yardstick: Yardstick, walk: Walk, number: int) -> dict[str, Any]:
+def measure(study: Study, yardstick: DistanceToReference, walk: Walk, number: int) -> dict[str, Any]:
     """Returns the distance of images made in so many steps, or why there are none."""
     sampling = Sampling(seed=study.subject.seed, num_inference_steps=number, scheduler=walk.sampler)
     try:

@@ -10,18 +10,17 @@ from PIL import Image
 from torch import Tensor
 
 from hf_ddpm.config import parse_config
-from hf_ddpm.data.samples import SampleFolder
 from hf_ddpm.evaluation.evaluate import Evaluator
-from hf_ddpm.evaluation.request import EvaluateConfig, default_levels, real_images
-from hf_ddpm.files import write_text, written_whole
+from hf_ddpm.evaluation.options import EvaluateConfig, default_levels, real_images
 from hf_ddpm.images import grid, save_picture, to_bytes, to_pictures
-from hf_ddpm.lines import to_json
-from hf_ddpm.options import option, require, require_at_least, require_range, require_value
-from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
-from hf_ddpm.plots import Curve, save_curves
-from hf_ddpm.provenance import provenance
-from hf_ddpm.sampling import Sampling, fill_folder
+from hf_ddpm.provenance import model_checksum, provenance
+from hf_ddpm.sampling.folder import SampleFolder
+from hf_ddpm.sampling.generate import Sampling, fill_folder
+from hf_ddpm.utils.files import atomic_write, write_text
+from hf_ddpm.utils.jsonl import to_json
+from hf_ddpm.utils.options import option, require, require_at_least, require_range, require_value
+from hf_ddpm.utils.plots import Curve, save_curves
 
 # How long a frame of an animation is shown.
 MILLISECONDS, LAST_MILLISECONDS = 80, 1500
@@ -136,7 +135,7 @@ class Study:
         if self.accelerator.is_main_process:
             first, *others = [grid(to_pictures(to_bytes(frame))) for frame in frames]
             times = [MILLISECONDS] * len(others) + [LAST_MILLISECONDS]
-            with written_whole(self._path(name)) as partial:
+            with atomic_write(self._path(name)) as partial:
                 kind = Path(name).suffix[1:]
                 first.save(partial, format=kind, save_all=True, append_images=others, duration=times, loop=0)
 

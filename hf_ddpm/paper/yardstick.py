@@ -4,18 +4,18 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_ddpm.evaluation.collect import Images, extract
 from hf_ddpm.evaluation.comparison import real_features
 from hf_ddpm.evaluation.evaluate import Evaluator
+from hf_ddpm.evaluation.extraction import Images, extract
 from hf_ddpm.evaluation.features import Extracted
 from hf_ddpm.evaluation.frechet import Moments, standard_error
-from hf_ddpm.evaluation.report import Sets, figures
+from hf_ddpm.evaluation.results import Sets, figures
 
 # Of the jackknife.
 PARTS = 10
 
 
-class Yardstick:
+class DistanceToReference:
     """Measures equally many generated images, as `scripts/evaluate.py` does.
 
     Args:

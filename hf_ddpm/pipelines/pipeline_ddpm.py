@@ -18,15 +18,15 @@ from torch import Tensor
 from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL, is_noise, start_signal
 from hf_ddpm.diffusion.outputs import split_output
-from hf_ddpm.files import one_line
 from hf_ddpm.images import OUTPUT_TYPES, as_output, check_picture, to_unit
 from hf_ddpm.models.unet_2d import UNet2DModel
-from hf_ddpm.pipelines.checksum import model_checksum
 from hf_ddpm.pipelines.latents import Generators, LatentMethods, check_generators
+from hf_ddpm.provenance import model_checksum
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.schedulers.stock import check_stock
-from hf_ddpm.schema import conforms
+from hf_ddpm.utils.files import one_line
+from hf_ddpm.utils.schema import conforms
 
 logger = logging.get_logger(__name__)
 

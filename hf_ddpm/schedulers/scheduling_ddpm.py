@@ -18,7 +18,7 @@ from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL, PREDICTION_TYPES, VARIANCE_
 from hf_ddpm.diffusion.outputs import dynamic_threshold, output_channels, split_output
 from hf_ddpm.diffusion.schedules import BETA_SCHEDULES, rescale_zero_terminal_snr
 from hf_ddpm.diffusion.schedules import beta_schedule as named_beta_schedule
-from hf_ddpm.schema import CheckedConfig, check_range
+from hf_ddpm.utils.schema import CheckedConfig, check_range
 
 # What a network was trained with. `from_config` of another class must not replace any of it by that class's default.
 PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")

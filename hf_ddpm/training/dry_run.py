@@ -8,9 +8,9 @@ from torch import Tensor
 
 from hf_ddpm.config import EvaluationConfig
 from hf_ddpm.data.batches import BatchSource
-from hf_ddpm.launch import Interrupted
 from hf_ddpm.models.flops import count_flops
 from hf_ddpm.training.loop import Callback, Run, train
+from hf_ddpm.utils.launch import Interrupted
 
 WARM_UP, MEASURED = 2, 5
 

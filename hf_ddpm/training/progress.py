@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from hf_ddpm.lines import append_line, cut_lines
 from hf_ddpm.training.loop import Callback, Run
+from hf_ddpm.utils.jsonl import append_line, cut_lines
 
 
 class Progress(Callback):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_ddpm.seeds import DIFFUSION, DROPOUT, generator
+from hf_ddpm.utils.seeds import DIFFUSION, DROPOUT, generator
 
 # Positions in a block. A change changes every run.
 BLOCK = 32

@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 from accelerate import Accelerator
 
-from hf_ddpm.launch import signals
+from hf_ddpm.utils.launch import signals
 
 
 class StopSignal:

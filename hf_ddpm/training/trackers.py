@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL.Image import Image
 
-from hf_ddpm.public import public_values
 from hf_ddpm.training.loop import Run
+from hf_ddpm.utils.public import public_values
 
 PROJECT = "hf_ddpm"
 

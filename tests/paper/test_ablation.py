@@ -27,7 +27,7 @@ warmup_steps: 2
 
 @pytest.fixture(scope="module")
 def train():
-    mains = {f"{name}.py": load_script(name).main for name in ("train", "evaluate")}
+    mains = {name: load_script(name).main for name in ("train", "evaluate")}
 
     def run(script, words):
         try:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from hf_ddpm.config import parse_config
 from hf_ddpm.data.batches import batch_indices
 from hf_ddpm.data.store import load_images
-from hf_ddpm.seeds import DROPOUT, INITIALIZATION, derived_seed, generator
 from hf_ddpm.training.randomness import draw
+from hf_ddpm.utils.seeds import DROPOUT, INITIALIZATION, derived_seed, generator
 from tests.conftest import TINY_RUN
 
 STEPS, BATCH, LR, WARMUP, BETA2, CLIP, DECAY = 6, 8, 5e-3, 4, 0.95, 0.3, 0.8

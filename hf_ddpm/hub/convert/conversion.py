@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ddpm.files import written_whole
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+from hf_ddpm.utils.files import atomic_write
 
 TOLERANCE = 1e-4
 
@@ -159,7 +159,7 @@ def write_pipeline(pipe: DDPMPipeline, folder: Path) -> None:
     folder = folder.resolve()
     check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(folder) as partial:
+    with atomic_write(folder) as partial:
         shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
         pipe.save_pretrained(partial)
 

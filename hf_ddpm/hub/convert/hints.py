@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from hf_ddpm.options import option, require, require_at_least
+from hf_ddpm.utils.options import option, require, require_at_least
 
 PROCESS = ("resolution", "num_train_timesteps", "beta_schedule", "prediction_type", "variance_type")
 HEADS = ("num_heads", "num_head_channels", "use_new_attention_order", "rescale_timesteps")

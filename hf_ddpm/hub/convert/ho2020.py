@@ -23,9 +23,9 @@ from hf_ddpm.hub.convert.hints import Hints
 from hf_ddpm.hub.convert.ho2020_reference import PyTorchLayers, TensorFlowLayers, forward
 from hf_ddpm.hub.convert.places import empty_unet, place_of
 from hf_ddpm.hub.convert.reading import as_tensors, layer_shape
-from hf_ddpm.options import require
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+from hf_ddpm.utils.options import require
 
 AVERAGED = "/ExponentialMovingAverage"
 ATTENDED = 16  # the resolution with attention, in all of its scripts

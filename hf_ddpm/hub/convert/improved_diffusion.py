@@ -21,9 +21,9 @@ from hf_ddpm.hub.convert.hints import Hints
 from hf_ddpm.hub.convert.improved_diffusion_reference import Network
 from hf_ddpm.hub.convert.places import Place, empty_unet, place_of
 from hf_ddpm.hub.convert.reading import as_tensors, layer_shape
-from hf_ddpm.options import require
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+from hf_ddpm.utils.options import require
 
 OUTSIDE = {
     "conv_in": "input_blocks.0.0",

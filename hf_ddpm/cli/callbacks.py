@@ -1,0 +1,270 @@
+"""What happens beside the training: samples, exports, evaluations, cards. Only this module knows all of them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from hf_ddpm.config import Config
+from hf_ddpm.evaluation.evaluate import Evaluator, Figures
+from hf_ddpm.evaluation.options import NOT_OF_FIGURES, training_request
+from hf_ddpm.evaluation.results import read_results, scalars, summary
+from hf_ddpm.hub.background import BackgroundPush
+from hf_ddpm.hub.card import write_card
+from hf_ddpm.hub.push import check_push
+from hf_ddpm.images import grid, save_picture, to_pictures
+from hf_ddpm.provenance import model_checksum
+from hf_ddpm.sampling.generate import Sampling, sample_images
+from hf_ddpm.training.loop import Callback, Run
+from hf_ddpm.training.trackers import track_picture
+from hf_ddpm.utils.files import flush, flush_entry, naming
+from hf_ddpm.utils.jsonl import append_line, cut_lines, read_lines
+
+
+class SampleGrid(Callback):
+    """Draws the same images again and again as the network learns, with the averaged weights, into `samples.png`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_pause(self, run: Run) -> None:
+        """Draws if asked to."""
+        if run.config.training.sample_at_checkpoints:
+            self.draw(run)
+
+    def on_end(self, run: Run) -> None:
+        """Draws."""
+        self.draw(run)
+
+    def draw(self, run: Run) -> None:
+        """Draws; each process its share."""
+        training, accelerator = run.config.training, run.accelerator
+        pipe = run.pipeline()
+        pipe.set_progress_bar_config(desc="Sampling", leave=False, disable=not accelerator.is_main_process)
+        steps = training.num_inference_steps or len(run.scheduler)
+        images = sample_images(
+            pipe,
+            range(training.num_samples)[accelerator.process_index :: accelerator.num_processes],
+            Sampling(training.seed, steps, class_labels=list(run.class_names)),
+            batch_size=training.train_batch_size,
+            device=accelerator.device,
+        )
+        in_order = sorted(gather_object(list(images)), key=lambda numbered: numbered[0])
+        if accelerator.is_main_process:
+            picture = grid(to_pictures(torch.stack([image for _, image in in_order])))
+            save_picture(picture, self.path)
+            track_picture(run, "samples", picture)
+
+
+class Export(Callback):
+    """Writes the pipeline of the averaged weights, in the format of diffusers; those of further averages below it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_end(self, run: Run) -> None:
+        """Writes it."""
+        if run.accelerator.is_main_process:
+            for number, ema in enumerate(run.emas):
+                export(run, self.folder / ema.name if number else self.folder, number)
+
+
+class Evaluations(Callback):
+    """Evaluates the averaged model: at the end into `results.json`, on the way into `evaluations.jsonl` and `best/`.
+
+    Args:
+        config: The options of the run.
+        accelerator: Its processes.
+        tell: Told a line about each evaluation.
+        log: Called with a line on files of the data set that are not used, and on damaged caches.
+
+    Raises:
+        ValueError: If what is asked for is not possible: before the training, not after it.
+    """
+
+    # By which metrics a model can be best: the figure, and whether less of it is better.
+    BEST_BY = {"fd": ("value", True), "kid": ("value", True), "is": ("value", False)}
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        tell: Callable[[str], object],
+        log: Callable[[str], object] = lambda line: None,
+    ):
+        self.folder, self.tell = Path(config.training.output_dir), tell
+        self.log, self.every = self.folder / "evaluations.jsonl", config.evaluation.eval_steps
+        read_results(self.folder / "results.json")
+        shape = (config.data.channels, *config.data.size)
+        self.evaluator = Evaluator(training_request(config), shape, accelerator, log)
+        self.evaluator.count()
+
+    def on_start(self, run: Run) -> None:
+        """Makes up for an evaluation that a kill has cut short."""
+        count, classes = self.evaluator.count(), len(run.class_names)
+        if self.evaluator.request.compared and count < classes:
+            raise ValueError(f"eval_num_images={count} is not allowed: at least one for each of the {classes} classes")
+        is_done = True
+        if run.accelerator.is_main_process:
+            cut_lines(self.log, run.step)
+            is_done = run.step == 0 or run.step in [line.get("step") for line in read_lines(self.log)]
+        (is_done,) = broadcast_object_list([is_done])
+        if not is_done and run.step < run.config.training.max_train_steps:
+            self.on_pause(run)
+
+    def on_pause(self, run: Run) -> None:
+        """Evaluates if it is time to."""
+        if self.every is not None and run.step % self.every == 0:
+            work = self.folder / ".evaluation"  # its samples are of no further use
+            self._note(run, self._evaluate(run, work / "results.json"), work / "results.json")
+            if run.accelerator.is_main_process:
+                shutil.rmtree(work)
+            run.accelerator.wait_for_everyone()
+
+    def on_end(self, run: Run) -> None:
+        """Evaluates once more, whatever there was on the way: these figures and samples stay."""
+        figures = self._evaluate(run, self.folder / "results.json")
+        if self.every is not None and run.step % self.every == 0:
+            self._note(run, figures, self.folder / "results.json")
+
+    def _evaluate(self, run: Run, output: Path) -> Figures:
+        figures: Figures = {}
+        for part in self.evaluator.evaluate(output, self._sampling(run), run.pipeline(), tell=self.tell):
+            figures |= scalars(part)
+        if figures:
+            self.tell(f"step {run.step}: {summary(figures)}")
+        return figures
+
+    def _note(self, run: Run, figures: Figures, results: Path) -> None:
+        """Adds figures to the log and to the trackers; keeps the model if none evaluated in the same way was better."""
+        if run.accelerator.is_main_process:
+            # Another number of images or steps makes another figure.
+            options = asdict(self.evaluator.request) | asdict(self._sampling(run))
+            request = {name: value for name, value in options.items() if name not in NOT_OF_FIGURES}
+            line = {"step": run.step, "request": request, **figures}
+            lines = read_lines(self.log)
+            # Lines of earlier versions lack options that did not exist: none of them was given.
+            given = _given(request)
+            rivals = [old for old in lines if _given(old.get("request")) == given and old.get("step") != run.step]
+            if all(self._is_as_good(line, other) for other in rivals):
+                self._keep(run, results)
+            if run.step not in [other.get("step") for other in lines]:
+                append_line(self.log, line)
+        numbers = {f"{name}/{key}": value for name, figure in figures.items() for key, value in figure.items()}
+        run.accelerator.log(numbers, step=run.step)
+
+    def _sampling(self, run: Run) -> Sampling:
+        steps = run.config.evaluation.eval_inference_steps or len(run.scheduler)
+        return Sampling(run.config.training.seed, steps, class_labels=list(run.class_names))
+
+    def _is_as_good(self, line: dict[str, Any], other: dict[str, Any]) -> bool:
+        metric = self.evaluator.request.chosen[0]
+        key, less_is_better = self.BEST_BY[metric]
+        ours, theirs = (found.get(metric) for found in (line, other))
+        if not isinstance(theirs, dict) or not isinstance(theirs.get(key), int | float):
+            return True  # a damaged line is no rival
+        better, worse = (ours, theirs) if less_is_better else (theirs, ours)
+        return bool(better[key] <= worse[key])
+
+    def _keep(self, run: Run, results: Path) -> None:
+        """Puts the model and its figures into `best/`."""
+        export(run, self.folder / "best")
+        shutil.copy(results, self.folder / "best" / "results.json")
+
+
+class Card(Callback):
+    """Writes the model card: what the run, its figures and its pictures say.
+
+    It stands twice among the callbacks, behind the export, so that no other card is ever beside the weights, and last.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_end(self, run: Run) -> None:
+        """Writes it."""
+        if run.accelerator.is_main_process:
+            write_card(self.folder, model_id=run.config.hub.hub_model_id)
+
+
+class Push(Callback):
+    """Pushes the model to the Hub: at checkpoints while the training goes on, and at the end.
+
+    Args:
+        config: The options of the run.
+        tell: Told a line about what fails, which costs the run nothing, and about the end.
+
+    Raises:
+        ValueError: If the Hub would refuse: before the training, not after it.
+        OSError: If it does not answer.
+    """
+
+    def __init__(self, config: Config, tell: Callable[[str], object]):
+        self.folder, self.model_id, self.tell = Path(config.training.output_dir), str(config.hub.hub_model_id), tell
+        check_push(self.model_id, config.hub.hub_private_repo)
+        self.background = BackgroundPush(self.model_id, config.hub.hub_private_repo, tell)
+
+    def on_pause(self, run: Run) -> None:
+        """Exports what there is, and starts to push it."""
+        try:
+            export(run, self.folder)
+            if not run.config.training.sample_at_checkpoints:
+                (self.folder / "samples.png").unlink(missing_ok=True)  # of an earlier end
+            self._start(run)
+        except (OSError, ValueError) as error:
+            self.tell(f"{self.model_id} is not pushed at step {run.step}: {error}")
+
+    def on_end(self, run: Run) -> None:
+        """Pushes what the callbacks before have left, and waits for it."""
+        self._start(run)
+        if self.background.finish():
+            self.tell(f"{self.model_id} is on the Hub")
+        else:
+            command = f"python scripts/push_to_hub.py --model {self.folder} --hub_model_id {self.model_id}"
+            self.tell(f"{self.model_id} is not up to date on the Hub: {command}")
+
+    def close(self) -> None:
+        """Gives up a push that is under way."""
+        self.background.close()
+
+    def _start(self, run: Run) -> None:
+        write_card(self.folder, model_id=self.model_id)
+        self.background.start(self.folder, f"Upload the model of step {run.step}")
+
+
+def _given(request: Any) -> dict[str, Any] | None:
+    """Returns the options of a request that are not None."""
+    return {name: value for name, value in request.items() if value is not None} if isinstance(request, dict) else None
+
+
+def export(run: Run, folder: Path, number: int = 0) -> None:
+    """Writes the pipeline of an average, file by file, and in `export.json` of which step it is.
+
+    A reader always finds a whole model, if any.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    partial, pipe = folder / ".export", run.pipeline(number)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with naming(folder):
+            pipe.save_pretrained(partial)
+            record = {"step": run.step, "images": run.step * run.global_batch_size, "checksum": model_checksum(pipe)}
+            record["hub_ids"] = run.hub_ids
+            (partial / "export.json").write_text(json.dumps(record) + "\n")
+            flush(partial)
+            files = [path for path in partial.rglob("*") if path.is_file()]
+            for file in sorted(files, key=lambda path: path.name == "model_index.json"):
+                target = folder / file.relative_to(partial)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+                flush_entry(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

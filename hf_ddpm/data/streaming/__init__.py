@@ -1,0 +1,1 @@
+"""Image sets larger than memory and disk."""

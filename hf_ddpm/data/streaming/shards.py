@@ -1,0 +1,117 @@
+"""Parquet files, here or anywhere that fsspec reaches, as groups of rows that are read one at a time."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset, Features
+from fsspec.core import url_to_fs
+
+from hf_ddpm.data.sources import check_max_samples
+from hf_ddpm.utils.files import one_line
+from hf_ddpm.utils.seeds import SUBSET, generator
+
+# Footers are read at once by so many threads: far away, each costs a request or two.
+FOOTER_READERS = 16
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A group of rows of a file.
+
+    Attributes:
+        path: The file, as it was named.
+        number: The number of the group in it.
+        first_row: The row of the file that it starts with.
+        rows: The number of rows.
+        footer: What the file says about itself.
+    """
+
+    path: str
+    number: int
+    first_row: int
+    rows: int
+    footer: pq.FileMetaData = field(repr=False, compare=False)
+
+    def read(self, columns: list[str]) -> pa.Table:
+        """Returns the rows.
+
+        Raises:
+            ValueError: If they cannot be read; file and group are named.
+        """
+        try:
+            with _open(self.path, self.footer) as file:
+                return file.read_row_group(self.number, columns=columns, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            reason = one_line(error)
+            raise ValueError(f"row group {self.number} of {self.path!r} cannot be read: {reason}") from error
+
+
+class Shards:
+    """The files of a split.
+
+    Args:
+        paths: Paths or URLs of parquet files of the same columns.
+
+    Attributes:
+        groups: Their groups of rows, in order; none is empty.
+        features: Their columns.
+
+    Raises:
+        ValueError: If a file cannot be read, or has other columns than the first, or there are no rows.
+    """
+
+    def __init__(self, paths: Sequence[str]):
+        with ThreadPoolExecutor(FOOTER_READERS) as readers:
+            footers = list(readers.map(_footer, paths))
+        schema = footers[0].schema.to_arrow_schema()
+        self.groups = []
+        for path, footer in zip(paths, footers, strict=True):
+            if footer.schema.to_arrow_schema().names != schema.names:
+                raise ValueError(f"{path!r} has other columns than {paths[0]!r}")
+            first_row = 0
+            for number in range(footer.num_row_groups):
+                rows = footer.row_group(number).num_rows
+                if rows:
+                    self.groups.append(RowGroup(path, number, first_row, rows, footer))
+                first_row += rows
+        if not self.groups:
+            raise ValueError(f"{paths[0]!r} is empty: it holds no image")
+        self.features: Features = self.sample().features
+
+    def sample(self) -> Dataset:
+        """Returns a data set of the same columns, without rows."""
+        return Dataset(self.groups[0].footer.schema.to_arrow_schema().empty_table())
+
+    def some(self, max_rows: int | None, seed: int) -> list[RowGroup]:
+        """Returns the groups to use, in order: all, or random ones of `max_rows` rows, the last drawn in part."""
+        check_max_samples(max_rows)
+        left = sum(group.rows for group in self.groups) if max_rows is None else max_rows
+        chosen: dict[int, RowGroup] = {}
+        for number in torch.randperm(len(self.groups), generator=generator(seed, SUBSET)).tolist():
+            if left > 0:
+                chosen[number] = replace(self.groups[number], rows=min(self.groups[number].rows, left))
+                left -= chosen[number].rows
+        return [chosen[number] for number in sorted(chosen)]
+
+    def values(self, column: str) -> Iterator[Any]:
+        """Yields all that a column holds: of it alone all files are read, once the first value is wanted."""
+        for group in self.groups:
+            yield from group.read([column])[column].to_pylist()
+
+
+def _footer(path: str) -> pq.FileMetaData:
+    try:
+        with _open(path) as file:
+            return file.metadata
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path!r} cannot be read as parquet: {one_line(error)}") from error
+
+
+def _open(path: str, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    files, name = url_to_fs(path)
+    return pq.ParquetFile(name, metadata=footer, filesystem=files, pre_buffer=True)

@@ -1,0 +1,163 @@
+"""A demo of a model in the browser: images appear out of noise, and what lies between two of them.
+
+    python scripts/space/app.py --model runs/digits
+
+In a Space, the variable MODEL_ID names the model. Image `i` of a seed is that of `scripts/sample.py`.
+"""
+
+import html
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass
+from functools import wraps
+from typing import Any
+
+import gradio as gr
+import torch
+
+from hf_ddpm.demo.demo import Demo, row, square, strip
+from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
+from hf_ddpm.sampling.generate import SCHEDULERS
+from hf_ddpm.utils.markdown import plain
+from hf_ddpm.utils.options import option, parse_options
+from hf_ddpm.utils.public import hub_ids, strip_local_path
+
+BETWEEN = SEEDS, IMAGES = "two seeds", "two images"
+# Labels and buttons lie over pictures: room for them. Browsers smooth what they enlarge, and show small uploads small.
+CSS = """.picture .image-container {padding-top: 2.3em} .picture img {image-rendering: pixelated}
+.upload img {width: 100%; height: 100%; object-fit: contain}"""
+UPLOAD = "32mb"  # largest uploaded file
+WAITING = 32  # requests in the queue; further ones are refused
+AT_ONCE = 2  # requests that sample at the same time
+
+
+@dataclass
+class AppConfig:
+    """What is shown."""
+
+    model: str = option("folder or Hub id of a DDPM pipeline", os.environ.get("MODEL_ID", MISSING))
+
+
+def generate(demo: Demo, count: float, seed: float, *settings: Any) -> Iterator[tuple]:
+    """Answers with images, their strip, and how far they are."""
+    for moment in demo.generate(demo.read(seed, *settings), count):
+        yield square(moment.images), strip(moment), str(moment)
+
+
+def interpolate(demo: Demo, between: str, t: float, count: float, *typed: Any) -> Iterator[tuple]:
+    """Answers with one image, those from it to the other, and the other; and how far they are."""
+    seeds, paths, settings = typed[:2], typed[2:4], typed[4:]
+    first, second = (demo.read(seed, *settings) for seed in seeds)
+    if between == IMAGES:
+        ends = [demo.read_image("first image", paths[0]), demo.read_image("second image", paths[1])]
+    else:
+        ends = []
+        for sampling in (first, second):
+            for moment in demo.generate(sampling, 1):
+                yield None, f"seed {sampling.seed}: {moment}"
+            ends.append(moment.images)
+    for moment in demo.interpolate(*ends, t, count, first):
+        yield row(ends[0], moment.images, ends[1]), str(moment)
+
+
+def answer(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[..., Iterator[tuple]]:
+    """Returns what a button does with a model; what was typed wrong becomes a message."""
+
+    @wraps(handler)
+    def handle(*typed: Any) -> Iterator[tuple]:
+        try:
+            yield from handler(demo, *typed)
+        except ValueError as error:
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
+
+    return handle
+
+
+def build(demo: Demo) -> gr.Blocks:
+    """Returns the app."""
+    total, classless = demo.num_train_timesteps, demo.pipe.null_class is not None
+    with gr.Blocks(title=plain(demo.name), analytics_enabled=False, delete_cache=(3600, 3600)) as app:
+        gr.Markdown(f"# Denoising diffusion\n{demo.describe()}")
+        with gr.Row():
+            steps = gr.Number(min(total, 100), label=f"steps (1 to {total})")
+            scheduler = gr.Dropdown(list(SCHEDULERS), label="sampler")
+            first, known = [] if classless else demo.classes[:1], bool(demo.classes)
+            classes = gr.Dropdown(demo.classes, value=first, multiselect=True, label="classes in turn", visible=known)
+            guidance = gr.Slider(0, 8, 1, step=0.5, label="guidance (1: none)", visible=classless)
+        settings = [steps, scheduler, classes, guidance]
+        with gr.Tab("Generate"):
+            generate_tab(demo, settings)
+        with gr.Tab("Interpolate"):
+            interpolate_tab(demo, settings)
+    return app.queue(max_size=WAITING)
+
+
+def generate_tab(demo: Demo, settings: list) -> None:
+    """Lays out what makes images of a seed."""
+    images, on_the_way = picture("images"), picture("the first of them on the way")
+    with gr.Row():
+        with gr.Column(scale=2):
+            count = gr.Slider(1, demo.most_images, min(16, demo.most_images), step=1, label="count")
+            seed = gr.Number(0, label="seed")
+            buttons("Generate", answer(generate, demo), [count, seed, *settings], [images, on_the_way])
+        with gr.Column(scale=3):
+            images.render()
+    on_the_way.render()
+
+
+def interpolate_tab(demo: Demo, settings: list) -> None:
+    """Lays out what goes from one image to another."""
+    total, most, path = demo.num_train_timesteps, demo.most_images, picture("from one to the other")
+    between = gr.Radio(BETWEEN, value=SEEDS, label="between")
+    with gr.Row() as seeds:
+        ends = [gr.Number(0, label="first seed"), gr.Number(1, label="second seed")]
+    with gr.Row(visible=False) as images:
+        ends += [upload("first image"), upload("second image")]
+    between.change(lambda kind: [gr.Row(visible=kind == own) for own in BETWEEN], between, [seeds, images])
+    with gr.Row():
+        t = gr.Slider(0, total - 1, total // 2, step=1, label="t: how far both are diffused")
+        count = gr.Slider(2, most, min(9, most), step=1, label="count")
+    buttons("Interpolate", answer(interpolate, demo), [between, t, count, *ends, *settings], [path])
+    path.render()
+
+
+def picture(label: str) -> gr.Image:
+    """Returns a picture, to be placed, that can be downloaded as it is."""
+    return gr.Image(label=label, format="png", buttons=["download", "fullscreen"], elem_classes="picture", render=False)
+
+
+def upload(label: str) -> gr.Image:
+    """Returns a place for an image file, which is passed on unread: gradio has no message for a bad one."""
+    place = gr.Image(label=label, height=240, elem_classes=["picture", "upload"])
+    place.preprocess = lambda file: file and file.path
+    return place
+
+
+def buttons(name: str, handler: Callable[..., Iterator[tuple]], inputs: list, pictures: list) -> None:
+    """Lays out what starts, what stops, and what says how far it is: over pictures, that would hide them."""
+    with gr.Row():
+        start, stop = gr.Button(name, variant="primary"), gr.Button("Stop")
+    progress = gr.Textbox(placeholder="progress", show_label=False, container=False)
+    started = start.click(
+        handler,
+        inputs,
+        [*pictures, progress],
+        show_progress_on=progress,
+        concurrency_limit=AT_ONCE,
+        concurrency_id="sampling",
+    )
+    stop.click(None, cancels=[started])
+
+
+def serve(demo: Demo, **options: Any) -> str:
+    """Starts the app; returns its address."""
+    return build(demo).launch(css=CSS, show_error=True, max_file_size=UPLOAD, **options)[1]
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit code."""
+    (config,) = parse_options(argv, AppConfig)
+    pipe = load_pipeline(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+    name = strip_local_path(config.model, hub_ids(config.model))
+    serve(Demo(pipe, name))
+    return 0

@@ -1,0 +1,1 @@
+"""Sampling many images, exactly resumable."""

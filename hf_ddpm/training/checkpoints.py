@@ -1,0 +1,322 @@
+"""Checkpoints that survive a kill at any moment, and the state of a run.
+
+A checkpoint is a folder `step-000001000/` of safetensors and JSON. It is written under another name, flushed to disk,
+given a manifest of sizes and checksums, and only then renamed; older ones go after that. Whoever loads takes the
+newest folder that its manifest confirms.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_ddpm.config import BESIDE_TRAINING, with_past_defaults
+from hf_ddpm.provenance import hardware
+from hf_ddpm.training.loop import Callback, Run
+from hf_ddpm.utils.files import flush, flush_entry, write_text
+from hf_ddpm.utils.schema import check_types
+
+# Options that may differ between the sessions of a run: they change what is kept and shown, how a global batch is
+# divided and how fast it is computed, not what is computed but for rounding. (The length of a run is part of a
+# learning rate that falls towards its end.)
+FREE_OPTIONS = {
+    "output_dir", "max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints", "resume",
+    "train_batch_size", "gradient_accumulation_steps", "sample_at_checkpoints", "num_samples", "num_inference_steps",
+    "tf32", "gradient_checkpointing", "compile", "tracker", "world_size", "dry_run",
+    "allow_terminal_signal",
+    *BESIDE_TRAINING,
+}  # fmt: skip
+
+
+NEEDED = ("unet.safetensors", "optimizer.safetensors", "state.json")
+STATE = {"step": int, "global_batch_size": int, "config": dict[str, Any], "data": dict[str, Any]}
+# Entries that older versions did not write.
+LATER_STATE = {
+    "scaler": dict[str, Any] | None,
+    "hub_ids": list[str],
+    "unet": dict[str, Any],
+    "scheduler": dict[str, Any],
+}
+
+
+class Checkpoints(Callback):
+    """Saves the run's checkpoints to `folder`, and keeps the newest few."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self.keep = keep
+
+    def on_checkpoint(self, run: Run) -> None:
+        """Saves, then removes what is too old."""
+        if run.accelerator.is_main_process:
+            save_checkpoint(run, self.folder)
+            for old in checkpoints(self.folder)[: -self.keep]:
+                trash = old.with_name(f".trash-{old.name}")
+                old.rename(trash)  # a folder that is only half removed must not look like a checkpoint
+                shutil.rmtree(trash)
+        run.accelerator.wait_for_everyone()
+
+
+def save_checkpoint(run: Run, folder: Path) -> Path:
+    """Writes all that a run needs to go on exactly as if it had not stopped, and returns the checkpoint's folder."""
+    final = folder / f"step-{run.step:09d}"
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        _write(run, partial)
+        flush(partial)
+        partial.rename(final)
+        flush_entry(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        left = checkpoints(folder)
+        sound = f"the last one is {left[-1]}" if left else "there is none before it"
+        raise OSError(f"checkpoint {final} cannot be written, {sound}: {error}") from error
+    return final
+
+
+def _write(run: Run, folder: Path) -> None:
+    _save_tensors(run.unet.state_dict(), folder / "unet.safetensors")
+    for ema in run.emas:
+        _save_tensors(ema.model.state_dict(), folder / f"{ema.name}.safetensors")
+    _save_tensors(_flat(run.optimizer.state_dict()["state"]), folder / "optimizer.safetensors")
+    scaler = run.accelerator.scaler
+    state = {
+        "step": run.step,
+        "global_batch_size": run.global_batch_size,
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "config": run.config.to_dict(),
+        "data": _data(run),
+        "hub_ids": run.hub_ids,
+        # What `init_from` may no longer say.
+        "unet": dict(run.unet.config),
+        "scheduler": dict(run.scheduler.config),
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in folder.iterdir()}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+
+
+def load_checkpoint(run: Run, path: Path) -> None:
+    """Puts a checkpoint's weights, average, optimizer and step into a run.
+
+    Raises:
+        ValueError: If the run differs from the checkpoint's in an option that changes what is computed, or tensors are
+            missing, superfluous, not finite, or of another shape or type.
+    """
+    state = read_state(path)
+    _check_same_run(run, state, path)
+    if state["step"] > run.config.training.max_train_steps:
+        raise ValueError(f"max_train_steps={run.config.training.max_train_steps} is not allowed: {path} is beyond it")
+    run.unet.load_state_dict(_load_tensors(path / "unet.safetensors", run.unet.state_dict()))
+    for ema in run.emas:
+        ema.model.load_state_dict(_load_tensors(path / f"{ema.name}.safetensors", ema.model.state_dict()))
+    moments = _moments(run.optimizer) if state["step"] else {}
+    _load_optimizer(run.optimizer, _load_tensors(path / "optimizer.safetensors", moments))
+    if run.accelerator.scaler is not None and state.get("scaler") is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.step = state["step"]
+    # Only the first session has opened it: by now a folder may be gone, and look like a Hub id.
+    init_from, then = run.config.model.init_from, state.get("hub_ids", [])
+    run.hub_ids = [name for name in run.hub_ids if name != init_from or name in then]
+
+
+def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """Chooses the checkpoint to go on from.
+
+    Args:
+        folder: Where the run keeps its checkpoints.
+        resume: `latest` (the newest sound one), `never`, or the path of one.
+
+    Returns:
+        Its path, or None to start afresh, and what is wrong with newer ones.
+
+    Raises:
+        ValueError: If the one named is missing or damaged, or all there are, or there are some and it is `never`.
+    """
+    found = checkpoints(folder)
+    if resume == "never":
+        if found:
+            raise ValueError(f"resume=never, but {folder} holds checkpoints: choose another output_dir or remove them")
+        return None, []
+    if resume != "latest":
+        damage = verify_checkpoint(Path(resume))
+        if damage is not None:
+            raise ValueError(f"resume={resume!r} is not allowed: {damage}")
+        return Path(resume), []
+    complaints = []
+    for path in reversed(found):
+        damage = verify_checkpoint(path)
+        if damage is None:
+            return path, complaints
+        complaints.append(f"{path.name} is passed over: {damage}")
+    if complaints:
+        raise ValueError(f"no checkpoint in {folder} is sound: {'; '.join(complaints)}")
+    return None, []
+
+
+def stored_options(checkpoint: Path) -> dict[str, Any]:
+    """Returns the options of the run that a checkpoint is of."""
+    return dict(read_state(checkpoint)["config"])
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Returns the `state.json` of a checkpoint; raises a `ValueError` that names file and key if it is damaged."""
+    path = checkpoint / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError("not a JSON object")
+        missing = [name for name in STATE if name not in state]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        check_types(state, STATE | LATER_STATE)
+        named = re.fullmatch(r"step-(\d{9})", checkpoint.name)
+        if named is not None and int(named[1]) != state["step"]:
+            raise ValueError(f"step={state['step']}: expected {int(named[1])}, as in the name of the folder")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return state
+
+
+def archive_after(folder: Path, step: int) -> None:
+    """Clears a checkpoint folder for a run that goes on from `step`.
+
+    Later checkpoints, which are damaged or which the user went back behind, are renamed to `undone-*`: they must
+    neither be resumed from nor push out the new ones. What a kill left half written or half removed goes.
+    """
+    for leftover in [*folder.glob(".step-*.partial"), *folder.glob(".trash-*")]:
+        shutil.rmtree(leftover)
+    for path in checkpoints(folder):
+        if int(path.name.removeprefix("step-")) > step:
+            taken = len(list(folder.glob(f"undone-{path.name}*")))
+            path.rename(path.with_name(f"undone-{path.name}" + (f"-{taken}" if taken else "")))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Returns the checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name) and path.is_dir())
+
+
+def verify_checkpoint(path: Path) -> str | None:
+    """Compares a checkpoint with its manifest; returns what is wrong with it, or None."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        missing = [name for name in NEEDED if name not in manifest]
+        if missing:
+            return f"its manifest lacks {missing[0]}"
+        for name, entry in manifest.items():
+            if (path / name).stat().st_size != entry["bytes"] or _sha256(path / name) != entry["sha256"]:
+                return f"{name} differs from its checksum"
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        return f"it is no whole checkpoint ({error})"
+    return None
+
+
+@contextmanager
+def status_file(path: Path, run: Run) -> Iterator[None]:
+    """Keeps `status.json` true: running, then finished, preempted or failed (with the error), at which step."""
+    accelerator = run.accelerator
+    facts = {
+        "images": run.num_images,
+        "hardware": f"{accelerator.num_processes} x {hardware(accelerator.device)}",
+    }
+
+    def write(status: str, **more: Any) -> None:
+        if run.accelerator.is_main_process:
+            write_text(path, json.dumps({"status": status, "step": run.step, **facts, **more}) + "\n")
+
+    write("running")
+    try:
+        yield
+    except KeyboardInterrupt:
+        write("preempted")
+        raise
+    except BaseException as error:
+        with suppress(OSError):  # a full disk must not hide the error that it caused
+            write("failed", error=f"{type(error).__name__}: {error}")
+        raise
+    write("finished" if run.stopped_by is None else "preempted")
+
+
+def _check_same_run(run: Run, state: dict[str, Any], path: Path) -> None:
+    now, then = run.config.to_dict(), with_past_defaults(state["config"])
+    free = FREE_OPTIONS if now["lr_schedule"] == "constant" else FREE_OPTIONS - {"max_train_steps"}
+    changed = [f"{k}={now[k]!r} (was {then[k]!r})" for k in now if k not in free and now[k] != then[k]]
+    if run.global_batch_size != state["global_batch_size"]:
+        changed.append(f"images a step: {run.global_batch_size} (was {state['global_batch_size']})")
+    data = _data(run) | state["data"]  # an older version recorded less
+    changed += [f"{k}={v!r} (was {data[k]!r})" for k, v in _data(run).items() if v != data[k]]
+    if changed:
+        raise ValueError(f"{path} is of another run, choose another output_dir: {', '.join(changed)}")
+
+
+def _data(run: Run) -> dict[str, Any]:
+    """Returns what of the data decides which image is which."""
+    return {"images": run.num_images, "classes": list(run.class_names)}
+
+
+def _flat(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(tensors)})
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == parameter.shape:
+                # The fused kernel pairs the entries of weights and moments by where they lie in memory.
+                moments[name] = torch.empty_like(parameter).copy_(value)
+
+
+def _nested(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = value
+    return state
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns tensors of the names, shapes and types of an Adam optimizer's state, on the meta device."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    step = torch.empty((), device="meta")
+    return {
+        f"{index}.{name}": step if name == "step" else parameter.to("meta")
+        for index, parameter in enumerate(parameters)
+        for name in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+
+def _load_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Reads a file of tensors; raises a `ValueError` unless they are finite, of these names, shapes and types."""
+    tensors = load_file(path)
+    odd = sorted(tensors.keys() ^ like.keys())
+    if odd:
+        raise ValueError(f"{path}: {odd[0]} is {'superfluous' if odd[0] in tensors else 'missing'}")
+    for name, value in tensors.items():
+        now, then = (tuple(value.shape), value.dtype), (tuple(like[name].shape), like[name].dtype)
+        if now != then:
+            raise ValueError(f"{path}: {name} is {now[1]} of shape {now[0]}, expected {then[1]} of shape {then[0]}")
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{path}: {name} holds values that are not finite")
+    return tensors
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""What every room may import; nothing here imports from another room."""

@@ -1,0 +1,105 @@
+"""Atomic, durable file writes, and errors without line breaks."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+# Errors of file systems that cannot flush a folder.
+UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+
+
+@contextmanager
+def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
+    """Yields a temporary path to write to; on success it is flushed to disk and replaces `path`, else it is removed.
+
+    The order makes a crash of the machine harmless: contents are on disk before the name is, and the name before this
+    returns.
+
+    Args:
+        path: The file, or a folder, which must then be new or empty.
+        writer: Distinguishes processes that may write the file at the same time.
+
+    Raises:
+        OSError: If it cannot be written; the message names `path`.
+    """
+    partial = path.with_name(f".{path.name}{writer}.partial")
+    try:
+        with naming(path):
+            yield partial
+            flush(partial)
+            partial.replace(path)
+            flush_entry(path.parent)
+    except BaseException:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text as UTF-8, atomically."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Raises errors of writing, which often name no file, as an `OSError` that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if "cannot be written" in str(error):  # named already
+            raise
+        named = OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}")
+        named.errno = getattr(error, "errno", None)
+        raise named from error
+
+
+def flush(path: Path) -> None:
+    """Flushes a file, or a folder with all that is in it, to disk."""
+    if path.is_dir():
+        for child in path.iterdir():
+            flush(child)
+    flush_entry(path)
+
+
+def flush_entry(path: Path) -> None:
+    """Flushes one file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in UNSUPPORTED):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Makes a folder and checks that files can be written to it, before hours of work.
+
+    Args:
+        folder: The folder.
+        option: The option that names it or a file in it, for the message.
+
+    Raises:
+        ValueError: If files cannot be written to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise ValueError(f"{option}: folder {str(folder)!r} cannot be written to: {error.strerror}") from error
+
+
+def one_line(error: object) -> str:
+    """Returns the message of an error without line breaks."""
+    return " ".join(str(error).split())

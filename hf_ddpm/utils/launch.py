@@ -1,0 +1,228 @@
+"""Start and end of scripts: signals, exit codes, cores, exclusive folders. Imports in milliseconds."""
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
+
+from hf_ddpm.utils.files import one_line
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Seconds after which a signal is raised again, as long as what it has raised is lost.
+AGAIN = 0.5
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised by a signal to end the work.
+
+    Args:
+        number: Number of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Signals:
+    """SIGTERM and SIGINT as one flag, which is raised at once or deferred.
+
+    An exception that a handler raises can get lost: in a callback of the interpreter, or in a library that catches all.
+    So the flag stays, and is raised again until `settle` is called.
+
+    Attributes:
+        number: The signal received, 0 if none.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._is_deferred = False
+        self._previous: list[dict[int, Any]] = []
+
+    @contextmanager
+    def handled(self, deferred: bool = False) -> Iterator[None]:
+        """Handles signals, then gives them back to the previous handlers; in other threads than the main one, nothing.
+
+        Args:
+            deferred: Whether a signal only sets the flag; a second SIGINT raises all the same.
+        """
+        before = self._is_deferred
+        handlers: dict[int, Any] = dict.fromkeys(SIGNALS, self._receive)
+        if hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) in (signal.SIG_DFL, self._raise_again):
+            handlers[signal.SIGALRM] = self._raise_again
+        previous: dict[int, Any] = {}
+        try:
+            try:
+                for number, handler in handlers.items():
+                    previous[number] = signal.signal(number, handler)
+            except ValueError:  # not the main thread
+                pass
+            if deferred and previous and previous[signal.SIGTERM] != self._receive:
+                self.settle()  # an earlier use, in a notebook, is over
+            self._is_deferred = deferred
+            yield
+        finally:
+            self._is_deferred = before
+            for number, handler in previous.items():
+                if number == signal.SIGALRM and handler == signal.SIG_DFL:
+                    self._stop_timer()
+                signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raises signals as `Interrupted` where they are deferred otherwise, an earlier one before anything else."""
+        before, self._is_deferred = self._is_deferred, False
+        try:
+            if self.number:
+                self._raise()
+            yield
+        finally:
+            self._is_deferred = before
+
+    def settle(self) -> None:
+        """Clears the flag: the signal has had its effect."""
+        self.number = 0
+        self._stop_timer()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        is_second = bool(self.number) and number == signal.SIGINT
+        self.number = number
+        if not self._is_deferred or is_second:
+            self._raise()
+
+    def _raise(self) -> NoReturn:
+        if signal.getsignal(getattr(signal, "SIGALRM", signal.SIGTERM)) == self._raise_again:
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        raise Interrupted(self.number)
+
+    def _raise_again(self, number: int, frame: FrameType | None) -> None:
+        if not self.number or self._is_deferred:
+            return
+        if _is_unwinding(sys.exception()):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)  # what is cleaned up now must not be cut short
+        else:
+            self._raise()
+
+    def _stop_timer(self) -> None:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+signals = Signals()
+
+
+def end_quietly() -> None:
+    """Lets signals end the process without a traceback: for scripts, before imports that take seconds."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        # Not by an exception, which imports may catch; nothing is there to be saved.
+        os.write(2, f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}\n".encode())
+        os._exit(128 + number)
+
+    for number in SIGNALS:
+        signal.signal(number, end)
+
+
+def run_script(main: Callable[[list[str]], int]) -> NoReturn:
+    """Runs a script's `main` and exits with its code.
+
+    A wrong input, a `ValueError`, is one line and code 2; a failing disk or a diverged run is one line and code 1;
+    SIGTERM and Ctrl-C are one line and code 128 + their number, whatever has become of the exception that they raised.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without a sign must not cost the work
+    name = Path(sys.argv[0]).name
+    hook, sys.unraisablehook = sys.unraisablehook, _hide_interrupted(sys.unraisablehook)
+    signals.settle()
+    try:
+        with signals.handled():
+            code = _exit_code(main, name)
+    finally:
+        sys.unraisablehook = hook
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # what was to be done is done
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[list[str]], int], name: str) -> Any:
+    line: str | None = None
+    try:
+        code: Any = main(sys.argv[1:])
+    except SystemExit as error:  # of --help
+        code = error.code
+    except (ValueError, OSError, FloatingPointError) as error:
+        code, line = 2 if isinstance(error, ValueError) else 1, f"error: {one_line(error)}"
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        code, line = 1, f"error: not enough memory; use a smaller batch size, resolution or network ({one_line(error)})"
+    except Interrupted as interrupted:
+        signals.number = signals.number or interrupted.number
+        code = 128 + signals.number
+    except BaseException:
+        if not signals.number:  # else it is what a library has made of the signal
+            raise
+        code = 1
+    if signals.number:
+        number = signals.number
+        signals.settle()
+        if code != 0:
+            code, line = 128 + number, f"stopped by {signal.Signals(number).name}"
+    if line is not None:
+        print(f"{name}: {line}", file=sys.stderr)
+    return code
+
+
+def _hide_interrupted(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Returns a hook that shows no traceback of an `Interrupted` which gets lost: it is raised again."""
+    return lambda lost: None if isinstance(lost.exc_value, Interrupted) else hook(lost)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error says that memory is short; that of torch on a CPU is a plain `RuntimeError`."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text
+
+
+def _is_unwinding(error: BaseException | None) -> bool:
+    """Returns whether an exception that is being handled comes from a signal."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
+def use_own_cores() -> None:
+    """Gives this process its share of the cores that the machine lets it use.
+
+    `accelerate launch` and torchrun start every process with one thread, even the only process of a large machine. To
+    have fewer threads, set OMP_NUM_THREADS to 2 or more, or start the process without a launcher.
+    """
+    import torch  # takes seconds
+
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if is_launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(own_cores())
+
+
+def own_cores() -> int:
+    """Returns this process's share of the cores that the machine lets it use, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+@contextmanager
+def exclusive(folder: Path, option: str = "output_dir") -> Iterator[None]:
+    """Keeps a second run out of the folder that `option` names, with a `ValueError` for it."""
+    try:
+        held = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{option}={str(folder)!r} is in use by another run") from None
+    with held:
+        yield

@@ -1,0 +1,363 @@
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel
+
+import hf_ddpm.evaluation.comparison
+import hf_ddpm.evaluation.feature_cache
+from hf_ddpm import DDPMPipeline
+from hf_ddpm.data.sources import choose
+from hf_ddpm.data.store import load_images
+from hf_ddpm.evaluation.features import load_extractor
+from hf_ddpm.evaluation.frechet import Moments, frechet_distance
+from hf_ddpm.hub.figures import rows
+from hf_ddpm.sampling.folder import SampleFolder
+from tests.conftest import load_script
+from tests.evaluation.processors import BitProcessor
+
+ROOT = Path(__file__).parents[2]
+ALL = "fid,kid,is,pr"
+
+
+@pytest.fixture(scope="module")
+def main():
+    return load_script("evaluate").main
+
+
+@pytest.fixture(scope="module")
+def words(trained):
+    return ["--model", str(trained), "--dataset", "digits", "--num_inference_steps", "2"]
+
+
+def run(main, output, *words):
+    assert main([*words, "--output", str(output)]) == 0
+    return json.loads(output.read_text())
+
+
+def figures(results):
+    return {
+        name: {key: value for key, value in entry.items() if key != "made_by"}
+        for name, entry in results.items()
+        if isinstance(entry, dict) and "made_by" in entry
+    }
+
+
+@pytest.fixture(scope="module")
+def evaluated(main, words, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated")
+    run(main, folder / "results.json", *words, "--metrics", ALL, "--num_images", "40")
+    return folder
+
+
+def test_figures_are_kept_as_soon_as_they_are_known(main, words, tmp_path, monkeypatch):
+    def breaks(metric, sets, figures=hf_ddpm.evaluation.comparison.figures):
+        if metric == "kid":
+            raise OSError("no space left")
+        return figures(metric, sets)
+
+    monkeypatch.setattr(hf_ddpm.evaluation.comparison, "figures", breaks)
+    output = tmp_path / "not" / "yet" / "there" / "results.json"
+    with pytest.raises(OSError, match="no space left"):
+        main([*words, "--metrics", "fd,kid", "--num_images", "4", "--output", str(output)])
+    assert set(json.loads(output.read_text())) == {"model", "fd"}
+
+
+def test_a_model_is_evaluated_from_end_to_end(evaluated, trained):
+    results = json.loads((evaluated / "results.json").read_text())
+    (samples,) = (evaluated / "results_samples").iterdir()
+    images = SampleFolder.read(samples)[torch.arange(40)]
+    train = load_images("digits", split="train", resolution=8, channels=1)[torch.arange(898)]
+    extractor = load_extractor("digits")
+    distance = frechet_distance(Moments.of(extractor(images).features), Moments.of(extractor(train).features))
+    fd = results["fd"]
+    assert fd["value"] == pytest.approx(distance, rel=1e-5)
+    assert fd["num_images"] == 40 and fd["reference_images"] == 898 and 0 < fd["floor"] < fd["value"]
+    made = fd["made_by"]
+    assert made["extractor"] == {"name": "digits", "checksum": extractor.checksum}
+    assert made["sampling"]["num_inference_steps"] == 2 and made["sampling"]["scheduler"] == "ddpm"
+    assert made["dataset"]["reference_split"] == "train" and made["dataset"]["held_out_split"] == "test"
+    assert results["model"]["name"] == str(trained) and len(results["model"]["checksum"]) == 64
+    assert results["kid"]["floor"] < results["kid"]["value"] and 1 <= results["is"]["value"] <= 10
+    assert 0 <= results["pr"]["recall"] < results["pr"]["held_out_recall"] <= 1
+    assert results["memorization"]["exact_copies"] == 0
+    with Image.open(evaluated / "results_nearest.png") as picture:
+        assert picture.size == (4 * 65 - 1, 8 * 65 - 1)
+
+
+def test_the_floor_is_held_out_images_against_the_reference(evaluated):
+    train = load_images("digits", split="train", resolution=8, channels=1)[torch.arange(898)]
+    test = load_images("digits", split="test", resolution=8, channels=1)[torch.arange(899)]
+    extractor = load_extractor("digits")
+    reference = Moments.of(extractor(train).features)
+    drawn = torch.tensor(choose(899, 40, 0))  # at random: sets may be sorted
+    expected = frechet_distance(Moments.of(extractor(test[drawn]).features), reference)
+    floor = json.loads((evaluated / "results.json").read_text())["fd"]["floor"]
+    assert floor == pytest.approx(expected, rel=1e-5)
+
+
+def test_results_depend_neither_on_the_batch_size_nor_on_an_interruption(main, words, evaluated, tmp_path):
+    output = tmp_path / "results.json"
+    results = run(main, output, *words, "--metrics", ALL, "--num_images", "40", "--batch_size", "7")
+    expected = figures(json.loads((evaluated / "results.json").read_text()))
+    assert figures(results) == expected
+    (samples,) = (tmp_path / "results_samples").iterdir()
+    (samples / "shards" / "000000.npy").write_bytes(b"half of")
+    shutil.rmtree(hf_ddpm.evaluation.feature_cache.CACHE)
+    assert figures(run(main, output, *words, "--metrics", ALL, "--num_images", "40")) == expected
+
+
+def test_metrics_that_were_there_stay_unless_the_model_is_another_one(
+    main, words, evaluated, trained, tmp_path, capsys
+):
+    output = tmp_path / "results.json"
+    shutil.copytree(evaluated / "results_samples", tmp_path / "results_samples")
+    first = run(main, output, *words, "--metrics", "is", "--num_images", "40")
+    assert "fd" not in first
+    both = run(main, output, *words, "--metrics", "nll,fd", "--num_images", "4", "--steps_per_image", "2")
+    assert both["is"] == first["is"] and both["fd"]["num_images"] == 4 and both["nll"]["num_images"] == 4
+    pipe = DDPMPipeline.from_pretrained(trained)
+    pipe.unet.conv_out.bias.data += 0.1
+    pipe.save_pretrained(tmp_path / "other")
+    capsys.readouterr()
+    words = ["--model", str(tmp_path / "other"), *words[2:]]
+    other = run(main, output, *words, "--metrics", "fd", "--num_images", "4")
+    assert "is" not in other and "nll" not in other and "of another model: they are gone" in capsys.readouterr().out
+
+
+def test_images_that_were_sampled_already_are_evaluated(main, words, evaluated, trained, tmp_path):
+    expected = figures(json.loads((evaluated / "results.json").read_text()))
+    load_script("sample").main([*words[:2], *words[4:], "--num_images", "45", "--output", str(tmp_path / "out")])
+    common = ["--dataset", "digits", "--metrics", ALL, "--num_images", "40"]
+    from_shards = run(main, tmp_path / "a.json", *common, "--samples", str(tmp_path / "out"))
+    assert figures(from_shards) == expected
+    assert from_shards["model"] == json.loads((evaluated / "results.json").read_text())["model"]
+    (tmp_path / "pictures").mkdir()
+    for path in (tmp_path / "out").glob("*.png"):
+        shutil.copy(path, tmp_path / "pictures")
+    from_pictures = run(main, tmp_path / "b.json", *common, "--samples", str(tmp_path / "pictures"))
+    assert figures(from_pictures) == expected and from_pictures["fd"]["made_by"]["sampling"] is None
+    every = run(main, tmp_path / "c.json", *common[:4], "--samples", str(tmp_path / "out"))
+    assert every["fd"]["num_images"] == 45
+
+
+def test_arrays_of_samples_score_what_their_folder_scores(main, words, evaluated, tmp_path):
+    expected = figures(json.loads((evaluated / "results.json").read_text()))
+    out = tmp_path / "out"
+    load_script("sample").main([*words[:2], *words[4:], "--num_images", "40", "--format", "npz", "--output", str(out)])
+    for name in ("only", "other"):
+        (tmp_path / name).mkdir()
+    shutil.copy(out / "samples.npz", tmp_path / "only")
+    images = np.load(out / "samples.npz")["arr_0"]
+    np.savez_compressed(tmp_path / "other" / "samples_40x8x8x1.npz", labels=np.arange(40), images=images)
+    np.save(tmp_path / "a.npy", images)
+    common = ["--dataset", "digits", "--metrics", ALL, "--num_images", "40", "--samples"]
+    for samples in (out, out / "samples.npz", tmp_path / "only", tmp_path / "other", tmp_path / "a.npy"):
+        assert figures(run(main, tmp_path / f"{samples.name}.json", *common, str(samples))) == expected
+
+
+def test_arrays_that_are_not_samples_are_refused(main, tmp_path):
+    common = ["--dataset", "digits", "--metrics", "fd", "--output", str(tmp_path / "r.json"), "--samples"]
+    np.savez(tmp_path / "a.npz", np.zeros((4, 8, 8, 1), np.float32))
+    with pytest.raises(ValueError, match=r"a\.npz.: float32 of shape \(4, 8, 8, 1\); expected uint8"):
+        main([*common, str(tmp_path / "a.npz")])
+    np.savez(tmp_path / "a.npz", np.zeros((4, 8), np.uint8))
+    with pytest.raises(ValueError, match="a.npz cannot be read as an array of images: no array of 4 dimensions"):
+        main([*common, str(tmp_path / "a.npz")])
+    (tmp_path / "a.npz").write_text("no archive")
+    with pytest.raises(ValueError, match="a.npz cannot be read as an array of images: File is not a zip file"):
+        main([*common, str(tmp_path / "a.npz")])
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(ValueError, match="a.txt' is not allowed: a folder, or a .npz or .npy file"):
+        main([*common, str(tmp_path / "a.txt")])
+    np.savez(tmp_path / "a.npz", np.zeros((4, 8, 8, 6), np.uint8))
+    with pytest.raises(ValueError, match="takes no images of 6 channels: 1; metrics=nll takes any number"):
+        main([*common, str(tmp_path / "a.npz")])
+
+
+def test_saved_statistics_stand_for_the_reference_split(main, words, evaluated, tmp_path):
+    expected = json.loads((evaluated / "results.json").read_text())["fd"]
+    (samples,) = (evaluated / "results_samples").iterdir()
+    stats, common = str(tmp_path / "stats.npz"), ["--samples", str(samples), "--metrics", "fd", "--num_images", "40"]
+    saved = run(main, tmp_path / "a.json", *common, "--dataset", "digits", "--save_reference_stats", stats)["fd"]
+    assert saved["value"] == expected["value"]
+    train = load_images("digits", split="train", resolution=8, channels=1)[torch.arange(898)]
+    features = load_extractor("digits")(train).features.double().numpy()
+    arrays = np.load(stats)
+    np.testing.assert_allclose(arrays["mu"], features.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(arrays["sigma"], np.cov(features, rowvar=False), atol=1e-6)
+    alone = run(main, tmp_path / "b.json", *common, "--extractor", "digits", "--reference_stats", stats)
+    assert alone["fd"]["value"] == pytest.approx(expected["value"], rel=1e-9) and "floor" not in alone["fd"]
+    checksum = hashlib.sha256((tmp_path / "stats.npz").read_bytes()).hexdigest()
+    assert alone["fd"]["made_by"]["reference_stats"] == {"name": "stats.npz", "sha256": checksum}
+    assert "memorization" not in alone
+    (row,) = rows(alone)
+    assert (row.data, row.split) == ("stats.npz", None)
+    beside = run(main, tmp_path / "c.json", *common, "--dataset", "digits", "--reference_stats", stats)["fd"]
+    assert beside["floor"] == pytest.approx(expected["floor"], rel=1e-9)
+    assert beside["value"] == pytest.approx(expected["value"], rel=1e-9)
+
+
+def test_statistics_that_do_not_fit_are_refused(main, words, evaluated, tmp_path):
+    (samples,) = (evaluated / "results_samples").iterdir()
+    path, output = tmp_path / "s.npz", ["--output", str(tmp_path / "r.json")]
+    common = ["--samples", str(samples), "--extractor", "digits", "--reference_stats", str(path), *output, "--metrics"]
+    eye = np.eye(64)
+    for arrays, message in [
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "s.npz: 3 dimensions, but features of extractor 'digits' have 64"),
+        ({"mu": np.zeros(64)}, "s.npz: it lacks an array .*sigma"),
+        ({"mu": np.zeros(64), "sigma": np.eye(3)}, r"mu \(64,\) and sigma \(3, 3\); expected shapes"),
+        ({"mu": np.full(64, np.nan), "sigma": eye}, "not all values of mu and sigma are finite"),
+        ({"mu": np.zeros(64), "sigma": np.triu(np.ones((64, 64)))}, "sigma is not a covariance matrix"),
+        ({"mu": np.zeros(64), "sigma": eye.astype(int)}, "float64 and int64; expected floats"),
+    ]:
+        np.savez(path, **arrays)
+        with pytest.raises(ValueError, match=message):
+            main([*common, "fd"])
+    np.savez(path, mu=np.zeros(64), sigma=eye)
+    for metric in ("kid", "pr"):
+        with pytest.raises(
+            ValueError, match=f"metrics='{metric}' is not allowed: it needs real images, --reference_st"
+        ):
+            main([*common, f"fd,{metric}"])
+    with pytest.raises(ValueError, match="dataset is missing: only fd and is can do without"):
+        main(["--samples", str(samples), "--metrics", "fd", *output])
+    with pytest.raises(ValueError, match="num_images is missing: without a data set"):
+        main([*words[:2], *common[2:], "fd"])
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_the_training_images_themselves_are_seen_through(main, tmp_path):
+    images = load_images("digits", split="train", resolution=8, channels=1)[torch.arange(50)]
+    for number, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{number:05d}.png")
+    common = ["--dataset", "digits", "--metrics", "fd", "--samples", str(tmp_path)]
+    results = run(main, tmp_path / "results.json", *common)
+    assert results["memorization"]["exact_copies"] == 1 and results["fd"]["num_images"] == 50
+    sheet = np.asarray(Image.open(tmp_path / "results_nearest.png"))
+    np.testing.assert_array_equal(sheet[:, :64], sheet[:, 65:129])
+
+
+def test_without_a_floor_any_number_of_images_is_allowed(main, words, tmp_path):
+    results = run(
+        main, tmp_path / "r.json", *words, "--metrics", "fd", "--num_images", "901", "--floor", "false",
+        "--num_inference_steps", "1", "--batch_size", "256",
+    )  # fmt: skip
+    assert results["fd"]["num_images"] == 901 and "floor" not in results["fd"]
+    few = ["--metrics", "fd,nll", "--num_images", "4", "--steps_per_image", "2", "--floor", "false"]
+    assert "floor" not in run(main, tmp_path / "r.json", *words, *few)["fd"]
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dinov2")
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    AutoModel.from_config(AutoConfig.for_model("dinov2", mlp_ratio=2, **small)).save_pretrained(folder)
+    BitProcessor(size={"height": 28, "width": 28}, do_center_crop=False).save_pretrained(folder)
+    return str(folder)
+
+
+def test_any_image_model_extracts(main, words, dinov2, tmp_path):
+    results = run(main, tmp_path / "r.json", *words, "--metrics", "fd,pr", "--num_images", "8", "--extractor", dinov2)
+    assert results["fd"]["made_by"]["extractor"]["name"] == dinov2 and results["fd"]["value"] > 0
+    with pytest.raises(ValueError, match="metrics=is is not allowed with extractor .* it has no classes"):
+        main([*words, "--metrics", "is", "--extractor", dinov2, "--output", str(tmp_path / "r.json")])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("--metrics fd,fvd", "metrics='fvd' is not allowed: any of fd, kid, is, pr, nll, with commas"),
+        ("--metrics fd, ", "metrics='' is not allowed"),
+        ("--extractor no/such/model", "extractor 'no/such/model' is not allowed: digits, inception, or a model"),
+        ("--extractor digits --extractor_weights x", "extractor_weights='x' is not allowed: only of inception"),
+        ("--num_images 900", "num_images=900 is not allowed: at most the 899 of 'digits' in split 'test', or --floor"),
+        ("--num_images 1 --metrics fd", "num_images=1 is not allowed: at least 2 for fd"),
+        ("--num_images 1 --metrics kid", "num_images=1 is not allowed: at least 2 for kid"),
+        ("--num_images 3 --metrics is,pr", "num_images=3 is not allowed: at least 4 for pr"),
+        ("--num_images 0", "num_images=0 is not allowed: at least 1"),
+        ("--batch_size 0", "batch_size=0 is not allowed: at least 1"),
+        ("--levels 300", "levels=300 is not allowed: 2 to 256 with metrics that compare images"),
+        ("--split dev", "dataset 'digits' has no split 'dev'"),
+        ("--reference_split dev", "dataset 'digits' has no split 'dev'"),
+        ("--samples nowhere", "samples='nowhere' is not allowed: there is no such folder or file"),
+        ("--samples .", "samples='.' is not allowed: it holds neither shards, PNG files nor one .npz file"),
+        ("--num_inference_steps 2000", "num_inference_steps"),
+        ("--scheduler ddpm --eta 1", "eta=1.0 is not allowed with scheduler=ddpm"),
+        ("--output .", "output='.' is not allowed: it is a folder"),
+    ],
+)
+def test_wrong_requests_are_one_line(main, words, tmp_path, monkeypatch, wrong, message):
+    monkeypatch.chdir(tmp_path)
+    output = ["--metrics", "fd", "--num_images", "4", "--output", "results.json"]
+    with pytest.raises(ValueError, match=message) as caught:
+        main([*words, *output, *(word for word in wrong.split(" ") if word or wrong.endswith(", "))])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_samples_that_do_not_fit_are_refused(main, words, trained, evaluated, tmp_path):
+    output = ["--output", str(tmp_path / "r.json")]
+    common = ["--dataset", "digits", "--metrics", "fd", "--samples", str(tmp_path), *output]
+    with pytest.raises(ValueError, match="model is missing: only samples can be evaluated without"):
+        main([*common[:2], *output])
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="extractor 'digits' takes no images of 3 channels: 1"):
+        main(common)
+    with pytest.raises(ValueError, match=r"samples=.* are of \(3, 8, 8\), images of the model \(1, 8, 8\)"):
+        main([*common, "--model", str(trained)])
+    Image.new("L", (8, 9)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="extractor 'digits' takes no images of 9x8: 8x8"):
+        main(common)
+    for name in "abcd":
+        Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
+    Image.new("L", (9, 8)).save(tmp_path / "e.png")
+    with pytest.raises(ValueError, match=r"e.png is of \(1, 8, 9\), the others are of \(1, 8, 8\)"):
+        main(common)
+    Image.new("L", (8, 8)).save(tmp_path / "e.png")
+    with pytest.raises(ValueError, match="num_images=6 is not allowed: at most the 5 of samples="):
+        main([*common, "--num_images", "6"])
+    (tmp_path / "e.png").write_text("no picture")
+    with pytest.raises(ValueError, match="e.png is no picture"):
+        main(common)
+    pipe = DDPMPipeline.from_pretrained(trained)
+    pipe.unet.conv_out.bias.data += 0.1
+    pipe.save_pretrained(tmp_path / "other")
+    (samples,) = (evaluated / "results_samples").iterdir()
+    with pytest.raises(ValueError, match="samples=.* are of another model than"):
+        main([*common, "--samples", str(samples), "--model", str(tmp_path / "other")])
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_a_file_that_is_no_results_is_kept(main, words, tmp_path):
+    (tmp_path / "r.json").write_text("precious")
+    with pytest.raises(ValueError, match="what is there is no results.json"):
+        main([*words, "--metrics", "fd", "--output", str(tmp_path / "r.json")])
+    assert (tmp_path / "r.json").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]  # nothing was sampled in vain
+
+
+@pytest.mark.slow
+def test_two_launched_processes_find_the_same_figures(main, words, evaluated, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    more = ["--metrics", f"{ALL},nll", "--num_images", "40", "--steps_per_image", "2"]
+    command = [sys.executable, *launcher, str(ROOT / "scripts" / "evaluate.py"), *words, *more]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "r.json")], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = figures(json.loads((tmp_path / "r.json").read_text()))
+    nll, alone = found.pop("nll"), run(main, tmp_path / "one.json", *words, *more[:1], "nll", *more[2:])["nll"]
+    assert nll["num_images"] == alone["num_images"] == 40
+    assert nll["total_bpd"] == pytest.approx(alone["total_bpd"], rel=1e-6)
+    assert found == figures(json.loads((evaluated / "results.json").read_text()))

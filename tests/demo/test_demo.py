@@ -1,0 +1,280 @@
+import math
+import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm.data.transforms import ImageFormat, fit
+from hf_ddpm.demo.demo import Demo, row, square, strip, whole
+from hf_ddpm.images import to_signed
+from hf_ddpm.sampling.generate import SCHEDULERS
+from hf_ddpm.utils.markdown import plain
+from hf_ddpm.utils.seeds import SAMPLES, generator
+from tests.conftest import TINY_UNET, load_script
+from tests.test_markdown import HOSTILE, parse
+
+
+@pytest.fixture
+def demo(tiny_pipeline):
+    return Demo(tiny_pipeline, "tiny")
+
+
+@pytest.fixture
+def class_demo():
+    """Knows the classes zero, one and two, and what no class is."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(**TINY_UNET, num_class_embeds=4)
+    return Demo(DDPMPipeline(unet, DDPMScheduler(), {"0": "zero", "1": "one", "2": "two"}), "classes")
+
+
+def end(moments):
+    return list(moments)[-1].images
+
+
+def other_sizes(**config):
+    return Demo(DDPMPipeline(UNet2DModel(**{**TINY_UNET, **config}), DDPMScheduler()), "other")
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_images_are_those_of_the_script(trained, tmp_path, scheduler):
+    steps = 50 if scheduler in ("pndm", "euler") else 4  # fewer of these do not start from noise that they can take
+    words = ["--num_images", "5", "--seed", "3", "--num_inference_steps", str(steps), "--scheduler", scheduler]
+    load_script("sample").main(["--model", str(trained), "--output", str(tmp_path), *words, "--batch_size", "2"])
+    files = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
+    demo = Demo(DDPMPipeline.from_pretrained(trained), "trained")
+    images = end(demo.generate(demo.read(3, steps, scheduler), 5))
+    np.testing.assert_array_equal(images.squeeze(1), np.stack(files))
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_what_is_seen_on_the_way_is_the_image_and_not_the_noise(scheduler):
+    # A network that knows that all images are one image: every estimate is that one, while x_t is mostly noise.
+    image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    class Knowing(UNet2DModel):
+        def forward(self, sample, timestep, class_labels=None, return_dict=True):
+            bar = float(noise_left[int(timestep)])
+            return type("Output", (), {"sample": (sample - math.sqrt(bar) * image) / math.sqrt(1 - bar)})
+
+    pipe = DDPMPipeline(Knowing(**TINY_UNET), DDPMScheduler())
+    noise_left = pipe.scheduler.diffusion.alphas_cumprod
+    demo = Demo(pipe, "knowing")
+    expected = ((image + 1) * 127.5).expand(2, -1, -1, -1)
+    first, *others = demo.generate(demo.read(0, 20, scheduler), 2)
+    # Where a scheduler does not tell, what the first step started from is not known.
+    for moment in [first, *others] if scheduler in ("ddpm", "ddim", "euler") else others:
+        assert (moment.images - expected).abs().max() <= 4, moment
+
+
+def test_requests_at_once_do_not_meet(demo):
+    asked = [(demo.read(0, 7, "ddpm"), 2), (demo.read(1, 12, "ddpm"), 3)]
+    alone = [end(demo.generate(*one)) for one in asked]
+    both_are_here, here = threading.Barrier(2), threading.local()
+
+    def wait_for_the_other(*args):
+        if not hasattr(here, "waited"):
+            here.waited = both_are_here.wait(30)
+
+    demo.pipe.unet.register_forward_pre_hook(wait_for_the_other)
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda one: end(demo.generate(*one)), asked))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_a_request_that_is_left_ends(demo):
+    before, steps = set(threading.enumerate()), []
+    demo.pipe.unet.register_forward_hook(lambda *args: steps.append(1))
+    moments = demo.generate(demo.read(0, 1000, "ddpm"), 1)
+    next(moments)
+    (worker,) = set(threading.enumerate()) - before
+    moments.close()
+    worker.join(30)
+    assert not worker.is_alive() and len(steps) < 1000
+
+
+def test_between_two_images_the_pipeline_interpolates(demo):
+    first, second = (torch.randint(256, (1, 1, 8, 8), dtype=torch.uint8) for _ in range(2))
+    seen = []
+    demo.pipe.unet.register_forward_hook(lambda *args: seen.append(int(args[1][1])))
+    images = end(demo.interpolate(first, second, 30, 3, demo.read(5, 10, "ddim")))
+    assert images.shape == (3, 1, 8, 8) and seen == list(range(30, -1, -1))
+    # At t = 0 almost nothing is lost, of a mixture in signed values as in bytes.
+    images = end(demo.interpolate(first, second, 0, 5, demo.read(5, 10, "ddpm")))
+    for i, image in enumerate(images):
+        mixed = (1 - i / 4) * first.float() + i / 4 * second.float()
+        assert (image - mixed).abs().max() < 10
+
+
+def test_the_noise_between_images_is_a_stream_of_its_own_seed(demo):
+    first, second = torch.zeros(2, 1, 1, 8, 8, dtype=torch.uint8)
+
+    def between(seed):
+        return end(demo.interpolate(first, second, 500, 2, demo.read(seed, 10, "ddpm")))
+
+    assert torch.equal(between(0), between(0)) and not torch.equal(between(0), between(1))
+    with torch.no_grad():
+        of_the_samples = demo.pipe.interpolate(
+            to_signed(first), to_signed(second), 500, [0.0, 1.0], generator(0, SAMPLES, 0), output_type="pt"
+        )
+    assert not torch.equal((of_the_samples * 255).round().to(torch.uint8), between(0))
+
+
+def test_classes_go_by_name_and_in_turn(class_demo):
+    asked = []
+    class_demo.pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(kwargs["class_labels"].tolist()), with_kwargs=True
+    )
+    assert class_demo.classes == ["zero", "one", "two"]
+    end(class_demo.generate(class_demo.read(0, 1, "ddpm", ["two", "zero"], 1.0), 3))
+    end(class_demo.generate(class_demo.read(0, 1, "ddpm", [], 1.0), 2))
+    image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    end(class_demo.interpolate(image, image, 0, 2, class_demo.read(0, 1, "ddpm", ["one", "two"], 2.0)))
+    assert asked == [[2, 0, 2], [3, 3], [1, 1, 3, 3]]
+
+
+def test_classes_without_names_are_numbers():
+    demo = other_sizes(num_class_embeds=3)
+    assert demo.classes == ["0", "1", "2"]
+    assert end(demo.generate(demo.read(0, 1, "ddpm", ["2"]), 1)).shape == (1, 1, 8, 8)
+    with pytest.raises(ValueError, match="class_labels are missing"):
+        end(demo.generate(demo.read(0, 1, "ddpm"), 1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"seed": 1.5}, "seed=1.5 is not allowed: a whole number from 0"),
+        ({"seed": None}, "seed=None is not allowed"),
+        ({"seed": -1}, "seed=-1 is not allowed"),
+        ({"steps": 0}, "steps=0 is not allowed: a whole number from 1 to 1000"),
+        ({"steps": 1001}, "steps=1001 is not allowed"),
+        ({"steps": float("nan")}, "steps=nan is not allowed"),
+        ({"count": 0}, "count=0 is not allowed: a whole number from 1 to 64"),
+        ({"count": 65.0}, "count=65 is not allowed"),
+        ({"scheduler": "heun"}, "scheduler='heun' is not allowed"),
+        ({"scheduler": "pndm", "steps": 3}, "num_inference_steps=3 is not allowed: 4 to 1000 with this model"),
+        ({"classes": ["three"]}, "class_labels: 'three' is not allowed: one of \\['zero', 'one', 'two'\\]"),
+    ],
+)
+def test_what_is_typed_wrong_is_one_line(class_demo, wrong, message):
+    typed = {"seed": 0, "steps": 1, "scheduler": "ddpm", "classes": [], "count": 1} | wrong
+    count = typed.pop("count")
+    with pytest.raises(ValueError, match=message) as caught:
+        end(class_demo.generate(class_demo.read(**typed), count))
+    assert "\n" not in str(caught.value)
+
+
+def test_ends_and_amounts_of_a_mixture_are_checked(demo):
+    image, sampling = torch.zeros(1, 1, 8, 8, dtype=torch.uint8), demo.read(0, 1, "ddpm")
+    with pytest.raises(ValueError, match="t=1000 is not allowed: a whole number from 0 to 999"):
+        demo.interpolate(image, image, 1000, 2, sampling)
+    with pytest.raises(ValueError, match="count=1 is not allowed: a whole number from 2 to 64"):
+        demo.interpolate(image, image, 0, 1, sampling)
+
+
+def test_whole_numbers_are_integers():
+    for typed in (3, 3.0):
+        assert whole("n", typed, 3, 3) == 3 and isinstance(whole("n", typed, 3, 3), int)
+
+
+def test_an_uploaded_image_is_fitted_as_for_training(demo, tmp_path):
+    path = tmp_path / "wide.png"
+    Image.effect_noise((40, 20), 80).convert("RGB").save(path)
+    expected = fit({"bytes": path.read_bytes(), "path": None}, ImageFormat(8, 8, 1))
+    np.testing.assert_array_equal(demo.read_image("first image", str(path)), expected[np.newaxis])
+
+
+def test_an_image_that_cannot_be_used_is_named(demo, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("L", (7, 9)).save(tmp_path / "small.png")
+    for path, reason in [
+        (None, "there is none"),
+        (str(tmp_path / "small.png"), "7x9 is smaller than resolution=8"),
+        (str(tmp_path / "text.png"), "it is no image of a known format"),
+    ]:
+        with pytest.raises(ValueError, match=f"^second image is not usable: {reason}"):
+            demo.read_image("second image", path)
+
+
+@pytest.mark.parametrize(("size", "most"), [(8, 64), (64, 64), (128, 16), (256, 4), ((256, 128), 8), (2048, 2)])
+def test_of_large_images_there_are_fewer_at_a_time(size, most):
+    assert other_sizes(sample_size=size).most_images == most
+
+
+def test_the_model_is_described(demo):
+    count = sum(weight.numel() for weight in demo.pipe.unet.parameters())
+    line = demo.describe()
+    assert line.startswith("**tiny**") and f" {count:,} parameters " in line
+    for fact in ("8x8", "1 channel ", "DDPMScheduler, T = 1000", "at most 64 images", "on cpu"):
+        assert fact in line
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_model_of_any_name_is_described_in_text(tiny_pipeline, name):
+    _, inline, _ = parse(Demo(tiny_pipeline, name).describe())
+    assert {child.type for child in inline.children} == {"text", "strong_open", "strong_close"}
+    assert "".join(child.content for child in inline.children).startswith(f"{plain(name)} · ")
+
+
+def test_pictures_are_enlarged_pixel_by_pixel(demo):
+    moments = list(demo.generate(demo.read(0, 9, "ddpm"), 5))
+    images = moments[-1].images
+    sheet = np.asarray(square(images))
+    assert sheet.shape == (2 * 8 * 21 + 1, 3 * 8 * 21 + 2)  # 512 // (3 * 8) = 21
+    np.testing.assert_array_equal(sheet[8 * 21 + 1 :: 21][:8, 8 * 21 + 1 :: 21][:, :8], images[4, 0])
+    line = np.asarray(row(images[:1], images))
+    np.testing.assert_array_equal(line[::21, ::21][:, :8], images[0, 0])
+    assert line.shape == (8 * 21, 6 * (8 * 21 + 1) - 1)
+
+
+def test_a_strip_has_a_row_an_image_and_fills_from_the_left(demo):
+    for number, moment in enumerate(list(demo.generate(demo.read(0, 7, "ddpm"), 5))):
+        tiles = np.asarray(strip(moment))  # 4 rows and 8 columns, 1024 // (8 * 8) = 16 times
+        assert tiles.shape == (4 * 129 - 1, 8 * 129 - 1)
+        for column in range(8):
+            for line in range(4):
+                tile = tiles[line * 129 : line * 129 + 128 : 16, column * 129 : column * 129 + 128 : 16]
+                expected = moment.frames[column][line, 0] if column <= number else np.zeros((8, 8))
+                np.testing.assert_array_equal(tile, expected)
+
+
+def test_formats_that_start_other_programs_are_refused_by_their_content(demo, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda *words, **options: started.append(words))
+    for file in ("drawing.eps", "drawing.png"):
+        Image.new("L", (9, 9)).save(tmp_path / file, format="EPS")
+        with pytest.raises(ValueError, match="first image is not usable: it is no image of a known format"):
+            demo.read_image("first image", str(tmp_path / file))
+    assert not started
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_usual_formats_are_read(demo, tmp_path, kind):
+    Image.new("L", (8, 8), 200).save(tmp_path / "image", format=kind)
+    pixels = demo.read_image("first image", str(tmp_path / "image"))
+    assert pixels.shape == (1, 1, 8, 8) and (pixels.int() - 200).abs().max() <= 2
+
+
+def bitmap(width, height):
+    """Returns the header of a BMP file of a size, without its pixels."""
+    return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("width", "height"), [(7072, 7072), (10_000, 10_000), (65_000, 65_000)])
+def test_pixels_are_counted_before_they_are_decoded(demo, tmp_path, monkeypatch, width, height):
+    monkeypatch.setattr("hf_ddpm.demo.demo.attempt", lambda *row: pytest.fail("decoded"))
+    (tmp_path / "huge.bmp").write_bytes(bitmap(width, height))
+    with pytest.raises(ValueError, match=r"^first image is not usable: .* too many.*; at most 50,000,000$"):
+        demo.read_image("first image", str(tmp_path / "huge.bmp"))
+
+
+def test_fewer_pixels_than_the_bound_are_decoded(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_ddpm.demo.demo.attempt", lambda *row: "decoded")
+    (tmp_path / "large.bmp").write_bytes(bitmap(7071, 7071))  # 7071^2 = 49,999,041
+    with pytest.raises(ValueError, match="decoded"):
+        demo.read_image("first image", str(tmp_path / "large.bmp"))

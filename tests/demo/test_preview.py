@@ -1,0 +1,78 @@
+import threading
+
+import pytest
+import torch
+
+from hf_ddpm.demo.preview import FRAMES, in_background, watch
+
+
+def test_what_is_emitted_comes_in_order_from_another_thread():
+    threads = set()
+
+    def work(emit):
+        threads.add(threading.current_thread())
+        for item in range(100):
+            emit(item)
+
+    assert list(in_background(work)) == list(range(100))
+    assert threads and threading.current_thread() not in threads
+
+
+def test_an_error_of_the_work_comes_after_what_it_has_emitted():
+    def work(emit):
+        emit(1)
+        raise ValueError("no more")
+
+    items = in_background(work)
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="no more"):
+        next(items)
+
+
+def test_work_ends_when_nobody_watches():
+    emitted, go_on, ended = [], threading.Semaphore(0), threading.Event()
+
+    def work(emit):
+        try:
+            for item in range(1000):
+                go_on.acquire(timeout=10)
+                emit(item)
+                emitted.append(item)
+        finally:
+            ended.set()
+
+    items = in_background(work)
+    go_on.release()
+    assert next(items) == 0
+    items.close()
+    go_on.release()
+    assert ended.wait(10)
+    assert emitted == [0]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 8, 50])
+def test_frames_are_spread_from_the_first_step_to_the_images(steps, monkeypatch):
+    # A chain whose estimate after i steps is gray i: so a moment can be told from its pixels.
+    monkeypatch.setattr("hf_ddpm.demo.preview.PAUSE", float("inf"))
+
+    class Chain:
+        class scheduler:
+            timesteps = range(steps)
+
+    def work(callback_on_step_end, callback_on_step_end_tensor_inputs):
+        assert {"latents", "pred_original_sample"} <= set(callback_on_step_end_tensor_inputs)
+        for i in range(steps):
+            gray = torch.full((2, 1, 1, 1), i / 255) * 2 - 1
+            callback_on_step_end(Chain, i, None, {"latents": None, "pred_original_sample": gray})
+        return torch.full((2, 1, 1, 1), steps, dtype=torch.uint8)
+
+    moments = list(watch(work))
+    seen = [moment.step for moment in moments]
+    assert seen[0] == 0 and seen[-1] == steps and len(seen) == min(FRAMES, steps + 1)
+    gaps = [after - before for before, after in zip(seen[:-1], seen[1:], strict=True)]
+    assert max(gaps) - min(gaps) <= 1
+    for number, moment in enumerate(moments):
+        assert str(moment) == f"step {moment.step} of {steps}"
+        assert moment.images.dtype == torch.uint8 and moment.images.flatten().tolist() == [moment.step] * 2
+        assert [int(frame[0]) for frame in moment.frames] == seen[: number + 1]
+        assert moment.frames_to_come == len(seen) - number - 1

@@ -1,0 +1,143 @@
+import threading
+from concurrent.futures import wait
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm.demo.demo import Demo, row, square
+from tests.conftest import TINY_UNET, load_script
+
+ROOT = Path(__file__).parents[2]
+SPACE = ROOT / "hf_ddpm" / "demo" / "space"
+
+
+@pytest.fixture(scope="module")
+def app():
+    pytest.importorskip("gradio")
+    return load_script("space/app")
+
+
+@pytest.fixture
+def demo(tiny_pipeline):
+    return Demo(tiny_pipeline, "tiny")
+
+
+def test_generating_answers_with_images_their_strip_and_progress(app, demo):
+    answers = list(app.answer(app.generate, demo)(3, 0, 20, "ddpm", [], 1))
+    assert answers[0][2] == "step 0 of 20" and answers[-1][2] == "step 20 of 20"
+    shown = {picture.tobytes() for picture, _, _ in answers[:-1]}
+    assert len(shown) >= 2 and answers[-1][0].tobytes() not in shown
+    *_, last = demo.generate(demo.read(0, 20, "ddpm"), 3)
+    assert answers[-1][0].tobytes() == square(last.images).tobytes()
+
+
+def test_between_seeds_are_the_images_of_these_seeds(app, demo):
+    typed = (app.SEEDS, 20, 3, 4, 9, None, None, 5, "ddim", [], 1)
+    *on_the_way, (picture, line) = app.answer(app.interpolate, demo)(*typed)
+    assert line == "step 21 of 21" and on_the_way[0] == (None, "seed 4: step 0 of 5")
+    ends = [list(demo.generate(demo.read(seed, 5, "ddim"), 1))[-1].images for seed in (4, 9)]
+    *_, last = demo.interpolate(*ends, 20, 3, demo.read(4, 5, "ddim"))
+    assert picture.tobytes() == row(ends[0], last.images, ends[1]).tobytes()
+
+
+def test_between_uploaded_images_are_these(app, demo, tmp_path):
+    for name, gray in (("black", 0), ("white", 255)):
+        Image.new("L", (30, 20), gray).save(tmp_path / f"{name}.png")
+    paths = [str(tmp_path / f"{name}.png") for name in ("black", "white")]
+    *_, (picture, _) = app.answer(app.interpolate, demo)(app.IMAGES, 0, 2, 0, 0, *paths, 5, "ddpm", [], 1)
+    pixels = np.asarray(picture)
+    assert (pixels[:, :8] == 0).all() and (pixels[:, -8:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "message"),
+    [
+        ("generate", (0, 0, 5, "ddpm", [], 1), "count=0 is not allowed: a whole number from 1 to 64"),
+        ("generate", (1, 0.5, 5, "ddpm", [], 1), "seed=0.5 is not allowed"),
+        ("generate", (1, 0, 1001, "ddpm", [], 1), "steps=1001 is not allowed: a whole number from 1 to 1000"),
+        ("generate", (1, 0, 5, "ddpm", ["7"], 1), "class_labels are not allowed: the network knows no classes"),
+        ("interpolate", ("two images", 5, 2, 0, 1, None, None, 5, "ddpm", [], 1), "first image is not usable"),
+        ("interpolate", ("two seeds", 1000, 2, 0, 1, None, None, 1, "ddpm", [], 1), "t=1000 is not allowed"),
+    ],
+)
+def test_what_is_typed_wrong_becomes_a_message(app, demo, name, typed, message):
+    with pytest.raises(app.gr.Error, match=message):
+        list(app.answer(getattr(app, name), demo)(*typed))
+
+
+def test_what_is_typed_is_no_html_in_a_message(app, demo):
+    with pytest.raises(app.gr.Error) as caught:
+        list(app.answer(app.generate, demo)(1, 0, 5, "<img src=x onerror=alert(1)>", [], 1))
+    assert "&lt;img src=x onerror=alert(1)&gt;" in caught.value.message and "<" not in caught.value.message
+
+
+def test_classes_are_asked_for_where_the_model_knows_them(app, demo):
+    def asked(demo):
+        blocks = [block for block in app.build(demo).blocks.values() if getattr(block, "label", None)]
+        names = ("classes", "guidance")
+        return {block.label: block.value for block in blocks if block.visible and block.label.startswith(names)}
+
+    assert asked(demo) == {}
+    for embeddings, expected in ((3, [[], 1]), (2, [["cat"]])):  # where none is no class, there is no guidance
+        unet = UNet2DModel(**TINY_UNET, num_class_embeds=embeddings)
+        pipe = DDPMPipeline(unet, DDPMScheduler(), {"0": "cat", "1": "dog"})
+        assert list(asked(Demo(pipe, "classes")).values()) == expected
+
+
+def test_the_model_is_named_by_option_or_environment(app, monkeypatch, tmp_path):
+    monkeypatch.delenv("MODEL_ID", raising=False)
+    with pytest.raises(ValueError, match="the following arguments are required: --model"):
+        load_script("space/app").main([])
+    monkeypatch.setenv("MODEL_ID", str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="nothing' cannot be loaded"):
+        load_script("space/app").main([])
+
+
+def test_the_card_of_the_space_is_complete():
+    _, front, _ = (SPACE / "README.md").read_text().split("---\n", 2)
+    card = yaml.safe_load(front)
+    assert card["sdk"] == "gradio" and (SPACE / card["app_file"]).is_file()
+    assert isinstance(card["python_version"], str)
+    constraints = (ROOT / "constraints.txt").read_text()
+    assert f"gradio=={card['sdk_version']}\n" in constraints
+    assert len(card["short_description"]) <= 60  # what the Hub allows
+
+
+@pytest.mark.slow
+def test_uploads_and_waiting_requests_are_limited(app, tiny_pipeline, monkeypatch):
+    httpx, client = pytest.importorskip("httpx"), pytest.importorskip("gradio_client")
+    for name, value in {"UPLOAD": "10kb", "WAITING": 1, "AT_ONCE": 1}.items():
+        assert getattr(app, name)  # there is a limit
+        monkeypatch.setattr(app, name, value)
+    started, gate = threading.Event(), threading.Event()
+
+    class Waiting(Demo):
+        def generate(self, *typed):
+            started.set()
+            assert gate.wait(60)
+            return super().generate(*typed)
+
+    url = app.serve(Waiting(tiny_pipeline, "tiny"), prevent_thread_lock=True, quiet=True)
+    try:
+        sent = [
+            httpx.post(f"{url}gradio_api/upload", files={"files": ("a.png", bytes(size))}).status_code
+            for size in (5_000, 20_000)
+        ]
+        assert sent == [200, 413]
+        asker = client.Client(url, verbose=False)
+        jobs = [asker.submit(1, 0, 2, "ddpm", [], 1, api_name="/generate")]
+        assert started.wait(60)
+        jobs += [asker.submit(1, 0, 2, "ddpm", [], 1, api_name="/generate") for _ in range(3)]
+        done, _ = wait(jobs, timeout=60, return_when="FIRST_EXCEPTION")
+        assert done and not gate.is_set()
+        gate.set()
+        errors = [job.exception(timeout=60) for job in jobs]
+        assert errors[0] is None and [error is None for error in errors].count(True) == 2  # one at work, one waiting
+        assert all("Queue is full" in str(error) for error in errors if error is not None)
+    finally:
+        gate.set()
+        app.gr.close_all()

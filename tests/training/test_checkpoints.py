@@ -1,0 +1,373 @@
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_ddpm.cli.callbacks import SampleGrid
+from hf_ddpm.config import FORMER_DEFAULTS, TrainingConfig, default_options, parse_config
+from hf_ddpm.training.checkpoints import Checkpoints, find_checkpoint, verify_checkpoint
+from hf_ddpm.utils.launch import exclusive
+from tests.conftest import TINY_RUN
+
+ROOT = Path(__file__).parents[2]
+FILES = ("unet.safetensors", "ema-0.995.safetensors", "optimizer.safetensors")
+
+
+def newest(folder):
+    return sorted((folder / "checkpoints").glob("step-*"))[-1]
+
+
+def assert_same_run(one, other):
+    """Weights, averages and optimizer bit for bit, and every line of the metrics but the speed."""
+    assert newest(one).name == newest(other).name
+    for name in FILES:
+        mine, yours = load_file(newest(one) / name), load_file(newest(other) / name)
+        assert mine.keys() == yours.keys()
+        assert all(torch.equal(mine[key], yours[key]) for key in mine), name
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
+    for line in [*lines[0], *lines[1]]:
+        line.pop("images_per_second")
+    assert lines[0] == lines[1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run_training, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run_training(folder, "--max_train_steps", "12", "--checkpointing_steps", "4", "--keep_checkpoints", "2")
+    return folder
+
+
+def test_the_newest_checkpoints_are_kept(uninterrupted):
+    assert [path.name for path in sorted((uninterrupted / "checkpoints").iterdir())] == [
+        "step-000000008",
+        "step-000000012",
+    ]
+    assert all(verify_checkpoint(path) is None for path in (uninterrupted / "checkpoints").iterdir())
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(run_training, uninterrupted, tmp_path):
+    run_training(tmp_path, "--max_train_steps", "8", "--checkpointing_steps", "4")
+    run_training(tmp_path, "--max_train_steps", "12", "--checkpointing_steps", "4")
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_name(run_training, uninterrupted, tmp_path, capsys):
+    run_training(tmp_path, "--max_train_steps", "8", "--checkpointing_steps", "4")
+    weights = newest(tmp_path) / "unet.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 8, "los')  # as a kill leaves it
+    run_training(tmp_path, "--max_train_steps", "12", "--checkpointing_steps", "4")
+    assert "step-000000008 is passed over: unet.safetensors differs from its checksum" in capsys.readouterr().out
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def damage(checkpoint):
+    weights = checkpoint / "unet.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+
+
+def names(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_new_checkpoints_survive_rotation_after_a_fall_back(run_training, tmp_path):
+    # Sorted by step, the damaged one would be the newest for ever.
+    words = ["--checkpointing_steps", "2", "--keep_checkpoints", "2"]
+    run_training(tmp_path, "--max_train_steps", "8", *words)
+    damage(newest(tmp_path))
+    run_training(tmp_path, "--max_train_steps", "7", "--checkpointing_steps", "1", "--keep_checkpoints", "1")
+    assert names(tmp_path) == ["step-000000007", "undone-step-000000008"]
+    assert verify_checkpoint(newest(tmp_path)) is None
+
+
+def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(run_training, tmp_path):
+    run_training(tmp_path, "--max_train_steps", "6", "--checkpointing_steps", "2", "--keep_checkpoints", "3")
+    (tmp_path / "checkpoints" / "step-best").mkdir()  # the user's own
+    (tmp_path / "checkpoints" / ".step-000000009.partial").mkdir()  # what a kill leaves
+    (tmp_path / "checkpoints" / ".trash-step-000000001").mkdir()
+    old = str(tmp_path / "checkpoints" / "step-000000002")
+    for _ in range(2):
+        run_training(tmp_path, "--max_train_steps", "3", "--resume", old, "--keep_checkpoints", "3")
+    assert names(tmp_path) == [
+        *("step-000000002", "step-000000003", "step-best"),
+        *("undone-step-000000003", "undone-step-000000004", "undone-step-000000006"),
+    ]
+
+
+def test_a_folder_has_one_run(run_training, trained, tmp_path):
+    with exclusive(tmp_path), pytest.raises(ValueError, match="output_dir=.* is in use by another run"):
+        run_training(tmp_path)
+    for _ in range(2):
+        with exclusive(tmp_path):
+            pass
+
+
+def test_a_run_is_not_shortened_below_where_it_stands(run_training, trained):
+    with pytest.raises(ValueError, match="max_train_steps=3 is not allowed: .*step-000000004 is beyond it"):
+        run_training(trained, "--max_train_steps", "3")
+
+
+def test_half_a_checkpoint_is_none(trained, tmp_path):
+    for name in ("step-000000001", ".step-000000002.partial", ".trash-step-000000003"):
+        (tmp_path / name).mkdir()
+    assert "no whole checkpoint" in verify_checkpoint(tmp_path / "step-000000001")
+    with pytest.raises(ValueError, match="no checkpoint in .* is sound: step-000000001 is passed over"):
+        find_checkpoint(tmp_path, "latest")
+    with pytest.raises(ValueError, match="resume=.*step-000000001' is not allowed"):
+        find_checkpoint(tmp_path, str(tmp_path / "step-000000001"))
+    assert find_checkpoint(tmp_path / "nothing", "latest") == (None, [])
+
+
+def test_starting_anew_loses_nothing(run_training, trained):
+    with pytest.raises(ValueError, match="resume=never, but .* holds checkpoints"):
+        run_training(trained, "--resume", "never")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--learning_rate 0.5", r"learning_rate=0.5 \(was 0.0"),
+        ("--seed 5", r"seed=5 \(was 0\)"),
+        ("--block_out_channels 8 24", r"block_out_channels=\[8, 24\]"),
+        ("--train_batch_size 16", r"images a step: 16 \(was 8\)"),
+        ("--lr_schedule cosine", r"max_train_steps=6 \(was 4\), lr_schedule='cosine'"),
+    ],
+)
+def test_a_run_is_not_continued_as_another_one(run_training, trained, words, message):
+    with pytest.raises(ValueError, match=message):
+        run_training(trained, "--max_train_steps", "6", *words.split())
+
+
+def test_accumulation_is_the_same_run(run_training, tmp_path):
+    words = ["--max_train_steps", "6", "--dropout", "0.1", "--log_steps", "1"]
+    run_training(tmp_path / "one", *words, "--train_batch_size", "8")
+    run_training(tmp_path / "two", *words, "--train_batch_size", "4", "--gradient_accumulation_steps", "2")
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
+
+
+def test_a_failed_run_says_so(run_training, tmp_path):
+    with pytest.raises(FloatingPointError, match="loss (nan|inf) and gradient norm .* at step"):
+        run_training(tmp_path, "--learning_rate", "1e30", "--max_train_steps", "20", "--warmup_steps", "0")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["status"] == "failed" and "FloatingPointError" in status["error"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(run_training, tmp_path):
+    # The loss of the only step is finite, the weights after it are not, and no line of metrics is due before the end.
+    with pytest.raises(FloatingPointError):
+        run_training(tmp_path, "--learning_rate", "1e38", "--max_train_steps", "4", "--checkpointing_steps", "1",
+                     "--log_steps", "50", "--warmup_steps", "0")  # fmt: skip
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "unet").exists()
+
+
+def test_a_full_disk_costs_no_checkpoint(run_training, tmp_path, monkeypatch):
+    def flush(path):
+        if "step-000000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hf_ddpm.training.checkpoints.flush", flush)
+    with pytest.raises(OSError, match="checkpoint .*4 cannot be written, the last one is .*2: .*No space left"):
+        run_training(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "2")
+    assert names(tmp_path) == ["step-000000002"] and verify_checkpoint(newest(tmp_path)) is None
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
+
+
+def start(folder, *words, launcher=(), **environment):
+    command = [*TINY_RUN, "--output_dir", str(folder), *words]
+    return subprocess.Popen(
+        [*(launcher or [sys.executable]), str(ROOT / "scripts" / "train.py"), *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(folder, step, process):
+    for _ in range(1200):
+        lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+        if lines and json.loads(lines[-1])["step"] >= step:
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+@pytest.mark.slow
+def test_signals_and_kills_lose_nothing(run_training, tmp_path):
+    words = ["--max_train_steps", "300", "--checkpointing_steps", "50", "--log_steps", "1"]
+    folder = tmp_path / "interrupted"
+    for number, status in [(signal.SIGTERM, "preempted"), (signal.SIGKILL, "running")]:
+        process = start(folder, *words)
+        wait_for_step(folder, 60 if status == "preempted" else 120, process)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert json.loads((folder / "status.json").read_text())["status"] == status, output
+        assert process.returncode == (128 + number if status == "preempted" else -number)
+    run_training(folder, *words)
+    run_training(tmp_path / "uninterrupted", *words)
+    assert_same_run(tmp_path / "uninterrupted", folder)
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["status"], status["step"]) == ("finished", 300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_last_sampling_ends_it_at_once(run_training, tmp_path, number):
+    words = ["--max_train_steps", "2", "--num_samples", "64"]
+    process = start(tmp_path, *words, "--num_inference_steps", "1000")
+    wait_for_step(tmp_path, 2, process)
+    time.sleep(2)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    assert "stopped at step 2" in output and process.returncode == 128 + number
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["status"], status["step"]) == ("preempted", 2)
+    assert not (tmp_path / "samples.png").exists()
+    run_training(tmp_path, *words)
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "finished"
+    assert (tmp_path / "samples.png").exists() and (tmp_path / "unet").exists()
+
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_and_two_machines_are_the_same_run(run_training, tmp_path):
+    words = ["--max_train_steps", "6", "--dropout", "0.1", "--log_steps", "1"]
+    run_training(tmp_path / "one", *words)
+
+    here = [*LAUNCH, "--num_machines", "1", "--main_process_port", "0"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    there = [*LAUNCH, "--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    for name, launchers in [
+        ("processes", [here]),
+        ("machines", [[*there, "--machine_rank", rank] for rank in ("0", "1")]),
+    ]:
+        options = [*words, "--train_batch_size", "4"]
+        processes = [start(tmp_path / name, *options, launcher=one, ACCELERATE_USE_CPU="true") for one in launchers]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(launchers), outputs
+        assert "2 x cpu" in outputs[0]
+        assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / name), rel=1e-5)
+        assert (tmp_path / name / "samples.png").read_bytes() == (tmp_path / "one" / "samples.png").read_bytes()
+
+
+def test_a_signal_during_a_checkpoint_stops_what_follows_it(run_training, tmp_path, monkeypatch):
+    drawn, save = [], Checkpoints.on_checkpoint
+
+    def on_checkpoint(self, run):
+        save(self, run)
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "on_checkpoint", on_checkpoint)
+    monkeypatch.setattr(SampleGrid, "draw", lambda self, run: drawn.append(run.step))
+    words = ["--max_train_steps", "4", "--checkpointing_steps", "2", "--sample_at_checkpoints", "true"]
+    assert run_training(tmp_path, *words) == 128 + signal.SIGTERM
+    assert drawn == [] and names(tmp_path) == ["step-000000002"]
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "preempted"
+    monkeypatch.setattr(Checkpoints, "on_checkpoint", save)
+    assert run_training(tmp_path, *words) == 0 and drawn == [4]
+
+
+def test_a_checkpoint_is_on_disk_before_its_name_and_older_ones_go_after_that(run_training, tmp_path, monkeypatch):
+    calls, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (calls.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
+    )
+    monkeypatch.setattr(Path, "rename", lambda a, b: (calls.append(("rename", str(b))), rename(a, b))[1])
+    words = ["--max_train_steps", "2", "--checkpointing_steps", "1", "--keep_checkpoints", "1"]
+    run_training(tmp_path, *words)
+    folder = tmp_path / "checkpoints"
+    partial, final = folder / ".step-000000002.partial", folder / "step-000000002"
+    assert sorted(file.name for file in final.iterdir()) == sorted(
+        ["ema-0.995.safetensors", "manifest.json", "optimizer.safetensors", "state.json", "unet.safetensors"]
+    )
+    named = calls.index(("rename", str(final)))
+    flushed = [path for kind, path in calls[:named] if kind == "fsync" and path.startswith(str(partial))]
+    assert sorted(flushed) == sorted(map(str, [partial, *(partial / file.name for file in final.iterdir())]))
+    assert flushed[-1] == str(partial)
+    following = [call for call in calls[named + 1 :] if str(folder) in call[1]]
+    assert following[:2] == [("fsync", str(folder)), ("rename", str(folder / ".trash-step-000000001"))]
+
+
+@pytest.mark.parametrize(
+    "spoil", ["{}", "[]", "null", '{"state.json": {}}', '{"state.json": 3}', "no unet", "no bytes"]
+)
+def test_a_manifest_that_is_not_whole_is_damage(trained, tmp_path, spoil):
+    path = tmp_path / "step-000000004"
+    shutil.copytree(newest(trained), path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert verify_checkpoint(path) is None
+    if spoil == "no unet":
+        spoil = json.dumps({name: entry for name, entry in manifest.items() if name != "unet.safetensors"})
+    elif spoil == "no bytes":
+        spoil = json.dumps({name: {"sha256": entry["sha256"]} for name, entry in manifest.items()})
+    (path / "manifest.json").write_text(spoil)
+    assert verify_checkpoint(path) is not None
+
+
+def rewrite_state(folder, change):
+    """Changes `state.json` of the newest checkpoint, and its manifest, as another version would have written them."""
+    path = newest(folder)
+    state = json.loads((path / "state.json").read_text())
+    change(state)
+    content = json.dumps(state).encode()
+    (path / "state.json").write_bytes(content)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("option", ["crop", "ema_warmup", "levels", "init_from", "skip_bad_images"])
+def test_a_run_of_an_older_version_lacks_options_and_continues(run_training, trained, tmp_path, option):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+
+    def change(state):
+        state["config"].pop(option)
+        state["config"]["of_another_version"] = 3
+        state["data"].pop("classes")
+
+    rewrite_state(folder, change)
+    words = [f"--{option}", str(default_options()[option])] if option == "levels" else []
+    if option == "levels":  # of which the preset has another value: compared with the default
+        with pytest.raises(ValueError, match=rf"of another run, .*{option}=.* \(was "):
+            run_training(folder, "--max_train_steps", "5")
+    assert run_training(folder, "--max_train_steps", "5", *words) == 0
+
+
+def test_a_changed_default_is_that_of_the_runs_beginning(run_training, tmp_path, monkeypatch):
+    words = ["--max_train_steps", "1"]
+    assert run_training(tmp_path, *words) == 0
+    stored = json.loads((newest(tmp_path) / "state.json").read_text())["config"]["learning_rate"]
+    # As if the default had been what the run has, and were another one now.
+    monkeypatch.setitem(FORMER_DEFAULTS, "adam_beta2", 0.999)
+    monkeypatch.setattr(TrainingConfig.__dataclass_fields__["adam_beta2"], "default", 0.95)
+    assert parse_config(["--preset", "digits"]).training.adam_beta2 == 0.95
+    assert run_training(tmp_path, "--max_train_steps", "2") == 0
+    config = json.loads((newest(tmp_path) / "state.json").read_text())["config"]
+    assert (config["adam_beta2"], config["learning_rate"]) == (0.999, stored)
+    with pytest.raises(ValueError, match=r"adam_beta2=0\.95 \(was 0\.999\)"):
+        run_training(tmp_path, "--max_train_steps", "3", "--adam_beta2", "0.95")

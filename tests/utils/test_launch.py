@@ -1,0 +1,190 @@
+"""Signals: one flag, that no lost exception clears."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+
+from hf_ddpm.utils.launch import SIGNALS, Interrupted, run_script, signals
+from tests.conftest import TINY_RUN
+
+ROOT = Path(__file__).parents[2]
+HANDLED = (*SIGNALS, signal.SIGALRM)
+
+
+@pytest.fixture(autouse=True)
+def nothing_pends_at_the_end(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/sample.py"])
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    yield
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signals.number == 0
+
+
+def code_of(main):
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    return caught.value.code
+
+
+def wait_for_ever():
+    while True:
+        time.sleep(0.01)
+
+
+def lost_in_a_callback(number):
+    class Thing:
+        pass
+
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(number))
+    del thing
+    assert reference() is None
+    wait_for_ever()
+
+
+def swallowed_by_a_library(number):
+    try:
+        signal.raise_signal(number)
+    except BaseException:
+        pass
+    wait_for_ever()
+
+
+def made_into_another_error(number):
+    try:
+        signal.raise_signal(number)
+    except KeyboardInterrupt:
+        raise ValueError("cannot import torch") from None
+
+
+def made_into_an_error_of_its_own(number):
+    try:
+        signal.raise_signal(number)
+    except KeyboardInterrupt as error:
+        raise ImportError("no module") from error
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    "main",
+    [
+        signal.raise_signal,
+        lost_in_a_callback,
+        swallowed_by_a_library,
+        made_into_another_error,
+        made_into_an_error_of_its_own,
+    ],
+)
+def test_a_signal_is_one_line_and_its_code_whatever_becomes_of_the_exception(capsys, number, main):
+    assert code_of(lambda argv: main(number)) == 128 + number
+    assert capsys.readouterr().err == f"sample.py: stopped by {signal.Signals(number).name}\n"
+
+
+def test_cleaning_up_is_not_cut_short(monkeypatch):
+    monkeypatch.setattr("hf_ddpm.utils.launch.AGAIN", 0.01)
+    cleaned = []
+
+    def main(argv):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            fires = iter(range(5))
+            again = signals._raise_again
+            signal.signal(signal.SIGALRM, lambda *at: (again(*at), next(fires, None)))
+            end = time.monotonic() + 0.1
+            while time.monotonic() < end:
+                time.sleep(0.01)
+            cleaned.append(True)
+            signal.signal(signal.SIGALRM, again)
+
+    assert code_of(main) == 128 + signal.SIGTERM and cleaned == [True]
+
+
+def test_deferred_signals_wait_for_the_moment_but_not_a_second_ctrl_c():
+    with signals.handled(deferred=True):
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.number == signal.SIGTERM
+        with pytest.raises(Interrupted), signals.at_once():
+            raise AssertionError("not reached")
+        signals.settle()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGINT)
+        signals.settle()
+        with pytest.raises(Interrupted), signals.at_once():
+            signal.raise_signal(signal.SIGTERM)
+        signals.settle()
+
+
+def test_a_signal_of_an_earlier_session_does_not_stop_the_next():
+    with signals.handled(deferred=True):
+        signal.raise_signal(signal.SIGTERM)
+    with signals.handled(deferred=True):
+        assert signals.number == 0
+
+
+def test_training_gives_the_handlers_back(run_training, tmp_path):
+    before = [signal.getsignal(number) for number in HANDLED]
+    assert run_training(tmp_path, "--max_train_steps", "1") == 0
+    assert [signal.getsignal(number) for number in HANDLED] == before
+
+
+def test_help_and_errors_keep_their_codes():
+    def wrong(argv):
+        raise OSError("disk full")
+
+    assert code_of(lambda argv: 0) == 0
+    assert code_of(lambda argv: sys.exit(0)) == 0
+    assert code_of(wrong) == 1
+    with pytest.raises(RuntimeError):
+        run_script(lambda argv: exec("raise RuntimeError"))
+
+
+def command(script, folder, trained):
+    return {
+        "train": [*TINY_RUN, "--output_dir", str(folder), "--max_train_steps", "20"],
+        "sample": ["--model", str(trained), "--output", str(folder), "--num_images", "4"],
+    }[script]
+
+
+def start(script, words):
+    # Each import is a line: the moments at which signals are sent are counted in these, not in seconds.
+    return subprocess.Popen(
+        [sys.executable, "-X", "importtime", str(ROOT / "scripts" / f"{script}.py"), *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def is_import(line):
+    return line.startswith("import time:")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("script", ["train", "sample"])
+def test_a_signal_at_any_moment_of_the_start_is_quiet(trained, tmp_path, script, number):
+    whole = start(script, command(script, tmp_path / "whole", trained))
+    lines = [line for line in whole.stderr if is_import(line)]
+    first = next(i for i, line in enumerate(lines) if line.split("|")[-1].strip() == "hf_ddpm.utils.launch") + 1
+    for moment in range(10):
+        folder = tmp_path / f"{moment}"
+        process = start(script, command(script, folder, trained))
+        seen = 0
+        for line in process.stderr:
+            seen += is_import(line)
+            if seen == first + 1 + (len(lines) - first - 2) * moment // 10:
+                break
+        process.send_signal(number)
+        rest = [line for line in process.stderr.read().splitlines() if not is_import(line)]
+        assert process.wait() == 128 + number, (moment, rest)
+        assert not any("Traceback" in line or "Exception ignored" in line for line in rest), (moment, rest)
+        assert sum("stopped by" in line for line in rest) == 1, (moment, rest)

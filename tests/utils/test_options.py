@@ -1,0 +1,98 @@
+from dataclasses import MISSING, dataclass, fields
+
+import pytest
+
+from hf_ddpm.config import PARTS, EvaluationConfig
+from hf_ddpm.evaluation.options import EvaluateConfig
+from hf_ddpm.paper.study import Subject
+from hf_ddpm.sampling.generate import Sampling
+from hf_ddpm.utils.options import option, parse_command, parse_first, parse_options
+
+
+@dataclass
+class Common:
+    """What all have."""
+
+    seed: int = option("a seed", 0)
+
+
+@dataclass
+class Draw:
+    """Draws.
+
+    More of it.
+    """
+
+    size: int = option("a size", 1)
+
+
+@dataclass
+class Count:
+    """Counts."""
+
+    upto: int = option("how far")
+
+
+COMMANDS = {"draw-all": (Common, Draw), "count": (Common, Count)}
+
+
+def test_a_file_beside_the_script_is_not_read_without_being_named(tmp_path, monkeypatch):
+    (tmp_path / "draw.args").write_text("--size 7")
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "draw.py")])
+    assert parse_options([], Draw) == [Draw(1)] and parse_first([], Draw)[0] == Draw(1)
+
+
+def test_a_command_is_read_with_its_own_options():
+    assert parse_command(["draw-all", "--size", "3"], COMMANDS) == ("draw-all", [Common(0), Draw(3)])
+    assert parse_command(["count", "--upto", "3", "--seed", "1"], COMMANDS) == ("count", [Common(1), Count(3)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "the following arguments are required: command"),
+        ("--size 3 draw-all", "the following arguments are required: command"),
+        ("drawall", r"argument command: invalid choice: 'drawall' \(choose from '?draw-all'?, '?count'?\)"),
+        ("draw-all --upto 3", "unknown option --upto: see --help"),
+        ("draw-all --sice 3", "unknown option --sice: did you mean --size?"),
+        ("count", "the following arguments are required: --upto"),
+    ],
+)
+def test_what_is_no_command_is_one_line(words, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_command(words.split(), COMMANDS)
+    assert "\n" not in str(caught.value)
+
+
+def test_help_names_commands_and_then_options(capsys):
+    for words, expected in [(["--help"], "draw-all              Draws.\n"), (["count", "--help"], "--upto UPTO")]:
+        with pytest.raises(SystemExit):
+            parse_command(words, COMMANDS)
+        assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", [*PARTS, Sampling, EvaluateConfig, Subject])
+def test_floats_of_every_option_are_finite(part):
+    required = [f"--{f.name}=x" for f in fields(part) if f.default is MISSING and f.default_factory is MISSING]
+    floats = [f.name for f in fields(part) if "float" in str(f.type)]
+    for name in floats:
+        for text in ("nan", "inf", "-inf", "1e999"):
+            with pytest.raises(ValueError, match=f"--{name}: '{text}' is not a finite number"):
+                parse_options([*required, f"--{name}={text}"], part)
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_text_is_refused_unless_it_is_the_default(text):
+    for words in (["--output", text, "--model", "m"], ["--model", text, "--output", "o"]):
+        with pytest.raises(ValueError, match=f"argument {words[0]}: '{text}' is not allowed"):
+            parse_options(words, Subject)
+    with pytest.raises(ValueError, match="argument --eval_split: "):
+        parse_options(["--eval_split", text], EvaluationConfig)
+    assert parse_options(["--eval_metrics", ""], EvaluationConfig)[0].eval_metrics == ""
+
+
+def test_a_number_beyond_63_bits_is_refused():
+    assert parse_options(["--size", str(2**63 - 1)], Draw) == [Draw(2**63 - 1)]
+    for value in (2**63, -(2**63)):
+        with pytest.raises(ValueError, match=f"--size: '{value}' is too large"):
+            parse_options([f"--size={value}"], Draw)
