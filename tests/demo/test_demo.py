@@ -16,7 +16,7 @@ from hf_ddpm.sampling.generate import SCHEDULERS
 from hf_ddpm.utils.markdown import plain
 from hf_ddpm.utils.seeds import SAMPLES, generator
 from tests.conftest import TINY_UNET, load_script
-from tests.test_markdown import HOSTILE, parse
+from tests.utils.test_markdown import HOSTILE, parse
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hf_ddpm.provenance import model_checksum
 from hf_ddpm.utils.markdown import plain
 from hf_ddpm.utils.public import strip_local_path
 from tests.conftest import TINY_UNET
-from tests.test_markdown import HOSTILE, cells, parse
+from tests.utils.test_markdown import HOSTILE, cells, parse
 
 
 @pytest.fixture(scope="module")
