@@ -190,7 +190,7 @@ class Card(Callback):
     def on_end(self, run: Run) -> None:
         """Writes it."""
         if run.accelerator.is_main_process:
-            write_card(self.folder, model_id=run.config.hub.hub_model_id)
+            write_card(self.folder, pipe=run.pipeline(), model_id=run.config.hub.hub_model_id)
 
 
 class Push(Callback):
@@ -234,7 +234,7 @@ class Push(Callback):
         self.background.close()
 
     def _start(self, run: Run) -> None:
-        write_card(self.folder, model_id=self.model_id)
+        write_card(self.folder, pipe=run.pipeline(), model_id=self.model_id)
         self.background.start(self.folder, f"Upload the model of step {run.step}")
 
 
