@@ -20,7 +20,7 @@ from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import check_push
 from hf_ddpm.images import grid, save_picture, to_pictures
 from hf_ddpm.provenance import model_checksum
-from hf_ddpm.sampling.generate import Sampling, sample_images
+from hf_ddpm.sampling.generate import Sampling, generate_images
 from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.training.progress import track_picture
 from hf_ddpm.utils.files import flush, flush_entry, naming
@@ -48,7 +48,7 @@ class SampleGrid(Callback):
         pipe = run.pipeline()
         pipe.set_progress_bar_config(desc="Sampling", leave=False, disable=not accelerator.is_main_process)
         steps = training.num_inference_steps or len(run.scheduler)
-        images = sample_images(
+        images = generate_images(
             pipe,
             range(training.num_samples)[accelerator.process_index :: accelerator.num_processes],
             Sampling(training.seed, steps, class_labels=list(run.class_names)),

@@ -1,13 +1,14 @@
-"""What `scripts/evaluate.py` is asked for."""
+"""The options of an evaluation. Imports in milliseconds."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_ddpm.config import Config
-from hf_ddpm.data.arrays import SUFFIXES
-from hf_ddpm.evaluation.features import Extractor
 from hf_ddpm.utils.options import option, require, require_at_least, require_range, require_value
+
+if TYPE_CHECKING:
+    from hf_ddpm.evaluation.features import Extractor
 
 # Each with the fewest images, generated and real, that it can be computed from.
 METRICS = {"fd": 2, "kid": 2, "is": 1, "pr": 4, "nll": 1}
@@ -19,7 +20,7 @@ NOT_OF_FIGURES = ("model", "samples", "batch_size", "compile", "output", "save_r
 
 @dataclass
 class EvaluateConfig:
-    """What to evaluate, on what."""
+    """Evaluation: what, on which images, by which metrics."""
 
     # What messages put before names of options: a run in training has others.
     prefix: ClassVar[str] = ""
@@ -82,7 +83,7 @@ class EvaluateConfig:
         require(self, "compile", not (self.compile and self.model is None), "there is no model")
         path = None if self.samples is None else Path(self.samples)
         require(self, "samples", path is None or path.exists(), "there is no such folder or file")
-        is_array = path is None or path.is_dir() or path.suffix in SUFFIXES
+        is_array = path is None or path.is_dir() or path.suffix in (".npz", ".npy")
         require(self, "samples", is_array, "a folder, or a .npz or .npy file")
         weights = self.extractor_weights
         require(self, "extractor_weights", weights is None or self.extractor == "inception", "only of inception")
@@ -133,7 +134,7 @@ class EvaluateConfig:
         has_floor = self.floor and self.distances and self.dataset is not None
         return "nll" in self.chosen or bool(has_floor)
 
-    def check_extractor(self, extractor: Extractor, shape: tuple[int, ...]) -> None:
+    def check_extractor(self, extractor: "Extractor", shape: tuple[int, ...]) -> None:
         """Raises a `ValueError` unless the extractor takes images of that shape, and is a classifier if need be."""
         extractor.check(shape)
         if "is" in self.chosen and not extractor.classifies:

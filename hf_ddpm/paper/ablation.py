@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,91 +15,18 @@ import yaml
 from hf_ddpm.config import BESIDE_TRAINING, Config, parse_config
 from hf_ddpm.evaluation.options import NOT_OF_FIGURES, EvaluateConfig, real_images
 from hf_ddpm.images import bytes_to_unit, save_picture
+from hf_ddpm.paper.options import ROWS, AblationConfig, command_line
 from hf_ddpm.paper.pictures import sheet
 from hf_ddpm.paper.study import table, with_error
 from hf_ddpm.sampling.folder import SampleFolder
 from hf_ddpm.sampling.generate import Sampling
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.jsonl import to_json
-from hf_ddpm.utils.options import option, parse_options, require, require_at_least, require_distinct
+from hf_ddpm.utils.options import parse_options
 
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the paper's Table 2.
-
-    Attributes:
-        title: What it is called.
-        words: The options of `scripts/train.py` that make it.
-        paper: Its FID in the paper; None where training was unstable and the samples poor.
-    """
-
-    title: str
-    words: tuple[str, ...]
-    paper: float | None
-
-
-MEAN, EPSILON = ("--prediction_type", "mean"), ("--prediction_type", "epsilon")
-LEARNED = ("--objective", "vlb", "--variance_type", "learned")
-FIXED, SIMPLE = ("--objective", "vlb"), ("--objective", "simple")
-ROWS = {
-    "mean-learned": Row("posterior mean: L, learned diagonal variance", MEAN + LEARNED, 23.69),
-    "mean-fixed": Row("posterior mean: L, fixed isotropic variance", MEAN + FIXED, 13.22),
-    "mean-simple": Row("posterior mean: squared error", MEAN + SIMPLE, None),
-    "epsilon-learned": Row("noise: L, learned diagonal variance", EPSILON + LEARNED, None),
-    "epsilon-fixed": Row("noise: L, fixed isotropic variance", EPSILON + FIXED, 13.51),
-    "epsilon-simple": Row("noise: squared error (L_simple)", EPSILON + SIMPLE, 3.17),
-}
 RESULTS = "results_ablation.json"
 METRICS = {"fd": "Frechet distance", "is": "Inception score"}
 SHOWN = 10
-
-
-@dataclass
-class AblationConfig:
-    """Table 2: trains with either prediction and each objective, from several seeds; takes a run for each."""
-
-    output: str = option("folder of the figures; the runs are below it", "figures")
-    preset: str = option("what is trained otherwise", "digits")
-    config: str | None = option("YAML file of further options", None)
-    rows: list[str] = option("any of " + ", ".join(ROWS), factory=lambda: list(ROWS))
-    seeds: list[int] = option("seeds of the runs of a row", factory=lambda: [0, 1, 2])
-    max_train_steps: int | None = option("optimizer steps; those of the preset by default", None)
-    num_images: int = option("images of each run to evaluate on, at least 2", 100)
-    num_inference_steps: int | None = option("sampling steps; all by default, which means and variances need", None)
-    launcher: str = option("command that starts a script in place of python, such as accelerate launch", "")
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
-        require(self, "rows", set(self.rows) <= set(ROWS), f"any of {', '.join(ROWS)}")
-        require(self, "seeds", bool(self.seeds) and min(self.seeds) >= 0, "at least one, at least 0")
-        require_distinct(self, "rows", "seeds")
-        require_at_least(self, 1, "max_train_steps", "num_inference_steps")
-        require_at_least(self, 2, "num_images")
-
-    def words(self, row: str, seed: int) -> list[str]:
-        """Returns the command line of `scripts/train.py` for a run."""
-        given = {
-            "preset": self.preset,
-            "config": self.config,
-            "seed": seed,
-            "output_dir": self.folder(row, seed),
-            "max_train_steps": self.max_train_steps,
-            "eval_metrics": "",
-        }
-        return [*command_line(given), *ROWS[row].words]
-
-    def sampling_steps(self, config: Config) -> int:
-        """Returns the steps that a run is sampled in; more than its process has raise a `ValueError`."""
-        total = config.diffusion.num_train_timesteps
-        steps = self.num_inference_steps or total
-        require(self, "num_inference_steps", steps <= total, f"at most the {total} of the process")
-        return steps
-
-    def folder(self, row: str, seed: int) -> Path:
-        """Returns the folder of a run."""
-        return Path(self.output) / "ablation" / f"{row}-seed{seed}"
 
 
 def ablation(options: AblationConfig, run: Callable[[str, list[str]], int]) -> None:
@@ -172,11 +99,6 @@ def evaluation(options: AblationConfig, folder: Path, config: Config) -> list[st
         "seed": config.training.seed,
     }
     return command_line(given)
-
-
-def command_line(given: dict[str, Any]) -> list[str]:
-    """Returns options as the words of a command line; None is left to the default."""
-    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def evaluated(options: AblationConfig, folder: Path, config: Config) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Interpolation between two images where they have been diffused to (Section 4.4, Figs. 8 and 9)."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -8,30 +8,12 @@ from torch import Tensor
 
 from hf_ddpm.data.transforms import ImageFormat, fit
 from hf_ddpm.images import to_signed, to_unit
+from hf_ddpm.paper.options import InterpolateConfig
 from hf_ddpm.paper.pictures import rmse, sheet
 from hf_ddpm.paper.study import Study, table
 from hf_ddpm.utils.files import one_line
-from hf_ddpm.utils.options import option, require
+from hf_ddpm.utils.options import require
 from hf_ddpm.utils.seeds import FIGURES, generator
-
-
-@dataclass
-class InterpolateConfig:
-    """Two images mixed after some steps of diffusion, and brought back (Figs. 8, 9)."""
-
-    first: str | None = option("file of an image", None)
-    second: str | None = option("file of another image", None)
-    rows: list[int] = option("without files: numbers of two held-out images", factory=lambda: [0, 1])
-    diffused: list[int] = option("steps of diffusion, from 1 to T; quarters of T by default", factory=list)
-    weights: list[float] = option(
-        "weights of the second image, in [0, 1]", factory=lambda: [tenth / 10 for tenth in range(11)]
-    )
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        require(self, "second", (self.first is None) == (self.second is None), "both files, or none")
-        require(self, "rows", len(self.rows) == 2 and min(self.rows) >= 0, "two numbers, at least 0")
-        require(self, "weights", all(0 <= weight <= 1 for weight in self.weights), "in [0, 1]")
 
 
 def interpolate(study: Study, options: InterpolateConfig) -> None:

@@ -1,6 +1,6 @@
 r"""Progressive decoding of real images (Section 4.3): what is received by and by, and samples that agree with it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -8,22 +8,10 @@ from torch import Tensor
 from hf_ddpm.data.sources import choose
 from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.images import to_signed, to_unit
+from hf_ddpm.paper.options import LossyConfig
 from hf_ddpm.paper.pictures import rmse, sheet
 from hf_ddpm.paper.study import Study, table
-from hf_ddpm.utils.options import option, require_at_least
 from hf_ddpm.utils.seeds import FIGURES, generator
-
-
-@dataclass
-class LossyConfig:
-    """Real images, diffused and received again: estimates and samples, with their rate and distortion."""
-
-    num_images: int = option("held-out images", 4)
-    diffused: list[int] = option("moments: steps of diffusion, from 1 to T; quarters of T by default", factory=list)
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        require_at_least(self, 1, "num_images")
 
 
 def lossy_reconstruct(study: Study, options: LossyConfig) -> None:

@@ -1,6 +1,6 @@
 """Generated images beside the training images that they are nearest to (Figs. 12 and 15): are they copies?"""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,25 +12,14 @@ from hf_ddpm.evaluation.extraction import Images
 from hf_ddpm.evaluation.pictures import copied_fraction, nearest_picture
 from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.evaluation.results import METRIC_SEED
+from hf_ddpm.paper.options import NearestConfig
 from hf_ddpm.paper.study import Study, table
 from hf_ddpm.paper.yardstick import DistanceToReference
 from hf_ddpm.sampling.generate import Sampling
-from hf_ddpm.utils.options import option, require_at_least
 
 # Sides beyond which images are compared smaller: of all pixels, those of a large set would not fit into memory.
 MOST_PIXELS = 32
 AT_A_TIME = 256
-
-
-@dataclass
-class NearestConfig:
-    """Samples and the training images nearest to them, by pixels and by features (Figs. 12, 15)."""
-
-    num_images: int = option("samples to search the nearest among; those that are shown are the nearest of all", 100)
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        require_at_least(self, 2, "num_images")
 
 
 def nearest_neighbors(study: Study, options: NearestConfig) -> None:

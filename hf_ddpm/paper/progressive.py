@@ -1,37 +1,19 @@
 r"""Progressive generation (Section 4.3, Figs. 6 and 10): :math:`\hat x_0` while :math:`x_t` is still on its way."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_ddpm.images import bytes_to_unit, to_bytes
+from hf_ddpm.paper.options import ProgressiveConfig
 from hf_ddpm.paper.pictures import Pictures, rmse, sheet
 from hf_ddpm.paper.study import Study, table
 from hf_ddpm.paper.yardstick import DistanceToReference, what_was_compared
-from hf_ddpm.utils.options import option, require, require_at_least
 from hf_ddpm.utils.seeds import SAMPLES, generator
-
-
-@dataclass
-class ProgressiveConfig:
-    """What is known of images while they are sampled (Figs. 6, 10): a picture, an animation, and distances."""
-
-    shown: int = option("images in the picture", 8)
-    columns: int = option("moments in the picture, and of the distances", 11)
-    frames: int = option("moments in the animation", 51)
-    num_images: int = option("images for the distance at each moment, at least 2; 0 for no distances", 100)
-    animation: Literal["gif", "webp"] = option("format of the animation", "gif")
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        require_at_least(self, 1, "shown")
-        require_at_least(self, 2, "columns")
-        require(self, "frames", self.frames >= self.columns, f"at least columns={self.columns}")
-        require(self, "num_images", self.num_images == 0 or self.num_images >= 2, "0, or at least 2")
 
 
 def progressive(study: Study, options: ProgressiveConfig) -> None:

@@ -1,30 +1,17 @@
 """Rate and distortion of progressive lossy coding (Section 4.3, Fig. 5 and Table 4)."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
+from hf_ddpm.paper.options import RateDistortionConfig
 from hf_ddpm.paper.study import Study, table
-from hf_ddpm.utils.options import option, require_at_least
 
 RATE, DISTORTION, STEPS = (
     "rate, bits a dimension",
     "distortion, RMSE on [0, 255]",
     "T - t + 1, evaluations of the network",
 )
-
-
-@dataclass
-class RateDistortionConfig:
-    """Rate and distortion while an image is received (Fig. 5, Table 4)."""
-
-    num_images: int = option("held-out images; each takes T evaluations of the network", 50)
-    rows: int = option("rows of the table", 10)
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        require_at_least(self, 1, "num_images")
-        require_at_least(self, 2, "rows")
 
 
 def rate_distortion(study: Study, options: RateDistortionConfig) -> None:

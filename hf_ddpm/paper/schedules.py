@@ -5,36 +5,19 @@ was trained with one schedule serves another: it is shown the time at which its 
 noise, a fraction where need be.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_ddpm.diffusion.schedules import BETA_SCHEDULES
+from hf_ddpm.paper.options import SchedulesConfig
 from hf_ddpm.paper.study import Study, table
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
-from hf_ddpm.utils.options import option, require, require_at_least, require_distinct
 
 LOSS, SIGNAL = "squared error of the noise, of clipped estimates", "share of the image in the variance of x_t"
-
-
-@dataclass
-class SchedulesConfig:
-    """Loss and bits by timestep of one network with several schedules, by default linear and cosine."""
-
-    schedules: list[str] = option(
-        f"any of {', '.join(BETA_SCHEDULES)}", factory=lambda: ["linear", "squaredcos_cap_v2"]
-    )
-    num_images: int = option("held-out images; each takes T evaluations of the network for each schedule", 10)
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        require(self, "schedules", set(self.schedules) <= set(BETA_SCHEDULES), f"any of {', '.join(BETA_SCHEDULES)}")
-        require_distinct(self, "schedules")
-        require_at_least(self, 1, "num_images")
 
 
 class Retimed(nn.Module):

@@ -1,31 +1,14 @@
 """Images that share a latent (Section 4.3, Fig. 7): the later it is in the reverse process, the more they agree."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 
 from hf_ddpm.images import to_unit
+from hf_ddpm.paper.options import SHOWN_LATENTS, SharedLatentConfig
 from hf_ddpm.paper.pictures import sheet, variety
 from hf_ddpm.paper.study import Study, table
-from hf_ddpm.utils.options import option, require_at_least
 from hf_ddpm.utils.seeds import FIGURES, SAMPLES, generator
-
-# Latents in the picture; more serve the measurement alone.
-SHOWN = 2
-
-
-@dataclass
-class SharedLatentConfig:
-    """Several images from one latent, at several moments of the process (Fig. 7), and how much they differ."""
-
-    diffused: list[int] = option("moments: steps of diffusion, from 1 to T; quarters of T by default", factory=list)
-    latents: int = option(f"latents; the first {SHOWN} are shown", 4)
-    num_images: int = option("images of a latent, at least 2", 6)
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        require_at_least(self, 1, "latents")
-        require_at_least(self, 2, "num_images")
 
 
 def shared_latent(study: Study, options: SharedLatentConfig) -> None:
@@ -48,7 +31,7 @@ def shared_latent(study: Study, options: SharedLatentConfig) -> None:
         images = pipe.share_latent(number - 1, options.num_images, source, "pt", x_t).cpu()
         groups = images.view(options.latents, options.num_images, *pipe.image_shape)
         found.append({"t": number, "rmse_between_images": variety(groups)})
-        for latent in range(min(SHOWN, options.latents)):
+        for latent in range(min(SHOWN_LATENTS, options.latents)):
             rows[latent, number] = torch.cat([to_unit(x_t[latent : latent + 1].cpu()), groups[latent]])
     # Latent by latent, from T down.
     in_order = sorted(rows.items(), key=lambda row: (row[0][0], -row[0][1]))

@@ -10,35 +10,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_ddpm.diffusion.gaussian import LEARNED
+from hf_ddpm.paper.options import StepsConfig
 from hf_ddpm.paper.study import Study, table, with_error
 from hf_ddpm.paper.yardstick import DistanceToReference, what_was_compared
-from hf_ddpm.sampling.generate import SCHEDULERS, Sampling, find_scheduler
+from hf_ddpm.sampling.generate import Sampling, find_scheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
-from hf_ddpm.utils.options import option, require, require_at_least, require_distinct
+from hf_ddpm.utils.options import require
 
 # How much farther than in all steps still counts as being there.
 TOLERANCE = 1.1
-
-OTHERS = [name for name in SCHEDULERS if name != "ddpm"]
-
-
-@dataclass
-class StepsConfig:
-    """Distance to real images against the number of steps, for each sampler."""
-
-    steps: list[int] = option(
-        "numbers of steps, 10, 20, 50 and 100 by default; the process of the paper takes all of them, too",
-        factory=list,
-    )
-    samplers: list[str] = option(f"beside the paper's, any of {', '.join(OTHERS)}", factory=lambda: list(OTHERS))
-    num_images: int = option("images for each distance, at least 2", 100)
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        require(self, "steps", min(self.steps, default=1) >= 1, "at least 1")
-        require(self, "samplers", set(self.samplers) <= set(OTHERS), f"any of {', '.join(OTHERS)}")
-        require_distinct(self, "samplers")
-        require_at_least(self, 2, "num_images")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What all figures have in common: a model, its data, the folder that they go to, and how they are written."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,64 +9,21 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from hf_ddpm.config import parse_config
 from hf_ddpm.evaluation.evaluate import Evaluator
-from hf_ddpm.evaluation.options import EvaluateConfig, default_levels, real_images
+from hf_ddpm.evaluation.options import EvaluateConfig, default_levels
 from hf_ddpm.images import grid, save_picture, to_bytes, to_pictures
+from hf_ddpm.paper.options import Subject
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.provenance import model_checksum, provenance
 from hf_ddpm.sampling.folder import SampleFolder
 from hf_ddpm.sampling.generate import Sampling, fill_folder
 from hf_ddpm.utils.files import atomic_write, write_text
 from hf_ddpm.utils.jsonl import to_json
-from hf_ddpm.utils.options import option, require, require_at_least, require_range, require_value
+from hf_ddpm.utils.options import require_value
 from hf_ddpm.utils.plots import Curve, save_curves
 
 # How long a frame of an animation is shown.
 MILLISECONDS, LAST_MILLISECONDS = 80, 1500
-
-
-@dataclass
-class Subject:
-    """Which model, on which data, and where the figures go."""
-
-    model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
-    output: str = option("folder of the figures", "figures")
-    dataset: str | None = option("real images; by default those that the model of a run was trained on", None)
-    dataset_config: str | None = option("configuration, for data sets with several ones", None)
-    image_column: str | None = option("column of the images; guessed by default", None)
-    class_column: str | None = option("column of the classes of a conditioned model; that of the run by default", None)
-    split: str | None = option("held-out split; that of the run, else test by default", None)
-    reference_split: str | None = option(
-        "split that generated images are compared with; that of the run, else train by default", None
-    )
-    floor: bool = option("whether to compare as many held-out images, too", True)
-    enlarge: bool = option("scale up real images that are smaller than those of the model", False)
-    skip_bad_images: bool = option("whether to leave out real images that cannot be used", False)
-    levels: int | None = option("evenly spaced values that a pixel takes; 17 for digits, else 256 by default", None)
-    value_range: list[float] | None = option("floats that become black and white, for images of floats", None)
-    extractor: str | None = option("as in evaluate.py; digits for the digits, else inception by default", None)
-    extractor_weights: str | None = option("file of the weights of inception; downloaded by default", None)
-    seed: int = option("seed of everything random", 0)
-    batch_size: int = option("network evaluations at a time and process", 256)
-
-    def __post_init__(self) -> None:
-        """Checks the values, and finds the data set beside the model."""
-        output = Path(self.output)
-        no_file = not any(path.is_file() for path in (output, *output.parents))
-        require(self, "output", no_file, "a file stands there, a folder is wanted")
-        require_at_least(self, 0, "seed")
-        require_at_least(self, 1, "batch_size")
-        require_at_least(self, 2, "levels")
-        require_range(self, "value_range")
-        run = Path(self.model) / "config.yaml"
-        if self.dataset is None and run.is_file():
-            found = real_images(parse_config(["--config", str(run)]))
-            floor = found.pop("floor")
-            self.floor = self.floor and floor
-            for name, value in found.items():
-                setattr(self, name, getattr(self, name) or value)
-        self.split, self.reference_split = self.split or "test", self.reference_split or "train"
 
 
 class Study:

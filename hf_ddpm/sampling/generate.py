@@ -1,15 +1,12 @@
 """Images by number: image `i` of a seed is the same in any batch and on any process."""
 
-import hashlib
 import inspect
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
@@ -19,16 +16,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_ddpm.diffusion.checks import check_one_of
-from hf_ddpm.diffusion.gaussian import start_signal
-from hf_ddpm.images import to_bytes
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
-from hf_ddpm.provenance import model_checksum
+from hf_ddpm.images import check_picture, to_bytes
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.sampling.folder import SampleFolder
+from hf_ddpm.sampling.options import SampleConfig, Sampling
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.schedulers.stock import check_stock
-from hf_ddpm.utils.launch import exclusive
-from hf_ddpm.utils.options import option, require, require_at_least, require_value
+from hf_ddpm.utils.files import make_folder
+from hf_ddpm.utils.launch import exclusive, use_own_cores
+from hf_ddpm.utils.options import require_value
 from hf_ddpm.utils.seeds import SAMPLES, generator
 
 # Other samplers of the same model; None is the pipeline's own scheduler.
@@ -46,78 +43,7 @@ SPACINGS = ("trailing", "leading")
 # What clips the estimate of x_0 to [-1, 1] in samplers that have no `clip_sample`.
 CLIPPING = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
 
-# Of samplers: raised when the same settings make other images.
-VERSION = 2
-
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Sampling:
-    """Which infinite row of images a model is asked for: with the model, all that determines them."""
-
-    seed: int = option("which infinite row of images to take them from", 0)
-    num_inference_steps: int | None = option("steps of the reverse process; all of the model's by default", None)
-    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc", "pndm", "euler"] = option(
-        "sampler; ddpm is the model's own", "ddpm"
-    )
-    eta: float = option("noise of ddim, from 0 for none to 1 for that of ddpm", 0.0)
-    class_labels: list[str] = option("names or numbers of classes that the images go through in turn", factory=list)
-    guidance_scale: float = option("strength of classifier-free guidance; 1 for none", 1.0)
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("precision of the network's passes", "no")
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        require_at_least(self, 1, "num_inference_steps")
-        require(self, "eta", 0 <= self.eta <= 1, "in [0, 1]")
-        if self.eta and self.scheduler != "ddim":
-            raise ValueError(f"eta={self.eta} is not allowed with scheduler={self.scheduler}: only with ddim")
-        require_at_least(self, 0, "seed")
-
-    def check(self, pipe: DDPMPipeline) -> None:
-        """Raises a `ValueError` unless the scheduler can walk a pipeline's process in that many steps."""
-        total, count = pipe.scheduler.config.num_train_timesteps, self.steps(pipe)
-        least = 4 if self.scheduler == "pndm" else 1  # of Runge and Kutta, to start with
-        allowed = f"{least} to {total} with this model and scheduler={self.scheduler}"
-        require_value("num_inference_steps", count, least <= count <= total, allowed)
-        find_scheduler(pipe, self.scheduler, count)
-
-    def steps(self, pipe: DDPMPipeline) -> int:
-        """Returns the number of steps of a pipeline's process."""
-        return self.num_inference_steps or pipe.scheduler.config.num_train_timesteps
-
-    def settings(self, pipe: DDPMPipeline, model: str, device: torch.device) -> dict[str, Any]:
-        """Returns what determines the images of a pipeline, for a `SampleFolder`."""
-        return {
-            "model": model,
-            "model_checksum": model_checksum(pipe),
-            "shape": list(pipe.image_shape),
-            "device": device.type,  # other kinds draw other noise
-            **asdict(self),
-            "num_inference_steps": self.steps(pipe),
-            **({"sampler_version": VERSION} if self._is_changed(pipe) else {}),
-        }
-
-    def _is_changed(self, pipe: DDPMPipeline) -> bool:
-        """Returns whether earlier versions made other images of these settings: a folder must not mix both."""
-        if self.scheduler != "ddpm" or pipe.scheduler.config.prediction_type == "mean":
-            return True
-        own = DDPMScheduler.from_config(pipe.scheduler.config)
-        own.start_signal = start_signal(math.prod(pipe.image_shape[1:]))
-        own.set_timesteps(self.steps(pipe))
-        return own.timestep_spacing != own.config.timestep_spacing
-
-    def labels(self, pipe: DDPMPipeline) -> list[int | str]:
-        """Returns the classes as a pipeline takes them.
-
-        Where classes have names, a number is one of them or wrong: "2" must not mean now a name, now a place.
-        """
-        return [label if pipe.class_names or not label.isdecimal() else int(label) for label in self.class_labels]
-
-    def folder_name(self, pipe: DDPMPipeline, device: torch.device) -> str:
-        """Returns a name for a folder of these images, another one for others."""
-        settings = json.dumps(self.settings(pipe, "", device), sort_keys=True)
-        return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
 def compile_for_sampling(unet: nn.Module) -> None:
@@ -169,6 +95,65 @@ def find_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int)
 
 
 def sample_images(
+    model: Path | str,
+    output: Path | str,
+    num_images: int = 64,
+    sampling: Sampling | None = None,
+    *,
+    format: str = "png",
+    batch_size: int = 64,
+    compile: bool = False,
+) -> Path:
+    """Samples images of a model into a folder: `hf-ddpm sample` in Python.
+
+    The same call resumes after an interruption, also with more images. Every process of a launcher is to call it.
+
+    Args:
+        model: Folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers.
+        output: The folder; it gets `00000.png`, ... or `samples.npz`, and `grid.png` of the first 64.
+        num_images: Number of images, at least 1.
+        sampling: Seed, steps, sampler, classes; by default seed 0 and all steps of the model's own sampler.
+        format: `png`, or `npz` for one array of all images.
+        batch_size: Batch size per process, at most the 256 images of a shard.
+        compile: Whether to compile the network first, which pays for many images.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the model cannot be loaded, an argument is not allowed, or the folder holds other images.
+        OSError: If a file cannot be written.
+    """
+    config = SampleConfig(str(model), str(output), num_images, format, batch_size, compile)
+    make_folder(Path(config.output), "output")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    use_own_cores()
+    pipe = load_pipeline(config.model, state.device)
+    if config.format == "png":
+        check_picture(pipe.image_shape[0], "--format npz writes them as an array")
+    if config.compile:
+        compile_for_sampling(pipe.unet)
+    pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
+    folder = fill_folder(
+        pipe,
+        Path(config.output),
+        config.num_images,
+        sampling or Sampling(),
+        model=config.model,
+        batch_size=config.batch_size,
+        state=state,
+    )
+    if config.format == "png":
+        folder.write_pictures(range(config.num_images)[state.process_index :: state.num_processes])
+    if state.is_main_process:
+        if config.format == "npz":
+            folder.write_npz(config.num_images)
+        folder.write_grid(config.num_images)
+    state.wait_for_everyone()
+    return folder.path
+
+
+def generate_images(
     pipe: DDPMPipeline,
     ids: Sequence[int],
     sampling: Sampling,
@@ -288,7 +273,7 @@ def make_parts(
     """Generates the images of some of a folder's missing parts, and adds each part when it is whole."""
     for numbers in parts:
         images = []
-        for _, image in sample_images(pipe, numbers, sampling, batch_size=batch_size, device=device):
+        for _, image in generate_images(pipe, numbers, sampling, batch_size=batch_size, device=device):
             images.append(image)
             progress(1)
         folder.add(numbers, torch.stack(images))

@@ -88,7 +88,7 @@ def test_nothing_is_sampled_twice(study, monkeypatch):
     steps(study, OPTIONS)
     before = written(study)["rows"]
     monkeypatch.setattr(
-        hf_ddpm.sampling.generate, "sample_images", lambda *args, **kwargs: pytest.fail("they are there")
+        hf_ddpm.sampling.generate, "generate_images", lambda *args, **kwargs: pytest.fail("they are there")
     )
     steps(study, OPTIONS)
     assert written(study)["rows"] == before
