@@ -19,7 +19,7 @@ from hf_ddpm.paper.options import ROWS, AblationConfig, command_line
 from hf_ddpm.paper.pictures import sheet
 from hf_ddpm.paper.study import table, with_error
 from hf_ddpm.sampling.folder import SampleFolder
-from hf_ddpm.sampling.generate import Sampling
+from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.jsonl import to_json
 from hf_ddpm.utils.options import parse_options

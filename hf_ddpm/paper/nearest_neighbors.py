@@ -15,7 +15,7 @@ from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.paper.options import NearestConfig
 from hf_ddpm.paper.study import Study, table
 from hf_ddpm.paper.yardstick import DistanceToReference
-from hf_ddpm.sampling.generate import Sampling
+from hf_ddpm.sampling.options import Sampling
 
 # Sides beyond which images are compared smaller: of all pixels, those of a large set would not fit into memory.
 MOST_PIXELS = 32

@@ -1,47 +1,30 @@
-"""Images by number: image `i` of a seed is the same in any batch and on any process."""
+"""Sample many images: image `i` of a seed is the same in any batch and on any process."""
 
-import inspect
+import hashlib
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import Accelerator, PartialState
-from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.images import check_picture, to_bytes
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.provenance import model_checksum
 from hf_ddpm.sampling.folder import SampleFolder
 from hf_ddpm.sampling.options import SampleConfig, Sampling
-from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
-from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
-from hf_ddpm.schedulers.stock import check_stock
+from hf_ddpm.sampling.samplers import VERSION, find_scheduler, is_changed
 from hf_ddpm.utils.files import make_folder
 from hf_ddpm.utils.launch import exclusive, use_own_cores
 from hf_ddpm.utils.options import require_value
 from hf_ddpm.utils.seeds import SAMPLES, generator
-
-# Other samplers of the same model; None is the pipeline's own scheduler.
-SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]] | None] = {
-    "ddpm": None,
-    "ddim": (DDIMScheduler, {}),
-    "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {}),
-    "sde-dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": (diffusers.UniPCMultistepScheduler, {}),
-    "pndm": (diffusers.PNDMScheduler, {}),
-    "euler": (diffusers.EulerDiscreteScheduler, {}),
-}
-# In this order: which spacing of the steps to take for other samplers.
-SPACINGS = ("trailing", "leading")
-# What clips the estimate of x_0 to [-1, 1] in samplers that have no `clip_sample`.
-CLIPPING = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,41 +40,23 @@ def compile_for_sampling(unet: nn.Module) -> None:
     unet.compile(dynamic=False, options={"triton.cudagraphs": True})
 
 
-def find_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int) -> Any:
-    """Returns a sampler of a pipeline's model, in a setting in which its samples are right.
+def sampling_settings(pipe: DDPMPipeline, sampling: Sampling, model: str, device: torch.device) -> dict[str, Any]:
+    """Returns what determines the images of a pipeline, for a `SampleFolder`."""
+    return {
+        "model": model,
+        "model_checksum": model_checksum(pipe),
+        "shape": list(pipe.image_shape),
+        "device": device.type,  # other kinds draw other noise
+        **asdict(sampling),
+        "num_inference_steps": sampling.steps(pipe),
+        **({"sampler_version": VERSION} if is_changed(pipe, sampling) else {}),
+    }
 
-    Args:
-        pipe: The pipeline.
-        name: One of `SCHEDULERS`.
-        num_inference_steps: Number of steps that it will take.
 
-    Returns:
-        The scheduler; the pipeline's own for `ddpm`.
-
-    Raises:
-        ValueError: If the sampler has no such setting.
-    """
-    check_one_of("scheduler", name, tuple(SCHEDULERS))
-    sampler, config = SCHEDULERS[name], pipe.scheduler.config
-    if sampler is None:
-        return pipe.scheduler
-    kind, options = sampler
-    clips = config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0
-    if clips and "thresholding" in inspect.signature(kind).parameters and not issubclass(kind, DDPMScheduler):
-        options = options | CLIPPING
-    reasons = []
-    for spacing in SPACINGS:
-        scheduler = kind.from_config(config, timestep_spacing=spacing, **options)
-        try:
-            scheduler.set_timesteps(num_inference_steps)
-            check_stock(scheduler, num_inference_steps, from_noise=True, pixels=math.prod(pipe.image_shape[1:]))
-            return scheduler
-        except ValueError as error:
-            reasons.append(str(error).partition("; ")[0])
-    raise ValueError(
-        f"scheduler={name}, num_inference_steps={num_inference_steps}: {reasons[0]}; use ddim, dpmsolver++, "
-        "sde-dpmsolver++ or unipc, or another number of steps"
-    )
+def folder_name(pipe: DDPMPipeline, sampling: Sampling, device: torch.device) -> str:
+    """Returns a name for a folder of these images; other settings get another name."""
+    settings = json.dumps(sampling_settings(pipe, sampling, "", device), sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
 def sample_images(
@@ -178,10 +143,10 @@ def generate_images(
     Raises:
         ValueError: If the scheduler cannot walk the pipeline's process in that many steps.
     """
-    sampling.check(pipe)
+    scheduler = find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe))
     labels, dtype = sampling.labels(pipe), PRECISIONS[sampling.mixed_precision]
     own_scheduler = pipe.scheduler
-    pipe.scheduler = find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe))
+    pipe.scheduler = scheduler
     try:
         for start in range(0, len(ids), batch_size):
             chunk = ids[start : start + batch_size]
@@ -229,9 +194,9 @@ def fill_folder(
         ValueError: If it holds images of other settings or is in use, or an argument is not allowed.
         OSError: If images that other processes made cannot be seen here.
     """
-    sampling.check(pipe)
+    find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe))  # refuses before the folder changes
     _check_space(path, num_images, math.prod(pipe.image_shape))
-    folder = SampleFolder(path, sampling.settings(pipe, model, state.device))
+    folder = SampleFolder(path, sampling_settings(pipe, sampling, model, state.device))
     folder.check(free=["model"])
     state.wait_for_everyone()
     path.mkdir(parents=True, exist_ok=True)

@@ -1,24 +1,13 @@
-"""The options of sampling. Imports in milliseconds."""
+"""Options of sampling. Imports in milliseconds."""
 
-import hashlib
-import json
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from hf_ddpm.utils.options import option, require, require_at_least, require_value
+from hf_ddpm.utils.options import option, require, require_at_least
 
-if TYPE_CHECKING:
-    import torch
-
-    from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
-
-# Images a shard, whatever the batch size and the number of processes: a kill costs at most these, of each process.
+# Images per shard, whatever the batch size and the number of processes: a kill costs each process at most these.
 SHARD_SIZE = 256
-
-# Of samplers: raised when the same settings make other images.
-VERSION = 2
 
 
 @dataclass
@@ -62,54 +51,13 @@ class Sampling:
             raise ValueError(f"eta={self.eta} is not allowed with scheduler={self.scheduler}: only with ddim")
         require_at_least(self, 0, "seed")
 
-    def check(self, pipe: "DDPMPipeline") -> None:
-        """Raises a `ValueError` unless the scheduler can walk a pipeline's process in that many steps."""
-        from hf_ddpm.sampling.generate import find_scheduler  # takes seconds
-
-        total, count = pipe.scheduler.config.num_train_timesteps, self.steps(pipe)
-        least = 4 if self.scheduler == "pndm" else 1  # of Runge and Kutta, to start with
-        allowed = f"{least} to {total} with this model and scheduler={self.scheduler}"
-        require_value("num_inference_steps", count, least <= count <= total, allowed)
-        find_scheduler(pipe, self.scheduler, count)
-
-    def steps(self, pipe: "DDPMPipeline") -> int:
+    def steps(self, pipe: Any) -> int:
         """Returns the number of steps of a pipeline's process."""
-        return self.num_inference_steps or pipe.scheduler.config.num_train_timesteps
+        return self.num_inference_steps or int(pipe.scheduler.config.num_train_timesteps)
 
-    def settings(self, pipe: "DDPMPipeline", model: str, device: "torch.device") -> dict[str, Any]:
-        """Returns what determines the images of a pipeline, for a `SampleFolder`."""
-        from hf_ddpm.provenance import model_checksum  # takes seconds
-
-        return {
-            "model": model,
-            "model_checksum": model_checksum(pipe),
-            "shape": list(pipe.image_shape),
-            "device": device.type,  # other kinds draw other noise
-            **asdict(self),
-            "num_inference_steps": self.steps(pipe),
-            **({"sampler_version": VERSION} if self._is_changed(pipe) else {}),
-        }
-
-    def _is_changed(self, pipe: "DDPMPipeline") -> bool:
-        """Returns whether earlier versions made other images of these settings: a folder must not mix both."""
-        if self.scheduler != "ddpm" or pipe.scheduler.config.prediction_type == "mean":
-            return True
-        from hf_ddpm.diffusion.gaussian import start_signal  # takes seconds
-        from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
-
-        own = DDPMScheduler.from_config(pipe.scheduler.config)
-        own.start_signal = start_signal(math.prod(pipe.image_shape[1:]))
-        own.set_timesteps(self.steps(pipe))
-        return own.timestep_spacing != own.config.timestep_spacing
-
-    def labels(self, pipe: "DDPMPipeline") -> list[int | str]:
+    def labels(self, pipe: Any) -> list[int | str]:
         """Returns the classes as a pipeline takes them.
 
-        Where classes have names, a number is one of them or wrong: "2" must not mean now a name, now a place.
+        If classes have names, a number is one of the names or wrong: "2" must never mean both a name and an index.
         """
         return [label if pipe.class_names or not label.isdecimal() else int(label) for label in self.class_labels]
-
-    def folder_name(self, pipe: "DDPMPipeline", device: "torch.device") -> str:
-        """Returns a name for a folder of these images, another one for others."""
-        settings = json.dumps(self.settings(pipe, "", device), sort_keys=True)
-        return hashlib.sha256(settings.encode()).hexdigest()[:12]

@@ -92,9 +92,10 @@ def parse_options(argv: list[str], *parts: type, program: str | None = None, doc
     if unknown and not {"-h", "--help"} & set(argv):  # before a missing option is reported, which may be misspelled
         raise ValueError(f"unknown option --{unknown[0]}: {_hint(unknown[0], names, '--')}")
     values, rest = _parser(parts, program, doc).parse_known_args(words)
+    options = _instances(parts, values)
     if rest:
         raise ValueError(f"unexpected word {rest[0]!r}: expected --OPTION VALUE; see --help")
-    return _instances(parts, values)
+    return options
 
 
 def parse_command(
