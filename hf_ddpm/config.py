@@ -468,7 +468,7 @@ def parse_config(argv: list[str], past: Mapping[str, Any] | None = None, doc: st
         options = _merged(options, read_yaml(Path(sources.config), PARTS))
     options = _merged(options, {name: None for word in argv if (name := option_name(word)) in LENGTHS})
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", *value)]
-    *parts, _ = parse_options(former + words + argv, *PARTS, Sources, doc=doc)
+    _, *parts = parse_options(former + words + argv, Sources, *PARTS, doc=doc)
     return Config(*parts, argv=argv)
 
 

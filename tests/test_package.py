@@ -10,8 +10,8 @@ import hf_ddpm
 # A change of these is one of the public interface.
 SIGNATURES = {
     "train": "(config: Config | None = None, **options: Any) -> Path",
-    "sample_images": "(model: Path | str, output: Path | str, num_images: int = 64, sampling: Sampling | None = None, *, "
-    "format: str = png, batch_size: int = 64, compile: bool = False) -> Path",
+    "sample_images": "(model: Path | str, output: Path | str, num_images: int = 64, sampling: Sampling | None = None, "
+    "*, format: str = png, batch_size: int = 64, compile: bool = False) -> Path",
     "push_to_hub": "(model: Path | str, hub_model_id: str, *, private: bool | None = None, revision_message: str "
     "= Upload the model, license: str | None = None, space: str | None = None) -> list[str]",
 }

@@ -60,7 +60,7 @@ LUCIDRAINS = {
     "image_size": "--resolution",
     "timesteps": "--num_train_timesteps",
     "sampling_timesteps": "--num_inference_steps",
-    "ddim_sampling_eta": "an option of `hf-ddpm sample`: --scheduler ddim --eta",
+    "ddim_sampling_eta": "`hf-ddpm sample` has it, as eta, with ddim for a scheduler",
     "schedule_fn_kwargs": "--beta_start and --beta_end",
     "auto_normalize": "not needed: images are always scaled to [-1, 1]",
     "min_snr_loss_weight": "--objective min_snr",

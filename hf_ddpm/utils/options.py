@@ -122,7 +122,7 @@ def parse_command(
         summary, _, rest = (doc or "").partition("\n")
         listed = "\n".join(f"  {name:22}{line}" for name, line in lines.items())
         print(f"usage: {program} COMMAND [--OPTION VALUE ...]\n\n{summary}\n")
-        print(f"commands, each with options of its own (COMMAND --help):\n{listed}\n{rest.rstrip()}")
+        print(f"commands, each with options of its own (COMMAND --help):\n{listed}\n\nexamples:\n{rest.rstrip()}")
         raise SystemExit(0)
     name = require_name("command", argv[0], commands)
     return name, parse_options(argv[1:], *commands[name], program=f"{program} {name}", doc=lines[name])
@@ -201,7 +201,7 @@ def _parser(
     parser = _Parser(
         prog=program or Path(sys.argv[0]).name,
         description=summary,
-        epilog=rest.strip("\n"),
+        epilog=f"examples:\n\n{rest.strip(chr(10))}" if rest else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=add_help,
