@@ -96,7 +96,7 @@ class Demo:
         return torch.tensor(pixels).unsqueeze(0)
 
     def generate(self, sampling: Sampling, count: float) -> Iterator[Moment]:
-        """Generates the first images of a `Sampling`, in view: the same as those of `scripts/sample.py`.
+        """Generates the first images of a `Sampling`, in view: the same as those of `hf-ddpm sample`.
 
         Args:
             sampling: Which images.

@@ -1,4 +1,4 @@
-"""From a model to the figures that were asked for: what `scripts/evaluate.py` and a run in training have in common."""
+"""From a model to the figures that were asked for: what `hf-ddpm evaluate` and a run in training have in common."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict

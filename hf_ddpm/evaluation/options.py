@@ -181,7 +181,7 @@ class TrainingRequest(EvaluateConfig):
 
 
 def training_request(config: Config) -> EvaluateConfig:
-    """Returns what `scripts/evaluate.py` would be asked for by the options of a run in training."""
+    """Returns what `hf-ddpm evaluate` would be asked for by the options of a run in training."""
     options = config.evaluation
     return TrainingRequest(
         model=config.training.output_dir,

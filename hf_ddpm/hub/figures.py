@@ -80,7 +80,7 @@ class Row:
 
 
 def rows(results: Mapping[str, Any]) -> Iterator[Row]:
-    """Yields the figures of results, as `scripts/evaluate.py` writes them."""
+    """Yields the figures of results, as `hf-ddpm evaluate` writes them."""
     for metric, key, name, kind, floor in KINDS:
         if metric not in results:
             continue

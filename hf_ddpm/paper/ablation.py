@@ -88,7 +88,7 @@ def outcome(folder: Path, steps: int) -> dict[str, Any] | None:
 
 
 def evaluation(options: AblationConfig, folder: Path, config: Config) -> list[str]:
-    """Returns the command line of `scripts/evaluate.py` for a run."""
+    """Returns the command line of `hf-ddpm evaluate` for a run."""
     given = {
         **real_images(config),
         "model": folder,

@@ -201,7 +201,7 @@ class Row:
 
     Attributes:
         title: What it is called.
-        words: The options of `scripts/train.py` that make it.
+        words: The options of `hf-ddpm train` that make it.
         paper: Its FID in the paper; None where training was unstable and the samples poor.
     """
 
@@ -247,7 +247,7 @@ class AblationConfig:
         require_at_least(self, 2, "num_images")
 
     def words(self, row: str, seed: int) -> list[str]:
-        """Returns the command line of `scripts/train.py` for a run."""
+        """Returns the command line of `hf-ddpm train` for a run."""
         given = {
             "preset": self.preset,
             "config": self.config,

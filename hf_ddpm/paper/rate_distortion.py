@@ -15,7 +15,7 @@ RATE, DISTORTION, STEPS = (
 
 
 def rate_distortion(study: Study, options: RateDistortionConfig) -> None:
-    """Evaluates the bound as `scripts/evaluate.py --metrics nll` does; writes `rate-distortion`, .json, .md and .png.
+    """Evaluates the bound as `hf-ddpm evaluate --metrics nll` does; writes `rate-distortion`, .json, .md and .png.
 
     Args:
         study: The model and its data.

@@ -16,7 +16,7 @@ PARTS = 10
 
 
 class DistanceToReference:
-    """Measures equally many generated images, as `scripts/evaluate.py` does.
+    """Measures equally many generated images, as `hf-ddpm evaluate` does.
 
     Args:
         evaluator: What to measure by; all processes are to make a yardstick of it, and to call it.
