@@ -19,7 +19,7 @@ from hf_ddpm.images import to_signed
 from hf_ddpm.training.randomness import draw
 from tests.conftest import load_script
 from tests.data.files import numbered, shards
-from tests.training.test_state import assert_same_run, losses, newest, start, wait_for_step
+from tests.training.test_state import assert_same_run, end, losses, newest, start, wait_for_step
 
 
 def test_a_streamed_run_resumes_where_it_stood(run_training, tmp_path):
@@ -258,7 +258,7 @@ def test_a_signal_to_the_whole_group_of_a_streamed_run_loses_nothing(tmp_path):
     process = start(tmp_path / "run", *words, "--log_steps", "1", launcher=["setsid", sys.executable])
     wait_for_step(tmp_path / "run", 5, process)
     os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output = end(process)
     assert process.returncode == 128 + signal.SIGTERM, output
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["status"] == "preempted" and newest(tmp_path / "run").name == f"step-{status['step']:09d}"
