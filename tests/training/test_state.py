@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from hf_ddpm import DDPMPipeline, UNet2DModel
 from hf_ddpm.callbacks import SampleGrid
 from hf_ddpm.config import FORMER_DEFAULTS, TrainingConfig, default_options, parse_config
 from hf_ddpm.launch import sole_run
@@ -177,6 +180,111 @@ def test_accumulation_is_the_same_run(run_training, tmp_path, batch, passes):
     divided = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(passes)]
     run_training(tmp_path / "two", *UNCLIPPED, *divided)
     assert_same_gradients(tmp_path / "one", tmp_path / "two")
+
+
+def note_inputs(monkeypatch):
+    """Returns lists that get the input of each training pass, and the type that its first convolution works in."""
+    inputs, types, forward = [], set(), UNet2DModel.forward
+
+    def note(self, sample, *args, **kwargs):
+        if self.training:
+            inputs.append(sample.clone())
+            hook = self.conv_in.register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
+        output = forward(self, sample, *args, **kwargs)
+        if self.training:
+            hook.remove()
+        return output
+
+    monkeypatch.setattr(UNet2DModel, "forward", note)
+    return inputs, types
+
+
+@pytest.fixture
+def run_in(run_training):
+    """Trains in a precision, of which a process has one only, unless accelerate forgets it."""
+
+    def run(precision, folder, *words):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return run_training(folder, *words, "--mixed_precision", precision)
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_low_precision_is_for_the_passes_of_the_network_alone(run_in, tmp_path, monkeypatch):
+    words = ["--max_train_steps", "6", "--checkpointing_steps", "3", "--log_steps", "1", "--dropout", "0.1"]
+    seen = {}
+    for precision in ("no", "bf16"):
+        seen[precision], types = note_inputs(monkeypatch)
+        run_in(precision, tmp_path / precision, *words)
+        assert types == {torch.float32 if precision == "no" else torch.bfloat16}
+        monkeypatch.undo()
+    # The same x_t bit for bit: rounded to bfloat16, it would hold no noise at all at small t.
+    assert len(seen["no"]) == len(seen["bf16"]) == 6
+    assert all(torch.equal(exact, found) for exact, found in zip(seen["no"], seen["bf16"], strict=True))
+    exact, found = losses(tmp_path / "no"), losses(tmp_path / "bf16")
+    assert found == pytest.approx(exact, rel=1e-2) and found != exact
+    for name in FILES:
+        values = load_file(newest(tmp_path / "bf16") / name)
+        assert {value.dtype for value in values.values()} == {torch.float32}, name
+        # Sums of many small steps, too: no value is one that bfloat16 could hold.
+        assert not all(torch.equal(value, value.bfloat16().float()) for value in values.values()), name
+    assert next(DDPMPipeline.from_pretrained(tmp_path / "bf16").unet.parameters()).dtype == torch.float32
+
+
+def test_a_run_in_low_precision_resumes_bit_for_bit(run_in, tmp_path):
+    words = ["--dropout", "0.1", "--log_steps", "1", "--max_train_steps"]
+    run_in("bf16", tmp_path / "whole", *words, "6")
+    run_in("bf16", tmp_path / "parts", *words, "3")
+    run_in("bf16", tmp_path / "parts", *words, "6")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(ValueError, match=r"mixed_precision='no' \(was 'bf16'\)"):
+        run_in("no", tmp_path / "parts", *words, "7")
+
+
+def scaler(folder):
+    return json.loads((newest(folder) / "state.json").read_text())["scaler"]
+
+
+def test_the_scale_of_losses_is_part_of_a_checkpoint(run_training, tmp_path, monkeypatch):
+    # As float16 needs it. Here it doubles every second step: resumed at step 3, it does so at step 4 and not at 5.
+    def with_scaler(*args, **kwargs):
+        accelerator = Accelerator(*args, **kwargs)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        return accelerator
+
+    monkeypatch.setattr("hf_ddpm.training.build.Accelerator", with_scaler)
+    words = ["--log_steps", "1", "--max_grad_norm", "1e6", "--max_train_steps"]
+    run_training(tmp_path / "whole", *words, "6")
+    run_training(tmp_path / "parts", *words, "3")
+    assert (scaler(tmp_path / "parts")["scale"], scaler(tmp_path / "parts")["_growth_tracker"]) == (2048, 1)
+    run_training(tmp_path / "parts", *words, "6")
+    assert scaler(tmp_path / "parts") == scaler(tmp_path / "whole") and scaler(tmp_path / "whole")["scale"] == 8192
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_run_in_float16_resumes_bit_for_bit_with_its_scale(run_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    words = ["--checkpointing_steps", "6", "--dropout", "0.1", "--log_steps", "1", "--max_train_steps"]
+    inputs, types = note_inputs(monkeypatch)
+    run_in("fp16", tmp_path / "whole", *words, "6")
+    assert types == {torch.float16} and {x_t.dtype for x_t in inputs} == {torch.float32}
+    run_in("no", tmp_path / "exact", *words, "6")
+    found, exact = losses(tmp_path / "whole"), losses(tmp_path / "exact")
+    assert found == pytest.approx(exact, rel=5e-2) and found != exact  # the first steps may be skipped
+    for name in FILES:
+        assert {value.dtype for value in load_file(newest(tmp_path / "whole") / name).values()} == {torch.float32}
+    run_in("fp16", tmp_path / "parts", *words, "3")
+    run_in("fp16", tmp_path / "parts", *words, "6")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert scaler(tmp_path / "whole") == scaler(tmp_path / "parts") and scaler(tmp_path / "whole")["scale"] > 0
+    rewrite_state(tmp_path / "parts", lambda state: state["scaler"].update(scale=4096.0))
+    run_in("fp16", tmp_path / "parts", *words, "7")
+    torch.use_deterministic_algorithms(False)
+    assert scaler(tmp_path / "parts")["scale"] == 4096
 
 
 def test_a_failed_run_says_so(run_training, tmp_path):
