@@ -2,6 +2,7 @@ import math
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import numpy as np
 import pytest
@@ -51,18 +52,28 @@ def test_images_are_those_of_the_script(trained, tmp_path, scheduler):
     np.testing.assert_array_equal(images.squeeze(1), np.stack(files))
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_what_is_seen_on_the_way_is_the_image_and_not_the_noise(scheduler):
+@pytest.mark.parametrize(
+    ("scheduler", "prediction_type"),
+    # diffusers' PNDM knows no other predictions than noise and v.
+    sorted({*product(SCHEDULERS, ["epsilon", "sample", "v_prediction"])} - {("pndm", "sample")}),
+)
+def test_what_is_seen_on_the_way_is_the_image_and_not_the_noise(scheduler, prediction_type):
     # A network that knows that all images are one image: every estimate is that one, while x_t is mostly noise.
     image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
     class Knowing(UNet2DModel):
         def forward(self, sample, timestep, class_labels=None, return_dict=True):
-            bar = float(noise_left[int(timestep)])
-            return type("Output", (), {"sample": (sample - math.sqrt(bar) * image) / math.sqrt(1 - bar)})
+            bar = float(bars[int(timestep)])
+            noise = (sample - math.sqrt(bar) * image) / math.sqrt(1 - bar)
+            said = {
+                "epsilon": noise,
+                "sample": image.expand_as(sample),
+                "v_prediction": math.sqrt(bar) * noise - math.sqrt(1 - bar) * image,
+            }
+            return type("Output", (), {"sample": said[prediction_type]})
 
-    pipe = DDPMPipeline(Knowing(**TINY_UNET), DDPMScheduler())
-    noise_left = pipe.scheduler.diffusion.alphas_cumprod
+    pipe = DDPMPipeline(Knowing(**TINY_UNET), DDPMScheduler(prediction_type=prediction_type))
+    bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     demo = Demo(pipe, "knowing")
     expected = ((image + 1) * 127.5).expand(2, -1, -1, -1)
     first, *others = demo.generate(demo.read(0, 20, scheduler), 2)
