@@ -14,7 +14,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize(("steps", "tolerance"), [(50, 1e-5), (1000, 5e-5)])
+@pytest.mark.parametrize(("steps", "tolerance"), [(50, 1e-5), pytest.param(1000, 5e-5, marks=pytest.mark.slow)])
 def test_images_are_those_of_diffusers(tiny_pipeline, tmp_path, steps, tolerance):
     # The float32 tables of diffusers are worth 2e-5 after 1000 steps of a network that has learned nothing, and so
     # does not pull the two chains together.

@@ -269,9 +269,9 @@ def signed(digits):
 
 VARIANTS = {
     "image": (
-        "--prediction_type sample --variance_type fixed_small",
+        "--prediction_type sample --variance_type fixed_large",
         "simple",
-        ("squaredcos", "sample", "fixed_small"),
+        ("squaredcos", "sample", "fixed_large"),
     ),
     "posterior mean": ("--prediction_type mean --beta_schedule quad", "simple", ("quad", "mean", "fixed_small")),
     "v, zero terminal SNR": (
