@@ -16,7 +16,7 @@ from hf_ddpm.images import to_signed
 from hf_ddpm.markdown import plain
 from hf_ddpm.sampling import SCHEDULERS
 from hf_ddpm.seeds import SAMPLES, generator
-from tests.conftest import TINY_UNET, load_script
+from tests.conftest import LIMIT, TINY_UNET, load_script
 from tests.test_markdown import HOSTILE, parse
 
 
@@ -89,7 +89,7 @@ def test_requests_at_once_do_not_meet(demo):
 
     def wait_for_the_other(*args):
         if not hasattr(here, "waited"):
-            here.waited = both_are_here.wait(30)
+            here.waited = both_are_here.wait(LIMIT)
 
     demo.pipe.unet.register_forward_pre_hook(wait_for_the_other)
     with ThreadPoolExecutor(2) as pool:
@@ -104,7 +104,7 @@ def test_a_request_that_is_left_ends(demo):
     next(moments)
     (worker,) = set(threading.enumerate()) - before
     moments.close()
-    worker.join(30)
+    worker.join(LIMIT)
     assert not worker.is_alive() and len(steps) < 1000
 
 

@@ -22,11 +22,9 @@ from hf_ddpm.callbacks import SampleGrid
 from hf_ddpm.config import FORMER_DEFAULTS, TrainingConfig, default_options, parse_config
 from hf_ddpm.launch import sole_run
 from hf_ddpm.training.state import Checkpoints, find_checkpoint, find_damage
-from tests.conftest import TINY_RUN
+from tests.conftest import LIMIT, TINY_RUN
 
 ROOT = Path(__file__).parents[2]
-# Seconds that other processes are given for anything: many, as no result depends on how busy the machine is.
-LIMIT = 600
 FILES = ("unet.safetensors", "ema-0.995.safetensors", "optimizer.safetensors")
 
 
