@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
-from hf_ddpm.data.fitting import ImageFormat, fit
-from hf_ddpm.demo import Demo, row, square, strip, whole
+from hf_ddpm.data.transforms import ImageFormat, fit
+from hf_ddpm.demo.demo import Demo, row, square, strip, whole
 from hf_ddpm.images import to_signed
-from hf_ddpm.markdown import plain
-from hf_ddpm.sampling import SCHEDULERS
-from hf_ddpm.seeds import SAMPLES, generator
+from hf_ddpm.sampling.samplers import SCHEDULERS
+from hf_ddpm.utils.markdown import plain
+from hf_ddpm.utils.seeds import SAMPLES, generator
 from tests.conftest import LIMIT, TINY_UNET, load_script
-from tests.test_markdown import HOSTILE, parse
+from tests.utils.test_markdown import HOSTILE, parse
 
 
 @pytest.fixture
@@ -279,14 +279,14 @@ def bitmap(width, height):
 
 @pytest.mark.parametrize(("width", "height"), [(7072, 7072), (10_000, 10_000), (65_000, 65_000)])
 def test_pixels_are_counted_before_they_are_decoded(demo, tmp_path, monkeypatch, width, height):
-    monkeypatch.setattr("hf_ddpm.demo.attempt", lambda *row: pytest.fail("decoded"))
+    monkeypatch.setattr("hf_ddpm.demo.demo.attempt", lambda *row: pytest.fail("decoded"))
     (tmp_path / "huge.bmp").write_bytes(bitmap(width, height))
     with pytest.raises(ValueError, match=r"^first image is not usable: .* too many.*; at most 50,000,000$"):
         demo.read_image("first image", str(tmp_path / "huge.bmp"))
 
 
 def test_fewer_pixels_than_the_bound_are_decoded(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_ddpm.demo.attempt", lambda *row: "decoded")
+    monkeypatch.setattr("hf_ddpm.demo.demo.attempt", lambda *row: "decoded")
     (tmp_path / "large.bmp").write_bytes(bitmap(7071, 7071))  # 7071^2 = 49,999,041
     with pytest.raises(ValueError, match="decoded"):
         demo.read_image("first image", str(tmp_path / "large.bmp"))

@@ -8,19 +8,19 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from hf_ddpm.files import make_folder, write_text, written_whole
 from hf_ddpm.images import save_picture
-from hf_ddpm.lines import append_line, cut_lines, read_lines, to_json
+from hf_ddpm.utils.files import atomic_write, make_folder, write_text
+from hf_ddpm.utils.jsonl import append_line, cut_lines, read_lines, to_json
 
 
 def test_a_file_is_there_whole_or_as_it_was(tmp_path):
     file = tmp_path / "file.txt"
     write_text(file, "before")
-    with pytest.raises(KeyboardInterrupt), written_whole(file) as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_write(file) as partial:
         partial.write_text("half")
         raise KeyboardInterrupt
     assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
-    with pytest.raises(OSError), written_whole(tmp_path / "folder") as partial:
+    with pytest.raises(OSError), atomic_write(tmp_path / "folder") as partial:
         partial.mkdir()
         (partial / "half").touch()
         raise OSError("disk full")
@@ -82,7 +82,7 @@ def test_contents_are_on_disk_before_their_name_and_that_before_the_end(tmp_path
     partial = str(tmp_path / ".a.png.partial")
     assert trace == [("fsync", partial), ("rename", str(tmp_path / "a.png")), ("fsync", str(tmp_path))]
     trace.clear()
-    with written_whole(tmp_path / "model") as folder:
+    with atomic_write(tmp_path / "model") as folder:
         (folder / "unet").mkdir(parents=True)
         (folder / "unet" / "weights").write_text("1")
     before = [path for kind, path in trace[: trace.index(("rename", str(tmp_path / "model")))] if kind == "fsync"]
@@ -97,7 +97,7 @@ def test_errors_of_a_full_disk_name_the_file(tmp_path):
         lambda path: save_file({"a": torch.zeros(10)}, path / "no" / "folder"),
     ):
         with pytest.raises(OSError, match=rf"^{tmp_path}/file cannot be written: ") as caught:
-            with written_whole(tmp_path / "file") as partial:
+            with atomic_write(tmp_path / "file") as partial:
                 write(partial)
         assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
     (tmp_path / "lines.jsonl").symlink_to(full)

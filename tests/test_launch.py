@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_ddpm.launch import SIGNALS, Interrupted, run_script, signals
+from hf_ddpm.utils.launch import SIGNALS, Interrupted, run_script, signals
 
 from .conftest import LIMIT, TINY_RUN
 
@@ -88,7 +88,7 @@ def test_a_signal_is_one_line_and_its_code_whatever_becomes_of_the_exception(cap
 
 
 def test_cleaning_up_is_not_cut_short(monkeypatch):
-    monkeypatch.setattr("hf_ddpm.launch.AGAIN", 0.01)
+    monkeypatch.setattr("hf_ddpm.utils.launch.AGAIN", 0.01)
     cleaned = []
 
     def main(argv):
@@ -175,7 +175,7 @@ def is_import(line):
 def test_a_signal_at_any_moment_of_the_start_is_quiet(trained, tmp_path, script, number):
     whole = start(script, command(script, tmp_path / "whole", trained))
     lines = [line for line in whole.stderr if is_import(line)]
-    first = next(i for i, line in enumerate(lines) if line.split("|")[-1].strip() == "hf_ddpm.launch") + 1
+    first = next(i for i, line in enumerate(lines) if line.split("|")[-1].strip() == "hf_ddpm.utils.launch") + 1
     for moment in range(10):
         folder = tmp_path / f"{moment}"
         process = start(script, command(script, folder, trained))

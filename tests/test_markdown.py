@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from hf_ddpm.markdown import code, escape, plain
+from hf_ddpm.utils.markdown import code, escape, plain
 
 # What names of classes, data sets and models may hold: folders may be called almost anything.
 HOSTILE = [

@@ -3,10 +3,10 @@ from dataclasses import MISSING, dataclass, fields
 import pytest
 
 from hf_ddpm.config import PARTS, EvaluationConfig
-from hf_ddpm.evaluation.request import EvaluateConfig
-from hf_ddpm.options import option, parse_command, parse_first, parse_options
+from hf_ddpm.evaluation.options import EvaluateConfig
 from hf_ddpm.paper.study import Subject
-from hf_ddpm.sampling import Sampling
+from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.utils.options import option, parse_command, parse_first, parse_options
 
 
 @dataclass

@@ -2,7 +2,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hf_ddpm.plots import save_curves
+from hf_ddpm.utils.plots import save_curves
 
 
 def test_what_is_drawn_is_what_was_given(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 import pytest
 
-from hf_ddpm.public import hub_ids, public_name, public_values
+from hf_ddpm.utils.public import hub_ids, public_values, strip_local_path
 
 
 def test_what_is_a_path_here_is_no_hub_id(tmp_path, monkeypatch):
@@ -51,7 +51,7 @@ def test_what_is_a_path_here_is_no_hub_id(tmp_path, monkeypatch):
     ],
 )
 def test_only_the_last_part_of_a_path_or_url_is_public(name, expected):
-    assert public_name(name, ["org/name"]) == expected
+    assert strip_local_path(name, ["org/name"]) == expected
 
 
 def test_values_are_made_public_at_any_depth():

@@ -18,11 +18,10 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-import hf_ddpm.data.samples
+import hf_ddpm.sampling.folder
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
-from hf_ddpm.data.samples import PictureFolder, SampleFolder, open_samples
-from hf_ddpm.launch import sole_run
-from hf_ddpm.sampling import (
+from hf_ddpm.sampling.folder import PictureFolder, SampleFolder, open_samples
+from hf_ddpm.sampling.generate import (
     SCHEDULERS,
     Sampling,
     compile_for_sampling,
@@ -30,6 +29,7 @@ from hf_ddpm.sampling import (
     find_scheduler,
     sample_images,
 )
+from hf_ddpm.utils.launch import exclusive
 from tests.conftest import TINY_UNET, load_script
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ CLASSES = {str(digit): str(digit) for digit in range(10)}
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(hf_ddpm.data.samples, "SHARD_SIZE", 4)
+    monkeypatch.setattr(hf_ddpm.sampling.folder, "SHARD_SIZE", 4)
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ def test_a_kill_within_a_shard_costs_that_shard_alone(pipe, ten, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         fill(pipe, tmp_path, 10)
     monkeypatch.undo()
-    monkeypatch.setattr(hf_ddpm.data.samples, "SHARD_SIZE", 4)
+    monkeypatch.setattr(hf_ddpm.sampling.folder, "SHARD_SIZE", 4)
     assert len(SampleFolder.read(tmp_path)) == 4
     assert torch.equal(images(fill(pipe, tmp_path, 10)), ten)
 
@@ -323,7 +323,7 @@ def test_folders_of_unknown_origin_or_in_use_are_refused(pipe, tmp_path):
     with pytest.raises(ValueError, match="holds images of unknown settings"):
         fill(pipe, tmp_path, 1)
     (tmp_path / "00000.png").unlink()
-    with sole_run(tmp_path), pytest.raises(ValueError, match="output=.* is in use by another run"):
+    with exclusive(tmp_path), pytest.raises(ValueError, match="output=.* is in use by another run"):
         fill(pipe, tmp_path, 1)
     fill(pipe, tmp_path, 1)
     (tmp_path / "sampling.json").write_text("{")

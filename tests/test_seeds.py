@@ -2,7 +2,7 @@ import itertools
 
 import torch
 
-from hf_ddpm.seeds import derived_seed, generator
+from hf_ddpm.utils.seeds import derived_seed, generator
 
 
 def test_no_two_places_share_a_stream():

@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from hf_ddpm.watching import FRAMES, in_background, watch
+from hf_ddpm.demo.preview import FRAMES, in_background, watch
 from tests.conftest import LIMIT
 
 
@@ -54,7 +54,7 @@ def test_work_ends_when_nobody_watches():
 @pytest.mark.parametrize("steps", [1, 3, 7, 8, 50])
 def test_frames_are_spread_from_the_first_step_to_the_images(steps, monkeypatch):
     # A chain whose estimate after i steps is gray i: so a moment can be told from its pixels.
-    monkeypatch.setattr("hf_ddpm.watching.PAUSE", float("inf"))
+    monkeypatch.setattr("hf_ddpm.demo.preview.PAUSE", float("inf"))
 
     class Chain:
         class scheduler:

@@ -7,9 +7,9 @@ import torch
 from PIL import Image as PILImage
 
 from hf_ddpm.data.batches import ShuffledImages
-from hf_ddpm.data.fitting import ImageFormat, crop_at, fit
 from hf_ddpm.data.store import load_images
-from hf_ddpm.data.streaming import open_stream
+from hf_ddpm.data.streaming.stream import open_stream
+from hf_ddpm.data.transforms import ImageFormat, crop_at, fit
 from tests.data.files import parquet, png
 
 

@@ -4,8 +4,8 @@ import torch
 from PIL import Image as PILImage
 
 from hf_ddpm.data.batches import ShuffledImages, batch_indices, crop_places
-from hf_ddpm.data.fitting import crop_at
 from hf_ddpm.data.store import load_images
+from hf_ddpm.data.transforms import crop_at
 from tests.data.files import numbered, parquet
 
 

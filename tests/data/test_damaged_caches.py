@@ -123,7 +123,7 @@ def test_a_full_disk_names_the_folder_and_the_way_out(cache, number):
 def test_a_limit_on_files_ends_a_run_in_one_line(tmp_path):
     name = parquet(tmp_path / "a.parquet", image=[numbered(number % 256, size=64) for number in range(300)])
     code = f"""
-from hf_ddpm.launch import run_script
+from hf_ddpm.utils.launch import run_script
 from hf_ddpm.data.store import load_images
 run_script(lambda argv: load_images({name!r}, resolution=64, channels=3) and 0)
 """

@@ -6,8 +6,8 @@ import torch
 from PIL import Image as PILImage
 
 from hf_ddpm.data import store
-from hf_ddpm.data.fitting import ImageFormat, crop_at, fit
 from hf_ddpm.data.store import load_images
+from hf_ddpm.data.transforms import ImageFormat, crop_at, fit
 from hf_ddpm.images import to_signed
 
 

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from hf_ddpm.data.sources import open_split
 from hf_ddpm.data.store import load_images
-from hf_ddpm.data.streaming import open_stream
+from hf_ddpm.data.streaming.stream import open_stream
 from tests.data.files import numbered, parquet
 
 

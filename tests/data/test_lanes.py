@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from hf_ddpm.data.lanes import Lanes
+from hf_ddpm.data.streaming.lanes import Lanes
 
 
 def rows_of(lanes, step, rows):

@@ -11,9 +11,9 @@ from PIL import Image as PILImage
 from PIL import PngImagePlugin
 
 from hf_ddpm.data.decoding import decode
-from hf_ddpm.data.fitting import ImageFormat, fit
 from hf_ddpm.data.pictures import open_picture
 from hf_ddpm.data.store import load_images
+from hf_ddpm.data.transforms import ImageFormat, fit
 from tests.data.files import parquet, write_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)

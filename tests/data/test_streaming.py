@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from hf_ddpm.data.streaming import open_stream
+from hf_ddpm.data.streaming.stream import open_stream
 from tests.conftest import LIMIT
 from tests.data.files import numbered, png, shards
 
@@ -231,7 +231,7 @@ def test_a_stream_leaves_the_global_generator_alone(folder):
 
 def test_what_is_held_does_not_grow(tmp_path, monkeypatch):
     """Counts encoded rows that are alive: less noisy than the memory of the process, and the same question."""
-    from hf_ddpm.data import windows
+    from hf_ddpm.data.streaming.stream import windows
 
     alive = []
     held = []
@@ -261,7 +261,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     # Large images: a worker is then mostly in the middle of a message, which nobody reads to its end.
     data = shards(tmp_path / "data", [numbered(i, size=256) for i in range(64)])
     code = f"""
-from hf_ddpm.data.streaming import open_stream
+from hf_ddpm.data.streaming.stream import open_stream
 stream = open_stream({str(data)!r}, resolution=256, channels=3, seed=0, batch_size=32, workers=2)
 for step in range(1000):
     stream.batch(step, slice(0, 32))

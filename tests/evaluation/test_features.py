@@ -14,7 +14,7 @@ from hf_ddpm.data.sources import open_dataset
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
-from hf_ddpm.pipelines.checksum import weights_checksum
+from hf_ddpm.provenance import weights_checksum
 from tests.conftest import load_script
 from tests.evaluation.processors import BitProcessor
 

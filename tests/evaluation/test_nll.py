@@ -8,7 +8,7 @@ import torch
 from hf_ddpm import DDPMScheduler, UNet2DModel
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.nll import Bound, _edges, variational_bound
-from hf_ddpm.seeds import BOUND_NOISE, generator
+from hf_ddpm.utils.seeds import BOUND_NOISE, generator
 from tests.conftest import TINY_UNET, load_script
 
 SEED = 3

@@ -3,11 +3,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import hf_ddpm.evaluation.reference
-from hf_ddpm.evaluation.collect import BATCH_SIZE, Processes, extract, extract_share, in_order
+import hf_ddpm.evaluation.feature_cache
+from hf_ddpm.evaluation.extraction import BATCH_SIZE, Processes, extract, extract_share, in_order
+from hf_ddpm.evaluation.feature_cache import fingerprint, reference_features
 from hf_ddpm.evaluation.features import Extracted, Extractor, load_extractor
 from hf_ddpm.evaluation.pictures import copied_fraction, nearest_picture
-from hf_ddpm.evaluation.reference import fingerprint, reference_features
 
 
 class Pixels:
@@ -82,7 +82,7 @@ def test_a_fingerprint_is_of_the_pixels_in_their_order():
 def extractions(monkeypatch):
     """Counts how often features are really extracted."""
     calls = []
-    monkeypatch.setattr(hf_ddpm.evaluation.reference, "extract", lambda *args: (calls.append(1), extract(*args))[1])
+    monkeypatch.setattr(hf_ddpm.evaluation.feature_cache, "extract", lambda *args: (calls.append(1), extract(*args))[1])
     return calls
 
 

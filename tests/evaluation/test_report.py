@@ -7,7 +7,7 @@ from hf_ddpm.evaluation.features import Extracted
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from hf_ddpm.evaluation.kernel import kernel_distance, squared_mmd
 from hf_ddpm.evaluation.precision_recall import precision_recall
-from hf_ddpm.evaluation.report import Sets, figures, read_results, record
+from hf_ddpm.evaluation.results import Sets, figures, read_results, record
 
 
 def rows(count, shift=0.0, seed=0):

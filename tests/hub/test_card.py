@@ -9,11 +9,11 @@ from huggingface_hub import ModelCard
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hf_ddpm.hub.card import write_card
-from hf_ddpm.markdown import plain
-from hf_ddpm.pipelines.checksum import model_checksum
-from hf_ddpm.public import public_name
+from hf_ddpm.provenance import model_checksum
+from hf_ddpm.utils.markdown import plain
+from hf_ddpm.utils.public import strip_local_path
 from tests.conftest import TINY_UNET
-from tests.test_markdown import HOSTILE, cells, parse
+from tests.utils.test_markdown import HOSTILE, cells, parse
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_foreign_names_are_text_in_a_card(copied, name):
     results["fd"]["made_by"]["extractor"]["name"] = name
     (copied / "results.json").write_text(json.dumps(results))
     card = ModelCard.load(write_card(copied, model_id=f"org/{name}"))
-    public, shown = public_name(name), plain(name)
+    public, shown = strip_local_path(name), plain(name)
     rows = {row[0]: row[1:] for row in cells(card.text) if row}
     assert rows["classes"] == [f"{shown}, dog"]
     assert rows["data"][0].startswith(f"{plain(public)}, split {shown}, ") and rows["started from"] == [plain(public)]

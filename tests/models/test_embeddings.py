@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
-from hf_ddpm.models.embeddings import sinusoidal
+from hf_ddpm.models.blocks import sinusoidal
 
 
 @pytest.mark.parametrize("dim", [8, 9])

@@ -20,8 +20,8 @@ from hf_ddpm.paper.rate_distortion import RateDistortionConfig, falls, rate_dist
 from hf_ddpm.paper.schedules import SchedulesConfig, schedules, with_schedule
 from hf_ddpm.paper.shared_latent import SharedLatentConfig, shared_latent
 from hf_ddpm.paper.steps import StepsConfig, steps
-from hf_ddpm.plots import save_curves
-from hf_ddpm.sampling import Sampling
+from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.utils.plots import save_curves
 from tests.conftest import load_script
 from tests.paper.conftest import T
 
@@ -79,8 +79,8 @@ def test_interpolations_end_at_reconstructions(study):
     rows = written(study, "interpolate")["reconstruction_rmse"]
     assert [row["diffused"] for row in rows] == [5, 15]
     pair = to_signed(study.evaluator("nll").held_out[torch.tensor([3, 8])], 17)
-    from hf_ddpm.seeds import FIGURES as PURPOSE
-    from hf_ddpm.seeds import generator
+    from hf_ddpm.utils.seeds import FIGURES as PURPOSE
+    from hf_ddpm.utils.seeds import generator
 
     source = generator(0, PURPOSE)
     latents = study.pipe.encode(pair, 14, source)

@@ -4,10 +4,10 @@ import diffusers
 import pytest
 from PIL import Image
 
-import hf_ddpm.sampling
+import hf_ddpm.sampling.generate
 from hf_ddpm import DDPMScheduler
 from hf_ddpm.paper.steps import StepsConfig, caution, in_words, steps, walks
-from hf_ddpm.sampling import Sampling
+from hf_ddpm.sampling.options import Sampling
 from tests.paper.conftest import T
 
 OPTIONS = StepsConfig(steps=[2, 5], samplers=["ddim", "euler"], num_images=40)
@@ -103,7 +103,9 @@ def test_a_process_of_few_steps_is_walked_in_all_of_them(study):
 def test_nothing_is_sampled_twice(study, monkeypatch):
     steps(study, OPTIONS)
     before = written(study)["rows"]
-    monkeypatch.setattr(hf_ddpm.sampling, "sample_images", lambda *args, **kwargs: pytest.fail("they are there"))
+    monkeypatch.setattr(
+        hf_ddpm.sampling.generate, "sample_images", lambda *args, **kwargs: pytest.fail("they are there")
+    )
     steps(study, OPTIONS)
     assert written(study)["rows"] == before
 

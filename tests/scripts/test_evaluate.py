@@ -13,14 +13,14 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel
 
 import hf_ddpm.evaluation.comparison
-import hf_ddpm.evaluation.reference
+import hf_ddpm.evaluation.feature_cache
 from hf_ddpm import DDPMPipeline
-from hf_ddpm.data.samples import SampleFolder
 from hf_ddpm.data.sources import choose
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from hf_ddpm.hub.figures import rows
+from hf_ddpm.sampling.folder import SampleFolder
 from tests.conftest import load_script
 from tests.evaluation.processors import BitProcessor
 
@@ -111,7 +111,7 @@ def test_results_depend_neither_on_the_batch_size_nor_on_an_interruption(main, w
     assert figures(results) == expected
     (samples,) = (tmp_path / "results_samples").iterdir()
     (samples / "shards" / "000000.npy").write_bytes(b"half of")
-    shutil.rmtree(hf_ddpm.evaluation.reference.CACHE)
+    shutil.rmtree(hf_ddpm.evaluation.feature_cache.CACHE)
     assert figures(run(main, output, *words, "--metrics", ALL, "--num_images", "40")) == expected
 
 

@@ -18,10 +18,10 @@ from hf_ddpm.config import parse_config
 from hf_ddpm.data.batches import batch_indices
 from hf_ddpm.data.sources import choose
 from hf_ddpm.data.store import load_images
-from hf_ddpm.evaluation.report import METRIC_SEED
-from hf_ddpm.launch import run_script, use_own_cores
-from hf_ddpm.seeds import BOUND_NOISE, SAMPLES, generator
+from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.training.randomness import draw
+from hf_ddpm.utils.launch import run_script, use_own_cores
+from hf_ddpm.utils.seeds import BOUND_NOISE, SAMPLES, generator
 from tests.conftest import TINY_RUN, load_script
 
 ROOT = Path(__file__).parents[2]
@@ -337,7 +337,7 @@ def test_every_variant_trains_samples_and_evaluates_by_flag(run_training, sample
 
 def test_samples_can_be_drawn_at_checkpoints(run_training, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("hf_ddpm.callbacks.save_picture", lambda picture, path: drawn.append(path))
+    monkeypatch.setattr("hf_ddpm.cli.callbacks.save_picture", lambda picture, path: drawn.append(path))
     run_training(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "2", "--sample_at_checkpoints", "true")
     assert len(drawn) == 2  # at step 2 and at the end
 

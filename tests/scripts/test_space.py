@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
-from hf_ddpm.demo import Demo, row, square
+from hf_ddpm.demo.demo import Demo, row, square
 from tests.conftest import LIMIT, TINY_UNET, load_script
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ddpm.demo import square
+from hf_ddpm.demo.demo import square
 from tests.conftest import load_script
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]

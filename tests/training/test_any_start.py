@@ -19,7 +19,7 @@ from hf_ddpm.images import to_signed
 from hf_ddpm.training.randomness import draw
 from tests.conftest import load_script
 from tests.data.files import numbered, shards
-from tests.training.test_state import assert_same_run, end, losses, newest, start, wait_for_step
+from tests.training.test_checkpoints import assert_same_run, end, losses, newest, start, wait_for_step
 
 
 def test_a_streamed_run_resumes_where_it_stood(run_training, tmp_path):

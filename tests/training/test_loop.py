@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from hf_ddpm.config import parse_config
 from hf_ddpm.data.batches import batch_indices
 from hf_ddpm.data.store import load_images
-from hf_ddpm.seeds import DROPOUT, INITIALIZATION, derived_seed, generator
 from hf_ddpm.training.randomness import draw
+from hf_ddpm.utils.seeds import DROPOUT, INITIALIZATION, derived_seed, generator
 from tests.conftest import TINY_RUN
 
 STEPS, BATCH, LR, WARMUP, BETA2, CLIP, DECAY = 6, 8, 5e-3, 4, 0.95, 0.3, 0.8
@@ -27,7 +27,7 @@ WORDS = [
 def initial_network():
     """diffusers' network with the initial weights of the run."""
     from hf_ddpm import UNet2DModel
-    from hf_ddpm.models.initialization import initialize_like_paper
+    from hf_ddpm.models.blocks import initialize_like_paper
 
     options = parse_config([*TINY_RUN, *WORDS]).unet()
     torch.manual_seed(derived_seed(5, INITIALIZATION))

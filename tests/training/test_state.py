@@ -18,10 +18,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from hf_ddpm import DDPMPipeline, UNet2DModel
-from hf_ddpm.callbacks import SampleGrid
+from hf_ddpm.cli.callbacks import SampleGrid
 from hf_ddpm.config import FORMER_DEFAULTS, TrainingConfig, default_options, parse_config
-from hf_ddpm.launch import sole_run
-from hf_ddpm.training.state import Checkpoints, find_checkpoint, find_damage
+from hf_ddpm.training.checkpoints import Checkpoints, find_checkpoint, verify_checkpoint
+from hf_ddpm.utils.launch import exclusive
 from tests.conftest import LIMIT, TINY_RUN
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def test_the_newest_checkpoints_are_kept(uninterrupted):
         "step-000000008",
         "step-000000012",
     ]
-    assert all(find_damage(path) is None for path in (uninterrupted / "checkpoints").iterdir())
+    assert all(verify_checkpoint(path) is None for path in (uninterrupted / "checkpoints").iterdir())
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(run_training, uninterrupted, tmp_path):
@@ -94,7 +94,7 @@ def test_new_checkpoints_survive_rotation_after_a_fall_back(run_training, tmp_pa
     damage(newest(tmp_path))
     run_training(tmp_path, "--max_train_steps", "7", "--checkpointing_steps", "1", "--keep_checkpoints", "1")
     assert names(tmp_path) == ["step-000000007", "undone-step-000000008"]
-    assert find_damage(newest(tmp_path)) is None
+    assert verify_checkpoint(newest(tmp_path)) is None
 
 
 def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(run_training, tmp_path):
@@ -112,10 +112,10 @@ def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(run_trainin
 
 
 def test_a_folder_has_one_run(run_training, trained, tmp_path):
-    with sole_run(tmp_path), pytest.raises(ValueError, match="output_dir=.* is in use by another run"):
+    with exclusive(tmp_path), pytest.raises(ValueError, match="output_dir=.* is in use by another run"):
         run_training(tmp_path)
     for _ in range(2):
-        with sole_run(tmp_path):
+        with exclusive(tmp_path):
             pass
 
 
@@ -127,7 +127,7 @@ def test_a_run_is_not_shortened_below_where_it_stands(run_training, trained):
 def test_half_a_checkpoint_is_none(trained, tmp_path):
     for name in ("step-000000001", ".step-000000002.partial", ".trash-step-000000003"):
         (tmp_path / name).mkdir()
-    assert "no whole checkpoint" in find_damage(tmp_path / "step-000000001")
+    assert "no whole checkpoint" in verify_checkpoint(tmp_path / "step-000000001")
     with pytest.raises(ValueError, match="no checkpoint in .* is sound: step-000000001 is passed over"):
         find_checkpoint(tmp_path, "latest")
     with pytest.raises(ValueError, match="resume=.*step-000000001' is not allowed"):
@@ -305,10 +305,10 @@ def test_a_full_disk_costs_no_checkpoint(run_training, tmp_path, monkeypatch):
         if "step-000000004" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hf_ddpm.training.state.flush", flush)
+    monkeypatch.setattr("hf_ddpm.training.checkpoints.flush", flush)
     with pytest.raises(OSError, match="checkpoint .*4 cannot be written, the last one is .*2: .*No space left"):
         run_training(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "2")
-    assert names(tmp_path) == ["step-000000002"] and find_damage(newest(tmp_path)) is None
+    assert names(tmp_path) == ["step-000000002"] and verify_checkpoint(newest(tmp_path)) is None
     assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
 
 
@@ -476,13 +476,13 @@ def test_a_manifest_that_is_not_whole_is_damage(trained, tmp_path, spoil):
     path = tmp_path / "step-000000004"
     shutil.copytree(newest(trained), path)
     manifest = json.loads((path / "manifest.json").read_text())
-    assert find_damage(path) is None
+    assert verify_checkpoint(path) is None
     if spoil == "no unet":
         spoil = json.dumps({name: entry for name, entry in manifest.items() if name != "unet.safetensors"})
     elif spoil == "no bytes":
         spoil = json.dumps({name: {"sha256": entry["sha256"]} for name, entry in manifest.items()})
     (path / "manifest.json").write_text(spoil)
-    assert find_damage(path) is not None
+    assert verify_checkpoint(path) is not None
 
 
 def rewrite_state(folder, change):

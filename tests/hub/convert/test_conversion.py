@@ -11,7 +11,7 @@ import torch
 from hf_ddpm import DDPMPipeline
 from hf_ddpm.hub.convert import ho2020, improved_diffusion
 from hf_ddpm.hub.convert.hints import Hints
-from hf_ddpm.launch import run_script
+from hf_ddpm.utils.launch import run_script
 from tests.conftest import load_script
 from tests.hub.convert.comparing import files, make_old
 from tests.hub.convert.improved_diffusion_network import ImprovedNetwork
