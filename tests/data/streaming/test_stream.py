@@ -17,6 +17,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from hf_ddpm.data.streaming.stream import open_stream
+from tests.conftest import LIMIT
 from tests.data.files import numbered, png, shards
 
 OPTIONS = {"resolution": 8, "channels": 1, "seed": 0, "batch_size": 12, "lanes": 4, "window_rows": 6, "workers": 0}
@@ -215,7 +216,7 @@ def test_closing_leaves_no_process_and_no_thread(folder):
     source.batch(0, ALL)
     assert len(multiprocessing.active_children()) >= 2
     source.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + LIMIT
     while (multiprocessing.active_children() or threading.active_count() > before) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not multiprocessing.active_children() and threading.active_count() <= before
@@ -274,8 +275,7 @@ for step in range(1000):
     assert len(workers) == 2
     parent.kill()
     parent.wait()
-    for _ in range(200):
-        if not any(Path(f"/proc/{worker}").exists() for worker in workers):
-            return
+    deadline = time.monotonic() + LIMIT
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "workers live on"
         time.sleep(0.05)
-    pytest.fail("workers live on")
