@@ -170,7 +170,7 @@ class TrainingConfig:
     adam_beta2: float = option("decay of Adam's second moment", 0.999)
     max_grad_norm: float = option("largest norm of the gradient; larger ones are scaled down", 1.0)
     ema_decay: list[float] = option(
-        "decays of the averages of the weights; the first is sampled from and exported, further ones are exported beside it",
+        "decays of averages of the weights; the first is sampled from and exported, further ones are beside it",
         factory=lambda: [0.9999],
     )
     ema_warmup: bool = option("let decays start small, as min(decay, (1 + step) / (10 + step))", True)
