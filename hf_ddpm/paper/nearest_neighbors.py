@@ -22,15 +22,7 @@ AT_A_TIME = 256
 
 
 def nearest_neighbors(context: FigureContext, options: NearestNeighborsOptions) -> None:
-    """Write `nearest-neighbors`, .json, .md and a picture for pixels and for features.
-
-    Args:
-        context: The model and its data.
-        options: Number of samples.
-
-    Raises:
-        ValueError: If there are no data, or an argument is not allowed.
-    """
+    """Draw the samples that are nearest to a training image, by pixels and by features, and compare distances."""
     evaluator = context.evaluator("fd", options.num_images)
     yardstick = DistanceToReference(evaluator)
     training, held_out, indices = evaluator.reference, evaluator.held_out, range(yardstick.count)
