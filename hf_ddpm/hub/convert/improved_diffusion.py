@@ -100,8 +100,8 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
     """Plan the conversion of a checkpoint.
 
     Numbers of resolutions, blocks, channels and classes, attention, `use_scale_shift_norm`, `resblock_updown` and
-    `learn_sigma` are read off its names and shapes, the image size off the channels. The number of heads, which is not in
-    the file, is the repositories' default of 4.
+    `learn_sigma` are read off its names and shapes, the image size off the channels. The number of heads is not in the
+    file: by default 4, as in the repositories.
 
     With `rescale_timesteps` and T above 1000, the process is that of every (T / 1000)th step: only these are whole
     numbers in the network's scale, and diffusers passes no others.
