@@ -1,5 +1,6 @@
 """Generated images against real ones: features of all sets, then the figures, then the nearest training images."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from hf_ddpm.data.sources import choose
 from hf_ddpm.evaluation.extraction import Images, Processes, extract
 from hf_ddpm.evaluation.feature_cache import fingerprint, reference_features
 from hf_ddpm.evaluation.features import Extractor
+from hf_ddpm.evaluation.frechet import Moments
 from hf_ddpm.evaluation.options import EvaluateConfig
 from hf_ddpm.evaluation.pictures import copied_fraction, nearest_picture
-from hf_ddpm.evaluation.reference_stats import ReferenceStats, write_reference_stats
 from hf_ddpm.evaluation.results import METRIC_SEED, Sets, figures
 from hf_ddpm.utils.public import hub_ids, strip_local_path
 
@@ -27,7 +28,7 @@ def compare(
     held_out: Images | None,
     count: int,
     processes: Processes,
-    stats: ReferenceStats | None = None,
+    stats: Moments | None = None,
 ) -> Iterator[tuple[dict[str, dict[str, Any]], Image.Image | None]]:
     """Computes what was asked for of generated images, a metric at a time; all processes are to call it.
 
@@ -60,12 +61,14 @@ def compare(
     for metric in request.compared:
         entry = {**figures(metric, sets), "made_by": made_by}
         if stats is not None and metric == "fd":
-            entry["made_by"] = made_by | {"reference_stats": {"name": stats.name, "sha256": stats.sha256}}
+            path = Path(str(request.reference_stats))
+            checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+            entry["made_by"] = made_by | {"reference_stats": {"name": path.name, "sha256": checksum}}
         yield {metric: entry}, None
     if reference is None or sets.reference is None:
         return
     if request.save_reference_stats is not None:
-        write_reference_stats(Path(request.save_reference_stats), sets.reference)
+        Moments.of(sets.reference).save(Path(request.save_reference_stats))
     copies = copied_fraction(images, range(count), reference, request.pixel_values)
     numbers_of = {"num_images": count, "reference_images": len(reference)}
     picture = nearest_picture(images, generated.features, reference, sets.reference)

@@ -15,9 +15,9 @@ from hf_ddpm.evaluation.comparison import compare
 from hf_ddpm.evaluation.extraction import Processes
 from hf_ddpm.evaluation.feature_cache import fingerprint
 from hf_ddpm.evaluation.features import load_extractor
+from hf_ddpm.evaluation.frechet import Moments
 from hf_ddpm.evaluation.nll import classes_for, variational_bound
 from hf_ddpm.evaluation.options import EvaluateConfig
-from hf_ddpm.evaluation.reference_stats import ReferenceStats
 from hf_ddpm.evaluation.results import METRIC_SEED, record
 from hf_ddpm.images import save_picture
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
@@ -180,13 +180,18 @@ class Evaluator:
             state=self.accelerator,
         )
 
-    def _read_stats(self, shape: tuple[int, ...]) -> ReferenceStats | None:
+    def _read_stats(self, shape: tuple[int, ...]) -> Moments | None:
         """Returns the statistics to compare with, if they were given and fit the extractor."""
         if self.request.reference_stats is None:
             return None
-        stats = ReferenceStats.read(Path(self.request.reference_stats))
+        path = Path(self.request.reference_stats)
+        stats = Moments.read(path)
         features = self.extractor(torch.zeros(1, *shape, dtype=torch.uint8)).features
-        stats.check(features.shape[1], self.extractor.name)
+        if len(stats.mean) != features.shape[1]:
+            raise ValueError(
+                f"--reference_stats {path.name}: {len(stats.mean)} dimensions, but features of extractor "
+                f"{self.extractor.name!r} have {features.shape[1]}; expected statistics of the same extractor"
+            )
         return stats
 
     def _load(self, split: str, shape: tuple[int, ...]) -> ImageStore:

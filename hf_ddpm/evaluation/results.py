@@ -15,7 +15,6 @@ from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from hf_ddpm.evaluation.inception_score import inception_score
 from hf_ddpm.evaluation.kernel import kernel_distance, squared_mmd
 from hf_ddpm.evaluation.precision_recall import precision_recall
-from hf_ddpm.evaluation.reference_stats import ReferenceStats
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.jsonl import to_json
 
@@ -42,7 +41,7 @@ class Sets:
     generated: Extracted
     reference: Tensor | None = None
     held_out: Tensor | None = None
-    stats: ReferenceStats | None = None
+    stats: Moments | None = None
 
 
 def figures(metric: str, sets: Sets) -> dict[str, Any]:
@@ -123,7 +122,7 @@ def record(path: Path, model: Mapping[str, Any], entries: Mapping[str, Any]) -> 
 
 def _measure(metric: str, features: Tensor, sets: Sets) -> dict[str, Any]:
     if metric == "fd" and sets.stats is not None:
-        return {"value": sets.stats.distance(features)}
+        return {"value": frechet_distance(Moments.of(features), sets.stats)}
     assert sets.reference is not None
     measure = {"fd": _frechet, "kid": _kernel, "pr": _precision_recall}[metric]
     return measure(features, sets.reference)

@@ -53,7 +53,7 @@ class DistanceToReference:
         generated = self._extract(images)
         figure = figures("fd", Sets(generated, *self.known))
         if self.count > 2:
-            parts = [Moments.of(generated.features[first::PARTS]) for first in range(min(PARTS, self.count))]
+            parts = [generated.features[first::PARTS] for first in range(min(PARTS, self.count))]
             figure["standard_error"] = standard_error(parts, self._reference)
         return figure
 
