@@ -69,8 +69,7 @@ class Ours(Library):
         def run() -> None:
             with setting.autocast():
                 variational_bound(
-                    pipe.unet,
-                    pipe.scheduler,
+                    pipe,
                     images,  # type: ignore[arg-type]
                     range(setting.batch),
                     seed=SEED,

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hf_ddpm.data.sources import choose
 from hf_ddpm.evaluation.extraction import Images
-from hf_ddpm.evaluation.pictures import copied_fraction, nearest_picture
+from hf_ddpm.evaluation.memorization import copied_fraction, nearest_picture
 from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.paper.study import Study, table
@@ -45,15 +45,16 @@ def nearest_neighbors(study: Study, options: NearestConfig) -> None:
     """
     evaluator = study.evaluator("fd", options.num_images)
     yardstick = DistanceToReference(evaluator)
-    training, held_out, numbers = evaluator.reference, evaluator.held_out, range(yardstick.count)
+    training, held_out, numbers = evaluator.images, evaluator.held_out, range(yardstick.count)
     assert training is not None
     samples = study.samples(yardstick.count, Sampling(study.subject.seed, len(study.pipe.scheduler)))
     real = [as_points(training, range(len(training)))]
     if held_out is not None:
         real.append(as_points(held_out, choose(len(held_out), yardstick.count, METRIC_SEED)))
+    known = [features for features in (yardstick.real.reference, yardstick.real.held_out) if features is not None]
     spaces = {
         "pixels": (as_points(samples, numbers), *real),
-        "features": (yardstick.features(samples), *yardstick.known),
+        "features": (yardstick.extract(samples).features, *known),
     }
     found = {}
     for name, (of_samples, of_training, *of_held_out) in spaces.items():
@@ -63,17 +64,17 @@ def nearest_neighbors(study: Study, options: NearestConfig) -> None:
             found[name]["held_out"] = median(of_held_out[0], of_training)
     copies = copied_fraction(samples, numbers, training, study.levels)
     figures = {"median_distances": found, "exact_copies": copies, "num_images": yardstick.count}
-    text = report(figures, yardstick.made_by)
+    text = report(figures, yardstick.real.made_by)
     title = "Nearest neighbors (Figs. 12 and 15)"
-    study.write("nearest-neighbors", title, text, figures, asdict(options), yardstick.made_by)
+    study.write("nearest-neighbors", title, text, figures, asdict(options), yardstick.real.made_by)
 
 
 def as_points(images: Images, numbers: Any) -> Tensor:
     """Returns images on the scale [0, 255] as points of a space, no larger than 32 pixels a side, shape `(n, D)`."""
-    height, width = (min(side, MOST_PIXELS) for side in images.shape[1:])
     parts = []
     for start in range(0, len(numbers), AT_A_TIME):
         pixels = images[torch.tensor(numbers[start : start + AT_A_TIME])]
+        height, width = (min(side, MOST_PIXELS) for side in pixels.shape[2:])
         small = F.adaptive_avg_pool2d(pixels.float(), (height, width))
         parts.append(small.flatten(1).cpu())
     return torch.cat(parts)

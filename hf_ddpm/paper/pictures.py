@@ -13,25 +13,6 @@ MARGIN = 6
 GAP = 3
 
 
-class Pictures:
-    """Images in memory, as the metrics want them.
-
-    Args:
-        pixels: Bytes, shape `(N, C, H, W)`.
-    """
-
-    def __init__(self, pixels: Tensor):
-        self.pixels, self.shape = pixels, tuple(pixels.shape[1:])
-
-    def __len__(self) -> int:
-        """Returns the number of images."""
-        return len(self.pixels)
-
-    def __getitem__(self, numbers: Tensor) -> Tensor:
-        """Returns images by their numbers, int64, shape `(B,)`, as bytes, shape `(B, C, H, W)`."""
-        return self.pixels[numbers.to(self.pixels.device)]
-
-
 def rmse(unit: Tensor, other: Tensor) -> float:
     """Returns the root mean squared difference of unit images on the scale [0, 255]."""
     return 255 * (unit - other).square().mean().sqrt().item()

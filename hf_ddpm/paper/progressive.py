@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.images import bytes_to_unit, to_bytes
-from hf_ddpm.paper.pictures import Pictures, rmse, sheet
+from hf_ddpm.paper.pictures import rmse, sheet
 from hf_ddpm.paper.study import Study, table
 from hf_ddpm.paper.yardstick import DistanceToReference, what_was_compared
 from hf_ddpm.utils.options import option, require, require_at_least
@@ -50,7 +50,7 @@ def progressive(study: Study, options: ProgressiveConfig) -> None:
     moments = []
     for place in chosen:
         moment = {"t": timesteps[place] + 1, "rmse": rmse(bytes_to_unit(frames[place]), bytes_to_unit(frames[-1]))}
-        moments.append(moment | (yardstick(Pictures(frames[place])) if yardstick else {}))
+        moments.append(moment | (yardstick(frames[place]) if yardstick else {}))
 
     shown = [bytes_to_unit(frame[: options.shown]) for frame in frames]
     rows = [("", torch.stack([shown[place][image] for place in chosen])) for image in range(options.shown)]
@@ -58,7 +58,7 @@ def progressive(study: Study, options: ProgressiveConfig) -> None:
     study.animate(f"progressive.{options.animation}", shown)
     if yardstick:
         report_distances(study, len(study.pipe.scheduler), moments)
-    made_by = yardstick.made_by if yardstick else {}
+    made_by = yardstick.real.made_by if yardstick else {}
     words = text(moments, options.animation, made_by)
     study.write("progressive", "Progressive generation (Fig. 6)", words, {"moments": moments}, asdict(options), made_by)
 

@@ -75,7 +75,7 @@ def steps(study: Study, options: StepsConfig) -> None:
         numbers = {*asked, total} if walk.sampler == "ddpm" else set(asked)
         points = [measure(study, yardstick, walk, number) for number in sorted(numbers)]
         rows.append({"sampler": walk.name, "points": points, "fewest": None})
-    report(study, options, rows, yardstick.made_by)
+    report(study, options, rows, yardstick.real.made_by)
 
 
 def walks(scheduler: Any, others: Sequence[str]) -> list[Walk]:

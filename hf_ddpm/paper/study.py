@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_ddpm.config import parse_config
-from hf_ddpm.evaluation.evaluate import Evaluator
+from hf_ddpm.evaluation.evaluate import Reference
 from hf_ddpm.evaluation.options import EvaluateConfig, default_levels, real_images
 from hf_ddpm.images import grid, save_picture, to_bytes, to_pictures
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
@@ -101,11 +101,11 @@ class Study:
         """Values that a pixel of the data takes."""
         return self.subject.levels or default_levels(self.subject.dataset)
 
-    def evaluator(self, metrics: str, num_images: int | None = None) -> Evaluator:
+    def evaluator(self, metrics: str, num_images: int | None = None) -> Reference:
         """Returns what measures this model; arguments as in `request`, which are refused if they cannot be met."""
-        evaluator = Evaluator(self.request(metrics, num_images), self.pipe.image_shape, self.accelerator, self.log)
-        evaluator.count()
-        return evaluator
+        reference = Reference(self.request(metrics, num_images), self.pipe.image_shape, self.accelerator, self.log)
+        reference.count()
+        return reference
 
     def samples(self, count: int, sampling: Sampling) -> SampleFolder:
         """Returns generated images; a folder below `samples/` keeps them."""

@@ -4,6 +4,7 @@ from accelerate import Accelerator
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.images import to_signed
 from hf_ddpm.paper.study import Study, Subject
 from tests.conftest import TINY_UNET
@@ -26,6 +27,17 @@ def study(model, tmp_path):
     made = Study(Subject(model, str(tmp_path / "figures"), dataset="digits"), Accelerator(cpu=True))
     made.pipe.set_progress_bar_config(disable=True)
     return made
+
+
+@pytest.fixture
+def distance(study, tmp_path):
+    """The Frechet distance that an evaluation of the study's model finds."""
+
+    def find(count, sampling):
+        reference, output = study.evaluator("fd", count), tmp_path / "evaluated" / "results.json"
+        return evaluate(reference.config, sampling, pipe=study.pipe, reference=reference, output=output)["fd"]
+
+    return find
 
 
 @pytest.fixture

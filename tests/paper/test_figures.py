@@ -30,16 +30,16 @@ def written(study, name):
     return json.loads((study.folder / f"{name}.json").read_text())
 
 
-def test_the_progress_ends_with_the_samples_of_the_seed(study):
+def test_the_progress_ends_with_the_samples_of_the_seed(study, distance):
     options = ProgressiveConfig(shown=3, columns=4, frames=7, num_images=5)
     progressive(study, options)
     moments = written(study, "progressive")["moments"]
     assert [moment["t"] for moment in moments] == [20, 14, 7, 1]
     errors = [moment["rmse"] for moment in moments]
     assert errors[-1] == 0 and all(error > 0 for error in errors[:-1])
-    found, *_ = study.evaluator("fd", 5).evaluate(study.folder / "r.json", Sampling(num_inference_steps=T), study.pipe)
-    assert moments[-1]["value"] == pytest.approx(found["fd"]["value"], rel=1e-5)
-    assert moments[-1]["floor"] == pytest.approx(found["fd"]["floor"], rel=1e-5)
+    found = distance(5, Sampling(num_inference_steps=T))
+    assert moments[-1]["value"] == pytest.approx(found["value"], rel=1e-5)
+    assert moments[-1]["floor"] == pytest.approx(found["floor"], rel=1e-5)
     with Image.open(study.folder / "progressive.gif") as animation:
         assert animation.n_frames == 7
     assert (study.folder / "progressive_distance.png").exists()
@@ -131,7 +131,7 @@ def test_neighbors_are_those_of_the_training_images(study):
     nearest_neighbors(study, NearestConfig(num_images=6))
     figures = written(study, "nearest-neighbors")
     samples = study.samples(6, Sampling(num_inference_steps=T))[torch.arange(6)].float().flatten(1)
-    training = study.evaluator("fd").reference[torch.arange(898)].float().flatten(1)
+    training = study.evaluator("fd").images[torch.arange(898)].float().flatten(1)
     distances = torch.cdist(samples.double(), training.double()).min(dim=1).values
     assert figures["median_distances"]["pixels"]["samples"] == pytest.approx(distances.quantile(0.5).item(), rel=1e-5)
     assert figures["exact_copies"] == 0
