@@ -7,11 +7,15 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from hf_ddpm.data.scan import as_path, register_plugins
 
 ORIENTATION = ExifTags.Base.Orientation
+# Modes of PIL with one channel whose numbers are brightness.
+GRAY_MODES = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L")
+
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -63,6 +67,37 @@ def open_picture(row: dict[str, Any]) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
+def picture_array(image: Image.Image, channels: int, deep: bool) -> np.ndarray | None:
+    """Reads a picture as an array where PIL's conversions would lose something.
+
+    Args:
+        image: An opened picture.
+        channels: The number of channels asked for.
+        deep: Whether 16 bits are asked for.
+
+    Returns:
+        Shape `(H, W, channels)`, the pages of a TIFF as channels, or `(H, W, 1)`, floats, or with `deep` 16 bits; None
+        for other pictures.
+
+    Raises:
+        ValueError: If there are more or fewer pages than channels.
+    """
+    pages = _pages(image)
+    if pages is not None:
+        count = pages.shape[2]
+        if count != channels:
+            raise ValueError(
+                f"it has {count} gray pages, not channels={channels}: --channels {count} reads all of them"
+            )
+        return pages
+    if image.mode == "F" or (deep and image.mode.startswith("I")):
+        values = _unsigned(np.asarray(image))
+        if isinstance(hidden := image.info.get("transparency"), int):
+            values = np.where(values == hidden, 65535, values)  # transparency on white
+        return values[..., np.newaxis]
+    return None
+
+
 def orientation(image: Image.Image) -> int:
     """Returns how an image is turned, 1 to 8, as EXIF or XMP data say; 1, upright, if they do not or are damaged."""
     try:
@@ -101,6 +136,30 @@ def _load(source: Any) -> Image.Image:
     image.load()
     image.info["depth_lost"] = depth_lost(image, tiles)
     return image
+
+
+def _pages(image: Image.Image) -> np.ndarray | None:
+    """Returns the gray pages of a TIFF, `(H, W, pages)`; None if there is one page, or they differ in size or kind."""
+    count = getattr(image, "n_frames", 1)
+    if image.format != "TIFF" or count == 1 or image.mode not in GRAY_MODES:
+        return None
+    kind, pages = (image.mode, image.size), []
+    for number in range(count):
+        image.seek(number)
+        if (image.mode, image.size) != kind:
+            image.seek(0)
+            return None
+        pages.append(_unsigned(np.asarray(image)))
+    return np.stack(pages, axis=-1)
+
+
+def _unsigned(values: np.ndarray) -> np.ndarray:
+    """Returns pixels of 32-bit integers (mode I) as uint16, others as they are."""
+    if values.dtype.kind != "i":
+        return values
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"its pixels reach from {values.min()} to {values.max()}, beyond 16 bits")
+    return values.astype(np.uint16)
 
 
 def _plain_png(data: bytes) -> bytes:

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from hf_ddpm.config import DataConfig
 from hf_ddpm.data.sources import choose
 from hf_ddpm.data.store import ImageStore, load_images
 from hf_ddpm.evaluation.comparison import compare
@@ -191,21 +192,21 @@ class Evaluator:
 
     def _load(self, split: str, shape: tuple[int, ...]) -> ImageStore:
         """Returns the real images of a split."""
-        return load_images(
-            str(self.request.dataset),
+        request = self.request
+        data = DataConfig(
+            str(request.dataset),
             split=split,
-            config=self.request.dataset_config,
-            column=self.request.image_column,
-            resolution=(shape[1], shape[2]),
+            dataset_config=request.dataset_config,
+            image_column=request.image_column,
+            resolution=[shape[1], shape[2]],
             channels=shape[0],
-            levels=self.request.pixel_values,
-            value_range=self.request.value_range,
-            class_column=self.request.class_column,
-            enlarge=self.request.enlarge,
-            skip_bad_images=self.request.skip_bad_images,
-            device=self.accelerator.device,
-            log=self.log,
+            levels=request.pixel_values,
+            value_range=request.value_range,
+            class_column=request.class_column,
+            enlarge=request.enlarge,
+            skip_bad_images=request.skip_bad_images,
         )
+        return load_images(data, device=self.accelerator.device, log=self.log)
 
 
 def identify(

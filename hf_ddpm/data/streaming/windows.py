@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from hf_ddpm.data.labels import Classes
+from hf_ddpm.data.columns import Classes
 from hf_ddpm.data.streaming.lanes import Lanes, Window
 from hf_ddpm.data.streaming.shards import RowGroup
 
