@@ -25,7 +25,7 @@ def read_array(row: dict[str, Any]) -> np.ndarray | None:
         row: The image as `datasets` keeps it: `bytes`, or the `path` of a file.
 
     Returns:
-        The array, as it is; None if the row is not an array, by its first bytes or the suffix of its path.
+        The array, unchanged; None if the row is not an array, by its first bytes or the suffix of its path.
 
     Raises:
         ValueError: If it cannot be read, or is not one image.
@@ -61,8 +61,6 @@ def open_stack(path: Path) -> np.ndarray:
     """
     try:
         name = _stack_of(_headers(path))
-        if name is None:
-            raise ValueError("no array of 4 dimensions, (N, H, W, C)")
         if path.suffix.lower() == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
         with zipfile.ZipFile(path) as archive:
@@ -117,12 +115,14 @@ def _image_of(headers: dict[str, Header]) -> str:
     return names[0]
 
 
-def _stack_of(headers: dict[str, Header]) -> str | None:
-    """Returns the name of the array of 4 dimensions, or `arr_0` of several; None if there is none."""
+def _stack_of(headers: dict[str, Header]) -> str:
+    """Returns the name of the array of 4 dimensions, or `arr_0` of several."""
     names = [name for name, (shape, *_) in headers.items() if len(shape) == 4]
+    if not names:
+        raise ValueError("no array of 4 dimensions, (N, H, W, C)")
     if len(names) > 1 and "arr_0" not in names:
         raise ValueError(f"it holds several arrays of 4 dimensions, {', '.join(names)}: expected one, or arr_0")
-    return "arr_0" if "arr_0" in names else next(iter(names), None)
+    return "arr_0" if "arr_0" in names else names[0]
 
 
 def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:

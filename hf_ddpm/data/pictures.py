@@ -1,4 +1,4 @@
-"""Image files opened for their pixels: upright, and whatever is wrong with texts, color profiles or camera data."""
+"""Image files as upright pixels, even where texts, color profiles or camera data are damaged."""
 
 import io
 import re
@@ -12,10 +12,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from hf_ddpm.data.scan import as_path, register_plugins
 
-ORIENTATION = ExifTags.Base.Orientation
-# Modes of PIL with one channel whose numbers are brightness.
+# Modes of PIL with one channel, of brightness.
 GRAY_MODES = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L")
 
+ORIENTATION = ExifTags.Base.Orientation
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -54,7 +54,7 @@ def open_picture(row: dict[str, Any]) -> Image.Image:
     except (Image.DecompressionBombError, FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # decoders raise anything
-        plain = without_metadata(Path(as_path(path)).read_bytes() if data is None else data)
+        plain = _without_metadata(Path(as_path(path)).read_bytes() if data is None else data)
         try:
             image = _load(io.BytesIO(plain))
         except Image.DecompressionBombError:
@@ -63,7 +63,7 @@ def open_picture(row: dict[str, Any]) -> Image.Image:
             if isinstance(error, UnidentifiedImageError):  # its text holds an address in memory
                 raise ValueError("it is no image of a known format") from error
             raise error from None
-    method = UPRIGHT.get(orientation(image))
+    method = UPRIGHT.get(_orientation(image))
     return image if method is None else image.transpose(method)
 
 
@@ -84,12 +84,11 @@ def picture_array(image: Image.Image, channels: int, deep: bool) -> np.ndarray |
     """
     pages = _pages(image)
     if pages is not None:
-        count = pages.shape[2]
-        if count != channels:
+        if len(pages) != channels:
             raise ValueError(
-                f"it has {count} gray pages, not channels={channels}: --channels {count} reads all of them"
+                f"it has {len(pages)} gray pages, not channels={channels}: --channels {len(pages)} reads all of them"
             )
-        return pages
+        return np.stack(pages, axis=-1)
     if image.mode == "F" or (deep and image.mode.startswith("I")):
         values = _unsigned(np.asarray(image))
         if isinstance(hidden := image.info.get("transparency"), int):
@@ -98,8 +97,18 @@ def picture_array(image: Image.Image, channels: int, deep: bool) -> np.ndarray |
     return None
 
 
-def orientation(image: Image.Image) -> int:
-    """Returns how an image is turned, 1 to 8, as EXIF or XMP data say; 1, upright, if they do not or are damaged."""
+def _load(source: Any) -> Image.Image:
+    """Loads an image; its `depth_lost` is whether PIL has read 16 bits per channel as 8."""
+    image = Image.open(source)
+    tiles = list(getattr(image, "tile", []))
+    image.load()
+    is_8_bit = image.mode in ("L", "LA", "RGB", "RGBA", "CMYK")
+    image.info["depth_lost"] = is_8_bit and any(re.search(r";16|, 65535\)", str(tile[3])) for tile in tiles)
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Returns how an image is turned by its EXIF or XMP data: 1 to 8, by default 1, upright."""
     try:
         value = image.getexif().get(ORIENTATION)
     except Exception:  # damaged camera data raise anything
@@ -109,37 +118,11 @@ def orientation(image: Image.Image) -> int:
         text = xmp if isinstance(xmp, bytes) else str(xmp).encode()
         match = re.search(rb'tiff:Orientation(?:="|>)([1-8])', text)
         value = int(match[1]) if match else None
-    return value if isinstance(value, int) and value in UPRIGHT else 1
+    return value if isinstance(value, int) else 1
 
 
-def depth_lost(image: Image.Image, tiles: list[Any]) -> bool:
-    """Returns whether PIL has read 16 bits per channel as 8.
-
-    Args:
-        image: A loaded image.
-        tiles: Its `tile` before it was loaded.
-    """
-    is_8_bit = image.mode in ("L", "LA", "RGB", "RGBA", "CMYK")
-    return is_8_bit and any(re.search(r";16|, 65535\)", str(tile[3])) for tile in tiles)
-
-
-def without_metadata(data: bytes) -> bytes:
-    """Returns a PNG or TIFF file without the parts that say nothing about pixels; others as they are."""
-    if data.startswith(PNG):
-        return _plain_png(data)
-    return _plain_tiff(data) if data.startswith(TIFF) else data
-
-
-def _load(source: Any) -> Image.Image:
-    image = Image.open(source)
-    tiles = list(getattr(image, "tile", []))
-    image.load()
-    image.info["depth_lost"] = depth_lost(image, tiles)
-    return image
-
-
-def _pages(image: Image.Image) -> np.ndarray | None:
-    """Returns the gray pages of a TIFF, `(H, W, pages)`; None if there is one page, or they differ in size or kind."""
+def _pages(image: Image.Image) -> list[np.ndarray] | None:
+    """Returns the gray pages of a TIFF; None if there is one page, or they differ in size or kind."""
     count = getattr(image, "n_frames", 1)
     if image.format != "TIFF" or count == 1 or image.mode not in GRAY_MODES:
         return None
@@ -150,16 +133,23 @@ def _pages(image: Image.Image) -> np.ndarray | None:
             image.seek(0)
             return None
         pages.append(_unsigned(np.asarray(image)))
-    return np.stack(pages, axis=-1)
+    return pages
 
 
 def _unsigned(values: np.ndarray) -> np.ndarray:
-    """Returns pixels of 32-bit integers (mode I) as uint16, others as they are."""
+    """Returns pixels of 32-bit integers (mode I) as uint16, others unchanged."""
     if values.dtype.kind != "i":
         return values
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"its pixels reach from {values.min()} to {values.max()}, beyond 16 bits")
     return values.astype(np.uint16)
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """Returns a PNG or TIFF file without the parts that its pixels do not depend on; other files unchanged."""
+    if data.startswith(PNG):
+        return _plain_png(data)
+    return _plain_tiff(data) if data.startswith(TIFF) else data
 
 
 def _plain_png(data: bytes) -> bytes:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,25 +22,18 @@ from hf_ddpm.data.decoding import BadImage, attempt, read_report
 from hf_ddpm.data.sources import find_shards
 from hf_ddpm.data.streaming.lanes import Lanes
 from hf_ddpm.data.streaming.shards import Shards
-from hf_ddpm.data.streaming.windows import LoadedWindow, WindowReader
+from hf_ddpm.data.streaming.windows import Pick, WindowReader
 from hf_ddpm.data.transforms import ImageFormat, crop_at
 from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.jsonl import append_line
 from hf_ddpm.utils.launch import own_cores
 
-# As many as processes that read little beside what they use. A change changes every streamed run.
+# As many processes read little that they do not use. A change changes every streamed run.
 LANES = 16
 # More decoding processes are not started unless asked for.
 MOST_WORKERS = 8
 
 Place = Sequence[float]
-
-
-class Pick(NamedTuple):
-    """A row of a batch: its window and its place there."""
-
-    window: LoadedWindow
-    row: int
 
 
 class ImageStream:
@@ -238,7 +231,7 @@ class _Jobs:
         step = self.step
         while True:
             try:
-                picks = self._picks(step)
+                picks = self.reader.picks(step, self.rows)
             except ValueError as error:
                 # It is raised when its step has come.
                 self.under_way.append((error, []))
@@ -248,16 +241,6 @@ class _Jobs:
                 self.under_way.append((picks, places))
                 yield [pick.window.images[pick.row] for pick in picks], places
             step += 1
-
-    def _picks(self, step: int) -> list[Pick]:
-        stretches = self.reader.lanes.stretches(step, self.rows)
-        requests = [self.reader.request(stretch.window) for stretch in stretches]  # all, before one is waited for
-        windows = [request.result() for request in requests]
-        return [
-            Pick(window, row)
-            for window, stretch in zip(windows, stretches, strict=True)
-            for row in range(stretch.start, stretch.stop)
-        ]
 
     def _places(self, step: int, count: int) -> list[Place]:
         if self.image_format.crop == "center":
