@@ -78,6 +78,7 @@ class DataConfig(ImageOptions):
         sides = self.resolution
         require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
         require_at_least(self, 1, "channels", "max_train_samples")
+        require(self, "crop", self.crop in ("center", "random"), "center or random")
         require(self, "class_dropout", 0 <= self.class_dropout < 1, "in [0, 1)")
         super().__post_init__()
 

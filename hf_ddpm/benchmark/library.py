@@ -13,8 +13,8 @@ from torch import nn
 from hf_ddpm.benchmark.setting import SEED, Setting
 from hf_ddpm.benchmark.timing import Work
 from hf_ddpm.data.streaming.stream import MOST_WORKERS
-from hf_ddpm.models.flops import count_flops
 from hf_ddpm.sampling.generate import compile_for_sampling
+from hf_ddpm.training.dry_run import count_flops
 
 
 class Library:

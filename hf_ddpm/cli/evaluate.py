@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.options import EvaluateConfig
 from hf_ddpm.evaluation.results import Figures, scalars
-from hf_ddpm.sampling.generate import Sampling
+from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.files import make_folder
 from hf_ddpm.utils.jsonl import to_json
 from hf_ddpm.utils.launch import use_own_cores

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.cli.callbacks import Card, Evaluations, Export, Push, SampleGrid
 from hf_ddpm.config import Config, parse_config
+from hf_ddpm.data import open_images
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.decoding import read_report
-from hf_ddpm.data.opening import open_images
 from hf_ddpm.training.build import build_process, build_run, check_same_step, start_accelerator
 from hf_ddpm.training.checkpoints import (
     Checkpoints,
@@ -31,8 +31,7 @@ from hf_ddpm.training.checkpoints import (
 )
 from hf_ddpm.training.dry_run import estimate_cost
 from hf_ddpm.training.loop import Callback, Run, train
-from hf_ddpm.training.progress import Progress
-from hf_ddpm.training.trackers import check_tracker, start_tracker
+from hf_ddpm.training.progress import Progress, check_tracker, start_tracker
 from hf_ddpm.utils.files import make_folder
 from hf_ddpm.utils.launch import Interrupted, exclusive, signals
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from hf_ddpm.config import DataConfig, ImageOptions
 from hf_ddpm.data.sources import choose
 from hf_ddpm.data.store import ImageStore, load_images
 from hf_ddpm.evaluation.extraction import Images, cached_features, extract, fingerprint
@@ -23,7 +24,8 @@ from hf_ddpm.images import save_picture
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum, provenance
 from hf_ddpm.sampling.folder import SampleFolder, Samples, open_samples
-from hf_ddpm.sampling.generate import Sampling, compile_for_sampling, fill_folder
+from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder, folder_name
+from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.public import hub_ids, strip_local_path
 
@@ -225,21 +227,9 @@ class Reference:
 
     def _load(self, split: str, shape: tuple[int, ...], log: Callable[[str], object]) -> ImageStore:
         """Returns the real images of a split."""
-        return load_images(
-            str(self.config.dataset),
-            split=split,
-            config=self.config.dataset_config,
-            column=self.config.image_column,
-            resolution=(shape[1], shape[2]),
-            channels=shape[0],
-            levels=self.config.pixel_values,
-            value_range=self.config.value_range,
-            class_column=self.config.class_column,
-            enlarge=self.config.enlarge,
-            skip_bad_images=self.config.skip_bad_images,
-            device=self.state.device,
-            log=log,
-        )
+        shared = {field.name: getattr(self.config, field.name) for field in fields(ImageOptions)}
+        data = DataConfig(**shared, split=split, resolution=list(shape[1:]), channels=shape[0])
+        return load_images(data, device=self.state.device, log=log)
 
 
 def _sample(pipe: Any, sampling: Sampling, output: Path, count: int, reference: Reference) -> SampleFolder:
@@ -248,7 +238,7 @@ def _sample(pipe: Any, sampling: Sampling, output: Path, count: int, reference: 
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
     return fill_folder(
         pipe,
-        output.with_name(f"{output.stem}_samples") / sampling.folder_name(pipe, state.device),
+        output.with_name(f"{output.stem}_samples") / folder_name(pipe, sampling, state.device),
         count,
         sampling,
         model=str(reference.config.model),

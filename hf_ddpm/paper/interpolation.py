@@ -75,10 +75,12 @@ def ends(study: Study, options: InterpolateConfig) -> list[Tensor]:
         require(options, "rows", max(options.rows) < len(images), f"less than the {len(images)} of the split")
         return [to_signed(images[torch.tensor([row])], levels).cpu() for row in options.rows]
     channels, height, width = study.pipe.image_shape
-    form, pair = ImageFormat.of((height, width), channels, levels=levels, value_range=study.subject.value_range), []
+    limits = study.subject.value_range
+    image_format = ImageFormat(height, width, channels, deep=levels > 256, value_range=limits and tuple(limits))
+    pair = []
     for name, file in (("first", options.first), ("second", options.second)):
         try:
-            pixels = fit({"bytes": Path(file).read_bytes(), "path": None}, form)
+            pixels = fit({"bytes": Path(file).read_bytes(), "path": None}, image_format)
         except Exception as error:  # whatever PIL raises
             raise ValueError(f"{name}={file!r} is no image that can be used: {one_line(error)}") from error
         pair.append(to_signed(torch.tensor(pixels)[None], levels))

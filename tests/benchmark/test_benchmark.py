@@ -20,7 +20,7 @@ from hf_ddpm.benchmark.setting import Setting
 from hf_ddpm.benchmark.stock import Stock
 from hf_ddpm.benchmark.timing import Work
 from hf_ddpm.images import to_signed
-from hf_ddpm.models.flops import count_flops
+from hf_ddpm.training.dry_run import count_flops
 from tests.conftest import TINY_RUN, load_script
 
 WORDS = [

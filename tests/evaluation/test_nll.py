@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm.config import DataConfig
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.nll import Bound, _edges, variational_bound
 from hf_ddpm.utils.seeds import BOUND_NOISE, generator
@@ -16,7 +17,7 @@ SEED = 3
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_images("digits", split="test", resolution=8, channels=1)
+    return load_images(DataConfig("digits", split="test", resolution=[8], channels=1))
 
 
 def network(variance_type):
