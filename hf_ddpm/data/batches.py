@@ -82,7 +82,7 @@ class ShuffledImages:
         """Returns images of the global batch of a step; see `BatchSource`."""
         indices = batch_indices(self.seed, step, self.batch_size, len(self))[rows]
         labels = None if self.store.labels is None else self.store.labels[indices.to(self.store.labels.device)]
-        if self.store.form.crop == "center":
+        if self.store.image_format.crop == "center":
             return Batch(self.store[indices], labels)
         return Batch(self.store.cropped(indices, crop_places(self.seed, step, self.batch_size)[rows]), labels)
 

@@ -4,7 +4,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote_to_bytes
@@ -110,14 +110,10 @@ def sort_out(names: Iterable[str], suffixes: Iterable[str]) -> tuple[list[str], 
         elif path.suffix.lower() in known:
             used.append(name)
         else:
-            left_out.append(unknown_format(name))
+            suffix = path.suffix.lower()
+            kind = f"unknown format {suffix}" if suffix else "no suffix"
+            left_out.append(LeftOut(name, kind, REMEDIES.get(suffix)))
     return used, left_out
-
-
-def unknown_format(name: str) -> LeftOut:
-    """Returns the reason for a file whose suffix is not that of an image."""
-    suffix = PurePosixPath(name).suffix.lower()
-    return LeftOut(name, f"unknown format {suffix}" if suffix else "no suffix", REMEDIES.get(suffix))
 
 
 def summary(name: str, counts: Mapping[str, int] | None, left_out: Iterable[LeftOut]) -> str:
@@ -138,6 +134,11 @@ def summary(name: str, counts: Mapping[str, int] | None, left_out: Iterable[Left
     lines += [f"other: {rest:,}"] if rest else []
     unused = f"files not used: {', '.join(lines)}" if lines else "all files are used"
     return f"dataset {name!r}: " + (f"{images}; " if images else "") + unused
+
+
+def below(root: Path, files: Iterable[LeftOut]) -> list[LeftOut]:
+    """Returns files of a folder with their whole paths."""
+    return [replace(file, file=printable(str(root / file.file))) for file in files]
 
 
 def printable(path: str) -> str:

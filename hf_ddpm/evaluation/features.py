@@ -6,14 +6,18 @@ that it is in; fixed batches of fixed images give the same features everywhere.
 """
 
 from abc import ABC, abstractmethod
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from hf_ddpm.evaluation.digits import SIZE, load_digits_classifier
 from hf_ddpm.provenance import weights_checksum
+
+SIZE, CLASSES = 8, 10  # of the digits
 
 
 class Extracted(NamedTuple):
@@ -92,6 +96,38 @@ class Extractor(ABC):
         """Returns what is known of images of the right shape, with the most channels that are allowed."""
 
 
+class DigitsClassifier(nn.Module):
+    """A small convolutional network: 8x8 digits to 64 features and ten logits.
+
+    Its weights, `digits.safetensors` beside this file, were trained on the training half of the embedded digits by
+    `python scripts/train_digits_classifier.py`. Distances depend on them: they are never to change.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.conv3 = nn.Conv2d(32, 32, 3, padding=1)
+        self.hidden = nn.Linear(32 * (SIZE // 4) ** 2, 64)
+        self.dropout = nn.Dropout(0.3)
+        self.head = nn.Linear(64, CLASSES)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns features and logits.
+
+        Args:
+            pixels: Digits, uint8, shape `(B, 1, 8, 8)`.
+
+        Returns:
+            Features, at least 0, shape `(B, 64)`, and logits, shape `(B, 10)`; float32.
+        """
+        x = F.relu(self.conv1(pixels.float() / 255))
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv3(x)), 2)
+        features = F.relu(self.hidden(x.flatten(1)))
+        return features, self.head(self.dropout(features))
+
+
 class DigitsExtractor(Extractor):
     """The classifier of this package, for gray 8x8 digits: 64 features, ten classes."""
 
@@ -100,7 +136,11 @@ class DigitsExtractor(Extractor):
     size = SIZE
 
     def __init__(self, device: torch.device | str = "cpu"):
-        super().__init__("digits", load_digits_classifier(), device)
+        with torch.device("meta"):
+            network = DigitsClassifier()
+        weights = (resources.files("hf_ddpm.evaluation") / "digits.safetensors").read_bytes()
+        network.load_state_dict(load(weights), assign=True)
+        super().__init__("digits", network, device)
 
     def _extract(self, pixels: Tensor) -> Extracted:
         features, logits = self.network(pixels.to(self.device))

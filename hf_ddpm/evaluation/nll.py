@@ -1,4 +1,4 @@
-r"""The variational bound on the negative log-likelihood of images, in bits a dimension, term by term.
+r"""The variational bound on the negative log-likelihood of images, in bits per dimension, term by term.
 
 .. math:: L = L_T + \sum_{t > 1} L_{t-1} + L_0 \tag{5}
 
@@ -37,7 +37,7 @@ class Bound:
     r"""Sums over images, by `t`, float64 of shape `(T,)`; those of several processes add up.
 
     Attributes:
-        terms: :math:`L_0` at 0 and :math:`L_t` elsewhere, in nats a dimension.
+        terms: :math:`L_0` at 0 and :math:`L_t` elsewhere, in nats per dimension.
         squared_errors: Mean squared errors of the clipped :math:`\hat x_0` on the scale [-1, 1].
         evaluations: Images whose step `t` was evaluated.
         prior: :math:`L_T`, shape `()`.
@@ -57,7 +57,7 @@ class Bound:
         return Bound(*(add_up(value) for value in vars(self).values()))
 
     def report(self) -> dict[str, object]:
-        r"""Returns the figures, means over the images in bits a dimension.
+        r"""Returns the figures, means over the images in bits per dimension.
 
         `total_bpd` is `prior_bpd` (:math:`L_T`) + `vlb_bpd` (:math:`\sum_{t > 1} L_{t-1}`) + `decoder_bpd`
         (:math:`L_0`). `standard_error` is that of the total over the images; there is none for one image. If not every
@@ -96,8 +96,7 @@ class Bound:
 
 @torch.no_grad()
 def variational_bound(
-    unet: nn.Module,
-    scheduler: DDPMScheduler,
+    pipe: DDPMPipeline,
     images: ImageStore,
     ids: Sequence[int],
     *,
@@ -105,30 +104,28 @@ def variational_bound(
     batch_size: int,
     levels: int = 256,
     steps_per_image: int | None = None,
-    classes: Tensor | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Bound:
-    """Evaluates the bound on images, :math:`T` network evaluations an image.
+    """Evaluates the bound on images, :math:`T` network evaluations per image.
 
     Args:
-        unet: The network, in eval mode, on the device of the images.
-        scheduler: Its process, kind of prediction and variance.
-        images: The images.
+        pipe: The model, with a `DDPMScheduler`, on the device of the images.
+        images: The images, with their classes if the model is conditioned.
         ids: Which of them.
         seed: Seed of the noise.
         batch_size: Network evaluations at a time, over images and steps alike.
         levels: Number of evenly spaced values that a pixel takes.
-        steps_per_image: Number of steps evaluated an image, from 2; all by default. Fewer give an unbiased estimate.
-        classes: Classes of all images, int64, shape `(N,)`, for a conditioned network.
-        progress: Told the number of evaluations after each batch.
+        steps_per_image: Number of steps evaluated per image, from 2; all by default. Fewer give an unbiased estimate.
+        progress: Called with the number of evaluations after each batch.
 
     Returns:
         Sums over these images.
 
     Raises:
-        ValueError: If `steps_per_image` is not allowed.
+        ValueError: If `steps_per_image` is not allowed, or the classes are not those of the model.
     """
-    diffusion = scheduler.diffusion
+    diffusion, unet = pipe.scheduler.diffusion, pipe.unet.eval()
+    classes = classes_for(pipe, images)
     total = len(diffusion)
     per_image = total if steps_per_image is None else steps_per_image
     if not 2 <= per_image <= total:
@@ -147,7 +144,7 @@ def variational_bound(
         noise = torch.stack([_noise(seed, i, step, images.shape) for _, i, step, _ in evaluations]).to(x_start.device)
         places, t, weights = (column.to(x_start.device) for column in (places, t, weights))
         labels = None if classes is None else classes[numbers.to(classes.device)].to(x_start.device)
-        terms, squared_errors = _evaluate(unet, scheduler, x_start, t, noise, labels, levels)
+        terms, squared_errors = _evaluate(unet, pipe.scheduler, x_start, t, noise, labels, levels)
         weighted = weights * terms.double()
         sums.index_add_(1, t, torch.stack([weighted, squared_errors.double(), torch.ones_like(weighted)]))
         totals.index_add_(0, places, weighted)
@@ -211,29 +208,16 @@ def _noise(seed: int, image: int, step: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator(seed, BOUND_NOISE, image, step))
 
 
-def classes_for(pipe: DDPMPipeline, labels: Tensor | None, names: tuple[str, ...], count: int) -> Tensor | None:
-    """Returns the classes of images by the numbers that a model knows them by.
-
-    Args:
-        pipe: The model.
-        labels: Their classes by the numbers of the data, int64, shape `(count,)`; None if they were not asked for.
-        names: Names of the classes of the data.
-        count: Number of images.
-
-    Returns:
-        The classes, int64, shape `(count,)`; no class if they were not asked for; None for a network without.
-
-    Raises:
-        ValueError: If the model needs them, or does not know one.
-    """
+def classes_for(pipe: DDPMPipeline, images: ImageStore) -> Tensor | None:
+    """Returns the classes of images by the model's indices, int64, shape `(N,)`; None for a network without."""
     if pipe.unet.config.num_class_embeds is None:
         return None
-    if labels is None:
+    if images.labels is None:
         if pipe.null_class is None:
             raise ValueError("the model is conditioned on classes: class_column is missing")
-        return torch.full((count,), pipe.null_class)
-    known = pipe.class_names or list(names)
-    for name in names:
+        return torch.full((len(images),), pipe.null_class)
+    known = pipe.class_names or list(images.class_names)
+    for name in images.class_names:
         if name not in known:
             raise ValueError(f"class {name!r} of the data is none of the model's: {', '.join(known)}")
-    return torch.tensor([known.index(name) for name in names], device=labels.device)[labels]
+    return torch.tensor([known.index(name) for name in images.class_names], device=images.labels.device)[images.labels]

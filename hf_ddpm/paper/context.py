@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from hf_ddpm.evaluation.evaluate import Evaluator
+from hf_ddpm.evaluation.evaluate import Reference
 from hf_ddpm.evaluation.options import EvaluateConfig, default_levels
 from hf_ddpm.images import grid, save_picture, to_bytes, to_pictures
 from hf_ddpm.paper.options import FigureOptions
@@ -51,24 +51,21 @@ class FigureContext:
         self.pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not accelerator.is_main_process)
         self._checksum = model_checksum(self.pipe)
 
-    def request(self, metrics: str, num_images: int | None = None) -> EvaluateConfig:
-        """Return the request for metrics on this model and data; raise a `ValueError` if there are no data."""
-        options = asdict(self.options)
-        del options["output"], options["seed"]
-        if options["dataset"] is None:
-            raise ValueError(f"dataset is missing: there is no config.yaml of a run in model={options['model']!r}")
-        return EvaluateConfig(metrics=metrics, num_images=num_images, **options)
-
     @property
     def levels(self) -> int:
         """Number of values that a pixel of the data takes."""
         return self.options.levels or default_levels(self.options.dataset)
 
-    def evaluator(self, metrics: str, num_images: int | None = None) -> Evaluator:
-        """Return the evaluator of this model; raise a `ValueError` if the request cannot be met."""
-        evaluator = Evaluator(self.request(metrics, num_images), self.pipe.image_shape, self.accelerator, self.log)
-        evaluator.count()
-        return evaluator
+    def reference(self, metrics: str, num_images: int | None = None) -> Reference:
+        """Return the real images for metrics of this model; raise a `ValueError` if there are none, or too few."""
+        options = asdict(self.options)
+        del options["output"], options["seed"]
+        if options["dataset"] is None:
+            raise ValueError(f"dataset is missing: there is no config.yaml of a run in model={options['model']!r}")
+        config = EvaluateConfig(metrics=metrics, num_images=num_images, **options)
+        reference = Reference(config, self.pipe.image_shape, self.accelerator, self.log)
+        reference.count()
+        return reference
 
     def samples(self, count: int, sampling: Sampling) -> SampleFolder:
         """Return generated images, which are kept in a folder below `samples/`."""

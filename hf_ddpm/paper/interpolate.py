@@ -42,16 +42,16 @@ def ends(context: FigureContext, options: InterpolateOptions) -> list[Tensor]:
     """Return the two images as signed images, shape `(1, C, H, W)`, on the CPU."""
     levels = context.levels
     if options.first is None or options.second is None:
-        images = context.evaluator("nll").held_out
+        images = context.reference("nll").held_out
         assert images is not None
         require(options, "rows", max(options.rows) < len(images), f"less than the {len(images)} of the split")
         return [to_signed(images[torch.tensor([row])], levels).cpu() for row in options.rows]
     channels, height, width = context.pipe.image_shape
-    form = ImageFormat.of((height, width), channels, levels=levels, value_range=context.options.value_range)
-    pair = []
+    limits, pair = context.options.value_range, []
+    image_format = ImageFormat(height, width, channels, deep=levels > 256, value_range=limits and tuple(limits))
     for name, file in (("first", options.first), ("second", options.second)):
         try:
-            pixels = fit({"bytes": Path(file).read_bytes(), "path": None}, form)
+            pixels = fit({"bytes": Path(file).read_bytes(), "path": None}, image_format)
         except Exception as error:  # PIL raises anything
             raise ValueError(f"{name}={file!r} is no image that can be used: {one_line(error)}") from error
         pair.append(to_signed(torch.tensor(pixels)[None], levels))

@@ -14,11 +14,11 @@ from hf_ddpm.utils.seeds import FIGURES, generator
 def lossy_reconstruct(context: FigureContext, options: LossyReconstructOptions) -> None:
     """Draw estimates and samples of held-out images at several moments, and measure rate and distortion."""
     moments = context.diffused(options.diffused)[::-1]
-    evaluator = context.evaluator("nll", options.num_images)
-    bound = evaluator.bound(context.pipe, context.options.seed)
-    assert evaluator.held_out is not None
-    indices = choose(len(evaluator.held_out), options.num_images, METRIC_SEED)  # those of the bound
-    x_start = to_signed(evaluator.held_out[torch.tensor(indices)], context.levels)
+    reference = context.reference("nll", options.num_images)
+    bound = reference.bound(context.pipe, context.options.seed)
+    assert reference.held_out is not None
+    indices = choose(len(reference.held_out), options.num_images, METRIC_SEED)  # those of the bound
+    x_start = to_signed(reference.held_out[torch.tensor(indices)], context.levels)
 
     images, errors, columns = to_unit(x_start).cpu(), [], []
     for t in moments:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hf_ddpm.data.sources import choose
 from hf_ddpm.evaluation.extraction import Images
-from hf_ddpm.evaluation.pictures import copied_fraction, nearest_picture
+from hf_ddpm.evaluation.memorization import copied_fraction, nearest_picture
 from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.paper.context import FigureContext, table
@@ -23,17 +23,18 @@ AT_A_TIME = 256
 
 def nearest_neighbors(context: FigureContext, options: NearestNeighborsOptions) -> None:
     """Draw the samples that are nearest to a training image, by pixels and by features, and compare distances."""
-    evaluator = context.evaluator("fd", options.num_images)
-    yardstick = DistanceToReference(evaluator)
-    training, held_out, indices = evaluator.reference, evaluator.held_out, range(yardstick.count)
+    reference = context.reference("fd", options.num_images)
+    yardstick = DistanceToReference(reference)
+    training, held_out, indices = reference.images, reference.held_out, range(yardstick.count)
     assert training is not None
     samples = context.samples(yardstick.count, Sampling(context.options.seed, len(context.pipe.scheduler)))
     real = [as_points(training, range(len(training)))]
     if held_out is not None:
         real.append(as_points(held_out, choose(len(held_out), yardstick.count, METRIC_SEED)))
+    features = [part for part in (yardstick.real.reference, yardstick.real.held_out) if part is not None]
     spaces = {
         "pixels": (as_points(samples, indices), *real),
-        "features": (yardstick.features(samples), *yardstick.known),
+        "features": (yardstick.extract(samples).features, *features),
     }
     medians = {}
     for name, (of_samples, of_training, *of_held_out) in spaces.items():
@@ -43,29 +44,30 @@ def nearest_neighbors(context: FigureContext, options: NearestNeighborsOptions) 
             medians[name]["held_out"] = median(of_held_out[0], of_training)
     copies = copied_fraction(samples, indices, training, context.levels)
 
-    data, count = yardstick.made_by["dataset"], yardstick.count
+    made_by, count = yardstick.real.made_by, yardstick.count
+    data = made_by["dataset"]
     head = ["distance by", "samples", *(["held-out images"] if real[1:] else [])]
     comparison = f"; for comparison, of {count} held-out images" if real[1:] else ""
     paragraphs = [
         f"Of {count} samples those that are nearest to an image of {data['name']} ({data['reference_split']}), on "
         "the left of each row, with the three nearest of these.",
         "![Nearest by pixels](nearest-neighbors_pixels.png)",
-        f"![Nearest by features](nearest-neighbors_features.png) (features: {yardstick.made_by['extractor']['name']})",
+        f"![Nearest by features](nearest-neighbors_features.png) (features: {made_by['extractor']['name']})",
         table(head, [[name, *values.values()] for name, values in medians.items()]),
         f"Median distances to the nearest training image{comparison}. "
         f"Samples that equal a training image in every pixel: {100 * copies:.3g}%.",
     ]
     numbers = {"median_distances": medians, "exact_copies": copies, "num_images": count}
     title = "Nearest neighbors (Figs. 12 and 15)"
-    context.write("nearest-neighbors", title, paragraphs, numbers, options, yardstick.made_by)
+    context.write("nearest-neighbors", title, paragraphs, numbers, options, made_by)
 
 
 def as_points(images: Images, indices: Any) -> Tensor:
     """Return images on the scale [0, 255] as points, at most 32 pixels per side, shape `(n, D)`."""
-    height, width = (min(side, MOST_PIXELS) for side in images.shape[1:])
     parts = []
     for start in range(0, len(indices), AT_A_TIME):
         pixels = images[torch.tensor(indices[start : start + AT_A_TIME])]
+        height, width = (min(side, MOST_PIXELS) for side in pixels.shape[2:])
         small = F.adaptive_avg_pool2d(pixels.float(), (height, width))
         parts.append(small.flatten(1).cpu())
     return torch.cat(parts)

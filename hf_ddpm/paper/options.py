@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
-from hf_ddpm.config import DiffusionConfig, parse_config
+from hf_ddpm.config import DiffusionConfig, ImageOptions, parse_config
+from hf_ddpm.evaluation.options import real_images
 from hf_ddpm.sampling.options import Sampling
-from hf_ddpm.utils.options import option, require, require_at_least, require_distinct, require_range
+from hf_ddpm.utils.options import option, require, require_at_least, require_distinct
 
 SCHEDULES = get_args(get_type_hints(DiffusionConfig)["beta_schedule"])
 SAMPLERS = [name for name in get_args(get_type_hints(Sampling)["scheduler"]) if name != "ddpm"]
@@ -14,25 +15,17 @@ SAMPLERS = [name for name in get_args(get_type_hints(Sampling)["scheduler"]) if 
 ROWS = [f"{target}-{objective}" for target in ("mean", "epsilon") for objective in ("learned", "fixed", "simple")]
 
 
-@dataclass
-class FigureOptions:
-    """Model, data and folder of the figures."""
+@dataclass(kw_only=True)
+class FigureOptions(ImageOptions):
+    """Model, data and folder of the figures; by default the data of the model's run."""
 
     model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
     output: str = option("folder of the figures", "figures")
-    dataset: str | None = option("real images; by default those that the model of a run was trained on", None)
-    dataset_config: str | None = option("configuration, for data sets with several ones", None)
-    image_column: str | None = option("column of the images; guessed by default", None)
-    class_column: str | None = option("column of the classes of a conditioned model; that of the run by default", None)
     split: str | None = option("held-out split; that of the run, else test by default", None)
     reference_split: str | None = option(
         "split that generated images are compared with; that of the run, else train by default", None
     )
-    floor: bool = option("whether to compare as many held-out images, too", True)
-    enlarge: bool = option("scale up real images that are smaller than those of the model", False)
-    skip_bad_images: bool = option("whether to leave out real images that cannot be used", False)
-    levels: int | None = option("evenly spaced values that a pixel takes; 17 for digits, else 256 by default", None)
-    value_range: list[float] | None = option("floats that become black and white, for images of floats", None)
+    floor: bool = option("compare as many held-out images, too", True)
     extractor: str | None = option("as in evaluate.py; digits for the digits, else inception by default", None)
     extractor_weights: str | None = option("file of the weights of inception; downloaded by default", None)
     seed: int = option("random seed", 0)
@@ -40,17 +33,14 @@ class FigureOptions:
 
     def __post_init__(self) -> None:
         """Check the values, and find the data set of a model of a run."""
+        super().__post_init__()
         output = Path(self.output)
         no_file = not any(path.is_file() for path in (output, *output.parents))
         require(self, "output", no_file, "a file stands there, a folder is wanted")
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "batch_size")
-        require_at_least(self, 2, "levels")
-        require_range(self, "value_range")
         run = Path(self.model) / "config.yaml"
         if self.dataset is None and run.is_file():
-            from hf_ddpm.evaluation.options import real_images  # takes seconds
-
             of_run = real_images(parse_config(["--config", str(run)]))
             self.floor = of_run.pop("floor") and self.floor
             for name, value in of_run.items():

@@ -13,34 +13,15 @@ from hf_ddpm.paper.yardstick import DistanceToReference, what_was_compared
 from hf_ddpm.utils.seeds import SAMPLES, generator
 
 
-class InMemory:
-    """Images in memory, as metrics take them.
-
-    Args:
-        pixels: Bytes, shape `(N, C, H, W)`.
-    """
-
-    def __init__(self, pixels: Tensor):
-        self.pixels, self.shape = pixels, tuple(pixels.shape[1:])
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.pixels)
-
-    def __getitem__(self, indices: Tensor) -> Tensor:
-        """Return images, bytes, shape `(B, C, H, W)`, by their indices, int64, shape `(B,)`."""
-        return self.pixels[indices.to(self.pixels.device)]
-
-
 def progressive(context: FigureContext, options: ProgressiveOptions) -> None:
     """Draw estimates of the first images of the seed at several moments, and measure their distances."""
-    yardstick = DistanceToReference(context.evaluator("fd", options.num_images)) if options.num_images else None
+    yardstick = DistanceToReference(context.reference("fd", options.num_images)) if options.num_images else None
     timesteps, frames = estimates(context, max(options.shown, options.num_images), options.frames)
     chosen = np.linspace(0, len(frames) - 1, min(options.columns, len(frames))).round().astype(int).tolist()
     moments: list[dict[str, Any]] = []
     for place in chosen:
         moment = {"t": timesteps[place] + 1, "rmse": rmse(bytes_to_unit(frames[place]), bytes_to_unit(frames[-1]))}
-        moments.append(moment | (yardstick(InMemory(frames[place])) if yardstick else {}))
+        moments.append(moment | (yardstick(frames[place]) if yardstick else {}))
 
     shown = [bytes_to_unit(frame[: options.shown]) for frame in frames]
     rows = [("", torch.stack([shown[place][image] for place in chosen])) for image in range(options.shown)]
@@ -57,10 +38,10 @@ def progressive(context: FigureContext, options: ProgressiveOptions) -> None:
     if yardstick:
         plot_distances(context, moments)
         paragraphs += [
-            what_was_compared(moments[-1], yardstick.made_by),
+            what_was_compared(moments[-1], yardstick.real.made_by),
             "![Distance against the steps taken (Fig. 10)](progressive_distance.png)",
         ]
-    made_by = yardstick.made_by if yardstick else {}
+    made_by = yardstick.real.made_by if yardstick else {}
     title = "Progressive generation (Fig. 6)"
     context.write("progressive", title, paragraphs, {"moments": moments}, options, made_by)
 

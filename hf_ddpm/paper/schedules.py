@@ -39,14 +39,14 @@ class Retimed(nn.Module):
 
 def schedules(context: FigureContext, options: SchedulesOptions) -> None:
     """Evaluate the bound of one network with each schedule; plot bits, loss and signal by timestep."""
-    evaluator = context.evaluator("nll", options.num_images)
+    reference = context.reference("nll", options.num_images)
     own = context.pipe.scheduler
     if not isinstance(own, DDPMScheduler):
         raise ValueError(f"schedules needs a DDPMScheduler, not a {type(own).__name__}")
     curves, made_by = {}, {}
     for name in options.schedules:
         pipe = with_schedule(context.pipe, name)
-        bound = evaluator.bound(pipe, context.options.seed)
+        bound = reference.bound(pipe, context.options.seed)
         made_by = bound.pop("made_by")
         bars = pipe.scheduler.diffusion.alphas_cumprod
         # The error of the noise that an error of the image amounts to (Eq. 4): the terms of Eq. 14, but for clipping.

@@ -42,13 +42,13 @@ def steps(context: FigureContext, options: StepsOptions) -> None:
     total = len(context.pipe.scheduler)
     chosen = options.steps or [number for number in (10, 20, 50, 100) if number < total]
     require(options, "steps", max(chosen, default=1) <= total, f"at most the {total} of the process")
-    yardstick = DistanceToReference(context.evaluator("fd", options.num_images))
+    yardstick = DistanceToReference(context.reference("fd", options.num_images))
     rows = []
     for walk in walks(context.pipe.scheduler, options.samplers):
         numbers = {*chosen, total} if walk.sampler == "ddpm" else set(chosen)
         points = [measure(context, yardstick, walk, number) for number in sorted(numbers)]
         rows.append({"sampler": walk.name, "points": points, "fewest": None})
-    report(context, options, rows, yardstick.made_by)
+    report(context, options, rows, yardstick.real.made_by)
 
 
 def walks(scheduler: Any, others: Sequence[str]) -> list[Walk]:

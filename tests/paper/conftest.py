@@ -4,6 +4,7 @@ from accelerate import Accelerator
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.images import to_signed
 from hf_ddpm.paper.context import FigureContext
 from hf_ddpm.paper.options import FigureOptions
@@ -24,15 +25,28 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def context(model, tmp_path):
-    made = FigureContext(FigureOptions(model, str(tmp_path / "figures"), dataset="digits"), Accelerator(cpu=True))
+    made = FigureContext(
+        FigureOptions(model=model, output=str(tmp_path / "figures"), dataset="digits"), Accelerator(cpu=True)
+    )
     made.pipe.set_progress_bar_config(disable=True)
     return made
 
 
 @pytest.fixture
+def distance(context, tmp_path):
+    """The Frechet distance that an evaluation of the model finds."""
+
+    def find(count, sampling):
+        reference, output = context.reference("fd", count), tmp_path / "evaluated" / "results.json"
+        return evaluate(reference.config, sampling, pipe=context.pipe, reference=reference, output=output)["fd"]
+
+    return find
+
+
+@pytest.fixture
 def knowing(context):
     """A context whose network knows data N(m, s^2 I), of the mean and the deviation of the digits, perfectly."""
-    images = to_signed(context.evaluator("nll").held_out[torch.arange(899)], 17)
+    images = to_signed(context.reference("nll").held_out[torch.arange(899)], 17)
     mean, deviation = images.mean(), images.std()
 
     class Knows(UNet2DModel):

@@ -16,12 +16,12 @@ def test_numbers_are_right_of_their_columns():
 
 
 def test_the_data_of_a_run_are_known_and_may_be_others(trained, model):
-    known = FigureOptions(str(trained))
-    assert known.floor and not FigureOptions(str(trained), floor=False).floor
+    known = FigureOptions(model=str(trained))
+    assert known.floor and not FigureOptions(model=str(trained), floor=False).floor
     assert (known.dataset, known.levels, known.image_column) == ("digits", 17, None)
-    other = FigureOptions(str(trained), dataset="mine", image_column="picture")
+    other = FigureOptions(model=str(trained), dataset="mine", image_column="picture")
     assert (other.dataset, other.levels, other.image_column) == ("mine", None, "picture")
-    assert FigureOptions(model).dataset is None
+    assert FigureOptions(model=model).dataset is None
 
 
 def test_diffusion_steps_are_quarters_by_default(context):
@@ -46,7 +46,7 @@ def test_a_figure_says_what_it_is_of(context):
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="a file stands there, a folder is wanted"):
-        FigureOptions("m", output=str(tmp_path / "file"))
+        FigureOptions(model="m", output=str(tmp_path / "file"))
 
 
 def test_rmse_is_on_the_scale_of_pixels():

@@ -42,18 +42,16 @@ def written(context, name):
     return json.loads((context.folder / f"{name}.json").read_text())
 
 
-def test_the_progress_ends_with_the_samples_of_the_seed(context):
+def test_the_progress_ends_with_the_samples_of_the_seed(context, distance):
     options = ProgressiveOptions(shown=3, columns=4, frames=7, num_images=5)
     progressive(context, options)
     moments = written(context, "progressive")["moments"]
     assert [moment["t"] for moment in moments] == [20, 14, 7, 1]
     errors = [moment["rmse"] for moment in moments]
     assert errors[-1] == 0 and all(error > 0 for error in errors[:-1])
-    found, *_ = context.evaluator("fd", 5).evaluate(
-        context.folder / "r.json", Sampling(num_inference_steps=T), context.pipe
-    )
-    assert moments[-1]["value"] == pytest.approx(found["fd"]["value"], rel=1e-5)
-    assert moments[-1]["floor"] == pytest.approx(found["fd"]["floor"], rel=1e-5)
+    found = distance(5, Sampling(num_inference_steps=T))
+    assert moments[-1]["value"] == pytest.approx(found["value"], rel=1e-5)
+    assert moments[-1]["floor"] == pytest.approx(found["floor"], rel=1e-5)
     with Image.open(context.folder / "progressive.gif") as animation:
         assert animation.n_frames == 7
     assert (context.folder / "progressive_distance.png").exists()
@@ -71,7 +69,7 @@ def test_interpolations_end_at_reconstructions(context):
     interpolate(context, InterpolateOptions(diffused=[15, 5], weights=[0.5], rows=[3, 8]))
     rows = written(context, "interpolate")["reconstruction_rmse"]
     assert [row["diffused"] for row in rows] == [5, 15]
-    pair = to_signed(context.evaluator("nll").held_out[torch.tensor([3, 8])], 17)
+    pair = to_signed(context.reference("nll").held_out[torch.tensor([3, 8])], 17)
     from hf_ddpm.utils.seeds import FIGURES as PURPOSE
     from hf_ddpm.utils.seeds import generator
 
@@ -136,7 +134,7 @@ def test_lossy_reconstructions_have_the_distortions_of_their_moment(knowing):
         assert early[distortion] < 0.5 * late[distortion]
     # A sample has the spread of the posterior beside the error of its mean.
     assert late["rmse_of_samples"] > 1.2 * late["rmse_of_estimates"]
-    bound = knowing.evaluator("nll", 8).bound(knowing.pipe, 0)
+    bound = knowing.reference("nll", 8).bound(knowing.pipe, 0)
     assert early["rate_bpd"] == bound["rate_bpd"][1] and late["rate_bpd"] == bound["rate_bpd"][19]
     assert early["rmse_of_estimates"] == pytest.approx(bound["distortion"][1], rel=0.2)
 
@@ -145,7 +143,7 @@ def test_neighbors_are_those_of_the_training_images(context):
     nearest_neighbors(context, NearestNeighborsOptions(num_images=6))
     figures = written(context, "nearest-neighbors")
     samples = context.samples(6, Sampling(num_inference_steps=T))[torch.arange(6)].float().flatten(1)
-    training = context.evaluator("fd").reference[torch.arange(898)].float().flatten(1)
+    training = context.reference("fd").images[torch.arange(898)].float().flatten(1)
     distances = torch.cdist(samples.double(), training.double()).min(dim=1).values
     assert figures["median_distances"]["pixels"]["samples"] == pytest.approx(distances.quantile(0.5).item(), rel=1e-5)
     assert figures["exact_copies"] == 0
@@ -200,7 +198,7 @@ def test_the_own_schedule_has_the_bound_of_the_model(context):
     schedules(context, SchedulesOptions(num_images=2))
     found = written(context, "schedules")["schedules"]
     assert list(found) == ["linear", "squaredcos_cap_v2"]
-    bound = context.evaluator("nll", 2).bound(context.pipe, 0)
+    bound = context.reference("nll", 2).bound(context.pipe, 0)
     assert found["linear"]["total_bpd"] == pytest.approx(bound["total_bpd"], rel=1e-5)
     assert found["linear"]["total_bpd"] != pytest.approx(found["squaredcos_cap_v2"]["total_bpd"], rel=1e-3)
     # Of a network that says zero noise the loss is the variance of the noise, wherever x_0-hat is not clipped.

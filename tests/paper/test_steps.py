@@ -18,7 +18,7 @@ def written(context, name="steps"):
     return json.loads((context.folder / f"{name}.json").read_text())
 
 
-def test_distances_are_those_of_an_evaluation(context, tmp_path):
+def test_distances_are_those_of_an_evaluation(context, distance):
     steps(context, OPTIONS)
     figures = written(context)
     rows = {row["sampler"]: {point["steps"]: point for point in row["points"]} for row in figures["rows"]}
@@ -27,14 +27,13 @@ def test_distances_are_those_of_an_evaluation(context, tmp_path):
     }  # fmt: skip
     for name, sampler in [("ddpm, fixed_large", "ddpm"), ("ddim", "ddim")]:
         sampling = Sampling(num_inference_steps=5, scheduler=sampler)
-        found, *_ = context.evaluator("fd", 40).evaluate(tmp_path / "results.json", sampling, context.pipe)
-        assert rows[name][5]["value"] == pytest.approx(found["fd"]["value"], rel=1e-6)
-        assert rows[name][5]["floor"] == pytest.approx(found["fd"]["floor"], rel=1e-6)
+        found = distance(40, sampling)
+        assert rows[name][5]["value"] == pytest.approx(found["value"], rel=1e-6)
+        assert rows[name][5]["floor"] == pytest.approx(found["floor"], rel=1e-6)
         assert rows[name][5]["num_images"] == 40 and rows[name][5]["evaluations"] == 5
     context.pipe.scheduler = DDPMScheduler.from_config(context.pipe.scheduler.config, variance_type="fixed_small")
-    small = Sampling(num_inference_steps=T)
-    found, *_ = context.evaluator("fd", 40).evaluate(tmp_path / "small.json", small, context.pipe)
-    assert rows["ddpm, fixed_small"][T]["value"] == pytest.approx(found["fd"]["value"], rel=1e-6)
+    found = distance(40, Sampling(num_inference_steps=T))
+    assert rows["ddpm, fixed_small"][T]["value"] == pytest.approx(found["value"], rel=1e-6)
 
 
 def test_the_fewest_steps_are_within_a_tenth_of_all(context):

@@ -1,9 +1,9 @@
-r"""Which rows of a set too large to shuffle make up each batch, as a pure function of (seed, step): arithmetic only.
+r"""The rows of each batch of a set too large to shuffle, as a pure function of (seed, step): arithmetic only.
 
 The set comes in groups of rows, which are read as a whole. Each epoch takes the groups in a random order, end to end,
 and divides this sequence of rows into lanes, one for each stretch of the global batch. A lane is read in windows of
-some groups, whose rows are shuffled. So a process, whose rows of the batch lie in some lanes only, reads little beside
-what it uses; and nothing has to be replayed to find a place.
+some groups, whose rows are shuffled. So a process, whose rows of the batch lie in some lanes only, reads little that
+it does not use; and nothing has to be replayed to find a place.
 
 Epochs are permutations of all rows, end to end, without a gap or a repetition, as those of images in memory: place `p`
 of the stream of all batches, the row :math:`p \bmod B` of step :math:`\lfloor p / B \rfloor`, belongs to epoch

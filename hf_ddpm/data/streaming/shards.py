@@ -8,10 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, Features
+from datasets import Features
 from fsspec.core import url_to_fs
 
-from hf_ddpm.data.sources import check_max_samples
 from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.seeds import SUBSET, generator
 
@@ -81,15 +80,10 @@ class Shards:
                 first_row += rows
         if not self.groups:
             raise ValueError(f"{paths[0]!r} is empty: it holds no image")
-        self.features: Features = self.sample().features
-
-    def sample(self) -> Dataset:
-        """Returns a data set of the same columns, without rows."""
-        return Dataset(self.groups[0].footer.schema.to_arrow_schema().empty_table())
+        self.features = Features.from_arrow_schema(schema)
 
     def some(self, max_rows: int | None, seed: int) -> list[RowGroup]:
         """Returns the groups to use, in order: all, or random ones of `max_rows` rows, the last drawn in part."""
-        check_max_samples(max_rows)
         left = sum(group.rows for group in self.groups) if max_rows is None else max_rows
         chosen: dict[int, RowGroup] = {}
         for number in torch.randperm(len(self.groups), generator=generator(seed, SUBSET)).tolist():

@@ -1,15 +1,17 @@
-"""Classes of images: from a column of names, numbers or class labels to numbers from 0."""
+"""Columns of data sets: those that hold images, and those that hold classes, as numbers from 0."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from torch import Tensor
 
-# In this order: what columns of classes are mostly called. `GUESS` asks for one of them.
-USUAL_COLUMNS = ("label", "labels", "class", "classes", "fine_label", "category", "target")
+# What columns are mostly called, the likeliest name first.
+IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "picture")
+CLASS_COLUMNS = ("label", "labels", "class", "classes", "fine_label", "category", "target")
+# The name that asks for one of `CLASS_COLUMNS`.
 GUESS = "auto"
 
 
@@ -19,8 +21,8 @@ class Classes:
 
     Attributes:
         column: The column that holds them.
-        names: Their names; the number of a class is its place here.
-        numbers: The number of a class by what the column holds.
+        names: Their names, by number.
+        numbers: Their numbers, by what the column holds.
     """
 
     column: str
@@ -38,7 +40,7 @@ class Classes:
             The numbers, int64, shape `(N,)`, in [0, number of classes).
 
         Raises:
-            ValueError: If a value is no class, such as none, or the -1 of images whose class is not given.
+            ValueError: If a value is no class, such as None, or the -1 of images whose class is not given.
         """
         numbers = [self.numbers.get(value, -1) for value in values]
         if -1 in numbers:
@@ -48,6 +50,32 @@ class Classes:
                 f" one of the {len(self.names)} classes is"
             )
         return torch.tensor(numbers, dtype=torch.int64)
+
+
+def find_image_column(features: Features, name: str | None = None) -> str:
+    """Returns the column that holds the images: the one named, or the one that looks like it.
+
+    Args:
+        features: The columns of a data set.
+        name: Name of the column; guessed if None.
+
+    Returns:
+        The name of a column of images, or of files as bytes, as other tools write them.
+
+    Raises:
+        ValueError: If there is no such column, or none that looks like it, or more than one.
+    """
+    encoded = [column for column, kind in features.items() if _holds_files(kind)]
+    if name is not None:
+        if name not in encoded:
+            what = "holds no images" if name in features else "does not exist"
+            raise ValueError(f"image_column={name!r} {what}: columns are {_described(features)}")
+        return name
+    images = [column for column in encoded if isinstance(features[column], Image)] or encoded
+    usual = [column for column in IMAGE_COLUMNS if column in images]
+    if not usual and len(images) != 1:
+        raise ValueError(f"no image column was recognized, name it by image_column: columns are {_described(features)}")
+    return (usual or images)[0]
 
 
 def find_class_column(features: Features, name: str) -> str:
@@ -63,16 +91,16 @@ def find_class_column(features: Features, name: str) -> str:
     Raises:
         ValueError: If there is no such column, or none that looks like it.
     """
-    columns = {column: kind for column, kind in features.items() if _holds_classes(kind)}
-    known = ", ".join(f"{column} ({_kind(features[column])})" for column in features)
+    columns = [column for column, kind in features.items() if _holds_classes(kind)]
     if name == GUESS:
-        usual = [column for column in USUAL_COLUMNS if column in columns]
+        usual = [column for column in CLASS_COLUMNS if column in columns]
         if not usual:
+            known = _described(features)
             raise ValueError(f"no class column was recognized, name it by class_column: columns are {known}")
         return usual[0]
     if name not in columns:
         what = "holds neither class labels, integers nor strings" if name in features else "does not exist"
-        raise ValueError(f"class_column={name!r} {what}: columns are {known}")
+        raise ValueError(f"class_column={name!r} {what}: columns are {_described(features)}")
     return name
 
 
@@ -84,9 +112,6 @@ def find_classes(features: Features, column: str, values: Iterable[Any]) -> Clas
         column: That of the classes.
         values: What it holds, all rows; read only if the column does not name its classes. Then they are what it holds,
             sorted: another split, or other data, may number them otherwise.
-
-    Returns:
-        The classes.
     """
     kind = features[column]
     if isinstance(kind, ClassLabel):
@@ -95,13 +120,13 @@ def find_classes(features: Features, column: str, values: Iterable[Any]) -> Clas
     return Classes(column, tuple(map(str, found)), {value: number for number, value in enumerate(found)})
 
 
-def read_classes(dataset: Dataset, name: str, rows: Sequence[int] | None = None) -> tuple[Classes, Tensor]:
+def read_classes(dataset: Dataset, name: str, rows: Sequence[int]) -> tuple[Classes, Tensor]:
     """Returns the classes of a data set and the class of each image.
 
     Args:
         dataset: An opened split, or a part of one.
         name: Name of the column, or `auto`.
-        rows: Where those of a part stand in the whole, for the error.
+        rows: The rows of the split that it consists of, for the error.
 
     Returns:
         The classes; and their numbers, int64, shape `(N,)`.
@@ -112,13 +137,21 @@ def read_classes(dataset: Dataset, name: str, rows: Sequence[int] | None = None)
     column = find_class_column(dataset.features, name)
     values = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
     classes = find_classes(dataset.features, column, values)
-    return classes, classes.encode(values, range(len(values)) if rows is None else rows)
+    return classes, classes.encode(values, rows)
+
+
+def _holds_files(kind: Any) -> bool:
+    """Returns whether a column is one of images, or of their files: bytes alone, or beside a path."""
+    if isinstance(kind, Value):
+        return kind.dtype in ("binary", "large_binary")
+    return isinstance(kind, Image) or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
 
 
 def _holds_classes(kind: Any) -> bool:
-    is_plain = isinstance(kind, Value) and (kind.dtype.startswith(("int", "uint", "string", "large_string", "bool")))
+    is_plain = isinstance(kind, Value) and kind.dtype.startswith(("int", "uint", "string", "large_string", "bool"))
     return isinstance(kind, ClassLabel) or is_plain
 
 
-def _kind(kind: Any) -> str:
-    return kind.dtype if isinstance(kind, Value) else type(kind).__name__
+def _described(features: Features) -> str:
+    kinds = {name: kind.dtype if isinstance(kind, Value) else type(kind).__name__ for name, kind in features.items()}
+    return ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
