@@ -18,32 +18,30 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from hf_ddpm.paper.ablation import AblationConfig, ablation
-from hf_ddpm.paper.everything import FIGURES, AllConfig, everything
-from hf_ddpm.paper.study import Study, Subject
+from hf_ddpm.paper import figure
+from hf_ddpm.paper.ablation import ablation
+from hf_ddpm.paper.context import FigureContext
+from hf_ddpm.paper.options import FIGURES, AblationOptions, AllOptions, FigureOptions
 from hf_ddpm.utils.launch import use_own_cores
 from hf_ddpm.utils.options import parse_command
-
-OF_A_MODEL = {**FIGURES, "all": (everything, AllConfig)}
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
-    commands = {name: (Subject, config) for name, (_, config) in OF_A_MODEL.items()}
-    name, parts = parse_command(argv, {**commands, "ablation": (AblationConfig,)})
+    commands = {name: (FigureOptions, options) for name, options in {**FIGURES, "all": AllOptions}.items()}
+    name, parts = parse_command(argv, {**commands, "ablation": (AblationOptions,)})
     if name == "ablation":
         ablation(parts[0], lambda script, words: run(parts[0].launcher, script, words))
         print((Path(parts[0].output) / "ablation.md").read_text(encoding="utf-8"))
         return 0
-    subject, options = parts
+    shared, options = parts
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     use_own_cores()
-    study = Study(subject, accelerator, log=cache(accelerator.print))  # once, not per figure
-    make, _ = OF_A_MODEL[name]
-    make(study, options)
+    context = FigureContext(shared, accelerator, log=cache(accelerator.print))  # once, not per figure
+    figure(name)(context, options)
     if accelerator.is_main_process:  # which alone knows that the report is written
-        report = study.folder / f"{name}.md"
-        print(f"{study.folder / 'report.md'} shows all" if name == "all" else report.read_text(encoding="utf-8"))
+        report = context.folder / f"{name}.md"
+        print(f"{context.folder / 'report.md'} shows all" if name == "all" else report.read_text(encoding="utf-8"))
     accelerator.end_training()
     return 0
 

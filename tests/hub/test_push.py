@@ -6,8 +6,7 @@ import shutil
 
 import pytest
 
-from hf_ddpm.hub.folder import model_files
-from hf_ddpm.hub.push import push_model
+from hf_ddpm.hub.push import model_files, push_model
 from tests.conftest import load_script
 from tests.hub.conftest import CALL, KEPT, PUSHED, ROOT, contents
 

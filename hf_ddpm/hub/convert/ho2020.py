@@ -18,11 +18,16 @@ from typing import Any
 from torch import Tensor
 
 from hf_ddpm.config import block_types
-from hf_ddpm.hub.convert.conversion import Conversion, Entry, as_it_is
+from hf_ddpm.hub.convert.conversion import (
+    Conversion,
+    Entry,
+    as_tensors,
+    empty_unet,
+    layer_shape,
+    place_of,
+    unchanged,
+)
 from hf_ddpm.hub.convert.hints import Hints
-from hf_ddpm.hub.convert.ho2020_reference import PyTorchLayers, TensorFlowLayers, forward
-from hf_ddpm.hub.convert.places import empty_unet, place_of
-from hf_ddpm.hub.convert.reading import as_tensors, layer_shape
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.options import require
@@ -67,7 +72,7 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
     tensors = as_tensors(weights)
     name, aside, notes = _layout(tensors, hints)
     is_tensorflow = name("conv_in.weight").endswith(("/W", AVERAGED))
-    read = _outputs_first if is_tensorflow else as_it_is
+    read = _outputs_first if is_tensorflow else unchanged
 
     def shape(part: str) -> tuple[int, ...]:
         """Returns outputs, inputs, height and width of a convolution."""
@@ -79,9 +84,7 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
     hints.check_resolution(unet.size_multiple)
     levels = len(options["block_out_channels"])
     entries = [Entry(ours, name(_their_name(ours, levels)), read) for ours in unet.state_dict()]
-    layers = (TensorFlowLayers if is_tensorflow else PyTorchLayers)(tensors, name)
-    pipe = DDPMPipeline(unet, _scheduler(options, hints, notes))
-    return Conversion(pipe, tensors, entries, partial(forward, layers), aside, notes)
+    return Conversion(DDPMPipeline(unet, _scheduler(options, hints, notes)), tensors, entries, aside, notes)
 
 
 def _layout(tensors: Mapping[str, Tensor], hints: Hints) -> tuple[Callable[[str], str], list[str], list[str]]:
@@ -89,7 +92,7 @@ def _layout(tensors: Mapping[str, Tensor], hints: Hints) -> tuple[Callable[[str]
     scopes = [found[1] for found in map(re.compile(rf"(.*/)?conv_in/W({AVERAGED})?").fullmatch, tensors) if found]
     if not scopes:
         require(hints, "weights", hints.weights is None, "the file is PyTorch's, with weights of one kind")
-        return as_it_is, [], ["weights: as the file has them, averaged or not"]
+        return unchanged, [], ["weights: as the file has them, averaged or not"]
     scope = scopes[0] or ""
     is_averaged = any(found.endswith(AVERAGED) for found in tensors)
     require(hints, "weights", hints.weights != "ema" or is_averaged, "the file holds no averaged weights")

@@ -16,11 +16,17 @@ from torch import Tensor
 from hf_ddpm.config import block_types
 from hf_ddpm.diffusion.gaussian import GaussianDiffusion
 from hf_ddpm.diffusion.schedules import beta_schedule
-from hf_ddpm.hub.convert.conversion import Conversion, Entry, as_it_is
+from hf_ddpm.hub.convert.conversion import (
+    Conversion,
+    Entry,
+    Place,
+    as_tensors,
+    empty_unet,
+    layer_shape,
+    place_of,
+    unchanged,
+)
 from hf_ddpm.hub.convert.hints import Hints
-from hf_ddpm.hub.convert.improved_diffusion_reference import Network
-from hf_ddpm.hub.convert.places import Place, empty_unet, place_of
-from hf_ddpm.hub.convert.reading import as_tensors, layer_shape
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.options import require
@@ -120,9 +126,7 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
     hints.check_resolution(unet.size_multiple)
     is_new = bool(hints.use_new_attention_order)
     entries = [Entry(ours, structure.name(ours), _reader(ours, heads, is_new)) for ours in unet.state_dict()]
-    pipe = DDPMPipeline(unet, _scheduler(options, hints, notes))
-    network = Network(tensors, structure.layers, heads, is_new)
-    return Conversion(pipe, tensors, entries, network.forward, notes=notes)
+    return Conversion(DDPMPipeline(unet, _scheduler(options, hints, notes)), tensors, entries, notes=notes)
 
 
 def _structure(tensors: Mapping[str, Tensor]) -> Structure:
@@ -244,7 +248,7 @@ def _reader(ours: str, heads: Callable[[int], int], is_new: bool) -> Callable[[T
     for part, layer in enumerate(("to_q", "to_k", "to_v")):
         if f".{layer}." in ours:
             return partial(_part, part, heads, is_new)
-    return as_it_is
+    return unchanged
 
 
 def _part(part: int, heads: Callable[[int], int], is_new: bool, stored: Tensor) -> Tensor:
