@@ -160,9 +160,9 @@ class Reference:
         held_out, images = (None if store is None else len(store) for store in (self.held_out, self.images))
         return self.config.count(held_out, images, samples)
 
-    def features(self, count: int) -> RealFeatures:
+    def features(self, count: int | None = None) -> RealFeatures:
         """Returns features of the reference and of `count` held-out images; all processes are to call it."""
-        config, extractor = self.config, self.extractor
+        config, extractor, count = self.config, self.extractor, count or self.count()
         made_by: dict[str, Any] = {"extractor": {"name": extractor.name, "checksum": extractor.checksum}}
         if self.images is None:
             return RealFeatures(extractor, count, None, None, self.stats, made_by)

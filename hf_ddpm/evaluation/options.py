@@ -16,7 +16,22 @@ NOT_OF_FIGURES = ("model", "samples", "batch_size", "compile", "output", "save_r
 
 
 @dataclass
-class EvaluateConfig(ImageOptions):
+class ReferenceOptions(ImageOptions):
+    """Options of the real images that generated ones are compared with, and of the comparison."""
+
+    reference_split: str = option("split that generated images are compared with", "train")
+    split: str = option("held-out split: the floor of distances, and the images of nll", "test")
+    floor: bool = option("compare as many held-out images, too", True)
+    extractor: str | None = option(
+        "digits, inception, or a folder or Hub id of an image model; digits for the digits, else inception by default",
+        None,
+    )
+    extractor_weights: str | None = option("file of the weights of inception; downloaded by default", None)
+    batch_size: int = option("network evaluations at a time, per process", 256)
+
+
+@dataclass
+class EvaluateConfig(ReferenceOptions):
     """Metrics of a model, and the real images that it is measured by.
 
     Args:
@@ -36,18 +51,9 @@ class EvaluateConfig(ImageOptions):
         None,
     )
     save_reference_stats: str | None = option("file to write mu and sigma of the reference split to", None)
-    reference_split: str = option("split that generated images are compared with", "train")
-    split: str = option("held-out split: the floor of distances, and the images of nll", "test")
-    floor: bool = option("compare as many held-out images, too", True)
     metrics: str = option(f"any of {', '.join(METRICS)}, with commas", "nll")
-    extractor: str | None = option(
-        "digits, inception, or a folder or Hub id of an image model; digits for the digits, else inception by default",
-        None,
-    )
-    extractor_weights: str | None = option("file of the weights of inception; downloaded by default", None)
     num_images: int | None = option("images to evaluate on; by default as many as the split holds", None)
     steps_per_image: int | None = option("nll: steps evaluated per image, an estimate; all by default", None)
-    batch_size: int = option("network evaluations at a time, per process", 256)
     compile: bool = option("compile the network first, for many images", False)
     output: str = option("file of the results", "results.json")
 

@@ -47,8 +47,9 @@ def ends(context: FigureContext, options: InterpolateOptions) -> list[Tensor]:
         require(options, "rows", max(options.rows) < len(images), f"less than the {len(images)} of the split")
         return [to_signed(images[torch.tensor([row])], levels).cpu() for row in options.rows]
     channels, height, width = context.pipe.image_shape
-    limits, pair = context.options.value_range, []
+    limits = context.options.value_range
     image_format = ImageFormat(height, width, channels, deep=levels > 256, value_range=limits and tuple(limits))
+    pair = []
     for name, file in (("first", options.first), ("second", options.second)):
         try:
             pixels = fit({"bytes": Path(file).read_bytes(), "path": None}, image_format)

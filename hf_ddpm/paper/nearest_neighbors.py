@@ -7,13 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ddpm.data.sources import choose
-from hf_ddpm.evaluation.extraction import Images
+from hf_ddpm.evaluation.extraction import Images, extract
 from hf_ddpm.evaluation.memorization import copied_fraction, nearest_picture
 from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.paper.context import FigureContext, table
 from hf_ddpm.paper.options import NearestNeighborsOptions
-from hf_ddpm.paper.yardstick import DistanceToReference
 from hf_ddpm.sampling.options import Sampling
 
 # Largest side at which images are compared: all pixels of a large set would not fit into memory.
@@ -24,17 +23,17 @@ AT_A_TIME = 256
 def nearest_neighbors(context: FigureContext, options: NearestNeighborsOptions) -> None:
     """Draw the samples that are nearest to a training image, by pixels and by features, and compare distances."""
     reference = context.reference("fd", options.num_images)
-    yardstick = DistanceToReference(reference)
-    training, held_out, indices = reference.images, reference.held_out, range(yardstick.count)
+    real = reference.features()
+    training, held_out, indices = reference.images, reference.held_out, range(real.count)
     assert training is not None
-    samples = context.samples(yardstick.count, Sampling(context.options.seed, len(context.pipe.scheduler)))
-    real = [as_points(training, range(len(training)))]
+    samples = context.samples(real.count, Sampling(context.options.seed, len(context.pipe.scheduler)))
+    pixels = [as_points(training, range(len(training)))]
     if held_out is not None:
-        real.append(as_points(held_out, choose(len(held_out), yardstick.count, METRIC_SEED)))
-    features = [part for part in (yardstick.real.reference, yardstick.real.held_out) if part is not None]
+        pixels.append(as_points(held_out, choose(len(held_out), real.count, METRIC_SEED)))
+    known = [features for features in (real.reference, real.held_out) if features is not None]
     spaces = {
-        "pixels": (as_points(samples, indices), *real),
-        "features": (yardstick.extract(samples).features, *features),
+        "pixels": (as_points(samples, indices), *pixels),
+        "features": (extract(real.extractor, samples, indices, context.accelerator).features, *known),
     }
     medians = {}
     for name, (of_samples, of_training, *of_held_out) in spaces.items():
@@ -44,22 +43,21 @@ def nearest_neighbors(context: FigureContext, options: NearestNeighborsOptions) 
             medians[name]["held_out"] = median(of_held_out[0], of_training)
     copies = copied_fraction(samples, indices, training, context.levels)
 
-    made_by, count = yardstick.real.made_by, yardstick.count
-    data = made_by["dataset"]
-    head = ["distance by", "samples", *(["held-out images"] if real[1:] else [])]
-    comparison = f"; for comparison, of {count} held-out images" if real[1:] else ""
+    data, extractor, count = real.made_by["dataset"], real.made_by["extractor"], real.count
+    head = ["distance by", "samples", *(["held-out images"] if pixels[1:] else [])]
+    comparison = f"; for comparison, of {count} held-out images" if pixels[1:] else ""
     paragraphs = [
         f"Of {count} samples those that are nearest to an image of {data['name']} ({data['reference_split']}), on "
         "the left of each row, with the three nearest of these.",
         "![Nearest by pixels](nearest-neighbors_pixels.png)",
-        f"![Nearest by features](nearest-neighbors_features.png) (features: {made_by['extractor']['name']})",
+        f"![Nearest by features](nearest-neighbors_features.png) (features: {extractor['name']})",
         table(head, [[name, *values.values()] for name, values in medians.items()]),
         f"Median distances to the nearest training image{comparison}. "
         f"Samples that equal a training image in every pixel: {100 * copies:.3g}%.",
     ]
     numbers = {"median_distances": medians, "exact_copies": copies, "num_images": count}
     title = "Nearest neighbors (Figs. 12 and 15)"
-    context.write("nearest-neighbors", title, paragraphs, numbers, options, made_by)
+    context.write("nearest-neighbors", title, paragraphs, numbers, options, real.made_by)
 
 
 def as_points(images: Images, indices: Any) -> Tensor:

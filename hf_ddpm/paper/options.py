@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
-from hf_ddpm.config import DiffusionConfig, ImageOptions, parse_config
-from hf_ddpm.evaluation.options import real_images
+from hf_ddpm.config import DiffusionConfig, parse_config
+from hf_ddpm.evaluation.options import ReferenceOptions, real_images
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.options import option, require, require_at_least, require_distinct
 
@@ -16,8 +16,8 @@ ROWS = [f"{target}-{objective}" for target in ("mean", "epsilon") for objective 
 
 
 @dataclass(kw_only=True)
-class FigureOptions(ImageOptions):
-    """Model, data and folder of the figures; by default the data of the model's run."""
+class FigureOptions(ReferenceOptions):
+    """Model, data and folder of the figures; data and splits are those of the run of the model by default."""
 
     model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
     output: str = option("folder of the figures", "figures")
@@ -25,20 +25,16 @@ class FigureOptions(ImageOptions):
     reference_split: str | None = option(
         "split that generated images are compared with; that of the run, else train by default", None
     )
-    floor: bool = option("compare as many held-out images, too", True)
-    extractor: str | None = option("as in evaluate.py; digits for the digits, else inception by default", None)
-    extractor_weights: str | None = option("file of the weights of inception; downloaded by default", None)
     seed: int = option("random seed", 0)
-    batch_size: int = option("network evaluations at a time, per process", 256)
 
     def __post_init__(self) -> None:
         """Check the values, and find the data set of a model of a run."""
-        super().__post_init__()
         output = Path(self.output)
         no_file = not any(path.is_file() for path in (output, *output.parents))
         require(self, "output", no_file, "a file stands there, a folder is wanted")
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "batch_size")
+        super().__post_init__()
         run = Path(self.model) / "config.yaml"
         if self.dataset is None and run.is_file():
             of_run = real_images(parse_config(["--config", str(run)]))

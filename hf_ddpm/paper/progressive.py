@@ -8,20 +8,20 @@ from torch import Tensor
 
 from hf_ddpm.images import bytes_to_unit, to_bytes
 from hf_ddpm.paper.context import FigureContext, rmse, sheet, table
+from hf_ddpm.paper.distances import distance, what_was_compared
 from hf_ddpm.paper.options import ProgressiveOptions
-from hf_ddpm.paper.yardstick import DistanceToReference, what_was_compared
 from hf_ddpm.utils.seeds import SAMPLES, generator
 
 
 def progressive(context: FigureContext, options: ProgressiveOptions) -> None:
     """Draw estimates of the first images of the seed at several moments, and measure their distances."""
-    yardstick = DistanceToReference(context.reference("fd", options.num_images)) if options.num_images else None
+    real = context.reference("fd", options.num_images).features() if options.num_images else None
     timesteps, frames = estimates(context, max(options.shown, options.num_images), options.frames)
     chosen = np.linspace(0, len(frames) - 1, min(options.columns, len(frames))).round().astype(int).tolist()
     moments: list[dict[str, Any]] = []
     for place in chosen:
         moment = {"t": timesteps[place] + 1, "rmse": rmse(bytes_to_unit(frames[place]), bytes_to_unit(frames[-1]))}
-        moments.append(moment | (yardstick(frames[place]) if yardstick else {}))
+        moments.append(moment | (distance(context, real, frames[place]) if real else {}))
 
     shown = [bytes_to_unit(frame[: options.shown]) for frame in frames]
     rows = [("", torch.stack([shown[place][image] for place in chosen])) for image in range(options.shown)]
@@ -33,15 +33,15 @@ def progressive(context: FigureContext, options: ProgressiveOptions) -> None:
         "[0, 255].",
         "![Progressive generation](progressive.png)",
         f"![As an animation](progressive.{options.animation})",
-        table(["t", "RMSE to the image", *(["Frechet distance"] if yardstick else [])], cells),
+        table(["t", "RMSE to the image", *(["Frechet distance"] if real else [])], cells),
     ]
-    if yardstick:
+    if real:
         plot_distances(context, moments)
         paragraphs += [
-            what_was_compared(moments[-1], yardstick.real.made_by),
+            what_was_compared(moments[-1], real.made_by),
             "![Distance against the steps taken (Fig. 10)](progressive_distance.png)",
         ]
-    made_by = yardstick.real.made_by if yardstick else {}
+    made_by = real.made_by if real else {}
     title = "Progressive generation (Fig. 6)"
     context.write("progressive", title, paragraphs, {"moments": moments}, options, made_by)
 

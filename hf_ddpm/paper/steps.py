@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_ddpm.diffusion.gaussian import LEARNED
+from hf_ddpm.evaluation.results import RealFeatures
 from hf_ddpm.paper.context import FigureContext, table, with_error
+from hf_ddpm.paper.distances import distance, what_was_compared
 from hf_ddpm.paper.options import StepsOptions
-from hf_ddpm.paper.yardstick import DistanceToReference, what_was_compared
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import find_scheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
@@ -42,13 +43,13 @@ def steps(context: FigureContext, options: StepsOptions) -> None:
     total = len(context.pipe.scheduler)
     chosen = options.steps or [number for number in (10, 20, 50, 100) if number < total]
     require(options, "steps", max(chosen, default=1) <= total, f"at most the {total} of the process")
-    yardstick = DistanceToReference(context.reference("fd", options.num_images))
+    real = context.reference("fd", options.num_images).features()
     rows = []
     for walk in walks(context.pipe.scheduler, options.samplers):
         numbers = {*chosen, total} if walk.sampler == "ddpm" else set(chosen)
-        points = [measure(context, yardstick, walk, number) for number in sorted(numbers)]
+        points = [measure(context, real, walk, number) for number in sorted(numbers)]
         rows.append({"sampler": walk.name, "points": points, "fewest": None})
-    report(context, options, rows, yardstick.real.made_by)
+    report(context, options, rows, real.made_by)
 
 
 def walks(scheduler: Any, others: Sequence[str]) -> list[Walk]:
@@ -62,7 +63,7 @@ def walks(scheduler: Any, others: Sequence[str]) -> list[Walk]:
     return [*paper, *(Walk(sampler, sampler, scheduler) for sampler in others)]
 
 
-def measure(context: FigureContext, yardstick: DistanceToReference, walk: Walk, number: int) -> dict[str, Any]:
+def measure(context: FigureContext, real: RealFeatures, walk: Walk, number: int) -> dict[str, Any]:
     """Return the distance of images made in a number of steps, or the reason why there are none."""
     sampling = Sampling(seed=context.options.seed, num_inference_steps=number, scheduler=walk.sampler)
     try:
@@ -71,13 +72,13 @@ def measure(context: FigureContext, yardstick: DistanceToReference, walk: Walk, 
         return {"steps": number, "failed": str(error)}
     own, context.pipe.scheduler = context.pipe.scheduler, walk.scheduler
     try:
-        images = context.samples(yardstick.count, sampling)
+        images = context.samples(real.count, sampling)
         scheduler = find_scheduler(context.pipe, walk.sampler, number)
         scheduler.set_timesteps(number)
         evaluations = len(scheduler.timesteps)
     finally:
         context.pipe.scheduler = own
-    return {"steps": number, "evaluations": evaluations, **yardstick(images)}
+    return {"steps": number, "evaluations": evaluations, **distance(context, real, images)}
 
 
 def report(context: FigureContext, options: StepsOptions, rows: list[dict[str, Any]], made_by: dict[str, Any]) -> None:
