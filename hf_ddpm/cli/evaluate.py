@@ -1,4 +1,4 @@
-"""Evaluates a model, or images that it has generated, and writes `results.json`.
+"""Evaluate a model, or images that it has generated, and writes `results.json`.
 
     python scripts/evaluate.py --model runs/digits --dataset digits --metrics fd,kid,is,pr,nll --output results.json
     accelerate launch scripts/evaluate.py --model org/name --dataset uoft-cs/cifar10 --metrics fd --num_images 10000

@@ -41,7 +41,7 @@ def evaluate(
     on_figures: Callable[[Figures], object] = lambda figures: None,
     log: Callable[[str], object] = lambda line: None,
 ) -> Figures:
-    """Evaluates a model, images that it has generated, or both; all processes are to call it.
+    """Evaluate a model, images that it has generated, or both; all processes are to call it.
 
     Args:
         config: What to evaluate, on what.
@@ -92,7 +92,7 @@ def evaluate(
 
 
 def _compare(images: Samples, count: int, reference: "Reference", record: Record) -> None:
-    """Compares the first `count` images with the real ones, and keeps the figures as they become known."""
+    """Compare the first `count` images with the real ones, and keeps the figures as they become known."""
     config = reference.config
     generated = extract(reference.extractor, images, range(count), reference.state)
     real = reference.features(count)
@@ -156,12 +156,12 @@ class Reference:
         self.hub_ids = hub_ids(config.dataset, config.model, config.extractor)
 
     def count(self, samples: int | None = None) -> int:
-        """Returns on how many images to evaluate; `samples` is how many were generated, if they were."""
+        """Return on how many images to evaluate; `samples` is how many were generated, if they were."""
         held_out, images = (None if store is None else len(store) for store in (self.held_out, self.images))
         return self.config.count(held_out, images, samples)
 
     def features(self, count: int | None = None) -> RealFeatures:
-        """Returns features of the reference and of `count` held-out images; all processes are to call it."""
+        """Return features of the reference and of `count` held-out images; all processes are to call it."""
         config, extractor, count = self.config, self.extractor, count or self.count()
         made_by: dict[str, Any] = {"extractor": {"name": extractor.name, "checksum": extractor.checksum}}
         if self.images is None:
@@ -186,7 +186,7 @@ class Reference:
         return RealFeatures(extractor, count, reference, floor, self.stats, {"dataset": data, **made_by})
 
     def bound(self, pipe: Any, seed: int) -> dict[str, Any]:
-        """Returns the figures of the bound on held-out images, from all processes, which are to call it."""
+        """Return the figures of the bound on held-out images, from all processes, which are to call it."""
         config, state, images = self.config, self.state, self.held_out
         assert images is not None
         if not isinstance(pipe.scheduler, DDPMScheduler):
@@ -215,7 +215,7 @@ class Reference:
         return everywhere.report() | {"made_by": {"dataset": data}}
 
     def _read_stats(self, path: Path, shape: tuple[int, ...]) -> None:
-        """Reads the statistics to compare with, and checks that they fit the extractor."""
+        """Read the statistics to compare with, and checks that they fit the extractor."""
         self.stats = Moments.read(path)
         width = self.extractor(torch.zeros(1, *shape, dtype=torch.uint8)).features.shape[1]
         self.stats_file = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -226,14 +226,14 @@ class Reference:
             )
 
     def _load(self, split: str, shape: tuple[int, ...], log: Callable[[str], object]) -> ImageStore:
-        """Returns the real images of a split."""
+        """Return the real images of a split."""
         shared = {field.name: getattr(self.config, field.name) for field in fields(ImageOptions)}
         data = DataConfig(**shared, split=split, resolution=list(shape[1:]), channels=shape[0])
         return load_images(data, device=self.state.device, log=log)
 
 
 def _sample(pipe: Any, sampling: Sampling, output: Path, count: int, reference: Reference) -> SampleFolder:
-    """Returns generated images; they stay in a folder of their settings beside the results."""
+    """Return generated images; they stay in a folder of their settings beside the results."""
     state = reference.state
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
     return fill_folder(
@@ -248,7 +248,7 @@ def _sample(pipe: Any, sampling: Sampling, output: Path, count: int, reference: 
 
 
 def _shape(pipe: DDPMPipeline | None, images: Samples | None) -> tuple[int, ...]:
-    """Returns the shape `(C, H, W)` of the images."""
+    """Return the shape `(C, H, W)` of the images."""
     if pipe is not None:
         return tuple(pipe.image_shape)
     assert images is not None
@@ -256,7 +256,7 @@ def _shape(pipe: DDPMPipeline | None, images: Samples | None) -> tuple[int, ...]
 
 
 def identify(config: EvaluateConfig, pipe: DDPMPipeline | None, images: Samples | None) -> dict[str, Any]:
-    """Returns the name and the checksum of what is evaluated.
+    """Return the name and the checksum of what is evaluated.
 
     Raises:
         ValueError: If the samples are of another model or another shape.

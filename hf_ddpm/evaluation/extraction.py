@@ -31,14 +31,14 @@ class Images(Protocol):
     """Images of one shape by index; a tensor of bytes, shape `(N, C, H, W)`, is one, too."""
 
     def __len__(self) -> int:
-        """Returns the number of images."""
+        """Return the number of images."""
 
     def __getitem__(self, indices: Tensor, /) -> Tensor:
-        """Returns the images at `indices`, int64, shape `(B,)`, as bytes, shape `(B, C, H, W)`."""
+        """Return the images at `indices`, int64, shape `(B,)`, as bytes, shape `(B, C, H, W)`."""
 
 
 def extract(extractor: Extractor, images: Images, indices: Sequence[int], state: Accelerator) -> Extracted:
-    """Extracts the features of images; the same to the last bit for any number of processes, all of which call it.
+    """Extract the features of images; the same to the last bit for any number of processes, all of which call it.
 
     Args:
         extractor: The extractor.
@@ -71,7 +71,7 @@ def extract(extractor: Extractor, images: Images, indices: Sequence[int], state:
 
 
 def digests(images: Images, indices: Sequence[int], levels: int | None = None) -> Iterator[bytes]:
-    """Yields the SHA-256 of the pixels of each image, moved onto the nearest of `levels` values if given."""
+    """Yield the SHA-256 of the pixels of each image, moved onto the nearest of `levels` values if given."""
     for start in range(0, len(indices), BATCH_SIZE):
         pixels = images[torch.tensor(indices[start : start + BATCH_SIZE])]
         for image in pixels if levels is None else to_signed(pixels, levels):
@@ -79,7 +79,7 @@ def digests(images: Images, indices: Sequence[int], levels: int | None = None) -
 
 
 def fingerprint(images: Images, indices: Sequence[int]) -> str:
-    """Returns the SHA-256, in hex, of the decoded images in their order, whatever files they came from."""
+    """Return the SHA-256, in hex, of the decoded images in their order, whatever files they came from."""
     shape = tuple(images[torch.tensor(indices[:1])].shape[1:])
     whole = hashlib.sha256(str(shape).encode())
     for digest in digests(images, indices):
@@ -90,7 +90,7 @@ def fingerprint(images: Images, indices: Sequence[int]) -> str:
 def cached_features(
     extractor: Extractor, images: Images, indices: Sequence[int], data_fingerprint: str, state: Accelerator
 ) -> Tensor:
-    """Returns the features of real images, from `CACHE` if they are there and sound; all processes are to call it.
+    """Return the features of real images, from `CACHE` if they are there and sound; all processes are to call it.
 
     Args:
         extractor: The extractor.
@@ -119,7 +119,7 @@ def cached_features(
 
 
 def _read(path: Path, key: str) -> Tensor | None:
-    """Returns features from a file, or None if it is missing, damaged or of another key."""
+    """Return features from a file, or None if it is missing, damaged or of another key."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata, features = file.metadata() or {}, file.get_tensor("features")
@@ -130,7 +130,7 @@ def _read(path: Path, key: str) -> Tensor | None:
 
 
 def _write(path: Path, key: str, features: Tensor) -> None:
-    """Writes features with their key and checksum, atomically."""
+    """Write features with their key and checksum, atomically."""
     content = save({"features": features}, metadata={"key": key, "sha256": _checksum(features)})
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, writer=f".{os.getpid()}") as partial:

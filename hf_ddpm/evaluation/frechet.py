@@ -38,7 +38,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
-        """Computes the moments of features.
+        """Compute the moments of features.
 
         Args:
             features: Features of at least 2 images, any float, shape `(N, D)`; computed with in float64.
@@ -60,7 +60,7 @@ class Moments:
 
     @classmethod
     def read(cls, path: Path) -> "Moments":
-        """Reads a `.npz` file, as pytorch-fid and guided-diffusion write it.
+        """Read a `.npz` file, as pytorch-fid and guided-diffusion write it.
 
         Args:
             path: The file, with the arrays `mu`, shape `(D,)`, and `sigma`, shape `(D, D)`; others may be beside them.
@@ -91,14 +91,14 @@ class Moments:
         return cls(*(torch.from_numpy(array.astype(np.float64)) for array in (mean, covariance)))
 
     def save(self, path: Path) -> None:
-        """Writes a file that `read` reads, atomically."""
+        """Write a file that `read` reads, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as partial, partial.open("wb") as file:
             np.savez(file, mu=self.mean.cpu().numpy(), sigma=self.covariance.cpu().numpy())
 
 
 def frechet_distance(moments: Moments, reference: Moments) -> float:
-    """Computes the Frechet distance :math:`d^2` between two sets of features.
+    """Compute the Frechet distance :math:`d^2` between two sets of features.
 
     Args:
         moments: Moments of one set.
@@ -127,7 +127,7 @@ def frechet_distance(moments: Moments, reference: Moments) -> float:
 
 
 def standard_error(parts: Sequence[Tensor], reference: Moments) -> float:
-    r"""Estimates the standard error of the Frechet distance of a set, by the jackknife.
+    r"""Estimate the standard error of the Frechet distance of a set, by the jackknife.
 
     .. math:: \sqrt{\frac{g - 1}{g} \sum_j (d^2_{-j} - \bar{d^2_{-\cdot}})^2}
 
@@ -154,7 +154,7 @@ def standard_error(parts: Sequence[Tensor], reference: Moments) -> float:
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """Returns `A` with `A A'` the covariance, without the directions whose variance is mere rounding."""
+    """Return `A` with `A A'` the covariance, without the directions whose variance is mere rounding."""
     values, vectors = torch.linalg.eigh(covariance)
     noise = torch.finfo(values.dtype).eps * len(values) * values.max()
     factor: Tensor = vectors * torch.where(values > noise, values, 0.0).sqrt()

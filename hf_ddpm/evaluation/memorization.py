@@ -15,7 +15,7 @@ ROWS = 8
 
 
 def nearest_picture(images: Images, features: Tensor, reference: Images, reference_features: Tensor) -> Image.Image:
-    """Draws the generated images that are nearest to a training image, one per row, each with the 3 nearest to it.
+    """Draw the generated images that are nearest to a training image, one per row, each with the 3 nearest to it.
 
     Args:
         images: Generated images.
@@ -35,7 +35,7 @@ def nearest_picture(images: Images, features: Tensor, reference: Images, referen
 
 
 def copied_fraction(images: Images, indices: Sequence[int], reference: Images, levels: int) -> float:
-    """Returns the fraction of generated images that equal a training image in every pixel.
+    """Return the fraction of generated images that equal a training image in every pixel.
 
     Args:
         images: Generated images.

@@ -58,7 +58,7 @@ class EvaluateConfig(ReferenceOptions):
     output: str = option("file of the results", "results.json")
 
     def __post_init__(self, prefix: str) -> None:
-        """Checks the values."""
+        """Check the values."""
         self.option_prefix = prefix
         super().__post_init__()
         for metric in self.metrics.split(","):
@@ -84,7 +84,7 @@ class EvaluateConfig(ReferenceOptions):
         require(self, "samples", is_array, "a folder, or a .npz or .npy file")
 
     def _check_real_images(self) -> None:
-        """Raises a `ValueError` unless there is what each metric compares with."""
+        """Raise a `ValueError` unless there is what each metric compares with."""
         stats, target = self.reference_stats, self.save_reference_stats
         require(self, "reference_stats", stats is None or Path(stats).is_file(), "there is no such file")
         require(self, "reference_stats", stats is None or "fd" in self.chosen, "only with fd in metrics")
@@ -127,7 +127,7 @@ class EvaluateConfig(ReferenceOptions):
         return "nll" in self.chosen or bool(self.floor and self.distances and self.dataset is not None)
 
     def count(self, held_out: int | None, reference: int | None, samples: int | None) -> int:
-        """Returns on how many images to evaluate.
+        """Return on how many images to evaluate.
 
         Args:
             held_out: Images of the held-out split, if it is needed.
@@ -158,7 +158,7 @@ class EvaluateConfig(ReferenceOptions):
 
 
 def training_request(config: Config) -> EvaluateConfig:
-    """Returns the options of `scripts/evaluate.py` that evaluate a run in training."""
+    """Return the options of `scripts/evaluate.py` that evaluate a run in training."""
     options = config.evaluation
     return EvaluateConfig(
         prefix="eval_",
@@ -172,12 +172,12 @@ def training_request(config: Config) -> EvaluateConfig:
 
 
 def default_levels(dataset: str | None) -> int:
-    """Returns the number of evenly spaced values that a pixel of a data set takes by default."""
+    """Return the number of evenly spaced values that a pixel of a data set takes by default."""
     return 17 if dataset == "digits" else 256
 
 
 def real_images(config: Config) -> dict[str, Any]:
-    """Returns the options of an `EvaluateConfig` for the real images that a run is measured by."""
+    """Return the options of an `EvaluateConfig` for the real images that a run is measured by."""
     shared = {field.name: getattr(config.data, field.name) for field in fields(ImageOptions)}
     options = config.evaluation
     return shared | {

@@ -51,7 +51,7 @@ class RealFeatures:
 
 
 def figures(metric: str, generated: Extracted, real: RealFeatures) -> dict[str, Any]:
-    """Computes `fd`, `kid`, `is` or `pr` of generated images; `floor` is what the held-out images score.
+    """Compute `fd`, `kid`, `is` or `pr` of generated images; `floor` is what the held-out images score.
 
     Args:
         metric: Which.
@@ -77,7 +77,7 @@ def figures(metric: str, generated: Extracted, real: RealFeatures) -> dict[str, 
 
 
 def _measure(metric: str, features: Tensor, real: RealFeatures) -> dict[str, Any]:
-    """Returns a distance of features to those of real images, in the setting that is usual for it."""
+    """Return a distance of features to those of real images, in the setting that is usual for it."""
     reference = real.reference
     if metric == "fd" and real.stats is not None:
         return {"value": frechet_distance(Moments.of(features), real.stats)}
@@ -99,7 +99,7 @@ def _measure(metric: str, features: Tensor, real: RealFeatures) -> dict[str, Any
 
 
 def scalars(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns figures by metric without their lists and without what they were made by."""
+    """Return figures by metric without their lists and without what they were made by."""
     return {
         name: {key: value for key, value in figure.items() if not isinstance(value, list | dict)}
         for name, figure in figures.items()
@@ -107,7 +107,7 @@ def scalars(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 
 def summary(figures: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns figures in one line."""
+    """Return figures in one line."""
     parts = []
     for name, figure in figures.items():
         if "value" in figure:
@@ -121,7 +121,7 @@ def summary(figures: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Returns the results in a file, none if there is no file; a `ValueError` if it holds something else."""
+    """Return the results in a file, none if there is no file; a `ValueError` if it holds something else."""
     if not path.exists():
         return {}
     try:
@@ -155,7 +155,7 @@ class Record:
     figures: Figures = field(default_factory=dict)
 
     def add(self, name: str, figure: dict[str, Any]) -> None:
-        """Adds the figures of a metric; what they alone are `made_by` is put behind what all are."""
+        """Add the figures of a metric; what they alone are `made_by` is put behind what all are."""
         entry = {name: figure | {"made_by": self.made_by | figure.get("made_by", {})}}
         existing = read_results(self.path)
         if existing and existing["model"]["checksum"] != self.model["checksum"]:
