@@ -16,11 +16,19 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from hf_ddpm.data.streaming import stream as module
+from hf_ddpm.data.streaming import windows
 from tests.data.files import numbered, png, shards
 from tests.data.files import stream as open_stream
 
-OPTIONS = {"resolution": 8, "channels": 1, "seed": 0, "batch_size": 12, "lanes": 4, "window_rows": 6, "workers": 0}
+OPTIONS = {"seed": 0, "batch_size": 12, "workers": 0}
 ALL = slice(0, 12)
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    monkeypatch.setattr(module, "LANES", 4)
+    monkeypatch.setattr(module, "WINDOW_ROWS", 6)
 
 
 @pytest.fixture(scope="module")
@@ -230,8 +238,6 @@ def test_a_stream_leaves_the_global_generator_alone(folder):
 
 def test_what_is_held_does_not_grow(tmp_path, monkeypatch):
     """Counts encoded rows that are alive: less noisy than the memory of the process, and the same question."""
-    from hf_ddpm.data.streaming import windows
-
     alive = []
     held = []
 
@@ -245,7 +251,8 @@ def test_what_is_held_does_not_grow(tmp_path, monkeypatch):
 
     monkeypatch.setattr(windows, "LoadedWindow", Counted)
     folder = str(shards(tmp_path / "data", [numbered(i % 256) for i in range(1200)], files=4, group=5))
-    with stream(folder, window_rows=10) as source:
+    monkeypatch.setattr(module, "WINDOW_ROWS", 10)
+    with stream(folder) as source:
         for step in range(300):  # three epochs
             source.batch(step, ALL)
             held.append(sum(alive))
