@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 
 from hf_ddpm.data.streaming import stream as module
 from hf_ddpm.data.streaming import windows
-from tests.data.files import numbered, png, shards
+from tests.data.files import numbered, parquet, png, shards
 from tests.data.files import stream as open_stream
 
 OPTIONS = {"seed": 0, "batch_size": 12, "workers": 0}
@@ -176,6 +176,16 @@ def test_what_cannot_be_streamed_is_refused_by_name(tmp_path, folder):
         open_stream(str(tmp_path / "nowhere"), **OPTIONS)
     with pytest.raises(ValueError, match="image_column='picture' does not exist"):
         open_stream(folder, image_column="picture", **OPTIONS)
+
+
+def test_files_of_other_columns_and_files_without_rows_are_refused_by_name(tmp_path):
+    folder = shards(tmp_path / "data", [numbered(i) for i in range(8)], files=2)
+    parquet(folder / "train-00002-of-00003.parquet", image=[numbered(8)])
+    with pytest.raises(ValueError, match="00002-of-00003.parquet' has other columns than '.*00000-of-00002.parquet'"):
+        open_stream(folder, **OPTIONS)
+    Dataset.from_dict({"image": []}, Features({"image": Image()})).to_parquet(str(tmp_path / "empty.parquet"))
+    with pytest.raises(ValueError, match="empty.parquet' is empty: it holds no image"):
+        open_stream(tmp_path / "empty.parquet", **OPTIONS)
 
 
 def test_a_limited_stream_holds_random_groups(folder):
