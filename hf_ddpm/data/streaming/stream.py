@@ -79,7 +79,7 @@ class ImageStream:
         self._next: tuple[int, slice] | None = None
         self._jobs = _Jobs(reader, image_format)
         workers = min(own_cores(), MOST_WORKERS) if workers is None else workers
-        self._loader: DataLoader[Any] | None = DataLoader(
+        self._loader: Any = DataLoader(
             _Decoder(image_format),
             batch_size=None,
             sampler=self._jobs,
