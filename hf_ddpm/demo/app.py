@@ -1,14 +1,7 @@
-"""A demo of a model in the browser: images appear out of noise, and what lies between two of them.
-
-    python scripts/space/app.py --model runs/digits
-
-In a Space, the variable MODEL_ID names the model. Image `i` of a seed is that of `scripts/sample.py`.
-"""
+"""The demo of a model in the browser: images appear out of noise, and interpolations between two of them."""
 
 import html
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass
 from functools import wraps
 from typing import Any
 
@@ -19,7 +12,6 @@ from hf_ddpm.demo.demo import Demo, row, square, strip
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.sampling.samplers import SCHEDULERS
 from hf_ddpm.utils.markdown import plain
-from hf_ddpm.utils.options import option, parse_options
 from hf_ddpm.utils.public import hub_ids, strip_local_path
 
 BETWEEN = SEEDS, IMAGES = "two seeds", "two images"
@@ -29,13 +21,6 @@ CSS = """.picture .image-container {padding-top: 2.3em} .picture img {image-rend
 UPLOAD = "32mb"  # largest uploaded file
 WAITING = 32  # requests in the queue; further ones are refused
 AT_ONCE = 2  # requests that sample at the same time
-
-
-@dataclass
-class AppConfig:
-    """What is shown."""
-
-    model: str = option("folder or Hub id of a DDPM pipeline", os.environ.get("MODEL_ID", MISSING))
 
 
 def generate(demo: Demo, count: float, seed: float, *settings: Any) -> Iterator[tuple]:
@@ -154,10 +139,7 @@ def serve(demo: Demo, **options: Any) -> str:
     return build(demo).launch(css=CSS, show_error=True, max_file_size=UPLOAD, **options)[1]
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code."""
-    (config,) = parse_options(argv, AppConfig)
-    pipe = load_pipeline(config.model, "cuda" if torch.cuda.is_available() else "cpu")
-    name = strip_local_path(config.model, hub_ids(config.model))
-    serve(Demo(pipe, name))
-    return 0
+def show(model: str) -> None:
+    """Loads a model, serves its demo, and returns when that ends."""
+    pipe = load_pipeline(model, "cuda" if torch.cuda.is_available() else "cpu")
+    serve(Demo(pipe, strip_local_path(model, hub_ids(model))))

@@ -19,7 +19,7 @@ from hf_ddpm.data.transforms import ImageFormat
 from hf_ddpm.demo.preview import Moment, watch
 from hf_ddpm.images import grid, to_bytes, to_pictures, to_signed
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
-from hf_ddpm.sampling.generate import sample_images
+from hf_ddpm.sampling.generate import generate_images
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.markdown import escape
 from hf_ddpm.utils.seeds import FIGURES, generator
@@ -109,7 +109,7 @@ class Demo:
         own = self._own_pipeline()
 
         def work(**options: Any) -> Tensor:
-            images = sample_images(own, numbers, sampling, batch_size=len(numbers), device=own.device, **options)
+            images = generate_images(own, numbers, sampling, batch_size=len(numbers), device=own.device, **options)
             return torch.stack([image for _, image in images])
 
         return watch(work)
