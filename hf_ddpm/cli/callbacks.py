@@ -20,7 +20,7 @@ from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import check_push
 from hf_ddpm.images import grid, save_picture, to_pictures
 from hf_ddpm.provenance import model_checksum
-from hf_ddpm.sampling.generate import sample_images
+from hf_ddpm.sampling.generate import generate_images
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.training.progress import track_picture
@@ -49,7 +49,7 @@ class SampleGrid(Callback):
         pipe = run.pipeline()
         pipe.set_progress_bar_config(desc="Sampling", leave=False, disable=not accelerator.is_main_process)
         steps = training.num_inference_steps or len(run.scheduler)
-        images = sample_images(
+        images = generate_images(
             pipe,
             range(training.num_samples)[accelerator.process_index :: accelerator.num_processes],
             Sampling(training.seed, steps, class_labels=list(run.class_names)),
@@ -191,7 +191,7 @@ class Card(Callback):
     def on_end(self, run: Run) -> None:
         """Writes it."""
         if run.accelerator.is_main_process:
-            write_card(self.folder, pipe=run.pipeline(), model_id=run.config.hub.hub_model_id)
+            write_card(self.folder, model_id=run.config.hub.hub_model_id)
 
 
 class Push(Callback):
@@ -209,7 +209,7 @@ class Push(Callback):
     def __init__(self, config: Config, tell: Callable[[str], object]):
         self.folder, self.model_id, self.tell = Path(config.training.output_dir), str(config.hub.hub_model_id), tell
         check_push(self.model_id, config.hub.hub_private_repo)
-        self.background = BackgroundPush(self.folder, self.model_id, config.hub.hub_private_repo, tell)
+        self.background = BackgroundPush(self.model_id, config.hub.hub_private_repo, tell)
 
     def on_pause(self, run: Run) -> None:
         """Exports what there is, and starts to push it."""
@@ -235,8 +235,8 @@ class Push(Callback):
         self.background.close()
 
     def _start(self, run: Run) -> None:
-        write_card(self.folder, pipe=run.pipeline(), model_id=self.model_id)
-        self.background.start(f"Upload the model of step {run.step}")
+        write_card(self.folder, model_id=self.model_id)
+        self.background.start(self.folder, f"Upload the model of step {run.step}")
 
 
 def _given(request: Any) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from hf_ddpm.utils.files import one_line
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
-# Texts beside an image of the same name, which WebDataset calls by their suffix.
+# Texts with the name of an image, in columns that are called by their suffix, as in WebDataset.
 SIDECARS = (".cls", ".txt")
 
 
@@ -34,17 +34,10 @@ def is_archive(name: str) -> bool:
 def open_archives(
     root: Path, files: Mapping[str, Stamp], left_out: Sequence[LeftOut], log: Callable[[str], object]
 ) -> Opened:
-    """Opens archives of images; they are split and classed as if they were unpacked into folders of their names.
+    """Opens archives of images, given by their path relative to a folder.
 
-    Args:
-        root: The folder that they are in.
-        files: The archives, by their path relative to it.
-        left_out: What else is not used there.
-        log: Called with a line for each damaged cache.
-
-    Returns:
-        The splits: `image`, `label` where folders are classes, and `cls` and `txt` where files beside an image have
-        these suffixes.
+    They are split and classed as if they were unpacked into folders of their names. Columns are `image`, `label` where
+    folders are classes, and `cls` and `txt` where texts with an image's name have these suffixes.
 
     Raises:
         ValueError: If an archive cannot be read, or there is no image in any.
@@ -93,12 +86,12 @@ def _rows(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _sidecars(images: Sequence[str], members: Container[str]) -> dict[str, dict[str, str]]:
-    """Returns the texts beside each image, by suffix; images that share one raise a `ValueError`."""
+    """Returns the texts of each image, by suffix; raises a `ValueError` if images share one."""
     texts: dict[str, dict[str, str]] = {}
     image_of: dict[str, str] = {}
     for name in images:
         folder, file = posixpath.split(name)
-        # WebDataset calls a sample by what is before the first dot: 0.cls is beside 0.rgb.png.
+        # In WebDataset a sample is named by what is before the first dot: 0.cls goes with 0.rgb.png.
         for stem in (posixpath.join(folder, file.split(".")[0]), posixpath.splitext(name)[0]):
             texts[name] = {suffix: stem + suffix for suffix in SIDECARS if stem + suffix in members}
             if texts[name]:

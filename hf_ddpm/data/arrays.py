@@ -19,13 +19,7 @@ Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
 
 
 def read_array(row: dict[str, Any]) -> np.ndarray | None:
-    """Reads an image that is stored as an array.
-
-    Args:
-        row: The image as `datasets` keeps it: `bytes`, or the `path` of a file.
-
-    Returns:
-        The array, unchanged; None if the row is not an array, by its first bytes or the suffix of its path.
+    """Returns the array of an image; None if the image is not stored as one, by its first bytes or its suffix.
 
     Raises:
         ValueError: If it cannot be read, or is not one image.
@@ -51,7 +45,7 @@ def open_stack(path: Path) -> np.ndarray:
     """Opens a file of many images, mapped to memory unless it is compressed.
 
     Args:
-        path: A `.npy` file of 4 dimensions, or a `.npz` file: its first array of 4 dimensions is taken.
+        path: A `.npy` file of 4 dimensions, or a `.npz` file with one such array, or several and one called `arr_0`.
 
     Returns:
         The array, such as `(N, H, W, C)`.

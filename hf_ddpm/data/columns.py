@@ -1,4 +1,4 @@
-"""Columns of data sets: those that hold images, and those that hold classes, as numbers from 0."""
+"""Columns of data sets that hold images, and those that hold classes, as numbers from 0."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Classes:
     Attributes:
         column: The column that holds them.
         names: Their names, by number.
-        numbers: Their numbers, by what the column holds.
+        numbers: Their numbers, by value of the column.
     """
 
     column: str
@@ -30,17 +30,11 @@ class Classes:
     numbers: dict[Hashable, int]
 
     def encode(self, values: Sequence[Any], rows: Sequence[int]) -> Tensor:
-        """Returns the numbers of classes.
-
-        Args:
-            values: What the column holds.
-            rows: Their rows, for the error.
-
-        Returns:
-            The numbers, int64, shape `(N,)`, in [0, number of classes).
+        """Returns the numbers of classes, int64, shape `(N,)`.
 
         Raises:
-            ValueError: If a value is no class, such as None, or the -1 of images whose class is not given.
+            ValueError: If a value is no class, such as None, or the -1 of images whose class is not given; its row is
+                named.
         """
         numbers = [self.numbers.get(value, -1) for value in values]
         if -1 in numbers:
@@ -53,14 +47,7 @@ class Classes:
 
 
 def find_image_column(features: Features, name: str | None = None) -> str:
-    """Returns the column that holds the images: the one named, or the one that looks like it.
-
-    Args:
-        features: The columns of a data set.
-        name: Name of the column; guessed if None.
-
-    Returns:
-        The name of a column of images, or of files as bytes, as other tools write them.
+    """Returns the column of the images, or of files as bytes, as other tools write them; guessed without a name.
 
     Raises:
         ValueError: If there is no such column, or none that looks like it, or more than one.
@@ -79,14 +66,7 @@ def find_image_column(features: Features, name: str | None = None) -> str:
 
 
 def find_class_column(features: Features, name: str) -> str:
-    """Returns the column that holds the classes: the one named, or with `auto` the one that looks like it.
-
-    Args:
-        features: The columns of a data set.
-        name: Name of the column, or `auto`.
-
-    Returns:
-        The name of a column of class labels, integers or strings.
+    """Returns the column of the classes, as class labels, integers or strings; guessed if the name is `auto`.
 
     Raises:
         ValueError: If there is no such column, or none that looks like it.
@@ -105,13 +85,9 @@ def find_class_column(features: Features, name: str) -> str:
 
 
 def find_classes(features: Features, column: str, values: Iterable[Any]) -> Classes:
-    """Returns the classes of a column.
+    """Returns the classes of a column: those that it names, else its values, sorted.
 
-    Args:
-        features: The columns of a data set.
-        column: That of the classes.
-        values: What it holds, all rows; read only if the column does not name its classes. Then they are what it holds,
-            sorted: another split, or other data, may number them otherwise.
+    Values are read only in the second case; then another split, or other data, may number classes differently.
     """
     kind = features[column]
     if isinstance(kind, ClassLabel):
@@ -121,15 +97,7 @@ def find_classes(features: Features, column: str, values: Iterable[Any]) -> Clas
 
 
 def read_classes(dataset: Dataset, name: str, rows: Sequence[int]) -> tuple[Classes, Tensor]:
-    """Returns the classes of a data set and the class of each image.
-
-    Args:
-        dataset: An opened split, or a part of one.
-        name: Name of the column, or `auto`.
-        rows: The rows of the split that it consists of, for the error.
-
-    Returns:
-        The classes; and their numbers, int64, shape `(N,)`.
+    """Returns the classes of some rows of a split, and the class of each row, int64, shape `(N,)`.
 
     Raises:
         ValueError: If there is no such column, or a row has no class.

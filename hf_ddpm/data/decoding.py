@@ -37,7 +37,7 @@ class BadImage:
     """An image that cannot be used.
 
     Attributes:
-        file: Where it is: its own file, or the one that holds its row; None if unknown.
+        file: Its own file, or the one that holds its row; None if unknown.
         row: Its row there, or in the data set; None if it is in neither.
         reason: What is wrong with it.
     """
@@ -47,7 +47,7 @@ class BadImage:
     reason: str
 
     def text(self, column: str) -> str:
-        """Returns what is wrong with it, and where it is."""
+        """Returns its place and what is wrong with it."""
         return f"image in row {self.row} ({self.file or f'column {column!r}'}) is not usable: {self.reason}"
 
     def refusal(self, column: str) -> ValueError:

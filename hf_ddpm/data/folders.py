@@ -62,17 +62,10 @@ class _Metadata:
 def open_folder(
     root: Path, files: Mapping[str, Stamp], left_out: Sequence[LeftOut], class_column: str | None
 ) -> Opened:
-    """Opens a folder of images.
+    """Opens a folder of images, given by their relative paths.
 
-    Args:
-        root: The folder.
-        files: The files below it, by their relative path.
-        left_out: What cannot be read there.
-        class_column: Column of the classes, if classes are wanted: images without metadata are then left out if it is
-            one of metadata.
-
-    Returns:
-        The splits: `image`, `label` where folders are classes, and the columns of metadata files.
+    Columns are `image`, `label` where folders are classes, and those of metadata files. Images without metadata are
+    left out if the `class_column` is one of metadata.
 
     Raises:
         ValueError: If a metadata file cannot be read.
@@ -105,16 +98,9 @@ def open_folder(
 def open_arrays(
     root: Path, files: Mapping[str, Stamp], left_out: Sequence[LeftOut], log: Callable[[str], object]
 ) -> Opened:
-    """Opens array files: an image per file, or all images of a file of 4 dimensions.
+    """Opens array files, given by their relative paths: an image per file, or all images of a file of 4 dimensions.
 
-    Args:
-        root: The folder.
-        files: The array files below it, by their relative path; splits and classes are those of folders of images.
-        left_out: Files that are not used.
-        log: Called with a line for each damaged cache.
-
-    Returns:
-        The splits: `image`, and `label` where folders are classes.
+    Columns are `image`, and `label` where folders are classes.
     """
     layout = arrange(list(files))
     label, classes = layout.classes()

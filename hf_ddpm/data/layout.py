@@ -1,4 +1,4 @@
-"""Splits and classes of images, by the folders that they are in."""
+"""Splits and classes of images, by folder."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from datasets import ClassLabel, Features
 
 from hf_ddpm.data.scan import LeftOut, printable_name
 
-# What folders of a split are called; `datasets` knows the same words.
+# Names of the folders of a split, as in `datasets`.
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -32,14 +32,11 @@ class Layout:
     level: int | None = None
 
     def classes(self, outer: Callable[[str], int] = lambda name: 0) -> tuple[Features, dict[str, int]]:
-        """Finds classes among the folders of files, those of splits aside.
-
-        Args:
-            outer: Returns how many folders at the top of a path are no classes.
+        """Finds classes among the folders of files, without the first `outer(name)` ones and those of splits.
 
         Returns:
             The feature `label`, whose classes are the innermost folders, sorted, and the class of each file; both are
-            empty unless all files are in equally many folders and there are two classes at least.
+            empty unless all files are in equally many folders and there are at least two classes.
         """
         inner = {}
         for name in (name for names in self.splits.values() for name in names):
@@ -63,9 +60,6 @@ def arrange(names: Sequence[str]) -> Layout:
 
     Args:
         names: Relative paths with `/`.
-
-    Returns:
-        The splits, train first.
     """
     folders = [name.split("/")[:-1] for name in names]
     for level in range(max(map(len, folders), default=0)):

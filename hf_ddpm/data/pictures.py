@@ -36,13 +36,7 @@ TIFF_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 28
 
 
 def open_picture(row: dict[str, Any]) -> Image.Image:
-    """Reads an image file; only its pixels and its orientation count.
-
-    Args:
-        row: The image as `datasets` keeps it: `bytes`, or the `path` of a file.
-
-    Returns:
-        The image, loaded and turned as its orientation says. Nothing is converted.
+    """Returns an image, loaded and turned upright; nothing is converted, and damaged metadata are ignored.
 
     Raises:
         Exception: If its pixels cannot be read (whatever PIL raises), or are too many (`DecompressionBombError`).
@@ -69,11 +63,6 @@ def open_picture(row: dict[str, Any]) -> Image.Image:
 
 def picture_array(image: Image.Image, channels: int, deep: bool) -> np.ndarray | None:
     """Reads a picture as an array where PIL's conversions would lose something.
-
-    Args:
-        image: An opened picture.
-        channels: The number of channels asked for.
-        deep: Whether 16 bits are asked for.
 
     Returns:
         Shape `(H, W, channels)`, the pages of a TIFF as channels, or `(H, W, 1)`, floats, or with `deep` 16 bits; None

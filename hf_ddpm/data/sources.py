@@ -177,7 +177,10 @@ def _open_folder(path: Path, config: str | None, class_column: str | None, log: 
 
 def _saved(path: Path) -> Mapping[str, Dataset]:
     """Returns the splits that `save_to_disk` has written."""
-    saved = load_from_disk(str(path))
+    try:
+        saved = load_from_disk(str(path))
+    except IndexError as error:  # of datasets, where a split has no rows
+        raise _Refused(f"dataset {str(path)!r} is empty: a split holds no image") from error
     if isinstance(saved, Dataset):
         # The name of a split may come with the part of it that was saved, such as train[:100].
         return {re.split(r"\W", str(saved.split or "train"))[0]: saved}

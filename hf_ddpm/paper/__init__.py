@@ -15,21 +15,17 @@ if TYPE_CHECKING:
 
 
 def figure(name: str) -> Callable[["FigureContext", Any], None]:
-    """Return the function that makes a figure of a model, or all of them."""
+    """Return the function that makes a figure of a model, or `all` of them.
+
+    It takes a `FigureContext` and the figure's options, and writes `NAME.json`, `NAME.md` and pictures. It raises a
+    `ValueError` if there are no data, an option does not fit model or data, or the scheduler is none for this figure.
+    """
     function = name.replace("-", "_")
     return everything if name == "all" else getattr(import_module(f"hf_ddpm.paper.{function}"), function)
 
 
 def everything(context: "FigureContext", options: AllOptions) -> None:
-    """Make every figure with its default options, then `report.md` of all whose results exist.
-
-    Args:
-        context: The model and its data.
-        options: Number of images for distances.
-
-    Raises:
-        ValueError: If there are no data, or the scheduler is not a `DDPMScheduler`.
-    """
+    """Make every figure with its default options, then `report.md` of all whose results exist."""
     for name, kind in FIGURES.items():
         has_distances = issubclass(kind, DistanceOptions) or name == "progressive"
         figure(name)(context, kind(num_images=options.num_images) if has_distances else kind())

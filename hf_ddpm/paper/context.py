@@ -51,22 +51,19 @@ class FigureContext:
         self.pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not accelerator.is_main_process)
         self._checksum = model_checksum(self.pipe)
 
-    def request(self, metrics: str, num_images: int | None = None) -> EvaluateConfig:
-        """Return the request for metrics on this model and data; raise a `ValueError` if there are no data."""
-        options = asdict(self.options)
-        del options["output"], options["seed"]
-        if options["dataset"] is None:
-            raise ValueError(f"dataset is missing: there is no config.yaml of a run in model={options['model']!r}")
-        return EvaluateConfig(metrics=metrics, num_images=num_images, **options)
-
     @property
     def levels(self) -> int:
         """Number of values that a pixel of the data takes."""
         return self.options.levels or default_levels(self.options.dataset)
 
     def reference(self, metrics: str, num_images: int | None = None) -> Reference:
-        """Return the real images that this model is measured by; raise a `ValueError` if the request cannot be met."""
-        reference = Reference(self.request(metrics, num_images), self.pipe.image_shape, self.accelerator, self.log)
+        """Return the real images for metrics of this model; raise a `ValueError` if there are none, or too few."""
+        options = asdict(self.options)
+        del options["output"], options["seed"]
+        if options["dataset"] is None:
+            raise ValueError(f"dataset is missing: there is no config.yaml of a run in model={options['model']!r}")
+        config = EvaluateConfig(metrics=metrics, num_images=num_images, **options)
+        reference = Reference(config, self.pipe.image_shape, self.accelerator, self.log)
         reference.count()
         return reference
 

@@ -15,15 +15,7 @@ from hf_ddpm.utils.seeds import FIGURES, generator
 
 
 def interpolate(context: FigureContext, options: InterpolateOptions) -> None:
-    """Write `interpolate`, .json, .md and .png.
-
-    Args:
-        context: The model and its data.
-        options: Images, moments and weights.
-
-    Raises:
-        ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
-    """
+    """Draw mixtures of two images by weight and by steps of diffusion, and measure the reconstructions."""
     pair = ends(context, options)
     sources = [to_unit(image) for image in pair]
     rows, errors = [], []

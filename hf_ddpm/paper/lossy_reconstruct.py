@@ -12,15 +12,7 @@ from hf_ddpm.utils.seeds import FIGURES, generator
 
 
 def lossy_reconstruct(context: FigureContext, options: LossyReconstructOptions) -> None:
-    """Write `lossy-reconstruct`, .json, .md and .png.
-
-    Args:
-        context: The model and its data.
-        options: Numbers of images and moments.
-
-    Raises:
-        ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
-    """
+    """Draw estimates and samples of held-out images at several moments, and measure rate and distortion."""
     moments = context.diffused(options.diffused)[::-1]
     reference = context.reference("nll", options.num_images)
     bound = reference.bound(context.pipe, context.options.seed)

@@ -21,15 +21,7 @@ AT_A_TIME = 256
 
 
 def nearest_neighbors(context: FigureContext, options: NearestNeighborsOptions) -> None:
-    """Write `nearest-neighbors`, .json, .md and a picture for pixels and for features.
-
-    Args:
-        context: The model and its data.
-        options: Number of samples.
-
-    Raises:
-        ValueError: If there are no data, or an argument is not allowed.
-    """
+    """Draw the samples that are nearest to a training image, by pixels and by features, and compare distances."""
     reference = context.reference("fd", options.num_images)
     real = reference.features()
     training, held_out, indices = reference.images, reference.held_out, range(real.count)

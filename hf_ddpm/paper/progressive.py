@@ -14,15 +14,7 @@ from hf_ddpm.utils.seeds import SAMPLES, generator
 
 
 def progressive(context: FigureContext, options: ProgressiveOptions) -> None:
-    """Sample the first images of the seed; write `progressive`, .json, .md and .png, and its animation.
-
-    Args:
-        context: The model and its data.
-        options: Numbers of images and moments.
-
-    Raises:
-        ValueError: If an argument is not allowed, or the scheduler does not give the estimate.
-    """
+    """Draw estimates of the first images of the seed at several moments, and measure their distances."""
     real = context.reference("fd", options.num_images).features() if options.num_images else None
     timesteps, frames = estimates(context, max(options.shown, options.num_images), options.frames)
     chosen = np.linspace(0, len(frames) - 1, min(options.columns, len(frames))).round().astype(int).tolist()

@@ -12,15 +12,7 @@ STEPS = "T - t + 1, evaluations of the network"
 
 
 def rate_distortion(context: FigureContext, options: RateDistortionOptions) -> None:
-    """Evaluate the bound as `scripts/evaluate.py --metrics nll` does; write `rate-distortion`, .json, .md and .png.
-
-    Args:
-        context: The model and its data.
-        options: Numbers of images and rows.
-
-    Raises:
-        ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
-    """
+    """Evaluate the bound as `scripts/evaluate.py --metrics nll` does; plot and tabulate rate and distortion."""
     bound = context.reference("nll", options.num_images).bound(context.pipe, context.options.seed)
     made_by, data = bound.pop("made_by"), bound
     rate, distortion, total = data["rate_bpd"], data["distortion"], len(data["rate_bpd"])

@@ -38,15 +38,7 @@ class Retimed(nn.Module):
 
 
 def schedules(context: FigureContext, options: SchedulesOptions) -> None:
-    """Write `schedules`, .json, .md and .png.
-
-    Args:
-        context: The model and its data.
-        options: Schedules, and number of images.
-
-    Raises:
-        ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
-    """
+    """Evaluate the bound of one network with each schedule; plot bits, loss and signal by timestep."""
     reference = context.reference("nll", options.num_images)
     own = context.pipe.scheduler
     if not isinstance(own, DDPMScheduler):

@@ -13,15 +13,7 @@ SHOWN = 2
 
 
 def shared_latent(context: FigureContext, options: SharedLatentOptions) -> None:
-    """Write `shared-latent`, .json, .md and .png.
-
-    Args:
-        context: The model and its data.
-        options: Numbers of latents, images and moments.
-
-    Raises:
-        ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
-    """
+    """Draw images from the same latents at several moments, and measure how much they differ."""
     pipe, seed, device = context.pipe, context.options.seed, context.accelerator.device
     moments = context.diffused(options.diffused)[::-1]
     sources = [generator(seed, SAMPLES, index, device=device) for index in range(options.latents)]

@@ -39,15 +39,7 @@ class Walk:
 
 
 def steps(context: FigureContext, options: StepsOptions) -> None:
-    """Write `steps`, .json, .md and .png; the same call resumes after an interruption.
-
-    Args:
-        context: The model and its data.
-        options: Numbers of steps and images, and samplers.
-
-    Raises:
-        ValueError: If there are no data, or an argument is not allowed.
-    """
+    """Measure the distance of each sampler at each number of steps; an interrupted call can be repeated."""
     total = len(context.pipe.scheduler)
     chosen = options.steps or [number for number in (10, 20, 50, 100) if number < total]
     require(options, "steps", max(chosen, default=1) <= total, f"at most the {total} of the process")

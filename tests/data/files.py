@@ -13,7 +13,7 @@ from hf_ddpm.data.streaming.stream import open_stream
 from hf_ddpm.data.transforms import ImageFormat
 
 # Arguments of those who open images; all others are options.
-ARGUMENTS = ("seed", "batch_size", "report", "device", "lanes", "window_rows", "workers", "log")
+ARGUMENTS = ("seed", "batch_size", "report", "device", "workers", "log")
 
 
 def data(dataset, resolution=8, channels=1, **options):

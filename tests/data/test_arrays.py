@@ -182,6 +182,8 @@ def test_pictures_of_floats_with_a_range_are_gray_pictures(channels, levels):
     with pytest.raises(ValueError, match="floats .dtype float32.: --value_range LOW HIGH names"):
         fit(tiff(values), image_format(8, channels, levels=levels))
     pixels = fit(tiff(values), image_format(8, channels, levels=levels, value_range=(0, 1)))
+    with pytest.raises(ValueError, match="it is gray: channels=5 needs arrays of 5 channels, or a TIFF of 5 pages"):
+        fit(tiff(values), image_format(channels=5, levels=levels, value_range=(0, 1)))
     gray = np.rint(values.astype(float) * white)
     for channel in range(channels):
         np.testing.assert_allclose(pixels[channel], white if channel == 3 else gray, atol=1 if levels > 256 else 0)

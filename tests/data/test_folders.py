@@ -237,6 +237,14 @@ def test_metadata_that_cannot_be_meant_are_named(tmp_path, lines, message):
         opened(tmp_path)
 
 
+def test_metadata_files_that_disagree_about_a_column_are_named(tmp_path):
+    for name, value in (("a", 1), ("b", "x")):
+        write_images(tmp_path / name, count=1)
+        (tmp_path / name / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "size": value}))
+    with pytest.raises(ValueError, match="column 'size' of metadata in '.*': "):
+        opened(tmp_path)
+
+
 def test_a_column_of_metadata_called_image_leaves_the_images(tmp_path):
     write_images(tmp_path, count=2)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "image": "x"}))

@@ -36,6 +36,11 @@ def test_data_sets_that_were_saved_to_disk(tmp_path):
     assert values(tmp_path / "two") == [1, 2] and values(tmp_path / "two", "test") == [3]
     with pytest.raises(ValueError, match="has no split 'validation': one of train, test"):
         values(tmp_path / "two", "validation")
+    with pytest.raises(ValueError, match="dataset_config='x': a data set that was saved to disk has no configurations"):
+        values(tmp_path / "one", dataset_config="x")
+    saved([]).save_to_disk(tmp_path / "empty")
+    with pytest.raises(ValueError, match="empty' is empty: a split holds no image"):
+        values(tmp_path / "empty")
     # Other rows in the same place are not taken for the former ones, and nothing is written there.
     before = {path.name for path in (tmp_path / "one").iterdir()}
     saved([4, 5, 6]).save_to_disk(tmp_path / "one")

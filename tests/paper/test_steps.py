@@ -88,7 +88,7 @@ def test_nothing_is_sampled_twice(context, monkeypatch):
     steps(context, OPTIONS)
     before = written(context)["rows"]
     monkeypatch.setattr(
-        hf_ddpm.sampling.generate, "sample_images", lambda *args, **kwargs: pytest.fail("they are there")
+        hf_ddpm.sampling.generate, "generate_images", lambda *args, **kwargs: pytest.fail("they are there")
     )
     steps(context, OPTIONS)
     assert written(context)["rows"] == before

@@ -51,8 +51,8 @@ def test_a_command_is_read_with_its_own_options():
     ("words", "message"),
     [
         ("", "the following arguments are required: command"),
-        ("--size 3 draw-all", "the following arguments are required: command"),
-        ("drawall", r"argument command: invalid choice: 'drawall' \(choose from '?draw-all'?, '?count'?\)"),
+        ("--size 3 draw-all", "unknown command '--size': expected one of draw-all, count"),
+        ("drawall", "unknown command 'drawall': did you mean draw-all?"),
         ("draw-all --upto 3", "unknown option --upto: see --help"),
         ("draw-all --sice 3", "unknown option --sice: did you mean --size?"),
         ("count", "the following arguments are required: --upto"),
@@ -65,7 +65,7 @@ def test_what_is_no_command_is_one_line(words, message):
 
 
 def test_help_names_commands_and_then_options(capsys):
-    for words, expected in [(["--help"], "draw-all              Draws.\n"), (["count", "--help"], "--upto UPTO")]:
+    for words, expected in [(["--help"], "draw-all              Draws.\n"), (["count", "--help"], "--upto N")]:
         with pytest.raises(SystemExit):
             parse_command(words, COMMANDS)
         assert expected in capsys.readouterr().out

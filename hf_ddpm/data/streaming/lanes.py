@@ -74,11 +74,11 @@ class Lanes:
         seed: Seed of the run.
         batch_size: Images in a global batch.
         groups: The number of rows of each group, at least 1.
-        lanes: Into how many lanes a batch is divided; a process reads the lanes that its rows lie in.
-        window_rows: Rows of a window at least, where a lane has so many: more are shuffled better and take more memory.
+        lanes: Number of lanes that a batch is divided into; a process reads the lanes that its rows lie in.
+        window_rows: Rows of a window at least, if a lane has so many: more are shuffled better and take more memory.
     """
 
-    def __init__(self, seed: int, batch_size: int, groups: Sequence[int], *, lanes: int = 8, window_rows: int = 1024):
+    def __init__(self, seed: int, batch_size: int, groups: Sequence[int], *, lanes: int, window_rows: int):
         self.seed, self.batch_size, self.window_rows = seed, batch_size, window_rows
         self.groups = np.asarray(groups, dtype=np.int64)
         self.size = int(self.groups.sum())

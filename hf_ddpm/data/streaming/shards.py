@@ -14,7 +14,7 @@ from fsspec.core import url_to_fs
 from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.seeds import SUBSET, generator
 
-# Footers are read at once by so many threads: far away, each costs a request or two.
+# Threads that read footers: from a server, each costs a request or two.
 FOOTER_READERS = 16
 
 
@@ -24,10 +24,10 @@ class RowGroup:
 
     Attributes:
         path: The file, as it was named.
-        number: The number of the group in it.
+        number: The number of the group in the file.
         first_row: The row of the file that it starts with.
         rows: The number of rows.
-        footer: What the file says about itself.
+        footer: Metadata of the file.
     """
 
     path: str
@@ -93,7 +93,7 @@ class Shards:
         return [chosen[number] for number in sorted(chosen)]
 
     def values(self, column: str) -> Iterator[Any]:
-        """Yields all that a column holds: of it alone all files are read, once the first value is wanted."""
+        """Yields all values of a column; nothing is read before the first one is asked for."""
         for group in self.groups:
             yield from group.read([column])[column].to_pylist()
 

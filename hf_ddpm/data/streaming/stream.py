@@ -28,8 +28,9 @@ from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.jsonl import append_line
 from hf_ddpm.utils.launch import own_cores
 
-# As many processes read little that they do not use. A change changes every streamed run.
-LANES = 16
+# Of a stream; see `Lanes`. Up to 16 processes read little that they do not use, and hold about 2 * 16 * 1024 encoded
+# images together. A change changes every streamed run.
+LANES, WINDOW_ROWS = 16, 1024
 # More decoding processes are not started unless asked for.
 MOST_WORKERS = 8
 
@@ -78,7 +79,7 @@ class ImageStream:
         self._next: tuple[int, slice] | None = None
         self._jobs = _Jobs(reader, image_format)
         workers = min(own_cores(), MOST_WORKERS) if workers is None else workers
-        self._loader: DataLoader[Any] | None = DataLoader(
+        self._loader: Any = DataLoader(
             _Decoder(image_format),
             batch_size=None,
             sampler=self._jobs,
@@ -165,8 +166,6 @@ def open_stream(
     batch_size: int,
     report: Path | None = None,
     device: torch.device | str = "cpu",
-    lanes: int = LANES,
-    window_rows: int = 1024,
     workers: int | None = None,
     log: Callable[[str], object] = lambda line: None,
 ) -> ImageStream:
@@ -179,8 +178,6 @@ def open_stream(
         batch_size: Images in a global batch, over all processes.
         report: File to which bad images and other unused files are added, as lines of JSON.
         device: Device of the batches.
-        lanes: See `Lanes`; at least the number of processes, so that none reads much that others use.
-        window_rows: See `Lanes`; about `2 * lanes * window_rows` encoded images are held, over all processes.
         workers: Processes that decode; by default one per core, up to 8.
         log: Called with a line on files of a folder that are not used.
 
@@ -197,7 +194,7 @@ def open_stream(
         class_column = find_class_column(shards.features, data.class_column)
         classes = find_classes(shards.features, class_column, shards.values(class_column))
     groups = shards.some(data.max_train_samples, seed)
-    plan = Lanes(seed, batch_size, [group.rows for group in groups], lanes=lanes, window_rows=window_rows)
+    plan = Lanes(seed, batch_size, [group.rows for group in groups], lanes=LANES, window_rows=WINDOW_ROWS)
     if report is not None:
         listed = read_report(report)
         for file in left_out:
