@@ -136,7 +136,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 @dataclass
 class Record:
-    """Figures of a model, each put into a file of results as soon as it is known, beside those that were there.
+    """Figures of a model, each written as soon as it is known; the file keeps earlier figures of the same model.
 
     Attributes:
         path: The file.
