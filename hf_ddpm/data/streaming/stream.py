@@ -129,6 +129,7 @@ class ImageStream:
     def close(self) -> None:
         """Ends the processes and threads."""
         self._decoded = self._next = self._loader = None  # the processes end with the loader
+        self._jobs.under_way.clear()
         self.reader.close()
 
     def _sent(self, tensor: Tensor) -> Tensor:
