@@ -277,7 +277,9 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     # Large images: a worker is then mostly in the middle of a message, which nobody reads to its end.
     data = shards(tmp_path / "data", [numbered(i, size=256) for i in range(64)])
     code = f"""
-stream = open_stream({str(data)!r}, resolution=256, channels=3, seed=0, batch_size=32, workers=2)
+from hf_ddpm.config import DataConfig
+from hf_ddpm.data.streaming.stream import open_stream
+stream = open_stream(DataConfig({str(data)!r}, resolution=[256]), seed=0, batch_size=32, workers=2)
 for step in range(1000):
     stream.batch(step, slice(0, 32))
     print(step, flush=True)
