@@ -292,7 +292,7 @@ for step in range(1000):
     assert len(workers) == 2
     parent.kill()
     parent.wait()
-    for _ in range(200):
+    for _ in range(2400):
         if not any(Path(f"/proc/{worker}").exists() for worker in workers):
             return
         time.sleep(0.05)
