@@ -20,6 +20,9 @@ from hf_ddpm.cli import COMMANDS
 
 torch.set_num_threads(1)
 
+# Seconds that other processes and threads are given for anything: many, as no result may depend on a busy machine.
+LIMIT = 600
+
 # Two resolutions, with every part that a U-Net has: attention, shortcuts, resampling, dropout.
 TINY_UNET = {
     "sample_size": 8,
