@@ -122,8 +122,10 @@ def test_the_bound_of_a_conditional_model_is_given_the_classes(conditional, tmp_
     monkeypatch.setattr(UNet2DModel, "forward", note)
     evaluate = load_script("evaluate").main
     common = ["--model", str(conditional), "--dataset", "digits", "--num_images", "40", "--steps_per_image", "5"]
-    images = to_signed(load_images("digits", split="test", resolution=8, channels=1)[torch.arange(899)], 17)
-    classes = torch.tensor(open_dataset("digits", "test")["label"])
+    images = to_signed(
+        load_images(DataConfig("digits", split="test", resolution=[8], channels=1))[torch.arange(899)], 17
+    )
+    classes = torch.tensor(open_split(DataConfig("digits", split="test"))[0]["label"])
     found = {}
     for name, words in {"classes": ["--class_column", "label"], "none": []}.items():
         seen.clear()
