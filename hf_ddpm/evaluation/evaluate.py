@@ -38,8 +38,8 @@ def evaluate(
     images: Samples | None = None,
     reference: "Reference | None" = None,
     output: Path | None = None,
-    on_figures: Callable[[Figures], object] = lambda figures: None,
-    log: Callable[[str], object] = lambda line: None,
+    on_figures: Callable[[Figures], object] | None = None,
+    log: Callable[[str], object] | None = None,
 ) -> Figures:
     """Evaluate a model, images that it has generated, or both. All processes call it.
 
@@ -63,7 +63,7 @@ def evaluate(
     Raises:
         ValueError: If the model, images, data set or extractor cannot be opened, or do not fit; one line.
     """
-    sampling, output = sampling or Sampling(), output or Path(config.output)
+    sampling, output, log = sampling or Sampling(), output or Path(config.output), log or (lambda line: None)
     read_results(output)  # a file that cannot be added to is refused before anything is computed
     state = Accelerator(cpu=not torch.cuda.is_available()) if reference is None else reference.state
     if pipe is None and config.model is not None:
