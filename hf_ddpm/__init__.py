@@ -14,12 +14,14 @@ _HOME = {
     "DDIMScheduler": "hf_ddpm.schedulers.scheduling_ddim",
     "DDPMPipeline": "hf_ddpm.pipelines.pipeline_ddpm",
     "DDPMScheduler": "hf_ddpm.schedulers.scheduling_ddpm",
+    "EvaluateConfig": "hf_ddpm.evaluation.options",
     "GaussianDiffusion": "hf_ddpm.diffusion",
     # The diffusers loader looks the base classes up on the library that a component names.
     "ModelMixin": "diffusers",
     "Sampling": "hf_ddpm.sampling.options",
     "SchedulerMixin": "diffusers",
     "UNet2DModel": "hf_ddpm.models.unet_2d",
+    "evaluate": "hf_ddpm.evaluation.evaluate",
     "push_to_hub": "hf_ddpm.cli.push",
     "sample_images": "hf_ddpm.sampling.generate",
     "train": "hf_ddpm.cli.session",
@@ -30,11 +32,13 @@ __all__ = [
     "DDIMScheduler",
     "DDPMPipeline",
     "DDPMScheduler",
+    "EvaluateConfig",
     "GaussianDiffusion",
     "ModelMixin",
     "Sampling",
     "SchedulerMixin",
     "UNet2DModel",
+    "evaluate",
     "push_to_hub",
     "sample_images",
     "train",
@@ -47,6 +51,8 @@ if TYPE_CHECKING:
     from hf_ddpm.cli.session import train
     from hf_ddpm.config import Config
     from hf_ddpm.diffusion import GaussianDiffusion
+    from hf_ddpm.evaluation.evaluate import evaluate
+    from hf_ddpm.evaluation.options import EvaluateConfig
     from hf_ddpm.models.unet_2d import UNet2DModel
     from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
     from hf_ddpm.sampling.generate import sample_images

@@ -31,48 +31,57 @@ from hf_ddpm.utils.options import (
 
 LARGEST_BETA = 0.999
 PRESETS = resources.files("hf_ddpm") / "presets"
+# What `dataset` may name.
+DATASETS = "digits; a folder of images, arrays, archives or parquet files; such a file; or a Hub id"
 
 
 @dataclass
-class DataConfig:
-    """Data: the images to train on."""
+class ImageOptions:
+    """Options of a data set that training and evaluation share."""
 
-    dataset: str = option(
-        "digits; a folder of images, arrays, archives or parquet files; such a file; or a Hub id",
-        "",
-    )
+    dataset: str | None = option(DATASETS, None)
     dataset_config: str | None = option("configuration, for data sets with several ones", None)
-    split: str = option("split to train on", "train")
     image_column: str | None = option("column of the images; guessed by default", None)
     class_column: str | None = option("column of the classes to condition on, or auto; none by default", None)
+    enlarge: bool = option("scale up images that are smaller than the resolution instead of refusing them", False)
+    levels: int | None = option("evenly spaced values that a pixel takes; 17 for digits, else 256 by default", None)
+    value_range: list[float] | None = option("floats that become black and white, for images of floats", None)
+    skip_bad_images: bool = option("skip images that cannot be used instead of stopping", False)
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require(self, "levels", self.levels is None or 2 <= self.levels <= 65536, "2 to 65536")
+        require_range(self, "value_range")
+
+
+@dataclass
+class DataConfig(ImageOptions):
+    """Data: the images to train on."""
+
+    dataset: str = option(DATASETS, "")
+    levels: int = option("evenly spaced values that a pixel takes; above 256 for 16 bits", 256)
+    split: str = option("split to train on", "train")
     class_dropout: float = option("share of images whose class is hidden, for guidance", 0.1)
     resolution: list[int] = option(
         "height and width in pixels, or one number for both; images are resized and cropped to it", factory=lambda: [32]
     )
     crop: Literal["center", "random"] = option("what is cut from images of another shape", "center")
-    enlarge: bool = option("scale up images that are smaller than the resolution instead of refusing them", False)
     channels: int = option(
         "channels of the images: 1 (gray), 3 (RGB) or 4 (RGBA); any number with arrays (.npy, .npz, TIFF pages)", 3
     )
-    levels: int = option("evenly spaced values that a pixel takes; above 256 for 16 bits", 256)
-    value_range: list[float] | None = option("floats that become black and white, for images of floats", None)
-    horizontal_flip: bool = option("whether to mirror half of the images at random", False)
-    max_train_samples: int | None = option("how many images to use, drawn at random; all by default", None)
-    skip_bad_images: bool = option(
-        "whether to leave out images that cannot be used; bad_images.jsonl lists them", False
-    )
-    streaming: bool = option("whether to decode images as they are needed: for sets larger than the disk", False)
+    horizontal_flip: bool = option("mirror half of the images at random", False)
+    max_train_samples: int | None = option("number of images to use, drawn at random; all by default", None)
+    streaming: bool = option("decode images as they are needed: for sets larger than the disk", False)
 
     def __post_init__(self) -> None:
         """Checks the values."""
         require(self, "dataset", bool(self.dataset), "the name of a data set (or give --preset)")
         sides = self.resolution
         require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
-        require_at_least(self, 1, "channels")
-        require(self, "levels", 2 <= self.levels <= 65536, "2 to 65536")
-        require_range(self, "value_range")
+        require_at_least(self, 1, "channels", "max_train_samples")
+        require(self, "crop", self.crop in ("center", "random"), "center or random")
         require(self, "class_dropout", 0 <= self.class_dropout < 1, "in [0, 1)")
-        require_at_least(self, 1, "max_train_samples")
+        super().__post_init__()
 
     @property
     def size(self) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from itertools import count
 from hf_ddpm.benchmark.library import Library, with_workers, worker_counts
 from hf_ddpm.benchmark.setting import SEED, RandomImages
 from hf_ddpm.benchmark.timing import Work
+from hf_ddpm.config import DataConfig
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.streaming.stream import open_stream
 from hf_ddpm.evaluation.nll import variational_bound
@@ -47,14 +48,12 @@ class Ours(Library):
 
     def data_jpeg(self) -> list[Work]:
         """Batches of a stream of JPEG, decoded in this process and, if it has several threads, in as many processes."""
-        works = []
+        works, data = [], self.setting.config.data
         for workers in worker_counts():
             stream = open_stream(
-                str(self.setting.jpegs),
+                DataConfig(str(self.setting.jpegs), resolution=data.resolution, channels=data.channels),
                 seed=SEED,
                 batch_size=self.setting.batch,
-                resolution=self.setting.config.data.size,
-                channels=self.setting.shape[0],
                 device=self.setting.device,
                 workers=workers,
             )
@@ -69,8 +68,7 @@ class Ours(Library):
         def run() -> None:
             with setting.autocast():
                 variational_bound(
-                    pipe.unet,
-                    pipe.scheduler,
+                    pipe,
                     images,  # type: ignore[arg-type]
                     range(setting.batch),
                     seed=SEED,

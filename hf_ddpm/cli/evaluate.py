@@ -23,28 +23,19 @@ def main(argv: list[str]) -> int:
     import torch  # takes seconds, like what follows
     from accelerate import Accelerator
 
-    from hf_ddpm.evaluation.evaluate import Evaluator, identify
-    from hf_ddpm.evaluation.results import read_results, scalars
-    from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
-    from hf_ddpm.sampling.folder import open_samples
-    from hf_ddpm.sampling.generate import compile_for_sampling
+    from hf_ddpm.evaluation.evaluate import evaluate
+    from hf_ddpm.evaluation.results import Figures, scalars
     from hf_ddpm.utils.files import make_folder
     from hf_ddpm.utils.jsonl import to_json
     from hf_ddpm.utils.launch import use_own_cores
 
-    output = Path(config.output)
-    read_results(output)  # what cannot be added to is told before anything is computed
-    make_folder(output.parent, "output")
+    make_folder(Path(config.output).parent, "output")
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     use_own_cores()
-    pipe = None if config.model is None else load_pipeline(config.model, accelerator.device)
-    if pipe is not None and config.compile:
-        compile_for_sampling(pipe.unet)
-    images = open_samples(Path(config.samples)) if config.samples is not None and config.compared else None
-    model, shape = identify(config, pipe, images)
-    evaluator = Evaluator(config, shape, accelerator, log=cache(accelerator.print))  # once, not per split
-    for figures in evaluator.evaluate(output, sampling, pipe, images, model=model, tell=accelerator.print):
-        for name, figure in scalars(figures).items():
-            accelerator.print(to_json({name: figure}, indent=2))
+
+    def show(figures: Figures) -> None:
+        accelerator.print(to_json(scalars(figures), indent=2))
+
+    evaluate(config, sampling, on_figures=show, log=cache(accelerator.print))  # each line once, not per split
     accelerator.end_training()
     return 0

@@ -15,14 +15,15 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from hf_ddpm.paper.options import FIGURE_OPTIONS, AblationConfig, AllConfig, Subject
+from hf_ddpm.paper import figure
+from hf_ddpm.paper.options import FIGURES, AblationOptions, AllOptions, FigureOptions
 from hf_ddpm.utils.launch import use_own_cores
 from hf_ddpm.utils.options import parse_command
 
 COMMANDS: dict[str, tuple[type, ...]] = {
-    **{name: (Subject, config) for name, config in FIGURE_OPTIONS.items()},
-    "all": (Subject, AllConfig),
-    "ablation": (AblationConfig,),
+    **{name: (FigureOptions, options) for name, options in FIGURES.items()},
+    "all": (FigureOptions, AllOptions),
+    "ablation": (AblationOptions,),
 }
 
 
@@ -38,18 +39,16 @@ def main(argv: list[str]) -> int:
     import torch  # takes seconds, as the following do
     from accelerate import Accelerator
 
-    from hf_ddpm.paper.everything import FIGURES, everything
-    from hf_ddpm.paper.study import Study
+    from hf_ddpm.paper.context import FigureContext
 
-    subject, options = parts
+    shared, options = parts
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     use_own_cores()
-    study = Study(subject, accelerator, log=cache(accelerator.print))  # once, not per figure
-    make = everything if name == "all" else FIGURES[name]
-    make(study, options)
+    context = FigureContext(shared, accelerator, log=cache(accelerator.print))  # once, not per figure
+    figure(name)(context, options)
     if accelerator.is_main_process:  # the only one to know that the report is written
-        report = study.folder / f"{name}.md"
-        print(f"{study.folder / 'report.md'} shows all" if name == "all" else report.read_text(encoding="utf-8"))
+        report = context.folder / f"{name}.md"
+        print(f"{context.folder / 'report.md'} shows all" if name == "all" else report.read_text(encoding="utf-8"))
     accelerator.end_training()
     return 0
 

@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.cli.callbacks import Card, Evaluations, Export, Push, SampleGrid
 from hf_ddpm.config import Config
+from hf_ddpm.data import open_images
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.decoding import read_report
-from hf_ddpm.data.opening import open_images
 from hf_ddpm.training import loop
 from hf_ddpm.training.build import build_process, build_run, check_same_step, start_accelerator
 from hf_ddpm.training.checkpoints import (

@@ -1,11 +1,11 @@
-"""What to predict and what to minimize (Section 4.2, Table 2): trains every row, from several seeds, and compares."""
+"""Prediction targets and objectives (Section 4.2, Table 2): train every row, from several seeds, and compare."""
 
 import itertools
 import json
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,51 @@ import yaml
 from hf_ddpm.config import BESIDE_TRAINING, Config, parse_config
 from hf_ddpm.evaluation.options import NOT_OF_FIGURES, EvaluateConfig, real_images
 from hf_ddpm.images import bytes_to_unit, save_picture
-from hf_ddpm.paper.options import ROWS, AblationConfig, command_line
-from hf_ddpm.paper.pictures import sheet
-from hf_ddpm.paper.study import table, with_error
+from hf_ddpm.paper.context import sheet, table, with_error
+from hf_ddpm.paper.options import AblationOptions
 from hf_ddpm.sampling.folder import SampleFolder
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.jsonl import to_json
-from hf_ddpm.utils.options import parse_options
+from hf_ddpm.utils.options import parse_options, require
 
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the paper's Table 2.
+
+    Attributes:
+        title: Name in tables.
+        words: Its options of `scripts/train.py`.
+        paper: Its FID in the paper; None if training was unstable and the samples poor.
+    """
+
+    title: str
+    words: tuple[str, ...]
+    paper: float | None
+
+
+MEAN, EPSILON = ("--prediction_type", "mean"), ("--prediction_type", "epsilon")
+LEARNED = ("--objective", "vlb", "--variance_type", "learned")
+FIXED, SIMPLE = ("--objective", "vlb"), ("--objective", "simple")
+ROWS = {
+    "mean-learned": Row("posterior mean: L, learned diagonal variance", MEAN + LEARNED, 23.69),
+    "mean-fixed": Row("posterior mean: L, fixed isotropic variance", MEAN + FIXED, 13.22),
+    "mean-simple": Row("posterior mean: squared error", MEAN + SIMPLE, None),
+    "epsilon-learned": Row("noise: L, learned diagonal variance", EPSILON + LEARNED, None),
+    "epsilon-fixed": Row("noise: L, fixed isotropic variance", EPSILON + FIXED, 13.51),
+    "epsilon-simple": Row("noise: squared error (L_simple)", EPSILON + SIMPLE, 3.17),
+}
 RESULTS = "results_ablation.json"
 METRICS = {"fd": "Frechet distance", "is": "Inception score"}
 SHOWN = 10
 
 
-def ablation(options: AblationConfig, run: Callable[[str, list[str]], int]) -> None:
-    """Trains and evaluates what is not there, and writes `ablation`, .json, .md and .png; goes on after a kill.
+def ablation(options: AblationOptions, run: Callable[[str, list[str]], int]) -> None:
+    """Train and evaluate what is missing, and write `ablation`, .json, .md and .png; resume after a kill.
 
     Args:
-        options: What to train.
+        options: Rows, seeds, and settings of the runs.
         run: Runs `train.py` or `evaluate.py` of the scripts with a command line, and returns its exit code.
 
     Raises:
@@ -41,43 +67,63 @@ def ablation(options: AblationConfig, run: Callable[[str, list[str]], int]) -> N
         OSError: If a run ends otherwise than finished or diverged.
     """
     cells = list(itertools.product(options.rows, options.seeds))
-    configs = [parse_config(options.words(*cell)) for cell in cells]
+    configs = [parse_config(training(options, *cell)) for cell in cells]
     for cell, config in zip(cells, configs, strict=True):
-        check_same(options.folder(*cell), config)
-        parse_options(evaluation(options, options.folder(*cell), config), EvaluateConfig, Sampling)
-    found: dict[str, list[dict[str, Any]]] = {row: [] for row in options.rows}
+        check_same(run_folder(options, *cell), config)
+        parse_options(evaluation(options, run_folder(options, *cell), config), EvaluateConfig, Sampling)
+    runs: dict[str, list[dict[str, Any]]] = {row: [] for row in options.rows}
     for (row, seed), config in zip(cells, configs, strict=True):
-        folder, steps = options.folder(row, seed), config.training.max_train_steps
+        folder, steps = run_folder(options, row, seed), config.training.max_train_steps
         if outcome(folder, steps) is None:
-            code = run("train", options.words(row, seed))
+            code = run("train", training(options, row, seed))
             if outcome(folder, steps) is None:
                 raise OSError(f"{folder}: the training ended with code {code}, see above")
-        known = outcome(folder, steps) or evaluated(options, folder, config)
-        if known is None:
+        result = outcome(folder, steps) or evaluated(options, folder, config)
+        if result is None:
             code = run("evaluate", evaluation(options, folder, config))
-            known = evaluated(options, folder, config)
-            if known is None:
+            result = evaluated(options, folder, config)
+            if result is None:
                 raise OSError(f"{folder}: the evaluation ended with code {code}, see above")
-        found[row].append({"seed": seed, **known})
-    report(options, found)
+        runs[row].append({"seed": seed, **result})
+    report(options, runs)
+
+
+def run_folder(options: AblationOptions, row: str, seed: int) -> Path:
+    """Return the folder of a run."""
+    return Path(options.output) / "ablation" / f"{row}-seed{seed}"
+
+
+def training(options: AblationOptions, row: str, seed: int) -> list[str]:
+    """Return the command line of `scripts/train.py` for a run."""
+    given = {
+        "preset": options.preset,
+        "config": options.config,
+        "seed": seed,
+        "output_dir": run_folder(options, row, seed),
+        "max_train_steps": options.max_train_steps,
+        "eval_metrics": "",
+    }
+    return [*command_line(given), *ROWS[row].words]
 
 
 def check_same(folder: Path, config: Config) -> None:
-    """Raises a `ValueError` if a folder holds a run of other options."""
+    """Raise a `ValueError` if a folder holds a run of other options."""
     try:
-        there = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
     asked = {name: value for name, value in config.to_dict().items() if name not in {*BESIDE_TRAINING, "output_dir"}}
-    if asked["max_train_steps"] > there.get("max_train_steps", 0):
-        del asked["max_train_steps"]  # it goes on
-    changed = [f"{name}={asked[name]!r} (was {there.get(name)!r})" for name in asked if there.get(name) != asked[name]]
+    if asked["max_train_steps"] > stored.get("max_train_steps", 0):
+        del asked["max_train_steps"]  # it is resumed
+    changed = [
+        f"{name}={asked[name]!r} (was {stored.get(name)!r})" for name in asked if stored.get(name) != asked[name]
+    ]
     if changed:
         raise ValueError(f"{folder} holds a run of other options, choose another output: {', '.join(changed)}")
 
 
 def outcome(folder: Path, steps: int) -> dict[str, Any] | None:
-    """Returns `diverged_at` of a run that has diverged, nothing of one that has finished; None if it is not there."""
+    """Return `diverged_at` of a run that has diverged, nothing of one that has finished; None if it is missing."""
     try:
         status = json.loads((folder / "status.json").read_text())
         if status["status"] == "failed" and status["error"].startswith("FloatingPointError"):
@@ -87,22 +133,30 @@ def outcome(folder: Path, steps: int) -> dict[str, Any] | None:
         return None
 
 
-def evaluation(options: AblationConfig, folder: Path, config: Config) -> list[str]:
-    """Returns the command line of `hf-ddpm evaluate` for a run."""
+def evaluation(options: AblationOptions, folder: Path, config: Config) -> list[str]:
+    """Return the command line of `scripts/evaluate.py` for a run."""
+    total = config.diffusion.num_train_timesteps
+    steps = options.num_inference_steps or total
+    require(options, "num_inference_steps", steps <= total, f"at most the {total} of the process")
     given = {
         **real_images(config),
         "model": folder,
         "output": folder / RESULTS,
         "metrics": ",".join(METRICS),
         "num_images": options.num_images,
-        "num_inference_steps": options.sampling_steps(config),
+        "num_inference_steps": steps,
         "seed": config.training.seed,
     }
     return command_line(given)
 
 
-def evaluated(options: AblationConfig, folder: Path, config: Config) -> dict[str, Any] | None:
-    """Returns the figures of a run, or None if they are not there, of other weights, or asked for in another way."""
+def command_line(given: dict[str, Any]) -> list[str]:
+    """Return options as the words of a command line; None is left to the default."""
+    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def evaluated(options: AblationOptions, folder: Path, config: Config) -> dict[str, Any] | None:
+    """Return the figures of a run, or None if they are missing, of other weights, or of another request."""
     request, sampling = parse_options(evaluation(options, folder, config), EvaluateConfig, Sampling)
     asked = {"request": asdict(request), "sampling": asdict(sampling)}
     try:
@@ -120,8 +174,8 @@ def evaluated(options: AblationConfig, folder: Path, config: Config) -> dict[str
     return figures if same else None
 
 
-def report(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> None:
-    """Writes the three files."""
+def report(options: AblationOptions, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Write the three files."""
     rows = {}
     for row, runs in found.items():
         rows[row] = {"title": ROWS[row].title, "words": ROWS[row].words, "paper_fid": ROWS[row].paper}
@@ -137,7 +191,7 @@ def report(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> N
 
 
 def spread(values: list[float]) -> dict[str, float] | None:
-    """Returns mean and standard deviation of the values of several seeds; None if there is none."""
+    """Return mean and standard deviation of the values of several seeds; None if there is none."""
     if not values:
         return None
     deviation = {"standard_deviation": statistics.stdev(values)} if len(values) > 1 else {}
@@ -145,7 +199,7 @@ def spread(values: list[float]) -> dict[str, float] | None:
 
 
 def agreement(distances: dict[str, dict[str, float] | None]) -> tuple[int, int]:
-    """Returns how many pairs of rows are in the order of the paper, and how many pairs it orders; a dash is last."""
+    """Return how many pairs of rows are in the order of the paper, and how many pairs it orders; a dash is last."""
     same = pairs = 0
     for row, other in itertools.combinations(distances, 2):
         paper = [math.inf if ROWS[name].paper is None else ROWS[name].paper for name in (row, other)]
@@ -157,7 +211,7 @@ def agreement(distances: dict[str, dict[str, float] | None]) -> tuple[int, int]:
 
 
 def text(figures: dict[str, Any]) -> str:
-    """Returns what was found, in Markdown."""
+    """Return the text of the figure, in Markdown."""
     rows, options = figures["rows"].values(), figures["options"]
     cells = []
     for row in rows:
@@ -186,18 +240,20 @@ def text(figures: dict[str, Any]) -> str:
 
 
 def in_words(found: dict[str, float] | None) -> str:
-    """Returns mean and standard deviation as text."""
+    """Return mean and standard deviation as text."""
     return "-" if found is None else with_error(found["mean"], found.get("standard_deviation"))
 
 
-def draw(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> None:
-    """Draws samples of every row, those of its first seed that finished."""
+def draw(options: AblationOptions, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Draw samples of every row, those of its first seed that finished."""
     rows = []
     for row, runs in found.items():
         finished = [run for run in runs if "fd" in run]
         if finished:
             name = Path(finished[0]["fd"]["made_by"]["samples"]).name
-            samples = SampleFolder.read(options.folder(row, finished[0]["seed"]) / "results_ablation_samples" / name)
+            samples = SampleFolder.read(
+                run_folder(options, row, finished[0]["seed"]) / "results_ablation_samples" / name
+            )
             rows.append((row, bytes_to_unit(samples[torch.arange(min(SHOWN, len(samples)))])))
     if rows:
         save_picture(sheet(rows, [""] * len(rows[0][1])), Path(options.output) / "ablation.png")

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hf_ddpm import DDPMPipeline, UNet2DModel
-from hf_ddpm.config import parse_config
+from hf_ddpm.config import DataConfig, parse_config
 from hf_ddpm.data.batches import batch_indices
 from hf_ddpm.data.sources import choose
 from hf_ddpm.data.store import load_images
@@ -309,7 +309,7 @@ def test_every_variant_trains_samples_and_evaluates_by_flag(run_training, sample
     run_training(tmp_path, "--max_train_steps", "2", *still, *words.split())
     by_hand, model = ByHand(*process), ["--model", str(tmp_path)]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    digits = load_images("digits", resolution=8, channels=1)
+    digits = load_images(DataConfig("digits", resolution=[8], channels=1))
     for step, line in enumerate(lines):
         draws, chosen = draw(0, step, range(8), (1, 8, 8), 20, "cpu"), batch_indices(0, step, 8, len(digits))
         x0 = signed(digits[chosen])
@@ -324,7 +324,7 @@ def test_every_variant_trains_samples_and_evaluates_by_flag(run_training, sample
 
     results = tmp_path / "results.json"
     load_script("evaluate").main([*model, "--dataset", "digits", "--num_images", "3", "--output", str(results)])
-    held_out, terms = load_images("digits", split="test", resolution=8, channels=1), np.zeros(20)
+    held_out, terms = load_images(DataConfig("digits", split="test", resolution=[8], channels=1)), np.zeros(20)
     for number in choose(len(held_out), 3, METRIC_SEED):
         x0 = signed(held_out[torch.tensor([number])])[0]
         for t, bar in enumerate(by_hand.bars):

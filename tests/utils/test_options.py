@@ -4,7 +4,7 @@ import pytest
 
 from hf_ddpm.config import PARTS, EvaluationConfig
 from hf_ddpm.evaluation.options import EvaluateConfig
-from hf_ddpm.paper.study import Subject
+from hf_ddpm.paper.options import FigureOptions
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.options import option, parse_command, parse_first, parse_options
 
@@ -71,7 +71,7 @@ def test_help_names_commands_and_then_options(capsys):
         assert expected in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("part", [*PARTS, Sampling, EvaluateConfig, Subject])
+@pytest.mark.parametrize("part", [*PARTS, Sampling, EvaluateConfig, FigureOptions])
 def test_floats_of_every_option_are_finite(part):
     required = [f"--{f.name}=x" for f in fields(part) if f.default is MISSING and f.default_factory is MISSING]
     floats = [f.name for f in fields(part) if "float" in str(f.type)]
@@ -85,7 +85,7 @@ def test_floats_of_every_option_are_finite(part):
 def test_an_empty_text_is_refused_unless_it_is_the_default(text):
     for words in (["--output", text, "--model", "m"], ["--model", text, "--output", "o"]):
         with pytest.raises(ValueError, match=f"argument {words[0]}: '{text}' is not allowed"):
-            parse_options(words, Subject)
+            parse_options(words, FigureOptions)
     with pytest.raises(ValueError, match="argument --eval_split: "):
         parse_options(["--eval_split", text], EvaluationConfig)
     assert parse_options(["--eval_metrics", ""], EvaluationConfig)[0].eval_metrics == ""

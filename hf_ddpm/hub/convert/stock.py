@@ -17,11 +17,11 @@ FORMERLY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_a
 
 
 def plan(model: str, hints: Hints) -> Conversion:
-    """Plans the conversion of a DDPM pipeline of diffusers.
+    """Plan the conversion of a DDPM pipeline of diffusers.
 
     Args:
         model: Folder or Hub id.
-        hints: None may be given.
+        hints: All None.
 
     Returns:
         The plan; names may still be missing.
