@@ -334,7 +334,7 @@ class Config:
         if self.model.init_from is None:
             self._check_architecture()
         streams = self.data.streaming and self.evaluation.eval_metrics
-        require(self.evaluation, "eval_metrics", not streams, "with streaming evaluate by scripts/evaluate.py")
+        require(self.evaluation, "eval_metrics", not streams, "with streaming evaluate by hf-ddpm evaluate, afterwards")
         between, asked = self.training.checkpointing_steps, self.evaluation.eval_steps
         # A kill during an evaluation must not cost the steps before it.
         fits = (asked or 0) % between == 0

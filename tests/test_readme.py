@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_ddpm import cli
 from tests.conftest import load_script
 
 ROOT = Path(__file__).parents[1]
@@ -12,12 +13,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 # All that is said to be typed, in the documents and at the heads of the scripts.
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SAYING = [*DOCUMENTS, *sorted((ROOT / "scripts").rglob("*.py"))]
+SAYING = [*DOCUMENTS, *sorted((ROOT / "scripts").rglob("*.py")), *sorted((ROOT / "hf_ddpm" / "cli").glob("*.py"))]
+START = r"(?<=[ `\n])(?:scripts/(\w+)\.py|hf-ddpm (\w+)|-m hf_ddpm (\w+)) ([^`\n]*--[^`\n]*)"
 COMMANDS = [
-    command
+    (next(filter(None, names)), words)
     for file in SAYING
-    for command in re.findall(r"(?<=[ `])scripts/\S+\.py [^`\n]*--[^`\n]*", file.read_text().replace("\\\n", ""))
-    if "|" not in command and "--help" not in command  # of alternatives; which ends there
+    for *names, words in re.findall(START, file.read_text().replace("\\\n", ""))
+    if not {"|", "{", "--help"} & {*words, *words.split()}  # of alternatives or variables; which ends there
 ]
 
 
@@ -34,10 +36,13 @@ def test_the_code_of_the_readme_runs(block, trained, tmp_path, monkeypatch):
     exec(compile(block, str(README), "exec"), {})
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_that_are_said_are_understood(command, tmp_path, monkeypatch):
-    path, *words = shlex.split(command)
-    script = load_script(path.removeprefix("scripts/").removesuffix(".py"))
+def test_the_commands_are_said():
+    assert {name for name, _ in COMMANDS} >= {*cli.COMMANDS, "benchmark"} - {"presets"}
+
+
+@pytest.mark.parametrize(("command", "words"), COMMANDS)
+def test_the_commands_that_are_said_are_understood(command, words, tmp_path, monkeypatch):
+    script = load_script(command)
     for name in ("runs/digits", "out"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -53,7 +58,7 @@ def test_the_commands_that_are_said_are_understood(command, tmp_path, monkeypatc
         if hasattr(script, name):
             monkeypatch.setattr(script, name, parsing(getattr(script, name)))
     with pytest.raises(Understood):
-        script.main(words)
+        script.main(shlex.split(words))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)

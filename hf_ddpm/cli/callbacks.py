@@ -227,7 +227,7 @@ class Push(Callback):
         if self.background.finish():
             self.tell(f"{self.model_id} is on the Hub")
         else:
-            command = f"python scripts/push_to_hub.py --model {self.folder} --hub_model_id {self.model_id}"
+            command = f"hf-ddpm push --model {self.folder} --hub_model_id {self.model_id}"
             self.tell(f"{self.model_id} is not up to date on the Hub: {command}")
 
     def close(self) -> None:
