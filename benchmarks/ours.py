@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
 
-from hf_ddpm.benchmark.library import Library, with_workers, worker_counts
-from hf_ddpm.benchmark.setting import SEED, RandomImages
-from hf_ddpm.benchmark.timing import Work
+from benchmarks.contender import Contender, for_worker_counts
+from benchmarks.measure import Workload
+from benchmarks.setting import SEED, RandomImages
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.streaming.stream import open_stream
 from hf_ddpm.evaluation.nll import variational_bound
@@ -19,50 +19,52 @@ from hf_ddpm.training.loop import Callback, Run, train
 from hf_ddpm.training.progress import Progress
 from hf_ddpm.utils.launch import Interrupted
 
-# Steps of the bound of an image that are evaluated, of all that it has.
+# Timesteps of an image's likelihood bound that are evaluated.
 BOUND_STEPS = 10
 
 
-class Ours(Library):
-    """What this package does in each task."""
+class Ours(Contender):
+    """The tasks with this package."""
 
     name = "hf_ddpm"
     statement = "from hf_ddpm import DDPMPipeline"
     network_class = UNet2DModel
     pipeline_class = DDPMPipeline
 
-    def train_step(self) -> list[Work]:
-        """Steps of the training loop, on a batch that is always there."""
-        return [self._training(RandomImages(self.setting.batch * self.setting.processes, self.setting), [])]
+    def train_step(self) -> list[Workload]:
+        """Steps of the training loop on a constant batch."""
+        return [self._training(RandomImages(self.setting.global_batch, self.setting), [])]
 
-    def training(self) -> list[Work]:
-        """The training loop, with its data and its progress."""
+    def training(self) -> list[Workload]:
+        """The training loop with its data and its progress bar."""
         metrics = self.setting.folder / "metrics.jsonl"
         metrics.unlink(missing_ok=True)
         return [self._training(self.setting.images(), [Progress(metrics)])]
 
-    def data_memory(self) -> list[Work]:
+    def data_memory(self) -> list[Workload]:
         """Batches of images that were decoded once."""
         return [self._batches(self.setting.images(), self.setting.config.data.levels)]
 
-    def data_jpeg(self) -> list[Work]:
-        """Batches of a stream of JPEG, decoded in this process and, if it has several threads, in as many processes."""
-        works = []
-        for workers in worker_counts():
+    def data_jpeg(self) -> list[Workload]:
+        """Batches of a stream of JPEG files."""
+        setting = self.setting
+
+        def batches(workers: int) -> Workload:
             stream = open_stream(
-                str(self.setting.jpegs),
+                str(setting.jpegs),
                 seed=SEED,
-                batch_size=self.setting.batch,
-                resolution=self.setting.config.data.size,
-                channels=self.setting.shape[0],
-                device=self.setting.device,
+                batch_size=setting.batch,
+                resolution=setting.config.data.size,
+                channels=setting.shape[0],
+                device=setting.device,
                 workers=workers,
             )
-            works.append(with_workers(self._batches(stream, 256), workers))
-        return works
+            return self._batches(stream, 256)
 
-    def nll(self) -> list[Work]:
-        """The bound on the likelihood, and beside it the network alone."""
+        return for_worker_counts(batches)
+
+    def nll(self) -> list[Workload]:
+        """The likelihood bound, and beside it the network alone."""
         setting, pipe, images = self.setting, self.pipeline(), RandomImages(self.setting.batch, self.setting)
         steps = min(BOUND_STEPS, len(pipe.scheduler))
 
@@ -79,18 +81,18 @@ class Ours(Library):
                     steps_per_image=steps,
                 )
 
-        more = {"unit": "batch", "count": steps, "notes": ("images are evaluations of the network",)}
-        alone = replace(self.forward()[0], subject=f"{self.name}, forward alone", unit="batch")
-        return [self.work(run, setting.batch, self.flops[0], **more), alone]
+        notes = ("images are evaluations of the network",)
+        bound = self.work(run, setting.batch, self.flops[0], unit="batch", count=steps, notes=notes)
+        return [bound, replace(self.forward()[0], subject=f"{self.name}, forward alone", unit="batch")]
 
-    def _training(self, images: BatchSource, callbacks: Sequence[Callback]) -> Work:
-        setting, options = self.setting, self.setting.options
-        total = (options.rounds + 1) * options.steps_per_turn
+    def _training(self, images: BatchSource, callbacks: Sequence[Callback]) -> Workload:
+        setting, steps = self.setting, self.setting.options.steps_per_turn
+        total = (setting.options.rounds + 1) * steps
         training = replace(
             setting.config.training,
             max_train_steps=total,
             checkpointing_steps=total,
-            log_steps=options.steps_per_turn,
+            log_steps=steps,
             output_dir=str(setting.folder),
         )
         config = replace(setting.config, training=training)
@@ -99,23 +101,23 @@ class Ours(Library):
             network.load_state_dict(setting.weights)
 
         def lead(others: Callable[[], None]) -> None:
-            train(run, images, [*callbacks, _Turns(options.steps_per_turn, others)])
+            train(run, images, [*callbacks, _Turns(steps, others)])
             if run.stopped_by is not None:
                 raise Interrupted(run.stopped_by)
 
         return self.steps(lambda: lead(lambda: None), lead=lead, close=images.close)
 
-    def _batches(self, images: BatchSource, levels: int) -> Work:
-        steps, batch = count(), self.setting.batch
+    def _batches(self, images: BatchSource, levels: int) -> Workload:
+        steps, rows = count(), slice(0, self.setting.batch)
 
         def run() -> None:
-            to_signed(images.batch(next(steps), slice(0, batch)).images, levels)
+            to_signed(images.batch(next(steps), rows).images, levels)
 
-        return self.work(run, batch, unit="batch", close=images.close)
+        return self.work(run, self.setting.batch, unit="batch", close=images.close)
 
 
 class _Turns(Callback):
-    """Lets others go on when a turn of so many steps is over."""
+    """Gives the others their turns before the first step and after each turn of our own."""
 
     def __init__(self, steps: int, others: Callable[[], None]):
         self.steps, self.others = steps, others
