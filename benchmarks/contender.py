@@ -19,8 +19,8 @@ from benchmarks.options import BenchmarkConfig
 from benchmarks.setting import SEED, Setting
 from hf_ddpm.config import Config
 from hf_ddpm.data.streaming.stream import MOST_WORKERS
-from hf_ddpm.models.flops import count_flops
 from hf_ddpm.sampling.generate import compile_for_sampling
+from hf_ddpm.training.dry_run import count_flops
 
 # Tasks that are compared only if outputs are equal.
 NETWORK_TASKS = ("forward", "train_step", "training", "sampling", "sampling_1")

@@ -20,9 +20,10 @@ from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import check_push
 from hf_ddpm.images import grid, save_picture, to_pictures
 from hf_ddpm.provenance import model_checksum
-from hf_ddpm.sampling.generate import Sampling, sample_images
+from hf_ddpm.sampling.generate import sample_images
+from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.training.loop import Callback, Run
-from hf_ddpm.training.trackers import track_picture
+from hf_ddpm.training.progress import track_picture
 from hf_ddpm.utils.files import flush, flush_entry, naming
 from hf_ddpm.utils.jsonl import append_line, cut_lines, read_lines
 

@@ -20,7 +20,8 @@ from hf_ddpm.evaluation.options import EvaluateConfig
 from hf_ddpm.evaluation.results import read_results, scalars
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.sampling.folder import open_samples
-from hf_ddpm.sampling.generate import Sampling, compile_for_sampling
+from hf_ddpm.sampling.generate import compile_for_sampling
+from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.files import make_folder
 from hf_ddpm.utils.jsonl import to_json
 from hf_ddpm.utils.launch import use_own_cores

@@ -18,7 +18,8 @@ from accelerate import PartialState
 from hf_ddpm.images import check_picture
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.sampling.folder import SHARD_SIZE
-from hf_ddpm.sampling.generate import Sampling, compile_for_sampling, fill_folder
+from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder
+from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.files import make_folder
 from hf_ddpm.utils.launch import use_own_cores
 from hf_ddpm.utils.options import option, parse_options, require, require_at_least

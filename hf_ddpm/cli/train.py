@@ -31,8 +31,7 @@ from hf_ddpm.training.checkpoints import (
 )
 from hf_ddpm.training.dry_run import estimate_cost
 from hf_ddpm.training.loop import Callback, Run, train
-from hf_ddpm.training.progress import Progress
-from hf_ddpm.training.trackers import check_tracker, start_tracker
+from hf_ddpm.training.progress import Progress, check_tracker, start_tracker
 from hf_ddpm.utils.files import make_folder
 from hf_ddpm.utils.launch import Interrupted, exclusive, signals
 

@@ -17,7 +17,7 @@ import torch
 
 from hf_ddpm.demo.demo import Demo, row, square, strip
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
-from hf_ddpm.sampling.generate import SCHEDULERS
+from hf_ddpm.sampling.samplers import SCHEDULERS
 from hf_ddpm.utils.markdown import plain
 from hf_ddpm.utils.options import option, parse_options
 from hf_ddpm.utils.public import hub_ids, strip_local_path

@@ -19,7 +19,8 @@ from hf_ddpm.data.transforms import ImageFormat
 from hf_ddpm.demo.preview import Moment, watch
 from hf_ddpm.images import grid, to_bytes, to_pictures, to_signed
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
-from hf_ddpm.sampling.generate import Sampling, sample_images
+from hf_ddpm.sampling.generate import sample_images
+from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.markdown import escape
 from hf_ddpm.utils.seeds import FIGURES, generator
 

@@ -23,7 +23,8 @@ from hf_ddpm.images import save_picture
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.provenance import model_checksum, provenance
 from hf_ddpm.sampling.folder import SampleFolder, Samples
-from hf_ddpm.sampling.generate import Sampling, fill_folder
+from hf_ddpm.sampling.generate import fill_folder, folder_name
+from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.public import hub_ids, strip_local_path
 
@@ -172,7 +173,7 @@ class Evaluator:
         pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not self.accelerator.is_main_process)
         return fill_folder(
             pipe,
-            output.with_name(f"{output.stem}_samples") / sampling.folder_name(pipe, self.accelerator.device),
+            output.with_name(f"{output.stem}_samples") / folder_name(pipe, sampling, self.accelerator.device),
             count,
             sampling,
             model=str(self.request.model),

@@ -1,4 +1,4 @@
-"""The parts of the U-Net: embedding of time, residual block, attention, resampling.
+"""The parts of the U-Net: embedding of time, residual block, attention, resampling; their initial weights.
 
 The attribute names are the keys of the checkpoints of diffusers, and the order of construction and of registration
 is that of its U-Net: the same seed gives the same weights, and `parameters()` the same list.
@@ -201,3 +201,27 @@ def activate(x: Tensor) -> Tensor:
 
 def _divide(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x / scale
+
+
+# The layers that end a residual branch: starting at zero, each block starts as the identity.
+ZERO = ("conv2", "to_out.0", "conv_out")
+
+
+def initialize_like_paper(unet: nn.Module) -> None:
+    r"""Initializes a U-Net in place, as Ho et al. do.
+
+    Convolutions and linear layers get uniform weights of variance :math:`2 / (n_\text{in} + n_\text{out})` and zero
+    biases; the last layer of each residual block, of each attention and of the network gets zero weights. The
+    constructor itself starts as diffusers does, whose checkpoints need no other.
+
+    Args:
+        unet: The network, on any device.
+    """
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.zeros_(module.bias)
+            if name.endswith(ZERO):
+                nn.init.zeros_(module.weight)
+            else:
+                # Drawn in the order of the shape: the same weights, however they lie in memory.
+                module.weight.data.copy_(nn.init.xavier_uniform_(module.weight.new_empty(module.weight.shape)))

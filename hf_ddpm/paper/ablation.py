@@ -18,7 +18,7 @@ from hf_ddpm.images import bytes_to_unit, save_picture
 from hf_ddpm.paper.pictures import sheet
 from hf_ddpm.paper.study import table, with_error
 from hf_ddpm.sampling.folder import SampleFolder
-from hf_ddpm.sampling.generate import Sampling
+from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.jsonl import to_json
 from hf_ddpm.utils.options import option, parse_options, require, require_at_least, require_distinct

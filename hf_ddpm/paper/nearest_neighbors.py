@@ -14,7 +14,7 @@ from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.paper.study import Study, table
 from hf_ddpm.paper.yardstick import DistanceToReference
-from hf_ddpm.sampling.generate import Sampling
+from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.options import option, require_at_least
 
 # Sides beyond which images are compared smaller: of all pixels, those of a large set would not fit into memory.

@@ -12,7 +12,8 @@ from typing import Any
 from hf_ddpm.diffusion.gaussian import LEARNED
 from hf_ddpm.paper.study import Study, table, with_error
 from hf_ddpm.paper.yardstick import DistanceToReference, what_was_compared
-from hf_ddpm.sampling.generate import SCHEDULERS, Sampling, find_scheduler
+from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.sampling.samplers import SCHEDULERS, find_scheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.options import option, require, require_at_least, require_distinct
 
@@ -93,7 +94,7 @@ def measure(study: Study, yardstick: DistanceToReference, walk: Walk, number: in
     """Returns the distance of images made in so many steps, or why there are none."""
     sampling = Sampling(seed=study.subject.seed, num_inference_steps=number, scheduler=walk.sampler)
     try:
-        sampling.check(study.pipe)
+        find_scheduler(study.pipe, sampling.scheduler, sampling.steps(study.pipe))
     except ValueError as error:
         return {"steps": number, "failed": str(error)}
     own, study.pipe.scheduler = study.pipe.scheduler, walk.scheduler

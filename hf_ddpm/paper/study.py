@@ -16,7 +16,8 @@ from hf_ddpm.images import grid, save_picture, to_bytes, to_pictures
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.provenance import model_checksum, provenance
 from hf_ddpm.sampling.folder import SampleFolder
-from hf_ddpm.sampling.generate import Sampling, fill_folder
+from hf_ddpm.sampling.generate import fill_folder, folder_name
+from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.files import atomic_write, write_text
 from hf_ddpm.utils.jsonl import to_json
 from hf_ddpm.utils.options import option, require, require_at_least, require_range, require_value
@@ -111,7 +112,7 @@ class Study:
         """Returns generated images; a folder below `samples/` keeps them."""
         return fill_folder(
             self.pipe,
-            self.folder / "samples" / sampling.folder_name(self.pipe, self.accelerator.device),
+            self.folder / "samples" / folder_name(self.pipe, sampling, self.accelerator.device),
             count,
             sampling,
             model=self.subject.model,

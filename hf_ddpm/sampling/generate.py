@@ -1,123 +1,31 @@
-"""Images by number: image `i` of a seed is the same in any batch and on any process."""
+"""Sample many images: image `i` of a seed is the same in any batch and on any process."""
 
 import hashlib
-import inspect
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import diffusers
 import torch
 from accelerate import Accelerator, PartialState
-from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_ddpm.diffusion.checks import check_one_of
-from hf_ddpm.diffusion.gaussian import start_signal
 from hf_ddpm.images import to_bytes
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.sampling.folder import SampleFolder
-from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
-from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
-from hf_ddpm.schedulers.stock import check_stock
+from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.sampling.samplers import VERSION, find_scheduler, is_changed
 from hf_ddpm.utils.launch import exclusive
-from hf_ddpm.utils.options import option, require, require_at_least, require_value
+from hf_ddpm.utils.options import require_value
 from hf_ddpm.utils.seeds import SAMPLES, generator
 
-# Other samplers of the same model; None is the pipeline's own scheduler.
-SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]] | None] = {
-    "ddpm": None,
-    "ddim": (DDIMScheduler, {}),
-    "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {}),
-    "sde-dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": (diffusers.UniPCMultistepScheduler, {}),
-    "pndm": (diffusers.PNDMScheduler, {}),
-    "euler": (diffusers.EulerDiscreteScheduler, {}),
-}
-# In this order: which spacing of the steps to take for other samplers.
-SPACINGS = ("trailing", "leading")
-# What clips the estimate of x_0 to [-1, 1] in samplers that have no `clip_sample`.
-CLIPPING = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
-
-# Of samplers: raised when the same settings make other images.
-VERSION = 2
-
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Sampling:
-    """Which infinite row of images a model is asked for: with the model, all that determines them."""
-
-    seed: int = option("which infinite row of images to take them from", 0)
-    num_inference_steps: int | None = option("steps of the reverse process; all of the model's by default", None)
-    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc", "pndm", "euler"] = option(
-        "sampler; ddpm is the model's own", "ddpm"
-    )
-    eta: float = option("noise of ddim, from 0 for none to 1 for that of ddpm", 0.0)
-    class_labels: list[str] = option("names or numbers of classes that the images go through in turn", factory=list)
-    guidance_scale: float = option("strength of classifier-free guidance; 1 for none", 1.0)
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("precision of the network's passes", "no")
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        require_at_least(self, 1, "num_inference_steps")
-        require(self, "eta", 0 <= self.eta <= 1, "in [0, 1]")
-        if self.eta and self.scheduler != "ddim":
-            raise ValueError(f"eta={self.eta} is not allowed with scheduler={self.scheduler}: only with ddim")
-        require_at_least(self, 0, "seed")
-
-    def check(self, pipe: DDPMPipeline) -> None:
-        """Raises a `ValueError` unless the scheduler can walk a pipeline's process in that many steps."""
-        total, count = pipe.scheduler.config.num_train_timesteps, self.steps(pipe)
-        least = 4 if self.scheduler == "pndm" else 1  # of Runge and Kutta, to start with
-        allowed = f"{least} to {total} with this model and scheduler={self.scheduler}"
-        require_value("num_inference_steps", count, least <= count <= total, allowed)
-        find_scheduler(pipe, self.scheduler, count)
-
-    def steps(self, pipe: DDPMPipeline) -> int:
-        """Returns the number of steps of a pipeline's process."""
-        return self.num_inference_steps or pipe.scheduler.config.num_train_timesteps
-
-    def settings(self, pipe: DDPMPipeline, model: str, device: torch.device) -> dict[str, Any]:
-        """Returns what determines the images of a pipeline, for a `SampleFolder`."""
-        return {
-            "model": model,
-            "model_checksum": model_checksum(pipe),
-            "shape": list(pipe.image_shape),
-            "device": device.type,  # other kinds draw other noise
-            **asdict(self),
-            "num_inference_steps": self.steps(pipe),
-            **({"sampler_version": VERSION} if self._is_changed(pipe) else {}),
-        }
-
-    def _is_changed(self, pipe: DDPMPipeline) -> bool:
-        """Returns whether earlier versions made other images of these settings: a folder must not mix both."""
-        if self.scheduler != "ddpm" or pipe.scheduler.config.prediction_type == "mean":
-            return True
-        own = DDPMScheduler.from_config(pipe.scheduler.config)
-        own.start_signal = start_signal(math.prod(pipe.image_shape[1:]))
-        own.set_timesteps(self.steps(pipe))
-        return own.timestep_spacing != own.config.timestep_spacing
-
-    def labels(self, pipe: DDPMPipeline) -> list[int | str]:
-        """Returns the classes as a pipeline takes them.
-
-        Where classes have names, a number is one of them or wrong: "2" must not mean now a name, now a place.
-        """
-        return [label if pipe.class_names or not label.isdecimal() else int(label) for label in self.class_labels]
-
-    def folder_name(self, pipe: DDPMPipeline, device: torch.device) -> str:
-        """Returns a name for a folder of these images, another one for others."""
-        settings = json.dumps(self.settings(pipe, "", device), sort_keys=True)
-        return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
 def compile_for_sampling(unet: nn.Module) -> None:
@@ -131,41 +39,23 @@ def compile_for_sampling(unet: nn.Module) -> None:
     unet.compile(dynamic=False, options={"triton.cudagraphs": True})
 
 
-def find_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int) -> Any:
-    """Returns a sampler of a pipeline's model, in a setting in which its samples are right.
+def sampling_settings(pipe: DDPMPipeline, sampling: Sampling, model: str, device: torch.device) -> dict[str, Any]:
+    """Returns what determines the images of a pipeline, for a `SampleFolder`."""
+    return {
+        "model": model,
+        "model_checksum": model_checksum(pipe),
+        "shape": list(pipe.image_shape),
+        "device": device.type,  # other kinds draw other noise
+        **asdict(sampling),
+        "num_inference_steps": sampling.steps(pipe),
+        **({"sampler_version": VERSION} if is_changed(pipe, sampling) else {}),
+    }
 
-    Args:
-        pipe: The pipeline.
-        name: One of `SCHEDULERS`.
-        num_inference_steps: Number of steps that it will take.
 
-    Returns:
-        The scheduler; the pipeline's own for `ddpm`.
-
-    Raises:
-        ValueError: If the sampler has no such setting.
-    """
-    check_one_of("scheduler", name, tuple(SCHEDULERS))
-    sampler, config = SCHEDULERS[name], pipe.scheduler.config
-    if sampler is None:
-        return pipe.scheduler
-    kind, options = sampler
-    clips = config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0
-    if clips and "thresholding" in inspect.signature(kind).parameters and not issubclass(kind, DDPMScheduler):
-        options = options | CLIPPING
-    reasons = []
-    for spacing in SPACINGS:
-        scheduler = kind.from_config(config, timestep_spacing=spacing, **options)
-        try:
-            scheduler.set_timesteps(num_inference_steps)
-            check_stock(scheduler, num_inference_steps, from_noise=True, pixels=math.prod(pipe.image_shape[1:]))
-            return scheduler
-        except ValueError as error:
-            reasons.append(str(error).partition("; ")[0])
-    raise ValueError(
-        f"scheduler={name}, num_inference_steps={num_inference_steps}: {reasons[0]}; use ddim, dpmsolver++, "
-        "sde-dpmsolver++ or unipc, or another number of steps"
-    )
+def folder_name(pipe: DDPMPipeline, sampling: Sampling, device: torch.device) -> str:
+    """Returns a name for a folder of these images; other settings get another name."""
+    settings = json.dumps(sampling_settings(pipe, sampling, "", device), sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
 def sample_images(
@@ -193,10 +83,10 @@ def sample_images(
     Raises:
         ValueError: If the scheduler cannot walk the pipeline's process in that many steps.
     """
-    sampling.check(pipe)
+    scheduler = find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe))
     labels, dtype = sampling.labels(pipe), PRECISIONS[sampling.mixed_precision]
     own_scheduler = pipe.scheduler
-    pipe.scheduler = find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe))
+    pipe.scheduler = scheduler
     try:
         for start in range(0, len(ids), batch_size):
             chunk = ids[start : start + batch_size]
@@ -244,9 +134,9 @@ def fill_folder(
         ValueError: If it holds images of other settings or is in use, or an argument is not allowed.
         OSError: If images that other processes made cannot be seen here.
     """
-    sampling.check(pipe)
+    find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe))  # refuses before the folder changes
     _check_space(path, num_images, math.prod(pipe.image_shape))
-    folder = SampleFolder(path, sampling.settings(pipe, model, state.device))
+    folder = SampleFolder(path, sampling_settings(pipe, sampling, model, state.device))
     folder.check(free=["model"])
     state.wait_for_everyone()
     path.mkdir(parents=True, exist_ok=True)

@@ -12,13 +12,12 @@ from hf_ddpm.config import Config
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL
 from hf_ddpm.diffusion.losses import Objective
-from hf_ddpm.models.initialization import initialize_like_paper
+from hf_ddpm.models.blocks import initialize_like_paper
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, labels_by_number, load_pipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
-from hf_ddpm.training.ema import EMA
 from hf_ddpm.training.loop import Run
-from hf_ddpm.training.optimization import adam
+from hf_ddpm.training.optim import EMA, adam
 from hf_ddpm.utils.launch import use_own_cores
 from hf_ddpm.utils.options import require
 from hf_ddpm.utils.public import hub_ids

@@ -4,11 +4,12 @@ import time
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_ddpm.config import EvaluationConfig
 from hf_ddpm.data.batches import BatchSource
-from hf_ddpm.models.flops import count_flops
 from hf_ddpm.training.loop import Callback, Run, train
 from hf_ddpm.utils.launch import Interrupted
 
@@ -63,6 +64,28 @@ def estimate_cost(run: Run, images: BatchSource) -> dict[str, str]:
         f"{_duration(seconds * training.max_train_steps)}",
         "samples.png": _duration(sampling / run.accelerator.num_processes),
     }
+
+
+def count_flops(network: nn.Module, x: Tensor, *inputs: Tensor | int | None) -> tuple[float, float]:
+    """Counts the operations of the matrix products and convolutions of a network.
+
+    Args:
+        network: The network; afterwards it has no gradients.
+        x: Images, shape `(B, C, H, W)`.
+        inputs: What else it takes: their times, and their classes.
+
+    Returns:
+        Those of an image forward, and forward and backward.
+    """
+    # Attention in one piece is not counted on every device, in its parts it is.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            network(x, *inputs)
+        with FlopCounterMode(display=False) as both:
+            output = network(x, *inputs)
+            getattr(output, "sample", output).sum().backward()
+    network.zero_grad()
+    return forward.get_total_flops() / len(x), both.get_total_flops() / len(x)
 
 
 def kept_for_backward(run: Run, x: Tensor, classes: Tensor | None) -> int:

@@ -16,10 +16,9 @@ from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, labels_by_number
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.training.compiling import compile_network
-from hf_ddpm.training.ema import EMA
-from hf_ddpm.training.optimization import learning_rate
+from hf_ddpm.training.optim import EMA, learning_rate
 from hf_ddpm.training.randomness import draw, dropout_masks
-from hf_ddpm.training.signals import StopSignal
+from hf_ddpm.utils.launch import signals
 
 # Of losses in half precision: the usual ones are above 1.
 SMALLEST_SCALE = 2.0**-14
@@ -134,8 +133,8 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
     share = run.global_batch_size // accelerator.num_processes
     mine = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
-    with StopSignal(accelerator) as stop, ExitStack() as last:
-        with stop.at_once():
+    with signals.handled(deferred=True), ExitStack() as last:
+        with signals.at_once():
             for callback in callbacks:
                 callback.on_start(run)
                 last.callback(callback.close)
@@ -171,7 +170,7 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
                 ema.update(step)
 
             run.step, run.losses, run.t = step + 1, torch.cat(losses), draws.t
-            run.stopped_by = stop.received()
+            run.stopped_by = received_signal(accelerator)
             for callback in callbacks:
                 callback.on_step(run)
             is_done = run.step == config.max_train_steps or run.stopped_by is not None
@@ -180,10 +179,18 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
                 for callback in callbacks:
                     callback.on_checkpoint(run)
                 if not is_done:
-                    with stop.at_once():
+                    with signals.at_once():
                         for callback in callbacks:
                             callback.on_pause(run)
         if run.stopped_by is None:
-            with stop.at_once():
+            with signals.at_once():
                 for callback in callbacks:
                     callback.on_end(run)
+
+
+def received_signal(accelerator: Accelerator) -> int | None:
+    """Returns the number of a signal that any process has received, the same on all; every process must call it."""
+    number = signals.number
+    if accelerator.num_processes > 1:
+        number = int(accelerator.gather(torch.tensor(number, device=accelerator.device)).max())
+    return number or None

@@ -19,7 +19,7 @@ from benchmarks.ours import Ours
 from benchmarks.setting import Setting
 from benchmarks.stock import Stock
 from hf_ddpm.images import to_signed
-from hf_ddpm.models.flops import count_flops
+from hf_ddpm.training.dry_run import count_flops
 from tests.conftest import TINY_RUN
 
 WORDS = [

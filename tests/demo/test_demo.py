@@ -12,7 +12,7 @@ from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hf_ddpm.data.transforms import ImageFormat, fit
 from hf_ddpm.demo.demo import Demo, row, square, strip, whole
 from hf_ddpm.images import to_signed
-from hf_ddpm.sampling.generate import SCHEDULERS
+from hf_ddpm.sampling.samplers import SCHEDULERS
 from hf_ddpm.utils.markdown import plain
 from hf_ddpm.utils.seeds import SAMPLES, generator
 from tests.conftest import TINY_UNET, load_script

@@ -6,8 +6,7 @@ import torch
 
 from hf_ddpm import UNet2DModel
 from hf_ddpm.config import parse_config
-from hf_ddpm.models.blocks import Dropout
-from hf_ddpm.models.initialization import initialize_like_paper
+from hf_ddpm.models.blocks import Dropout, initialize_like_paper
 from tests.conftest import TINY_UNET
 
 VARIANTS = {

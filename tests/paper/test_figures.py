@@ -20,7 +20,7 @@ from hf_ddpm.paper.rate_distortion import RateDistortionConfig, falls, rate_dist
 from hf_ddpm.paper.schedules import SchedulesConfig, schedules, with_schedule
 from hf_ddpm.paper.shared_latent import SharedLatentConfig, shared_latent
 from hf_ddpm.paper.steps import StepsConfig, steps
-from hf_ddpm.sampling.generate import Sampling
+from hf_ddpm.sampling.options import Sampling
 from tests.conftest import load_script
 from tests.paper.conftest import T
 

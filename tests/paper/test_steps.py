@@ -7,7 +7,7 @@ from PIL import Image
 import hf_ddpm.sampling.generate
 from hf_ddpm import DDPMScheduler
 from hf_ddpm.paper.steps import StepsConfig, caution, in_words, steps, walks
-from hf_ddpm.sampling.generate import Sampling
+from hf_ddpm.sampling.options import Sampling
 from tests.paper.conftest import T
 
 OPTIONS = StepsConfig(steps=[2, 5], samplers=["ddim", "euler"], num_images=40)

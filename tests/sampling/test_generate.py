@@ -18,15 +18,9 @@ from PIL import Image
 import hf_ddpm.sampling.folder
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.sampling.folder import PictureFolder, SampleFolder, open_samples
-from hf_ddpm.sampling.generate import (
-    SCHEDULERS,
-    Sampling,
-    compile_for_sampling,
-    fill_folder,
-    find_scheduler,
-    make_parts,
-    sample_images,
-)
+from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder, make_parts, sample_images, sampling_settings
+from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.sampling.samplers import SCHEDULERS, find_scheduler
 from hf_ddpm.utils.launch import exclusive
 from tests.conftest import load_script
 
@@ -140,7 +134,7 @@ def test_low_precision_is_for_the_network_alone(pipe, ten):
 
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_processes_share_the_parts_and_make_the_same_images(pipe, ten, tmp_path, world):
-    folder = SampleFolder(tmp_path, FOUR_STEPS.settings(pipe, "m", torch.device("cpu")))
+    folder = SampleFolder(tmp_path, sampling_settings(pipe, FOUR_STEPS, "m", torch.device("cpu")))
     folder.bind()
     parts = folder.missing(10)
     assert parts == [range(0, 4), range(4, 8), range(8, 10)]

@@ -27,7 +27,7 @@ WORDS = [
 def initial_network():
     """diffusers' network with the initial weights of the run."""
     from hf_ddpm import UNet2DModel
-    from hf_ddpm.models.initialization import initialize_like_paper
+    from hf_ddpm.models.blocks import initialize_like_paper
 
     options = parse_config([*TINY_RUN, *WORDS]).unet()
     torch.manual_seed(derived_seed(5, INITIALIZATION))

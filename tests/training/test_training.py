@@ -10,11 +10,9 @@ from accelerate import Accelerator
 from hf_ddpm import UNet2DModel
 from hf_ddpm.config import parse_config
 from hf_ddpm.training.dry_run import kept_for_backward
-from hf_ddpm.training.ema import EMA
-from hf_ddpm.training.optimization import learning_rate
-from hf_ddpm.training.progress import Progress
+from hf_ddpm.training.optim import EMA, learning_rate
+from hf_ddpm.training.progress import Progress, check_tracker
 from hf_ddpm.training.randomness import draw, dropout_masks
-from hf_ddpm.training.trackers import check_tracker
 from tests.conftest import TINY_RUN
 
 

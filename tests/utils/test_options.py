@@ -5,7 +5,7 @@ import pytest
 from hf_ddpm.config import PARTS, EvaluationConfig
 from hf_ddpm.evaluation.options import EvaluateConfig
 from hf_ddpm.paper.study import Subject
-from hf_ddpm.sampling.generate import Sampling
+from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.options import option, parse_command, parse_first, parse_options
 
 

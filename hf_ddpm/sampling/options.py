@@ -1,0 +1,40 @@
+"""Options of sampling."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hf_ddpm.utils.options import option, require, require_at_least
+
+
+@dataclass
+class Sampling:
+    """Options that determine, together with the model, every image of the sequence of images to sample."""
+
+    seed: int = option("random seed; image i of a seed is always the same", 0)
+    num_inference_steps: int | None = option("steps of the reverse process; all of the model's by default", None)
+    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc", "pndm", "euler"] = option(
+        "sampler; ddpm is the model's own", "ddpm"
+    )
+    eta: float = option("noise of ddim, from 0 for none to 1 for that of ddpm", 0.0)
+    class_labels: list[str] = option("names or numbers of classes that the images go through in turn", factory=list)
+    guidance_scale: float = option("strength of classifier-free guidance; 1 for none", 1.0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("precision of the network's passes", "no")
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require_at_least(self, 1, "num_inference_steps")
+        require(self, "eta", 0 <= self.eta <= 1, "in [0, 1]")
+        if self.eta and self.scheduler != "ddim":
+            raise ValueError(f"eta={self.eta} is not allowed with scheduler={self.scheduler}: only with ddim")
+        require_at_least(self, 0, "seed")
+
+    def steps(self, pipe: Any) -> int:
+        """Returns the number of steps of a pipeline's process."""
+        return self.num_inference_steps or int(pipe.scheduler.config.num_train_timesteps)
+
+    def labels(self, pipe: Any) -> list[int | str]:
+        """Returns the classes as a pipeline takes them.
+
+        If classes have names, a number is one of the names or wrong: "2" must never mean both a name and an index.
+        """
+        return [label if pipe.class_names or not label.isdecimal() else int(label) for label in self.class_labels]
