@@ -1,4 +1,6 @@
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -239,6 +241,22 @@ def test_rates_and_memory_are_of_what_is_done():
         held = np.ones(2**23)  # 64 MiB
         del held
         assert 60 * 2**20 < peak() < 100 * 2**20
+
+
+@pytest.mark.slow
+def test_the_script_runs_from_any_folder(tmp_path):
+    script = benchmark_run.PROGRAM
+    words, elsewhere = ["--round", "3"], {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, env=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "benchmarks: error: unknown option --round: did you mean --rounds?\n"
+
+
+@pytest.mark.slow
+def test_growth_over_processes_launches_the_script(benchmark):
+    words = ("--tasks", "train_step", "--against", "none", "--growth", "processes", "--growth_values", "2")
+    (row,) = benchmark(*words)[0]["rows"]
+    assert (row["at"], row["images"], row["error"]) == (2, 16, None)
 
 
 @pytest.mark.slow
