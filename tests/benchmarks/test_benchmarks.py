@@ -249,7 +249,7 @@ def test_the_script_runs_from_any_folder(tmp_path):
     words, elsewhere = ["--round", "3"], {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, env=elsewhere, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "benchmarks: error: unknown option --round: did you mean --rounds?\n"
+    assert done.stderr.startswith("benchmarks: error: unknown option --round") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
