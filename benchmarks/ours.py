@@ -7,6 +7,7 @@ from itertools import count
 from benchmarks.contender import Contender, for_worker_counts
 from benchmarks.measure import Workload
 from benchmarks.setting import SEED, RandomImages
+from hf_ddpm.config import DataConfig
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.streaming.stream import open_stream
 from hf_ddpm.evaluation.nll import variational_bound
@@ -47,18 +48,11 @@ class Ours(Contender):
 
     def data_jpeg(self) -> list[Workload]:
         """Batches of a stream of JPEG files."""
-        setting = self.setting
+        setting, data = self.setting, self.setting.config.data
+        jpegs = DataConfig(str(setting.jpegs), resolution=data.resolution, channels=data.channels)
 
         def batches(workers: int) -> Workload:
-            stream = open_stream(
-                str(setting.jpegs),
-                seed=SEED,
-                batch_size=setting.batch,
-                resolution=setting.config.data.size,
-                channels=setting.shape[0],
-                device=setting.device,
-                workers=workers,
-            )
+            stream = open_stream(jpegs, seed=SEED, batch_size=setting.batch, device=setting.device, workers=workers)
             return self._batches(stream, 256)
 
         return for_worker_counts(batches)
@@ -71,8 +65,7 @@ class Ours(Contender):
         def run() -> None:
             with setting.autocast():
                 variational_bound(
-                    pipe.unet,
-                    pipe.scheduler,
+                    pipe,
                     images,  # type: ignore[arg-type]
                     range(setting.batch),
                     seed=SEED,

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from benchmarks.options import BenchmarkConfig
 from hf_ddpm.config import Config
+from hf_ddpm.data import open_images
 from hf_ddpm.data.batches import Batch, BatchSource
-from hf_ddpm.data.opening import open_images
-from hf_ddpm.data.sources import choose, find_image_column, open_dataset
+from hf_ddpm.data.columns import find_image_column
+from hf_ddpm.data.sources import choose, open_split
 from hf_ddpm.images import MODES
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
@@ -95,8 +96,8 @@ class Setting:
     def dataset(self) -> Dataset:
         """Returns the same images as encoded rows, column `image`, without an incomplete last global batch."""
         data = self.config.data
-        dataset = open_dataset(data.dataset, data.split, data.dataset_config)
-        column = find_image_column(dataset, data.image_column)
+        dataset, _ = open_split(data)
+        column = find_image_column(dataset.features, data.image_column)
         dataset = (
             dataset.select_columns([column])
             .cast_column(column, datasets.Image())

@@ -20,9 +20,10 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_ddpm.data.sources import open_dataset
+from hf_ddpm.config import DataConfig
+from hf_ddpm.data.sources import open_split
 from hf_ddpm.data.store import load_images
-from hf_ddpm.evaluation.digits import SIZE, DigitsClassifier
+from hf_ddpm.evaluation.features import SIZE, DigitsClassifier
 from hf_ddpm.utils.files import atomic_write
 from hf_ddpm.utils.launch import run_script
 from hf_ddpm.utils.options import option, parse_options
@@ -58,8 +59,9 @@ def main(argv: list[str]) -> int:
 
 def load(split: str) -> tuple[Tensor, Tensor]:
     """Returns the images and the labels of a half of the digits."""
-    images = load_images("digits", split=split, resolution=SIZE, channels=1)
-    labels = torch.tensor(open_dataset("digits", split)["label"][:])
+    data = DataConfig("digits", split=split, resolution=[SIZE], channels=1)
+    images = load_images(data)
+    labels = torch.tensor(open_split(data)[0]["label"][:])
     return images[torch.arange(len(images))], labels
 
 

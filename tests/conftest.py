@@ -16,8 +16,6 @@ os.environ["DIFFUSERS_VERBOSITY"] = "error"
 import pytest
 import torch
 
-from hf_ddpm.cli import COMMANDS
-
 torch.set_num_threads(1)
 
 # Two resolutions, with every part that a U-Net has: attention, shortcuts, resampling, dropout.
@@ -81,7 +79,7 @@ def load_script(name):
         spec.loader.exec_module(module)
         return module
     command = {"push_to_hub": "push", "app": "demo"}.get(name, name)
-    return importlib.import_module(COMMANDS[command])
+    return importlib.import_module(f"hf_ddpm.cli.{command}")
 
 
 @pytest.fixture(scope="session")

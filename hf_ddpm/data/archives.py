@@ -12,17 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, Value
 
 from hf_ddpm.data.caching import load_sound
 from hf_ddpm.data.folders import Opened
-from hf_ddpm.data.layout import arrange, class_names
-from hf_ddpm.data.scan import LeftOut, Stamp, image_suffixes, printable, printable_name, sort_out
+from hf_ddpm.data.layout import arrange
+from hf_ddpm.data.scan import LeftOut, Stamp, image_suffixes, printable, sort_out
 from hf_ddpm.utils.files import one_line
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
-# Texts beside an image of the same name, which WebDataset calls by their suffix.
+# Texts with the name of an image, in columns that are called by their suffix, as in WebDataset.
 SIDECARS = (".cls", ".txt")
 
 
@@ -34,17 +34,10 @@ def is_archive(name: str) -> bool:
 def open_archives(
     root: Path, files: Mapping[str, Stamp], left_out: Sequence[LeftOut], log: Callable[[str], object]
 ) -> Opened:
-    """Opens archives of images; they are split and classed as if they were unpacked into folders of their names.
+    """Opens archives of images, given by their path relative to a folder.
 
-    Args:
-        root: The folder that they are in.
-        files: The archives, by their path relative to it.
-        left_out: What else is not used there.
-        log: Called with a line for each damaged cache.
-
-    Returns:
-        The splits: `image`, `label` where folders are classes, and `cls` and `txt` where files beside an image have
-        these suffixes.
+    They are split and classed as if they were unpacked into folders of their names. Columns are `image`, `label` where
+    folders are classes, and `cls` and `txt` where texts with an image's name have these suffixes.
 
     Raises:
         ValueError: If an archive cannot be read, or there is no image in any.
@@ -54,37 +47,26 @@ def open_archives(
     if not images:
         raise ValueError(f"archive {str(root / next(iter(files)))!r} holds no image")
     layout = arrange(images)
-    stem_of = {name: _stem(name, members) for name in images}
-    beside = {stem + suffix for stem in stem_of.values() for suffix in SIDECARS} & members.keys()
-    _check_single(stem_of, beside)
-    inner = {name: _inner_folders(name, members[name][0], layout.level) for name in images}
-    labels = class_names(inner[name] for names in layout.splits.values() for name in names)
-    features = Features({"image": Image()})
-    if labels is not None:
-        features["label"] = ClassLabel(names=[printable_name(name) for name in labels])
-    suffixes = {posixpath.splitext(name)[1] for name in beside}
-    has_numbers = all(
-        text.isdigit() for text in _texts(root, [members[name] for name in beside if name[-4:] == ".cls"])
-    )
+    # Folders outside the archives, and the two of an archive's name, are no classes.
+    label, classes = layout.classes(lambda name: members[name][0].count("/") + 2)
+    texts = _sidecars(images, members)
+    suffix_of = {place: suffix for of_image in texts.values() for suffix, place in of_image.items()}
+    has_numbers = _hold_numbers(root, [members[place] for place, suffix in suffix_of.items() if suffix == ".cls"])
     kinds = {".cls": Value("int64" if has_numbers else "string"), ".txt": Value("string")}
-    features |= {suffix[1:]: kinds[suffix] for suffix in SIDECARS if suffix in suffixes}
+    columns = {suffix[1:]: kinds[suffix] for suffix in SIDECARS if suffix in suffix_of.values()}
     splits = {}
     for split, names in layout.splits.items():
         plan: dict[str, dict[str, Any]] = {archive: {} for archive in files}
         for name in names:
             archive, member = members[name]
-            texts = {s: members[t][1] for s in suffixes if (t := stem_of[name] + s) in members}
-            plan[archive][member] = labels.index(inner[name][-1]) if labels else None, texts
+            plan[archive][member] = classes.get(name), {suffix: members[t][1] for suffix, t in texts[name].items()}
         stamps = [(stamp.size, stamp.changed) for stamp in files.values()]
         options = {"root": str(root.absolute()), "plan": plan, "stamps": stamps, "has_numbers": has_numbers}
+        features = Features({"image": Image(), **label, **columns})
         make = partial(Dataset.from_generator, _rows, features=features, gen_kwargs={"options": options})
         splits[split] = load_sound(make, log)
-    unused = [
-        replace(file, file=posixpath.join(*members[file.file]))
-        for file in (*others, *layout.left_out)
-        if file.file not in beside
-    ]
-    return Opened(splits, [*left_out, *unused])
+    unused = [file for file in (*others, *layout.left_out) if file.file not in suffix_of]
+    return Opened(splits, [*left_out, *(replace(file, file=posixpath.join(*members[file.file])) for file in unused)])
 
 
 def _rows(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -92,39 +74,46 @@ def _rows(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for archive, images in options["plan"].items():
         path = Path(options["root"]) / archive
         wanted = {member for _, texts in images.values() for member in texts.values()}
-        texts_of = {member: data.decode(errors="replace") for member, data in _read(path, wanted)}
+        text_of = {member: _text(data) for member, data in _read(path, wanted)}
         for member, data in _read(path, images):
             label, texts = images[member]
             row: dict[str, Any] = {"image": {"bytes": data, "path": printable(str(path / member))}}
             row |= {} if label is None else {"label": label}
-            for suffix in texts:
-                text = texts_of[texts[suffix]].strip()
-                row[suffix[1:]] = int(text) if suffix == ".cls" and options["has_numbers"] else text
+            for suffix, text in texts.items():
+                is_number = suffix == ".cls" and options["has_numbers"]
+                row[suffix[1:]] = int(text_of[text]) if is_number else text_of[text]
             yield row
 
 
-def _stem(name: str, members: Container[str]) -> str:
-    """Returns the name of an image without its suffix, or before its first dot if WebDataset's texts are called so."""
-    folder, file = posixpath.split(name)
-    sample = posixpath.join(folder, file.split(".")[0])
-    return sample if any(sample + suffix in members for suffix in SIDECARS) else posixpath.splitext(name)[0]
+def _sidecars(images: Sequence[str], members: Container[str]) -> dict[str, dict[str, str]]:
+    """Returns the texts of each image, by suffix; raises a `ValueError` if images share one."""
+    texts: dict[str, dict[str, str]] = {}
+    image_of: dict[str, str] = {}
+    for name in images:
+        folder, file = posixpath.split(name)
+        # In WebDataset a sample is named by what is before the first dot: 0.cls goes with 0.rgb.png.
+        for stem in (posixpath.join(folder, file.split(".")[0]), posixpath.splitext(name)[0]):
+            texts[name] = {suffix: stem + suffix for suffix in SIDECARS if stem + suffix in members}
+            if texts[name]:
+                other = image_of.setdefault(stem, name)
+                if other != name:
+                    both = " and ".join(posixpath.basename(path) for path in (other, name))
+                    raise ValueError(f"a sample holds several images, {both}: expected one per sample")
+                break
+    return texts
 
 
-def _check_single(stem_of: Mapping[str, str], beside: Container[str]) -> None:
-    """Raises a `ValueError` if several images share one text, as `0.rgb.png` and `0.depth.png` do."""
-    first: dict[str, str] = {}
-    for name, stem in stem_of.items():
-        other = first.setdefault(stem, name)
-        if other != name and any(stem + suffix in beside for suffix in SIDECARS):
-            both = " and ".join(posixpath.basename(path) for path in (other, name))
-            raise ValueError(f"a sample holds several images, {both}: expected one per sample")
-
-
-def _texts(root: Path, members: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """Yields the contents of some members."""
+def _hold_numbers(root: Path, members: Sequence[tuple[str, str]]) -> bool:
+    """Returns whether all of some texts are numbers."""
     for archive in dict(members):
         wanted = {member for name, member in members if name == archive}
-        yield from (data.decode(errors="replace").strip() for _, data in _read(root / archive, wanted))
+        if not all(_text(data).isdigit() for _, data in _read(root / archive, wanted)):
+            return False
+    return True
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="replace").strip()
 
 
 def _place(archive: str, member: str) -> str:
@@ -132,13 +121,6 @@ def _place(archive: str, member: str) -> str:
     folder, name = posixpath.split(archive)
     stem = re.sub(r"([-_.]\d+(-of-\d+)?)?(\.tar)?\.[a-z0-9]+$", "", name.lower())
     return posixpath.join(folder, stem, name, posixpath.normpath(member).lstrip("/"))
-
-
-def _inner_folders(place: str, archive: str, level: int | None) -> list[str]:
-    """Returns the folders of a file in its archive, without that of its split."""
-    outer = archive.count("/") + 2
-    folders = place.split("/")[:-1]
-    return [folder for depth, folder in enumerate(folders) if depth >= outer and depth != level]
 
 
 def _members(path: Path) -> list[str]:
@@ -153,21 +135,18 @@ def _members(path: Path) -> list[str]:
 
 
 def _read(path: Path, wanted: Container[str]) -> Iterator[tuple[str, bytes]]:
-    """Yields files of an archive, in the order in which it holds them; damaged ones are empty."""
-    if path.name.lower().endswith(".zip"):
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                if member in wanted:
-                    yield member, _whole(partial(archive.read, member))
+    """Yields files of an archive, in the order in which it holds them; damaged ones of a zip archive are empty."""
+    if not path.name.lower().endswith(".zip"):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.isfile() and member.name in wanted:
+                    yield member.name, archive.extractfile(member).read()
         return
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.isfile() and member.name in wanted:
-                yield member.name, archive.extractfile(member).read()
-
-
-def _whole(read: Callable[[], bytes]) -> bytes:
-    try:
-        return read()
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, NotImplementedError):
-        return b""  # which is reported as an image that cannot be used
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name in wanted:
+                try:
+                    data = archive.read(name)
+                except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, NotImplementedError):
+                    data = b""  # which is reported as an image that cannot be used
+                yield name, data

@@ -1,7 +1,7 @@
-"""Batches of training, as a pure function of (seed, step): the one call that images in memory and streams answer.
+"""Batches of training, as a pure function of (seed, step): the interface of images in memory and of streams.
 
-No source keeps a place. A run resumes from its step, and the processes among which a global batch is divided see
-together what one would have seen alone.
+No source keeps a place. A run resumes from its step, and processes that share a global batch see together what one
+process would have seen alone.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """Where training takes its images from.
+    """A source of images for training.
 
     Attributes:
         shape: Shape `(C, H, W)` of an image.
@@ -58,7 +58,7 @@ class BatchSource(Protocol):
         """
 
     def close(self) -> None:
-        """Ends what works in the background."""
+        """Ends threads and processes."""
 
 
 class ShuffledImages:
@@ -82,12 +82,12 @@ class ShuffledImages:
         """Returns images of the global batch of a step; see `BatchSource`."""
         indices = batch_indices(self.seed, step, self.batch_size, len(self))[rows]
         labels = None if self.store.labels is None else self.store.labels[indices.to(self.store.labels.device)]
-        if self.store.form.crop == "center":
+        if self.store.image_format.crop == "center":
             return Batch(self.store[indices], labels)
         return Batch(self.store.cropped(indices, crop_places(self.seed, step, self.batch_size)[rows]), labels)
 
     def close(self) -> None:
-        """Does nothing: nothing works in the background."""
+        """Does nothing: there are no threads or processes."""
 
 
 def batch_indices(seed: int, step: int, batch: int, size: int) -> Tensor:

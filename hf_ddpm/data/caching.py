@@ -17,14 +17,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def load_sound(load: Callable[[], T], log: Callable[[str], object]) -> T:
-    """Loads a data set; damaged caches are removed and made anew.
-
-    Args:
-        load: Loads it.
-        log: Called with a line for each cache that was damaged.
-
-    Returns:
-        What `load` returned.
+    """Returns what `load` returns; damaged caches are logged, removed and made anew.
 
     Raises:
         OSError: If the disk of the cache is full; its folder is named.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset, Features, Image, Value
 from datasets.fingerprint import Hasher
 
@@ -38,7 +37,7 @@ class BadImage:
     """An image that cannot be used.
 
     Attributes:
-        file: Where it is: its own file, or the one that holds its row; None if unknown.
+        file: Its own file, or the one that holds its row; None if unknown.
         row: Its row there, or in the data set; None if it is in neither.
         reason: What is wrong with it.
     """
@@ -48,53 +47,43 @@ class BadImage:
     reason: str
 
     def text(self, column: str) -> str:
-        """Returns what is wrong with it, and where it is."""
+        """Returns its place and what is wrong with it."""
         return f"image in row {self.row} ({self.file or f'column {column!r}'}) is not usable: {self.reason}"
 
-    def refusal(self, column: str) -> "UnusableImage":
+    def refusal(self, column: str) -> ValueError:
         """Returns the error that names it."""
         larger = "enlarge=true scales small images up, " if "is smaller than resolution" in self.reason else ""
-        error = UnusableImage(f"{self.text(column)} ({larger}skip_bad_images leaves such images out)")
-        error.image = self
-        return error
-
-
-class UnusableImage(ValueError):
-    """An image cannot be used, and is not to be left out.
-
-    Attributes:
-        image: Which.
-    """
-
-    image: BadImage
+        return ValueError(f"{self.text(column)} ({larger}skip_bad_images leaves such images out)")
 
 
 def decode(
     dataset: Dataset,
     column: str,
-    form: ImageFormat,
+    image_format: ImageFormat,
+    rows: Sequence[int],
     *,
     skip_bad_images: bool = False,
     log: Callable[[str], object] = lambda line: None,
-) -> tuple[Dataset, list[BadImage]]:
+) -> tuple[Dataset, Sequence[int], list[BadImage]]:
     """Decodes all images of a split into raw bytes; a second call with the same arguments reads the cache.
 
     Args:
-        dataset: An opened split.
+        dataset: An opened split, or a part of one.
         column: Its column of images.
-        form: What images are made into.
+        image_format: What images are made into.
+        rows: The rows of the split that it consists of, by which bad images are named.
         skip_bad_images: Whether images that cannot be used are left out.
         log: Called with a line if the cache was damaged, and with one on what is lost of images.
 
     Returns:
-        A data set, in order, of `pixels`, the bytes of CHW arrays of `form.dtype`, and their `height` and `width`; and
-        the images that it leaves out.
+        A data set, in order, of `pixels`, the bytes of CHW arrays of `image_format.dtype`, and their `height` and
+        `width`; the places in `dataset` of its images; and the images that it leaves out.
 
     Raises:
         ValueError: If an image cannot be used, or with `skip_bad_images` none can; row, file and reason are named.
     """
     encoded = dataset.select_columns([column]).cast_column(column, Image(decode=False))
-    options = {"column": column, "form": asdict(form), "skip": skip_bad_images, "recipe": RECIPE}
+    options = {"column": column, "form": asdict(image_format), "skip": skip_bad_images, "recipe": RECIPE}
     key = _cache_key(encoded, options)
     file = cache_folder() / "hf_ddpm" / f"cache-{key}.arrow"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +95,7 @@ def decode(
                 with_indices=True,
                 batched=True,
                 batch_size=ROWS,
-                fn_kwargs=options,
+                fn_kwargs={"image_format": image_format, "refused_at": None if skip_bad_images else rows},
                 remove_columns=encoded.column_names,
                 features=DECODED,
                 cache_file_name=str(file),
@@ -118,17 +107,19 @@ def decode(
             log(f"{note}: {count:,} images")
     reasons = decoded.select_columns(["reason"]).with_format("arrow")[:]["reason"]
     if reasons.null_count == len(reasons):
-        return decoded, []
-    bad = [BadImage(_path(encoded[row][column]), row, reasons[row].as_py()) for row in _rows(reasons.is_valid())]
-    if len(bad) == len(decoded):
+        return decoded, range(len(reasons)), []
+    reasons = reasons.to_pylist()
+    usable = [place for place, reason in enumerate(reasons) if reason is None]
+    bad = [BadImage(_path(encoded[i][column]), rows[i], reason) for i, reason in enumerate(reasons) if reason]
+    if not usable:
         raise ValueError(f"none of the {len(bad)} images is usable: {bad[0].text(column)}")
-    return decoded.select(_rows(reasons.is_null())), bad
+    return decoded.select(usable), usable, bad
 
 
-def attempt(row: dict[str, Any] | None, form: ImageFormat, notes: list[str] | None = None) -> np.ndarray | str:
+def attempt(row: dict[str, Any] | None, image_format: ImageFormat, notes: list[str] | None = None) -> np.ndarray | str:
     """Returns an image, fitted, or what is wrong with it, in one line."""
     try:
-        return fit(row, form, notes)
+        return fit(row, image_format, notes)
     except Exception as error:  # decoders raise anything
         return one_line(error) or type(error).__name__
 
@@ -144,21 +135,22 @@ def read_report(path: Path) -> set[tuple[Any, Any]]:
 
 
 def _decode_rows(
-    rows: dict[str, list[Any]], indices: list[int], column: str, form: dict[str, Any], skip: bool, recipe: int
+    batch: dict[str, list[Any]], places: list[int], image_format: ImageFormat, refused_at: Sequence[int] | None
 ) -> dict[str, list[Any]]:
-    target, encoded, cores = ImageFormat(**form), rows[column], own_cores()
+    """Decodes encoded images; if `refused_at`, the rows of all images, is given, it refuses bad ones."""
+    ((column, encoded),), cores = batch.items(), own_cores()
     notes: list[list[str]] = [[] for _ in encoded]
     # A thread takes many at a time: with small images, handing them over one by one would cost more than it gains.
     share = -(-len(encoded) // cores)
     parts = [range(start, min(start + share, len(encoded))) for start in range(0, len(encoded), share)]
     with ThreadPoolExecutor(cores) as pool:
-        done = pool.map(lambda part: [attempt(encoded[row], target, notes[row]) for row in part], parts)
+        done = pool.map(lambda part: [attempt(encoded[i], image_format, notes[i]) for i in part], parts)
         images = [image for part in done for image in part]
     columns: dict[str, list[Any]] = {name: [] for name in DECODED}
-    for index, row, image, note in zip(indices, encoded, images, notes, strict=True):
+    for place, row, image, note in zip(places, encoded, images, notes, strict=True):
         if isinstance(image, str):
-            if not skip:
-                raise BadImage(_path(row), index, image).refusal(column)
+            if refused_at is not None:
+                raise BadImage(_path(row), refused_at[place], image).refusal(column)
             values: tuple[Any, ...] = (None, None, None, image, None)
         else:
             values = (image.tobytes(), *image.shape[1:], None, ", ".join(note) or None)
@@ -176,7 +168,3 @@ def _cache_key(encoded: Dataset, options: dict[str, Any]) -> str:
 
 def _path(row: dict[str, Any] | None) -> str | None:
     return (row or {}).get("path")
-
-
-def _rows(mask: pa.ChunkedArray) -> list[int]:
-    return np.flatnonzero(mask.to_numpy()).tolist()

@@ -1,24 +1,28 @@
-"""Folders of images as tables of `datasets`: paths, classes by folder, and the columns of metadata files."""
+"""Folders of image and array files as tables of `datasets`: classes by folder, and the columns of metadata files."""
 
+import io
 import posixpath
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
-from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image
+from datasets import Dataset, DatasetDict, DatasetInfo, Features, Image, NamedSplit
 from datasets.fingerprint import Hasher
 
-from hf_ddpm.data.labels import GUESS, USUAL_COLUMNS
-from hf_ddpm.data.layout import Layout, arrange, class_names
-from hf_ddpm.data.scan import LeftOut, Stamp, image_suffixes, printable, printable_name, sort_out
+from hf_ddpm.data.arrays import is_stack, open_stack
+from hf_ddpm.data.caching import load_sound
+from hf_ddpm.data.columns import CLASS_COLUMNS, GUESS
+from hf_ddpm.data.layout import arrange
+from hf_ddpm.data.scan import LeftOut, Stamp, image_suffixes, printable, sort_out
 from hf_ddpm.utils.files import one_line
 
-READERS: dict[str, Callable[[str], pa.Table]] = {
+METADATA_READERS: dict[str, Callable[[str], pa.Table]] = {
     "metadata.jsonl": pa.json.read_json,
     "metadata.csv": pa.csv.read_csv,
     "metadata.parquet": pa.parquet.read_table,
@@ -39,14 +43,14 @@ class Opened:
 
 
 @dataclass
-class Metadata:
-    """What metadata files say about images.
+class _Metadata:
+    """Contents of metadata files.
 
     Attributes:
         rows: The columns of each image, by its path relative to the folder; paths of other images are columns, too.
         columns: Their names, in order, without that of the image.
         pictures: Those of them that hold paths of images, such as `mask` for `mask_file_name`.
-        left_out: Files that it names and that are not there, and metadata files without names of files.
+        left_out: Missing files that are listed, and metadata files without names of files.
     """
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -58,53 +62,87 @@ class Metadata:
 def open_folder(
     root: Path, files: Mapping[str, Stamp], left_out: Sequence[LeftOut], class_column: str | None
 ) -> Opened:
-    """Opens a folder of images.
+    """Opens a folder of images, given by their relative paths.
 
-    Args:
-        root: The folder.
-        files: The files below it, by their relative path.
-        left_out: What cannot be read there.
-        class_column: Column of the classes, if classes are wanted: images without metadata are then left out if it is
-            one of metadata.
-
-    Returns:
-        The splits: `image`, `label` where folders are classes, and the columns of metadata files.
+    Columns are `image`, `label` where folders are classes, and those of metadata files. Images without metadata are
+    left out if the `class_column` is one of metadata.
 
     Raises:
         ValueError: If a metadata file cannot be read.
     """
     images, others = sort_out(files, image_suffixes())
-    visible, _ = sort_out(files, [posixpath.splitext(name)[1] for name in READERS])
-    described = [name for name in visible if posixpath.basename(name) in READERS]
-    metadata = read_metadata(root, described, images)
+    visible, _ = sort_out(files, [posixpath.splitext(name)[1] for name in METADATA_READERS])
+    described = [name for name in visible if posixpath.basename(name) in METADATA_READERS]
+    metadata = _read_metadata(root, described, images)
     images, unlisted = _listed(images, metadata, class_column)
     layout = arrange(images)
+    label, classes = layout.classes()
+    if set(CLASS_COLUMNS) & set(metadata.columns):
+        label, classes = Features(), {}
+    splits = {}
+    for split, names in layout.splits.items():
+        columns = {"image": _paths(root, names)}
+        columns |= {"label": pa.array([classes[name] for name in names], pa.int64())} if label else {}
+        features = Features({"image": Image(), **label})
+        for column in metadata.columns:
+            columns[column], features[column] = _metadata_column(root, names, metadata, column)
+        # A changed file makes another fingerprint, and so is decoded anew.
+        stamps = [(name, files[name].size, files[name].changed) for name in names]
+        contents = [columns[column].to_pylist() for column in columns]
+        fingerprint = Hasher.hash([str(root.absolute()), stamps, list(columns), contents])
+        splits[split] = Dataset(pa.table(columns), info=DatasetInfo(features=features), fingerprint=fingerprint)
     others = [file for file in others if file.file not in described]
-    labels = class_names(layout.folders(name) for names in layout.splits.values() for name in names)
-    if set(USUAL_COLUMNS) & set(metadata.columns):
-        labels = None
-    splits = {
-        split: _table(root, {name: files[name] for name in names}, layout, labels, metadata)
-        for split, names in layout.splits.items()
-    }
     return Opened(splits, [*left_out, *others, *metadata.left_out, *unlisted, *layout.left_out])
 
 
-def read_metadata(root: Path, names: Sequence[str], images: Sequence[str]) -> Metadata:
-    """Reads the metadata files of a folder; what one of them says of a file in its own folder goes before others.
+def open_arrays(
+    root: Path, files: Mapping[str, Stamp], left_out: Sequence[LeftOut], log: Callable[[str], object]
+) -> Opened:
+    """Opens array files, given by their relative paths: an image per file, or all images of a file of 4 dimensions.
 
-    Args:
-        root: The folder.
-        names: Their paths, relative to the folder.
-        images: Those of its images.
-
-    Raises:
-        ValueError: If one cannot be read; it is named.
+    Columns are `image`, and `label` where folders are classes.
     """
-    metadata, known = Metadata(), set(images)
+    layout = arrange(list(files))
+    label, classes = layout.classes()
+
+    def rows(names: Sequence[str]) -> list[tuple[str, int, int, int | None]]:
+        return [(str(root.absolute() / n), files[n].size, files[n].changed, classes.get(n)) for n in names]
+
+    def make() -> DatasetDict:
+        # The hash of the arguments is that of the data set: a file that changes makes another one.
+        return DatasetDict({
+            split: Dataset.from_generator(
+                _array_rows,
+                Features({"image": Image(), **label}),
+                gen_kwargs={"files": rows(names)},
+                split=NamedSplit(split),
+            )
+            for split, names in layout.splits.items()
+        })  # fmt: skip
+
+    return Opened(load_sound(make, log), [*left_out, *layout.left_out])
+
+
+def _array_rows(files: Sequence[tuple[str, int, int, int | None]]) -> Iterator[dict[str, Any]]:
+    """Yields the images of files given by path, size and time, which are only part of the cache's key, and class."""
+    for file, _, _, number in files:
+        path, name = Path(file), printable(file)
+        label = {} if number is None else {"label": number}
+        if not is_stack(path):
+            yield {"image": {"bytes": None, "path": name}, **label}
+            continue
+        for place, image in enumerate(open_stack(path)):
+            content = io.BytesIO()
+            np.save(content, image, allow_pickle=False)
+            yield {"image": {"bytes": content.getvalue(), "path": f"{name}[{place}]"}, **label}
+
+
+def _read_metadata(root: Path, names: Sequence[str], images: Sequence[str]) -> _Metadata:
+    """Reads the metadata files of a folder; what one of them lists of its own folder goes before others."""
+    metadata, existing = _Metadata(), set(images)
     for name in sorted(names, key=lambda name: name.count("/")):
         try:
-            table = READERS[posixpath.basename(name)](str(root / name))
+            table = METADATA_READERS[posixpath.basename(name)](str(root / name))
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{str(root / name)!r} cannot be read: {one_line(error)}") from error
         keys = {key: _column(key) for key in table.column_names if key == "file_name" or key.endswith("_file_name")}
@@ -122,11 +160,11 @@ def read_metadata(root: Path, names: Sequence[str], images: Sequence[str]) -> Me
             if odd:
                 raise ValueError(f"{str(root / name)!r}: {odd[0]}={row[odd[0]]!r}: expected the path of a file")
             at = {key: posixpath.normpath(posixpath.join(posixpath.dirname(name), row[key] or "")) for key in keys}
-            if at[first] not in known:
+            if at[first] not in existing:
                 metadata.left_out.append(LeftOut(at[first], f"missing, but listed in {posixpath.basename(name)}"))
                 continue
             values = {
-                column: (at[key] if at[key] in known else None) if key in at else row[key]
+                column: (at[key] if at[key] in existing else None) if key in at else row[key]
                 for key, column in columns.items()
             }
             if seen.setdefault(at[first], values) != values:
@@ -139,9 +177,9 @@ def _column(key: str) -> str:
     return key.removesuffix("file_name").removesuffix("_") or "image"
 
 
-def _listed(images: list[str], metadata: Metadata, class_column: str | None) -> tuple[list[str], list[LeftOut]]:
+def _listed(images: list[str], metadata: _Metadata, class_column: str | None) -> tuple[list[str], list[LeftOut]]:
     """Returns the images to use: those without metadata, too, unless something of theirs is needed."""
-    usual = set(USUAL_COLUMNS) if class_column == GUESS else {class_column}
+    usual = set(CLASS_COLUMNS) if class_column == GUESS else {class_column}
     if not metadata.pictures and not usual & set(metadata.columns):
         return images, []
     of_others = {row[column] for row in metadata.rows.values() for column in metadata.pictures}
@@ -153,28 +191,16 @@ def _listed(images: list[str], metadata: Metadata, class_column: str | None) -> 
     return [name for name in images if name in metadata.rows], unlisted
 
 
-def _table(
-    root: Path, files: Mapping[str, Stamp], layout: Layout, labels: list[str] | None, metadata: Metadata
-) -> Dataset:
-    """Returns the rows of a split; its fingerprint is that of its files, so that a changed one is decoded anew."""
-    columns: dict[str, pa.Array] = {"image": _paths(root, files)}
-    features = Features({"image": Image()})
-    if labels is not None:
-        numbers = {name: number for number, name in enumerate(labels)}
-        features["label"] = ClassLabel(names=[printable_name(name) for name in labels])
-        columns["label"] = pa.array([numbers[layout.folders(name)[-1]] for name in files], pa.int64())
-    for column in metadata.columns:
-        try:
-            values = [metadata.rows.get(name, {}).get(column) for name in files]
-            is_picture = column in metadata.pictures
-            columns[column] = _paths(root, values) if is_picture else pa.array(values)
-        except pa.ArrowException as error:
-            raise ValueError(f"column {column!r} of metadata in {str(root)!r}: {one_line(error)}") from error
-        named = pa.schema({column: columns[column].type})
-        features |= {column: Image()} if is_picture else Features.from_arrow_schema(named)
-    stamps = [(name, stamp.size, stamp.changed) for name, stamp in files.items()]
-    fingerprint = Hasher.hash([str(root.absolute()), stamps, list(columns), [columns[c].to_pylist() for c in columns]])
-    return Dataset(pa.table(columns), info=DatasetInfo(features=features), fingerprint=fingerprint)
+def _metadata_column(root: Path, names: Sequence[str], metadata: _Metadata, column: str) -> tuple[pa.Array, Any]:
+    """Returns a column of metadata for some images, and its feature."""
+    values = [metadata.rows.get(name, {}).get(column) for name in names]
+    if column in metadata.pictures:
+        return _paths(root, values), Image()
+    try:
+        array = pa.array(values)
+    except pa.ArrowException as error:
+        raise ValueError(f"column {column!r} of metadata in {str(root)!r}: {one_line(error)}") from error
+    return array, Features.from_arrow_schema(pa.schema({column: array.type}))[column]
 
 
 def _paths(root: Path, names: Iterable[str | None]) -> pa.Array:

@@ -1,18 +1,20 @@
-"""Splits and classes of images, by the folders that they are in."""
+"""Splits and classes of images, by folder."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from hf_ddpm.data.scan import LeftOut
+from datasets import ClassLabel, Features
 
-# What folders of a split are called; `datasets` knows the same words.
+from hf_ddpm.data.scan import LeftOut, printable_name
+
+# Names of the folders of a split, as in `datasets`.
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,23 @@ class Layout:
     left_out: list[LeftOut] = field(default_factory=list)
     level: int | None = None
 
-    def folders(self, name: str) -> list[str]:
-        """Returns the folders that a file is in, from the top down, without that of its split."""
-        parts = name.split("/")[:-1]
-        return [part for level, part in enumerate(parts) if level != self.level]
+    def classes(self, outer: Callable[[str], int] = lambda name: 0) -> tuple[Features, dict[str, int]]:
+        """Finds classes among the folders of files, without the first `outer(name)` ones and those of splits.
+
+        Returns:
+            The feature `label`, whose classes are the innermost folders, sorted, and the class of each file; both are
+            empty unless all files are in equally many folders and there are at least two classes.
+        """
+        inner = {}
+        for name in (name for names in self.splits.values() for name in names):
+            folders = enumerate(name.split("/")[:-1])
+            inner[name] = [folder for level, folder in folders if level >= outer(name) and level != self.level]
+        names = sorted({folders[-1] for folders in inner.values() if folders})
+        if len({len(folders) for folders in inner.values()}) != 1 or len(names) < 2:
+            return Features(), {}
+        numbers = {name: number for number, name in enumerate(names)}
+        label = ClassLabel(names=[printable_name(name) for name in names])
+        return Features(label=label), {name: numbers[folders[-1]] for name, folders in inner.items()}
 
 
 def arrange(names: Sequence[str]) -> Layout:
@@ -45,13 +60,10 @@ def arrange(names: Sequence[str]) -> Layout:
 
     Args:
         names: Relative paths with `/`.
-
-    Returns:
-        The splits, train first.
     """
     folders = [name.split("/")[:-1] for name in names]
     for level in range(max(map(len, folders), default=0)):
-        if len({split_of(parts[level]) for parts in folders if len(parts) > level} - {None}) > 1:
+        if len({_split_of(parts[level]) for parts in folders if len(parts) > level} - {None}) > 1:
             return _divide(names, level)
     top = {parts[0] for parts in folders if parts}
     lone = top & SPLITS.keys()
@@ -63,33 +75,19 @@ def arrange(names: Sequence[str]) -> Layout:
     return _divide(names, 0)
 
 
-def split_of(folder: str) -> str | None:
+def _split_of(folder: str) -> str | None:
     """Returns the split that a folder is named after, such as train for Train or train2017; None if it is not."""
-    return _SPLIT_OF.get(re.sub(r"[-_ ]?\d{4}$", "", folder.casefold()))
-
-
-def class_names(folders: Iterable[Sequence[str]]) -> list[str] | None:
-    """Returns the names of the classes that folders stand for, sorted.
-
-    Args:
-        folders: The folders that each image is in, from the top down; the last one is its class.
-
-    Returns:
-        The names; None unless all images are in equally many folders and there are two classes at least.
-    """
-    found = {(len(parts), parts[-1] if parts else "") for parts in folders}
-    names = {name for _, name in found}
-    return sorted(names) if len({depth for depth, _ in found}) == 1 and len(names) > 1 else None
+    return SPLIT_OF.get(re.sub(r"[-_ ]?\d{4}$", "", folder.casefold()))
 
 
 def _divide(names: Sequence[str], level: int) -> Layout:
     parts_of = {name: name.split("/")[:-1] for name in names}
-    found = {parts[level] for parts in parts_of.values() if len(parts) > level and split_of(parts[level])}
+    found = {parts[level] for parts in parts_of.values() if len(parts) > level and _split_of(parts[level])}
     beside = " and ".join(f"{folder}/" for folder in sorted(found))
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     left_out = []
     for name, parts in parts_of.items():
-        split = split_of(parts[level]) if len(parts) > level else None
+        split = _split_of(parts[level]) if len(parts) > level else None
         if split is None:
             where = f"in {parts[0]}/, " if parts else ""
             left_out.append(LeftOut(name, f"{where}beside the folders of splits {beside}"))

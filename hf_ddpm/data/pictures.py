@@ -1,4 +1,4 @@
-"""Image files opened for their pixels: upright, and whatever is wrong with texts, color profiles or camera data."""
+"""Image files as upright pixels, even where texts, color profiles or camera data are damaged."""
 
 import io
 import re
@@ -7,9 +7,13 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from hf_ddpm.data.scan import as_path, register_plugins
+
+# Modes of PIL with one channel, of brightness.
+GRAY_MODES = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L")
 
 ORIENTATION = ExifTags.Base.Orientation
 UPRIGHT = {
@@ -32,13 +36,7 @@ TIFF_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 28
 
 
 def open_picture(row: dict[str, Any]) -> Image.Image:
-    """Reads an image file; only its pixels and its orientation count.
-
-    Args:
-        row: The image as `datasets` keeps it: `bytes`, or the `path` of a file.
-
-    Returns:
-        The image, loaded and turned as its orientation says. Nothing is converted.
+    """Returns an image, loaded and turned upright; nothing is converted, and damaged metadata are ignored.
 
     Raises:
         Exception: If its pixels cannot be read (whatever PIL raises), or are too many (`DecompressionBombError`).
@@ -50,7 +48,7 @@ def open_picture(row: dict[str, Any]) -> Image.Image:
     except (Image.DecompressionBombError, FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # decoders raise anything
-        plain = without_metadata(Path(as_path(path)).read_bytes() if data is None else data)
+        plain = _without_metadata(Path(as_path(path)).read_bytes() if data is None else data)
         try:
             image = _load(io.BytesIO(plain))
         except Image.DecompressionBombError:
@@ -59,12 +57,47 @@ def open_picture(row: dict[str, Any]) -> Image.Image:
             if isinstance(error, UnidentifiedImageError):  # its text holds an address in memory
                 raise ValueError("it is no image of a known format") from error
             raise error from None
-    method = UPRIGHT.get(orientation(image))
+    method = UPRIGHT.get(_orientation(image))
     return image if method is None else image.transpose(method)
 
 
-def orientation(image: Image.Image) -> int:
-    """Returns how an image is turned, 1 to 8, as EXIF or XMP data say; 1, upright, if they do not or are damaged."""
+def picture_array(image: Image.Image, channels: int, deep: bool) -> np.ndarray | None:
+    """Reads a picture as an array where PIL's conversions would lose something.
+
+    Returns:
+        Shape `(H, W, channels)`, the pages of a TIFF as channels, or `(H, W, 1)`, floats, or with `deep` 16 bits; None
+        for other pictures.
+
+    Raises:
+        ValueError: If there are more or fewer pages than channels.
+    """
+    pages = _pages(image)
+    if pages is not None:
+        if len(pages) != channels:
+            raise ValueError(
+                f"it has {len(pages)} gray pages, not channels={channels}: --channels {len(pages)} reads all of them"
+            )
+        return np.stack(pages, axis=-1)
+    if image.mode == "F" or (deep and image.mode.startswith("I")):
+        values = _unsigned(np.asarray(image))
+        if isinstance(hidden := image.info.get("transparency"), int):
+            values = np.where(values == hidden, 65535, values)  # transparency on white
+        return values[..., np.newaxis]
+    return None
+
+
+def _load(source: Any) -> Image.Image:
+    """Loads an image; its `depth_lost` is whether PIL has read 16 bits per channel as 8."""
+    image = Image.open(source)
+    tiles = list(getattr(image, "tile", []))
+    image.load()
+    is_8_bit = image.mode in ("L", "LA", "RGB", "RGBA", "CMYK")
+    image.info["depth_lost"] = is_8_bit and any(re.search(r";16|, 65535\)", str(tile[3])) for tile in tiles)
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Returns how an image is turned by its EXIF or XMP data: 1 to 8, by default 1, upright."""
     try:
         value = image.getexif().get(ORIENTATION)
     except Exception:  # damaged camera data raise anything
@@ -74,33 +107,38 @@ def orientation(image: Image.Image) -> int:
         text = xmp if isinstance(xmp, bytes) else str(xmp).encode()
         match = re.search(rb'tiff:Orientation(?:="|>)([1-8])', text)
         value = int(match[1]) if match else None
-    return value if isinstance(value, int) and value in UPRIGHT else 1
+    return value if isinstance(value, int) else 1
 
 
-def depth_lost(image: Image.Image, tiles: list[Any]) -> bool:
-    """Returns whether PIL has read 16 bits per channel as 8.
+def _pages(image: Image.Image) -> list[np.ndarray] | None:
+    """Returns the gray pages of a TIFF; None if there is one page, or they differ in size or kind."""
+    count = getattr(image, "n_frames", 1)
+    if image.format != "TIFF" or count == 1 or image.mode not in GRAY_MODES:
+        return None
+    kind, pages = (image.mode, image.size), []
+    for number in range(count):
+        image.seek(number)
+        if (image.mode, image.size) != kind:
+            image.seek(0)
+            return None
+        pages.append(_unsigned(np.asarray(image)))
+    return pages
 
-    Args:
-        image: A loaded image.
-        tiles: Its `tile` before it was loaded.
-    """
-    is_8_bit = image.mode in ("L", "LA", "RGB", "RGBA", "CMYK")
-    return is_8_bit and any(re.search(r";16|, 65535\)", str(tile[3])) for tile in tiles)
+
+def _unsigned(values: np.ndarray) -> np.ndarray:
+    """Returns pixels of 32-bit integers (mode I) as uint16, others unchanged."""
+    if values.dtype.kind != "i":
+        return values
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"its pixels reach from {values.min()} to {values.max()}, beyond 16 bits")
+    return values.astype(np.uint16)
 
 
-def without_metadata(data: bytes) -> bytes:
-    """Returns a PNG or TIFF file without the parts that say nothing about pixels; others as they are."""
+def _without_metadata(data: bytes) -> bytes:
+    """Returns a PNG or TIFF file without the parts that its pixels do not depend on; other files unchanged."""
     if data.startswith(PNG):
         return _plain_png(data)
     return _plain_tiff(data) if data.startswith(TIFF) else data
-
-
-def _load(source: Any) -> Image.Image:
-    image = Image.open(source)
-    tiles = list(getattr(image, "tile", []))
-    image.load()
-    image.info["depth_lost"] = depth_lost(image, tiles)
-    return image
 
 
 def _plain_png(data: bytes) -> bytes:

@@ -1,10 +1,10 @@
-"""Files of a folder: the list of them, links followed, and a reason for each one that is not used."""
+"""Files of a folder, links followed, and the reason for each one that is not used."""
 
 import os
 import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote_to_bytes
@@ -32,8 +32,8 @@ class LeftOut:
 
     Attributes:
         file: Its path.
-        kind: Why, in words that other files share: they are counted by it.
-        remedy: How it could be used, if there is a way.
+        kind: The reason, in words that other files share: they are counted by it.
+        remedy: A way to use it, if there is one.
     """
 
     file: str
@@ -75,12 +75,8 @@ def register_plugins() -> None:
 def list_files(root: Path) -> tuple[dict[str, Stamp], list[LeftOut]]:
     """Lists the files below a folder; links to files and folders are followed, but never in circles.
 
-    Args:
-        root: The folder.
-
     Returns:
-        The regular files by their path relative to the folder, with `/`, in the order of these paths; and what cannot
-        be followed or read.
+        The regular files by their path relative to the folder, with `/`, sorted; and what cannot be followed or read.
     """
     files: dict[str, Stamp] = {}
     left_out: list[LeftOut] = []
@@ -89,15 +85,9 @@ def list_files(root: Path) -> tuple[dict[str, Stamp], list[LeftOut]]:
 
 
 def sort_out(names: Iterable[str], suffixes: Iterable[str]) -> tuple[list[str], list[LeftOut]]:
-    """Divides files into those with one of some suffixes and all others, each with its reason.
+    """Divides files into those with one of some suffixes, in lower case, and all others, each with its reason.
 
-    Args:
-        names: Paths with `/`.
-        suffixes: Suffixes in lower case.
-
-    Returns:
-        The files to use, in order, and the others. Hidden files, and those in `__folders__` such as `__MACOSX`, are
-        never used, as in `datasets`.
+    Hidden files, and those in `__folders__` such as `__MACOSX`, are never used, as in `datasets`.
     """
     used, left_out = [], []
     known = frozenset(suffixes)
@@ -110,24 +100,14 @@ def sort_out(names: Iterable[str], suffixes: Iterable[str]) -> tuple[list[str], 
         elif path.suffix.lower() in known:
             used.append(name)
         else:
-            left_out.append(unknown_format(name))
+            suffix = path.suffix.lower()
+            kind = f"unknown format {suffix}" if suffix else "no suffix"
+            left_out.append(LeftOut(name, kind, REMEDIES.get(suffix)))
     return used, left_out
 
 
-def unknown_format(name: str) -> LeftOut:
-    """Returns the reason for a file whose suffix is not that of an image."""
-    suffix = PurePosixPath(name).suffix.lower()
-    return LeftOut(name, f"unknown format {suffix}" if suffix else "no suffix", REMEDIES.get(suffix))
-
-
 def summary(name: str, counts: Mapping[str, int] | None, left_out: Iterable[LeftOut]) -> str:
-    """Returns one line on a data set: the images of each split, and how many files are not used for which reason.
-
-    Args:
-        name: Name of the data set.
-        counts: Number of images by split, if they are known.
-        left_out: The files that are not used.
-    """
+    """Returns one line on a data set: the images of each split, if known, and how many files are unused, by reason."""
     images = ", ".join(f"{count:,} images in {split}" for split, count in (counts or {}).items())
     kinds = Counter((file.kind, file.remedy) for file in left_out)
     most = kinds.most_common(NAMED_KINDS)
@@ -138,6 +118,11 @@ def summary(name: str, counts: Mapping[str, int] | None, left_out: Iterable[Left
     lines += [f"other: {rest:,}"] if rest else []
     unused = f"files not used: {', '.join(lines)}" if lines else "all files are used"
     return f"dataset {name!r}: " + (f"{images}; " if images else "") + unused
+
+
+def below(root: Path, files: Iterable[LeftOut]) -> list[LeftOut]:
+    """Returns files of a folder with their whole paths."""
+    return [replace(file, file=printable(str(root / file.file))) for file in files]
 
 
 def printable(path: str) -> str:

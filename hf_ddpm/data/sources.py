@@ -1,41 +1,43 @@
 """Data sets by name: the embedded digits, a folder, a file, or an id on the Hub; all end as `datasets.Dataset`."""
 
-from collections.abc import Sequence
+import glob
+import os
+import posixpath
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Image, Value
+from datasets import Dataset, get_dataset_config_names, load_dataset, load_dataset_builder, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from hf_ddpm.data.loading import Log, files_beside, find_data_files, open_splits
-from hf_ddpm.data.scan import LeftOut, summary
+from hf_ddpm.config import DataConfig
+from hf_ddpm.data.archives import is_archive, open_archives
+from hf_ddpm.data.arrays import SUFFIXES as ARRAY_SUFFIXES
+from hf_ddpm.data.caching import is_full, load_sound
+from hf_ddpm.data.folders import METADATA_READERS, Opened, open_arrays, open_folder
+from hf_ddpm.data.scan import LeftOut, Stamp, below, image_suffixes, list_files, sort_out, summary
+from hf_ddpm.utils.files import one_line
+from hf_ddpm.utils.options import require_value
 from hf_ddpm.utils.seeds import SUBSET, generator
 
-# In this order: what image columns are mostly called.
-USUAL_COLUMNS = ("image", "img", "images", "pixel_values", "picture")
+Log = Callable[[str], object]
 
 
-def open_dataset(name: str, split: str = "train", config: str | None = None) -> Dataset:
-    """Opens a split of a data set; see `open_split`."""
-    return open_split(name, split, config=config)[0]
+class _Refused(ValueError):
+    """A data set cannot be opened; the message names it."""
 
 
-def open_split(
-    name: str,
-    split: str = "train",
-    *,
-    config: str | None = None,
-    class_column: str | None = None,
-    log: Log = lambda line: None,
-) -> tuple[Dataset, list[LeftOut]]:
+def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset, list[LeftOut]]:
     """Opens a split of a data set.
 
     Args:
-        name: `digits` (embedded); a folder of images, arrays (`.npy`, `.npz`), archives or parquet files, or one that
-            `datasets` has saved; a parquet or array file, or an archive; or an id on the Hub.
-        split: Name of the split.
-        config: Configuration, for data sets with several ones.
-        class_column: Column of the classes, if they are wanted.
+        data: Options of the images: `dataset` is `digits` (embedded); a folder of images, arrays (`.npy`, `.npz`),
+            archives or parquet files, or one that `datasets` has saved; a parquet or array file, or an archive; or an
+            id on the Hub.
         log: Called with a line on a folder's files, and with one for each damaged cache.
 
     Returns:
@@ -45,10 +47,10 @@ def open_split(
         ValueError: If there is no such data set, configuration or split, or no image in it.
         OSError: If the disk of the cache is full.
     """
-    opened = open_splits(name, config, class_column, log)
+    name, split, opened = data.dataset, data.split, _open_splits(data, log)
     left_out = opened.left_out or []
     if opened.left_out is not None:
-        log(summary(name, {split: len(data) for split, data in opened.splits.items()}, left_out))
+        log(summary(name, {split: len(rows) for split, rows in opened.splits.items()}, left_out))
     if split not in opened.splits:
         beside = [file.kind for file in left_out if "beside the folders of splits" in file.kind]
         hint = f" (images are {beside[0]})" if beside else ""
@@ -58,44 +60,13 @@ def open_split(
     return opened.splits[split], left_out
 
 
-def find_image_column(dataset: Dataset, name: str | None = None) -> str:
-    """Returns the column that holds the images: the one named, or the one that looks like it.
-
-    Args:
-        dataset: An opened split.
-        name: Name of the column; guessed if None.
-
-    Returns:
-        The name of a column of images, or of files as bytes, as other tools write them.
-
-    Raises:
-        ValueError: If there is no such column, or none that looks like it, or more than one.
-    """
-    columns = dataset.column_names
-    encoded = [column for column in columns if _holds_files(dataset.features[column])]
-    declared = [column for column in encoded if isinstance(dataset.features[column], Image)]
-    images = encoded if name is not None else declared or encoded
-    if name is not None:
-        if name not in images:
-            what = "holds no images" if name in columns else "does not exist"
-            raise ValueError(f"image_column={name!r} {what}: columns are {_described(dataset)}")
-        return name
-    usual = [column for column in USUAL_COLUMNS if column in images]
-    if not usual and len(images) != 1:
-        raise ValueError(f"no image column was recognized, name it by image_column: columns are {_described(dataset)}")
-    return (usual or images)[0]
-
-
-def find_shards(
-    name: str, split: str = "train", config: str | None = None, log: Log = lambda line: None
-) -> tuple[list[str], list[LeftOut]]:
+def find_shards(data: DataConfig, log: Log = lambda line: None) -> tuple[list[str], list[LeftOut]]:
     """Finds the parquet files of a split, without reading or fetching them.
 
     Args:
-        name: `digits`, a folder of parquet files, a parquet file, an id on the Hub, or a URL or pattern of parquet
-            files that `fsspec` knows how to open (`https://`, `hf://`, `s3://`).
-        split: Name of the split; a single file and a URL are taken for the one asked for.
-        config: Configuration, for data sets with several ones.
+        data: Options of the images: `dataset` is `digits`, a folder of parquet files, a parquet file, an id on the Hub,
+            or a URL or pattern of parquet files that `fsspec` opens (`https://`, `hf://`, `s3://`); a single file and a
+            URL are the split that is asked for, whatever its name.
         log: Called with a line on a folder's files.
 
     Returns:
@@ -104,13 +75,13 @@ def find_shards(
     Raises:
         ValueError: If there is no such data set or split, or its files are not parquet.
     """
-    if config is not None and (Path(name).is_file() or "://" in name or name == "digits"):
-        raise ValueError(f"dataset_config={config!r}: dataset {name!r} has no configurations; leave dataset_config out")
-    if Path(name).is_file() and name.endswith(".parquet"):
+    name, split, path = data.dataset, data.split, Path(data.dataset)
+    _check_config(data, path.is_file() or "://" in name or name == "digits")
+    if path.is_file() and name.endswith(".parquet"):
         return [name], []
-    files = find_data_files(name, split, config)
-    left_out = files_beside(Path(name), files) if Path(name).is_dir() else []
-    if Path(name).is_dir():
+    files, left_out = _data_files(data), []
+    if path.is_dir():
+        left_out = below(path, _unused(path, files))
         log(summary(name, None, left_out))
     if split not in files:
         raise ValueError(f"dataset {name!r} has no split {split!r}: one of {', '.join(files)}")
@@ -121,32 +92,152 @@ def find_shards(
 
 
 def choose(size: int, max_samples: int | None, seed: int) -> Sequence[int]:
-    """Returns which of `size` things to use, in order: all of them, or `max_samples` drawn at random.
+    """Returns the indices of all of `size` things, or of `max_samples` drawn at random, in order.
 
     Raises:
         ValueError: If `max_samples` is less than 1.
     """
-    check_max_samples(max_samples)
     if max_samples is None or max_samples >= size:
         return range(size)
+    require_value("max_samples", max_samples, max_samples >= 1, "at least 1")
     return torch.randperm(size, generator=generator(seed, SUBSET))[:max_samples].sort().values.tolist()
 
 
-def check_max_samples(max_samples: int | None) -> None:
-    """Raises a `ValueError` if a number of images is given that is less than 1."""
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"max_samples={max_samples} is not allowed: at least 1")
+def _check_config(data: DataConfig, has_none: bool) -> None:
+    if data.dataset_config is not None and has_none:
+        raise ValueError(
+            f"dataset_config={data.dataset_config!r}: dataset {data.dataset!r} has no configurations;"
+            " leave dataset_config out"
+        )
 
 
-def _holds_files(kind: Any) -> bool:
-    """Returns whether a column is one of images, or of their files: bytes alone, or beside a path."""
-    if isinstance(kind, Value):
-        return kind.dtype in ("binary", "large_binary")
-    return isinstance(kind, Image) or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
+def _open_splits(data: DataConfig, log: Log) -> Opened:
+    """Opens all splits of a data set."""
+    name, config, path = data.dataset, data.dataset_config, Path(data.dataset)
+    _check_config(data, name == "digits" or path.is_file())
+    if name == "digits":
+        return Opened(load_sound(lambda: load_dataset("parquet", data_files=_digits_files()), log))
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ValueError(f"dataset {name!r} is not there: a folder, a parquet file, a Hub id or digits is allowed")
+    try:
+        if not path.exists():
+            return Opened(load_sound(lambda: load_dataset(name, config), log))
+        opened = _open_file(path, log) if path.is_file() else _open_folder(path, config, data.class_column, log)
+    except _Refused:
+        raise
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        if is_full(error) or isinstance(error, PermissionError):
+            raise
+        raise ValueError(f"dataset {name!r} {_reason(name, config, error)}") from error
+    root = path.parent if path.is_file() else path
+    return Opened(opened.splits, None if opened.left_out is None else below(root, opened.left_out))
 
 
-def _described(dataset: Dataset) -> str:
-    kinds = {
-        name: kind.dtype if isinstance(kind, Value) else type(kind).__name__ for name, kind in dataset.features.items()
-    }
-    return ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+def _open_file(path: Path, log: Log) -> Opened:
+    if path.suffix == ".parquet":
+        table = {"train": glob.escape(str(path))}
+        return Opened(load_sound(lambda: load_dataset("parquet", data_files=table), log))
+    status = path.stat()
+    files = {path.name: Stamp(status.st_size, status.st_mtime_ns)}
+    if is_archive(path.name):
+        return open_archives(path.parent, files, [], log)
+    if path.suffix.lower() in ARRAY_SUFFIXES:
+        return open_arrays(path.parent, files, [], log)
+    raise _Refused(
+        f"dataset {str(path)!r} is not allowed: of files, only parquet, .npy and .npz are, and archives (zip, tar)"
+    )
+
+
+def _open_folder(path: Path, config: str | None, class_column: str | None, log: Log) -> Opened:
+    """Opens a folder by its files; left to itself, `datasets` takes class folders such as testing_cats/ for splits."""
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if config is not None:
+            raise _Refused(f"dataset_config={config!r}: a data set that was saved to disk has no configurations")
+        return Opened(_saved(path))
+    files, left_out = list_files(path)
+    images, others = sort_out(files, image_suffixes())
+    tables = [name for name in sort_out(files, [".parquet"])[0] if posixpath.basename(name) not in METADATA_READERS]
+    if tables or config is not None:
+        builder = load_dataset_builder(str(path), config)
+        if config is not None or not isinstance(builder, ImageFolder):
+            splits = load_sound(lambda: load_dataset(str(path), config), log)
+            return Opened(splits, _unused(path, builder.config.data_files or {}))
+    if images:
+        return open_folder(path, files, left_out, class_column)
+    arrays, without_arrays = sort_out(files, ARRAY_SUFFIXES)
+    if arrays:
+        return open_arrays(path, {name: files[name] for name in arrays}, left_out + without_arrays, log)
+    archives = {name: files[name] for name in files if is_archive(name) and LeftOut(name, "hidden") not in others}
+    if archives:
+        return open_archives(path, archives, left_out + [file for file in others if file.file not in archives], log)
+    unused = summary(str(path), None, left_out + others).removeprefix(f"dataset {str(path)!r}: ")
+    detail = f" ({unused})" if left_out or others else ""
+    raise _Refused(f"dataset {str(path)!r} is empty: the folder holds no image{detail}")
+
+
+def _saved(path: Path) -> Mapping[str, Dataset]:
+    """Returns the splits that `save_to_disk` has written."""
+    try:
+        saved = load_from_disk(str(path))
+    except IndexError as error:  # of datasets, where a split has no rows
+        raise _Refused(f"dataset {str(path)!r} is empty: a split holds no image") from error
+    if isinstance(saved, Dataset):
+        # The name of a split may come with the part of it that was saved, such as train[:100].
+        return {re.split(r"\W", str(saved.split or "train"))[0]: saved}
+    return saved
+
+
+def _digits_files() -> dict[str, str]:
+    folder = resources.files("hf_ddpm.data") / "digits"
+    return {split: str(folder / f"{split}.parquet") for split in ("train", "test")}
+
+
+def _data_files(data: DataConfig) -> dict[str, list[str]]:
+    """Returns the files of all splits, as `datasets` finds them, without reading them."""
+    name = data.dataset
+    if name == "digits":
+        return {split: [path] for split, path in _digits_files().items()}
+    from_url = {"path": "parquet", "data_files": {data.split: name}}
+    try:
+        builder = load_dataset_builder(**(from_url if "://" in name else {"path": name, "name": data.dataset_config}))
+    except (OSError, ValueError) as error:
+        reason = _config_reason(name, data.dataset_config) or f"cannot be streamed: {one_line(error)}"
+        raise ValueError(f"dataset {name!r} {reason}") from error
+    return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
+
+
+def _unused(path: Path, data_files: Mapping[Any, Sequence[str]]) -> list[LeftOut]:
+    """Returns the files of a folder that are not among those that `datasets` reads, each with the reason."""
+    used = {os.path.relpath(file, path.absolute()) for files in data_files.values() for file in files}
+    files, left_out = list_files(path)
+    names = [name for name in files if name not in used and name != "README.md"]
+    beside, hidden = sort_out(names, {posixpath.splitext(name)[1].lower() for name in names})
+    suffixes = {posixpath.splitext(name)[1].lower() for name in used}
+    read = " and ".join(sorted(suffixes)) or "no"
+    for name in beside:
+        suffix = posixpath.splitext(name)[1].lower() or "no suffix"
+        kind = "in no split of this configuration" if suffix in suffixes else f"beside the {read} files"
+        left_out.append(LeftOut(name, f"{suffix}, {kind}"))
+    return left_out + hidden
+
+
+def _reason(name: str, config: str | None, error: Exception) -> str:
+    is_local = Path(name).exists()
+    if isinstance(error, ConnectionError):
+        return "is no folder here, and the Hub cannot be reached"
+    if isinstance(error, FileNotFoundError) and not is_local:
+        return "is neither a folder here nor on the Hub"
+    inner = (error.__cause__ or error) if isinstance(error, DatasetGenerationError) else error
+    return _config_reason(name, config) or f"cannot be read: {one_line(inner)}"
+
+
+def _config_reason(name: str, config: str | None) -> str | None:
+    """Returns what is wrong with the configuration; None if it is not known to be wrong."""
+    try:
+        names = get_dataset_config_names(name)
+    except Exception:  # the data set is not there, or cannot be read
+        return None
+    known = ", ".join(names)
+    if config is not None and config not in names:
+        return f"has no configuration dataset_config={config!r}: one of {known}"
+    return f"has several configurations, name one by dataset_config: {known}" if config is None and names[1:] else None

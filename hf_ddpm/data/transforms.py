@@ -7,10 +7,10 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from hf_ddpm.data.arrays import channels_last, picture_array, read_array, to_color, to_planes
-from hf_ddpm.data.pictures import open_picture
+from hf_ddpm.config import DataConfig
+from hf_ddpm.data.arrays import read_array
+from hf_ddpm.data.pictures import open_picture, picture_array
 from hf_ddpm.images import MODES, from_pil
-from hf_ddpm.utils.options import require_range, require_value
 
 # More than 8 bits a channel: PIL would clip these to 255 when it converts.
 DEEP_MODES = ("I", "F")
@@ -18,7 +18,7 @@ DEEP_MODES = ("I", "F")
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What images are made into.
+    """Size, channels and depth of decoded images.
 
     Attributes:
         height: Rows of pixels.
@@ -29,9 +29,6 @@ class ImageFormat:
         deep: Whether pixels have 16 bits; with several channels from arrays only: PIL reads color with 8.
         enlarge: Whether images that are smaller are scaled up; they are refused otherwise.
         value_range: The floats that become black and white, for arrays and pictures of floats.
-
-    Raises:
-        ValueError: If a value is not allowed.
     """
 
     height: int
@@ -40,31 +37,13 @@ class ImageFormat:
     crop: Literal["center", "random"] = "center"
     deep: bool = False
     enlarge: bool = False
-    value_range: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        require_value("resolution", (self.height, self.width), min(self.shape[1:]) >= 1, "at least 1")
-        require_value("channels", self.channels, self.channels >= 1, "at least 1")
-        require_value("crop", self.crop, self.crop in ("center", "random"), "center or random")
-        require_range(self, "value_range")
+    value_range: tuple[float, ...] | None = None
 
     @classmethod
-    def of(
-        cls,
-        resolution: int | tuple[int, int],
-        channels: int,
-        *,
-        levels: int = 256,
-        crop: str = "center",
-        enlarge: bool = False,
-        value_range: Sequence[float] | None = None,
-    ) -> "ImageFormat":
-        """Returns the format for a resolution, one number or height and width, and a number of values of a pixel."""
-        height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-        require_value("levels", levels, 2 <= levels <= 65536, "2 to 65536")
-        limits = None if value_range is None else tuple(map(float, value_range))
-        return cls(height, width, channels, crop, levels > 256, enlarge, limits)  # type: ignore[arg-type]
+    def of(cls, data: DataConfig) -> "ImageFormat":
+        """Returns the format that the options of a data set ask for."""
+        value_range = None if data.value_range is None else tuple(map(float, data.value_range))
+        return cls(*data.size, data.channels, data.crop, data.levels > 256, data.enlarge, value_range)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -73,20 +52,25 @@ class ImageFormat:
 
     @property
     def dtype(self) -> type[np.generic]:
-        """What pixels are kept as: uint8, or uint16 where images are deep."""
+        """The type of pixels: uint8, or uint16 where images are deep."""
         return np.uint16 if self.deep else np.uint8
 
+    @property
+    def white(self) -> int:
+        """The brightest pixel."""
+        return 65535 if self.deep else 255
 
-def fit(row: dict[str, Any] | None, form: ImageFormat, notes: list[str] | None = None) -> np.ndarray:
+
+def fit(row: dict[str, Any] | None, image_format: ImageFormat, notes: list[str] | None = None) -> np.ndarray:
     """Decodes an image and fits it: turned as its camera says, transparency laid on white unless there are 4 channels.
 
     Args:
         row: The image as `datasets` keeps it: `bytes`, or the `path` of a file.
-        form: What it is made into.
+        image_format: What it is made into.
         notes: Gets a line on what is lost, such as bits of color.
 
     Returns:
-        Pixels, `form.dtype`, shape `(C, H, W)`; with random crops one of H and W may be larger, for `crop_at`.
+        Pixels, `image_format.dtype`, shape `(C, H, W)`; with random crops one of H and W may be larger, for `crop_at`.
 
     Raises:
         Exception: If it is missing, unreadable (whatever PIL raises), smaller than asked for or deeper.
@@ -94,50 +78,26 @@ def fit(row: dict[str, Any] | None, form: ImageFormat, notes: list[str] | None =
     if row is None or (row["bytes"] is None and row["path"] is None):
         raise ValueError("there is none")
     array = read_array(row)
-    if array is None:
-        image = open_picture(row)
-        _check_size(image.width, image.height, form)
-        if image.info["depth_lost"]:
-            if form.deep:
-                raise ValueError("it has color or transparency with 16 bits, which PIL reads as 8: use an array")
-            if notes is not None:
-                notes.append("16 bits per channel are read as 8")
-        array = picture_array(image, form.channels, form.deep)
-        if array is None and notes is not None and getattr(image, "n_frames", 1) > 1:
-            notes.append("only the first frame or page is read")
-    else:
-        array = channels_last(array, form.channels)
-    if array is None:
-        if not form.deep:
-            return from_pil(_resize(as_bytes(image, form.channels), form), form.channels)
-        if form.channels > 1:
-            raise ValueError(
-                f"color with 16 bits needs arrays, or a TIFF of {form.channels} pages: PIL reads it with 8"
-            )
-        array = np.asarray(as_bytes(image, 1))[..., np.newaxis]
-    _check_size(array.shape[1], array.shape[0], form)
-    planes = to_planes(array, form.deep, form.value_range)
-    if len(planes) < form.channels:
-        planes = to_color(planes[0], form.channels, np.iinfo(form.dtype).max)
-    pixels = np.stack([np.asarray(_resize(plane, form)) for plane in planes])
-    return pixels if pixels.dtype == np.uint8 else pixels.round().clip(0, np.iinfo(form.dtype).max).astype(form.dtype)
+    if array is not None:
+        return _fit_array(_channels_last(array, image_format.channels), image_format)
+    return _fit_picture(open_picture(row), image_format, [] if notes is None else notes)
 
 
-def crop_at(pixels: np.ndarray, form: ImageFormat, where: Sequence[float]) -> np.ndarray:
+def crop_at(pixels: np.ndarray, image_format: ImageFormat, place: Sequence[float]) -> np.ndarray:
     """Cuts an image of the asked size out of a larger one.
 
     Args:
-        pixels: Shape `(C, H, W)`, at least as large as `form`.
-        form: The size.
-        where: How far down and right the cut is, of what is spare, in [0, 1): all places are equally likely if they are
-            uniform.
+        pixels: Shape `(C, H, W)`, at least as large as `image_format`.
+        image_format: The size.
+        place: How far down and right the cut is, of what is spare, in [0, 1): all places are equally likely if they
+            are uniform.
 
     Returns:
-        A view of the pixels, of shape `form.shape`.
+        A view of the pixels, of shape `image_format.shape`.
     """
-    top = int(where[0] * (pixels.shape[1] - form.height + 1))
-    left = int(where[1] * (pixels.shape[2] - form.width + 1))
-    return pixels[:, top : top + form.height, left : left + form.width]
+    top = int(place[0] * (pixels.shape[1] - image_format.height + 1))
+    left = int(place[1] * (pixels.shape[2] - image_format.width + 1))
+    return pixels[:, top : top + image_format.height, left : left + image_format.width]
 
 
 def as_bytes(image: Image.Image, channels: int) -> Image.Image:
@@ -165,19 +125,109 @@ def as_bytes(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 
-def _check_size(width: int, height: int, form: ImageFormat) -> None:
+def _fit_picture(image: Image.Image, image_format: ImageFormat, notes: list[str]) -> np.ndarray:
+    channels, deep = image_format.channels, image_format.deep
+    _check_size(image.width, image.height, image_format)
+    if image.info["depth_lost"]:
+        if deep:
+            raise ValueError("it has color or transparency with 16 bits, which PIL reads as 8: use an array")
+        notes.append("16 bits per channel are read as 8")
+    array = picture_array(image, channels, deep)
+    if array is not None:
+        return _fit_array(array, image_format)
+    if getattr(image, "n_frames", 1) > 1:
+        notes.append("only the first frame or page is read")
+    if not deep:
+        return from_pil(_resize(as_bytes(image, channels), image_format), channels)
+    if channels > 1:
+        raise ValueError(f"color with 16 bits needs arrays, or a TIFF of {channels} pages: PIL reads it with 8")
+    return _fit_array(np.asarray(as_bytes(image, 1))[..., np.newaxis], image_format)
+
+
+def _fit_array(array: np.ndarray, image_format: ImageFormat) -> np.ndarray:
+    """Fits an array of shape `(H, W, C)`, or `(H, W, 1)` from a gray picture."""
+    _check_size(array.shape[1], array.shape[0], image_format)
+    values = _as_values(array, image_format)
+    planes = [Image.fromarray(np.ascontiguousarray(values[..., channel])) for channel in range(values.shape[2])]
+    if len(planes) < image_format.channels:
+        planes = _in_color(planes[0], image_format)
+    pixels = np.stack([np.asarray(_resize(plane, image_format)) for plane in planes])
+    if pixels.dtype == np.uint8:
+        return pixels
+    return pixels.round().clip(0, image_format.white).astype(image_format.dtype)
+
+
+def _channels_last(array: np.ndarray, channels: int) -> np.ndarray:
+    """Returns an image of shape `(H, W, C)`, `(C, H, W)` or, of one channel, `(H, W)` as `(H, W, C)`."""
+    if array.ndim == 2 and channels == 1:
+        return array[..., np.newaxis]
+    if array.ndim == 3 and array.shape[2] == channels:
+        return array
+    if array.ndim == 3 and array.shape[0] == channels:
+        return array.transpose(1, 2, 0)
+    raise ValueError(
+        f"array of shape {array.shape} does not have channels={channels}: expected (H, W, {channels}) or"
+        f" ({channels}, H, W){' or (H, W)' if channels == 1 else ''}"
+    )
+
+
+def _as_values(array: np.ndarray, image_format: ImageFormat) -> np.ndarray:
+    """Returns an array as uint8 where bytes suffice, else as float32 in [0, white]."""
+    deep, dtype = image_format.deep, array.dtype
+    if dtype.kind == "b":
+        array = array.astype(np.uint8) * np.uint8(255)
+    if dtype.kind == "f":
+        array = _in_unit_range(array, image_format.value_range) * image_format.white
+    elif array.dtype == np.uint8:
+        return array.astype(np.float32) * 257 if deep else array
+    elif dtype.kind != "u" or dtype.itemsize > 2:
+        raise ValueError(f"dtype {dtype} is not supported: expected uint8, uint16, bool, or floats")
+    elif not deep:
+        raise ValueError(f"it has more than 8 bits a channel (dtype {dtype}): --levels 65536 keeps them")
+    return array.astype(np.float32)
+
+
+def _in_unit_range(array: np.ndarray, value_range: Sequence[float] | None) -> np.ndarray:
+    """Returns floats of a range in [0, 1]."""
+    if value_range is None:
+        raise ValueError(
+            f"its values are floats (dtype {array.dtype}): --value_range LOW HIGH names those of black and white"
+        )
+    low, high = value_range
+    values = array.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("not all of its values are finite")
+    if values.size and not low <= values.min() <= values.max() <= high:
+        raise ValueError(
+            f"its values reach from {values.min():g} to {values.max():g}, beyond --value_range {low:g} {high:g}"
+        )
+    return (values - low) / (high - low)
+
+
+def _in_color(gray: Image.Image, image_format: ImageFormat) -> list[Image.Image]:
+    """Returns a gray plane as 3 planes, or as 4 with an opaque one."""
+    channels = image_format.channels
+    if channels not in (3, 4):
+        raise ValueError(
+            f"it is gray: channels={channels} needs arrays of {channels} channels, or a TIFF of {channels} pages"
+        )
+    return [gray, gray, gray, *[Image.new(gray.mode, gray.size, image_format.white)] * (channels - 3)]
+
+
+def _check_size(width: int, height: int, image_format: ImageFormat) -> None:
     """Raises a `ValueError` if an image is smaller than asked for, unless such images are enlarged."""
-    if not form.enlarge and (width < form.width or height < form.height):
-        asked = f"{form.height}" if form.height == form.width else f"{form.height}x{form.width} (height x width)"
+    _, rows, columns = image_format.shape
+    if not image_format.enlarge and (width < columns or height < rows):
+        asked = f"{rows}" if rows == columns else f"{rows}x{columns} (height x width)"
         raise ValueError(f"{width}x{height} is smaller than resolution={asked}")
 
 
-def _resize(image: Image.Image, form: ImageFormat) -> Image.Image:
-    size = form.width, form.height
+def _resize(image: Image.Image, image_format: ImageFormat) -> Image.Image:
+    size = image_format.width, image_format.height
     if image.size == size:
         return image
-    if form.crop == "center":
+    if image_format.crop == "center":
         return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    scale = max(form.width / image.width, form.height / image.height)
+    scale = max(size[0] / image.width, size[1] / image.height)
     covering = [max(asked, round(side * scale)) for asked, side in zip(size, image.size, strict=True)]
     return image.resize((covering[0], covering[1]), Image.Resampling.LANCZOS)

@@ -16,7 +16,7 @@ TOLERANCE = 1e-4
 
 
 def inception_score(probabilities: Tensor, *, splits: int = 10, seed: int = 0) -> tuple[float, float]:
-    r"""Returns the mean of the scores of equal parts of the images, and their standard deviation.
+    r"""Return the mean of the scores of equal parts of the images, and their standard deviation.
 
     The images are shuffled first, since they may be sorted by class. The score falls with the size of a part: 5,000
     images is what is usual.

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel
 
-import hf_ddpm.evaluation.comparison
-import hf_ddpm.evaluation.feature_cache
+import hf_ddpm.evaluation.evaluate
+import hf_ddpm.evaluation.extraction
 from hf_ddpm import DDPMPipeline
+from hf_ddpm.config import DataConfig
 from hf_ddpm.data.sources import choose
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.features import load_extractor
@@ -59,12 +60,12 @@ def evaluated(main, words, tmp_path_factory):
 
 
 def test_figures_are_kept_as_soon_as_they_are_known(main, words, tmp_path, monkeypatch):
-    def breaks(metric, sets, figures=hf_ddpm.evaluation.comparison.figures):
+    def breaks(metric, *sets, figures=hf_ddpm.evaluation.evaluate.figures):
         if metric == "kid":
             raise OSError("no space left")
-        return figures(metric, sets)
+        return figures(metric, *sets)
 
-    monkeypatch.setattr(hf_ddpm.evaluation.comparison, "figures", breaks)
+    monkeypatch.setattr(hf_ddpm.evaluation.evaluate, "figures", breaks)
     output = tmp_path / "not" / "yet" / "there" / "results.json"
     with pytest.raises(OSError, match="no space left"):
         main([*words, "--metrics", "fd,kid", "--num_images", "4", "--output", str(output)])
@@ -75,7 +76,7 @@ def test_a_model_is_evaluated_from_end_to_end(evaluated, trained):
     results = json.loads((evaluated / "results.json").read_text())
     (samples,) = (evaluated / "results_samples").iterdir()
     images = SampleFolder.read(samples)[torch.arange(40)]
-    train = load_images("digits", split="train", resolution=8, channels=1)[torch.arange(898)]
+    train = load_images(DataConfig("digits", split="train", resolution=[8], channels=1))[torch.arange(898)]
     extractor = load_extractor("digits")
     distance = frechet_distance(Moments.of(extractor(images).features), Moments.of(extractor(train).features))
     fd = results["fd"]
@@ -94,8 +95,8 @@ def test_a_model_is_evaluated_from_end_to_end(evaluated, trained):
 
 
 def test_the_floor_is_held_out_images_against_the_reference(evaluated):
-    train = load_images("digits", split="train", resolution=8, channels=1)[torch.arange(898)]
-    test = load_images("digits", split="test", resolution=8, channels=1)[torch.arange(899)]
+    train = load_images(DataConfig("digits", split="train", resolution=[8], channels=1))[torch.arange(898)]
+    test = load_images(DataConfig("digits", split="test", resolution=[8], channels=1))[torch.arange(899)]
     extractor = load_extractor("digits")
     reference = Moments.of(extractor(train).features)
     drawn = torch.tensor(choose(899, 40, 0))  # at random: sets may be sorted
@@ -111,7 +112,7 @@ def test_results_depend_neither_on_the_batch_size_nor_on_an_interruption(main, w
     assert figures(results) == expected
     (samples,) = (tmp_path / "results_samples").iterdir()
     (samples / "shards" / "000000.npy").write_bytes(b"half of")
-    shutil.rmtree(hf_ddpm.evaluation.feature_cache.CACHE)
+    shutil.rmtree(hf_ddpm.evaluation.extraction.CACHE)
     assert figures(run(main, output, *words, "--metrics", ALL, "--num_images", "40")) == expected
 
 
@@ -189,7 +190,7 @@ def test_saved_statistics_stand_for_the_reference_split(main, words, evaluated, 
     stats, common = str(tmp_path / "stats.npz"), ["--samples", str(samples), "--metrics", "fd", "--num_images", "40"]
     saved = run(main, tmp_path / "a.json", *common, "--dataset", "digits", "--save_reference_stats", stats)["fd"]
     assert saved["value"] == expected["value"]
-    train = load_images("digits", split="train", resolution=8, channels=1)[torch.arange(898)]
+    train = load_images(DataConfig("digits", split="train", resolution=[8], channels=1))[torch.arange(898)]
     features = load_extractor("digits")(train).features.double().numpy()
     arrays = np.load(stats)
     np.testing.assert_allclose(arrays["mu"], features.mean(axis=0), atol=1e-6)
@@ -236,7 +237,7 @@ def test_statistics_that_do_not_fit_are_refused(main, words, evaluated, tmp_path
 
 
 def test_the_training_images_themselves_are_seen_through(main, tmp_path):
-    images = load_images("digits", split="train", resolution=8, channels=1)[torch.arange(50)]
+    images = load_images(DataConfig("digits", split="train", resolution=[8], channels=1))[torch.arange(50)]
     for number, image in enumerate(images):
         Image.fromarray(image[0].numpy()).save(tmp_path / f"{number:05d}.png")
     common = ["--dataset", "digits", "--metrics", "fd", "--samples", str(tmp_path)]

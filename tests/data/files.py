@@ -6,6 +6,39 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from hf_ddpm.config import DataConfig
+from hf_ddpm.data.sources import open_split
+from hf_ddpm.data.store import load_images
+from hf_ddpm.data.streaming.stream import open_stream
+from hf_ddpm.data.transforms import ImageFormat
+
+# Arguments of those who open images; all others are options.
+ARGUMENTS = ("seed", "batch_size", "report", "device", "workers", "log")
+
+
+def data(dataset, resolution=8, channels=1, **options):
+    """Options of gray images of 8 x 8 pixels, unless told otherwise."""
+    sides = [resolution] if isinstance(resolution, int) else list(resolution)
+    return DataConfig(str(dataset), resolution=sides, channels=channels, **options)
+
+
+def image_format(*args, **options):
+    return ImageFormat.of(data("any", *args, **options))
+
+
+def opened(dataset, **options):
+    return open_split(data(dataset, **options))
+
+
+def load(dataset, **options):
+    arguments = {name: options.pop(name) for name in ARGUMENTS if name in options}
+    return load_images(data(dataset, **options), **arguments)
+
+
+def stream(dataset, **options):
+    arguments = {name: options.pop(name) for name in ARGUMENTS if name in options}
+    return open_stream(data(dataset, **options), **({"seed": 0, "workers": 0} | arguments))
+
 
 def write_images(folder, count=3, size=(8, 8), mode="RGB"):
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,8 @@ import torch
 from PIL import Image as PILImage
 
 from hf_ddpm.data.batches import ShuffledImages
-from hf_ddpm.data.store import load_images
-from hf_ddpm.data.streaming.stream import open_stream
-from hf_ddpm.data.transforms import ImageFormat, crop_at, fit
-from tests.data.files import parquet, png
+from hf_ddpm.data.transforms import crop_at, fit
+from tests.data.files import image_format, load, parquet, png, stream
 
 
 def noise(*shape, dtype=np.uint8, seed=0):
@@ -31,7 +29,7 @@ def tiff(*pages):
 
 
 def images_of(path, channels, **options):
-    store = load_images(str(path), resolution=options.pop("resolution", 8), channels=channels, **options)
+    store = load(path, resolution=options.pop("resolution", 8), channels=channels, **options)
     return store[torch.arange(len(store))].numpy()
 
 
@@ -54,7 +52,7 @@ def test_gray_arrays_need_no_axis_of_channels(tmp_path):
 
 def test_channels_are_the_last_axis_where_both_would_do():
     array = noise(6, 7, 6)
-    np.testing.assert_array_equal(fit(npy(array), ImageFormat.of((6, 7), 6)), array.transpose(2, 0, 1))
+    np.testing.assert_array_equal(fit(npy(array), image_format((6, 7), 6)), array.transpose(2, 0, 1))
 
 
 def test_files_of_many_images_are_as_many_images(tmp_path):
@@ -84,7 +82,7 @@ def test_folders_of_arrays_are_splits_and_classes_as_those_of_pictures_are(tmp_p
             np.save(folder / "a.npy", np.full((8, 8, 2), first + number, np.uint8))
             np.savez(folder / "b.npz", np.full((2, 8, 8, 2), first + 10 + number, np.uint8))
     for split, first in [("train", 0), ("test", 100)]:
-        store = load_images(str(tmp_path), split=split, resolution=8, channels=2, class_column="auto")
+        store = load(tmp_path, split=split, channels=2, class_column="auto")
         assert store.class_names == ("cat", "dog") and store.labels.tolist() == [0, 0, 0, 1, 1, 1]
         values = store[torch.arange(6)][:, 0, 0, 0].tolist()
         assert values == [first, first + 10, first + 10, first + 1, first + 11, first + 11]
@@ -123,10 +121,10 @@ def test_pictures_beside_arrays_stay_the_data(tmp_path):
 @pytest.mark.parametrize("size", [(16, 16), (16, 24), (19, 31)])
 def test_arrays_are_resized_and_cut_as_pictures_are(size, crop):
     picture = noise(*size, 3)
-    form = ImageFormat.of(8, 3, crop=crop)
+    form = image_format(8, 3, crop=crop)
     expected = fit(png(picture), form)
     np.testing.assert_array_equal(fit(npy(picture), form), expected)
-    six = fit(npy(np.concatenate([picture, picture[..., ::-1]], axis=2)), ImageFormat.of(8, 6, crop=crop))
+    six = fit(npy(np.concatenate([picture, picture[..., ::-1]], axis=2)), image_format(8, 6, crop=crop))
     np.testing.assert_array_equal(six, np.concatenate([expected, expected[::-1]]))
     np.testing.assert_array_equal(crop_at(six, form, (0.5, 0.5))[:3], crop_at(expected, form, (0.5, 0.5)))
 
@@ -139,7 +137,7 @@ def test_a_checkerboard_halved_is_gray(crop, levels, encode):
     dtype = np.uint16 if levels > 256 else np.uint8
     white = np.iinfo(dtype).max
     board = (np.indices((64, 64)).sum(axis=0) % 2 * white).astype(dtype)
-    (pixels,) = fit(encode(board), ImageFormat.of(32, 1, levels=levels, crop=crop))
+    (pixels,) = fit(encode(board), image_format(32, 1, levels=levels, crop=crop))
     np.testing.assert_allclose(pixels[4:-4, 4:-4] / white, 0.5, atol=0.01)
 
 
@@ -155,7 +153,7 @@ def test_16_bits_are_kept_with_any_number_of_channels(tmp_path):
     with pytest.raises(ValueError, match="more than 8 bits a channel .dtype uint16.: --levels 65536 keeps them"):
         images_of(tmp_path, 5)
     with pytest.raises(ValueError, match="color with 16 bits needs arrays"):
-        fit(png(noise(8, 8, 3)), ImageFormat.of(8, 3, levels=65536))
+        fit(png(noise(8, 8, 3)), image_format(8, 3, levels=65536))
 
 
 @pytest.mark.parametrize("levels", [256, 65536])
@@ -163,7 +161,7 @@ def test_16_bits_are_kept_with_any_number_of_channels(tmp_path):
 def test_floats_of_a_stated_range_become_pixels(levels, dtype):
     white = 65535 if levels > 256 else 255
     values = np.linspace(-2, 3, 128).reshape(8, 8, 2).astype(dtype)
-    pixels = fit(npy(values), ImageFormat.of(8, 2, levels=levels, value_range=(-2, 3)))
+    pixels = fit(npy(values), image_format(8, 2, levels=levels, value_range=(-2, 3)))
     expected = (values.astype(float) + 2) / 5 * white
     np.testing.assert_allclose(pixels, expected.transpose(2, 0, 1), atol=0.5 + white * 2**-22)
     assert pixels.min() == 0 and pixels.max() == white and pixels.dtype == (np.uint16 if levels > 256 else np.uint8)
@@ -172,7 +170,7 @@ def test_floats_of_a_stated_range_become_pixels(levels, dtype):
 def test_floats_are_resized_before_they_are_rounded():
     values = np.full((16, 16), 0.4 / 255, np.float32)
     values[::2] = 0.8 / 255  # the mean, 0.6 of 255, is nearer to 1; rounded first, rows would be 0 and 1
-    (pixels,) = fit(npy(values[..., None]), ImageFormat.of(8, 1, value_range=(0, 1)))
+    (pixels,) = fit(npy(values[..., None]), image_format(8, 1, value_range=(0, 1)))
     assert (pixels[2:-2] == 1).all()
 
 
@@ -182,8 +180,10 @@ def test_pictures_of_floats_with_a_range_are_gray_pictures(channels, levels):
     white = 65535 if levels > 256 else 255
     values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     with pytest.raises(ValueError, match="floats .dtype float32.: --value_range LOW HIGH names"):
-        fit(tiff(values), ImageFormat.of(8, channels, levels=levels))
-    pixels = fit(tiff(values), ImageFormat.of(8, channels, levels=levels, value_range=(0, 1)))
+        fit(tiff(values), image_format(8, channels, levels=levels))
+    pixels = fit(tiff(values), image_format(8, channels, levels=levels, value_range=(0, 1)))
+    with pytest.raises(ValueError, match="it is gray: channels=5 needs arrays of 5 channels, or a TIFF of 5 pages"):
+        fit(tiff(values), image_format(channels=5, levels=levels, value_range=(0, 1)))
     gray = np.rint(values.astype(float) * white)
     for channel in range(channels):
         np.testing.assert_allclose(pixels[channel], white if channel == 3 else gray, atol=1 if levels > 256 else 0)
@@ -200,17 +200,17 @@ def test_true_is_white(tmp_path):
 )
 def test_gray_pages_of_a_tiff_are_channels(page):  # fmt: skip
     pages = [page, page[::-1], page[:, ::-1], page, page]
-    form = ImageFormat.of((8, 9), 5, levels=65536, value_range=(0, 255))
+    form = image_format((8, 9), 5, levels=65536, value_range=(0, 255))
     np.testing.assert_array_equal(fit(tiff(*pages), form), fit(npy(np.stack(pages, axis=2)), form))
     with pytest.raises(ValueError, match="it has 5 gray pages, not channels=1: --channels 5 reads all of them"):
-        fit(tiff(*pages), ImageFormat.of((8, 9), 1))
+        fit(tiff(*pages), image_format((8, 9), 1))
 
 
 def test_further_pages_of_another_size_or_in_color_are_no_channels():
     color = noise(8, 8, 3)
-    np.testing.assert_array_equal(fit(tiff(color, color), ImageFormat.of(8, 3)), color.transpose(2, 0, 1))
+    np.testing.assert_array_equal(fit(tiff(color, color), image_format(8, 3)), color.transpose(2, 0, 1))
     gray = noise(8, 8)
-    np.testing.assert_array_equal(fit(tiff(gray, gray[:4, :4]), ImageFormat.of(8, 1))[0], gray)
+    np.testing.assert_array_equal(fit(tiff(gray, gray[:4, :4]), image_format(8, 1))[0], gray)
 
 
 @pytest.mark.parametrize(
@@ -234,13 +234,13 @@ def test_further_pages_of_another_size_or_in_color_are_no_channels():
 )  # fmt: skip
 def test_arrays_that_do_not_fit_are_refused_by_name(row, options, message):
     with pytest.raises(ValueError, match=message):
-        fit(row, ImageFormat.of(8, **options))
+        fit(row, image_format(8, **options))
 
 
 @pytest.mark.parametrize("limits", [(1, 0), (0, 0), (0,), (0, float("inf")), (float("nan"), 1)])
 def test_a_range_is_two_finite_numbers(limits):
-    with pytest.raises(ValueError, match=r"value_range=\(.*\) is not allowed: two finite numbers LOW HIGH"):
-        ImageFormat.of(8, 1, value_range=limits)
+    with pytest.raises(ValueError, match=r"value_range=.* is not allowed: two finite numbers LOW HIGH"):
+        image_format(8, 1, value_range=limits)
 
 
 def test_damaged_files_are_bad_images_of_one_line(tmp_path):
@@ -272,16 +272,16 @@ def test_arrays_in_parquet_are_read_at_once_and_as_a_stream(tmp_path):
     arrays = noise(6, 8, 8, 5)
     file = parquet(tmp_path / "train.parquet", image=[npy(array) for array in arrays])
     np.testing.assert_array_equal(images_of(file, 5), arrays.transpose(0, 3, 1, 2))
-    stream = open_stream(file, seed=0, batch_size=6, resolution=8, channels=5, workers=0)
-    batch = stream.batch(0, slice(0, 6)).images.numpy()
-    stream.close()
+    source = stream(file, seed=0, batch_size=6, channels=5, workers=0)
+    batch = source.batch(0, slice(0, 6)).images.numpy()
+    source.close()
     assert {image.tobytes() for image in batch} == {image.tobytes() for image in arrays.transpose(0, 3, 1, 2)}
 
 
 def test_folders_of_arrays_are_not_streamed(tmp_path):
     np.save(tmp_path / "a.npy", noise(8, 8, 2))
     with pytest.raises(ValueError, match="cannot be streamed") as caught:
-        open_stream(str(tmp_path), seed=0, batch_size=1, resolution=8, channels=2)
+        stream(str(tmp_path), seed=0, batch_size=1, channels=2)
     assert "\n" not in str(caught.value)
 
 
@@ -289,6 +289,6 @@ def test_several_stacks_in_a_file_are_named_unless_one_is_arr_0(tmp_path):
     stacks = {"x_test": np.zeros((3, 8, 8, 1), np.uint8), "x_train": np.zeros((9, 8, 8, 1), np.uint8)}
     np.savez(tmp_path / "two.npz", **stacks)
     with pytest.raises(ValueError, match="several arrays of 4 dimensions, x_test, x_train: expected one, or arr_0"):
-        load_images(str(tmp_path / "two.npz"), resolution=8, channels=1)
+        load(tmp_path / "two.npz")
     np.savez(tmp_path / "named.npz", labels=np.zeros((4, 1, 1, 1)), arr_0=np.zeros((4, 8, 8, 1), np.uint8))
-    assert len(load_images(str(tmp_path / "named.npz"), resolution=8, channels=1)) == 4
+    assert len(load(tmp_path / "named.npz")) == 4

@@ -6,8 +6,7 @@ import torch
 from PIL import Image as PILImage
 
 from hf_ddpm.data.batches import ShuffledImages
-from hf_ddpm.data.store import load_images
-from tests.data.files import numbered, parquet, write_images
+from tests.data.files import load, numbered, parquet, write_images
 
 
 @pytest.fixture
@@ -24,14 +23,14 @@ def spoiled(tmp_path):
 
 def test_the_first_bad_image_is_refused_in_one_line(spoiled):
     with pytest.raises(ValueError, match=r"image in row 4 \(.*cut\.jpg\) is not usable: .*truncated.*skip_bad_images"):
-        load_images(str(spoiled), resolution=8, channels=3)
+        load(spoiled, channels=3)
 
 
 def test_a_bad_image_of_a_draw_is_named_by_its_row_in_the_data_set(spoiled):
     rows = {"cut.jpg": 4, "text.png": 5, "void.png": 6}
     for seed in range(3):
         with pytest.raises(ValueError, match="is not usable") as caught:
-            load_images(str(spoiled), resolution=8, channels=3, max_samples=6, seed=seed)
+            load(spoiled, channels=3, max_train_samples=6, seed=seed)
         (row,) = [row for name, row in rows.items() if name in str(caught.value)]
         assert f"image in row {row} (" in str(caught.value)
 
@@ -41,7 +40,7 @@ def test_skipped_images_are_counted_and_reported_and_the_rest_kept(spoiled, tmp_
     report = tmp_path / "report.jsonl"
     for _ in range(1 + again):
         report.unlink(missing_ok=True)
-        images = load_images(str(spoiled), resolution=8, channels=3, skip_bad_images=True, report=report)
+        images = load(spoiled, channels=3, skip_bad_images=True, report=report)
     assert len(images) == 4 and images.skipped == 3
     expected = np.stack([np.asarray(PILImage.open(spoiled / f"{i}.png")) for i in range(4)]).transpose(0, 3, 1, 2)
     np.testing.assert_array_equal(images[torch.arange(4)].numpy(), expected)
@@ -57,9 +56,7 @@ def test_labels_stay_with_their_images(tmp_path):
     images[7] = None
     file = parquet(tmp_path / "a.parquet", image=images, label=list(range(10)))
     report = tmp_path / "report.jsonl"
-    store = load_images(
-        file, resolution=8, channels=1, class_column="label", skip_bad_images=True, report=report, max_samples=9, seed=1
-    )
+    store = load(file, class_column="label", skip_bad_images=True, report=report, max_train_samples=9, seed=1)
     values = store[torch.arange(len(store))][:, 0, 0, 0].tolist()
     assert [int(store.class_names[label]) for label in store.labels] == values
     # Rows are those of the data set, not of the draw.
@@ -76,10 +73,10 @@ def test_nothing_but_bad_images_is_an_error(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_text("nothing")
     with pytest.raises(ValueError, match=r"none of the 3 images is usable: image in row 0 \(.*0\.png\)"):
-        load_images(str(tmp_path), resolution=8, channels=3, skip_bad_images=True)
+        load(tmp_path, channels=3, skip_bad_images=True)
 
 
 def test_images_too_small_are_bad_images(tmp_path):
     folder = write_images(tmp_path / "images", count=2)
     PILImage.new("RGB", (7, 30)).save(folder / "small.png")
-    assert len(load_images(str(folder), resolution=8, channels=3, skip_bad_images=True)) == 2
+    assert len(load(folder, channels=3, skip_bad_images=True)) == 2

@@ -4,15 +4,14 @@ import torch
 from PIL import Image as PILImage
 
 from hf_ddpm.data.batches import ShuffledImages, batch_indices, crop_places
-from hf_ddpm.data.store import load_images
 from hf_ddpm.data.transforms import crop_at
-from tests.data.files import numbered, parquet
+from tests.data.files import load, numbered, parquet
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     path = tmp_path_factory.mktemp("numbered") / "a.parquet"
-    return load_images(parquet(path, image=[numbered(i) for i in range(50)]), resolution=8, channels=1)
+    return load(parquet(path, image=[numbered(i) for i in range(50)]))
 
 
 def test_batches_are_those_of_the_order_of_training(store):
@@ -32,7 +31,7 @@ def wide(tmp_path_factory):
     for i, (height, width) in enumerate([(6, 4), (6, 9), (11, 4), (6, 7)]):
         places = np.arange(height * width, dtype=np.uint8).reshape(height, width)
         PILImage.fromarray(np.stack([places, np.full_like(places, i), places], axis=2)).save(folder / f"{i}.png")
-    return load_images(str(folder), resolution=(6, 4), channels=3, crop="random")
+    return load(folder, resolution=(6, 4), channels=3, crop="random")
 
 
 def test_random_crops_are_a_function_of_seed_step_and_row(wide):
@@ -57,7 +56,7 @@ def test_crops_are_cut_where_the_draw_says(wide):
     for image, index, place in zip(source.batch(9, slice(0, 4)).images, order.tolist(), places.tolist(), strict=True):
         height, width = sizes[index]
         whole = np.arange(height * width).reshape(1, height, width)
-        np.testing.assert_array_equal(image[0].numpy(), crop_at(whole, wide.form, place)[0])
+        np.testing.assert_array_equal(image[0].numpy(), crop_at(whole, wide.image_format, place)[0])
 
 
 def test_images_for_random_crops_are_central_by_index(wide):
@@ -69,15 +68,15 @@ def test_a_limited_set_is_a_draw_that_the_seed_decides(tmp_path):
     file = parquet(tmp_path / "a.parquet", image=[numbered(i) for i in range(40)])
 
     def values(**options):
-        images = load_images(file, resolution=8, channels=1, **options)
+        images = load(file, **options)
         return images[torch.arange(len(images))][:, 0, 0, 0].tolist()
 
-    first = values(max_samples=10)
+    first = values(max_train_samples=10)
     assert len(set(first)) == 10 and first == sorted(first) and first != list(range(10))
-    assert values(max_samples=10, seed=0) == first != values(max_samples=10, seed=1)
-    assert values(max_samples=100) == list(range(40))
-    with pytest.raises(ValueError, match="max_samples=0 is not allowed: at least 1"):
-        values(max_samples=0)
+    assert values(max_train_samples=10, seed=0) == first != values(max_train_samples=10, seed=1)
+    assert values(max_train_samples=100) == list(range(40))
+    with pytest.raises(ValueError, match="max_train_samples=0 is not allowed: at least 1"):
+        values(max_train_samples=0)
 
 
 def test_every_image_once_an_epoch_and_no_epoch_like_another():

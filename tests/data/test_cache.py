@@ -12,8 +12,7 @@ import torch
 from PIL import Image as PILImage
 
 from hf_ddpm.data import decoding
-from hf_ddpm.data.store import load_images
-from tests.data.files import numbered, parquet, write_images
+from tests.data.files import load, numbered, parquet, write_images
 
 
 @pytest.fixture
@@ -22,13 +21,10 @@ def decoded(monkeypatch):
     counts = [0]
     real = decoding._decode_rows
 
-    def counting(rows, indices, column, form, skip, recipe):
-        counts[0] += len(indices)
-        return real(rows, indices, column, form, skip, recipe)
+    def counting(batch, places, **options):
+        counts[0] += len(places)
+        return real(batch, places, **options)
 
-    # The cache's key knows a function by its name.
-    counting.__qualname__ = counting.__name__ = "_decode_rows"
-    counting.__module__ = decoding.__name__
     monkeypatch.setattr(decoding, "_decode_rows", counting)
 
     def since():
@@ -42,35 +38,36 @@ def test_images_are_decoded_once_for_each_way_to_fit_them(tmp_path, decoded):
     folder = str(write_images(tmp_path / "images", count=3, size=(12, 9)))
     rgb, gray = {"resolution": 8, "channels": 3}, {"resolution": 8, "channels": 1}
     ways = [rgb, gray, rgb | {"resolution": 9}, rgb | {"resolution": (8, 12)}, rgb | {"crop": "random"},
-            rgb | {"max_samples": 2}, gray | {"levels": 65536}]  # fmt: skip
+            rgb | {"max_train_samples": 2}, gray | {"levels": 65536}]  # fmt: skip
     first = []
     for way in ways:
-        images = load_images(folder, **way)
-        assert decoded() == way.get("max_samples", 3)
+        images = load(folder, **way)
+        assert decoded() == way.get("max_train_samples", 3)
         first.append(images[torch.arange(2)])
     for way, expected in zip(ways, first, strict=True):
-        assert torch.equal(load_images(folder, **way)[torch.arange(2)].float(), expected.float())
+        assert torch.equal(load(folder, **way)[torch.arange(2)].float(), expected.float())
         # Labels and levels of 8 bits change nothing about the pixels.
-        load_images(folder, **({"levels": 17} | way))
+        load(folder, **({"levels": 17} | way))
     assert decoded() == 0
 
 
 def test_a_changed_file_is_seen(tmp_path, decoded):
     folder = write_images(tmp_path / "images", count=3)
-    load_images(str(folder), resolution=8, channels=1)
+    load(folder)
     PILImage.new("L", (8, 8), 77).save(folder / "1.png")
-    images = load_images(str(folder), resolution=8, channels=1)
+    images = load(folder)
     assert decoded() == 6 and bool((images[torch.tensor([1])] == 77).all())
     (folder / "2.png").unlink()
-    assert len(load_images(str(folder), resolution=8, channels=1)) == 2
+    assert len(load(folder)) == 2
 
 
 def start(file, **environment):
     """Starts a process that decodes the images of a file and prints a checksum."""
     code = f"""
 import hashlib, torch
+from hf_ddpm.config import DataConfig
 from hf_ddpm.data.store import load_images
-images = load_images({file!r}, resolution=64, channels=3)
+images = load_images(DataConfig({file!r}, resolution=[64]))
 print(len(images), hashlib.sha256(images[torch.arange(len(images))].numpy().tobytes()).hexdigest())
 """
     return subprocess.Popen(

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from hf_ddpm.data.caching import full_disk_named, is_full
-from hf_ddpm.data.store import load_images
-from tests.data.files import numbered, parquet
+from tests.data.files import load, numbered, parquet
 from tests.data.test_kinds import image, pack, saved
 
 
@@ -27,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def values(name, lines):
-    images = load_images(str(name), resolution=8, channels=1, log=lines.append)
+    images = load(name, log=lines.append)
     return images[torch.arange(len(images))][:, 0, 0, 0].tolist()
 
 
@@ -123,9 +122,10 @@ def test_a_full_disk_names_the_folder_and_the_way_out(cache, number):
 def test_a_limit_on_files_ends_a_run_in_one_line(tmp_path):
     name = parquet(tmp_path / "a.parquet", image=[numbered(number % 256, size=64) for number in range(300)])
     code = f"""
-from hf_ddpm.utils.launch import run_script
+from hf_ddpm.config import DataConfig
 from hf_ddpm.data.store import load_images
-run_script(lambda argv: load_images({name!r}, resolution=64, channels=3) and 0)
+from hf_ddpm.utils.launch import run_script
+run_script(lambda argv: load_images(DataConfig({name!r}, resolution=[64])) and 0)
 """
     home = str(tmp_path / "home")
 

@@ -9,9 +9,8 @@ import torch
 from PIL import Image as PILImage
 
 from hf_ddpm.data.layout import arrange
-from hf_ddpm.data.sources import open_split
-from hf_ddpm.data.store import load_images
-from tests.data.files import write_images
+from tests.data.files import load, write_images
+from tests.data.files import opened as open_data
 
 
 def gray(path, value):
@@ -22,8 +21,8 @@ def gray(path, value):
 def opened(folder, split="train", **options):
     """Returns the gray values of the images of a split, what is left out as file and kind, and the printed line."""
     lines = []
-    images = load_images(str(folder), split=split, resolution=8, channels=1, log=lines.append, **options)
-    _, left_out = open_split(str(folder), split, class_column=options.get("class_column"))
+    images = load(folder, split=split, log=lines.append, **options)
+    _, left_out = open_data(folder, split=split, class_column=options.get("class_column"))
     values = images[torch.arange(len(images))][:, 0, 0, 0].tolist()
     return values, {(os.path.relpath(file.file, folder), file.kind) for file in left_out}, lines[0]
 
@@ -136,7 +135,7 @@ def test_validation_images_beside_train_are_another_split_and_alone_no_split_to_
 def test_a_class_named_as_a_split_is_a_class_beside_others(tmp_path):
     for number, name in enumerate(("bicycle", "bus", "train")):
         gray(tmp_path / name / "a.png", number)
-    images = load_images(str(tmp_path), resolution=8, channels=1, class_column="label")
+    images = load(tmp_path, class_column="label")
     assert images.class_names == ("bicycle", "bus", "train") and images.labels.tolist() == [0, 1, 2]
 
 
@@ -144,12 +143,12 @@ def test_classes_are_the_same_in_all_splits_and_folders_of_splits_are_none(tmp_p
     for name in ("train/dog", "train/cat", "val/cat", "val/ant"):
         gray(tmp_path / name / "a.png", 1)
     for split, labels in (("train", [1, 2]), ("validation", [0, 1])):
-        images = load_images(str(tmp_path), split=split, resolution=8, channels=1, class_column="label")
+        images = load(tmp_path, split=split, class_column="label")
         assert images.class_names == ("ant", "cat", "dog") and images.labels.tolist() == labels
     for name in ("train", "test"):
         gray(tmp_path / "flat" / name / "a.png", 1)
     with pytest.raises(ValueError, match="class_column='label' does not exist"):
-        load_images(str(tmp_path / "flat"), resolution=8, channels=1, class_column="label")
+        load(tmp_path / "flat", class_column="label")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -172,7 +171,7 @@ def test_images_that_metadata_do_not_list_are_used_unless_classes_come_from_ther
     assert left_out == {("sub/9.png", f"missing, but listed in metadata.{kind}")}
     for column in ("category", "auto"):
         values, left_out, line = opened(tmp_path, class_column=column)
-        images = load_images(str(tmp_path), resolution=8, channels=1, class_column=column)
+        images = load(tmp_path, class_column=column)
         assert values == [0, 2] and [images.class_names[label] for label in images.labels] == ["y", "x"]
         assert {("sub/1.png", "not listed in metadata"), ("sub/3.png", "not listed in metadata")} < left_out
         assert "not listed in metadata: 2" in line
@@ -185,7 +184,7 @@ def test_images_of_other_columns_of_metadata_are_no_rows(tmp_path):
     values, left_out, _ = opened(tmp_path)
     assert values == [0]
     assert left_out == {("mask.png", "in another column of metadata"), ("loose.png", "not listed in metadata")}
-    assert opened(tmp_path, column="mask")[0] == [1]
+    assert opened(tmp_path, image_column="mask")[0] == [1]
 
 
 def test_bad_metadata_are_named(tmp_path):
@@ -210,7 +209,7 @@ def test_names_that_are_not_utf_8_are_used_and_printable(tmp_path):
     values, _, _ = opened(tmp_path, skip_bad_images=True, report=report, class_column="label")
     assert values == [3, 4]
     assert json.loads(report.read_text().splitlines()[0])["file"].endswith("caf%E9/%FE.png")
-    images = load_images(str(tmp_path), resolution=8, channels=1, skip_bad_images=True, class_column="label")
+    images = load(tmp_path, skip_bad_images=True, class_column="label")
     assert images.class_names == ("caf\\xe9", "tea")
 
 
@@ -238,6 +237,14 @@ def test_metadata_that_cannot_be_meant_are_named(tmp_path, lines, message):
         opened(tmp_path)
 
 
+def test_metadata_files_that_disagree_about_a_column_are_named(tmp_path):
+    for name, value in (("a", 1), ("b", "x")):
+        write_images(tmp_path / name, count=1)
+        (tmp_path / name / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "size": value}))
+    with pytest.raises(ValueError, match="column 'size' of metadata in '.*': "):
+        opened(tmp_path)
+
+
 def test_a_column_of_metadata_called_image_leaves_the_images(tmp_path):
     write_images(tmp_path, count=2)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "image": "x"}))
@@ -253,5 +260,5 @@ def test_frames_that_are_not_read_are_counted(tmp_path):
     frames = [PILImage.new("L", (8, 8), value) for value in (10, 200)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     lines = []
-    load_images(str(tmp_path), resolution=8, channels=1, log=lines.append)
+    load(tmp_path, log=lines.append)
     assert any("only the first frame or page is read" in line for line in lines)

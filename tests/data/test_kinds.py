@@ -12,15 +12,12 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
-from hf_ddpm.data.sources import open_split
-from hf_ddpm.data.store import load_images
-from hf_ddpm.data.streaming.stream import open_stream
-from tests.data.files import numbered, parquet
+from tests.data.files import load, numbered, opened, parquet, stream
 
 
 def values(name, split="train", **options):
     """Returns the gray values of the images of a split, sorted."""
-    images = load_images(str(name), split=split, resolution=8, channels=1, **options)
+    images = load(name, split=split, **options)
     return sorted(images[torch.arange(len(images))][:, 0, 0, 0].tolist())
 
 
@@ -33,12 +30,17 @@ def saved(numbers):
 def test_data_sets_that_were_saved_to_disk(tmp_path):
     saved([1, 2, 3]).save_to_disk(tmp_path / "one")
     assert values(tmp_path / "one") == [1, 2, 3]
-    images = load_images(str(tmp_path / "one"), resolution=8, channels=1, class_column="auto")
+    images = load(tmp_path / "one", class_column="auto")
     assert images.class_names == ("a", "b") and images.labels.tolist() == [1, 0, 1]
     DatasetDict(train=saved([1, 2]), test=saved([3])).save_to_disk(tmp_path / "two")
     assert values(tmp_path / "two") == [1, 2] and values(tmp_path / "two", "test") == [3]
     with pytest.raises(ValueError, match="has no split 'validation': one of train, test"):
         values(tmp_path / "two", "validation")
+    with pytest.raises(ValueError, match="dataset_config='x': a data set that was saved to disk has no configurations"):
+        values(tmp_path / "one", dataset_config="x")
+    saved([]).save_to_disk(tmp_path / "empty")
+    with pytest.raises(ValueError, match="empty' is empty: a split holds no image"):
+        values(tmp_path / "empty")
     # Other rows in the same place are not taken for the former ones, and nothing is written there.
     before = {path.name for path in (tmp_path / "one").iterdir()}
     saved([4, 5, 6]).save_to_disk(tmp_path / "one")
@@ -76,7 +78,7 @@ def test_archives_are_read_as_the_folders_that_they_hold(tmp_path, suffix, is_fi
         },
     )  # fmt: skip
     name, lines = str(file if is_file else tmp_path), []
-    images = load_images(name, resolution=8, channels=1, class_column="label", log=lines.append)
+    images = load(name, class_column="label", log=lines.append)
     assert images.class_names == ("cats", "dogs") and images.labels.tolist() == [0, 1]
     found = images[torch.arange(2)][:, 0, 0, 0].tolist()
     assert found[0] == 1 and abs(found[1] - 200) <= 2
@@ -96,9 +98,9 @@ def test_web_data_sets_have_classes_and_splits_by_the_names_of_their_shards(tmp_
                       f"{number:05d}.json": b"{}"}  # fmt: skip
         pack(tmp_path / f"{name}.tar", files)
     assert values(tmp_path) == [1, 2, 3] and values(tmp_path, "validation") == [4]
-    images = load_images(str(tmp_path), resolution=8, channels=1, class_column="cls")
+    images = load(tmp_path, class_column="cls")
     assert images.class_names == ("0", "1") and images.labels.tolist() == [1, 0, 1]
-    _, left_out = open_split(str(tmp_path))
+    _, left_out = opened(tmp_path)
     assert [file.kind for file in left_out] == ["unknown format .json"] * 4
 
 
@@ -108,7 +110,7 @@ def test_classes_of_web_data_sets_may_be_words_and_names_may_have_dots(tmp_path)
         files |= {f"{number:05d}.rgb.png": image(number), f"{number:05d}.cls": name.encode()}
     pack(tmp_path / "words.tar", files)
     name = str(tmp_path / "words.tar")
-    images = load_images(name, resolution=8, channels=1, class_column="cls")
+    images = load(name, class_column="cls")
     assert images.class_names == ("cat", "dog") and images.labels.tolist() == [0, 1, 0]
     assert values(name) == [0, 1, 2]
     pack(tmp_path / "two.tar", {**files, "00000.depth.png": image(9)})
@@ -146,32 +148,32 @@ def configured(path):
 
 def test_configurations_are_named_by_an_option(tmp_path):
     name = configured(tmp_path / "data")
-    assert values(name, config="small") == [1, 2] and values(name, config="big") == [3, 4, 5]
+    assert values(name, dataset_config="small") == [1, 2] and values(name, dataset_config="big") == [3, 4, 5]
     several = "'.*data' has several configurations, name one by dataset_config: small, big$"
     unknown = "'.*data' has no configuration dataset_config='huge': one of small, big$"
     options = {"seed": 0, "batch_size": 2, "resolution": 8, "channels": 1, "workers": 0}
     for config, message in ((None, several), ("huge", unknown)):
         with pytest.raises(ValueError, match=message):
-            values(name, config=config)
+            values(name, dataset_config=config)
         with pytest.raises(ValueError, match=message):
-            open_stream(name, config=config, **options)
-    stream = open_stream(name, config="big", **options)
-    assert len(stream) == 3
-    stream.close()
+            stream(name, dataset_config=config, **options)
+    source = stream(name, dataset_config="big", **options)
+    assert len(source) == 3
+    source.close()
     for other in ("digits", str(tmp_path / "data" / "small" / "train.parquet")):
         with pytest.raises(ValueError, match="dataset_config='x': .* has no configurations"):
-            values(other, config="x")
+            values(other, dataset_config="x")
         with pytest.raises(ValueError, match="dataset_config='x': .* has no configurations"):
-            open_stream(other, config="x", **options)
+            stream(other, dataset_config="x", **options)
 
 
 def test_files_beside_tables_are_counted_in_memory_and_in_streams(tmp_path):
     name, lines, report = configured(tmp_path / "data"), [], tmp_path / "report"
     (tmp_path / "data" / "figure.png").write_bytes(image(9))
-    load_images(name, config="small", resolution=8, channels=1, log=lines.append)
+    load(name, dataset_config="small", log=lines.append)
     for _ in range(2):  # a stream that resumes lists them once
-        open_stream(
-            name, config="small", seed=0, batch_size=2, resolution=8, channels=1, workers=0, log=lines.append,
+        stream(
+            name, dataset_config="small", seed=0, batch_size=2, workers=0, log=lines.append,
             report=report, skip_bad_images=True,
         ).close()  # fmt: skip
     assert "2 images in train" in lines[0] and len(lines) == 3
@@ -194,11 +196,9 @@ def test_images_in_tables_of_other_tools_are_found(tmp_path, kind):
         columns = {"digest": pa.array([b"x", b"y", b"z"]), **columns}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     assert values(tmp_path / "a.parquet") == [5, 6, 7]
-    stream = open_stream(
-        str(tmp_path / "a.parquet"), seed=0, batch_size=3, resolution=8, channels=1, workers=0, class_column="label"
-    )
-    batch = stream.batch(0, slice(0, 3))
-    stream.close()
+    source = stream(str(tmp_path / "a.parquet"), seed=0, batch_size=3, workers=0, class_column="label")
+    batch = source.batch(0, slice(0, 3))
+    source.close()
     assert sorted(batch.images[:, 0, 0, 0].tolist()) == [5, 6, 7]
     assert [(value - 5) % 2 for value in batch.images[:, 0, 0, 0].tolist()] == batch.labels.tolist()
 
@@ -211,7 +211,7 @@ def test_a_column_of_images_goes_before_one_of_bytes(tmp_path):
     pq.write_table(pa.table({"x": [image(1)], "y": [image(2)]}), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"name it by image_column: columns are x \(binary\), y \(binary\)"):
         values(tmp_path / "b.parquet")
-    assert values(tmp_path / "b.parquet", column="y") == [2]
+    assert values(tmp_path / "b.parquet", image_column="y") == [2]
 
 
 def test_bytes_that_are_no_images_are_named(tmp_path):

@@ -12,9 +12,8 @@ from PIL import PngImagePlugin
 
 from hf_ddpm.data.decoding import decode
 from hf_ddpm.data.pictures import open_picture
-from hf_ddpm.data.store import load_images
-from hf_ddpm.data.transforms import ImageFormat, fit
-from tests.data.files import parquet, write_images
+from hf_ddpm.data.transforms import fit
+from tests.data.files import image_format, load, parquet, write_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 TURNED = {1: PIXELS, 2: PIXELS[:, ::-1], 3: PIXELS[::-1, ::-1], 4: PIXELS[::-1], 5: PIXELS.transpose(1, 0, 2),
@@ -175,15 +174,15 @@ def png16(array, color):
 def test_16_bits_are_refused_where_they_would_be_lost_and_told_elsewhere(tmp_path, color, channels):
     row = png16(np.full((8, 8, channels), 65535, np.uint16) - 255, color)
     with pytest.raises(ValueError, match="16 bits, which PIL reads as 8"):
-        fit(row, ImageFormat.of(8, 1, levels=65536))
+        fit(row, image_format(8, 1, levels=65536))
     notes = []
-    fit(row, ImageFormat.of(8, 3), notes)
+    fit(row, image_format(8, 3), notes)
     assert notes == ["16 bits per channel are read as 8"]
     plain = {"bytes": encoded("PNG"), "path": None}
     dataset = Dataset.from_parquet(parquet(tmp_path / "a.parquet", image=[row, row, plain]))
     for _ in range(2):  # the second time from the cache
         lines = []
-        decode(dataset, "image", ImageFormat.of(6, 3), log=lines.append)
+        decode(dataset, "image", image_format(6, 3), range(3), log=lines.append)
         assert lines == ["16 bits per channel are read as 8: 2 images"]
 
 
@@ -191,20 +190,20 @@ def test_transparent_gray_of_16_bits_is_white():
     levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     file = io.BytesIO()
     PILImage.fromarray(levels).save(file, "PNG", transparency=5000)
-    (pixels,) = fit({"bytes": file.getvalue(), "path": None}, ImageFormat.of(8, 1, levels=65536))
+    (pixels,) = fit({"bytes": file.getvalue(), "path": None}, image_format(8, 1, levels=65536))
     np.testing.assert_array_equal(pixels, np.where(levels == 5000, 65535, levels))
 
 
 def test_small_images_are_enlarged_only_if_asked(tmp_path):
     folder = str(write_images(tmp_path / "images", size=(4, 4)))
     with pytest.raises(ValueError, match=r"4x4 is smaller than resolution=8 \(enlarge=true scales small images up"):
-        load_images(folder, resolution=8, channels=3)
-    assert len(load_images(folder, resolution=8, channels=3, enlarge=True)) == 3
+        load(folder, channels=3)
+    assert len(load(folder, channels=3, enlarge=True)) == 3
     flat = {"bytes": encoded("PNG"), "path": None}
     for crop in ("center", "random"):
-        pixels = fit(flat, ImageFormat.of((12, 12), 3, enlarge=True, crop=crop))
+        pixels = fit(flat, image_format((12, 12), 3, enlarge=True, crop=crop))
         assert pixels.shape == ((3, 12, 12) if crop == "center" else (3, 12, 18))
-    means = [fit(flat, ImageFormat.of((6, 9), 3)).mean(), fit(flat, ImageFormat.of((12, 18), 3, enlarge=True)).mean()]
+    means = [fit(flat, image_format((6, 9), 3)).mean(), fit(flat, image_format((12, 18), 3, enlarge=True)).mean()]
     assert means[0] == pytest.approx(means[1], abs=2)  # the same picture, twice as large
     # One side alone may be too small.
-    assert fit(flat, ImageFormat.of((7, 4), 3, enlarge=True)).shape == (3, 7, 4)
+    assert fit(flat, image_format((7, 4), 3, enlarge=True)).shape == (3, 7, 4)

@@ -6,9 +6,9 @@ import torch
 from PIL import Image as PILImage
 
 from hf_ddpm.data import store
-from hf_ddpm.data.store import load_images
-from hf_ddpm.data.transforms import ImageFormat, crop_at, fit
+from hf_ddpm.data.transforms import crop_at, fit
 from hf_ddpm.images import to_signed
+from tests.data.files import image_format, load
 
 
 def encoded(picture, format="PNG", **options):
@@ -26,7 +26,7 @@ def encoded(picture, format="PNG", **options):
 def test_every_mode_becomes_every_number_of_channels(mode, format, channels):
     options = {"lossless": True} if format == "WEBP" else {}
     picture = PILImage.new("RGB", (10, 9), (255, 255, 255)).convert(mode)
-    pixels = fit(encoded(picture, format, **options), ImageFormat.of((9, 10), channels))
+    pixels = fit(encoded(picture, format, **options), image_format((9, 10), channels))
     assert pixels.shape == (channels, 9, 10) and pixels.dtype == np.uint8
     assert pixels.min() >= 253  # white stays white, and opaque
 
@@ -39,7 +39,7 @@ def test_gray_of_16_bits_keeps_every_level(tmp_path, monkeypatch, resident):
     PILImage.fromarray(levels).save(tmp_path / "a.png")
     PILImage.fromarray(levels.astype(np.int32)).save(tmp_path / "b.tiff")  # mode I
     PILImage.fromarray((levels // 257).astype(np.uint8)).save(tmp_path / "c.png")
-    images = load_images(str(tmp_path), resolution=64, channels=1, levels=65536)
+    images = load(tmp_path, resolution=64, channels=1, levels=65536)
     batch = images[torch.arange(3)]
     assert batch.dtype == torch.uint16
     np.testing.assert_array_equal(batch[0, 0].numpy(), levels)
@@ -53,7 +53,7 @@ def test_gray_of_16_bits_keeps_every_level(tmp_path, monkeypatch, resident):
 
 def test_gray_of_16_bits_is_resized_without_losing_depth():
     ramp = np.repeat(np.arange(256, dtype=np.uint16)[:, None] + 30_000, 256, axis=1)
-    (pixels,) = fit(encoded(PILImage.fromarray(ramp)), ImageFormat.of(128, 1, levels=65536))
+    (pixels,) = fit(encoded(PILImage.fromarray(ramp)), image_format(128, 1, levels=65536))
     middle = pixels[16:-16, 64].astype(int)
     np.testing.assert_array_equal(np.diff(middle), 2)
 
@@ -61,18 +61,18 @@ def test_gray_of_16_bits_is_resized_without_losing_depth():
 def test_depth_is_refused_where_it_would_be_lost():
     deep = encoded(PILImage.fromarray(np.full((8, 8), 300, np.uint16)))
     with pytest.raises(ValueError, match=r"more than 8 bits.*levels=65536 with channels=1 keeps them"):
-        fit(deep, ImageFormat.of(8, 1))
+        fit(deep, image_format(8, 1))
     floats = encoded(PILImage.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF")
     with pytest.raises(ValueError, match="--value_range LOW HIGH"):
-        fit(floats, ImageFormat.of(8, 1, levels=65536))
+        fit(floats, image_format(8, 1, levels=65536))
     beyond = encoded(PILImage.fromarray(np.full((8, 8), 70_000, np.int32)), "TIFF")
     with pytest.raises(ValueError, match="from 70000 to 70000, beyond 16 bits"):
-        fit(beyond, ImageFormat.of(8, 1, levels=65536))
+        fit(beyond, image_format(8, 1, levels=65536))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"resolution": 0, "channels": 3}, "resolution=.0, 0. is not allowed"),
+    [({"resolution": 0, "channels": 3}, "resolution=.0. is not allowed"),
      ({"resolution": (8, 0), "channels": 3}, "resolution=.8, 0. is not allowed"),
      ({"resolution": 8, "channels": 0}, "channels=0 is not allowed: at least 1"),
      ({"resolution": 8, "channels": 3, "crop": "left"}, "crop='left' is not allowed: center or random"),
@@ -80,15 +80,15 @@ def test_depth_is_refused_where_it_would_be_lost():
 )  # fmt: skip
 def test_wrong_formats_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
-        ImageFormat.of(**options)
+        image_format(**options)
 
 
 def test_height_comes_before_width():
     picture = PILImage.fromarray(np.arange(12 * 20, dtype=np.uint8).reshape(12, 20))
-    np.testing.assert_array_equal(fit(encoded(picture), ImageFormat.of((12, 20), 1))[0], np.asarray(picture))
-    np.testing.assert_array_equal(fit(encoded(picture), ImageFormat.of((12, 10), 1))[0], np.asarray(picture)[:, 5:15])
+    np.testing.assert_array_equal(fit(encoded(picture), image_format((12, 20), 1))[0], np.asarray(picture))
+    np.testing.assert_array_equal(fit(encoded(picture), image_format((12, 10), 1))[0], np.asarray(picture)[:, 5:15])
     with pytest.raises(ValueError, match=r"20x12 is smaller than resolution=20x12 \(height x width\)"):
-        fit(encoded(picture), ImageFormat.of((20, 12), 1))
+        fit(encoded(picture), image_format((20, 12), 1))
 
 
 def test_the_camera_turns_an_image_before_it_is_measured():
@@ -97,18 +97,18 @@ def test_the_camera_turns_an_image_before_it_is_measured():
     upright = np.zeros((16, 8), np.uint8)
     upright[:8] = 250
     lying = PILImage.fromarray(np.rot90(upright))  # a quarter to the left
-    pixels = fit(encoded(lying, "PNG", exif=exif), ImageFormat.of((16, 8), 1))
+    pixels = fit(encoded(lying, "PNG", exif=exif), image_format((16, 8), 1))
     np.testing.assert_array_equal(pixels[0], upright)
 
 
 def test_one_pixel_is_an_image():
-    assert fit(encoded(PILImage.new("RGB", (1, 1), (1, 2, 3))), ImageFormat.of(1, 3)).flatten().tolist() == [1, 2, 3]
+    assert fit(encoded(PILImage.new("RGB", (1, 1), (1, 2, 3))), image_format(1, 3)).flatten().tolist() == [1, 2, 3]
     with pytest.raises(ValueError, match="1x1 is smaller than resolution=8"):
-        fit(encoded(PILImage.new("RGB", (1, 1))), ImageFormat.of(8, 3))
+        fit(encoded(PILImage.new("RGB", (1, 1))), image_format(8, 3))
 
 
 def test_random_crops_reach_every_place_and_nothing_beyond():
-    form = ImageFormat.of((4, 4), 1, crop="random")
+    form = image_format((4, 4), 1, crop="random")
     wide = np.tile(np.arange(11, dtype=np.uint8), (4, 1))
     pixels = fit(encoded(PILImage.fromarray(wide)), form)
     assert pixels.shape == (1, 4, 11)  # the smaller side fits already
@@ -122,7 +122,7 @@ def test_random_crops_reach_every_place_and_nothing_beyond():
 
 def test_central_and_random_crops_show_the_same_scale():
     gradient = PILImage.fromarray(np.tile(np.arange(0, 240, 4, dtype=np.uint8), (30, 1)))  # 60 x 30
-    center = fit(encoded(gradient), ImageFormat.of(10, 1))
-    form = ImageFormat.of(10, 1, crop="random")
+    center = fit(encoded(gradient), image_format(10, 1))
+    form = image_format(10, 1, crop="random")
     middle = crop_at(fit(encoded(gradient), form), form, (0.5, 0.5))
     np.testing.assert_allclose(center[0].astype(int), middle[0].astype(int), atol=7)  # within half a pixel

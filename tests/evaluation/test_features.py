@@ -10,7 +10,8 @@ from safetensors import safe_open
 from scipy.signal import correlate2d
 from transformers import AutoConfig, AutoModel
 
-from hf_ddpm.data.sources import open_dataset
+from hf_ddpm.config import DataConfig
+from hf_ddpm.data.sources import open_split
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
@@ -23,13 +24,13 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
 
 @pytest.fixture(scope="module")
 def test_half():
-    images = load_images("digits", split="test", resolution=8, channels=1)
+    images = load_images(DataConfig("digits", split="test", resolution=[8], channels=1))
     return images[torch.arange(len(images))]
 
 
 @pytest.fixture(scope="module")
 def train_half():
-    images = load_images("digits", split="train", resolution=8, channels=1)
+    images = load_images(DataConfig("digits", split="train", resolution=[8], channels=1))
     return images[torch.arange(len(images))]
 
 
@@ -57,7 +58,7 @@ def random_images(*shape):
 
 def test_the_shipped_classifier_knows_the_digits_it_has_not_seen(test_half):
     extracted = load_extractor("digits")(test_half)
-    labels = torch.tensor(open_dataset("digits", "test")["label"][:])
+    labels = torch.tensor(open_split(DataConfig("digits", split="test"))[0]["label"][:])
     assert (extracted.probabilities.argmax(dim=1) == labels).double().mean() >= 0.985
     assert extracted.features.shape == (899, 64) and extracted.features.dtype == torch.float32
     torch.testing.assert_close(extracted.probabilities.sum(dim=1), torch.ones(899))
@@ -69,7 +70,7 @@ def test_the_shipped_classifier_knows_the_digits_it_has_not_seen(test_half):
 
 def test_the_classifier_is_its_description():
     # In float64 numpy, from the weights alone: any other input range, pooling or padding gives other distances.
-    images = load_images("digits", split="test", resolution=8, channels=1)[torch.arange(3)]
+    images = load_images(DataConfig("digits", split="test", resolution=[8], channels=1))[torch.arange(3)]
     extractor = load_extractor("digits")
     weights = {key: value.double().numpy() for key, value in extractor.network.state_dict().items()}
 
@@ -102,7 +103,7 @@ def test_distances_by_the_shipped_classifier_are_sensitive(test_half, train_half
     rng = np.random.default_rng(0)
     gaussian = rng.multivariate_normal(flat.mean(0), np.cov(flat.T), 899).clip(0, 255).round().reshape(-1, 1, 8, 8)
     assert distance(torch.tensor(gaussian.astype(np.uint8))) > 15 * floor
-    labels = np.array(open_dataset("digits", "test")["label"][:])
+    labels = np.array(open_split(DataConfig("digits", split="test"))[0]["label"][:])
     without = torch.tensor(rng.choice(np.flatnonzero(labels < 8), 899))
     assert distance(test_half[without]) > 8 * floor
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from hf_ddpm.config import DataConfig
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from hf_ddpm.evaluation.kernel import squared_mmd
-from hf_ddpm.evaluation.pictures import copied_fraction
+from hf_ddpm.evaluation.memorization import copied_fraction
 from hf_ddpm.evaluation.precision_recall import precision_recall
 
 
@@ -20,7 +21,7 @@ def as_bytes(unit):
 @pytest.fixture(scope="module")
 def sets():
     train, test = (
-        load_images("digits", split=split, resolution=8, channels=1, class_column="label")
+        load_images(DataConfig("digits", split=split, resolution=[8], channels=1, class_column="label"))
         for split in ("train", "test")
     )
     random = np.random.default_rng(0)

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from hf_ddpm import DDPMPipeline, UNet2DModel
+from hf_ddpm.config import DataConfig
 from hf_ddpm.data.batches import batch_indices
-from hf_ddpm.data.sources import open_dataset
+from hf_ddpm.data.sources import open_split
 from hf_ddpm.data.store import load_images
 from hf_ddpm.images import to_signed
 from hf_ddpm.training.randomness import draw
@@ -88,7 +89,7 @@ def test_the_network_learns_classes_and_none(run_training, tmp_path, monkeypatch
     assert abs((labels == 10).sum() - 80) < 5 * 60**0.5
     hidden = torch.cat([draw(0, step, range(8), (1, 8, 8), 1000, "cpu").hide < 0.25 for step in range(40)])
     assert torch.equal(labels == 10, hidden)
-    share = np.bincount(open_dataset("digits")["label"], minlength=10) / 898
+    share = np.bincount(open_split(DataConfig("digits"))[0]["label"], minlength=10) / 898
     found = torch.bincount(labels[labels < 10], minlength=10) / (labels < 10).sum()
     assert np.abs(found.numpy() - share).max() < 5 * (0.1 * 0.9 / 240) ** 0.5
 
@@ -147,7 +148,7 @@ def test_fine_tuning_starts_from_the_loss_of_the_model(run_training, learned, tm
     run_training(tmp_path / "new", *words, "--prediction_type", "v_prediction")
     run_training(tmp_path / "tuned", *words, "--init_from", str(learned / kind))
     average = DDPMPipeline.from_pretrained(learned / "ours")
-    images = load_images("digits", resolution=8, channels=1)
+    images = load_images(DataConfig("digits", resolution=[8], channels=1))
     draws = draw(0, 0, range(8), (1, 8, 8), 1000, "cpu")
     x_start = to_signed(images[batch_indices(0, 0, 8, 898)], 17)
     diffusion = average.scheduler.diffusion

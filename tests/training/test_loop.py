@@ -8,7 +8,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
 
-from hf_ddpm.config import parse_config
+from hf_ddpm.config import DataConfig, parse_config
 from hf_ddpm.data.batches import batch_indices
 from hf_ddpm.data.store import load_images
 from hf_ddpm.training.randomness import draw
@@ -49,7 +49,7 @@ class Dropout(torch.nn.Module):
 
 
 def train_by_hand(prediction_type):
-    network, images = initial_network(), load_images("digits", resolution=8, channels=1)
+    network, images = initial_network(), load_images(DataConfig("digits", resolution=[8], channels=1))
     weights = dict(network.named_parameters())
     averages = {decay: {name: weight.detach().clone() for name, weight in weights.items()} for decay in (DECAY, 0.1)}
     first, second = ({name: torch.zeros_like(weight) for name, weight in weights.items()} for _ in range(2))

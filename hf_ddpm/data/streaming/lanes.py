@@ -1,9 +1,9 @@
-r"""Which rows of a set too large to shuffle make up each batch, as a pure function of (seed, step): arithmetic only.
+r"""The rows of each batch of a set too large to shuffle, as a pure function of (seed, step): arithmetic only.
 
 The set comes in groups of rows, which are read as a whole. Each epoch takes the groups in a random order, end to end,
 and divides this sequence of rows into lanes, one for each stretch of the global batch. A lane is read in windows of
-some groups, whose rows are shuffled. So a process, whose rows of the batch lie in some lanes only, reads little beside
-what it uses; and nothing has to be replayed to find a place.
+some groups, whose rows are shuffled. So a process, whose rows of the batch lie in some lanes only, reads little that
+it does not use; and nothing has to be replayed to find a place.
 
 Epochs are permutations of all rows, end to end, without a gap or a repetition, as those of images in memory: place `p`
 of the stream of all batches, the row :math:`p \bmod B` of step :math:`\lfloor p / B \rfloor`, belongs to epoch
@@ -74,11 +74,11 @@ class Lanes:
         seed: Seed of the run.
         batch_size: Images in a global batch.
         groups: The number of rows of each group, at least 1.
-        lanes: Into how many lanes a batch is divided; a process reads the lanes that its rows lie in.
-        window_rows: Rows of a window at least, where a lane has so many: more are shuffled better and take more memory.
+        lanes: Number of lanes that a batch is divided into; a process reads the lanes that its rows lie in.
+        window_rows: Rows of a window at least, if a lane has so many: more are shuffled better and take more memory.
     """
 
-    def __init__(self, seed: int, batch_size: int, groups: Sequence[int], *, lanes: int = 8, window_rows: int = 1024):
+    def __init__(self, seed: int, batch_size: int, groups: Sequence[int], *, lanes: int, window_rows: int):
         self.seed, self.batch_size, self.window_rows = seed, batch_size, window_rows
         self.groups = np.asarray(groups, dtype=np.int64)
         self.size = int(self.groups.sum())

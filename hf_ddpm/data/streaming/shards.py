@@ -8,14 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, Features
+from datasets import Features
 from fsspec.core import url_to_fs
 
-from hf_ddpm.data.sources import check_max_samples
 from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.seeds import SUBSET, generator
 
-# Footers are read at once by so many threads: far away, each costs a request or two.
+# Threads that read footers: from a server, each costs a request or two.
 FOOTER_READERS = 16
 
 
@@ -25,10 +24,10 @@ class RowGroup:
 
     Attributes:
         path: The file, as it was named.
-        number: The number of the group in it.
+        number: The number of the group in the file.
         first_row: The row of the file that it starts with.
         rows: The number of rows.
-        footer: What the file says about itself.
+        footer: Metadata of the file.
     """
 
     path: str
@@ -81,15 +80,10 @@ class Shards:
                 first_row += rows
         if not self.groups:
             raise ValueError(f"{paths[0]!r} is empty: it holds no image")
-        self.features: Features = self.sample().features
-
-    def sample(self) -> Dataset:
-        """Returns a data set of the same columns, without rows."""
-        return Dataset(self.groups[0].footer.schema.to_arrow_schema().empty_table())
+        self.features = Features.from_arrow_schema(schema)
 
     def some(self, max_rows: int | None, seed: int) -> list[RowGroup]:
         """Returns the groups to use, in order: all, or random ones of `max_rows` rows, the last drawn in part."""
-        check_max_samples(max_rows)
         left = sum(group.rows for group in self.groups) if max_rows is None else max_rows
         chosen: dict[int, RowGroup] = {}
         for number in torch.randperm(len(self.groups), generator=generator(seed, SUBSET)).tolist():
@@ -99,7 +93,7 @@ class Shards:
         return [chosen[number] for number in sorted(chosen)]
 
     def values(self, column: str) -> Iterator[Any]:
-        """Yields all that a column holds: of it alone all files are read, once the first value is wanted."""
+        """Yields all values of a column; nothing is read before the first one is asked for."""
         for group in self.groups:
             yield from group.read([column])[column].to_pylist()
 

@@ -1,41 +1,44 @@
 """Images of a set larger than memory and disk: read, decoded and shuffled as they are needed."""
 
+import os
+import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from hf_ddpm.config import DataConfig
 from hf_ddpm.data.batches import Batch, crop_places
+from hf_ddpm.data.columns import find_class_column, find_classes, find_image_column
 from hf_ddpm.data.decoding import BadImage, attempt, read_report
-from hf_ddpm.data.labels import find_class_column, find_classes
-from hf_ddpm.data.sources import find_image_column, find_shards
-from hf_ddpm.data.streaming.decoders import Place, decoding
+from hf_ddpm.data.sources import find_shards
 from hf_ddpm.data.streaming.lanes import Lanes
 from hf_ddpm.data.streaming.shards import Shards
-from hf_ddpm.data.streaming.windows import LoadedWindow, WindowReader
+from hf_ddpm.data.streaming.windows import Pick, WindowReader
 from hf_ddpm.data.transforms import ImageFormat, crop_at
 from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.jsonl import append_line
 from hf_ddpm.utils.launch import own_cores
 
+# Of a stream; see `Lanes`. Up to 16 processes read little that they do not use, and hold about 2 * 16 * 1024 encoded
+# images together. A change changes every streamed run.
+LANES, WINDOW_ROWS = 16, 1024
 # More decoding processes are not started unless asked for.
 MOST_WORKERS = 8
 
-
-class Pick(NamedTuple):
-    """A row of a batch: its window and its place there."""
-
-    window: LoadedWindow
-    row: int
+Place = Sequence[float]
 
 
 class ImageStream:
-    """Images of parquet files, in the order of training; `Lanes` says what an epoch is.
+    """Images of parquet files, in the order of training, with the epochs of `Lanes`.
 
     Threads read encoded rows ahead of their use. Processes decode: each a batch at a time, and of it only the rows
     asked for. What is ahead is bounded, so memory stays flat. Asking for the steps in order, and for the same rows, is
@@ -46,11 +49,11 @@ class ImageStream:
 
     Args:
         reader: Reads the windows of the lanes.
-        form: What images are made into.
-        device: Where batches are wanted.
-        skip_bad_images: Whether to go on over images that cannot be used.
+        image_format: What images are made into.
+        device: Device of the batches.
+        skip_bad_images: Whether to skip images that cannot be used.
         report: File to which these are added, as lines of JSON; each process adds those that it meets.
-        workers: Processes that decode; 0 to decode in this one, when asked. By default one a core, up to 8.
+        workers: Processes that decode; 0 to decode in this one, when asked. By default one per core, up to 8.
 
     Attributes:
         shape: Shape `(C, H, W)` of an image.
@@ -61,22 +64,31 @@ class ImageStream:
     def __init__(
         self,
         reader: WindowReader,
-        form: ImageFormat,
+        image_format: ImageFormat,
         *,
         device: torch.device | str = "cpu",
         skip_bad_images: bool = False,
         report: Path | None = None,
         workers: int | None = None,
     ):
-        self.reader, self.form, self.device = reader, form, torch.device(device)
-        self.shape = form.shape
+        self.reader, self.image_format, self.device = reader, image_format, torch.device(device)
+        self.shape = image_format.shape
         self.class_names = reader.classes.names if reader.classes else ()
         self.skip_bad_images, self.report = skip_bad_images, report
         self._known_bad = {(file, row) for file, row in (read_report(report) if report else ()) if row is not None}
         self._next: tuple[int, slice] | None = None
-        self._jobs = _Jobs(reader, form)
-        count = min(own_cores(), MOST_WORKERS) if workers is None else workers
-        self._loader = decoding(form, self._jobs, count)
+        self._jobs = _Jobs(reader, image_format)
+        workers = min(own_cores(), MOST_WORKERS) if workers is None else workers
+        self._loader: Any = DataLoader(
+            _Decoder(image_format),
+            batch_size=None,
+            sampler=self._jobs,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_serve_parent if workers else None,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # the global one is not touched
+        )
         self._decoded: Iterator[Any] | None = None
 
     def __len__(self) -> int:
@@ -109,19 +121,15 @@ class ImageStream:
         for row, reason in bad:
             picks[row], images[row] = self._stand_in(picks[row], reason, places[row])
         self._next = step + 1, rows
-        return Batch(self._sent(torch.from_numpy(images)), self._labels(picks))
+        labels = None
+        if self.reader.classes is not None:
+            labels = self._sent(torch.tensor([pick.window.labels[pick.row] for pick in picks], dtype=torch.int64))
+        return Batch(self._sent(torch.from_numpy(images)), labels)
 
     def close(self) -> None:
         """Ends the processes and threads."""
-        self._decoded = self._next = None
-        self._loader = decoding(self.form, self._jobs, 0)  # the workers end with the loader that has them
-        self._jobs.under_way.clear()
+        self._decoded = self._next = self._loader = None  # the processes end with the loader
         self.reader.close()
-
-    def _labels(self, picks: list[Pick]) -> Tensor | None:
-        if self.reader.classes is None:
-            return None
-        return self._sent(torch.tensor([pick.window.labels[pick.row] for pick in picks], dtype=torch.int64))
 
     def _sent(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda":
@@ -134,9 +142,9 @@ class ImageStream:
         self._note(BadImage(*window.origins[pick.row], reason))
         for further in range(1, len(window.images)):
             row = (pick.row + further) % len(window.images)
-            image = attempt(window.images[row], self.form)
+            image = attempt(window.images[row], self.image_format)
             if not isinstance(image, str):
-                return Pick(window, row), crop_at(image, self.form, place)
+                return Pick(window, row), crop_at(image, self.image_format, place)
             self._note(BadImage(*window.origins[row], image))
         path, row = window.origins[pick.row]
         raise ValueError(f"none of {len(window.images)} images is usable, such as row {row} of {path!r}: {reason}")
@@ -152,84 +160,61 @@ class ImageStream:
 
 
 def open_stream(
-    name: str,
+    data: DataConfig,
     *,
     seed: int,
     batch_size: int,
-    split: str = "train",
-    column: str | None = None,
-    resolution: int | tuple[int, int],
-    channels: int,
-    levels: int = 256,
-    crop: str = "center",
-    enlarge: bool = False,
-    value_range: Sequence[float] | None = None,
-    config: str | None = None,
-    class_column: str | None = None,
-    max_samples: int | None = None,
-    skip_bad_images: bool = False,
     report: Path | None = None,
     device: torch.device | str = "cpu",
-    lanes: int = 8,
-    window_rows: int = 1024,
     workers: int | None = None,
     log: Callable[[str], object] = lambda line: None,
 ) -> ImageStream:
-    """Opens a data set of parquet files as a stream; nothing is fetched but what the files say about themselves.
+    """Opens a data set of parquet files as a stream; nothing is fetched but the footers of the files.
 
     Args:
-        name: A folder of parquet files, a parquet file, an id on the Hub, or a URL or pattern; see `find_shards`.
+        data: Options of the images; of data sets see `find_shards`. Of `max_train_samples` images, random groups of
+            rows are used, and of the last one the first rows. A `class_column` without names of classes is read wholly.
         seed: Seed of the run.
         batch_size: Images in a global batch, over all processes.
-        split: Name of the split.
-        column: Column of the images; guessed if None.
-        resolution: Height and width that images are fitted to, in pixels, or one number for both.
-        channels: 1, 3 or 4, or the number that arrays have.
-        levels: Evenly spaced values of a pixel; above 256 images have 16 bits.
-        crop: `center` or `random`.
-        enlarge: Whether images that are smaller than the resolution are scaled up, not refused.
-        value_range: The floats that become black and white, for images of floats.
-        config: Configuration, for data sets with several ones.
-        class_column: Column of the classes, or `auto` to guess it. If it does not name its classes, it is read wholly.
-        max_samples: How many images to use: random groups of rows, and of the last one the first rows.
-        skip_bad_images: Whether to go on over images that cannot be used.
-        report: File to which these are added, as lines of JSON.
-        device: Where batches are wanted.
-        lanes: See `Lanes`; at least the number of processes, so that none reads much that others use.
-        window_rows: See `Lanes`; about `2 * lanes * window_rows` encoded images are held, over all processes.
-        workers: Processes that decode; by default one a core, up to 8.
+        report: File to which bad images and other unused files are added, as lines of JSON.
+        device: Device of the batches.
+        workers: Processes that decode; by default one per core, up to 8.
         log: Called with a line on files of a folder that are not used.
 
     Returns:
-        The images.
+        The images, to be closed.
 
     Raises:
         ValueError: If the data set or a column is not usable; each is named, with the reason.
     """
-    form = ImageFormat.of(resolution, channels, levels=levels, crop=crop, enlarge=enlarge, value_range=value_range)
-    paths, left_out = find_shards(name, split, config, log)
+    paths, left_out = find_shards(data, log)
     shards = Shards(paths)
-    column = find_image_column(shards.sample(), column)
-    classes = None
-    if class_column is not None:
-        class_column = find_class_column(shards.features, class_column)
+    column, classes = find_image_column(shards.features, data.image_column), None
+    if data.class_column is not None:
+        class_column = find_class_column(shards.features, data.class_column)
         classes = find_classes(shards.features, class_column, shards.values(class_column))
-    groups = shards.some(max_samples, seed)
-    plan = Lanes(seed, batch_size, [group.rows for group in groups], lanes=lanes, window_rows=window_rows)
-    reader = WindowReader(groups, plan, column, classes)
+    groups = shards.some(data.max_train_samples, seed)
+    plan = Lanes(seed, batch_size, [group.rows for group in groups], lanes=LANES, window_rows=WINDOW_ROWS)
     if report is not None:
         listed = read_report(report)
         for file in left_out:
             if (file.file, None) not in listed:
                 append_line(report, asdict(BadImage(file.file, None, file.reason)))
-    return ImageStream(reader, form, device=device, skip_bad_images=skip_bad_images, report=report, workers=workers)
+    return ImageStream(
+        WindowReader(groups, plan, column, classes),
+        ImageFormat.of(data),
+        device=device,
+        skip_bad_images=data.skip_bad_images,
+        report=report,
+        workers=workers,
+    )
 
 
 class _Jobs:
-    """What is to be decoded: the rows of one step after another, and where they are cut."""
+    """Rows to be decoded, of one step after another, and where they are cut."""
 
-    def __init__(self, reader: WindowReader, form: ImageFormat):
-        self.reader, self.form = reader, form
+    def __init__(self, reader: WindowReader, image_format: ImageFormat):
+        self.reader, self.image_format = reader, image_format
         self.under_way: deque[tuple[list[Pick] | ValueError, list[Place]]] = deque()
         self.start(0, slice(0, 0))
 
@@ -243,7 +228,7 @@ class _Jobs:
         step = self.step
         while True:
             try:
-                picks = self._picks(step)
+                picks = self.reader.picks(step, self.rows)
             except ValueError as error:
                 # It is raised when its step has come.
                 self.under_way.append((error, []))
@@ -254,18 +239,44 @@ class _Jobs:
                 yield [pick.window.images[pick.row] for pick in picks], places
             step += 1
 
-    def _picks(self, step: int) -> list[Pick]:
-        stretches = self.reader.lanes.stretches(step, self.rows)
-        requests = [self.reader.request(stretch.window) for stretch in stretches]  # all, before one is waited for
-        windows = [request.result() for request in requests]
-        return [
-            Pick(window, row)
-            for window, stretch in zip(windows, stretches, strict=True)
-            for row in range(stretch.start, stretch.stop)
-        ]
-
     def _places(self, step: int, count: int) -> list[Place]:
-        if self.form.crop == "center":
+        if self.image_format.crop == "center":
             return [(0.0, 0.0)] * count
         lanes = self.reader.lanes
         return crop_places(lanes.seed, step, lanes.batch_size)[self.rows].tolist()
+
+
+class _Decoder(Dataset[Any]):
+    """Decodes a job of `_Jobs`, given as an index: its images, and the rows and reasons of bad ones."""
+
+    def __init__(self, image_format: ImageFormat):
+        self.image_format = image_format
+
+    def __getitem__(self, job: tuple[list[dict[str, Any] | None], list[Place]]) -> tuple[np.ndarray, list[Any]]:
+        images = np.zeros((len(job[0]), *self.image_format.shape), self.image_format.dtype)
+        bad = []
+        for row, (encoded, place) in enumerate(zip(*job, strict=True)):
+            image = attempt(encoded, self.image_format)
+            if isinstance(image, str):
+                bad.append((row, image))
+            else:
+                images[row] = crop_at(image, self.image_format, place)
+        return images, bad
+
+
+def _as_it_is(decoded: Any) -> Any:
+    return decoded  # as numpy, which travels by pipe: tensors would need shared memory, of which containers have little
+
+
+def _serve_parent(worker: int) -> None:
+    """Ignores signals (the parent handles them) and exits when the parent dies."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a whole process group gets them, and the parent needs its last batch
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from hf_ddpm.data.labels import Classes
+from hf_ddpm.data.columns import Classes
 from hf_ddpm.data.streaming.lanes import Lanes, Window
 from hf_ddpm.data.streaming.shards import RowGroup
 
@@ -19,13 +19,20 @@ class LoadedWindow:
 
     Attributes:
         images: Encoded images, as `datasets` keeps them.
-        labels: The numbers of their classes; empty if none were asked for.
+        labels: Their classes; empty if none were asked for.
         origins: The file and the row there that each comes from.
     """
 
     images: list[dict[str, Any] | None]
     labels: list[int]
     origins: list[tuple[str, int]]
+
+
+class Pick(NamedTuple):
+    """A row of a batch: its window and its place there."""
+
+    window: LoadedWindow
+    row: int
 
 
 class WindowReader:
@@ -44,7 +51,27 @@ class WindowReader:
         # Without threads as long as nothing is read: processes may be forked until then.
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="windows")
 
-    def request(self, window: Window) -> "Future[LoadedWindow]":
+    def picks(self, step: int, rows: slice) -> list[Pick]:
+        """Returns some rows of the global batch of a step; waits for what is not read yet.
+
+        Raises:
+            ValueError: If a file cannot be read, or a row has no class.
+        """
+        stretches = self.lanes.stretches(step, rows)
+        requests = [self._request(stretch.window) for stretch in stretches]  # all, before one is waited for
+        windows = [request.result() for request in requests]
+        return [
+            Pick(window, row)
+            for window, stretch in zip(windows, stretches, strict=True)
+            for row in range(stretch.start, stretch.stop)
+        ]
+
+    def close(self) -> None:
+        """Ends the reading; what is being read is waited for."""
+        self._readers.shutdown(cancel_futures=True)
+        self._held.clear()
+
+    def _request(self, window: Window) -> "Future[LoadedWindow]":
         """Returns the window to come, and has the next one of its lane read too."""
         held = self._held.setdefault(window.lane, {})
         for wanted in (window, self.lanes.after(window)):
@@ -53,11 +80,6 @@ class WindowReader:
         while len(held) > HELD_WINDOWS:
             del held[next(iter(held))]  # who has asked for it still gets it
         return held[window]
-
-    def close(self) -> None:
-        """Ends the reading; what is being read is waited for."""
-        self._readers.shutdown(cancel_futures=True)
-        self._held.clear()
 
     def _load(self, window: Window) -> LoadedWindow:
         images: list[dict[str, Any] | None] = []

@@ -16,11 +16,19 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from hf_ddpm.data.streaming.stream import open_stream
-from tests.data.files import numbered, png, shards
+from hf_ddpm.data.streaming import stream as module
+from hf_ddpm.data.streaming import windows
+from tests.data.files import numbered, parquet, png, shards
+from tests.data.files import stream as open_stream
 
-OPTIONS = {"resolution": 8, "channels": 1, "seed": 0, "batch_size": 12, "lanes": 4, "window_rows": 6, "workers": 0}
+OPTIONS = {"seed": 0, "batch_size": 12, "workers": 0}
 ALL = slice(0, 12)
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    monkeypatch.setattr(module, "LANES", 4)
+    monkeypatch.setattr(module, "WINDOW_ROWS", 6)
 
 
 @pytest.fixture(scope="module")
@@ -155,23 +163,33 @@ def test_a_torn_file_is_named(tmp_path):
             source.batch(step, ALL)
     torn.write_bytes(content[:-20])
     with pytest.raises(ValueError, match="00002-of-00004.parquet' cannot be read as parquet"):
-        open_stream(str(folder), **OPTIONS)
+        open_stream(folder, **OPTIONS)
 
 
 def test_what_cannot_be_streamed_is_refused_by_name(tmp_path, folder):
     PILImage.new("L", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="cannot be streamed: .*a.png' is not parquet"):
-        open_stream(str(tmp_path), **OPTIONS)
+        open_stream(tmp_path, **OPTIONS)
     with pytest.raises(ValueError, match="has no split 'test': one of train"):
         open_stream(folder, split="test", **OPTIONS)
     with pytest.raises(ValueError, match="dataset '.*nowhere' cannot be streamed"):
         open_stream(str(tmp_path / "nowhere"), **OPTIONS)
     with pytest.raises(ValueError, match="image_column='picture' does not exist"):
-        open_stream(folder, column="picture", **OPTIONS)
+        open_stream(folder, image_column="picture", **OPTIONS)
+
+
+def test_files_of_other_columns_and_files_without_rows_are_refused_by_name(tmp_path):
+    folder = shards(tmp_path / "data", [numbered(i) for i in range(8)], files=2)
+    parquet(folder / "train-00002-of-00003.parquet", image=[numbered(8)])
+    with pytest.raises(ValueError, match="00002-of-00003.parquet' has other columns than '.*00000-of-00002.parquet'"):
+        open_stream(folder, **OPTIONS)
+    Dataset.from_dict({"image": []}, Features({"image": Image()})).to_parquet(str(tmp_path / "empty.parquet"))
+    with pytest.raises(ValueError, match="empty.parquet' is empty: it holds no image"):
+        open_stream(tmp_path / "empty.parquet", **OPTIONS)
 
 
 def test_a_limited_stream_holds_random_groups(folder):
-    with stream(folder, max_samples=23) as source:
+    with stream(folder, max_train_samples=23) as source:
         assert len(source) == 23
         seen = [value for step in range(4) for value in values(source.batch(step, ALL))]
     assert len(set(seen[:23])) == 23 and set(seen[:23]) == set(seen[23:46]) and set(seen[:23]) != set(range(23))
@@ -230,8 +248,6 @@ def test_a_stream_leaves_the_global_generator_alone(folder):
 
 def test_what_is_held_does_not_grow(tmp_path, monkeypatch):
     """Counts encoded rows that are alive: less noisy than the memory of the process, and the same question."""
-    from hf_ddpm.data.streaming.stream import windows
-
     alive = []
     held = []
 
@@ -245,7 +261,8 @@ def test_what_is_held_does_not_grow(tmp_path, monkeypatch):
 
     monkeypatch.setattr(windows, "LoadedWindow", Counted)
     folder = str(shards(tmp_path / "data", [numbered(i % 256) for i in range(1200)], files=4, group=5))
-    with stream(folder, window_rows=10) as source:
+    monkeypatch.setattr(module, "WINDOW_ROWS", 10)
+    with stream(folder) as source:
         for step in range(300):  # three epochs
             source.batch(step, ALL)
             held.append(sum(alive))
@@ -260,7 +277,6 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     # Large images: a worker is then mostly in the middle of a message, which nobody reads to its end.
     data = shards(tmp_path / "data", [numbered(i, size=256) for i in range(64)])
     code = f"""
-from hf_ddpm.data.streaming.stream import open_stream
 stream = open_stream({str(data)!r}, resolution=256, channels=3, seed=0, batch_size=32, workers=2)
 for step in range(1000):
     stream.batch(step, slice(0, 32))

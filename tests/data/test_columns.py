@@ -2,9 +2,8 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 
-from hf_ddpm.data.labels import find_class_column, read_classes
-from hf_ddpm.data.store import load_images
-from tests.data.files import write_images
+from hf_ddpm.data.columns import find_class_column, read_classes
+from tests.data.files import load, write_images
 
 
 def table(kind, values, name="label"):
@@ -19,7 +18,7 @@ def table(kind, values, name="label"):
      (Value("string"), ["b", "a", "b"], ("a", "b"), [1, 0, 1])],
 )  # fmt: skip
 def test_classes_are_numbered_from_zero(kind, values, names, numbers):
-    classes, labels = read_classes(table(kind, values), "label")
+    classes, labels = read_classes(table(kind, values), "label", range(len(values)))
     assert classes.names == names
     assert labels.dtype == torch.int64 and labels.tolist() == numbers
 
@@ -29,7 +28,7 @@ def test_classes_are_numbered_from_zero(kind, values, names, numbers):
 )
 def test_an_image_without_a_class_is_named_by_its_row(kind, values, row):
     with pytest.raises(ValueError, match=f"class_column='label' holds {values[row]!r} in row {row}, which is no class"):
-        read_classes(table(kind, values), "label")
+        read_classes(table(kind, values), "label", range(len(values)))
 
 
 def test_class_columns_are_guessed_when_asked():
@@ -46,7 +45,7 @@ def test_class_columns_are_guessed_when_asked():
 def test_class_folders_are_classes(tmp_path):
     for name in ("dogs", "cats"):
         write_images(tmp_path / name, count=2)
-    images = load_images(str(tmp_path), resolution=8, channels=3, class_column="auto")
+    images = load(tmp_path, channels=3, class_column="auto")
     assert images.class_names == ("cats", "dogs") and images.labels.tolist() == [0, 0, 1, 1]
-    without = load_images(str(tmp_path), resolution=8, channels=3)
+    without = load(tmp_path, channels=3)
     assert without.labels is None and without.class_names == ()

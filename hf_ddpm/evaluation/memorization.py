@@ -1,4 +1,4 @@
-"""Has a model learned its training images by heart? Its samples beside the nearest of them, and how many are copies."""
+"""Memorized training images: exact copies among samples, and the training images nearest to samples."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_ddpm.evaluation.extraction import Images
-from hf_ddpm.evaluation.feature_cache import digests
+from hf_ddpm.evaluation.extraction import Images, digests
 from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.images import grid, to_pictures
 
@@ -16,7 +15,7 @@ ROWS = 8
 
 
 def nearest_picture(images: Images, features: Tensor, reference: Images, reference_features: Tensor) -> Image.Image:
-    """Draws the generated images that are nearest to a training image, one a row, each with the 3 nearest to it.
+    """Draw the generated images that are nearest to a training image, one per row, each with the 3 nearest to it.
 
     Args:
         images: Generated images.
@@ -25,7 +24,7 @@ def nearest_picture(images: Images, features: Tensor, reference: Images, referen
         reference_features: Their features, shape `(len(reference), D)`.
 
     Returns:
-        The picture: in the first column what was generated, in the others its neighbors, nearest first.
+        The picture: generated images in the first column, their neighbors in the others, nearest first.
     """
     distances, neighbors = nearest(features, reference_features, min(NEIGHBORS, len(reference)))
     rows = distances[:, 0].argsort(stable=True)[:ROWS].cpu()
@@ -35,14 +34,14 @@ def nearest_picture(images: Images, features: Tensor, reference: Images, referen
     return grid(tiles, columns=1 + neighbors.shape[1])
 
 
-def copied_fraction(images: Images, numbers: Sequence[int], reference: Images, levels: int) -> float:
-    """Returns the fraction of generated images that equal a training image in every pixel.
+def copied_fraction(images: Images, indices: Sequence[int], reference: Images, levels: int) -> float:
+    """Return the fraction of generated images that equal a training image in every pixel.
 
     Args:
         images: Generated images.
-        numbers: Which of them.
+        indices: Which of them.
         reference: Training images.
         levels: Evenly spaced values that a pixel takes: generated images are moved onto the nearest first.
     """
     known = set(digests(reference, range(len(reference)), levels))
-    return sum(digest in known for digest in digests(images, numbers, levels)) / len(numbers)
+    return sum(digest in known for digest in digests(images, indices, levels)) / len(indices)

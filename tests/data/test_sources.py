@@ -5,27 +5,26 @@ from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
 from hf_ddpm.data import store
-from hf_ddpm.data.sources import find_image_column, open_dataset
-from hf_ddpm.data.store import load_images
-from tests.data.files import parquet, png, write_images
+from hf_ddpm.data.columns import find_image_column
+from tests.data.files import load, opened, parquet, png, write_images
 
 
 def test_digits_are_those_of_scikit_learn():
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     order = np.random.default_rng(0).permutation(1797)
     for split, rows in [("train", order[:898]), ("test", order[898:])]:
-        images = load_images("digits", split=split, resolution=8, channels=1)
+        images = load("digits", split=split)
         expected = np.round(digits.images[rows] * 255 / 16).astype(np.uint8)
         np.testing.assert_array_equal(images[torch.arange(len(images))][:, 0].numpy(), expected)
-        assert open_dataset("digits", split)["label"] == digits.target[rows].tolist()
+        assert opened("digits", split=split)[0]["label"] == digits.target[rows].tolist()
 
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_batches_hold_the_images_asked_for(monkeypatch, resident):
     if not resident:
         monkeypatch.setattr(store, "RESIDENT_BYTES", 0)
-    images = load_images("digits", resolution=8, channels=1)
-    pictures = open_dataset("digits")["image"]
+    images = load("digits")
+    pictures = opened("digits")[0]["image"]
     batch = images[torch.tensor([5, 0, 5])]
     assert batch.shape == (3, 1, 8, 8) and batch.dtype == torch.uint8
     for row, index in zip(batch, [5, 0, 5], strict=True):
@@ -34,12 +33,12 @@ def test_batches_hold_the_images_asked_for(monkeypatch, resident):
 
 def test_folders_of_images_and_of_parquet_load_alike(tmp_path):
     folder = write_images(tmp_path / "images", count=4)
-    from_folder = load_images(str(folder), resolution=8, channels=3)
+    from_folder = load(folder, channels=3)
     arrays = [np.asarray(PILImage.open(folder / f"{i}.png")) for i in range(4)]
     (tmp_path / "table").mkdir()
     file = parquet(tmp_path / "table" / "train.parquet", img=[png(array) for array in arrays], label=[0, 1, 2, 3])
-    for images in (from_folder, load_images(file, resolution=8, channels=3),
-                   load_images(str(tmp_path / "table"), resolution=8, channels=3)):  # fmt: skip
+    for images in (from_folder, load(file, channels=3),
+                   load(tmp_path / "table", channels=3)):  # fmt: skip
         np.testing.assert_array_equal(images[torch.arange(4)].numpy(), np.stack(arrays).transpose(0, 3, 1, 2))
 
 
@@ -49,21 +48,21 @@ def test_class_folders_are_classes_whatever_their_names(tmp_path):
     for name in ("testing", "training_set", "other"):
         write_images(tmp_path / name, count=2)
     (tmp_path / "notes.txt").write_text("not an image")
-    assert len(load_images(str(tmp_path), resolution=8, channels=3)) == 6
+    assert len(load(tmp_path, channels=3)) == 6
 
 
 def test_folders_named_as_splits_are_splits(tmp_path):
     write_images(tmp_path / "train" / "cat", count=3)
     write_images(tmp_path / "test" / "cat", count=2)
-    assert len(load_images(str(tmp_path), resolution=8, channels=3)) == 3
-    assert len(load_images(str(tmp_path), split="test", resolution=8, channels=3)) == 2
+    assert len(load(tmp_path, channels=3)) == 3
+    assert len(load(tmp_path, split="test", channels=3)) == 2
 
 
 def test_transparent_pixels_are_white_not_what_is_hidden_behind_them(tmp_path):
     PILImage.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a.png")
-    rgb = load_images(str(tmp_path), resolution=8, channels=3)[torch.tensor([0])]
+    rgb = load(tmp_path, channels=3)[torch.tensor([0])]
     assert bool((rgb == 255).all())
-    rgba = load_images(str(tmp_path), resolution=8, channels=4)[torch.tensor([0])]
+    rgba = load(tmp_path, channels=4)[torch.tensor([0])]
     assert rgba[0, :, 0, 0].tolist() == [255, 0, 0, 0]
 
 
@@ -71,7 +70,7 @@ def test_palettes_and_cmyk_are_converted(tmp_path):
     picture = PILImage.new("RGB", (16, 16), (200, 40, 40))
     picture.convert("P").save(tmp_path / "a.png")
     picture.convert("CMYK").save(tmp_path / "b.jpg", quality=100)
-    images = load_images(str(tmp_path), resolution=8, channels=3)[torch.arange(2)]
+    images = load(tmp_path, channels=3)[torch.arange(2)]
     expected = torch.tensor([200.0, 40.0, 40.0]).view(1, 3, 1, 1).expand(2, 3, 8, 8)
     torch.testing.assert_close(images.float(), expected, rtol=0, atol=12)  # the palette is one of 216 colours
 
@@ -79,10 +78,10 @@ def test_palettes_and_cmyk_are_converted(tmp_path):
 def test_images_are_fitted_and_converted(tmp_path):
     left, right = np.zeros((16, 12, 3), np.uint8), np.full((16, 12, 3), 255, np.uint8)
     PILImage.fromarray(np.concatenate([left, right], axis=1)).save(tmp_path / "a.png")  # 24 x 16: black, white
-    (gray,) = load_images(str(tmp_path), resolution=8, channels=1)[torch.tensor([0])]
+    (gray,) = load(tmp_path)[torch.tensor([0])]
     assert gray.shape == (1, 8, 8)
     assert gray[0, :, 0].max() <= 2 and gray[0, :, -1].min() >= 253  # the middle square, halved
-    rgba = load_images(str(tmp_path), resolution=16, channels=4)[torch.tensor([0])]
+    rgba = load(tmp_path, resolution=16, channels=4)[torch.tensor([0])]
     assert rgba.shape == (1, 4, 16, 16) and bool((rgba[0, 3] == 255).all())
 
 
@@ -91,13 +90,17 @@ def test_the_camera_orientation_is_applied(tmp_path):
     exif = PILImage.Exif()
     exif[0x0112] = 3  # upside down
     picture.save(tmp_path / "a.png", exif=exif)
-    image = load_images(str(tmp_path), resolution=8, channels=1)[torch.tensor([0])]
+    image = load(tmp_path)[torch.tensor([0])]
     np.testing.assert_array_equal(image[0, 0].numpy(), np.asarray(picture)[::-1, ::-1])
 
 
 def test_image_columns_are_guessed_or_named(tmp_path):
     pixel = png(np.zeros((8, 8), np.uint8))
-    two = open_dataset(parquet(tmp_path / "two.parquet", left=[pixel], right=[pixel], label=[1]))
+
+    def columns(name, **values):
+        return opened(parquet(tmp_path / name, **values))[0].features
+
+    two = columns("two.parquet", left=[pixel], right=[pixel], label=[1])
     assert find_image_column(two, "right") == "right"
     with pytest.raises(
         ValueError, match=r"name it by image_column: columns are left \(Image\), right \(Image\), label"
@@ -107,8 +110,8 @@ def test_image_columns_are_guessed_or_named(tmp_path):
         find_image_column(two, "up")
     with pytest.raises(ValueError, match="image_column='label' holds no images"):
         find_image_column(two, "label")
-    assert find_image_column(open_dataset(parquet(tmp_path / "one.parquet", scan=[pixel], mask=[0]))) == "scan"
-    assert find_image_column(open_dataset(parquet(tmp_path / "usual.parquet", mask=[pixel], img=[pixel]))) == "img"
+    assert find_image_column(columns("one.parquet", scan=[pixel], mask=[0])) == "scan"
+    assert find_image_column(columns("usual.parquet", mask=[pixel], img=[pixel])) == "img"
 
 
 def test_missing_and_empty_data_sets_are_refused_by_name(tmp_path):
@@ -121,15 +124,15 @@ def test_missing_and_empty_data_sets_are_refused_by_name(tmp_path):
         (str(tmp_path / "note.txt"), "is not allowed: of files, only parquet, .npy and .npz are, and archives"),
     ]:
         with pytest.raises(ValueError, match=message):
-            load_images(name, resolution=8, channels=3)
+            load(name, channels=3)
     (tmp_path / "bad.parquet").write_bytes(b"not parquet")
     with pytest.raises(ValueError, match="bad.parquet' cannot be read: Parquet magic bytes not found"):
-        load_images(str(tmp_path / "bad.parquet"), resolution=8, channels=3)
+        load(tmp_path / "bad.parquet", channels=3)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="is empty: the folder holds no image"):
-        load_images(str(tmp_path / "empty"), resolution=8, channels=3)
+        load(tmp_path / "empty", channels=3)
     with pytest.raises(ValueError, match="dataset 'digits' has no split 'validation': one of train, test"):
-        load_images("digits", split="validation", resolution=8, channels=1)
+        load("digits", split="validation")
 
 
 UNUSABLE = {
@@ -145,7 +148,7 @@ def test_unusable_images_are_refused_with_row_file_and_reason(tmp_path, spoil, r
     folder = write_images(tmp_path / "images")
     spoil(folder / "x.png")
     with pytest.raises(ValueError, match=rf"image in row 3 \(.*x\.png\) is not usable: .*({reason})"):
-        load_images(str(folder), resolution=8, channels=3)
+        load(folder, channels=3)
 
 
 def test_a_missing_image_is_named_by_its_row(tmp_path):
@@ -153,4 +156,4 @@ def test_a_missing_image_is_named_by_its_row(tmp_path):
     data = Dataset.from_dict({"image": [png(np.zeros((8, 8), np.uint8)), None]}, features)
     data.to_parquet(str(tmp_path / "a.parquet"))
     with pytest.raises(ValueError, match=r"image in row 1 \(column 'image'\) is not usable: there is none"):
-        load_images(str(tmp_path / "a.parquet"), resolution=8, channels=1)
+        load(tmp_path / "a.parquet")
