@@ -170,7 +170,7 @@ def draw() -> str:
             if len(parts) > 1 and word not in inside.setdefault(parts[0], []):
                 inside[parts[0]].append(word)
     rooms = [room for layer in layers for room in layer]
-    text = {room: wrap(", ".join(inside.get(room, [])), 29, break_on_hyphens=False) for room in rooms}
+    text = {room: wrap(", ".join(inside.get(room, [])), 28, break_on_hyphens=False) for room in rooms}
     boxes, top = [], GAP
     edges: dict[Node, tuple[float, ...]] = {}  # top and bottom of the row, and of the box
     for row in rows:
