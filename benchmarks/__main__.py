@@ -10,26 +10,23 @@ pipeline and of a model; `nll`, the likelihood bound beside the network alone. C
 compared. Options of train.py, such as `--train_batch_size` and `--compile`, set the network, data and precision.
 """
 
-if __name__ == "__main__":  # before imports that take seconds
-    from hf_ddpm.utils.launch import end_quietly
-
-    end_quietly()
-
 import os
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from benchmarks.options import growth_values, parse_benchmark
-from benchmarks.report import write_report
-from benchmarks.run import run_benchmark, run_processes
-from hf_ddpm.utils.launch import run_script, use_own_cores
+from hf_ddpm.utils.launch import end_quietly, run_script, use_own_cores
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line and returns the exit code."""
-    options, config = parse_benchmark(argv)
+    options, config = parse_benchmark(argv, __doc__)
+
+    from tqdm import tqdm  # these imports take seconds
+
+    from benchmarks.report import write_report
+    from benchmarks.run import run_benchmark, run_processes
+
     use_own_cores()
     values, is_main = growth_values(options, config), os.environ.get("RANK", "0") == "0"
     with tqdm(total=len(values) * len(options.chosen), desc="Tasks", unit="task", disable=not is_main) as bar:
@@ -44,4 +41,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.argv[0] = "benchmarks"
+    end_quietly()
     run_script(main)

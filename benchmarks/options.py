@@ -4,10 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from hf_ddpm.config import PARTS, Config, EvaluationConfig, Sources, parse_config
-from hf_ddpm.images import MODES
 from hf_ddpm.utils.options import option, parse_first, parse_options, require, require_at_least
 
 # The values of --tasks, and the tasks of each.
@@ -43,7 +40,8 @@ class BenchmarkConfig:
         "repeat the tasks over these values, for a curve per task", "none"
     )
     growth_values: list[int] = option(
-        "default: 1 to 64 images, 1 to 4 times the resolution, 10 to 1000 steps, 1 and 2 processes",
+        "values of --growth (default: 1 to 64 images, 1 to 4 times the resolution, 10 to 1000 steps, 1 and 2 "
+        "processes)",
         factory=list,
     )
 
@@ -58,8 +56,10 @@ class BenchmarkConfig:
         in_step = self.growth != "processes" or set(self.chosen) <= set(STEPS)
         require(self, "tasks", in_step, f"with growth=processes, {' or '.join(STEPS)}")
         require(self, "growth_values", all(value >= 1 for value in self.growth_values), "at least 1")
-        has_gpu = self.device != "cuda" or torch.cuda.is_available()
-        require(self, "device", has_gpu, "cpu, since torch sees no GPU here")
+        if self.device == "cuda":
+            import torch  # takes seconds
+
+            require(self, "device", torch.cuda.is_available(), "cpu, since torch sees no GPU here")
         require(self, "json", self.json.endswith(".json") and not Path(self.json).is_dir(), "a file that ends in .json")
 
     @property
@@ -73,14 +73,14 @@ class BenchmarkConfig:
         return [] if self.against == "none" else _words(self.against)
 
 
-def parse_benchmark(argv: list[str]) -> tuple[BenchmarkConfig, Config]:
-    """Reads options of `BenchmarkConfig` and of a run; the default preset is digits.
+def parse_benchmark(argv: list[str], doc: str | None = None) -> tuple[BenchmarkConfig, Config]:
+    """Reads options of `BenchmarkConfig` and of a run; the default preset is digits, and `--help` prints `doc`.
 
     Raises:
         ValueError: If an option is unknown or its value not allowed; one line.
     """
     if {"-h", "--help"} & set(argv):
-        parse_options(argv, BenchmarkConfig, Sources, *PARTS)
+        parse_options(argv, BenchmarkConfig, Sources, *PARTS, doc=doc)
     options, rest = parse_first(argv, BenchmarkConfig)
     if not {"--preset", "--config", "--dataset"} & {word.split("=")[0] for word in rest}:
         rest = ["--preset", "digits", *rest]
@@ -122,7 +122,7 @@ def growth_values(options: BenchmarkConfig, config: Config) -> list[int]:
 
 def _comparable(config: Config) -> Config:
     """Returns the options of a run without those that not all contenders have."""
-    require(config.data, "channels", config.data.channels in MODES, "1, 3 or 4, which all contenders read")
+    require(config.data, "channels", config.data.channels in (1, 3, 4), "1, 3 or 4, which all contenders read")
     return replace(
         config,
         data=replace(config.data, class_column=None, streaming=False),

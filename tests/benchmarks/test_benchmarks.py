@@ -243,7 +243,15 @@ def test_rates_and_memory_are_of_what_is_done():
         assert 60 * 2**20 < peak() < 100 * 2**20
 
 
-@pytest.mark.slow
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom benchmarks.__main__ import main\n"
+        "try: main(['--help'])\nexcept SystemExit: print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert "--growth" in said and said.splitlines()[-1] == "[]"
+
+
 def test_the_script_runs_from_any_folder(tmp_path):
     script = benchmark_run.PROGRAM
     words, elsewhere = ["--round", "3"], {**os.environ, "PYTHONPATH": ""}
