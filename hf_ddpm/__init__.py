@@ -10,32 +10,53 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
+    "Config": "hf_ddpm.config",
     "DDIMScheduler": "hf_ddpm.schedulers.scheduling_ddim",
     "DDPMPipeline": "hf_ddpm.pipelines.pipeline_ddpm",
     "DDPMScheduler": "hf_ddpm.schedulers.scheduling_ddpm",
+    "EvaluateConfig": "hf_ddpm.evaluation.options",
     "GaussianDiffusion": "hf_ddpm.diffusion",
     # The diffusers loader looks the base classes up on the library that a component names.
     "ModelMixin": "diffusers",
+    "Sampling": "hf_ddpm.sampling.options",
     "SchedulerMixin": "diffusers",
     "UNet2DModel": "hf_ddpm.models.unet_2d",
+    "evaluate": "hf_ddpm.evaluation.evaluate",
+    "push_to_hub": "hf_ddpm.cli.push",
+    "sample_images": "hf_ddpm.sampling.generate",
+    "train": "hf_ddpm.cli.session",
 }
 
 __all__ = [
+    "Config",
     "DDIMScheduler",
     "DDPMPipeline",
     "DDPMScheduler",
+    "EvaluateConfig",
     "GaussianDiffusion",
     "ModelMixin",
+    "Sampling",
     "SchedulerMixin",
     "UNet2DModel",
+    "evaluate",
+    "push_to_hub",
+    "sample_images",
+    "train",
 ]
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
+    from hf_ddpm.cli.push import push_to_hub
+    from hf_ddpm.cli.session import train
+    from hf_ddpm.config import Config
     from hf_ddpm.diffusion import GaussianDiffusion
+    from hf_ddpm.evaluation.evaluate import evaluate
+    from hf_ddpm.evaluation.options import EvaluateConfig
     from hf_ddpm.models.unet_2d import UNet2DModel
     from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+    from hf_ddpm.sampling.generate import sample_images
+    from hf_ddpm.sampling.options import Sampling
     from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
     from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 

@@ -7,7 +7,7 @@ checks all three, and the command line wins.
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -17,6 +17,7 @@ import yaml
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.options import (
     option,
+    option_name,
     parse_first,
     parse_options,
     read_yaml,
@@ -55,7 +56,7 @@ class ImageOptions:
 
 @dataclass
 class DataConfig(ImageOptions):
-    """Images of one size, from a split of a data set."""
+    """Data: the images to train on."""
 
     dataset: str = option(DATASETS, "")
     levels: int = option("evenly spaced values that a pixel takes; above 256 for 16 bits", 256)
@@ -90,18 +91,18 @@ class DataConfig(ImageOptions):
 
 @dataclass
 class ModelConfig:
-    """Which U-Net."""
+    """Model: the U-Net."""
 
     init_from: str | None = option(
-        "folder or Hub id of a DDPM pipeline to go on from: its network and process, whatever the options say", None
+        "folder or Hub id of a DDPM pipeline to start from: its network and process replace the options of both", None
     )
     block_out_channels: list[int] = option("channels at each resolution", factory=lambda: [128, 256, 256, 256])
-    layers_per_block: int = option("residual blocks a resolution", 2)
+    layers_per_block: int = option("residual blocks per resolution", 2)
     attention_resolutions: list[int] = option(
         "resolutions with self-attention besides the middle; 0 for none", factory=lambda: [16]
     )
-    attention_head_dim: int | None = option("channels of an attention head; one head by default", None)
-    norm_num_groups: int = option("groups of the normalizations", 32)
+    attention_head_dim: int | None = option("channels per attention head; one head by default", None)
+    norm_num_groups: int = option("groups of the group normalizations", 32)
     dropout: float = option("dropout probability", 0.1)
 
     def __post_init__(self) -> None:
@@ -116,7 +117,7 @@ class ModelConfig:
 
 @dataclass
 class DiffusionConfig:
-    """Which diffusion process, and what the network says about it."""
+    """Process: noise, and what the network predicts."""
 
     num_train_timesteps: int = option("number T of diffusion steps", 1000)
     beta_schedule: Literal["linear", "scaled_linear", "quad", "const", "squaredcos_cap_v2", "sigmoid"] = option(
@@ -127,7 +128,7 @@ class DiffusionConfig:
     allow_terminal_signal: bool = option(
         "train even if the last step keeps more than 0.1% of the variance of images: samples then lack contrast", False
     )
-    rescale_betas_zero_snr: bool = option("whether the last step holds no signal at all", False)
+    rescale_betas_zero_snr: bool = option("make the last step pure noise", False)
     prediction_type: Literal["epsilon", "sample", "mean", "v_prediction"] = option(
         "what the network predicts", "epsilon"
     )
@@ -136,7 +137,7 @@ class DiffusionConfig:
     )
 
     timestep_spacing: Literal["leading", "linspace", "trailing"] = option(
-        "how sampling in fewer steps spreads them", "trailing"
+        "spacing of the steps of sampling in fewer", "trailing"
     )
 
     def __post_init__(self) -> None:
@@ -158,50 +159,66 @@ class DiffusionConfig:
 
 @dataclass
 class TrainingConfig:
-    """How long, how fast, and what is kept."""
+    """Training: length, optimizer, precision, checkpoints, samples."""
 
     output_dir: str = option("folder of the run", "runs/ddpm")
-    seed: int = option("seed of everything random", 0)
-    max_train_steps: int = option("optimizer steps", 800_000)
-    train_batch_size: int = option("images a process and pass", 128)
-    gradient_accumulation_steps: int = option("passes an optimizer step", 1)
-    objective: Literal["simple", "vlb", "hybrid", "min_snr"] = option("what is minimized", "simple")
+    seed: int = option("random seed", 0)
+    max_train_steps: int | None = option("optimizer steps; 800,000 by default, as in the paper", None)
+    num_train_epochs: int | None = option("passes over the images, instead of max_train_steps", None)
+    train_batch_size: int = option("batch size per process and forward pass", 128)
+    gradient_accumulation_steps: int = option("forward passes per optimizer step", 1)
+    objective: Literal["simple", "vlb", "hybrid", "min_snr"] = option("training objective", "simple")
     learning_rate: float = option("learning rate of Adam after the warm-up", 2e-4)
-    lr_schedule: Literal["constant", "cosine"] = option("what follows the warm-up: cosine ends at zero", "constant")
+    lr_schedule: Literal["constant", "cosine", "linear", "polynomial"] = option(
+        "learning rate after the warm-up; all but constant end at zero", "constant"
+    )
+    lr_power: float = option("exponent of the polynomial schedule; 1 is linear", 1.0)
     warmup_steps: int = option("steps over which the learning rate rises from zero", 5000)
+    weight_decay: float = option("decoupled weight decay (AdamW); 0 is Adam", 0.0)
+    adam_beta1: float = option("decay of Adam's first moment", 0.9)
     adam_beta2: float = option("decay of Adam's second moment", 0.999)
-    max_grad_norm: float = option("gradients are scaled down to this norm", 1.0)
+    max_grad_norm: float = option("largest norm of the gradient; larger ones are scaled down", 1.0)
     ema_decay: list[float] = option(
-        "decays of the averages of the weights; the first average is sampled from and exported, others beside it",
+        "decays of averages of the weights; the first is sampled from and exported, further ones are beside it",
         factory=lambda: [0.9999],
     )
     ema_warmup: bool = option("let decays start small, as min(decay, (1 + step) / (10 + step))", True)
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("precision of the network's passes", "no")
-    tf32: bool = option("whether an NVIDIA GPU may round the factors of float32 products to 10 bits", True)
-    gradient_checkpointing: bool = option("whether to compute activations twice instead of keeping them", False)
-    compile: bool = option("whether to compile the network, after a check of its gradients", False)
-    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = option("who else is told the metrics", "none")
-    world_size: int | None = option("processes that there must be; any number by default", None)
+    mixed_precision: Literal["no", "bf16", "fp16"] = option(
+        "precision of the network's forward and backward passes", "no"
+    )
+    tf32: bool = option("let an NVIDIA GPU round the factors of float32 products to 10 bits", True)
+    gradient_checkpointing: bool = option("compute activations twice instead of keeping them", False)
+    compile: bool = option("compile the network, after a check of its gradients", False)
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = option(
+        "experiment tracker, beside metrics.jsonl", "none"
+    )
+    world_size: int | None = option("required number of processes; any by default", None)
     log_steps: int = option("steps between lines of metrics.jsonl", 50)
     checkpointing_steps: int = option("steps between checkpoints", 5000)
-    keep_checkpoints: int = option("checkpoints that are kept", 2)
+    keep_checkpoints: int = option("number of checkpoints to keep", 2)
     resume: str = option("latest, never, or the folder of a checkpoint", "latest")
-    sample_at_checkpoints: bool = option("whether to draw samples.png at checkpoints too, not only at the end", False)
+    sample_at_checkpoints: bool = option("draw samples.png at checkpoints too, not only at the end", False)
     num_samples: int = option("images in samples.png; channels side by side unless there are 1, 3 or 4", 64)
     num_inference_steps: int | None = option("sampling steps for samples.png; all by default", None)
-    dry_run: bool = option("whether to print what the run would cost, and stop", False)
+    dry_run: bool = option("print the estimated cost of the run, and exit", False)
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "log_steps", "num_samples")
-        optional = ("world_size", "num_inference_steps")
-        require_at_least(self, 1, *counts, "checkpointing_steps", "keep_checkpoints", *optional)
+        if self.max_train_steps is None and self.num_train_epochs is None:
+            self.max_train_steps = 800_000
+        either = None in (self.max_train_steps, self.num_train_epochs)
+        require(self, "num_train_epochs", either, f"max_train_steps={self.max_train_steps} is given, too")
+        counts = ("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps")
+        kept = ("log_steps", "checkpointing_steps", "keep_checkpoints", "num_samples", "num_inference_steps")
+        require_at_least(self, 1, *counts, *kept, "world_size")
         require_at_least(self, 0, "warmup_steps", "seed")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "lr_power", "max_grad_norm"):
             require(self, name, 0 < getattr(self, name) < float("inf"), "more than 0")
         for name in ("output_dir", "resume"):
             require(self, name, bool(getattr(self, name)), "a path")
-        require(self, "adam_beta2", 0 <= self.adam_beta2 < 1, "in [0, 1)")
+        require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "at least 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         decays = self.ema_decay
         require(self, "ema_decay", all(0 <= decay < 1 for decay in decays), "in [0, 1)")
         require_distinct(self, "ema_decay")
@@ -210,10 +227,18 @@ class TrainingConfig:
         """Returns the images of an optimizer step, over all processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * processes
 
+    def count_steps(self, images: int, processes: int) -> None:
+        """Sets `max_train_steps` from `num_train_epochs`, if it is given: each image is used at least so often."""
+        if self.num_train_epochs is not None:
+            self.max_train_steps = math.ceil(self.num_train_epochs * images / self.global_batch_size(processes))
+
 
 @dataclass
 class EvaluationConfig:
-    """How the model is judged on the way and at the end; the names are those of `scripts/evaluate.py`."""
+    """Evaluation: metrics during training and at its end.
+
+    The names are those of `hf-ddpm evaluate`, with `eval_` before them.
+    """
 
     eval_metrics: str = option("any of fd, kid, is, pr, nll, with commas, into results.json; none by default", "")
     eval_steps: int | None = option(
@@ -238,12 +263,12 @@ class EvaluationConfig:
 
 @dataclass
 class HubConfig:
-    """Whether and how the model is shared, and what its card says that no file knows."""
+    """Hub: where the model is shared, and its license."""
 
-    push_to_hub: bool = option("whether to push the model at checkpoints, beside the training, and at the end", False)
-    hub_model_id: str | None = option("the repository, namespace/name; created if it is not there", None)
+    push_to_hub: bool = option("push the model at checkpoints, in the background, and at the end", False)
+    hub_model_id: str | None = option("repository, namespace/name; created if it is missing", None)
     hub_private_repo: bool | None = option(
-        "whether only its owners see it; by default what it is, or what the account says", None
+        "make the repository private; by default unchanged, or the account's default for a new one", None
     )
     license: str | None = option("license of the model, for its card, such as apache-2.0", None)
 
@@ -253,6 +278,9 @@ class HubConfig:
         require(self, "hub_model_id", name is None or name.count("/") == 1, "namespace/name")
         require(self, "push_to_hub", not self.push_to_hub or name is not None, "hub_model_id says where to")
 
+
+# Either says how long a run is: one that is given later replaces the other.
+LENGTHS = {"max_train_steps", "num_train_epochs"}
 
 # Options that leave a run's weights as they are.
 BESIDE_TRAINING = {field.name for part in (EvaluationConfig, HubConfig) for field in dataclasses.fields(part)}
@@ -270,7 +298,11 @@ PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig, EvaluationCon
 
 @dataclass
 class Config:
-    """A whole run."""
+    """A whole run.
+
+    Attributes:
+        argv: The command line that it was read from; None if it was not.
+    """
 
     data: DataConfig
     model: ModelConfig
@@ -278,6 +310,24 @@ class Config:
     training: TrainingConfig
     evaluation: EvaluationConfig
     hub: HubConfig
+    argv: list[str] | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, **options: Any) -> "Config":
+        """Returns the run of some options, by their names on the command line; None is the default.
+
+        Raises:
+            ValueError: If an option is unknown or its value not allowed; one line.
+
+        Example:
+            >>> Config.of(preset="digits", resolution=[8, 16], num_train_epochs=3).data.size
+            (8, 16)
+        """
+        argv = []
+        for name, value in options.items():
+            values = value if isinstance(value, list | tuple) else [value]
+            argv += [] if value is None else [f"--{name}", *map(str, values)]
+        return parse_config(argv)
 
     def __post_init__(self) -> None:
         """Checks what concerns more than one part."""
@@ -288,7 +338,7 @@ class Config:
         if self.model.init_from is None:
             self._check_architecture()
         streams = self.data.streaming and self.evaluation.eval_metrics
-        require(self.evaluation, "eval_metrics", not streams, "with streaming evaluate by scripts/evaluate.py")
+        require(self.evaluation, "eval_metrics", not streams, "with streaming evaluate by hf-ddpm evaluate, afterwards")
         between, asked = self.training.checkpointing_steps, self.evaluation.eval_steps
         # A kill during an evaluation must not cost the steps before it.
         fits = (asked or 0) % between == 0
@@ -318,12 +368,18 @@ class Config:
         return [resolution in self.model.attention_resolutions for resolution in self.resolutions]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all options by name: what `--config` reads."""
-        return {name: value for part in dataclasses.asdict(self).values() for name, value in part.items()}
+        """Returns all options by name."""
+        parts = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "argv")
+        return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
     def save(self, path: Path) -> None:
-        """Writes all options as YAML."""
-        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+        """Writes all options as YAML: what `--config` reads."""
+        counted = {} if self.training.num_train_epochs is None else {"max_train_steps": None}
+        write_text(path, yaml.safe_dump(self.to_dict() | counted, sort_keys=False))
+
+    def resumed(self, stored: Mapping[str, Any]) -> "Config":
+        """Returns the options of a run that resumes one with stored options, whose defaults may be former ones."""
+        return self if self.argv is None else parse_config(self.argv, past=stored)
 
     def num_class_embeds(self, classes: int) -> int | None:
         """Returns the number of class embeddings: one more than classes if classes are hidden at times."""
@@ -364,11 +420,22 @@ def block_types(attends: list[bool]) -> dict[str, tuple[str, ...]]:
     }
 
 
+def preset_names() -> list[str]:
+    """Returns the names of the presets."""
+    return sorted(path.name.removesuffix(".yaml") for path in PRESETS.iterdir() if path.name.endswith(".yaml"))
+
+
+def preset_path(name: str) -> Any:
+    """Returns the file of a preset, or raises a `ValueError` with those there are."""
+    require_value("preset", name, name in preset_names(), f"one of {', '.join(preset_names())}")
+    return PRESETS / f"{name}.yaml"
+
+
 @dataclass
 class Sources:
-    """Where options come from besides the command line."""
+    """Sources: options given otherwise than one by one; the command line wins."""
 
-    preset: str | None = option("name of a preset, such as digits or cifar10", None)
+    preset: str | None = option(f"one of {', '.join(preset_names())}; `hf-ddpm presets` describes them", None)
     config: str | None = option("YAML file of options, such as the config.yaml of a run", None)
 
 
@@ -391,12 +458,13 @@ def with_past_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {**default_options(), **FORMER_DEFAULTS, **stored}
 
 
-def parse_config(argv: list[str], past: Mapping[str, Any] | None = None) -> Config:
+def parse_config(argv: list[str], past: Mapping[str, Any] | None = None, doc: str | None = None) -> Config:
     """Reads `[--preset NAME] [--config FILE.yaml] [--OPTION VALUE ...]`; what stands later wins.
 
     Args:
         argv: The command line without the program's name.
         past: The stored options of a run to be resumed: their values are the defaults of `FORMER_DEFAULTS`.
+        doc: What `--help` prints around the options.
 
     Returns:
         The run.
@@ -410,18 +478,14 @@ def parse_config(argv: list[str], past: Mapping[str, Any] | None = None) -> Conf
     if sources.preset is not None:
         options |= read_yaml(preset_path(sources.preset), PARTS)
     if sources.config is not None:
-        options |= read_yaml(Path(sources.config), PARTS)
+        options = _merged(options, read_yaml(Path(sources.config), PARTS))
+    options = _merged(options, {name: None for word in argv if (name := option_name(word)) in LENGTHS})
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", *value)]
-    *parts, _ = parse_options(former + words + argv, *PARTS, Sources)
-    return Config(*parts)
+    _, *parts = parse_options(former + words + argv, Sources, *PARTS, doc=doc)
+    return Config(*parts, argv=argv)
 
 
-def preset_names() -> list[str]:
-    """Returns the names of the presets."""
-    return sorted(path.name.removesuffix(".yaml") for path in PRESETS.iterdir() if path.name.endswith(".yaml"))
-
-
-def preset_path(name: str) -> Any:
-    """Returns the file of a preset, or raises a `ValueError` with those there are."""
-    require_value("preset", name, name in preset_names(), f"one of {', '.join(preset_names())}")
-    return PRESETS / f"{name}.yaml"
+def _merged(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Returns options of two sources; a length of the run in the later one replaces any in the earlier one."""
+    replaced = LENGTHS if LENGTHS & later.keys() else set()
+    return {name: value for name, value in earlier.items() if name not in replaced} | later

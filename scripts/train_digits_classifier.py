@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from hf_ddpm.config import DataConfig
 from hf_ddpm.data.sources import open_split
 from hf_ddpm.data.store import load_images
-from hf_ddpm.evaluation.digits import SIZE, DigitsClassifier
+from hf_ddpm.evaluation.features import SIZE, DigitsClassifier
 from hf_ddpm.utils.files import atomic_write
 from hf_ddpm.utils.launch import run_script
 from hf_ddpm.utils.options import option, parse_options

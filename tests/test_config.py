@@ -5,7 +5,7 @@ import torch
 import yaml
 
 from hf_ddpm import DDPMScheduler, UNet2DModel
-from hf_ddpm.config import Config, DataConfig, parse_config, preset_names, preset_path
+from hf_ddpm.config import PARTS, DataConfig, parse_config, preset_names, preset_path
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(tmp_path):
@@ -27,6 +27,27 @@ def test_yaml_values_are_read_as_they_are_written(tmp_path):
     assert config.training.mixed_precision == "no" and config.data.horizontal_flip is False
     assert config.model.attention_resolutions == [8, 4]
     assert config.training.num_samples == 64
+
+
+def test_the_length_of_a_run_is_given_once_and_a_later_one_replaces_an_earlier_one(tmp_path):
+    def length(*words):
+        training = parse_config(["--preset", "digits", *words]).training
+        return training.max_train_steps, training.num_train_epochs
+
+    assert length() == (1500, None)
+    assert length("--num_train_epochs", "3") == (None, 3) == length("--num-train-epochs=3")
+    file = tmp_path / "x.yaml"
+    file.write_text("num_train_epochs: 5\n")
+    assert length("--config", str(file)) == (None, 5)
+    assert length("--config", str(file), "--max_train_steps", "7") == (7, None)
+    file.write_text("num_train_epochs: 5\nmax_train_steps: null\n")
+    assert length("--config", str(file)) == (None, 5)
+    file.write_text("max_train_steps: null\n")
+    assert length("--config", str(file)) == (800_000, None)
+    for words in (["--num_train_epochs", "3", "--max_train_steps", "7"], ["--config", str(file)]):
+        file.write_text("num_train_epochs: 3\nmax_train_steps: 7\n")
+        with pytest.raises(ValueError, match="num_train_epochs=3 is not allowed: max_train_steps=7 is given, too"):
+            length(*words)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +161,7 @@ def test_the_defaults_are_those_of_the_paper():
 
 
 def test_the_options_are_a_contract():
-    options = {field.name for part in Config.__dataclass_fields__.values() for field in dataclasses.fields(part.type)}
+    options = {field.name for part in PARTS for field in dataclasses.fields(part)}
     assert options >= {
         "dataset", "image_column", "resolution", "train_batch_size", "max_train_steps", "checkpointing_steps", "resume",
         "seed", "mixed_precision", "gradient_accumulation_steps", "prediction_type", "variance_type", "beta_schedule",
@@ -165,6 +186,10 @@ def test_the_saved_options_make_the_same_run(tmp_path, more):
         ("--max_train_steps many", "argument --max_train_steps: invalid int value: 'many'"),
         ("--max_train_steps 0", "max_train_steps=0 is not allowed: at least 1"),
         ("--learning_rate -1", "learning_rate=-1.0 is not allowed: more than 0"),
+        ("--num_train_epochs 0", "num_train_epochs=0 is not allowed: at least 1"),
+        ("--weight_decay -1", "weight_decay=-1.0 is not allowed: at least 0"),
+        ("--adam_beta1 1", r"adam_beta1=1.0 is not allowed: in \[0, 1\)"),
+        ("--lr_power 0", "lr_power=0.0 is not allowed: more than 0"),
         ("--dropout 1", r"dropout=1.0 is not allowed: in \[0, 1\)"),
         ("--ema_decay 1", r"ema_decay=\[1.0\] is not allowed: in \[0, 1\)"),
         ("--beta_schedule cosine", "argument --beta_schedule: invalid choice: 'cosine'"),

@@ -1,17 +1,44 @@
+import inspect
+import re
 import subprocess
 import sys
 
+import pytest
+
 import hf_ddpm
 
+# A change of these is one of the public interface.
+SIGNATURES = {
+    "train": "(config: Config | None = None, **options: Any) -> Path",
+    "sample_images": "(model: Path | str, output: Path | str, num_images: int = 64, sampling: Sampling | None = None, "
+    "*, format: str = png, batch_size: int = 64, compile: bool = False) -> Path",
+    "evaluate": "(config: EvaluateConfig, sampling: Sampling | None = None, *, pipe: DDPMPipeline | None = None, "
+    "images: SampleFolder | PictureFolder | SampleFile | None = None, reference: Reference | None = None, "
+    "output: Path | None = None, on_figures: Callable[[dict[str, dict[str, Any]]], object] | None = None, "
+    "log: Callable[[str], object] | None = None) -> dict[str, dict[str, Any]]",
+    "push_to_hub": "(model: Path | str, hub_model_id: str, *, private: bool | None = None, revision_message: str "
+    "= Upload the model, license: str | None = None, space: str | None = None) -> list[str]",
+}
+CLASSES = {
+    "Config", "DDIMScheduler", "DDPMPipeline", "DDPMScheduler", "EvaluateConfig", "GaussianDiffusion", "ModelMixin",
+    "Sampling", "SchedulerMixin", "UNet2DModel",
+}  # fmt: skip
 
-def test_public_names_are_there():
-    assert set(hf_ddpm.__all__) == {
-        "DDIMScheduler", "DDPMPipeline", "DDPMScheduler", "GaussianDiffusion", "ModelMixin", "SchedulerMixin",
-        "UNet2DModel",
-    }  # fmt: skip
+
+def test_public_names_are_frozen():
+    assert set(hf_ddpm.__all__) == CLASSES | set(SIGNATURES)
     for name in hf_ddpm.__all__:
-        assert getattr(hf_ddpm, name).__name__ == name
-        assert name in dir(hf_ddpm)
+        thing = getattr(hf_ddpm, name)
+        assert thing.__name__ == name and thing.__doc__ and name in dir(hf_ddpm)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_public_functions_have_a_frozen_signature_and_say_what_they_take(name):
+    function = getattr(hf_ddpm, name)
+    signature = inspect.signature(function)
+    assert re.sub(r"hf_ddpm\.\S+\.|pathlib\.|typing\.|collections\.abc\.|'", "", str(signature)) == SIGNATURES[name]
+    assert all(f"    {name}: " in function.__doc__ for name in signature.parameters)
+    assert "Raises:" in function.__doc__ and "Returns:" in function.__doc__
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -1,34 +1,41 @@
-"""The commands: argv, printing, exit codes."""
+"""The commands: argv, printing, exit codes.
+
+A module of a command imports in milliseconds: it reads the options, and what takes seconds is imported after that.
+"""
 
 import sys
 from importlib import import_module
 from typing import NoReturn
 
 from hf_ddpm.utils.launch import end_quietly, run_script
+from hf_ddpm.utils.options import require_name
 
-COMMANDS = {
-    "train": "hf_ddpm.cli.train",
-    "sample": "hf_ddpm.cli.sample",
-    "evaluate": "hf_ddpm.cli.evaluate",
-    "push": "hf_ddpm.cli.push",
-    "convert": "hf_ddpm.cli.convert",
-    "reproduce": "hf_ddpm.cli.reproduce",
-    "demo": "hf_ddpm.demo.app",
-}
+COMMANDS = ("train", "sample", "evaluate", "push", "convert", "reproduce", "demo", "presets")
 
 
 def run(command: str) -> NoReturn:
     """Runs a command with the words of this process and exits with its code."""
     end_quietly()  # before imports that take seconds
-    module = import_module(COMMANDS[command])
-    run_script(module.main)
+    run_script(import_module(f"hf_ddpm.cli.{command}").main)
 
 
 def main() -> NoReturn:
-    """Runs the command that the first word names."""
-    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if command not in COMMANDS:
-        print(f"usage: hf-ddpm {{{','.join(COMMANDS)}}} [--help]", file=sys.stderr)
-        sys.exit(2)
-    sys.argv = [f"hf-ddpm {command}", *sys.argv[2:]]
-    run(command)
+    """Runs the command that the first word names; without one, lists the commands."""
+    first = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if first in COMMANDS:
+        sys.argv = [f"hf-ddpm {first}", *sys.argv[2:]]
+        run(first)
+    sys.argv = ["hf-ddpm", *sys.argv[1:]]
+    run_script(list_commands)
+
+
+def list_commands(argv: list[str]) -> int:
+    """Prints the commands; returns the exit code. Raises a `ValueError` if the first word is another one."""
+    if argv and argv[0] not in ("-h", "--help"):
+        require_name("command", argv[0], COMMANDS)
+    print("usage: hf-ddpm COMMAND [--OPTION VALUE ...]\n\nhf-ddpm COMMAND --help lists the options of a command.\n")
+    for command in COMMANDS:
+        doc = import_module(f"hf_ddpm.cli.{command}").__doc__ or ""
+        print(f"  {command:11}{doc.partition(chr(10))[0]}")
+    print("\nFor several processes: accelerate launch -m hf_ddpm COMMAND, with the same options.")
+    return 0

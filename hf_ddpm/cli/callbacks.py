@@ -12,15 +12,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from hf_ddpm.config import Config
-from hf_ddpm.evaluation.evaluate import Evaluator, Figures
+from hf_ddpm.evaluation.evaluate import Reference, evaluate
 from hf_ddpm.evaluation.options import NOT_OF_FIGURES, training_request
-from hf_ddpm.evaluation.results import read_results, scalars, summary
+from hf_ddpm.evaluation.results import Figures, read_results, scalars, summary
 from hf_ddpm.hub.background import BackgroundPush
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import check_push
 from hf_ddpm.images import grid, save_picture, to_pictures
 from hf_ddpm.provenance import model_checksum
-from hf_ddpm.sampling.generate import sample_images
+from hf_ddpm.sampling.generate import generate_images
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.training.progress import track_picture
@@ -49,7 +49,7 @@ class SampleGrid(Callback):
         pipe = run.pipeline()
         pipe.set_progress_bar_config(desc="Sampling", leave=False, disable=not accelerator.is_main_process)
         steps = training.num_inference_steps or len(run.scheduler)
-        images = sample_images(
+        images = generate_images(
             pipe,
             range(training.num_samples)[accelerator.process_index :: accelerator.num_processes],
             Sampling(training.seed, steps, class_labels=list(run.class_names)),
@@ -103,13 +103,14 @@ class Evaluations(Callback):
         self.log, self.every = self.folder / "evaluations.jsonl", config.evaluation.eval_steps
         read_results(self.folder / "results.json")
         shape = (config.data.channels, *config.data.size)
-        self.evaluator = Evaluator(training_request(config), shape, accelerator, log)
-        self.evaluator.count()
+        self.request = training_request(config)
+        self.reference = Reference(self.request, shape, accelerator, log)
+        self.reference.count()
 
     def on_start(self, run: Run) -> None:
         """Makes up for an evaluation that a kill has cut short."""
-        count, classes = self.evaluator.count(), len(run.class_names)
-        if self.evaluator.request.compared and count < classes:
+        count, classes = self.reference.count(), len(run.class_names)
+        if self.request.compared and count < classes:
             raise ValueError(f"eval_num_images={count} is not allowed: at least one for each of the {classes} classes")
         is_done = True
         if run.accelerator.is_main_process:
@@ -135,9 +136,8 @@ class Evaluations(Callback):
             self._note(run, figures, self.folder / "results.json")
 
     def _evaluate(self, run: Run, output: Path) -> Figures:
-        figures: Figures = {}
-        for part in self.evaluator.evaluate(output, self._sampling(run), run.pipeline(), tell=self.tell):
-            figures |= scalars(part)
+        options: dict[str, Any] = {"pipe": run.pipeline(), "reference": self.reference, "output": output}
+        figures = scalars(evaluate(self.request, self._sampling(run), **options, log=self.tell))
         if figures:
             self.tell(f"step {run.step}: {summary(figures)}")
         return figures
@@ -146,7 +146,7 @@ class Evaluations(Callback):
         """Adds figures to the log and to the trackers; keeps the model if none evaluated in the same way was better."""
         if run.accelerator.is_main_process:
             # Another number of images or steps makes another figure.
-            options = asdict(self.evaluator.request) | asdict(self._sampling(run))
+            options = asdict(self.request) | asdict(self._sampling(run))
             request = {name: value for name, value in options.items() if name not in NOT_OF_FIGURES}
             line = {"step": run.step, "request": request, **figures}
             lines = read_lines(self.log)
@@ -165,7 +165,7 @@ class Evaluations(Callback):
         return Sampling(run.config.training.seed, steps, class_labels=list(run.class_names))
 
     def _is_as_good(self, line: dict[str, Any], other: dict[str, Any]) -> bool:
-        metric = self.evaluator.request.chosen[0]
+        metric = self.request.chosen[0]
         key, less_is_better = self.BEST_BY[metric]
         ours, theirs = (found.get(metric) for found in (line, other))
         if not isinstance(theirs, dict) or not isinstance(theirs.get(key), int | float):
@@ -191,7 +191,7 @@ class Card(Callback):
     def on_end(self, run: Run) -> None:
         """Writes it."""
         if run.accelerator.is_main_process:
-            write_card(self.folder, model_id=run.config.hub.hub_model_id)
+            write_card(self.folder, pipe=run.pipeline(), model_id=run.config.hub.hub_model_id)
 
 
 class Push(Callback):
@@ -209,7 +209,7 @@ class Push(Callback):
     def __init__(self, config: Config, tell: Callable[[str], object]):
         self.folder, self.model_id, self.tell = Path(config.training.output_dir), str(config.hub.hub_model_id), tell
         check_push(self.model_id, config.hub.hub_private_repo)
-        self.background = BackgroundPush(self.model_id, config.hub.hub_private_repo, tell)
+        self.background = BackgroundPush(self.folder, self.model_id, config.hub.hub_private_repo, tell)
 
     def on_pause(self, run: Run) -> None:
         """Exports what there is, and starts to push it."""
@@ -227,7 +227,7 @@ class Push(Callback):
         if self.background.finish():
             self.tell(f"{self.model_id} is on the Hub")
         else:
-            command = f"python scripts/push_to_hub.py --model {self.folder} --hub_model_id {self.model_id}"
+            command = f"hf-ddpm push --model {self.folder} --hub_model_id {self.model_id}"
             self.tell(f"{self.model_id} is not up to date on the Hub: {command}")
 
     def close(self) -> None:
@@ -235,8 +235,8 @@ class Push(Callback):
         self.background.close()
 
     def _start(self, run: Run) -> None:
-        write_card(self.folder, model_id=self.model_id)
-        self.background.start(self.folder, f"Upload the model of step {run.step}")
+        write_card(self.folder, pipe=run.pipeline(), model_id=self.model_id)
+        self.background.start(f"Upload the model of step {run.step}")
 
 
 def _given(request: Any) -> dict[str, Any] | None:

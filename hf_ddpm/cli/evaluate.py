@@ -1,49 +1,41 @@
-"""Evaluates a model, or images that it has generated, and writes `results.json`.
+"""Evaluate a model, or images that it has generated, into results.json.
 
-    python scripts/evaluate.py --model runs/digits --dataset digits --metrics fd,kid,is,pr,nll --output results.json
-    accelerate launch scripts/evaluate.py --model org/name --dataset uoft-cs/cifar10 --metrics fd --num_images 10000
-    python scripts/evaluate.py --samples out --dataset my_images --metrics fd,pr --extractor facebook/dinov2-large
+    hf-ddpm evaluate --model runs/digits --dataset digits --metrics fd,kid,is,pr,nll --output results.json
+    accelerate launch -m hf_ddpm evaluate --model org/name --dataset uoft-cs/cifar10 --metrics fd --num_images 10000
+    hf-ddpm evaluate --samples out --dataset my_images --metrics fd,pr --extractor facebook/dinov2-large
 
-Metrics: `fd` (or `fid`), the Frechet distance; `kid`, the kernel distance; `is`, the Inception score; `pr`, precision
-and recall; `nll`, the variational bound on the negative log-likelihood in bits a dimension, with `T` network
-evaluations an image (`--steps_per_image` makes it a cheaper estimate). The same command goes on after an interruption.
+Metrics: fd (or fid), the Frechet distance; kid, the kernel distance; is, the Inception score; pr, precision and recall;
+nll, the variational bound on the negative log-likelihood in bits per dimension, with T network evaluations per image
+(--steps_per_image makes it a cheaper estimate). The same command resumes after an interruption.
 """
 
 from functools import cache
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-
-from hf_ddpm.evaluation.evaluate import Evaluator, identify
 from hf_ddpm.evaluation.options import EvaluateConfig
-from hf_ddpm.evaluation.results import read_results, scalars
-from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
-from hf_ddpm.sampling.folder import open_samples
-from hf_ddpm.sampling.generate import compile_for_sampling
 from hf_ddpm.sampling.options import Sampling
-from hf_ddpm.utils.files import make_folder
-from hf_ddpm.utils.jsonl import to_json
-from hf_ddpm.utils.launch import use_own_cores
 from hf_ddpm.utils.options import parse_options
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
-    config, sampling = parse_options(argv, EvaluateConfig, Sampling)
-    output = Path(config.output)
-    read_results(output)  # what cannot be added to is told before anything is computed
-    make_folder(output.parent, "output")
+    config, sampling = parse_options(argv, EvaluateConfig, Sampling, doc=__doc__)
+    import torch  # takes seconds, like what follows
+    from accelerate import Accelerator
+
+    from hf_ddpm.evaluation.evaluate import evaluate
+    from hf_ddpm.evaluation.results import Figures, scalars
+    from hf_ddpm.utils.files import make_folder
+    from hf_ddpm.utils.jsonl import to_json
+    from hf_ddpm.utils.launch import use_own_cores
+
+    make_folder(Path(config.output).parent, "output")
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     use_own_cores()
-    pipe = None if config.model is None else load_pipeline(config.model, accelerator.device)
-    if pipe is not None and config.compile:
-        compile_for_sampling(pipe.unet)
-    images = open_samples(Path(config.samples)) if config.samples is not None and config.compared else None
-    model, shape = identify(config, pipe, images)
-    evaluator = Evaluator(config, shape, accelerator, log=cache(accelerator.print))  # once, not per split
-    for figures in evaluator.evaluate(output, sampling, pipe, images, model=model, tell=accelerator.print):
-        for name, figure in scalars(figures).items():
-            accelerator.print(to_json({name: figure}, indent=2))
+
+    def show(figures: Figures) -> None:
+        accelerator.print(to_json(scalars(figures), indent=2))
+
+    evaluate(config, sampling, on_figures=show, log=cache(accelerator.print))  # each line once, not per split
     accelerator.end_training()
     return 0

@@ -1,36 +1,29 @@
-"""Pushes a model's folder to the Hub, and a Space that shows it.
+"""Push a model to the Hub, and a Space that shows it.
 
-    python scripts/push_to_hub.py --model runs/digits --hub_model_id org/ddpm-digits
-    python scripts/push_to_hub.py --model runs/digits --hub_model_id org/ddpm-digits --private --space org/ddpm-demo
+    hf-ddpm push --model runs/digits --hub_model_id org/ddpm-digits
+    hf-ddpm push --model runs/digits --hub_model_id org/ddpm-digits --private --space org/ddpm-demo
 
-What goes up is the pipeline, the card README.md (made from the files beside it unless a person has written it),
-pictures, results, configuration and metrics; checkpoints and samples stay here. The same command goes on after a
-failure, and pushes what has changed.
+Pushed are the pipeline, the card README.md (made from the files beside it unless a person has written it), pictures,
+results, configuration and metrics; checkpoints and samples are not. The same command repeats a push that failed, and
+sends what has changed.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from hf_ddpm.hub.card import write_card
-from hf_ddpm.hub.push import push_model, push_space
 from hf_ddpm.utils.launch import exclusive
 from hf_ddpm.utils.options import option, parse_options, require
 
 
 @dataclass
 class PushConfig:
-    """What, and where to."""
+    """Hub: the model, its repository, a Space."""
 
-    model: str = option("folder of a model, as train.py or save_pretrained writes it")
-    hub_model_id: str = option("the repository, namespace/name; created if it is not there")
-    private: bool | None = field(  # `--private` alone is true
-        default=None,
-        metadata={
-            "help": "whether only its owners see it; by default what it is, or what the account says",
-            "nargs": "?",
-            "const": True,
-        },
+    model: str = option("folder of a model, as hf-ddpm train or save_pretrained writes it")
+    hub_model_id: str = option("repository, namespace/name; created if it is missing")
+    private: bool | None = option(
+        "make the repository private; by default unchanged, or the account's default for a new one", None
     )
     revision_message: str = option("first line of the commit", "Upload the model")
     license: str | None = option("license of the model, for its card; that of the run by default", None)
@@ -47,12 +40,49 @@ class PushConfig:
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
-    (config,) = parse_options(argv, PushConfig)
-    with exclusive(Path(config.model), "model"):
-        write_card(Path(config.model), model_id=config.hub_model_id, license=config.license)
-        pushed = push_model(config.model, config.hub_model_id, config.private, config.revision_message)
-    print(f"{pushed.url} holds {config.model}")
-    if config.space is not None:
-        app = Path(str(resources.files("hf_ddpm.demo") / "space"))
-        print(f"{push_space(app, config.space, config.hub_model_id, config.private).url} shows it")
+    (config,) = parse_options(argv, PushConfig, doc=__doc__)
+    model_url, *space_urls = push_to_hub(**vars(config))
+    print(f"{model_url} holds {config.model}")
+    for url in space_urls:
+        print(f"{url} shows it")
     return 0
+
+
+def push_to_hub(
+    model: Path | str,
+    hub_model_id: str,
+    *,
+    private: bool | None = None,
+    revision_message: str = "Upload the model",
+    license: str | None = None,
+    space: str | None = None,
+) -> list[str]:
+    """Pushes a model's folder to the Hub with its card, and a Space that shows it: `hf-ddpm push` in Python.
+
+    Args:
+        model: Folder of a model, as `hf_ddpm.train` or `save_pretrained` writes it.
+        hub_model_id: The repository, `namespace/name`; created if it is missing.
+        private: Whether to make the repository private; by default it stays as it is, and a new one as the account has
+            it.
+        revision_message: First line of the commit.
+        license: License of the model, for its card; that of the run by default.
+        space: A Space to create and fill with a demo of the model, `namespace/name`.
+
+    Returns:
+        The addresses of the repository and of the Space.
+
+    Raises:
+        ValueError: If an argument is not allowed, or the Hub refuses.
+        OSError: If the Hub does not answer.
+    """
+    from hf_ddpm.hub.card import write_card  # takes seconds
+    from hf_ddpm.hub.push import push_model, push_space
+
+    config = PushConfig(str(model), hub_model_id, private, revision_message, license, space)
+    with exclusive(Path(config.model), "model"):
+        write_card(Path(config.model), model_id=hub_model_id, license=license)
+        urls = [push_model(config.model, hub_model_id, private, revision_message).url]
+    if space is not None:
+        app = Path(str(resources.files("hf_ddpm.demo") / "space"))
+        urls.append(push_space(app, space, hub_model_id, private).url)
+    return urls

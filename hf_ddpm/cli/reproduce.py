@@ -1,12 +1,12 @@
-"""Makes the figures and the tables of the paper from a model, each as JSON, PNG and Markdown.
+"""Make the figures and tables of the paper from a model, each as JSON, PNG and Markdown.
 
-    python scripts/reproduce.py all --model runs/digits --output figures
-    python scripts/reproduce.py interpolate --model org/name --first a.png --second b.png --diffused 500
-    accelerate launch scripts/reproduce.py steps --model org/name --dataset uoft-cs/cifar10 --num_images 10000
-    python scripts/reproduce.py ablation --preset digits --output figures
+    hf-ddpm reproduce all --model runs/digits --output figures
+    hf-ddpm reproduce interpolate --model org/name --first a.png --second b.png --diffused 500
+    accelerate launch -m hf_ddpm reproduce steps --model org/name --dataset uoft-cs/cifar10 --num_images 10000
+    hf-ddpm reproduce ablation --preset digits --output figures
 
-`--help` lists the figures, `FIGURE --help` their options. The same command goes on after an interruption: images that
-were sampled stay below `samples/` in the output, runs of the ablation below `ablation/`.
+The same command resumes after an interruption: sampled images stay below samples/ in the output, runs of the ablation
+below ablation/.
 """
 
 import shlex
@@ -15,43 +15,48 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-
-from hf_ddpm.paper.ablation import AblationConfig, ablation
-from hf_ddpm.paper.everything import FIGURES, AllConfig, everything
-from hf_ddpm.paper.study import Study, Subject
+from hf_ddpm.paper import figure
+from hf_ddpm.paper.options import FIGURES, AblationOptions, AllOptions, FigureOptions
 from hf_ddpm.utils.launch import use_own_cores
 from hf_ddpm.utils.options import parse_command
 
-OF_A_MODEL = {**FIGURES, "all": (everything, AllConfig)}
+COMMANDS: dict[str, tuple[type, ...]] = {
+    **{name: (FigureOptions, options) for name, options in FIGURES.items()},
+    "all": (FigureOptions, AllOptions),
+    "ablation": (AblationOptions,),
+}
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
-    commands = {name: (Subject, config) for name, (_, config) in OF_A_MODEL.items()}
-    name, parts = parse_command(argv, {**commands, "ablation": (AblationConfig,)})
+    name, parts = parse_command(argv, COMMANDS, doc=__doc__)
     if name == "ablation":
-        ablation(parts[0], lambda script, words: run(parts[0].launcher, script, words))
+        from hf_ddpm.paper.ablation import ablation  # takes seconds
+
+        ablation(parts[0], lambda command, words: run(parts[0].launcher, command, words))
         print((Path(parts[0].output) / "ablation.md").read_text(encoding="utf-8"))
         return 0
-    subject, options = parts
+    import torch  # takes seconds, as the following do
+    from accelerate import Accelerator
+
+    from hf_ddpm.paper.context import FigureContext
+
+    shared, options = parts
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     use_own_cores()
-    study = Study(subject, accelerator, log=cache(accelerator.print))  # once, not per figure
-    make, _ = OF_A_MODEL[name]
-    make(study, options)
-    if accelerator.is_main_process:  # which alone knows that the report is written
-        report = study.folder / f"{name}.md"
-        print(f"{study.folder / 'report.md'} shows all" if name == "all" else report.read_text(encoding="utf-8"))
+    context = FigureContext(shared, accelerator, log=cache(accelerator.print))  # once, not per figure
+    figure(name)(context, options)
+    if accelerator.is_main_process:  # the only one to know that the report is written
+        report = context.folder / f"{name}.md"
+        print(f"{context.folder / 'report.md'} shows all" if name == "all" else report.read_text(encoding="utf-8"))
     accelerator.end_training()
     return 0
 
 
-def run(launcher: str, script: str, words: list[str]) -> int:
-    """Runs another script, which is told to save if this is interrupted; returns its exit code."""
-    command = [*(shlex.split(launcher) or [sys.executable]), "-m", "hf_ddpm", script, *words]
-    with subprocess.Popen(command) as process:
+def run(launcher: str, command: str, words: list[str]) -> int:
+    """Runs another command, which is told to save if this is interrupted; returns its exit code."""
+    line = [*(shlex.split(launcher) or [sys.executable]), "-m", "hf_ddpm", command, *words]
+    with subprocess.Popen(line) as process:
         try:
             return process.wait()
         except BaseException:

@@ -1,14 +1,7 @@
-"""A demo of a model in the browser: images appear out of noise, and what lies between two of them.
-
-    python scripts/space/app.py --model runs/digits
-
-In a Space, the variable MODEL_ID names the model. Image `i` of a seed is that of `scripts/sample.py`.
-"""
+"""The demo of a model in the browser: images appear out of noise, and interpolations between two of them."""
 
 import html
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass
 from functools import wraps
 from typing import Any
 
@@ -19,11 +12,10 @@ from hf_ddpm.demo.demo import Demo, row, square, strip
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.sampling.samplers import SCHEDULERS
 from hf_ddpm.utils.markdown import plain
-from hf_ddpm.utils.options import option, parse_options
 from hf_ddpm.utils.public import hub_ids, strip_local_path
 
 BETWEEN = SEEDS, IMAGES = "two seeds", "two images"
-# Labels and buttons lie over pictures: room for them. Browsers smooth what they enlarge, and show small uploads small.
+# Room for labels and buttons, which gradio lays over pictures; enlarged pixels unsmoothed; uploads in full size.
 CSS = """.picture .image-container {padding-top: 2.3em} .picture img {image-rendering: pixelated}
 .upload img {width: 100%; height: 100%; object-fit: contain}"""
 UPLOAD = "32mb"  # largest uploaded file
@@ -31,21 +23,14 @@ WAITING = 32  # requests in the queue; further ones are refused
 AT_ONCE = 2  # requests that sample at the same time
 
 
-@dataclass
-class AppConfig:
-    """What is shown."""
-
-    model: str = option("folder or Hub id of a DDPM pipeline", os.environ.get("MODEL_ID", MISSING))
-
-
 def generate(demo: Demo, count: float, seed: float, *settings: Any) -> Iterator[tuple]:
-    """Answers with images, their strip, and how far they are."""
+    """Yield images, their strip, and the progress."""
     for moment in demo.generate(demo.read(seed, *settings), count):
         yield square(moment.images), strip(moment), str(moment)
 
 
 def interpolate(demo: Demo, between: str, t: float, count: float, *typed: Any) -> Iterator[tuple]:
-    """Answers with one image, those from it to the other, and the other; and how far they are."""
+    """Yield a row from one image to the other, and the progress."""
     seeds, paths, settings = typed[:2], typed[2:4], typed[4:]
     first, second = (demo.read(seed, *settings) for seed in seeds)
     if between == IMAGES:
@@ -61,7 +46,7 @@ def interpolate(demo: Demo, between: str, t: float, count: float, *typed: Any) -
 
 
 def answer(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[..., Iterator[tuple]]:
-    """Returns what a button does with a model; what was typed wrong becomes a message."""
+    """Return the handler of a button; wrong input becomes a message."""
 
     @wraps(handler)
     def handle(*typed: Any) -> Iterator[tuple]:
@@ -74,7 +59,7 @@ def answer(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[...,
 
 
 def build(demo: Demo) -> gr.Blocks:
-    """Returns the app."""
+    """Return the app."""
     total, classless = demo.num_train_timesteps, demo.pipe.null_class is not None
     with gr.Blocks(title=plain(demo.name), analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         gr.Markdown(f"# Denoising diffusion\n{demo.describe()}")
@@ -93,7 +78,7 @@ def build(demo: Demo) -> gr.Blocks:
 
 
 def generate_tab(demo: Demo, settings: list) -> None:
-    """Lays out what makes images of a seed."""
+    """Lay out the generation of images of a seed."""
     images, on_the_way = picture("images"), picture("the first of them on the way")
     with gr.Row():
         with gr.Column(scale=2):
@@ -106,7 +91,7 @@ def generate_tab(demo: Demo, settings: list) -> None:
 
 
 def interpolate_tab(demo: Demo, settings: list) -> None:
-    """Lays out what goes from one image to another."""
+    """Lay out the interpolation between two images."""
     total, most, path = demo.num_train_timesteps, demo.most_images, picture("from one to the other")
     between = gr.Radio(BETWEEN, value=SEEDS, label="between")
     with gr.Row() as seeds:
@@ -122,19 +107,19 @@ def interpolate_tab(demo: Demo, settings: list) -> None:
 
 
 def picture(label: str) -> gr.Image:
-    """Returns a picture, to be placed, that can be downloaded as it is."""
+    """Return a picture, not yet placed, for download as PNG."""
     return gr.Image(label=label, format="png", buttons=["download", "fullscreen"], elem_classes="picture", render=False)
 
 
 def upload(label: str) -> gr.Image:
-    """Returns a place for an image file, which is passed on unread: gradio has no message for a bad one."""
+    """Return an upload whose file is passed on unread: gradio has no message for a damaged one."""
     place = gr.Image(label=label, height=240, elem_classes=["picture", "upload"])
     place.preprocess = lambda file: file and file.path
     return place
 
 
 def buttons(name: str, handler: Callable[..., Iterator[tuple]], inputs: list, pictures: list) -> None:
-    """Lays out what starts, what stops, and what says how far it is: over pictures, that would hide them."""
+    """Lay out buttons to start and stop, and the progress: over pictures, it would hide them."""
     with gr.Row():
         start, stop = gr.Button(name, variant="primary"), gr.Button("Stop")
     progress = gr.Textbox(placeholder="progress", show_label=False, container=False)
@@ -150,14 +135,11 @@ def buttons(name: str, handler: Callable[..., Iterator[tuple]], inputs: list, pi
 
 
 def serve(demo: Demo, **options: Any) -> str:
-    """Starts the app; returns its address."""
+    """Start the app; return its address."""
     return build(demo).launch(css=CSS, show_error=True, max_file_size=UPLOAD, **options)[1]
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code."""
-    (config,) = parse_options(argv, AppConfig)
-    pipe = load_pipeline(config.model, "cuda" if torch.cuda.is_available() else "cpu")
-    name = strip_local_path(config.model, hub_ids(config.model))
-    serve(Demo(pipe, name))
-    return 0
+def show(model: str) -> None:
+    """Loads a model, serves its demo, and returns when that ends."""
+    pipe = load_pipeline(model, "cuda" if torch.cuda.is_available() else "cpu")
+    serve(Demo(pipe, strip_local_path(model, hub_ids(model))))

@@ -1,4 +1,4 @@
-"""What a demo of a model answers: what was typed, checked, and images to look at."""
+"""Requests to a demo: check the input, sample or interpolate, lay out the images."""
 
 import copy
 import io
@@ -19,16 +19,16 @@ from hf_ddpm.data.transforms import ImageFormat
 from hf_ddpm.demo.preview import Moment, watch
 from hf_ddpm.images import grid, to_bytes, to_pictures, to_signed
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
-from hf_ddpm.sampling.generate import sample_images
+from hf_ddpm.sampling.generate import generate_images
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.markdown import escape
 from hf_ddpm.utils.seeds import FIGURES, generator
 
-# Pixels that are made at a time, which bounds memory: 64 images of 64x64, 4 of 256x256.
+# Pixels sampled at a time, which bounds memory: 64 images of 64x64, 4 of 256x256.
 PIXELS = 64 * 64 * 64
-# Images whose way is shown.
+# Images whose estimates are shown during sampling.
 ROWS = 4
-# Of an uploaded image: more than cameras make, and little enough to decode.
+# Of an uploaded image: more than of cameras, and few enough to decode.
 UPLOADED_PIXELS = 50_000_000
 # Formats that PIL decodes by itself; EPS, for one, would be handed to Ghostscript.
 UPLOADED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
@@ -36,11 +36,11 @@ UPLOADED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 
 @dataclass
 class Demo:
-    """A model that several people may ask at once. What they typed wrong raises a `ValueError` of one line.
+    """A model that serves several requests at once; wrong input raises a `ValueError` of one line.
 
     Attributes:
         pipe: The pipeline.
-        name: What the model is called.
+        name: Name of the model.
     """
 
     pipe: DDPMPipeline
@@ -53,17 +53,17 @@ class Demo:
 
     @property
     def most_images(self) -> int:
-        """How many images are made at a time, 2 to 64: fewer if they are large."""
+        """Largest number of images per request, 2 to 64: fewer if they are large."""
         _, height, width = self.pipe.image_shape
         return max(2, min(64, PIXELS // (height * width)))
 
     @property
     def classes(self) -> list[str]:
-        """The classes that can be asked for: names, or else numbers; none if the network knows none."""
+        """The classes to choose from: names, or else numbers; empty for a network without classes."""
         return self.pipe.class_names or [str(number) for number in range(self.pipe.unet.config.num_class_embeds or 0)]
 
     def describe(self) -> str:
-        """Returns what there is to know of the model, in a line of Markdown."""
+        """Return a line of Markdown on the model."""
         channels, height, width = self.pipe.image_shape
         facts = [
             f"**{escape(self.name)}**",
@@ -77,7 +77,7 @@ class Demo:
     def read(
         self, seed: float, steps: float, scheduler: str, classes: Sequence[str] = (), guidance: float = 1.0
     ) -> Sampling:
-        """Returns which images were asked for."""
+        """Return the requested images as a `Sampling`."""
         return Sampling(
             whole("seed", seed, 0, 2**53),  # up to here a browser's numbers are exact
             whole("steps", steps, 1, self.num_train_timesteps),
@@ -87,7 +87,7 @@ class Demo:
         )
 
     def read_image(self, name: str, path: str | None) -> Tensor:
-        """Returns an image file, fitted as images are for training, as bytes of shape `(1, C, H, W)`."""
+        """Return an image file, resized as for training, as bytes of shape `(1, C, H, W)`."""
         channels, height, width = self.pipe.image_shape
         row = {"bytes": None if path is None else _checked_upload(name, Path(path)), "path": None}
         pixels = attempt(row, ImageFormat(height, width, channels))
@@ -96,11 +96,11 @@ class Demo:
         return torch.tensor(pixels).unsqueeze(0)
 
     def generate(self, sampling: Sampling, count: float) -> Iterator[Moment]:
-        """Generates the first images of a `Sampling`, in view: the same as those of `scripts/sample.py`.
+        """Generate the first images of a `Sampling`, the same as those of `hf-ddpm sample`.
 
         Args:
-            sampling: Which images.
-            count: How many, in [1, `most_images`].
+            sampling: Seed, steps, sampler and classes.
+            count: Number of images, in [1, `most_images`].
 
         Returns:
             Moments, see `watch`.
@@ -109,7 +109,7 @@ class Demo:
         own = self._own_pipeline()
 
         def work(**options: Any) -> Tensor:
-            images = sample_images(own, numbers, sampling, batch_size=len(numbers), device=own.device, **options)
+            images = generate_images(own, numbers, sampling, batch_size=len(numbers), device=own.device, **options)
             return torch.stack([image for _, image in images])
 
         return watch(work)
@@ -117,14 +117,14 @@ class Demo:
     def interpolate(
         self, first: Tensor, second: Tensor, t: float, count: float, sampling: Sampling
     ) -> Iterator[Moment]:
-        """Generates what lies between two images (Section 4.4), in view.
+        """Interpolate between two images (Section 4.4).
 
         Args:
             first: An image, bytes, shape `(1, C, H, W)`.
             second: Another one.
-            t: How far both are diffused, in [0, T).
-            count: How many images, from a reconstruction of the first to one of the second, in [2, `most_images`].
-            sampling: Which noise, by its seed, and which class, the first it names.
+            t: Step that both are diffused to, in [0, T).
+            count: Number of images, from a reconstruction of the first to one of the second, in [2, `most_images`].
+            sampling: Seed of the noise, and the class, its first one.
 
         Returns:
             Moments, see `watch`.
@@ -150,21 +150,21 @@ class Demo:
         return watch(work)
 
     def _own_pipeline(self) -> DDPMPipeline:
-        """Returns a pipeline of the same network, whose scheduler no other request sets."""
+        """Return a pipeline of the same network with a scheduler of its own."""
         own = DDPMPipeline(self.pipe.unet, copy.deepcopy(self.pipe.scheduler), self.pipe.config.get("id2label"))
         own.set_progress_bar_config(disable=True)
         return own
 
 
 def _checked_upload(name: str, path: Path) -> bytes:
-    """Returns the bytes of an image file whose header promises a safe format and size."""
+    """Return the bytes of an image file, after its header was checked for a safe format and size."""
     content = path.read_bytes()
     Image.init()
     formats = [known for known in UPLOADED_FORMATS if known in Image.OPEN]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is tighter
-            width, height = Image.open(io.BytesIO(content), formats=formats).size  # reads the header alone
+            width, height = Image.open(io.BytesIO(content), formats=formats).size  # reads only the header
     except Image.DecompressionBombError:
         raise ValueError(f"{name} is not usable: it has too many pixels; at most {UPLOADED_PIXELS:,}") from None
     except Exception as error:  # decoders raise anything
@@ -175,7 +175,7 @@ def _checked_upload(name: str, path: Path) -> bytes:
 
 
 def whole(name: str, value: Any, least: int, most: int) -> int:
-    """Returns a number that was typed as an integer; any but those from `least` to `most` raises a `ValueError`."""
+    """Return a number as an integer; raise a `ValueError` unless it is whole, from `least` to `most`."""
     if not isinstance(value, int | float) or not float(value).is_integer() or not least <= value <= most:
         typed = f"{value:.15g}" if isinstance(value, float) else repr(value)
         raise ValueError(f"{name}={typed} is not allowed: a whole number from {least} to {most}")
@@ -183,23 +183,23 @@ def whole(name: str, value: Any, least: int, most: int) -> int:
 
 
 def square(images: Tensor) -> Image.Image:
-    """Tiles bytes."""
+    """Tile images, bytes, in a square."""
     return _tiled(images, math.ceil(math.sqrt(len(images))), width=512)
 
 
 def row(*images: Tensor) -> Image.Image:
-    """Lays bytes, one batch after the other, side by side."""
+    """Lay batches of bytes side by side."""
     return _tiled(torch.cat(images), sum(map(len, images)), width=1024)
 
 
 def strip(moment: Moment) -> Image.Image:
-    """Draws the frames of the first images, one row an image; those to come are black."""
+    """Draw the frames of the first images, one row per image; those to come are black."""
     frames = [frame[:ROWS] for frame in moment.frames]
     frames += [torch.zeros_like(frames[0])] * moment.frames_to_come
     return _tiled(torch.stack(frames, dim=1).flatten(0, 1), len(frames), width=1024)
 
 
 def _tiled(images: Tensor, columns: int, width: int) -> Image.Image:
-    """Tiles bytes, enlarged pixel by pixel as far as they fit into a width."""
+    """Tile bytes, enlarged pixel by pixel as far as they fit into a width."""
     pictures = to_pictures(images)
     return grid(pictures, columns, scale=max(1, width // (columns * pictures[0].width)))

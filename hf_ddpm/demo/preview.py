@@ -1,4 +1,4 @@
-r"""Images while they appear out of noise: what a reverse process takes them for, step by step."""
+r"""Preview of a reverse process: estimates of the images, step by step."""
 
 import threading
 import time
@@ -14,20 +14,20 @@ from hf_ddpm.diffusion.gaussian import GaussianDiffusion
 from hf_ddpm.images import to_bytes, to_signed, to_unit
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 
-# Evenly spread moments of a chain that are always seen, the first and the last among them.
+# Evenly spread moments of a chain that are always shown, the first and the last among them.
 FRAMES = 8
-# Seconds between two others.
+# Seconds between two further ones.
 PAUSE = 0.3
 
 
 @dataclass(frozen=True)
 class Moment:
-    r"""Where a chain is.
+    r"""A moment of a chain.
 
     Attributes:
-        step: How many steps have been taken, in [0, steps].
-        steps: How many there are.
-        images: :math:`\hat x_0` as seen from there, at the end the images; bytes, shape `(B, C, H, W)`.
+        step: Number of steps taken, in [0, steps].
+        steps: Number of all steps.
+        images: :math:`\hat x_0` at that step, at the end the images; bytes, shape `(B, C, H, W)`.
         frames: The same of the evenly spread moments from the first to this one.
     """
 
@@ -41,18 +41,18 @@ class Moment:
 
     @property
     def frames_to_come(self) -> int:
-        """How many frames are missing."""
+        """Number of frames that are missing."""
         return len(_frame_steps(self.steps)) - len(self.frames)
 
 
 def watch(work: Callable[..., Tensor]) -> Iterator[Moment]:
-    """Runs a reverse process in a thread of its own and shows what becomes of it.
+    """Run a reverse process in a thread of its own, and yield its moments.
 
     Args:
-        work: Calls a pipeline with the keyword arguments it is given, and returns the images as bytes.
+        work: Calls a pipeline with the keyword arguments given, and returns the images as bytes.
 
     Yields:
-        Moments, the last one with the images. Closing the iterator ends the work after the step it is at.
+        Moments, the last one with the images. Closing the iterator ends the work after the current step.
     """
 
     def run(emit: Callable[[tuple[int, int, Tensor]], None]) -> None:
@@ -82,9 +82,9 @@ def watch(work: Callable[..., Tensor]) -> Iterator[Moment]:
 
 
 def in_background(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
-    """Yields what `work(emit)` emits while it runs in a thread of its own.
+    """Yield what `work(emit)` emits while it runs in a thread of its own.
 
-    Once the iterator is closed, the next `emit` ends the work. What the work raises is raised here.
+    After the iterator is closed, the next `emit` ends the work. Exceptions of the work are raised here.
     """
     emitted: SimpleQueue[tuple[str, Any]] = SimpleQueue()
     closed = threading.Event()
@@ -112,7 +112,7 @@ def in_background(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any
 
 
 class _Unwatched(Exception):
-    """Ends work that nobody watches any more."""
+    """Ends work whose iterator is closed."""
 
 
 def _frame_steps(steps: int) -> set[int]:
@@ -120,7 +120,7 @@ def _frame_steps(steps: int) -> set[int]:
 
 
 def _estimate(pipe: DDPMPipeline, t: Tensor, x_t: Tensor | None, tensors: dict[str, Tensor]) -> Tensor:
-    r"""Returns :math:`\hat x_0`, which some schedulers do not tell; the first step of these is shown as noise."""
+    r"""Return :math:`\hat x_0`, computed if the scheduler does not give it; its first step is then shown as noise."""
     if tensors["pred_original_sample"] is not None:
         return tensors["pred_original_sample"]
     if x_t is None:

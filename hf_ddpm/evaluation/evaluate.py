@@ -1,7 +1,8 @@
-"""From a model to the figures that were asked for: what `scripts/evaluate.py` and a run in training have in common."""
+"""Evaluation of a model, or of images that it has generated, in three stages: features, figures, record."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,220 +10,250 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from hf_ddpm.config import DataConfig
+from hf_ddpm.config import DataConfig, ImageOptions
 from hf_ddpm.data.sources import choose
 from hf_ddpm.data.store import ImageStore, load_images
-from hf_ddpm.evaluation.comparison import compare
-from hf_ddpm.evaluation.extraction import Processes
-from hf_ddpm.evaluation.feature_cache import fingerprint
+from hf_ddpm.evaluation.extraction import Images, cached_features, extract, fingerprint
 from hf_ddpm.evaluation.features import load_extractor
-from hf_ddpm.evaluation.nll import classes_for, variational_bound
+from hf_ddpm.evaluation.frechet import Moments
+from hf_ddpm.evaluation.memorization import copied_fraction, nearest_picture
+from hf_ddpm.evaluation.nll import variational_bound
 from hf_ddpm.evaluation.options import EvaluateConfig
-from hf_ddpm.evaluation.reference_stats import ReferenceStats
-from hf_ddpm.evaluation.results import METRIC_SEED, record
+from hf_ddpm.evaluation.results import METRIC_SEED, Figures, RealFeatures, Record, figures, read_results
 from hf_ddpm.images import save_picture
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum, provenance
-from hf_ddpm.sampling.folder import SampleFolder, Samples
-from hf_ddpm.sampling.generate import fill_folder, folder_name
+from hf_ddpm.sampling.folder import SampleFolder, Samples, open_samples
+from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder, folder_name
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.public import hub_ids, strip_local_path
 
-Figures = dict[str, dict[str, Any]]
 
-
-class Evaluator:
-    """A request with all that it needs besides the model: the real images and the extractor.
-
-    All processes are to make one, and to call it.
+def evaluate(
+    config: EvaluateConfig,
+    sampling: Sampling | None = None,
+    *,
+    pipe: DDPMPipeline | None = None,
+    images: Samples | None = None,
+    reference: "Reference | None" = None,
+    output: Path | None = None,
+    on_figures: Callable[[Figures], object] | None = None,
+    log: Callable[[str], object] | None = None,
+) -> Figures:
+    """Evaluate a model, images that it has generated, or both. All processes call it.
 
     Args:
-        request: What was asked for.
-        shape: The shape `(C, H, W)` of the images.
-        accelerator: The processes.
-        log: Called with a line on files of the data set that are not used, and on damaged caches.
+        config: Model or samples, metrics and real images.
+        sampling: Seed, steps and sampler of the images, unless they exist already.
+        pipe: The model, on the device of this process; by default `config.model` is loaded.
+        images: Existing samples; by default those of `config.samples`, else the model generates them.
+        reference: The real images; by default they are opened.
+        output: File of the results, `config.output` by default; each figure is written as soon as it is known.
+            Generated images and the picture of the nearest training images are stored in the same folder.
+        on_figures: Called with the figures of each metric as soon as they are known.
+        log: Called with a line on unused files of the data set and on replaced results of another model.
+
+    Returns:
+        Figures by metric, with what they were `made_by`; empty on all processes but the first.
+
+    Example:
+        `evaluate(EvaluateConfig(model="runs/digits", dataset="digits", metrics="fd,nll"))["fd"]["value"]`
 
     Raises:
-        ValueError: If a data set or the extractor cannot be had or does not fit.
+        ValueError: If the model, images, data set or extractor cannot be opened, or do not fit; one line.
+    """
+    sampling, output, log = sampling or Sampling(), output or Path(config.output), log or (lambda line: None)
+    read_results(output)  # a file that cannot be added to is refused before anything is computed
+    state = Accelerator(cpu=not torch.cuda.is_available()) if reference is None else reference.state
+    if pipe is None and config.model is not None:
+        pipe = load_pipeline(config.model, state.device)
+        if config.compile:
+            compile_for_sampling(pipe.unet)
+    if images is None and config.samples is not None and config.compared:
+        images = open_samples(Path(config.samples))
+    model, shape = _identify(config, pipe, images)
+    if reference is None:
+        reference = Reference(config, shape, state, log)
+    count = reference.count(None if images is None else len(images))
+    made_by = {"seed": sampling.seed, "metric_seed": METRIC_SEED, **provenance(state.device)}
+    made_by |= {"request": asdict(config), "hub_ids": reference.hub_ids}
+    if pipe is not None:
+        made_by |= {key: pipe.scheduler.config.get(key) for key in ("num_train_timesteps", "variance_type")}
+    record = Record(output, model, made_by, on_figures, log)
+
+    if "nll" in config.chosen:
+        bound = reference.bound(pipe, sampling.seed)
+        if state.is_main_process:
+            record.add("nll", bound)
+    if config.compared:
+        if images is None:
+            images = _sample(pipe, sampling, output, count, reference)
+        record.made_by |= {"samples": str(images.path), "sampling": getattr(images, "settings", None)}
+        _compare(images, count, reference, record)
+    return record.figures
+
+
+def _compare(images: Samples, count: int, reference: "Reference", record: Record) -> None:
+    """Compare the first `count` images with the real ones: features of all, then figures, each recorded at once."""
+    config = reference.config
+    generated = extract(reference.extractor, images, range(count), reference.state)
+    real = reference.features(count)
+    if not reference.state.is_main_process:
+        return
+    for metric in config.compared:
+        stats = {"reference_stats": reference.stats_file} if reference.stats is not None and metric == "fd" else {}
+        record.add(metric, figures(metric, generated, real) | {"made_by": real.made_by | stats})
+    if reference.images is None or real.reference is None:
+        return
+    if config.save_reference_stats is not None:
+        Moments.of(real.reference).save(Path(config.save_reference_stats))
+    copies = copied_fraction(images, range(count), reference.images, config.pixel_values)
+    counts = {"num_images": count, "reference_images": len(reference.images)}
+    picture = nearest_picture(images, generated.features, reference.images, real.reference)
+    save_picture(picture, record.path.with_name(f"{record.path.stem}_nearest.png"))
+    record.add("memorization", {"exact_copies": copies, **counts, "made_by": real.made_by})
+
+
+class Reference:
+    """Real images that a model is measured by, and the extractor, opened once by all processes.
+
+    Args:
+        config: Options of the real images and of the extractor.
+        shape: The shape `(C, H, W)` of the images.
+        state: The processes.
+        log: Called with a line on unused files of the data set, and on damaged caches.
+
+    Attributes:
+        images: The reference split; None if it is not needed.
+        held_out: The held-out split; None if it is not needed.
+        stats: Moments to compare with instead of those of `images`; None if they are not given.
+        stats_file: Name and checksum of their file.
+        hub_ids: Those of the names that are Hub ids.
+
+    Raises:
+        ValueError: If a data set or the extractor cannot be opened, or does not fit.
     """
 
     def __init__(
         self,
-        request: EvaluateConfig,
+        config: EvaluateConfig,
         shape: tuple[int, ...],
-        accelerator: Accelerator,
+        state: Accelerator,
         log: Callable[[str], object] = lambda line: None,
     ):
-        self.request, self.accelerator, self.log = request, accelerator, log
-        if request.compared:
-            weights = request.extractor_weights
-            self.extractor = load_extractor(str(request.extractor), accelerator.device, weights=weights)
-            request.check_extractor(self.extractor, shape)
-            self.stats = self._read_stats(shape)
-        with accelerator.main_process_first():
-            self.held_out = self._load(request.split, shape) if request.needs_held_out else None
-            has_reference = request.compared and request.dataset is not None
-            self.reference = self._load(request.reference_split, shape) if has_reference else None
-        self.hub_ids = hub_ids(request.dataset, request.model, request.extractor)
+        self.config, self.state = config, state
+        self.stats: Moments | None = None
+        if config.compared:
+            self.extractor = load_extractor(str(config.extractor), state.device, weights=config.extractor_weights)
+            self.extractor.check(shape)
+            if "is" in config.chosen and not self.extractor.classifies:
+                name = f"{config.option_prefix}metrics=is is not allowed with extractor {self.extractor.name!r}"
+                raise ValueError(f"{name}: it has no classes")
+            if config.reference_stats is not None:
+                self._read_stats(Path(config.reference_stats), shape)
+        has_images = bool(config.compared) and config.dataset is not None
+        with state.main_process_first():
+            self.held_out = self._load(config.split, shape, log) if config.needs_held_out else None
+            self.images = self._load(config.reference_split, shape, log) if has_images else None
+        self.hub_ids = hub_ids(config.dataset, config.model, config.extractor)
 
     def count(self, samples: int | None = None) -> int:
-        """Returns on how many images to evaluate; `samples` is how many were generated, if they were."""
-        held_out, reference = (None if found is None else len(found) for found in (self.held_out, self.reference))
-        return self.request.count(held_out, reference, samples)
+        """Return the number of images to evaluate on; `samples` is the number of existing samples, if any."""
+        held_out, images = (None if store is None else len(store) for store in (self.held_out, self.images))
+        return self.config.count(held_out, images, samples)
 
-    @property
-    def processes(self) -> Processes:
-        """The processes, as those who extract features take them."""
-        return Processes(self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.gather)
+    def features(self, count: int | None = None) -> RealFeatures:
+        """Return features of the reference and of `count` held-out images. All processes call it."""
+        config, extractor, count = self.config, self.extractor, count or self.count()
+        made_by: dict[str, Any] = {"extractor": {"name": extractor.name, "checksum": extractor.checksum}}
+        if self.images is None:
+            return RealFeatures(extractor, count, None, None, self.stats, made_by)
+        held_out = self.held_out if config.floor else None
+        drawn = [] if held_out is None else choose(len(held_out), count, METRIC_SEED)
+        data = {
+            "name": strip_local_path(str(config.dataset), self.hub_ids),
+            "config": config.dataset_config,
+            "reference_split": config.reference_split,
+            "reference_fingerprint": fingerprint(self.images, range(len(self.images))),
+            "held_out_split": None if held_out is None else config.split,
+            "held_out_fingerprint": None if held_out is None else fingerprint(held_out, drawn),
+            "reference_skipped": self.images.skipped,
+        }
 
-    @property
-    def for_floor(self) -> ImageStore | None:
-        """The real images that the floor of a distance is of, if there is to be one."""
-        return self.held_out if self.request.floor else None
+        def known(images: Images, indices: Any, name: str) -> torch.Tensor:
+            return cached_features(extractor, images, indices, str(data[name]), self.state)
 
-    def evaluate(
-        self,
-        output: Path,
-        sampling: Sampling,
-        pipe: DDPMPipeline | None = None,
-        images: Samples | None = None,
-        *,
-        model: dict[str, Any] | None = None,
-        tell: Callable[[str], object] = lambda line: None,
-    ) -> Iterator[Figures]:
-        """Evaluates a model, images that it has generated, or both.
-
-        Args:
-            output: File of the results, which each of the figures is put into as soon as it is known. Generated images
-                and the picture of the nearest training images are put beside it.
-            sampling: Which images to ask the model for.
-            pipe: The model, on the device of this process.
-            images: Images that it has generated; generated here by default.
-            model: What `identify` says of them, if it was asked.
-            tell: Told a line if results of another model were in the file.
-
-        Yields:
-            Figures by metric; on all processes but the first, none.
-        """
-        count = self.count(None if images is None else len(images))
-        model = model or identify(self.request, pipe, images)[0]
-        made_by = {"seed": sampling.seed, "metric_seed": METRIC_SEED, **provenance(self.accelerator.device)}
-        made_by |= {"request": asdict(self.request), "hub_ids": self.hub_ids}
-        if pipe is not None:
-            made_by |= {key: pipe.scheduler.config.get(key) for key in ("num_train_timesteps", "variance_type")}
-        for part in self._parts(output, sampling, pipe, images, count):
-            figures = {name: figure | {"made_by": made_by | figure["made_by"]} for name, figure in part.items()}
-            if self.accelerator.is_main_process and record(output, model, figures):
-                tell(f"{output} held results of another model: they are gone")
-            yield figures if self.accelerator.is_main_process else {}
-
-    def _parts(
-        self,
-        output: Path,
-        sampling: Sampling,
-        pipe: DDPMPipeline | None,
-        images: Samples | None,
-        count: int,
-    ) -> Iterator[Figures]:
-        if "nll" in self.request.chosen:
-            yield {"nll": self.bound(pipe, sampling.seed)}
-        if self.request.compared:
-            if images is None:
-                images = self._sample(pipe, sampling, output, count)
-            made_by = {"samples": str(images.path), "sampling": getattr(images, "settings", None)}
-            real = (self.reference, self.for_floor)
-            parts = compare(self.request, self.extractor, images, *real, count, self.processes, self.stats)
-            for figures, picture in parts:
-                if picture is not None:
-                    save_picture(picture, output.with_name(f"{output.stem}_nearest.png"))
-                yield {name: figure | {"made_by": made_by | figure["made_by"]} for name, figure in figures.items()}
+        reference = known(self.images, range(len(self.images)), "reference_fingerprint")
+        floor = None if held_out is None else known(held_out, drawn, "held_out_fingerprint")
+        return RealFeatures(extractor, count, reference, floor, self.stats, {"dataset": data, **made_by})
 
     def bound(self, pipe: Any, seed: int) -> dict[str, Any]:
-        """Returns the figures of the bound on held-out images, from all processes."""
-        request, accelerator, images = self.request, self.accelerator, self.held_out
+        """Return the figures of the bound on held-out images. All processes call it."""
+        config, state, images = self.config, self.state, self.held_out
         assert images is not None
         if not isinstance(pipe.scheduler, DDPMScheduler):
-            raise ValueError(f"nll needs a DDPMScheduler, not the {type(pipe.scheduler).__name__} of {request.model!r}")
-        numbers = choose(len(images), request.num_images, METRIC_SEED)
-        mine = numbers[accelerator.process_index :: accelerator.num_processes]
-        total = len(mine) * (request.steps_per_image or len(pipe.scheduler.diffusion))
-        with tqdm(total=total, desc="nll", unit="evaluation", disable=not accelerator.is_main_process) as bar:
+            raise ValueError(f"nll needs a DDPMScheduler, not the {type(pipe.scheduler).__name__} of {config.model!r}")
+        indices = choose(len(images), config.num_images, METRIC_SEED)
+        mine = indices[state.process_index :: state.num_processes]
+        total = len(mine) * (config.steps_per_image or len(pipe.scheduler.diffusion))
+        with tqdm(total=total, desc="nll", unit="evaluation", disable=not state.is_main_process) as bar:
             bound = variational_bound(
-                pipe.unet.eval(),
-                pipe.scheduler,
+                pipe,
                 images,
                 mine,
                 seed=seed,
-                batch_size=request.batch_size,
-                levels=request.pixel_values,
-                steps_per_image=request.steps_per_image,
-                classes=classes_for(pipe, images.labels, images.class_names, len(images)),
+                batch_size=config.batch_size,
+                levels=config.pixel_values,
+                steps_per_image=config.steps_per_image,
                 progress=bar.update,
             )
         data = {
-            "name": strip_local_path(str(request.dataset), self.hub_ids),
-            "config": request.dataset_config,
-            "split": request.split,
-            "fingerprint": fingerprint(images, numbers),
+            "name": strip_local_path(str(config.dataset), self.hub_ids),
+            "config": config.dataset_config,
+            "split": config.split,
+            "fingerprint": fingerprint(images, indices),
         }
-        everywhere = bound.summed(lambda value: accelerator.reduce(value, reduction="sum"))
+        everywhere = bound.summed(lambda value: state.reduce(value, reduction="sum"))
         return everywhere.report() | {"made_by": {"dataset": data}}
 
-    def _sample(self, pipe: Any, sampling: Sampling, output: Path, count: int) -> SampleFolder:
-        """Returns generated images; they stay in a folder of their settings beside the results."""
-        pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not self.accelerator.is_main_process)
-        return fill_folder(
-            pipe,
-            output.with_name(f"{output.stem}_samples") / folder_name(pipe, sampling, self.accelerator.device),
-            count,
-            sampling,
-            model=str(self.request.model),
-            batch_size=self.request.batch_size,
-            state=self.accelerator,
-        )
+    def _read_stats(self, path: Path, shape: tuple[int, ...]) -> None:
+        """Read the statistics to compare with, and checks that they fit the extractor."""
+        self.stats = Moments.read(path)
+        width = self.extractor(torch.zeros(1, *shape, dtype=torch.uint8)).features.shape[1]
+        self.stats_file = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        if len(self.stats.mean) != width:
+            raise ValueError(
+                f"--reference_stats {path.name}: {len(self.stats.mean)} dimensions, but features of extractor "
+                f"{self.extractor.name!r} have {width}; expected statistics of the same extractor"
+            )
 
-    def _read_stats(self, shape: tuple[int, ...]) -> ReferenceStats | None:
-        """Returns the statistics to compare with, if they were given and fit the extractor."""
-        if self.request.reference_stats is None:
-            return None
-        stats = ReferenceStats.read(Path(self.request.reference_stats))
-        features = self.extractor(torch.zeros(1, *shape, dtype=torch.uint8)).features
-        stats.check(features.shape[1], self.extractor.name)
-        return stats
-
-    def _load(self, split: str, shape: tuple[int, ...]) -> ImageStore:
-        """Returns the real images of a split."""
-        request = self.request
-        data = DataConfig(
-            str(request.dataset),
-            split=split,
-            dataset_config=request.dataset_config,
-            image_column=request.image_column,
-            resolution=[shape[1], shape[2]],
-            channels=shape[0],
-            levels=request.pixel_values,
-            value_range=request.value_range,
-            class_column=request.class_column,
-            enlarge=request.enlarge,
-            skip_bad_images=request.skip_bad_images,
-        )
-        return load_images(data, device=self.accelerator.device, log=self.log)
+    def _load(self, split: str, shape: tuple[int, ...], log: Callable[[str], object]) -> ImageStore:
+        """Return the real images of a split."""
+        shared = {field.name: getattr(self.config, field.name) for field in fields(ImageOptions)}
+        data = DataConfig(**shared, split=split, resolution=list(shape[1:]), channels=shape[0])
+        return load_images(data, device=self.state.device, log=log)
 
 
-def identify(
+def _sample(pipe: Any, sampling: Sampling, output: Path, count: int, reference: Reference) -> SampleFolder:
+    """Return generated images, kept in a folder per setting next to the results."""
+    state = reference.state
+    pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
+    return fill_folder(
+        pipe,
+        output.with_name(f"{output.stem}_samples") / folder_name(pipe, sampling, state.device),
+        count,
+        sampling,
+        model=str(reference.config.model),
+        batch_size=reference.config.batch_size,
+        state=state,
+    )
+
+
+def _identify(
     config: EvaluateConfig, pipe: DDPMPipeline | None, images: Samples | None
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Returns the name and the checksum of what is evaluated, and the shape of its images.
-
-    Args:
-        config: What was asked for.
-        pipe: The model, if it was given.
-        images: Its samples, if they were.
-
-    Raises:
-        ValueError: If the samples are of another model or another shape.
-    """
+    """Return name and checksum of the model, and the shape of its images; refuse samples that are not its own."""
     settings: dict[str, Any] = getattr(images, "settings", {})
     if pipe is None:
         assert images is not None

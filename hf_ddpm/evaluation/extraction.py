@@ -1,101 +1,141 @@
-"""Images to features on several processes: the same to the last bit for any number of them and any batch size."""
+"""Features of sets of images, computed by all processes, and a cache of those of real images."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate import Accelerator
+from datasets.config import HF_CACHE_HOME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hf_ddpm.evaluation.features import Extracted, Extractor
+from hf_ddpm.images import to_signed
+from hf_ddpm.utils.files import atomic_write
 
-# On some devices the features of an image differ in the last bits with the batch that it is in: batches are always
-# these, and a process takes whole ones.
+# On some devices the last bits of an image's features depend on its batch: batches are fixed, and processes take
+# whole ones.
 BATCH_SIZE = 64
+
+CACHE = Path(HF_CACHE_HOME) / "hf_ddpm" / "features"
 
 
 class Images(Protocol):
-    """Images of one shape by number."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape `(C, H, W)` of an image."""
+    """Images of one shape by index; a tensor of bytes, shape `(N, C, H, W)`, is one, too."""
 
     def __len__(self) -> int:
-        """Returns the number of images."""
+        """Return the number of images."""
 
-    def __getitem__(self, numbers: Tensor, /) -> Tensor:
-        """Returns images by their numbers, int64, shape `(B,)`, as bytes, shape `(B, C, H, W)`."""
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes that share the work.
-
-    Attributes:
-        rank: Which one this is.
-        world: How many there are.
-        gather: Returns the rows of all processes, one process after the other, on each of them.
-    """
-
-    rank: int = 0
-    world: int = 1
-    gather: Callable[[Tensor], Tensor] = lambda rows: rows
+    def __getitem__(self, indices: Tensor, /) -> Tensor:
+        """Return the images at `indices`, int64, shape `(B,)`, as bytes, shape `(B, C, H, W)`."""
 
 
-def extract(
-    extractor: Extractor,
-    images: Images,
-    numbers: Sequence[int],
-    processes: Processes,
-    progress: Callable[[int], object] = lambda count: None,
-) -> Extracted:
-    """Returns what is known of images, on every process; all are to call it.
+def extract(extractor: Extractor, images: Images, indices: Sequence[int], state: Accelerator) -> Extracted:
+    """Extract the features of images; the same to the last bit for any number of processes. All call it.
 
     Args:
         extractor: The extractor.
         images: The images.
-        numbers: Which of them, in this order.
-        processes: Those that share the work.
-        progress: Told the number of images after each batch of this process.
+        indices: Which of them, in this order.
+        state: The processes: number `rank` of `world` takes the batches `rank`, `rank + world`, ...
 
     Returns:
-        Features and, for a classifier, probabilities, on the extractor's device.
+        Features and, for a classifier, probabilities, on the extractor's device of every process.
     """
-    rows, width = extract_share(extractor, images, numbers, processes.rank, processes.world, progress)
-    all_rows = in_order(processes.gather(rows), len(numbers), processes.world)
-    features = all_rows[:, :width].contiguous()
-    return Extracted(features, all_rows[:, width:].contiguous() if extractor.classifies else None)
-
-
-def extract_share(
-    extractor: Extractor,
-    images: Images,
-    numbers: Sequence[int],
-    rank: int,
-    world: int,
-    progress: Callable[[int], object] = lambda count: None,
-) -> tuple[Tensor, int]:
-    """Returns the features of a process's share, batches `rank`, `rank + world`, ..., and how wide they are.
-
-    A row holds the features, then the probabilities. Every process returns equally many rows, those that stand for no
-    image among them, since that is how rows are gathered.
-    """
-    batches = -(-len(numbers) // BATCH_SIZE)
+    rank, world = state.process_index, state.num_processes
+    batches = -(-len(indices) // BATCH_SIZE)
+    turns = -(-batches // world)
     parts = []
-    for turn in range(-(-batches // world)):
-        batch = min(turn * world + rank, batches - 1)
-        chosen = torch.tensor(numbers[batch * BATCH_SIZE : (batch + 1) * BATCH_SIZE])
-        extracted = extractor(images[chosen])
-        known = [value for value in extracted if value is not None]
-        rows = torch.cat(known, dim=1)
-        parts.append(torch.nn.functional.pad(rows, (0, 0, 0, BATCH_SIZE - len(rows))))
-        width = extracted.features.shape[1]
-        progress(len(chosen))
-    return torch.cat(parts), width
+    with tqdm(total=-(-len(indices) // world), desc="Features", unit="image", disable=rank > 0) as bar:
+        for turn in range(turns):
+            # Rows are gathered from equal shares: the last batch is repeated for missing ones.
+            batch = min(turn * world + rank, batches - 1)
+            chosen = torch.tensor(indices[batch * BATCH_SIZE : (batch + 1) * BATCH_SIZE])
+            features, probabilities = extractor(images[chosen])
+            rows = features if probabilities is None else torch.cat([features, probabilities], dim=1)
+            parts.append(torch.nn.functional.pad(rows, (0, 0, 0, BATCH_SIZE - len(rows))))
+            bar.update(len(chosen))
+    gathered: Tensor = state.gather(torch.cat(parts))
+    in_order = gathered.view(world, turns, BATCH_SIZE, -1).transpose(0, 1).flatten(0, 2)[: len(indices)]
+    width = features.shape[1]
+    return Extracted(
+        in_order[:, :width].contiguous(), in_order[:, width:].contiguous() if extractor.classifies else None
+    )
 
 
-def in_order(rows: Tensor, count: int, world: int) -> Tensor:
-    """Returns the first `count` rows of the shares of all processes in the order of the images."""
-    turns = len(rows) // world // BATCH_SIZE
-    return rows.view(world, turns, BATCH_SIZE, -1).transpose(0, 1).reshape(len(rows), -1)[:count]
+def digests(images: Images, indices: Sequence[int], levels: int | None = None) -> Iterator[bytes]:
+    """Yield the SHA-256 of the pixels of each image, moved onto the nearest of `levels` values if given."""
+    for start in range(0, len(indices), BATCH_SIZE):
+        pixels = images[torch.tensor(indices[start : start + BATCH_SIZE])]
+        for image in pixels if levels is None else to_signed(pixels, levels):
+            yield hashlib.sha256(image.cpu().contiguous().numpy().tobytes()).digest()
+
+
+def fingerprint(images: Images, indices: Sequence[int]) -> str:
+    """Return the SHA-256, in hex, of the decoded images in their order, whatever files they came from."""
+    shape = tuple(images[torch.tensor(indices[:1])].shape[1:])
+    whole = hashlib.sha256(str(shape).encode())
+    for digest in digests(images, indices):
+        whole.update(digest)
+    return whole.hexdigest()
+
+
+def cached_features(
+    extractor: Extractor, images: Images, indices: Sequence[int], data_fingerprint: str, state: Accelerator
+) -> Tensor:
+    """Return the features of real images, from `CACHE` if it has them, undamaged. All processes call it.
+
+    Args:
+        extractor: The extractor.
+        images: The images.
+        indices: Which of them.
+        data_fingerprint: Their `fingerprint`.
+        state: The processes.
+
+    Returns:
+        Features, float32, shape `(len(indices), D)`, on the extractor's device.
+    """
+    identity = [data_fingerprint, extractor.checksum, extractor.recipe, extractor.device.type, BATCH_SIZE]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    path = CACHE / f"{key}.safetensors"
+    features = _read(path, key)
+    # All or none: machines may not share a cache, and another run may have written it this moment.
+    is_cached = torch.tensor([features is not None], dtype=torch.int64, device=extractor.device)
+    is_cached_everywhere = bool(state.gather(is_cached).all())
+    if features is not None and is_cached_everywhere:
+        return features.to(extractor.device)
+    features = extract(extractor, images, indices, state).features
+    if state.is_main_process:
+        with suppress(OSError):  # a cache that cannot be written costs time, not the evaluation
+            _write(path, key, features.cpu().contiguous())
+    return features
+
+
+def _read(path: Path, key: str) -> Tensor | None:
+    """Return features from a file, or None if it is missing, damaged or of another key."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, features = file.metadata() or {}, file.get_tensor("features")
+    except (OSError, SafetensorError):
+        return None
+    is_sound: bool = metadata.get("key") == key and metadata.get("sha256") == _checksum(features)
+    return features if is_sound else None
+
+
+def _write(path: Path, key: str, features: Tensor) -> None:
+    """Write features with their key and checksum, atomically."""
+    content = save({"features": features}, metadata={"key": key, "sha256": _checksum(features)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, writer=f".{os.getpid()}") as partial:
+        partial.write_bytes(content)
+
+
+def _checksum(features: Tensor) -> str:
+    return hashlib.sha256(str(tuple(features.shape)).encode() + features.numpy().tobytes()).hexdigest()

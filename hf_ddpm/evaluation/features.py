@@ -1,23 +1,26 @@
 """Feature extractors: networks that turn images into the points that the metrics compare.
 
-Figures of different extractors, or of different weights of one, have nothing to do with each other: results are to
-state the `name` and the `checksum`. On some devices the features of an image differ in the last bits with the batch
-that it is in; fixed batches of fixed images give the same features everywhere.
+Figures of different extractors, or of different weights of one, are not comparable: results state the `name` and the
+`checksum`.
 """
 
 from abc import ABC, abstractmethod
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from hf_ddpm.evaluation.digits import SIZE, load_digits_classifier
 from hf_ddpm.provenance import weights_checksum
+
+SIZE, CLASSES = 8, 10  # of the digits
 
 
 class Extracted(NamedTuple):
-    """What is known of a batch of images.
+    """Features of a batch of images.
 
     Attributes:
         features: Float32, shape `(B, D)`.
@@ -31,17 +34,12 @@ class Extracted(NamedTuple):
 class Extractor(ABC):
     """A network in eval mode that takes bytes, NCHW uint8.
 
-    Args:
-        name: What `load_extractor` was asked for.
-        network: The network.
-        device: Where it computes.
-
     Attributes:
-        name: As above.
+        name: The name that `load_extractor` takes.
         checksum: SHA-256 of the names and values of all weights, in hex.
-        recipe: What is done to images before the weights see them, where that is not the same for all of a class.
+        recipe: Preprocessing of the images, where it is not the same for all networks of a class.
         classifies: Whether there are probabilities, which the Inception score needs.
-        channels: The numbers of channels that images may have. Gray images are repeated into three where need be.
+        channels: The numbers of channels that images may have. Gray images are repeated into three where needed.
         size: The height and width that images must have; any if None.
     """
 
@@ -57,7 +55,7 @@ class Extractor(ABC):
         self.device = torch.device(device)
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raises a `ValueError` unless images may have the shape `(C, H, W)`."""
+        """Raise a `ValueError` unless images may have the shape `(C, H, W)`."""
         channels, height, width = shape
         if channels not in self.channels:
             allowed = " or ".join(map(str, self.channels))
@@ -68,17 +66,7 @@ class Extractor(ABC):
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Extracted:
-        """Returns what is known of images.
-
-        Args:
-            pixels: Images, uint8, shape `(B, C, H, W)`.
-
-        Returns:
-            Features and, for a classifier, probabilities, on the extractor's device.
-
-        Raises:
-            ValueError: If they are not bytes, or the extractor takes no images of that shape.
-        """
+        """Extract from images, uint8, shape `(B, C, H, W)`; raise a `ValueError` if they have another type or shape."""
         if pixels.dtype != torch.uint8 or pixels.ndim != 4:
             kind = f"{str(pixels.dtype).removeprefix('torch.')} of shape {tuple(pixels.shape)}"
             raise ValueError(f"images as {kind} are not allowed: uint8 of shape (images, channels, height, width)")
@@ -89,7 +77,32 @@ class Extractor(ABC):
 
     @abstractmethod
     def _extract(self, pixels: Tensor) -> Extracted:
-        """Returns what is known of images of the right shape, with the most channels that are allowed."""
+        """Extract from images of the right shape, with the most channels that are allowed."""
+
+
+class DigitsClassifier(nn.Module):
+    """A small convolutional network: 8x8 digits to 64 features and ten logits.
+
+    Its weights, `digits.safetensors` beside this file, were trained on the training half of the embedded digits by
+    `python scripts/train_digits_classifier.py`. Distances depend on them: they are never to change.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.conv3 = nn.Conv2d(32, 32, 3, padding=1)
+        self.hidden = nn.Linear(32 * (SIZE // 4) ** 2, 64)
+        self.dropout = nn.Dropout(0.3)
+        self.head = nn.Linear(64, CLASSES)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features, at least 0, shape `(B, 64)`, and logits, shape `(B, 10)`, of digits, `(B, 1, 8, 8)`."""
+        x = F.relu(self.conv1(pixels.float() / 255))
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv3(x)), 2)
+        features = F.relu(self.hidden(x.flatten(1)))
+        return features, self.head(self.dropout(features))
 
 
 class DigitsExtractor(Extractor):
@@ -100,7 +113,11 @@ class DigitsExtractor(Extractor):
     size = SIZE
 
     def __init__(self, device: torch.device | str = "cpu"):
-        super().__init__("digits", load_digits_classifier(), device)
+        with torch.device("meta"):
+            network = DigitsClassifier()
+        weights = (resources.files("hf_ddpm.evaluation") / "digits.safetensors").read_bytes()
+        network.load_state_dict(load(weights), assign=True)
+        super().__init__("digits", network, device)
 
     def _extract(self, pixels: Tensor) -> Extracted:
         features, logits = self.network(pixels.to(self.device))
@@ -112,14 +129,7 @@ class TransformersExtractor(Extractor):
 
     Images pass through the model's own processor, except that they are resized, whole, to its final size: nothing is
     cropped. For DINOv2 that is 224x224, bicubic, with ImageNet's mean and standard deviation, the recipe of
-    Stein et al. 2023 (arXiv 2306.04675) for FD-DINOv2. PIL does it, with smoothing, on the CPU.
-
-    Args:
-        name: Folder, or id on the Hub.
-        device: Where the network computes.
-
-    Raises:
-        ValueError: If there is no such model, or it takes other things than images, or lacks weights.
+    Stein et al. 2023 (arXiv 2306.04675) for FD-DINOv2. PIL resizes, with smoothing, on the CPU.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
@@ -148,8 +158,8 @@ class TransformersExtractor(Extractor):
         super().__init__(name, network.float(), device)
 
     def transform(self, pixels: Tensor) -> Tensor:
-        """Returns what the network is shown: float32, shape `(B, 3, height, width)`, for uint8 `(B, 3, H, W)`."""
-        shown = self._processor(
+        """Return the network's input, float32, shape `(B, 3, height, width)`, for uint8 `(B, 3, H, W)`."""
+        inputs = self._processor(
             list(pixels.cpu().numpy()),
             size=self._size,
             do_resize=True,
@@ -157,7 +167,7 @@ class TransformersExtractor(Extractor):
             input_data_format="channels_first",
             return_tensors="pt",
         )
-        pixel_values: Tensor = shown["pixel_values"]
+        pixel_values: Tensor = inputs["pixel_values"]
         return pixel_values
 
     def _extract(self, pixels: Tensor) -> Extracted:
@@ -169,15 +179,7 @@ class TransformersExtractor(Extractor):
 
 
 class InceptionExtractor(Extractor):
-    """The Inception network of the published figures, as torch-fidelity ports it: 2048 features, 1008 classes.
-
-    Args:
-        device: Where the network computes.
-        weights: File of the weights; downloaded by torch-fidelity if None.
-
-    Raises:
-        ValueError: If torch-fidelity is not installed, or the file is not there.
-    """
+    """The Inception network of the published figures, as torch-fidelity ports it: 2048 features, 1008 classes."""
 
     classifies = True
 
@@ -202,12 +204,12 @@ NAMES = ("digits", "inception")
 
 
 def load_extractor(name: str, device: torch.device | str = "cpu", *, weights: str | None = None) -> Extractor:
-    """Loads an extractor.
+    """Load an extractor.
 
     Args:
         name: `digits`, `inception`, or a folder or Hub id of an image model of transformers.
-        device: Where it is to compute.
-        weights: `inception`: file of its weights.
+        device: Device of the network.
+        weights: `inception`: file of its weights; downloaded by torch-fidelity if None.
 
     Returns:
         The extractor.

@@ -1,8 +1,8 @@
-r"""The score of Salimans et al. 2016 (arXiv 1606.03498): is a classifier sure of each image, of many classes?
+r"""The Inception score (Salimans et al. 2016, arXiv 1606.03498): classifiable images of many classes.
 
 .. math:: \mathrm{IS} = \exp E_x \, D_{KL}(p(c \mid x) \,\|\, p(c))
 
-It lies between 1 and the number of classes. It knows no reference: copies of one image a class have the best score.
+It lies between 1 and the number of classes. It has no reference: copies of one image per class have the best score.
 """
 
 import torch
@@ -16,7 +16,7 @@ TOLERANCE = 1e-4
 
 
 def inception_score(probabilities: Tensor, *, splits: int = 10, seed: int = 0) -> tuple[float, float]:
-    r"""Returns the mean of the scores of equal parts of the images, and their standard deviation.
+    r"""Return the mean of the scores of equal parts of the images, and their standard deviation.
 
     The images are shuffled first, since they may be sorted by class. The score falls with the size of a part: 5,000
     images is what is usual.

@@ -20,7 +20,7 @@ ROWS_AT_A_TIME = 1024
 
 
 def squared_mmd(features: Tensor, reference: Tensor) -> float:
-    r"""Returns the unbiased estimate from all pairs.
+    r"""Return the unbiased estimate from all pairs.
 
     .. math:: \frac{1}{n (n - 1)} \sum_{i \ne j} k(x_i, x_j) + \frac{1}{m (m - 1)} \sum_{i \ne j} k(y_i, y_j)
         - \frac{2}{n m} \sum_{i, j} k(x_i, y_j)
@@ -44,7 +44,7 @@ def squared_mmd(features: Tensor, reference: Tensor) -> float:
 def kernel_distance(
     features: Tensor, reference: Tensor, *, block_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Returns the mean of the estimates from disjoint blocks of images, and its standard error.
+    """Return the mean of the estimates from disjoint blocks of images, and its standard error.
 
     Both sets are shuffled and cut into blocks; what is left over at the end takes no part. The cost is linear in the
     number of images, and since no image stands in two blocks of a set the error is an honest one. It is of the

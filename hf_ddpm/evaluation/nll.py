@@ -1,4 +1,4 @@
-r"""The variational bound on the negative log-likelihood of images, in bits a dimension, term by term.
+r"""The variational bound on the negative log-likelihood of images, in bits per dimension, term by term.
 
 .. math:: L = L_T + \sum_{t > 1} L_{t-1} + L_0 \tag{5}
 
@@ -16,6 +16,7 @@ whose expectation is the bound.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.seeds import BOUND_NOISE, BOUND_STEPS, generator
 
-# Place of the image among those asked for, image, step, and the number of steps that this one stands for.
+# Position of the image in `ids`, image, step, and the number of steps that this one stands for.
 Evaluation = tuple[int, int, int, float]
 
 
@@ -37,7 +38,7 @@ class Bound:
     r"""Sums over images, by `t`, float64 of shape `(T,)`; those of several processes add up.
 
     Attributes:
-        terms: :math:`L_0` at 0 and :math:`L_t` elsewhere, in nats a dimension.
+        terms: :math:`L_0` at 0 and :math:`L_t` elsewhere, in nats per dimension.
         squared_errors: Mean squared errors of the clipped :math:`\hat x_0` on the scale [-1, 1].
         evaluations: Images whose step `t` was evaluated.
         prior: :math:`L_T`, shape `()`.
@@ -53,25 +54,29 @@ class Bound:
     images: Tensor
 
     def summed(self, add_up: Callable[[Tensor], Tensor]) -> "Bound":
-        """Returns the sums over all processes; `add_up` does it for a tensor."""
+        """Return the sums over all processes; `add_up` does it for a tensor."""
         return Bound(*(add_up(value) for value in vars(self).values()))
 
     def report(self) -> dict[str, object]:
-        r"""Returns the figures, means over the images in bits a dimension.
+        r"""Return the figures, means over the images in bits per dimension.
 
         `total_bpd` is `prior_bpd` (:math:`L_T`) + `vlb_bpd` (:math:`\sum_{t > 1} L_{t-1}`) + `decoder_bpd`
-        (:math:`L_0`). `standard_error` is that of the total over the images; there is none for one image. If not every
-        step of every image was evaluated the figures are unbiased estimates, and `is_estimate` says so. Otherwise
-        there are also the points of Fig. 5 by `t`: `rate_bpd`, what has been received when the reverse process stands
-        at `t`, :math:`L_T + \sum_{s > t} L_s`, and `distortion`, the root mean squared error of the :math:`\hat x_0`
-        of that moment on the scale [0, 255].
+        (:math:`L_0`). `standard_error` is that of the total over the images; missing for one image. `is_estimate`: not
+        all steps of all images were evaluated, the figures are unbiased estimates. Otherwise also the points of Fig. 5
+        by `t`: `rate_bpd`, :math:`L_T + \sum_{s > t} L_s`, received when the reverse process is at `t`, and
+        `distortion`, the root mean squared error of :math:`\hat x_0` at that moment on the scale [0, 255].
         """
         terms = self.terms / self.images / math.log(2)
         prior = (self.prior / self.images).item() / math.log(2)
+        error, count = {}, self.images.item()
+        if count > 1:
+            mean = (self.prior + self.terms.sum()) / count
+            variance = (self.squared_totals / count - mean.square()).clamp(min=0) / (count - 1)
+            error["standard_error"] = variance.sqrt().item() / math.log(2)
         is_estimate = bool((self.evaluations < self.images).any())
         report: dict[str, object] = {
             "total_bpd": prior + terms.sum().item(),
-            **self._standard_error(),
+            **error,
             "prior_bpd": prior,
             "vlb_bpd": terms[1:].sum().item(),
             "decoder_bpd": terms[0].item(),
@@ -85,19 +90,10 @@ class Bound:
             report["distortion"] = (127.5 * (self.squared_errors / self.images).sqrt()).tolist()
         return report
 
-    def _standard_error(self) -> dict[str, float]:
-        count = self.images.item()
-        if count < 2:
-            return {}
-        mean = (self.prior + self.terms.sum()) / count
-        variance = (self.squared_totals / count - mean.square()).clamp(min=0) / (count - 1)
-        return {"standard_error": variance.sqrt().item() / math.log(2)}
-
 
 @torch.no_grad()
 def variational_bound(
-    unet: nn.Module,
-    scheduler: DDPMScheduler,
+    pipe: DDPMPipeline,
     images: ImageStore,
     ids: Sequence[int],
     *,
@@ -105,30 +101,28 @@ def variational_bound(
     batch_size: int,
     levels: int = 256,
     steps_per_image: int | None = None,
-    classes: Tensor | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Bound:
-    """Evaluates the bound on images, :math:`T` network evaluations an image.
+    """Evaluate the bound on images, :math:`T` network evaluations per image.
 
     Args:
-        unet: The network, in eval mode, on the device of the images.
-        scheduler: Its process, kind of prediction and variance.
-        images: The images.
-        ids: Which of them.
+        pipe: The model, with a `DDPMScheduler`, on the device of the images.
+        images: The images, with their classes if the model is conditioned.
+        ids: Indices of the images to evaluate.
         seed: Seed of the noise.
         batch_size: Network evaluations at a time, over images and steps alike.
         levels: Number of evenly spaced values that a pixel takes.
-        steps_per_image: Number of steps evaluated an image, from 2; all by default. Fewer give an unbiased estimate.
-        classes: Classes of all images, int64, shape `(N,)`, for a conditioned network.
-        progress: Told the number of evaluations after each batch.
+        steps_per_image: Number of steps evaluated per image, from 2; all by default. Fewer give an unbiased estimate.
+        progress: Called with the number of evaluations after each batch.
 
     Returns:
         Sums over these images.
 
     Raises:
-        ValueError: If `steps_per_image` is not allowed.
+        ValueError: If `steps_per_image` is not allowed, or the classes are not those of the model.
     """
-    diffusion = scheduler.diffusion
+    diffusion, unet = pipe.scheduler.diffusion, pipe.unet.eval()
+    classes = classes_for(pipe, images)
     total = len(diffusion)
     per_image = total if steps_per_image is None else steps_per_image
     if not 2 <= per_image <= total:
@@ -141,17 +135,19 @@ def variational_bound(
         priors[start : start + batch_size] = nats.flatten(1).mean(dim=1).double()
 
     totals = priors.clone()
-    for evaluations in _batches(_evaluations(ids, seed, total, per_image), batch_size):
-        places, numbers, t, weights = (torch.tensor(column) for column in zip(*evaluations, strict=True))
-        x_start = to_signed(images[numbers], levels)
-        noise = torch.stack([_noise(seed, i, step, images.shape) for _, i, step, _ in evaluations]).to(x_start.device)
+    evaluations = _evaluations(ids, seed, total, per_image)
+    while batch := list(islice(evaluations, batch_size)):
+        places, indices, t, weights = (torch.tensor(column) for column in zip(*batch, strict=True))
+        x_start = to_signed(images[indices], levels)
+        draws = [torch.randn(images.shape, generator=generator(seed, BOUND_NOISE, i, step)) for _, i, step, _ in batch]
+        noise = torch.stack(draws).to(x_start.device)
         places, t, weights = (column.to(x_start.device) for column in (places, t, weights))
-        labels = None if classes is None else classes[numbers.to(classes.device)].to(x_start.device)
-        terms, squared_errors = _evaluate(unet, scheduler, x_start, t, noise, labels, levels)
+        labels = None if classes is None else classes[indices.to(classes.device)].to(x_start.device)
+        terms, squared_errors = _evaluate(unet, pipe.scheduler, x_start, t, noise, labels, levels)
         weighted = weights * terms.double()
         sums.index_add_(1, t, torch.stack([weighted, squared_errors.double(), torch.ones_like(weighted)]))
         totals.index_add_(0, places, weighted)
-        progress(len(evaluations))
+        progress(len(batch))
     count = torch.tensor(float(len(ids)), dtype=torch.float64, device=images.device)
     return Bound(sums[0], sums[1], sums[2], priors.sum(), totals.square().sum(), count)
 
@@ -178,7 +174,7 @@ def _evaluate(
 
 
 def _evaluations(ids: Sequence[int], seed: int, total: int, per_image: int) -> Iterator[Evaluation]:
-    """Yields what is to be evaluated."""
+    """Yield what is to be evaluated."""
     edges = _edges(total, per_image - 1)
     for place, i in enumerate(ids):
         yield place, i, 0, 1.0
@@ -188,7 +184,7 @@ def _evaluations(ids: Sequence[int], seed: int, total: int, per_image: int) -> I
 
 
 def _edges(total: int, stretches: int) -> list[int]:
-    """Returns where the stretches of the steps from 1 to `total - 1` begin, and `total`."""
+    """Return where the stretches of the steps from 1 to `total - 1` begin, and `total`."""
     edges = [1]
     for k in range(1, stretches + 1):
         geometric = round(total ** (k / stretches))
@@ -196,44 +192,16 @@ def _edges(total: int, stretches: int) -> list[int]:
     return edges
 
 
-def _batches(items: Iterator[Evaluation], size: int) -> Iterator[list[Evaluation]]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _noise(seed: int, image: int, step: int, shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=generator(seed, BOUND_NOISE, image, step))
-
-
-def classes_for(pipe: DDPMPipeline, labels: Tensor | None, names: tuple[str, ...], count: int) -> Tensor | None:
-    """Returns the classes of images by the numbers that a model knows them by.
-
-    Args:
-        pipe: The model.
-        labels: Their classes by the numbers of the data, int64, shape `(count,)`; None if they were not asked for.
-        names: Names of the classes of the data.
-        count: Number of images.
-
-    Returns:
-        The classes, int64, shape `(count,)`; no class if they were not asked for; None for a network without.
-
-    Raises:
-        ValueError: If the model needs them, or does not know one.
-    """
+def classes_for(pipe: DDPMPipeline, images: ImageStore) -> Tensor | None:
+    """Return the classes of images by the model's indices, int64, shape `(N,)`; None for a network without."""
     if pipe.unet.config.num_class_embeds is None:
         return None
-    if labels is None:
+    if images.labels is None:
         if pipe.null_class is None:
             raise ValueError("the model is conditioned on classes: class_column is missing")
-        return torch.full((count,), pipe.null_class)
-    known = pipe.class_names or list(names)
-    for name in names:
+        return torch.full((len(images),), pipe.null_class)
+    known = pipe.class_names or list(images.class_names)
+    for name in images.class_names:
         if name not in known:
             raise ValueError(f"class {name!r} of the data is none of the model's: {', '.join(known)}")
-    return torch.tensor([known.index(name) for name in names], device=labels.device)[labels]
+    return torch.tensor([known.index(name) for name in images.class_names], device=images.labels.device)[images.labels]

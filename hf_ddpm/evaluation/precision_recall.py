@@ -17,7 +17,7 @@ SAME_POINT = 1e-6
 
 
 def precision_recall(features: Tensor, reference: Tensor, *, k: int = 3) -> tuple[float, float]:
-    """Returns improved precision and recall.
+    """Return improved precision and recall.
 
     Both depend on the number of images: compare only equal numbers, best of both sets.
 
@@ -41,7 +41,7 @@ def precision_recall(features: Tensor, reference: Tensor, *, k: int = 3) -> tupl
 
 
 def nearest(features: Tensor, reference: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """Returns the nearest members of a reference set, such as the training images that a sample resembles most.
+    """Return the nearest members of a reference set, such as the training images that a sample resembles most.
 
     Args:
         features: Features, shape `(n, D)`; computed with in float64.

@@ -1,8 +1,8 @@
-"""From features to figures, each with its number of images and what real images score; and `results.json`."""
+"""Figures computed from features, and `results.json`, the file that records them."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.data.sources import choose
-from hf_ddpm.evaluation.features import Extracted
+from hf_ddpm.evaluation.features import Extracted, Extractor
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from hf_ddpm.evaluation.inception_score import inception_score
 from hf_ddpm.evaluation.kernel import kernel_distance, squared_mmd
 from hf_ddpm.evaluation.precision_recall import precision_recall
-from hf_ddpm.evaluation.reference_stats import ReferenceStats
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.jsonl import to_json
 
@@ -26,44 +25,81 @@ NEIGHBORS = 3
 # Shuffles and draws of the metrics, the same for all models: the floor is to be one number.
 METRIC_SEED = 0
 
+# Entries of a file of results by the name of the metric.
+Figures = dict[str, dict[str, Any]]
+
 
 @dataclass(frozen=True)
-class Sets:
-    """Features of the sets that are compared.
+class RealFeatures:
+    """Features of the real images that generated ones are measured by.
 
     Attributes:
-        generated: Of `n` generated images.
-        reference: Of all real images that they are measured by, shape `(m, D)`.
-            None if there are only `stats`.
-        held_out: Of `n` other real images, shape `(n, D)`; None for no floor.
+        extractor: What they were extracted with.
+        count: Number `n` of generated images to compare.
+        reference: Of all images of the reference split, shape `(m, D)`; None if there are only `stats`.
+        held_out: Of `n` held-out images, shape `(n, D)`; None for no floor.
         stats: What the Frechet distance is measured by instead of `reference`, if it is given.
+        made_by: Data set and extractor, for the record.
     """
 
-    generated: Extracted
-    reference: Tensor | None = None
+    extractor: Extractor
+    count: int
+    reference: Tensor | None
     held_out: Tensor | None = None
-    stats: ReferenceStats | None = None
+    stats: Moments | None = None
+    made_by: dict[str, Any] = field(default_factory=dict)
 
 
-def figures(metric: str, sets: Sets) -> dict[str, Any]:
-    """Returns the figures of a metric, `fd`, `kid`, `is` or `pr`; `floor` is what the held-out images score."""
-    count = len(sets.generated.features)
+def figures(metric: str, generated: Extracted, real: RealFeatures) -> dict[str, Any]:
+    """Compute `fd`, `kid`, `is` or `pr` of generated images; `floor` is what the held-out images score.
+
+    Args:
+        metric: Which.
+        generated: What was extracted from `n` generated images.
+        real: What to compare with.
+
+    Returns:
+        The figures by name, with numbers of images.
+    """
+    count = len(generated.features)
     report: dict[str, Any] = {"num_images": count}
     if metric == "is":
         splits = min(SPLITS, count)
-        assert sets.generated.probabilities is not None
-        mean, deviation = inception_score(sets.generated.probabilities, splits=splits, seed=METRIC_SEED)
+        assert generated.probabilities is not None
+        mean, deviation = inception_score(generated.probabilities, splits=splits, seed=METRIC_SEED)
         return {"value": mean, "standard_deviation": deviation, "splits": splits, **report}
-    report = _measure(metric, sets.generated.features, sets) | report
-    if sets.held_out is not None:
-        floor = _measure(metric, sets.held_out, sets)
+    report = _measure(metric, generated.features, real) | report
+    if real.held_out is not None:
+        floor = _measure(metric, real.held_out, real)
         names = ("precision", "recall") if metric == "pr" else ("value",)
         report |= {"floor" if name == "value" else f"held_out_{name}": floor[name] for name in names}
     return report
 
 
+def _measure(metric: str, features: Tensor, real: RealFeatures) -> dict[str, Any]:
+    """Return a distance of features to those of real images, in the setting that is usual for it."""
+    reference = real.reference
+    if metric == "fd" and real.stats is not None:
+        return {"value": frechet_distance(Moments.of(features), real.stats)}
+    assert reference is not None
+    if metric == "fd":
+        figure: dict[str, Any] = {"value": frechet_distance(Moments.of(features), Moments.of(reference))}
+    elif metric == "kid" and min(len(features), len(reference)) < 2 * KERNEL_BLOCK:
+        figure = {"value": squared_mmd(features, reference)}
+    elif metric == "kid":
+        mean, error = kernel_distance(features, reference, block_size=KERNEL_BLOCK, seed=METRIC_SEED)
+        figure = {"value": mean, "standard_error": error, "block_size": KERNEL_BLOCK}
+    else:
+        # Both depend on the numbers of images: as many real as generated ones, drawn at random, as sets may be sorted.
+        drawn = torch.tensor(choose(len(reference), len(features), METRIC_SEED), device=reference.device)
+        reference = reference[drawn]
+        precision, recall = precision_recall(features, reference, k=NEIGHBORS)
+        figure = {"precision": precision, "recall": recall, "k": NEIGHBORS}
+    return figure | {"reference_images": len(reference)}
+
+
 def scalars(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns figures by metric without their lists and without what they were made by."""
+    """Return figures by metric without their lists and without what they were made by."""
     return {
         name: {key: value for key, value in figure.items() if not isinstance(value, list | dict)}
         for name, figure in figures.items()
@@ -71,7 +107,7 @@ def scalars(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 
 def summary(figures: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns figures in one line."""
+    """Return figures in one line."""
     parts = []
     for name, figure in figures.items():
         if "value" in figure:
@@ -85,7 +121,7 @@ def summary(figures: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Returns the results in a file, none if there is no file; a `ValueError` if it holds something else."""
+    """Return the results in a file, none if there is no file; a `ValueError` if it holds something else."""
     if not path.exists():
         return {}
     try:
@@ -98,51 +134,35 @@ def read_results(path: Path) -> dict[str, Any]:
     return dict(results)
 
 
-def record(path: Path, model: Mapping[str, Any], entries: Mapping[str, Any]) -> bool:
-    """Puts entries into a file of results, beside those of other names of the same model.
+@dataclass
+class Record:
+    """Figures of a model, each written as soon as it is known; the file keeps earlier figures of the same model.
 
-    Args:
+    Attributes:
         path: The file.
-        model: `name` and `checksum` of the model; a model is the same if its checksum is.
-        entries: The new ones.
-
-    Returns:
-        Whether there were results of another model, which are gone.
+        model: `name` and `checksum` of the model. Results of a model with another checksum are dropped.
+        made_by: What all figures are made by.
+        on_figures: Called with the entry of each metric.
+        log: Called with a line if results of another model were dropped.
+        figures: The entries added.
     """
-    there = read_results(path)
-    is_other = bool(there) and there.get("model", {}).get("checksum") != model["checksum"]
-    results = {
-        "model": dict(model),
-        **({} if is_other else {k: v for k, v in there.items() if k != "model"}),
-        **entries,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, to_json(results, indent=2) + "\n")
-    return is_other
 
+    path: Path
+    model: dict[str, Any]
+    made_by: dict[str, Any] = field(default_factory=dict)
+    on_figures: Callable[[Figures], object] | None = None
+    log: Callable[[str], object] = lambda line: None
+    figures: Figures = field(default_factory=dict)
 
-def _measure(metric: str, features: Tensor, sets: Sets) -> dict[str, Any]:
-    if metric == "fd" and sets.stats is not None:
-        return {"value": sets.stats.distance(features)}
-    assert sets.reference is not None
-    measure = {"fd": _frechet, "kid": _kernel, "pr": _precision_recall}[metric]
-    return measure(features, sets.reference)
-
-
-def _frechet(features: Tensor, reference: Tensor) -> dict[str, Any]:
-    value = frechet_distance(Moments.of(features), Moments.of(reference))
-    return {"value": value, "reference_images": len(reference)}
-
-
-def _kernel(features: Tensor, reference: Tensor) -> dict[str, Any]:
-    if min(len(features), len(reference)) < 2 * KERNEL_BLOCK:
-        return {"value": squared_mmd(features, reference), "reference_images": len(reference)}
-    mean, error = kernel_distance(features, reference, block_size=KERNEL_BLOCK, seed=METRIC_SEED)
-    return {"value": mean, "standard_error": error, "block_size": KERNEL_BLOCK, "reference_images": len(reference)}
-
-
-def _precision_recall(features: Tensor, reference: Tensor) -> dict[str, Any]:
-    # Both depend on the numbers of images: as many real as generated ones, drawn at random, since sets may be sorted.
-    drawn = reference[torch.tensor(choose(len(reference), len(features), METRIC_SEED), device=reference.device)]
-    precision, recall = precision_recall(features, drawn, k=NEIGHBORS)
-    return {"precision": precision, "recall": recall, "k": NEIGHBORS, "reference_images": len(drawn)}
+    def add(self, name: str, figure: dict[str, Any]) -> None:
+        """Add the figures of a metric; what they alone are `made_by` is put behind what all are."""
+        entry = {name: figure | {"made_by": self.made_by | figure.get("made_by", {})}}
+        existing = read_results(self.path)
+        if existing and existing["model"]["checksum"] != self.model["checksum"]:
+            existing = {}
+            self.log(f"{self.path} held results of another model: they are gone")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path, to_json({**existing, "model": self.model, **entry}, indent=2) + "\n")
+        self.figures |= entry
+        if self.on_figures is not None:
+            self.on_figures(entry)

@@ -1,4 +1,4 @@
-"""Features as rows, one an image: unusable ones are refused."""
+"""Checks of features: rows, one per image."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ DTYPES = ("float32", "float64")
 
 
 def check_features(name: str, features: Tensor, at_least: int = 1) -> None:
-    """Raises a `ValueError` unless features are finite, of shape `(N, D)` and enough."""
+    """Raise a `ValueError` unless features are finite, of shape `(N, D)` and enough."""
     if features.ndim != 2 or not features.is_floating_point():
         kind = f"{str(features.dtype).removeprefix('torch.')} of shape {tuple(features.shape)}"
         raise ValueError(f"{name} as {kind} are not allowed: floats of shape (images, dimensions)")
@@ -24,20 +24,20 @@ def check_features(name: str, features: Tensor, at_least: int = 1) -> None:
 
 
 def check_pair(features: Tensor, reference: Tensor, at_least: int = 1) -> None:
-    """Raises a `ValueError` unless both of two sets are as `check_features` wants them, and of the same width."""
+    """Raise a `ValueError` unless both of two sets are as `check_features` wants them, and of the same width."""
     check_features("features", features, at_least)
     check_features("reference features", reference, at_least)
     check_same_width(features.shape[1], reference.shape[1])
 
 
 def check_same_width(width: int, reference_width: int) -> None:
-    """Raises a `ValueError` unless two sets of features have the same number of dimensions."""
+    """Raise a `ValueError` unless two sets of features have the same number of dimensions."""
     if width != reference_width:
         raise ValueError(f"features of {width} dimensions are not comparable with a reference of {reference_width}")
 
 
 def from_bytes(rows: Sequence[bytes], dtype: str) -> Tensor:
-    """Returns features of shape `(N, D)` whose rows came as the bytes of arrays, the way `evaluate` keeps them.
+    """Return features of shape `(N, D)` whose rows came as the bytes of arrays, the way `evaluate` keeps them.
 
     Args:
         rows: The bytes of a row each.
@@ -55,6 +55,6 @@ def from_bytes(rows: Sequence[bytes], dtype: str) -> Tensor:
 
 
 def split_by_kind(features: Tensor, is_real: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """Returns the rows of generated and those of real images, in their order."""
+    """Return the rows of generated and those of real images, in their order."""
     chosen = torch.tensor(is_real, dtype=torch.bool)
     return features[~chosen], features[chosen]

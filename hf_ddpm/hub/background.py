@@ -1,133 +1,119 @@
-"""Pushes to the Hub beside a run that goes on, which neither waits for them nor fails with them."""
+"""Pushes to the Hub during training."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from hf_ddpm.hub.folder import model_files
+from hf_ddpm.hub.push import model_files, push_model
 
 
 class BackgroundPush:
-    """Pushes a model's folder now and then.
+    """Pushes a model's folder while training continues.
 
-    A push is a process, at work on a copy: threads of the client would keep a run that is told to end from ending. At
-    most one goes on at a time; what is due meanwhile is left to the next `start`, or to `finish`.
+    One push runs at a time, on a copy; a state that is due meanwhile is pushed by the next `start`, or by `finish`.
+    Each push is a process. A thread, such as that of `HfApi.run_as_future`, would keep a stopped run alive while the
+    Hub does not answer: Python waits for it at exit, and nothing can end it.
 
     Args:
+        folder: The folder.
         repo_id: As of `push_model`.
         private: As of `push_model`.
-        report: Told of each failure, in a line.
+        report: Called with a line on each failure.
     """
 
-    def __init__(self, repo_id: str, private: bool | None, report: Callable[[str], object]):
-        self.repo_id = repo_id
-        self.private = private
-        self.report = report
-        self._newest: tuple[Path, str] | None = None
+    def __init__(self, folder: Path, repo_id: str, private: bool | None, report: Callable[[str], object]):
+        self.folder, self.repo_id, self.private, self.report = folder, repo_id, private, report
+        self._copy = folder / ".push"
+        self._message: str | None = None  # of the newest state
         self._is_behind = False
         self._process: subprocess.Popen[bytes] | None = None
-        self._said: Any = None
-        self._copy: Path | None = None
 
-    def start(self, folder: Path, message: str = "Upload the model") -> None:
-        """Starts to push a folder as it is now, unless a push still goes on; returns when a copy is made."""
-        self._newest, self._is_behind = (folder, message), True
-        self._look_after()
-        if self._process is None:
-            self._launch(folder, message)
+    def start(self, message: str = "Upload the model") -> None:
+        """Start to push the folder as it is now, unless a push is running; return when a copy is made."""
+        self._message, self._is_behind = message, True
+        self._collect(time_limit=0)
+        self._launch()
 
     def finish(self, time_limit: float = 300) -> bool:
-        """Waits for what goes on, and pushes what has come since or has failed.
+        """Wait for the running push, and push once more if a newer state is due or the push failed.
 
         Args:
-            time_limit: Seconds; what is not done by then is given up.
+            time_limit: Seconds after which this gives up.
 
         Returns:
             Whether the newest state is on the Hub.
         """
         end = time.monotonic() + time_limit
-        self._wait(end)
-        if self._is_behind and self._process is None and self._newest is not None:
-            self._launch(*self._newest)
-            self._wait(end)
+        self._collect(time_limit)
+        self._launch()
+        self._collect(end - time.monotonic())
         if self._process is not None:
             self.report(f"{self.repo_id} cannot be pushed to: it takes more than {time_limit:g} s")
         self.close()
         return not self._is_behind
 
     def close(self) -> None:
-        """Gives up what goes on. A push is a single commit at its end: there or not."""
+        """Give up the running push; the Hub has its single commit, or nothing of it."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process, self._is_behind = None, True
-        self._remove_copy()
-
-    def _launch(self, folder: Path, message: str) -> None:
-        self._copy = folder / ".push"
-        options = {"folder": str(self._copy), "repo_id": self.repo_id, "private": self.private, "message": message}
-        try:
             shutil.rmtree(self._copy, ignore_errors=True)
-            files = model_files(folder)
-            # Not pushed, but read for what may be pushed: see public_content.
-            records = [str(Path(file).with_name("export.json")) for file in files if file.endswith("model_index.json")]
-            for file in [*files, *(record for record in records if (folder / record).exists())]:
-                (self._copy / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / file, self._copy / file)
-            self._said = tempfile.TemporaryFile("w+", errors="replace")
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _PUSH, json.dumps({"path": sys.path, "options": options})],
-                stdin=subprocess.DEVNULL,
-                stdout=self._said,
-                stderr=self._said,
-                env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-            )
+
+    def _launch(self) -> None:
+        """Start the push that is due, unless one is running."""
+        if self._process is not None or not self._is_behind:
+            return
+        options = {"folder": str(self._copy), "repo_id": self.repo_id, "private": self.private}
+        words = json.dumps({**options, "message": self._message})
+        path = os.pathsep.join(filter(None, sys.path))
+        try:
+            self._make_copy()
+            with (self._copy / "log").open("w") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "hf_ddpm.hub.background", words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+                )
             self._is_behind = False
         except (OSError, ValueError) as error:
-            self._remove_copy()
+            shutil.rmtree(self._copy, ignore_errors=True)
             self.report(str(error))
 
-    def _wait(self, end: float) -> None:
-        if self._process is not None:
-            try:
-                self._process.wait(max(0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                return
-        self._look_after()
+    def _make_copy(self) -> None:
+        shutil.rmtree(self._copy, ignore_errors=True)
+        files = model_files(self.folder)
+        # Not pushed, but read by `public_content`.
+        records = [str(Path(file).with_name("export.json")) for file in files if file.endswith("model_index.json")]
+        for file in [*files, *(record for record in records if (self.folder / record).exists())]:
+            (self._copy / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.folder / file, self._copy / file)
 
-    def _look_after(self) -> None:
-        """Forgets a push that has ended, and reports why it failed if it did."""
-        if self._process is None or self._process.poll() is None:
+    def _collect(self, time_limit: float) -> None:
+        """Wait for the running push; if it ends within the limit, report its failure and remove its copy."""
+        if self._process is None:
             return
-        code, self._process = self._process.returncode, None
+        try:
+            code = self._process.wait(max(0, time_limit))
+        except subprocess.TimeoutExpired:
+            return
+        self._process = None
         if code:
             self._is_behind = True
-            self._said.seek(0)
-            lines = self._said.read().strip().splitlines()
+            lines = (self._copy / "log").read_text(errors="replace").strip().splitlines()
             self.report(lines[-1] if lines else f"{self.repo_id} cannot be pushed to: the process ended with {code}")
-        self._remove_copy()
-
-    def _remove_copy(self) -> None:
-        if self._copy is not None:
-            shutil.rmtree(self._copy, ignore_errors=True)
-            self._copy = None
+        shutil.rmtree(self._copy, ignore_errors=True)
 
 
-# What the process of a push runs; its last line is the error.
-_PUSH = """
-import json, sys
-given = json.loads(sys.argv[1])
-sys.path[:] = given["path"]
-from hf_ddpm.hub.push import push_model
-try:
-    push_model(**given["options"])
-except (OSError, ValueError) as error:
-    sys.exit(str(error))
-"""
+if __name__ == "__main__":  # the process of a push; its last line is the error
+    try:
+        push_model(**json.loads(sys.argv[1]))
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))

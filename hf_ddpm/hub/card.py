@@ -1,4 +1,4 @@
-"""Model cards: what the files in a model's folder say, and nothing else."""
+"""Model cards, from the files in a model's folder alone."""
 
 import json
 from dataclasses import dataclass, field
@@ -23,36 +23,41 @@ from hf_ddpm.utils.schema import check_types, conforms
 TEMPLATE = resources.files("hf_ddpm.hub") / "template.md"
 # A card without it was written by a person, and stays.
 MARK = "<!-- Written by hf_ddpm from the files beside it; without this line it would not be written anew. -->"
-VERSIONS = dict[str, str]
+DIGITS = "the digits of hf_ddpm (from UCI's Optical Recognition of Handwritten Digits, CC BY 4.0)"
 CHANNELS = {1: "grayscale", 3: "RGB", 4: "RGBA"}
 
 
-def write_card(folder: Path, *, model_id: str | None = None, license: str | None = None) -> Path:
-    """Writes `README.md` from the files in a model's folder, and `loss.png` beside it.
+def write_card(
+    folder: Path, *, pipe: DDPMPipeline | None = None, model_id: str | None = None, license: str | None = None
+) -> Path:
+    """Write `README.md` from the files in a model's folder, and `loss.png` beside it.
 
     Args:
-        folder: The folder, as `scripts/train.py` leaves it; of a pipeline alone, the card says less.
-        model_id: What the model is to be loaded by; the folder's name by default.
+        folder: The folder of a run; of a pipeline alone, the card contains less.
+        pipe: The pipeline of the folder, if it is in memory; loaded by default.
+        model_id: The name that the model is loaded by; the folder's name by default.
         license: Identifier of the model's license, such as `apache-2.0`; that of `config.yaml` by default.
 
     Returns:
-        The path of the card; one that a person wrote is left as it is.
+        The path of the card; a card that a person wrote is left as it is.
 
     Raises:
-        ValueError: If there is no model, or a file is not what its name says.
+        ValueError: If there is no model, or a file cannot be read as what its name implies.
     """
     path = folder / "README.md"
     if path.exists() and MARK.encode() not in path.read_bytes():
         return path
-    known = read_folder(folder)
-    draw_loss(known.metrics, folder / "loss.png")
-    write_text(path, str(model_card(folder, known, model_id=model_id, license=license)))
+    sources = read_sources(folder, load_pipeline(str(folder), "cpu") if pipe is None else pipe)
+    if len(sources.metrics) > 1:
+        curve = [line["step"] for line in sources.metrics], [line["loss"] for line in sources.metrics]
+        save_curves(folder / "loss.png", {"loss": curve}, x_label="step", y_label="loss", log_y=True)
+    write_text(path, str(model_card(folder, sources, model_id or folder.resolve().name, license)))
     return path
 
 
 @dataclass(frozen=True)
-class Known:
-    """What a model's folder says of the weights that are in it; of other weights it says nothing.
+class Sources:
+    """The contents of a model's folder that are about its present weights; what is about other weights is left out.
 
     Attributes:
         pipe: The model.
@@ -65,21 +70,20 @@ class Known:
 
     pipe: DDPMPipeline
     results: dict[str, Any]
-    options: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    status: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    status: dict[str, Any] = field(default_factory=dict)
     hub_ids: list[str] = field(default_factory=list)
 
 
-def read_folder(folder: Path) -> Known:
-    """Reads what a folder says of its model; raises as `write_card` does."""
-    pipe = load_pipeline(str(folder), "cpu")
+def read_sources(folder: Path, pipe: DDPMPipeline) -> Sources:
+    """Read the sources of a card; raise as `write_card` does."""
     checksum = model_checksum(pipe)
     results, exported = (_read(folder / name, json.loads) for name in ("results.json", "export.json"))
     model = results.get("model")
     results = results if isinstance(model, dict) and model.get("checksum") == checksum else {}
     if exported.get("checksum") != checksum:
-        return Known(pipe, results, {}, [], {})
+        return Sources(pipe, results)
     options, status = _read(folder / "config.yaml", yaml.safe_load), _read(folder / "status.json", json.loads)
     _check(folder / "export.json", exported, {"step": int}, required=True)
     _check(folder / "export.json", exported, {"hub_ids": list[str]})
@@ -89,16 +93,17 @@ def read_folder(folder: Path) -> Known:
     if status:
         _check(folder / "status.json", status, {"images": int, "hardware": str}, required=True)
     metrics = [line for line in read_lines(folder / "metrics.jsonl") if _is_metric(line, exported["step"])]
-    return Known(pipe, results, options, metrics, status, exported.get("hub_ids", []))
+    return Sources(pipe, results, options, metrics, status, exported.get("hub_ids", []))
 
 
-def model_card(folder: Path, known: Known, *, model_id: str | None = None, license: str | None = None) -> ModelCard:
-    """Returns the card of the model in a folder; see `write_card`."""
-    pipe, results, options = known.pipe, known.results, known.options
+def model_card(folder: Path, sources: Sources, model_id: str, license: str | None = None) -> ModelCard:
+    """Return the card of the model in a folder; see `write_card`."""
+    pipe, results, options = sources.pipe, sources.results, sources.options
     license = plain(license or options.get("license") or "") or None
-    model_id = model_id or folder.resolve().name
     name = plain(model_id.split("/")[-1])
     figures = list(rows(results))
+    pictures = [*(["samples", "loss"] if options else []), *(["results_nearest"] if "memorization" in results else [])]
+    scheduler = pipe.scheduler.config
     return ModelCard.from_template(
         ModelCardData(
             model_name=name,
@@ -106,7 +111,7 @@ def model_card(folder: Path, known: Known, *, model_id: str | None = None, licen
             library_name="diffusers",
             pipeline_tag="unconditional-image-generation",
             tags=["pytorch", "diffusers", "unconditional-image-generation", "ddpm", "hf_ddpm"],
-            datasets=[options["dataset"]] if options.get("dataset") in known.hub_ids else None,
+            datasets=[options["dataset"]] if options.get("dataset") in sources.hub_ids else None,
             metrics=sorted({row.type for row in figures}) or None,
             eval_results=[row.eval_result() for row in figures] or None,
         ),
@@ -117,40 +122,24 @@ def model_card(folder: Path, known: Known, *, model_id: str | None = None, licen
         stock_call=code(f"diffusers.DDPMPipeline.from_pretrained({json.dumps(model_id)})"),
         license=escape(license or ""),
         class_names=pipe.class_names,
-        stock_samples=_is_stock(pipe.scheduler.config),
+        # Whether the scheduler of diffusers does the same with the configuration.
+        stock_samples=scheduler.variance_type != "learned" and scheduler.prediction_type != "mean",
         model=_about_the_model(pipe),
-        training=_about_the_training(known),
+        training=_about_the_training(sources),
         samples=_about_the_samples(options, pipe),
         num_classes=pipe.unet.config.num_class_embeds,
         figures=figures,
         versions=_versions(results),
-        pictures=_pictures(folder, results, options),
+        pictures=[picture for picture in pictures if (folder / f"{picture}.png").exists()],
     )
 
 
-def _pictures(folder: Path, results: dict[str, Any], options: dict[str, Any]) -> list[str]:
-    """Returns which pictures there are, those of other weights not among them."""
-    names = [*(["samples", "loss"] if options else []), *(["results_nearest"] if "memorization" in results else [])]
-    return [name for name in names if (folder / f"{name}.png").exists()]
-
-
 def _versions(results: dict[str, Any]) -> str:
-    figures = [figure for figure in results.values() if isinstance(figure, dict)]
-    found = [
-        v
-        for f in figures
-        if isinstance(f.get("made_by"), dict) and conforms(v := f["made_by"].get("versions"), VERSIONS)
-    ]
-    found = [v for v in found if {"hf_ddpm", "torch", "diffusers"} <= v.keys()]
-    lines = [f"hf_ddpm {v['hf_ddpm']}, torch {v['torch']}, diffusers {v['diffusers']}" for v in found]
+    origins = [figure.get("made_by") for figure in results.values() if isinstance(figure, dict)]
+    versions = [origin.get("versions") for origin in origins if isinstance(origin, dict)]
+    complete = [v for v in versions if conforms(v, dict[str, str]) and {"hf_ddpm", "torch", "diffusers"} <= v.keys()]
+    lines = [f"hf_ddpm {v['hf_ddpm']}, torch {v['torch']}, diffusers {v['diffusers']}" for v in complete]
     return escape("; ".join(dict.fromkeys(lines)))
-
-
-def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
-    """Draws the training curve of the lines of `metrics.jsonl`, if there are several."""
-    if len(metrics) > 1:
-        curve = [line["step"] for line in metrics], [line["loss"] for line in metrics]
-        save_curves(path, {"loss": curve}, x_label="step", y_label="loss", log_y=True)
 
 
 def _about_the_model(pipe: DDPMPipeline) -> dict[str, str]:
@@ -170,11 +159,6 @@ def _about_the_model(pipe: DDPMPipeline) -> dict[str, str]:
     }
 
 
-def _is_stock(scheduler: Any) -> bool:
-    """Returns whether the scheduler of diffusers does the same with the configuration."""
-    return scheduler.variance_type != "learned" and scheduler.prediction_type != "mean"
-
-
 def _describe_schedule(scheduler: Any) -> str:
     config, betas = scheduler.config, scheduler.betas
     kind = "given by its values" if config.get("trained_betas") is not None else config.beta_schedule
@@ -182,15 +166,13 @@ def _describe_schedule(scheduler: Any) -> str:
     return f"{kind}, T = {config.num_train_timesteps}, variances from {betas[0]:.3g} to {betas[-1]:.3g}{rescaled}"
 
 
-def _about_the_training(known: Known) -> dict[str, str]:
-    options, metrics, status = known.options, known.metrics, known.status
+def _about_the_training(sources: Sources) -> dict[str, str]:
+    options, metrics, status, hub_ids = sources.options, sources.metrics, sources.status, sources.hub_ids
     if not (options and status and metrics):
         return {}
     steps, seen = metrics[-1]["step"], metrics[-1]["images"]
-    start = (
-        {"started from": code(strip_local_path(options["init_from"], known.hub_ids))} if options["init_from"] else {}
-    )
-    dataset = _describe_dataset(options["dataset"], known.hub_ids)
+    start = {"started from": code(strip_local_path(options["init_from"], hub_ids))} if options["init_from"] else {}
+    dataset = DIGITS if options["dataset"] == "digits" else code(strip_local_path(options["dataset"], hub_ids))
     return {
         "data": f"{dataset}, split {escape(options['split'])}, {status['images']:,} images"
         + (", half of them mirrored at random" if options["horizontal_flip"] else ""),
@@ -215,18 +197,12 @@ def _about_the_samples(options: dict[str, Any], pipe: DDPMPipeline) -> str:
     return f"{options['num_samples']} images of seed {options['seed']}, in {steps} steps; not chosen."
 
 
-def _describe_dataset(name: str, hub_ids: list[str]) -> str:
-    if name == "digits":
-        return "the digits of hf_ddpm (from UCI's Optical Recognition of Handwritten Digits, CC BY 4.0)"
-    return code(strip_local_path(name, hub_ids))
-
-
 def _list(items: Any) -> str:
     return ", ".join(map(str, items))
 
 
 def _check(path: Path, values: dict[str, Any], hints: dict[str, Any], required: bool = False) -> None:
-    """Raises a `ValueError` that names the file and a key unless its values have these types."""
+    """Raise a `ValueError` that names the file and a key unless its values have these types."""
     try:
         missing = [name for name in hints if required and name not in values]
         if missing:
@@ -244,7 +220,7 @@ def _is_metric(line: dict[str, Any], last: int) -> bool:
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:
-    """Returns what a file holds, nothing if it is not there."""
+    """Return the contents of a file, nothing if there is none."""
     if not path.exists():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""From `results.json` to the rows of a card's table and its metadata: the same numbers, each with how it was made."""
+"""Rows of a card's table and its metadata, from `results.json`."""
 
 import logging
 import math
@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult
 from hf_ddpm.utils.markdown import escape, plain
 from hf_ddpm.utils.public import strip_local_path
 
-# In the order of the table: the metric, its key in results.json, what a reader and what the Hub call it, and the key
-# of what real images score.
+# In the order of the table: the metric, its key in results.json, its name for readers and for the Hub, and the key of
+# the figure of real images.
 KINDS = (
     ("fd", "value", "Frechet distance", "frechet_distance", "floor"),
     ("kid", "value", "kernel distance", "kernel_distance", "floor"),
@@ -23,7 +23,7 @@ KINDS = (
     ("memorization", "exact_copies", "share of exact copies of training images", "exact_copies", None),
 )
 
-# What goes without saying.
+# Settings that are not mentioned.
 USUAL = {"eta": 0, "guidance_scale": 1}
 
 
@@ -32,16 +32,16 @@ class Row:
     """A figure.
 
     Attributes:
-        name: What it is.
-        type: The same, as the Hub knows it.
+        name: Name for readers.
+        type: Name for the Hub.
         value: The figure.
-        error: Its standard error, or that of splits, as it follows in the table.
-        floor: What real images score.
-        count: Number of generated images, or of those whose likelihood it is.
-        data: The data set that it is about.
+        error: Its standard error, or its standard deviation over splits, as text.
+        floor: The figure of real images.
+        count: Number of images.
+        data: Data set of the real images.
         split: Its split; None for statistics from a file.
-        how: What it was made with, in words.
-        arguments: The same, for the Hub.
+        how: Settings, in words.
+        arguments: Settings, for the Hub.
     """
 
     name: str
@@ -57,16 +57,16 @@ class Row:
 
     @property
     def compared_with(self) -> str:
-        """The data, in Markdown."""
+        """The real images, in Markdown."""
         return escape(f"{self.data}, {self.split}" if self.split else self.data)
 
     @property
     def made_with(self) -> str:
-        """What it was made with, in Markdown."""
+        """The settings, in Markdown."""
         return escape(self.how)
 
     def eval_result(self) -> EvalResult:
-        """Returns it as metadata of a model card."""
+        """Return the figure as metadata of a model card."""
         return EvalResult(
             task_type="unconditional-image-generation",
             dataset_type=self.data,
@@ -80,7 +80,7 @@ class Row:
 
 
 def rows(results: Mapping[str, Any]) -> Iterator[Row]:
-    """Yields the figures of results, as `scripts/evaluate.py` writes them."""
+    """Yield the figures of results, as `hf-ddpm evaluate` writes them."""
     for metric, key, name, kind, floor in KINDS:
         if metric not in results:
             continue
@@ -93,9 +93,9 @@ def rows(results: Mapping[str, Any]) -> Iterator[Row]:
             yield row
 
 
-def _row(entry: Mapping[str, Any], metric: str, key: str, name: str, kind: str, floor: str | None) -> Row | None:
-    """Returns the row of a figure, None for one of pictures of unknown origin."""
-    figure, made_by = entry, entry["made_by"]
+def _row(figure: Mapping[str, Any], metric: str, key: str, name: str, kind: str, floor: str | None) -> Row | None:
+    """Return the row of a figure, None for one of images of unknown origin."""
+    made_by = figure["made_by"]
     if not math.isfinite(figure[key]):
         raise ValueError(f"{key} is {figure[key]}")
     if metric != "nll" and made_by["sampling"] is None:
@@ -123,7 +123,7 @@ def _row(entry: Mapping[str, Any], metric: str, key: str, name: str, kind: str, 
 
 
 def _compared_with(made_by: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Returns the real images that a figure is of: data set and split, or the file of their statistics."""
+    """Return data set and split of the real images, or the file of their statistics."""
     if "reference_stats" in made_by:
         return plain(strip_local_path(made_by["reference_stats"]["name"])), None
     dataset = made_by.get("dataset") or {"name": "none"}

@@ -1,20 +1,37 @@
-"""Pushes to the Hub: a model's folder in one commit, and a Space that shows it.
+"""Pushes to the Hub: the public files of a model's folder in one commit, and a Space that shows the model.
 
 A push that failed is repeated as a whole: contents that have arrived are not sent again.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
 
-from hf_ddpm.hub.folder import matching, model_files, public_content
 from hf_ddpm.utils.files import one_line
+from hf_ddpm.utils.jsonl import as_lines, read_lines, to_json
+from hf_ddpm.utils.public import public_values
 
+# Files beside a pipeline that are pushed with it. Checkpoints, samples and pickles are not.
+BESIDE = (
+    "README.md",
+    "samples.png",
+    "loss.png",
+    "results*_nearest.png",
+    "results*.json",
+    "config.yaml",
+    "metrics.jsonl",
+    "evaluations.jsonl",
+)
+FURTHER = ("ema-*", "best")  # folders of further pipelines, with files beside them
 SPACE = ("app.py", "requirements.txt", "README.md")
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 HTTPError = HfHubHTTPError.__bases__[0]  # of whichever library the client uses; raised as it is if nobody answers
@@ -22,10 +39,10 @@ HTTPError = HfHubHTTPError.__bases__[0]  # of whichever library the client uses;
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push has done.
+    """The outcome of a push.
 
     Attributes:
-        url: Where the repository is.
+        url: Address of the repository.
         commit_url: The commit; the newest one before if nothing has changed.
         has_card: Whether the folder had a README.md.
     """
@@ -42,17 +59,17 @@ def push_model(
     message: str = "Upload the model",
     token: str | None = None,
 ) -> Pushed:
-    """Pushes a model's folder in one commit, and creates the repository if it is not there.
+    """Push a model's folder in one commit; create the repository if it is missing.
 
-    What the folders of weights and configurations hold there and no longer here goes: a reader would take the index of
-    former shards for that of the weights.
+    Stale files in the remote folders of weights and configurations are deleted: an old shard index would shadow the new
+    weights.
 
     Args:
-        folder: Of which `model_files` says what is pushed.
+        folder: The folder; `model_files` chooses what is pushed of it, `public_content` what of each file.
         repo_id: `namespace/name`.
-        private: Whether only its owners see the repository; by default what it is, or what the account says.
+        private: Make the repository private (default: unchanged, or the account's default for a new one).
         message: The commit's first line.
-        token: By default the one that is logged in with.
+        token: Access token; by default that of the login.
 
     Raises:
         ValueError: If the folder is no whole model, the token is missing, unknown or may not write, or the repository
@@ -62,10 +79,10 @@ def push_model(
     files = model_files(Path(folder))
     with _in_one_line(repo_id):
         api = _api(repo_id, token)
-        there = [sibling.rfilename for sibling in _open_repo(api, repo_id, private, "model").siblings]
+        existing = [sibling.rfilename for sibling in _open_repo(api, repo_id, private, "model").siblings]
         own = {PurePosixPath(file).parent for file in files} - {PurePosixPath()}
-        former = [path for path in there if PurePosixPath(path).parent in own and path not in files]
-        operations: list[Any] = [CommitOperationDelete(path) for path in former]
+        stale = [path for path in existing if PurePosixPath(path).parent in own and path not in files]
+        operations: list[Any] = [CommitOperationDelete(path) for path in stale]
         operations += [CommitOperationAdd(file, public_content(Path(folder, file))) for file in files]
         commit = api.create_commit(repo_id, operations, commit_message=message)
     return Pushed(f"{constants.ENDPOINT}/{repo_id}", commit.commit_url, "README.md" in files)
@@ -79,7 +96,7 @@ def push_space(
     message: str = "Upload the demo",
     token: str | None = None,
 ) -> Pushed:
-    """Pushes a Gradio app to a Space, where it finds the id of the model to show in the variable `MODEL_ID`.
+    """Push a Gradio app to a Space, and set its variable `MODEL_ID` to the id of the model to show.
 
     Args:
         folder: Holds `app.py`, further modules, `requirements.txt`, and a `README.md` with the Space's metadata.
@@ -87,7 +104,7 @@ def push_space(
         model_id: The model's. A Space needs a secret `HF_TOKEN` to read a private one.
         private: As of `push_model`; a new Space is as private as its model by default.
         message: The commit's first line.
-        token: By default the one that is logged in with.
+        token: Access token; by default that of the login.
 
     Raises:
         ValueError: As `push_model`, or if the Hub wants to be paid for.
@@ -100,7 +117,7 @@ def push_space(
     with _in_one_line(repo_id):
         card = RepoCard.load(folder / "README.md")
         card.data["models"] = [model_id]
-        contents: dict[str, Any] = {file.name: file for file in matching(folder, ("[!.]*.py", *SPACE))}
+        contents: dict[str, Any] = {file.name: file for file in _matching(folder, ("[!.]*.py", *SPACE))}
         contents["README.md"] = str(card).encode()
         api = _api(repo_id, token)
         if private is None and api.repo_exists(model_id) and not api.repo_exists(repo_id, repo_type="space"):
@@ -113,12 +130,119 @@ def push_space(
 
 
 def check_push(repo_id: str, private: bool | None = None, token: str | None = None) -> None:
-    """Creates a model's repository, and complains as `push_model` would: before a long run, not after it."""
+    """Create a model's repository, and raise as `push_model` would: before a long run, not after it."""
     with _in_one_line(repo_id):
         api = _api(repo_id, token)
         if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise ValueError("the token may only read")
         _open_repo(api, repo_id, private, "model")
+
+
+def model_files(folder: Path) -> list[str]:
+    """Return the files of a model's folder that are pushed: pipelines, card, pictures, results, configuration, metrics.
+
+    Args:
+        folder: A pipeline as `save_pretrained` writes it, with the further files of a run.
+
+    Returns:
+        Paths below the folder, with slashes.
+
+    Raises:
+        ValueError: If a pipeline is incomplete.
+    """
+    further = [index.parent for name in FURTHER for index in sorted(folder.glob(f"{name}/model_index.json"))]
+    files = [file for pipeline in (folder, *further) for file in (*_pipeline(pipeline), *_matching(pipeline, BESIDE))]
+    return [file.relative_to(folder).as_posix() for file in files]
+
+
+def public_content(file: Path) -> bytes | Path:
+    """Return what is pushed of a file: the file itself, or options, results and configurations without private parts.
+
+    Paths and URLs lose all but their last part, see `hf_ddpm.utils.public`.
+    """
+    if file.name == "config.yaml":
+        given, write = _read_yaml(file), partial(yaml.safe_dump, sort_keys=False)
+        public = public_values(given, _hub_ids_of_run(file.parent))
+    elif file.name == "evaluations.jsonl":
+        given, write = read_lines(file), as_lines
+        public = public_values(given, _hub_ids_of_run(file.parent))
+    elif file.match("results*.json"):
+        given, write = _read_json(file), partial(to_json, indent=2)
+        known = {
+            name: _hub_ids(part.get("made_by") if isinstance(part, dict) else None) for name, part in given.items()
+        }
+        known["model"] = [name for names in known.values() for name in names]
+        public = {name: public_values(part, known[name]) for name, part in given.items()}
+    elif file.suffix == ".json":  # of diffusers, with the path that it was loaded from
+        given, write = _read_json(file), partial(to_json, indent=2)
+        public = {name: value for name, value in given.items() if name != "_name_or_path"}
+    else:
+        return file
+    return file if public == given else (write(public).rstrip("\n") + "\n").encode()
+
+
+def _hub_ids_of_run(folder: Path) -> list[str]:
+    record = folder / "export.json"
+    return _hub_ids(_read_json(record) if record.is_file() else None)
+
+
+def _hub_ids(record: Any) -> list[str]:
+    ids = record.get("hub_ids") if isinstance(record, dict) else None
+    return [name for name in ids if isinstance(name, str)] if isinstance(ids, list) else []
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
+    return (file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file())
+
+
+def _pipeline(folder: Path) -> list[Path]:
+    """Return the files of a pipeline; raise a `ValueError` if one is missing or damaged."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"model {str(folder)!r} cannot be pushed: it has no model_index.json")
+    files = [index]
+    for name, entry in _read_json(index).items():
+        if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_") and entry[0] is not None:
+            files += _component(folder / name)
+    if len(files) == 1:
+        raise ValueError(f"model {str(folder)!r} cannot be pushed: its model_index.json names no components")
+    return files
+
+
+def _component(folder: Path) -> list[Path]:
+    scheduler, config = folder / "scheduler_config.json", folder / "config.json"
+    if scheduler.is_file():
+        return [scheduler]
+    indexes, weights = (list(_matching(folder, [f"*.safetensors{end}"])) for end in (".index.json", ""))
+    shards = {folder / shard for index in indexes for shard in _read_json(index).get("weight_map", {}).values()}
+    missing = [path for path in (config, *sorted(shards)) if not path.is_file()]
+    if missing or not weights:
+        what = missing[0].name if missing else "weights, *.safetensors"
+        raise ValueError(f"model {str(folder.parent)!r} cannot be pushed: {folder.name}/ has no {what}")
+    for file in weights:
+        try:
+            with safe_open(file, framework="numpy"):  # reads the header, and compares the file's length with it
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"model {str(folder.parent)!r} cannot be pushed: {file} is damaged: {error}") from error
+    return [config, *indexes, *weights]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no object of JSON")
+    return content
+
+
+def _read_yaml(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is no YAML: {one_line(error)}") from error
 
 
 def _api(repo_id: str, token: str | None) -> HfApi:
@@ -130,7 +254,7 @@ def _api(repo_id: str, token: str | None) -> HfApi:
 
 
 def _open_repo(api: HfApi, repo_id: str, private: bool | None, kind: str) -> Any:
-    """Returns what the Hub says of a repository, which is created if it is not there."""
+    """Return the Hub's record of a repository, which is created if it is missing."""
     try:
         info = api.repo_info(repo_id, repo_type=kind)
     except RepositoryNotFoundError:
@@ -145,12 +269,12 @@ def _open_repo(api: HfApi, repo_id: str, private: bool | None, kind: str) -> Any
 
 @contextmanager
 def _in_one_line(repo_id: str) -> Iterator[None]:
-    """Turns what the client raises into a `ValueError` or an `OSError` of one line."""
+    """Raise errors of the client as a `ValueError` or an `OSError` of one line."""
     try:
         yield
     except (OSError, RuntimeError, ValueError, HTTPError) as error:
         cause: BaseException = error
-        while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # it says which file, its cause says why
+        while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # names the file alone
             cause = cause.__cause__
         kind, why = _explain(cause)
         raise kind(f"{repo_id} cannot be pushed to: {why}") from error
@@ -159,16 +283,16 @@ def _in_one_line(repo_id: str) -> Iterator[None]:
 def _explain(error: BaseException) -> tuple[type[Exception], str]:
     line = one_line(error)
     status = getattr(getattr(error, "response", None), "status_code", None)
-    said = getattr(error, "server_message", None) or line
-    told = {
+    message = getattr(error, "server_message", None) or line
+    refusals = {
         401: f"the Hub does not know the token: {LOGIN}",
-        402: f"the Hub wants to be paid for it: {said}",
-        403: f"the token may not write there: {said}",
-        404: f"it is not there, or the token may not see it: {said}",
+        402: f"the Hub wants to be paid for it: {message}",
+        403: f"the token may not write there: {message}",
+        404: f"it is not there, or the token may not see it: {message}",
     }
-    if status in told:
-        return ValueError, one_line(told[status])
-    # Of several uploads at once, the first that fails closes the client, and another may be the one that is told of.
+    if status in refusals:
+        return ValueError, one_line(refusals[status])
+    # Of several uploads at once, the first that fails closes the client, and the error may be that of another one.
     is_gone = isinstance(error, HTTPError) or "client has been closed" in line
     if status is None and is_gone:
         return OSError, f"{constants.ENDPOINT} does not answer: {line or type(error).__name__}"

@@ -1,4 +1,4 @@
-"""What to predict and what to minimize (Section 4.2, Table 2): trains every row, from several seeds, and compares."""
+"""Prediction targets and objectives (Section 4.2, Table 2): train every row, from several seeds, and compare."""
 
 import itertools
 import json
@@ -15,13 +15,13 @@ import yaml
 from hf_ddpm.config import BESIDE_TRAINING, Config, parse_config
 from hf_ddpm.evaluation.options import NOT_OF_FIGURES, EvaluateConfig, real_images
 from hf_ddpm.images import bytes_to_unit, save_picture
-from hf_ddpm.paper.pictures import sheet
-from hf_ddpm.paper.study import table, with_error
+from hf_ddpm.paper.context import sheet, table, with_error
+from hf_ddpm.paper.options import AblationOptions
 from hf_ddpm.sampling.folder import SampleFolder
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.jsonl import to_json
-from hf_ddpm.utils.options import option, parse_options, require, require_at_least, require_distinct
+from hf_ddpm.utils.options import parse_options, require
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Row:
     """A row of the paper's Table 2.
 
     Attributes:
-        title: What it is called.
-        words: The options of `scripts/train.py` that make it.
-        paper: Its FID in the paper; None where training was unstable and the samples poor.
+        title: Name in tables.
+        words: Its options of `hf-ddpm train`.
+        paper: Its FID in the paper; None if training was unstable and the samples poor.
     """
 
     title: str
@@ -55,102 +55,75 @@ METRICS = {"fd": "Frechet distance", "is": "Inception score"}
 SHOWN = 10
 
 
-@dataclass
-class AblationConfig:
-    """Table 2: trains with either prediction and each objective, from several seeds; takes a run for each."""
-
-    output: str = option("folder of the figures; the runs are below it", "figures")
-    preset: str = option("what is trained otherwise", "digits")
-    config: str | None = option("YAML file of further options", None)
-    rows: list[str] = option("any of " + ", ".join(ROWS), factory=lambda: list(ROWS))
-    seeds: list[int] = option("seeds of the runs of a row", factory=lambda: [0, 1, 2])
-    max_train_steps: int | None = option("optimizer steps; those of the preset by default", None)
-    num_images: int = option("images of each run to evaluate on, at least 2", 100)
-    num_inference_steps: int | None = option("sampling steps; all by default, which means and variances need", None)
-    launcher: str = option("command that starts a script in place of python, such as accelerate launch", "")
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
-        require(self, "rows", set(self.rows) <= set(ROWS), f"any of {', '.join(ROWS)}")
-        require(self, "seeds", bool(self.seeds) and min(self.seeds) >= 0, "at least one, at least 0")
-        require_distinct(self, "rows", "seeds")
-        require_at_least(self, 1, "max_train_steps", "num_inference_steps")
-        require_at_least(self, 2, "num_images")
-
-    def words(self, row: str, seed: int) -> list[str]:
-        """Returns the command line of `scripts/train.py` for a run."""
-        given = {
-            "preset": self.preset,
-            "config": self.config,
-            "seed": seed,
-            "output_dir": self.folder(row, seed),
-            "max_train_steps": self.max_train_steps,
-            "eval_metrics": "",
-        }
-        return [*command_line(given), *ROWS[row].words]
-
-    def sampling_steps(self, config: Config) -> int:
-        """Returns the steps that a run is sampled in; more than its process has raise a `ValueError`."""
-        total = config.diffusion.num_train_timesteps
-        steps = self.num_inference_steps or total
-        require(self, "num_inference_steps", steps <= total, f"at most the {total} of the process")
-        return steps
-
-    def folder(self, row: str, seed: int) -> Path:
-        """Returns the folder of a run."""
-        return Path(self.output) / "ablation" / f"{row}-seed{seed}"
-
-
-def ablation(options: AblationConfig, run: Callable[[str, list[str]], int]) -> None:
-    """Trains and evaluates what is not there, and writes `ablation`, .json, .md and .png; goes on after a kill.
+def ablation(options: AblationOptions, run: Callable[[str, list[str]], int]) -> None:
+    """Train and evaluate what is missing, and write `ablation`, .json, .md and .png; resume after a kill.
 
     Args:
-        options: What to train.
-        run: Runs `train.py` or `evaluate.py` of the scripts with a command line, and returns its exit code.
+        options: Rows, seeds, and settings of the runs.
+        run: Runs `hf-ddpm train` or `evaluate` with a command line, and returns its exit code.
 
     Raises:
         ValueError: If an option is not allowed, or there are runs of other options: before anything is trained.
         OSError: If a run ends otherwise than finished or diverged.
     """
     cells = list(itertools.product(options.rows, options.seeds))
-    configs = [parse_config(options.words(*cell)) for cell in cells]
+    configs = [parse_config(training(options, *cell)) for cell in cells]
     for cell, config in zip(cells, configs, strict=True):
-        check_same(options.folder(*cell), config)
-        parse_options(evaluation(options, options.folder(*cell), config), EvaluateConfig, Sampling)
-    found: dict[str, list[dict[str, Any]]] = {row: [] for row in options.rows}
+        check_same(run_folder(options, *cell), config)
+        parse_options(evaluation(options, run_folder(options, *cell), config), EvaluateConfig, Sampling)
+    runs: dict[str, list[dict[str, Any]]] = {row: [] for row in options.rows}
     for (row, seed), config in zip(cells, configs, strict=True):
-        folder, steps = options.folder(row, seed), config.training.max_train_steps
+        folder, steps = run_folder(options, row, seed), config.training.max_train_steps
         if outcome(folder, steps) is None:
-            code = run("train", options.words(row, seed))
+            code = run("train", training(options, row, seed))
             if outcome(folder, steps) is None:
                 raise OSError(f"{folder}: the training ended with code {code}, see above")
-        known = outcome(folder, steps) or evaluated(options, folder, config)
-        if known is None:
+        result = outcome(folder, steps) or evaluated(options, folder, config)
+        if result is None:
             code = run("evaluate", evaluation(options, folder, config))
-            known = evaluated(options, folder, config)
-            if known is None:
+            result = evaluated(options, folder, config)
+            if result is None:
                 raise OSError(f"{folder}: the evaluation ended with code {code}, see above")
-        found[row].append({"seed": seed, **known})
-    report(options, found)
+        runs[row].append({"seed": seed, **result})
+    report(options, runs)
+
+
+def run_folder(options: AblationOptions, row: str, seed: int) -> Path:
+    """Return the folder of a run."""
+    return Path(options.output) / "ablation" / f"{row}-seed{seed}"
+
+
+def training(options: AblationOptions, row: str, seed: int) -> list[str]:
+    """Return the command line of `hf-ddpm train` for a run."""
+    given = {
+        "preset": options.preset,
+        "config": options.config,
+        "seed": seed,
+        "output_dir": run_folder(options, row, seed),
+        "max_train_steps": options.max_train_steps,
+        "eval_metrics": "",
+    }
+    return [*command_line(given), *ROWS[row].words]
 
 
 def check_same(folder: Path, config: Config) -> None:
-    """Raises a `ValueError` if a folder holds a run of other options."""
+    """Raise a `ValueError` if a folder holds a run of other options."""
     try:
-        there = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
     asked = {name: value for name, value in config.to_dict().items() if name not in {*BESIDE_TRAINING, "output_dir"}}
-    if asked["max_train_steps"] > there.get("max_train_steps", 0):
-        del asked["max_train_steps"]  # it goes on
-    changed = [f"{name}={asked[name]!r} (was {there.get(name)!r})" for name in asked if there.get(name) != asked[name]]
+    if asked["max_train_steps"] > stored.get("max_train_steps", 0):
+        del asked["max_train_steps"]  # it is resumed
+    changed = [
+        f"{name}={asked[name]!r} (was {stored.get(name)!r})" for name in asked if stored.get(name) != asked[name]
+    ]
     if changed:
         raise ValueError(f"{folder} holds a run of other options, choose another output: {', '.join(changed)}")
 
 
 def outcome(folder: Path, steps: int) -> dict[str, Any] | None:
-    """Returns `diverged_at` of a run that has diverged, nothing of one that has finished; None if it is not there."""
+    """Return `diverged_at` of a run that has diverged, nothing of one that has finished; None if it is missing."""
     try:
         status = json.loads((folder / "status.json").read_text())
         if status["status"] == "failed" and status["error"].startswith("FloatingPointError"):
@@ -160,27 +133,30 @@ def outcome(folder: Path, steps: int) -> dict[str, Any] | None:
         return None
 
 
-def evaluation(options: AblationConfig, folder: Path, config: Config) -> list[str]:
-    """Returns the command line of `scripts/evaluate.py` for a run."""
+def evaluation(options: AblationOptions, folder: Path, config: Config) -> list[str]:
+    """Return the command line of `hf-ddpm evaluate` for a run."""
+    total = config.diffusion.num_train_timesteps
+    steps = options.num_inference_steps or total
+    require(options, "num_inference_steps", steps <= total, f"at most the {total} of the process")
     given = {
         **real_images(config),
         "model": folder,
         "output": folder / RESULTS,
         "metrics": ",".join(METRICS),
         "num_images": options.num_images,
-        "num_inference_steps": options.sampling_steps(config),
+        "num_inference_steps": steps,
         "seed": config.training.seed,
     }
     return command_line(given)
 
 
 def command_line(given: dict[str, Any]) -> list[str]:
-    """Returns options as the words of a command line; None is left to the default."""
+    """Return options as the words of a command line; None is left to the default."""
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def evaluated(options: AblationConfig, folder: Path, config: Config) -> dict[str, Any] | None:
-    """Returns the figures of a run, or None if they are not there, of other weights, or asked for in another way."""
+def evaluated(options: AblationOptions, folder: Path, config: Config) -> dict[str, Any] | None:
+    """Return the figures of a run, or None if they are missing, of other weights, or of another request."""
     request, sampling = parse_options(evaluation(options, folder, config), EvaluateConfig, Sampling)
     asked = {"request": asdict(request), "sampling": asdict(sampling)}
     try:
@@ -198,8 +174,8 @@ def evaluated(options: AblationConfig, folder: Path, config: Config) -> dict[str
     return figures if same else None
 
 
-def report(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> None:
-    """Writes the three files."""
+def report(options: AblationOptions, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Write the three files."""
     rows = {}
     for row, runs in found.items():
         rows[row] = {"title": ROWS[row].title, "words": ROWS[row].words, "paper_fid": ROWS[row].paper}
@@ -215,7 +191,7 @@ def report(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> N
 
 
 def spread(values: list[float]) -> dict[str, float] | None:
-    """Returns mean and standard deviation of the values of several seeds; None if there is none."""
+    """Return mean and standard deviation of the values of several seeds; None if there is none."""
     if not values:
         return None
     deviation = {"standard_deviation": statistics.stdev(values)} if len(values) > 1 else {}
@@ -223,7 +199,7 @@ def spread(values: list[float]) -> dict[str, float] | None:
 
 
 def agreement(distances: dict[str, dict[str, float] | None]) -> tuple[int, int]:
-    """Returns how many pairs of rows are in the order of the paper, and how many pairs it orders; a dash is last."""
+    """Return how many pairs of rows are in the order of the paper, and how many pairs it orders; a dash is last."""
     same = pairs = 0
     for row, other in itertools.combinations(distances, 2):
         paper = [math.inf if ROWS[name].paper is None else ROWS[name].paper for name in (row, other)]
@@ -235,7 +211,7 @@ def agreement(distances: dict[str, dict[str, float] | None]) -> tuple[int, int]:
 
 
 def text(figures: dict[str, Any]) -> str:
-    """Returns what was found, in Markdown."""
+    """Return the text of the figure, in Markdown."""
     rows, options = figures["rows"].values(), figures["options"]
     cells = []
     for row in rows:
@@ -264,18 +240,20 @@ def text(figures: dict[str, Any]) -> str:
 
 
 def in_words(found: dict[str, float] | None) -> str:
-    """Returns mean and standard deviation as text."""
+    """Return mean and standard deviation as text."""
     return "-" if found is None else with_error(found["mean"], found.get("standard_deviation"))
 
 
-def draw(options: AblationConfig, found: dict[str, list[dict[str, Any]]]) -> None:
-    """Draws samples of every row, those of its first seed that finished."""
+def draw(options: AblationOptions, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Draw samples of every row, those of its first seed that finished."""
     rows = []
     for row, runs in found.items():
         finished = [run for run in runs if "fd" in run]
         if finished:
             name = Path(finished[0]["fd"]["made_by"]["samples"]).name
-            samples = SampleFolder.read(options.folder(row, finished[0]["seed"]) / "results_ablation_samples" / name)
+            samples = SampleFolder.read(
+                run_folder(options, row, finished[0]["seed"]) / "results_ablation_samples" / name
+            )
             rows.append((row, bytes_to_unit(samples[torch.arange(min(SHOWN, len(samples)))])))
     if rows:
         save_picture(sheet(rows, [""] * len(rows[0][1])), Path(options.output) / "ablation.png")

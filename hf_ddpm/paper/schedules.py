@@ -1,40 +1,22 @@
 r"""Schedules side by side: the signal, the loss and the bits of each timestep, of one network.
 
-What a network says about :math:`x_t` depends on the noise in it, not on the name `t` of the moment. So a network that
-was trained with one schedule serves another: it is shown the time at which its own has the same ratio of signal to
-noise, a fraction where need be.
+The prediction of a network about :math:`x_t` depends on the noise in it, not on the index `t`. So a network that was
+trained with one schedule serves another: its input is the time, fractional if need be, at which its own schedule has
+the same signal-to-noise ratio.
 """
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_ddpm.diffusion.schedules import BETA_SCHEDULES
-from hf_ddpm.paper.study import Study, table
+from hf_ddpm.paper.context import FigureContext, table
+from hf_ddpm.paper.options import SchedulesOptions
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
-from hf_ddpm.utils.options import option, require, require_at_least, require_distinct
 
 LOSS, SIGNAL = "squared error of the noise, of clipped estimates", "share of the image in the variance of x_t"
-
-
-@dataclass
-class SchedulesConfig:
-    """Loss and bits by timestep of one network with several schedules, by default linear and cosine."""
-
-    schedules: list[str] = option(
-        f"any of {', '.join(BETA_SCHEDULES)}", factory=lambda: ["linear", "squaredcos_cap_v2"]
-    )
-    num_images: int = option("held-out images; each takes T evaluations of the network for each schedule", 10)
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        require(self, "schedules", set(self.schedules) <= set(BETA_SCHEDULES), f"any of {', '.join(BETA_SCHEDULES)}")
-        require_distinct(self, "schedules")
-        require_at_least(self, 1, "num_images")
 
 
 class Retimed(nn.Module):
@@ -42,7 +24,7 @@ class Retimed(nn.Module):
 
     Args:
         unet: The network.
-        times: What it is to be shown at each step of the process, shape `(T,)`.
+        times: Its time input at each step of the process, shape `(T,)`.
     """
 
     def __init__(self, unet: nn.Module, times: Tensor):
@@ -51,28 +33,20 @@ class Retimed(nn.Module):
         self.register_buffer("times", times)
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Any:
-        """Returns what the network says."""
+        """Return the output of the network."""
         return self.unet(sample, self.times[timestep], class_labels)
 
 
-def schedules(study: Study, options: SchedulesConfig) -> None:
-    """Writes `schedules`, .json, .md and .png.
-
-    Args:
-        study: The model and its data.
-        options: Which schedules.
-
-    Raises:
-        ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
-    """
-    evaluator = study.evaluator("nll", options.num_images)
-    own = study.pipe.scheduler
+def schedules(context: FigureContext, options: SchedulesOptions) -> None:
+    """Evaluate the bound of one network with each schedule; plot bits, loss and signal by timestep."""
+    reference = context.reference("nll", options.num_images)
+    own = context.pipe.scheduler
     if not isinstance(own, DDPMScheduler):
         raise ValueError(f"schedules needs a DDPMScheduler, not a {type(own).__name__}")
     curves, made_by = {}, {}
     for name in options.schedules:
-        pipe = with_schedule(study.pipe, name)
-        bound = evaluator.bound(pipe, study.subject.seed)
+        pipe = with_schedule(context.pipe, name)
+        bound = reference.bound(pipe, context.options.seed)
         made_by = bound.pop("made_by")
         bars = pipe.scheduler.diffusion.alphas_cumprod
         # The error of the noise that an error of the image amounts to (Eq. 4): the terms of Eq. 14, but for clipping.
@@ -82,41 +56,33 @@ def schedules(study: Study, options: SchedulesConfig) -> None:
 
     steps = list(range(1, len(own) + 1))
     for kind, label in (("terms_bpd", "bits a dimension"), ("losses", LOSS), ("signal", SIGNAL)):
-        pictured = {name: (steps, found[kind]) for name, found in curves.items()}
+        plotted = {name: (steps, curve[kind]) for name, curve in curves.items()}
         file = f"schedules_{kind.removesuffix('_bpd')}.png"
-        study.plot(file, pictured, x_label="t", y_label=label, log_y=kind != "signal")
+        context.plot(file, plotted, x_label="t", y_label=label, log_y=kind != "signal")
     own_name = own.config.beta_schedule if own.config.trained_betas is None else "a schedule of its own"
-    words, title = text(curves, own_name, made_by), "Schedules (loss and bits by timestep)"
-    study.write("schedules", title, words, {"schedules": curves}, asdict(options), made_by)
-
-
-def text(curves: dict[str, dict[str, Any]], own: str, made_by: dict[str, Any]) -> str:
-    """Returns what was found, in Markdown."""
     parts = ("total_bpd", "prior_bpd", "vlb_bpd", "decoder_bpd", "mean_loss")
-    rows = [[name, *(found[part] for part in parts)] for name, found in curves.items()]
+    head = ["schedule", "bits a dimension", "L_T", "L_1 to L_T-1", "L_0", "mean squared error of the noise"]
     count = next(iter(curves.values()))["num_images"]
-    return "\n\n".join(
-        [
-            table(
-                ["schedule", "bits a dimension", "L_T", "L_1 to L_T-1", "L_0", "mean squared error of the noise"], rows
-            ),
-            f"One network, trained with {own}, on {count} images of {made_by['dataset']['name']}; in the process of "
-            "another schedule it is shown the time at which its own has as much noise, or the nearest there is. The "
-            "squared error of the noise (Eq. 14) is that of the estimate of the image, clipped as for the bound.",
-            "![Bits by timestep](schedules_terms.png)",
-            "![Loss by timestep](schedules_losses.png)",
-            "![Signal by timestep](schedules_signal.png)",
-        ]
-    )
+    paragraphs = [
+        table(head, [[name, *(curve[part] for part in parts)] for name, curve in curves.items()]),
+        f"One network, trained with {own_name}, on {count} images of {made_by['dataset']['name']}; in the process of "
+        "another schedule it is shown the time at which its own has as much noise, or the nearest there is. The "
+        "squared error of the noise (Eq. 14) is that of the estimate of the image, clipped as for the bound.",
+        "![Bits by timestep](schedules_terms.png)",
+        "![Loss by timestep](schedules_losses.png)",
+        "![Signal by timestep](schedules_signal.png)",
+    ]
+    title = "Schedules (loss and bits by timestep)"
+    context.write("schedules", title, paragraphs, {"schedules": curves}, options, made_by)
 
 
 def with_schedule(pipe: DDPMPipeline, name: str) -> DDPMPipeline:
-    """Returns a pipeline of the same network with another schedule."""
+    """Return a pipeline of the same network with another schedule."""
     own = pipe.scheduler
     process = DDPMScheduler.from_config(own.config, beta_schedule=name, trained_betas=None)
     bars = [scheduler.diffusion.alphas_cumprod.numpy() for scheduler in (process, own)]
-    asked, known = (np.log(bar / (1 - bar)) for bar in bars)
-    # Both fall; np.interp wants them to rise.
-    times = np.interp(-asked, -known, np.arange(len(known)))
+    target, source = (np.log(bar / (1 - bar)) for bar in bars)
+    # Both fall; np.interp takes rising ones.
+    times = np.interp(-target, -source, np.arange(len(source)))
     unet = Retimed(pipe.unet, torch.tensor(times, dtype=torch.float32, device=pipe.device))
     return DDPMPipeline(unet, process, pipe.config.get("id2label"))

@@ -1,65 +1,51 @@
 """Images that share a latent (Section 4.3, Fig. 7): the later it is in the reverse process, the more they agree."""
 
-from dataclasses import asdict, dataclass
-
 import torch
+from torch import Tensor
 
 from hf_ddpm.images import to_unit
-from hf_ddpm.paper.pictures import sheet, variety
-from hf_ddpm.paper.study import Study, table
-from hf_ddpm.utils.options import option, require_at_least
+from hf_ddpm.paper.context import FigureContext, sheet, table
+from hf_ddpm.paper.options import SharedLatentOptions
 from hf_ddpm.utils.seeds import FIGURES, SAMPLES, generator
 
 # Latents in the picture; more serve the measurement alone.
 SHOWN = 2
 
 
-@dataclass
-class SharedLatentConfig:
-    """Several images from one latent, at several moments of the process (Fig. 7), and how much they differ."""
-
-    diffused: list[int] = option("moments: steps of diffusion, from 1 to T; quarters of T by default", factory=list)
-    latents: int = option(f"latents; the first {SHOWN} are shown", 4)
-    num_images: int = option("images of a latent, at least 2", 6)
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        require_at_least(self, 1, "latents")
-        require_at_least(self, 2, "num_images")
-
-
-def shared_latent(study: Study, options: SharedLatentConfig) -> None:
-    """Writes `shared-latent`, .json, .md and .png.
-
-    Args:
-        study: The model and its data.
-        options: How many of what.
-
-    Raises:
-        ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
-    """
-    pipe, seed, device = study.pipe, study.subject.seed, study.accelerator.device
-    moments = study.diffused(options.diffused)[::-1]
-    sources = [generator(seed, SAMPLES, number, device=device) for number in range(options.latents)]
-    latents, _ = pipe.trace([number - 1 for number in moments], options.latents, sources, "pt")
-    rows, found = {}, []
-    for number in moments:
-        x_t, source = latents[number - 1], generator(seed, FIGURES, number, device=device)
-        images = pipe.share_latent(number - 1, options.num_images, source, "pt", x_t).cpu()
+def shared_latent(context: FigureContext, options: SharedLatentOptions) -> None:
+    """Draw images from the same latents at several moments, and measure how much they differ."""
+    pipe, seed, device = context.pipe, context.options.seed, context.accelerator.device
+    moments = context.diffused(options.diffused)[::-1]
+    sources = [generator(seed, SAMPLES, index, device=device) for index in range(options.latents)]
+    latents, _ = pipe.trace([t - 1 for t in moments], options.latents, sources, "pt")
+    rows, differences = {}, []
+    for t in moments:
+        x_t, source = latents[t - 1], generator(seed, FIGURES, t, device=device)
+        images = pipe.share_latent(t - 1, options.num_images, source, "pt", x_t).cpu()
         groups = images.view(options.latents, options.num_images, *pipe.image_shape)
-        found.append({"t": number, "rmse_between_images": variety(groups)})
+        differences.append({"t": t, "rmse_between_images": variety(groups)})
         for latent in range(min(SHOWN, options.latents)):
-            rows[latent, number] = torch.cat([to_unit(x_t[latent : latent + 1].cpu()), groups[latent]])
+            rows[latent, t] = torch.cat([to_unit(x_t[latent : latent + 1].cpu()), groups[latent]])
     # Latent by latent, from T down.
     in_order = sorted(rows.items(), key=lambda row: (row[0][0], -row[0][1]))
-    labelled = [(f"latent {latent + 1}, t = {number}", row) for (latent, number), row in in_order]
-    study.draw("shared-latent.png", sheet(labelled, ["x_t", *(f"{i + 1}" for i in range(options.num_images))]))
-    words = [
+    labeled = [(f"latent {latent + 1}, t = {t}", row) for (latent, t), row in in_order]
+    context.draw("shared-latent.png", sheet(labeled, ["x_t", *(f"{i + 1}" for i in range(options.num_images))]))
+    paragraphs = [
         "Images from one latent: each row starts from its x_t, on the left. The rows of a latent are moments of one "
         "reverse process.",
         "![Images from one latent](shared-latent.png)",
-        table(["t", "RMSE between two images of a latent"], [list(row.values()) for row in found]),
+        table(["t", "RMSE between two images of a latent"], [list(row.values()) for row in differences]),
         f"On the scale [0, 255], over {options.latents} latents of {options.num_images} images each.",
     ]
-    options_used, title = asdict(options), "Images from one latent (Fig. 7)"
-    study.write("shared-latent", title, "\n\n".join(words), {"moments": found}, options_used, {})
+    title = "Images from one latent (Fig. 7)"
+    context.write("shared-latent", title, paragraphs, {"moments": differences}, options, {})
+
+
+def variety(unit: Tensor) -> float:
+    """Return the root mean squared difference, on the scale [0, 255], of two images of a group.
+
+    Args:
+        unit: Unit images, shape `(groups, N, C, H, W)`, `N` at least 2.
+    """
+    # Over all pairs the mean of (x - y)^2 is twice the unbiased variance.
+    return 255 * (2 * unit.var(dim=1)).mean().sqrt().item()

@@ -16,10 +16,9 @@ from torch import Tensor
 from hf_ddpm.data.arrays import open_stack
 from hf_ddpm.data.transforms import as_bytes
 from hf_ddpm.images import MODES, from_pil, grid, save_picture, to_pictures, to_pil
+from hf_ddpm.sampling.options import SHARD_SIZE
 from hf_ddpm.utils.files import atomic_write, one_line, write_text
 
-# Images a shard, whatever the batch size and the number of processes: a kill costs at most these, of each process.
-SHARD_SIZE = 256
 GRID_IMAGES = 64
 
 
@@ -237,7 +236,7 @@ def open_samples(path: Path) -> Samples:
     """Opens generated images.
 
     Args:
-        path: A folder that `scripts/sample.py` wrote, of PNG files, or of `samples.npz` or one other `.npz` file; or a
+        path: A folder that `hf-ddpm sample` wrote, of PNG files, or of `samples.npz` or one other `.npz` file; or a
             `.npz` or `.npy` file.
 
     Returns:

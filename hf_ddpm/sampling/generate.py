@@ -15,13 +15,14 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_ddpm.images import to_bytes
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+from hf_ddpm.images import check_picture, to_bytes
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.sampling.folder import SampleFolder
-from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.sampling.options import SampleConfig, Sampling
 from hf_ddpm.sampling.samplers import VERSION, find_scheduler, is_changed
-from hf_ddpm.utils.launch import exclusive
+from hf_ddpm.utils.files import make_folder
+from hf_ddpm.utils.launch import exclusive, use_own_cores
 from hf_ddpm.utils.options import require_value
 from hf_ddpm.utils.seeds import SAMPLES, generator
 
@@ -59,6 +60,65 @@ def folder_name(pipe: DDPMPipeline, sampling: Sampling, device: torch.device) ->
 
 
 def sample_images(
+    model: Path | str,
+    output: Path | str,
+    num_images: int = 64,
+    sampling: Sampling | None = None,
+    *,
+    format: str = "png",
+    batch_size: int = 64,
+    compile: bool = False,
+) -> Path:
+    """Samples images of a model into a folder: `hf-ddpm sample` in Python.
+
+    The same call resumes after an interruption, also with more images. Every process of a launcher is to call it.
+
+    Args:
+        model: Folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers.
+        output: The folder; it gets `00000.png`, ... or `samples.npz`, and `grid.png` of the first 64.
+        num_images: Number of images, at least 1.
+        sampling: Seed, steps, sampler, classes; by default seed 0 and all steps of the model's own sampler.
+        format: `png`, or `npz` for one array of all images.
+        batch_size: Batch size per process, at most the 256 images of a shard.
+        compile: Whether to compile the network first, which pays for many images.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the model cannot be loaded, an argument is not allowed, or the folder holds other images.
+        OSError: If a file cannot be written.
+    """
+    config = SampleConfig(str(model), str(output), num_images, format, batch_size, compile)
+    make_folder(Path(config.output), "output")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    use_own_cores()
+    pipe = load_pipeline(config.model, state.device)
+    if config.format == "png":
+        check_picture(pipe.image_shape[0], "--format npz writes them as an array")
+    if config.compile:
+        compile_for_sampling(pipe.unet)
+    pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
+    folder = fill_folder(
+        pipe,
+        Path(config.output),
+        config.num_images,
+        sampling or Sampling(),
+        model=config.model,
+        batch_size=config.batch_size,
+        state=state,
+    )
+    if config.format == "png":
+        folder.write_pictures(range(config.num_images)[state.process_index :: state.num_processes])
+    if state.is_main_process:
+        if config.format == "npz":
+            folder.write_npz(config.num_images)
+        folder.write_grid(config.num_images)
+    state.wait_for_everyone()
+    return folder.path
+
+
+def generate_images(
     pipe: DDPMPipeline,
     ids: Sequence[int],
     sampling: Sampling,
@@ -178,7 +238,7 @@ def make_parts(
     """Generates the images of some of a folder's missing parts, and adds each part when it is whole."""
     for numbers in parts:
         images = []
-        for _, image in sample_images(pipe, numbers, sampling, batch_size=batch_size, device=device):
+        for _, image in generate_images(pipe, numbers, sampling, batch_size=batch_size, device=device):
             images.append(image)
             progress(1)
         folder.add(numbers, torch.stack(images))

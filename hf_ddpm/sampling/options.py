@@ -1,14 +1,37 @@
-"""Options of sampling."""
+"""Options of sampling. Imports in milliseconds."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from hf_ddpm.utils.options import option, require, require_at_least
 
+# Images per shard, whatever the batch size and the number of processes: a kill costs each process at most these.
+SHARD_SIZE = 256
+
+
+@dataclass
+class SampleConfig:
+    """Samples: of which model, how many, where to."""
+
+    model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
+    output: str = option("folder of the images")
+    num_images: int = option("number of images", 64)
+    format: Literal["png", "npz"] = option(
+        "a PNG file per image (1, 3 or 4 channels), or one file of all as an array (any number)", "png"
+    )
+    batch_size: int = option(f"batch size per process, at most the {SHARD_SIZE} images of a shard", 64)
+    compile: bool = option("compile the network first, for many images", False)
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require_at_least(self, 1, "num_images", "batch_size")
+        require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
+
 
 @dataclass
 class Sampling:
-    """Options that determine, together with the model, every image of the sequence of images to sample."""
+    """Sampling: with the model, all that determines image i."""
 
     seed: int = option("random seed; image i of a seed is always the same", 0)
     num_inference_steps: int | None = option("steps of the reverse process; all of the model's by default", None)

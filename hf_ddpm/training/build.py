@@ -90,6 +90,7 @@ def build_run(
     images: BatchSource,
 ) -> Run:
     """Returns a run at step 0; its initial weights depend on the seed alone, or are those of `source`."""
+    config.training.count_steps(len(images), accelerator.num_processes)
     if source is None:
         torch.manual_seed(derived_seed(config.training.seed, INITIALIZATION))
         unet = UNet2DModel(**config.unet(len(images.class_names)))

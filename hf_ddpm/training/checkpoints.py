@@ -29,9 +29,9 @@ from hf_ddpm.utils.schema import check_types
 # divided and how fast it is computed, not what is computed but for rounding. (The length of a run is part of a
 # learning rate that falls towards its end.)
 FREE_OPTIONS = {
-    "output_dir", "max_train_steps", "log_steps", "checkpointing_steps", "keep_checkpoints", "resume",
-    "train_batch_size", "gradient_accumulation_steps", "sample_at_checkpoints", "num_samples", "num_inference_steps",
-    "tf32", "gradient_checkpointing", "compile", "tracker", "world_size", "dry_run",
+    "output_dir", "max_train_steps", "num_train_epochs", "log_steps", "checkpointing_steps", "keep_checkpoints",
+    "resume", "train_batch_size", "gradient_accumulation_steps", "sample_at_checkpoints", "num_samples",
+    "num_inference_steps", "tf32", "gradient_checkpointing", "compile", "tracker", "world_size", "dry_run",
     "allow_terminal_signal",
     *BESIDE_TRAINING,
 }  # fmt: skip

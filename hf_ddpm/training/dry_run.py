@@ -40,7 +40,8 @@ def estimate_cost(run: Run, images: BatchSource) -> dict[str, str]:
     states = 4 * count * (4 + len(run.emas))
 
     clock = _Clock()
-    short = replace(training, max_train_steps=WARM_UP + MEASURED, checkpointing_steps=WARM_UP + MEASURED)
+    few = WARM_UP + MEASURED
+    short = replace(training, max_train_steps=few, num_train_epochs=None, checkpointing_steps=few)
     trial = replace(run, config=replace(run.config, training=short, evaluation=EvaluationConfig()))
     train(trial, images, [clock])
     if trial.stopped_by is not None:

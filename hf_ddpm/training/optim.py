@@ -12,19 +12,25 @@ from hf_ddpm.config import TrainingConfig
 def learning_rate(config: TrainingConfig, step: int) -> float:
     """Returns the learning rate of optimizer step `step`, counted from 0: whatever the number of processes.
 
-    It rises over `warmup_steps` steps in equal parts, then stays or falls along half a cosine to zero.
+    It rises over `warmup_steps` steps in equal parts, then stays, or falls to zero at `max_train_steps`: along half a
+    cosine, a line, or a power of the line.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.lr_schedule == "constant":
         return config.learning_rate
     progress = (step - config.warmup_steps) / max(1, config.max_train_steps - config.warmup_steps)
-    return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+    if config.lr_schedule == "cosine":
+        return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+    return config.learning_rate * (1 - progress) ** (config.lr_power if config.lr_schedule == "polynomial" else 1)
 
 
 def adam(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Returns Adam for a network, whose step is one kernel for all weights."""
-    return torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), fused=True)
+    """Returns Adam for a network, with decoupled weight decay if it is given; a step is one kernel for all weights."""
+    betas, decay = (config.adam_beta1, config.adam_beta2), config.weight_decay
+    if decay == 0:
+        return torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=betas, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=betas, weight_decay=decay, fused=True)
 
 
 class EMA:

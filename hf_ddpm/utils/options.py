@@ -9,19 +9,24 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import field
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
 from hf_ddpm.utils.files import one_line
+from hf_ddpm.utils.migration import MIGRATION
 
 
-def option(help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
-    """Declares an option with its default and the line that `--help` prints."""
-    return field(default=default, default_factory=factory, metadata={"help": help})
+def option(
+    help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING, flag: str | None = None
+) -> Any:
+    """Declares an option with its default and the line that `--help` prints; `flag` if it is not the field's name."""
+    more = {} if flag is None else {"flag": flag}
+    return field(default=default, default_factory=factory, metadata={"help": help, **more})
 
 
 def require(config: Any, name: str, holds: bool, allowed: str) -> None:
@@ -62,13 +67,14 @@ def require_memory(config: Any, name: str, size: float) -> None:
     require(config, name, size <= memory, allowed)
 
 
-def parse_options(argv: list[str], *parts: type, program: str | None = None) -> list[Any]:
+def parse_options(argv: list[str], *parts: type, program: str | None = None, doc: str | None = None) -> list[Any]:
     """Reads the options that some dataclasses declare.
 
     Args:
         argv: The command line without the program's name.
-        parts: The dataclasses.
-        program: What `--help` calls the program; its own name by default.
+        parts: The dataclasses; each is a group of `--help`.
+        program: Name of the program in `--help`; that of the process by default.
+        doc: What `--help` prints around the options: a first line before them, the rest behind them.
 
     Returns:
         An instance of each.
@@ -76,39 +82,70 @@ def parse_options(argv: list[str], *parts: type, program: str | None = None) -> 
     Raises:
         ValueError: If an option is unknown or its value not allowed; one line.
     """
-    parser = _Parser(parts, prog=program, allow_abbrev=False)
-    *options, unknown = parser.parse_args_into_dataclasses(argv, **_ASKED_FOR)
-    if unknown:
-        raise ValueError(f"unknown option {unknown[0]}: {_hint(unknown[0].lstrip('-').split('=')[0], parts, '--')}")
+    words, names = _normalized(argv, parts), option_names(parts)
+    unknown = [name for word in words if (name := option_name(word)) and name not in (*names, "help")]
+    if unknown and not {"-h", "--help"} & set(argv):  # before a missing option is reported, which may be misspelled
+        raise ValueError(f"unknown option --{unknown[0]}: {_hint(unknown[0], names, '--')}")
+    values, rest = _parser(parts, program, doc).parse_known_args(words)
+    options = _instances(parts, values)
+    if rest:
+        raise ValueError(f"unexpected word {rest[0]!r}: expected --OPTION VALUE; see --help")
     return options
 
 
-def parse_command(argv: list[str], commands: Mapping[str, tuple[type, ...]]) -> tuple[str, list[Any]]:
+def parse_command(
+    argv: list[str], commands: Mapping[str, tuple[type, ...]], doc: str | None = None
+) -> tuple[str, list[Any]]:
     """Reads a sub-command and the options that its dataclasses declare.
 
     Args:
         argv: The command line without the program's name.
-        commands: The dataclasses of each sub-command; `--help` says of it what the last of them says of itself.
+        commands: The dataclasses of each sub-command; the first docstring line of the last describes it in `--help`.
+        doc: As of `parse_options`.
 
     Returns:
         The name of the sub-command and an instance of each of its dataclasses.
 
     Raises:
-        ValueError: If there is no sub-command, or as in `parse_options`; one line.
+        ValueError: If there is no such sub-command, or as in `parse_options`; one line.
     """
-    parser = _Parser((), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    lines = [f"  {name:22}{(parts[-1].__doc__ or '').splitlines()[0]}" for name, parts in commands.items()]
-    parser.description = "\n".join(["Commands, each with options of its own (COMMAND --help):", *lines])
-    parser.add_argument("command", choices=list(commands))
-    name = parser.parse_args(argv[:1]).command
-    return name, parse_options(argv[1:], *commands[name], program=f"{parser.prog} {name}")
+    lines = {name: _first_line(parts[-1]) for name, parts in commands.items()}
+    program = Path(sys.argv[0]).name
+    if not argv:
+        raise ValueError("the following arguments are required: command; see --help")
+    if argv[0] in ("-h", "--help"):
+        summary, _, rest = (doc or "").partition("\n")
+        listed = "\n".join(f"  {name:22}{line}" for name, line in lines.items())
+        print(f"usage: {program} COMMAND [--OPTION VALUE ...]\n\n{summary}\n")
+        print(f"commands, each with options of its own (COMMAND --help):\n{listed}\n\nexamples:\n{rest.rstrip()}")
+        raise SystemExit(0)
+    name = require_name("command", argv[0], commands)
+    return name, parse_options(argv[1:], *commands[name], program=f"{program} {name}", doc=lines[name])
+
+
+def require_name(what: str, name: str, known: Iterable[str]) -> str:
+    """Returns a name if it is known; raises a `ValueError` with the most similar one or all that are otherwise."""
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+        raise ValueError(f"unknown {what} {name!r}: {hint}")
+    return name
 
 
 def parse_first(argv: list[str], part: type) -> tuple[Any, list[str]]:
     """Reads the options that one dataclass declares; returns an instance of it and the words that are left."""
-    parser = _Parser((part,), add_help=False, allow_abbrev=False)
-    options, left = parser.parse_args_into_dataclasses(argv, **_ASKED_FOR)
-    return options, left
+    values, rest = _parser((part,), add_help=False).parse_known_args(_normalized(argv, (part,)))
+    return _instances((part,), values)[0], rest
+
+
+def option_names(parts: Iterable[type]) -> list[str]:
+    """Returns the names that the options of some dataclasses have on the command line."""
+    return [_flag(field) for part in parts for field in dataclasses.fields(part)]
+
+
+def option_name(word: str) -> str | None:
+    """Returns the name of the option that a word of a command line gives, with underscores; None for a value."""
+    return word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else None
 
 
 def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]:
@@ -131,12 +168,12 @@ def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]
         raise ValueError(f"config {str(path)!r} cannot be read: {one_line(error)}") from error
     if not isinstance(options, dict):
         raise ValueError(f"config {str(path)!r} holds no options: lines of the form `name: value` are")
-    kinds = {field.name: field.type for part in parts for field in dataclasses.fields(part)}
+    kinds = {field.name: str(field.type) for part in parts for field in dataclasses.fields(part)}
     words: dict[str, list[str] | None] = {}
     for name, value in options.items():
         if name not in kinds:
-            raise ValueError(f"config {str(path)!r}: unknown option {name}: {_hint(name, parts)}")
-        is_list = "list[" in str(kinds[name])  # which one value makes, too
+            raise ValueError(f"config {str(path)!r}: unknown option {name}: {_hint(name, kinds)}")
+        is_list = "list[" in kinds[name]  # which one value makes, too
         if isinstance(value, dict) or value == [] or (isinstance(value, list) and not is_list):
             what = "a list with an entry" if is_list else "one value"
             raise ValueError(f"config {str(path)!r}: {name}={value!r} is not allowed: {what}")
@@ -144,22 +181,91 @@ def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]
     return words
 
 
-# No file beside the script, `train.args`, is read without being named.
-_ASKED_FOR: Any = {"return_remaining_strings": True, "look_for_args_file": False}
-
-
-class _Parser(HfArgumentParser):
-    """Reports errors in one line, without the usage, and reads only usable values: see `_READERS`."""
-
-    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
-        kind = settings.get("type")
-        if kind in _READERS and not (kind is str and settings.get("default") == ""):  # whose empty default means none
-            settings["type"] = _READERS[kind]
-        return super().add_argument(*names, **settings)
+class _Parser(argparse.ArgumentParser):
+    """Reports errors in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        # An option has an alias with dashes: one name will do.
-        raise ValueError(re.sub(r"^(argument --\w+)/--[\w-]+", r"\1", message))
+        raise ValueError(message)
+
+
+def _parser(
+    parts: Iterable[type], program: str | None = None, doc: str | None = None, add_help: bool = True
+) -> argparse.ArgumentParser:
+    """Returns a parser whose groups are the dataclasses."""
+    summary, _, rest = (doc or "").partition("\n")
+    parser = _Parser(
+        prog=program or Path(sys.argv[0]).name,
+        description=summary,
+        epilog=f"examples:\n\n{rest.strip(chr(10))}" if rest else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=add_help,
+    )
+    required = []
+    for part in parts:
+        group, hints = parser.add_argument_group(_first_line(part).rstrip(".")), get_type_hints(part)
+        for entry in dataclasses.fields(part):
+            flag, settings = f"--{_flag(entry)}", _settings(entry, hints[entry.name])
+            group.add_argument(flag, dest=entry.name, **settings)
+            required += [f"{flag} ..."] if settings["required"] else []
+    parser.usage = " ".join(["%(prog)s", *required, "[--OPTION VALUE ...]"])
+    return parser
+
+
+def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    """Returns what argparse is to know of an option, from its annotation, its default and its line of help."""
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    shown = default not in (dataclasses.MISSING, None, "", [])
+    text = field.metadata["help"].replace("%", "%%") + (f" (default: {_words(default)})" if shown else "")
+    is_required = default is dataclasses.MISSING
+    settings: dict[str, Any] = {"help": text, "required": is_required, "default": None if is_required else default}
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    if type(None) in get_args(hint):  # X | None
+        (hint,) = kinds
+    if get_origin(hint) is list:
+        (hint,) = get_args(hint)
+        settings["nargs"] = "+"
+    if get_origin(hint) is Literal:
+        return settings | {"choices": get_args(hint)}
+    if hint is bool:
+        settings |= {"nargs": "?", "const": True}
+    reader, metavar = _READERS[hint]
+    is_free = hint is str and default == ""  # whose empty default means none
+    return settings | {"type": str if is_free else reader, "metavar": metavar}
+
+
+def _normalized(argv: Iterable[str], parts: Iterable[type]) -> list[str]:
+    """Returns a command line in which every option has its one spelling: `--a-b` is `--a_b`, `--no_x` `--x=false`."""
+    fields = {field.name: field for part in parts for field in dataclasses.fields(part)}
+    words = []
+    for word in argv:
+        name, value = option_name(word), word.partition("=")[1:]
+        if name is None or word == "--":
+            words.append(word)
+        elif name.startswith("no_") and getattr(fields.get(name[3:]), "default", None) is True:
+            words.append(f"--{name[3:]}=false")
+        else:
+            words.append("".join([f"--{_flag(fields[name]) if name in fields else name}", *value]))
+    return words
+
+
+def _instances(parts: Iterable[type], values: argparse.Namespace) -> list[Any]:
+    return [part(**{field.name: getattr(values, field.name) for field in dataclasses.fields(part)}) for part in parts]
+
+
+def _flag(field: dataclasses.Field[Any]) -> str:
+    return field.metadata.get("flag", field.name)
+
+
+def _first_line(part: type) -> str:
+    return (part.__doc__ or "").partition("\n")[0]
+
+
+def _words(value: object) -> str:
+    """Returns a default as it is typed."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _finite(text: str) -> float:
@@ -182,13 +288,28 @@ def _filled(text: str) -> str:
     return text
 
 
-# How values are read, by the type of their option.
-_READERS: dict[Any, Any] = {float: _finite, int: _whole, str: _filled}
+def _truth(text: str) -> bool:
+    word = text.lower()
+    if word not in ("true", "yes", "t", "y", "1", "false", "no", "f", "n", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
+    return word in ("true", "yes", "t", "y", "1")
+
+
+# How values are read, and what help calls them, by the type of their option.
+_READERS: dict[Any, tuple[Any, str]] = {
+    float: (_finite, "X"),
+    int: (_whole, "N"),
+    str: (_filled, "TEXT"),
+    bool: (_truth, "true|false"),
+}
 # What argparse calls them in messages.
 _finite.__name__, _whole.__name__ = "float", "int"
 
 
-def _hint(name: str, parts: tuple[type, ...], prefix: str = "") -> str:
-    known = [field.name for part in parts for field in dataclasses.fields(part)]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+def _hint(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """Returns what to write instead of an unknown option, after `MIGRATION` or by its letters."""
+    there = MIGRATION.get(name, "")
+    if there and set(re.findall(r"--(\w+)", there)) <= set(names):
+        return f"did you mean {there.replace('--', prefix)}?" if there.startswith("--") else there
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     return f"did you mean {prefix}{close[0]}?" if close else "see --help"

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from hf_ddpm import DDPMPipeline
-from hf_ddpm.evaluation.evaluate import Evaluator
+from hf_ddpm.cli import callbacks
 from tests.conftest import load_script
 
 EVALUATED = ["--eval_metrics", "fd,nll", "--eval_num_images", "20", "--eval_inference_steps", "2",
@@ -59,12 +59,12 @@ def test_the_best_model_is_kept_with_its_figures(evaluated):
 def test_better_is_nearer_or_more_diverse(run_training, tmp_path, monkeypatch, metric, scores, best):
     values = iter([*scores, 0])
 
-    def evaluate(self, output, *args, **options):
+    def evaluate(*args, output, **options):
         output.parent.mkdir(exist_ok=True)
         output.write_text("{}")
-        yield {metric: {"value": next(values)}}
+        return {metric: {"value": next(values)}}
 
-    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
+    monkeypatch.setattr(callbacks, "evaluate", evaluate)
     words = [*EVALUATED, "--eval_metrics", metric, "--max_train_steps", "6", "--keep_checkpoints", "3"]
     run_training(tmp_path, *words)
     average = load_file(tmp_path / "checkpoints" / f"step-{best:09d}" / "ema-0.995.safetensors")
@@ -73,14 +73,14 @@ def test_better_is_nearer_or_more_diverse(run_training, tmp_path, monkeypatch, m
 
 
 def test_an_evaluation_that_a_kill_cut_short_is_made_up_for(run_training, tmp_path, monkeypatch):
-    evaluate = Evaluator.evaluate
+    evaluate = callbacks.evaluate
 
-    def killed(self, output, *args, **options):
+    def killed(*args, **options):
         if (tmp_path / "evaluations.jsonl").exists():
             raise KeyboardInterrupt
-        return evaluate(self, output, *args, **options)
+        return evaluate(*args, **options)
 
-    monkeypatch.setattr(Evaluator, "evaluate", killed)
+    monkeypatch.setattr(callbacks, "evaluate", killed)
     with pytest.raises(KeyboardInterrupt):
         run_training(tmp_path, "--max_train_steps", "4", *EVALUATED)
     assert [line["step"] for line in lines(tmp_path)] == [2]
@@ -106,13 +106,13 @@ def test_figures_of_other_requests_are_no_rivals(run_training, evaluated, tmp_pa
 
 
 def test_a_run_goes_on_from_an_evaluation_when_it_is_told_to_stop(run_training, tmp_path, monkeypatch):
-    evaluate = Evaluator.evaluate
+    evaluate = callbacks.evaluate
 
-    def told(self, *args, **options):
+    def told(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(self, *args, **options)
+        return evaluate(*args, **options)
 
-    monkeypatch.setattr(Evaluator, "evaluate", told)
+    monkeypatch.setattr(callbacks, "evaluate", told)
     assert run_training(tmp_path, "--max_train_steps", "4", *EVALUATED) == 128 + signal.SIGTERM
     assert not (tmp_path / "evaluations.jsonl").exists()  # at once: the checkpoint is there
     monkeypatch.undo()

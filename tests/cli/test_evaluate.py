@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel
 
-import hf_ddpm.evaluation.comparison
-import hf_ddpm.evaluation.feature_cache
+import hf_ddpm.evaluation.evaluate
+import hf_ddpm.evaluation.extraction
 from hf_ddpm import DDPMPipeline
 from hf_ddpm.config import DataConfig
 from hf_ddpm.data.sources import choose
@@ -60,12 +60,12 @@ def evaluated(main, words, tmp_path_factory):
 
 
 def test_figures_are_kept_as_soon_as_they_are_known(main, words, tmp_path, monkeypatch):
-    def breaks(metric, sets, figures=hf_ddpm.evaluation.comparison.figures):
+    def breaks(metric, *sets, figures=hf_ddpm.evaluation.evaluate.figures):
         if metric == "kid":
             raise OSError("no space left")
-        return figures(metric, sets)
+        return figures(metric, *sets)
 
-    monkeypatch.setattr(hf_ddpm.evaluation.comparison, "figures", breaks)
+    monkeypatch.setattr(hf_ddpm.evaluation.evaluate, "figures", breaks)
     output = tmp_path / "not" / "yet" / "there" / "results.json"
     with pytest.raises(OSError, match="no space left"):
         main([*words, "--metrics", "fd,kid", "--num_images", "4", "--output", str(output)])
@@ -112,7 +112,7 @@ def test_results_depend_neither_on_the_batch_size_nor_on_an_interruption(main, w
     assert figures(results) == expected
     (samples,) = (tmp_path / "results_samples").iterdir()
     (samples / "shards" / "000000.npy").write_bytes(b"half of")
-    shutil.rmtree(hf_ddpm.evaluation.feature_cache.CACHE)
+    shutil.rmtree(hf_ddpm.evaluation.extraction.CACHE)
     assert figures(run(main, output, *words, "--metrics", ALL, "--num_images", "40")) == expected
 
 

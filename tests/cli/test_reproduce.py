@@ -30,7 +30,7 @@ def test_the_data_are_those_of_the_run(main, trained, tmp_path, capsys):
     ("words", "message"),
     [
         ("", "the following arguments are required: command"),
-        ("step --model m", "argument command: invalid choice: 'step'"),
+        ("step --model m", "unknown command 'step': did you mean steps?"),
         ("steps", "the following arguments are required: --model"),
         ("steps --model no/such/model", "model 'no/such/model' cannot be loaded"),
         ("steps --model m --seed -1", "seed=-1 is not allowed: at least 0"),

@@ -18,7 +18,9 @@ SPACE = ROOT / "hf_ddpm" / "demo" / "space"
 @pytest.fixture(scope="module")
 def app():
     pytest.importorskip("gradio")
-    return load_script("space/app")
+    from hf_ddpm.demo import app
+
+    return app
 
 
 @pytest.fixture

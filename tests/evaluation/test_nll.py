@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ddpm import DDPMScheduler, UNet2DModel
+from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hf_ddpm.config import DataConfig
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.nll import Bound, _edges, variational_bound
@@ -78,7 +78,8 @@ def test_every_term_is_that_of_an_independent_implementation(digits, variance_ty
     levels = np.round(pixels.astype(np.float64) * 16 / 255)
     terms, prior = independent_bound(unet, levels, variance_type, ids, 1000)
     scheduler = DDPMScheduler(variance_type=variance_type)
-    report = variational_bound(unet, scheduler, digits, ids, seed=SEED, batch_size=100, levels=17).report()
+    pipe = DDPMPipeline(unet, scheduler)
+    report = variational_bound(pipe, digits, ids, seed=SEED, batch_size=100, levels=17).report()
     np.testing.assert_allclose(report["terms_bpd"], terms, rtol=0, atol=1e-4)
     assert report["prior_bpd"] == pytest.approx(prior, abs=1e-8)
     assert report["total_bpd"] == pytest.approx(terms.sum() + prior, abs=1e-4)
@@ -91,11 +92,12 @@ def test_every_term_is_that_of_an_independent_implementation(digits, variance_ty
 
 @pytest.fixture(scope="module")
 def small():
-    return network("fixed_small"), DDPMScheduler(num_train_timesteps=20, beta_start=5e-3, beta_end=0.5)
+    scheduler = DDPMScheduler(num_train_timesteps=20, beta_start=5e-3, beta_end=0.5)
+    return DDPMPipeline(network("fixed_small"), scheduler)
 
 
 def bound(small, digits, ids, **options):
-    return variational_bound(*small, digits, ids, **{"seed": 0, "batch_size": 64, "levels": 17, **options})
+    return variational_bound(small, digits, ids, **{"seed": 0, "batch_size": 64, "levels": 17, **options})
 
 
 def test_the_bound_depends_neither_on_batches_nor_on_processes(small, digits):

@@ -3,21 +3,25 @@ import json
 import pytest
 import torch
 
-from hf_ddpm.evaluation.features import Extracted
+from hf_ddpm.evaluation.features import Extracted, load_extractor
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from hf_ddpm.evaluation.kernel import kernel_distance, squared_mmd
 from hf_ddpm.evaluation.precision_recall import precision_recall
-from hf_ddpm.evaluation.results import Sets, figures, read_results, record
+from hf_ddpm.evaluation.results import RealFeatures, Record, figures, read_results
 
 
 def rows(count, shift=0.0, seed=0):
     return torch.randn(count, 3, generator=torch.Generator().manual_seed(seed)) + shift
 
 
+def real(reference, held_out=None):
+    return RealFeatures(load_extractor("digits"), 40, reference, held_out)
+
+
 def test_every_figure_stands_with_its_numbers_and_what_real_images_score():
     generated, reference, held_out = rows(40, 2.0), rows(90, seed=1), rows(40, seed=2)
-    sets = Sets(Extracted(generated), reference, held_out)
-    fd = figures("fd", sets)
+    compared = Extracted(generated), real(reference, held_out)
+    fd = figures("fd", *compared)
     assert fd == {
         "value": frechet_distance(Moments.of(generated), Moments.of(reference)),
         "floor": frechet_distance(Moments.of(held_out), Moments.of(reference)),
@@ -25,36 +29,36 @@ def test_every_figure_stands_with_its_numbers_and_what_real_images_score():
         "reference_images": 90,
     }
     assert fd["floor"] < fd["value"]
-    kid = figures("kid", sets)
+    kid = figures("kid", *compared)
     assert kid["value"] == squared_mmd(generated, reference) > kid["floor"] == squared_mmd(held_out, reference)
-    pr = figures("pr", sets)
+    pr = figures("pr", *compared)
     assert pr["reference_images"] == 40 and pr["k"] == 3
     assert pr["precision"] < pr["held_out_precision"] and pr["recall"] < pr["held_out_recall"]
-    assert "floor" not in figures("fd", Sets(Extracted(generated), reference))
+    assert "floor" not in figures("fd", Extracted(generated), real(reference))
 
 
 def test_precision_and_recall_are_of_as_many_real_images_drawn_at_random():
     # A reference that is sorted, as folders of classes are: its first images would be one class.
     reference = torch.cat([rows(50, 0.0), rows(50, 100.0, seed=1)])
-    pr = figures("pr", Sets(Extracted(torch.cat([rows(20, 0.0, 2), rows(20, 100.0, 3)])), reference))
+    pr = figures("pr", Extracted(torch.cat([rows(20, 0.0, 2), rows(20, 100.0, 3)])), real(reference))
     assert pr["recall"] > 0.5 and pr["precision"] > 0.5
-    few = figures("pr", Sets(Extracted(rows(90, seed=3)), reference[:50]))
+    few = figures("pr", Extracted(rows(90, seed=3)), real(reference[:50]))
     assert few["reference_images"] == 50
     assert (few["precision"], few["recall"]) == precision_recall(rows(90, seed=3), reference[:50])
 
 
 def test_the_kernel_distance_of_many_images_is_in_blocks_as_is_usual():
     generated, reference = rows(2500, 0.1), rows(2000, seed=1)
-    kid = figures("kid", Sets(Extracted(generated), reference))
+    kid = figures("kid", Extracted(generated), real(reference))
     assert (kid["value"], kid["standard_error"]) == kernel_distance(generated, reference, block_size=1000)
     assert kid["block_size"] == 1000
 
 
 def test_the_inception_score_of_few_images_has_as_many_parts():
     probabilities = torch.eye(3)[torch.arange(6) % 3]
-    score = figures("is", Sets(Extracted(rows(6), probabilities), rows(9)))
+    score = figures("is", Extracted(rows(6), probabilities), real(rows(9)))
     assert (score["value"], score["splits"], score["num_images"]) == (1.0, 6, 6)  # each part has one image
-    many = figures("is", Sets(Extracted(rows(300), torch.eye(3)[torch.arange(300) % 3]), rows(9)))
+    many = figures("is", Extracted(rows(300), torch.eye(3)[torch.arange(300) % 3]), real(rows(9)))
     assert many["splits"] == 10 and 2.8 < many["value"] <= 3
 
 
@@ -62,14 +66,23 @@ MODEL = {"name": "m", "checksum": "abc"}
 
 
 def test_results_of_the_same_model_stay_and_of_another_one_go(tmp_path):
-    path = tmp_path / "new" / "results.json"
-    assert not record(path, MODEL, {"fd": 1, "nll": 2})
-    assert not record(path, {"name": "a copy", "checksum": "abc"}, {"fd": 3, "kid": 4})
+    path, lines, seen = tmp_path / "new" / "results.json", [], []
+    first = Record(path, MODEL, {"seed": 1}, seen.append, lines.append)
+    first.add("fd", {"value": 1.0})
+    first.add("nll", {"value": 2.0, "made_by": {"data": "d"}})
+    nll = {"value": 2.0, "made_by": {"seed": 1, "data": "d"}}
+    assert seen == [{"fd": {"value": 1.0, "made_by": {"seed": 1}}}, {"nll": nll}]
+    assert first.figures == seen[0] | seen[1]
+    Record(path, {"name": "a copy", "checksum": "abc"}, log=lines.append).add("fd", {"value": 3.0})
+    fd = {"value": 3.0, "made_by": {}}
+    assert json.loads(path.read_text()) == {"model": {"name": "a copy", "checksum": "abc"}, "fd": fd, "nll": nll}
+    assert lines == []
+    Record(path, {"name": "m", "checksum": "def"}, log=lines.append).add("is", {"value": 5.0})
     assert json.loads(path.read_text()) == {
-        "model": {"name": "a copy", "checksum": "abc"}, "fd": 3, "nll": 2, "kid": 4,
-    }  # fmt: skip
-    assert record(path, {"name": "m", "checksum": "def"}, {"is": 5})
-    assert json.loads(path.read_text()) == {"model": {"name": "m", "checksum": "def"}, "is": 5}
+        "model": {"name": "m", "checksum": "def"},
+        "is": {"value": 5.0, "made_by": {}},
+    }
+    assert lines == [f"{path} held results of another model: they are gone"]
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
 
 

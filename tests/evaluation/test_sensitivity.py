@@ -10,7 +10,7 @@ from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from hf_ddpm.evaluation.kernel import squared_mmd
-from hf_ddpm.evaluation.pictures import copied_fraction
+from hf_ddpm.evaluation.memorization import copied_fraction
 from hf_ddpm.evaluation.precision_recall import precision_recall
 
 

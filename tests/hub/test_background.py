@@ -18,7 +18,7 @@ from hf_ddpm.hub.background import BackgroundPush
 
 folder, hub = Path(sys.argv[1]), Path(sys.argv[2])
 said = []
-push = BackgroundPush("org/x", True, said.append)
+push = BackgroundPush(folder, "org/x", True, said.append)
 
 def fault(*faults):
     (hub / "faults.json").write_text(json.dumps(faults))
@@ -48,10 +48,10 @@ def run(hub, folder):
 
 def test_the_newest_state_is_there_at_the_end(run, hub, folder):
     assert run("""
-push.start(folder, "1")
+push.start("1")
 while push._process.poll() is None: time.sleep(0.01)
 (folder / "metrics.jsonl").write_text("more")
-push.start(folder, "2")
+push.start("2")
 print(json.dumps([push.finish(), said, titles()]))
 """) == [[True, [], ["1", "2"]]]
     assert hub.files()["metrics.jsonl"] == b"more" and hub.repo()["private"]
@@ -62,11 +62,11 @@ def test_a_push_is_of_the_moment_of_its_start_and_what_is_due_meanwhile_comes_la
     first = (folder / UNET).read_bytes()
     assert run(f"""
 fault({{"match": "POST /api/models/org/x/preupload", "wait": 3}})
-push.start(folder, "1")
+push.start("1")
 wait_for("preupload")
 shutil.copyfile(folder / "ema-0.5" / {UNET!r}, folder / {UNET!r})
 for number in "234":
-    push.start(folder, number)
+    push.start(number)
 print(json.dumps([titles(), push._process.poll()]))
 push._process.wait()
 print(json.dumps([titles(), push.finish(), titles(), said]))
@@ -80,13 +80,13 @@ def test_a_failure_is_reported_and_made_up_for(run, folder):
     line = "org/x cannot be pushed to: "
     ((at_next, at_end, titles, said),) = run("""
 fault({"match": "POST /api/models/org/x/commit", "status": 500, "message": "full"})
-push.start(folder, "1")
+push.start("1")
 push._process.wait()
-push.start(folder, "2")
+push.start("2")
 at_next = list(said)
 push._process.wait()
 (folder / "model_index.json").rename(folder / "elsewhere")
-push.start(folder, "3")
+push.start("3")
 (folder / "elsewhere").rename(folder / "model_index.json")
 at_end = push.finish()
 fault()
@@ -100,7 +100,7 @@ print(json.dumps([at_next, at_end, [push.finish(), titles()], said]))
 
 
 def test_a_bad_token_ends_no_run(run):
-    (found,) = run("push.start(folder); print(json.dumps([push.finish(), *said]))", token="hf_nobody")
+    (found,) = run("push.start(); print(json.dumps([push.finish(), *said]))", token="hf_nobody")
     line = "org/x cannot be pushed to: the Hub does not know the token: log in with `hf auth login`, or set HF_TOKEN"
     assert found == [False, line, line]  # once for the push, once for the attempt at the end
 
@@ -108,7 +108,7 @@ def test_a_bad_token_ends_no_run(run):
 def test_a_hub_that_never_answers_keeps_no_run_from_ending(run, hub, folder):
     ending = """
 fault({"match": "PUT /lfs", "stall": True})
-push.start(folder)
+push.start()
 wait_for("PUT /lfs")
 pid = push._process.pid
 """
@@ -126,7 +126,7 @@ print(json.dumps([push.finish(time_limit=0.5), said]))
     os.kill(run(ending + "print(pid)")[0], signal.SIGKILL)
     (folder / ".push" / "unet" / "old.safetensors").write_text("left behind")
     hub.fault()
-    assert run("push.start(folder); print(json.dumps([push.finish(), said]))") == [[True, []]]
+    assert run("push.start(); print(json.dumps([push.finish(), said]))") == [[True, []]]
     assert set(hub.files()) - {".gitattributes"} == set(PUSHED) and not (folder / ".push").exists()
 
 

@@ -80,6 +80,15 @@ def test_a_run_that_was_not_evaluated_has_a_card_without_figures(trained):
     assert "has not been evaluated" in card.text and "## Training" in card.text
 
 
+def test_a_run_writes_its_card_without_loading_the_model(run_training, tmp_path, monkeypatch):
+    monkeypatch.setattr(DDPMPipeline, "from_pretrained", lambda *args, **options: pytest.fail("loaded"))
+    run_training(tmp_path / "run", "--max_train_steps", "4")
+    monkeypatch.undo()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "## Training" in card
+    assert write_card(tmp_path / "run").read_text() == card  # as from the files
+
+
 @pytest.mark.parametrize("change", ["weights", "scheduler"])
 def test_of_another_model_a_card_tells_nothing_that_is_left_beside_it(copied, change):
     pipe = DDPMPipeline.from_pretrained(copied)

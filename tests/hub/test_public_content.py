@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from hf_ddpm.hub.card import write_card
-from hf_ddpm.hub.folder import model_files, public_content
+from hf_ddpm.hub.push import model_files, public_content
 from tests.conftest import TINY_RUN, load_script
 from tests.hub.conftest import ROOT
 

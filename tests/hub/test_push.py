@@ -6,8 +6,7 @@ import shutil
 
 import pytest
 
-from hf_ddpm.hub.folder import model_files
-from hf_ddpm.hub.push import push_model
+from hf_ddpm.hub.push import model_files, push_model
 from tests.conftest import LIMIT, load_script
 from tests.hub.conftest import CALL, KEPT, PUSHED, ROOT, contents
 
@@ -259,7 +258,7 @@ def test_the_command_pushes(hub, folder):
         ("--hub_model_id x", "hub_model_id='x' is not allowed: namespace/name"),
         ("--model nowhere", "model='nowhere' is not allowed: there is no such folder"),
         ("--space demo", "space='demo' is not allowed: namespace/name"),
-        ("--private maybe", "argument --private: Truthy value expected: got maybe"),
+        ("--private maybe", "argument --private: 'maybe': expected true or false"),
     ],
 )
 def test_wrong_requests_to_push_are_one_line(tmp_path, wrong, message):

@@ -4,8 +4,10 @@ from accelerate import Accelerator
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.images import to_signed
-from hf_ddpm.paper.study import Study, Subject
+from hf_ddpm.paper.context import FigureContext
+from hf_ddpm.paper.options import FigureOptions
 from tests.conftest import TINY_UNET
 
 T = 20
@@ -22,23 +24,36 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def study(model, tmp_path):
-    made = Study(Subject(model, str(tmp_path / "figures"), dataset="digits"), Accelerator(cpu=True))
+def context(model, tmp_path):
+    made = FigureContext(
+        FigureOptions(model=model, output=str(tmp_path / "figures"), dataset="digits"), Accelerator(cpu=True)
+    )
     made.pipe.set_progress_bar_config(disable=True)
     return made
 
 
 @pytest.fixture
-def knowing(study):
-    """A study whose network knows data N(m, s^2 I), of the mean and the deviation of the digits, perfectly."""
-    images = to_signed(study.evaluator("nll").held_out[torch.arange(899)], 17)
+def distance(context, tmp_path):
+    """The Frechet distance that an evaluation of the model finds."""
+
+    def find(count, sampling):
+        reference, output = context.reference("fd", count), tmp_path / "evaluated" / "results.json"
+        return evaluate(reference.config, sampling, pipe=context.pipe, reference=reference, output=output)["fd"]
+
+    return find
+
+
+@pytest.fixture
+def knowing(context):
+    """A context whose network knows data N(m, s^2 I), of the mean and the deviation of the digits, perfectly."""
+    images = to_signed(context.reference("nll").held_out[torch.arange(899)], 17)
     mean, deviation = images.mean(), images.std()
 
     class Knows(UNet2DModel):
         def forward(self, sample, timestep, class_labels=None, return_dict=True):
-            bars = study.pipe.scheduler.diffusion.alphas_cumprod[torch.as_tensor(timestep)].float().view(-1, 1, 1, 1)
+            bars = context.pipe.scheduler.diffusion.alphas_cumprod[torch.as_tensor(timestep)].float().view(-1, 1, 1, 1)
             spread = bars * deviation**2 + 1 - bars
             return UNet2DOutput((1 - bars).sqrt() * (sample - bars.sqrt() * mean) / spread)
 
-    study.pipe.unet = Knows(**TINY_UNET)
-    return study
+    context.pipe.unet = Knows(**TINY_UNET)
+    return context

@@ -9,7 +9,19 @@ from PIL import Image
 
 from hf_ddpm.config import parse_config
 from hf_ddpm.diffusion.losses import Objective
-from hf_ddpm.paper.ablation import RESULTS, ROWS, AblationConfig, ablation, agreement, evaluated, outcome, spread
+from hf_ddpm.paper import options as figure_options
+from hf_ddpm.paper.ablation import (
+    RESULTS,
+    ROWS,
+    ablation,
+    agreement,
+    evaluated,
+    outcome,
+    run_folder,
+    spread,
+    training,
+)
+from hf_ddpm.paper.options import AblationOptions
 from tests.conftest import load_script
 
 TINY = """
@@ -42,7 +54,7 @@ def options(folder, more="", **others):
     config = Path(tempfile.mkdtemp()) / "tiny.yaml"
     config.write_text(TINY + more)
     few = {"rows": ["mean-fixed", "epsilon-simple"], "seeds": [3, 4], "max_train_steps": 2, "num_images": 8}
-    return AblationConfig(**{"output": str(folder), "config": str(config), "num_inference_steps": 2, **few, **others})
+    return AblationOptions(**{"output": str(folder), "config": str(config), "num_inference_steps": 2, **few, **others})
 
 
 def written(folder):
@@ -56,11 +68,11 @@ def test_every_row_of_the_table_is_expressed():
         "epsilon-fixed": ("epsilon", "vlb", "fixed_small"), "epsilon-simple": ("epsilon", "simple", "fixed_small"),
     }  # fmt: skip
     for row, (prediction, objective, variance) in expected.items():
-        config = parse_config(AblationConfig().words(row, 5))
+        config = parse_config(training(AblationOptions(), row, 5))
         assert config.diffusion.prediction_type == prediction and config.training.objective == objective
         assert config.diffusion.variance_type == variance and config.training.seed == 5
         Objective(objective, prediction, variance)  # which refuses what cannot be trained
-    assert list(expected) == list(ROWS)
+    assert list(expected) == list(ROWS) == figure_options.ROWS
     assert [row.paper for row in ROWS.values()] == [23.69, 13.22, None, None, 13.51, 3.17]
 
 
@@ -100,7 +112,7 @@ def test_figures_of_other_requests_are_not_taken(done):
     for more, others in [("", {}), ("eval_split: validation", {}), ("eval_extractor: org/model", {}),
                          ("", {"num_images": 9}), ("", {"num_inference_steps": 3})]:  # fmt: skip
         asked = options(done, more, **others)
-        found = evaluated(asked, asked.folder("mean-fixed", 3), parse_config(asked.words("mean-fixed", 3)))
+        found = evaluated(asked, run_folder(asked, "mean-fixed", 3), parse_config(training(asked, "mean-fixed", 3)))
         assert (found is None) == bool(more or others)
 
 

@@ -11,53 +11,65 @@ from PIL import Image
 from hf_ddpm import DDPMScheduler
 from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.images import to_signed
-from hf_ddpm.paper.everything import FIGURES, AllConfig, everything
-from hf_ddpm.paper.interpolation import InterpolateConfig, interpolate
-from hf_ddpm.paper.lossy import LossyConfig, lossy_reconstruct
-from hf_ddpm.paper.nearest_neighbors import NearestConfig, as_points, nearest_neighbors
-from hf_ddpm.paper.progressive import ProgressiveConfig, progressive
-from hf_ddpm.paper.rate_distortion import RateDistortionConfig, falls, rate_distortion
-from hf_ddpm.paper.schedules import SchedulesConfig, schedules, with_schedule
-from hf_ddpm.paper.shared_latent import SharedLatentConfig, shared_latent
-from hf_ddpm.paper.steps import StepsConfig, steps
+from hf_ddpm.paper import everything
+from hf_ddpm.paper.interpolate import interpolate
+from hf_ddpm.paper.lossy_reconstruct import lossy_reconstruct
+from hf_ddpm.paper.nearest_neighbors import as_points, nearest_neighbors
+from hf_ddpm.paper.options import (
+    FIGURES,
+    AllOptions,
+    InterpolateOptions,
+    LossyReconstructOptions,
+    NearestNeighborsOptions,
+    ProgressiveOptions,
+    RateDistortionOptions,
+    SchedulesOptions,
+    SharedLatentOptions,
+    StepsOptions,
+)
+from hf_ddpm.paper.progressive import progressive
+from hf_ddpm.paper.rate_distortion import falls, rate_distortion
+from hf_ddpm.paper.schedules import schedules, with_schedule
+from hf_ddpm.paper.shared_latent import shared_latent
+from hf_ddpm.paper.steps import steps
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.plots import save_curves
 from tests.conftest import load_script
 from tests.paper.conftest import T
 
 
-def written(study, name):
-    assert "](" in (study.folder / f"{name}.md").read_text()
-    return json.loads((study.folder / f"{name}.json").read_text())
+def written(context, name):
+    assert "](" in (context.folder / f"{name}.md").read_text()
+    return json.loads((context.folder / f"{name}.json").read_text())
 
 
 @pytest.fixture
-def drawn(study, monkeypatch):
+def drawn(context, monkeypatch):
     """Curves by file, as they are given to the plots, which are drawn all the same."""
     curves = {}
 
     def note(path, given, save=save_curves, **options):
-        assert path.parent == study.folder
+        assert path.parent == context.folder
         curves[path.name] = given
         return save(path, given, **options)
 
-    monkeypatch.setattr("hf_ddpm.paper.study.save_curves", note)
+    monkeypatch.setattr("hf_ddpm.paper.context.save_curves", note)
     return curves
 
 
-def test_the_progress_ends_with_the_samples_of_the_seed(study, drawn):
-    options = ProgressiveConfig(shown=3, columns=4, frames=7, num_images=5)
-    progressive(study, options)
-    moments = written(study, "progressive")["moments"]
+def test_the_progress_ends_with_the_samples_of_the_seed(context, distance, drawn):
+    options = ProgressiveOptions(shown=3, columns=4, frames=7, num_images=5)
+    progressive(context, options)
+    moments = written(context, "progressive")["moments"]
     assert [moment["t"] for moment in moments] == [20, 14, 7, 1]
     errors = [moment["rmse"] for moment in moments]
     assert errors[-1] == 0 and all(error > 0 for error in errors[:-1])
-    found, *_ = study.evaluator("fd", 5).evaluate(study.folder / "r.json", Sampling(num_inference_steps=T), study.pipe)
-    assert moments[-1]["value"] == pytest.approx(found["fd"]["value"], rel=1e-5)
-    assert moments[-1]["floor"] == pytest.approx(found["fd"]["floor"], rel=1e-5)
-    with Image.open(study.folder / "progressive.gif") as animation:
+    found = distance(5, Sampling(num_inference_steps=T))
+    assert moments[-1]["value"] == pytest.approx(found["value"], rel=1e-5)
+    assert moments[-1]["floor"] == pytest.approx(found["floor"], rel=1e-5)
+    with Image.open(context.folder / "progressive.gif") as animation:
         assert animation.n_frames == 7
-    assert (study.folder / "progressive_distance.png").exists()
+    assert (context.folder / "progressive_distance.png").exists()
     # Standing at t, the network has been evaluated T + 1 - t times.
     evaluations = [T + 1 - moment["t"] for moment in moments]
     assert drawn["progressive_distance.png"] == {
@@ -66,49 +78,49 @@ def test_the_progress_ends_with_the_samples_of_the_seed(study, drawn):
     }
 
 
-def test_progress_needs_no_data(study):
-    study.subject.dataset = None
-    progressive(study, ProgressiveConfig(shown=1, columns=2, frames=2, num_images=0, animation="webp"))
-    assert written(study, "progressive")["moments"][0].keys() == {"t", "rmse"}
-    with Image.open(study.folder / "progressive.webp") as animation:
+def test_progress_needs_no_data(context):
+    context.options.dataset = None
+    progressive(context, ProgressiveOptions(shown=1, columns=2, frames=2, num_images=0, animation="webp"))
+    assert written(context, "progressive")["moments"][0].keys() == {"t", "rmse"}
+    with Image.open(context.folder / "progressive.webp") as animation:
         assert animation.n_frames == 2 and animation.size == (64, 64)
 
 
-def test_interpolations_end_at_reconstructions(study):
-    interpolate(study, InterpolateConfig(diffused=[15, 5], weights=[0.5], rows=[3, 8]))
-    rows = written(study, "interpolate")["reconstruction_rmse"]
+def test_interpolations_end_at_reconstructions(context):
+    interpolate(context, InterpolateOptions(diffused=[15, 5], weights=[0.5], rows=[3, 8]))
+    rows = written(context, "interpolate")["reconstruction_rmse"]
     assert [row["diffused"] for row in rows] == [5, 15]
-    pair = to_signed(study.evaluator("nll").held_out[torch.tensor([3, 8])], 17)
+    pair = to_signed(context.reference("nll").held_out[torch.tensor([3, 8])], 17)
     from hf_ddpm.utils.seeds import FIGURES as PURPOSE
     from hf_ddpm.utils.seeds import generator
 
     source = generator(0, PURPOSE)
-    latents = study.pipe.encode(pair, 14, source)
+    latents = context.pipe.encode(pair, 14, source)
     for name, image, latent in zip(("first", "second"), pair, latents, strict=True):
-        again = study.pipe.decode(latent[None], 14, source.clone_state(), "pt")
+        again = context.pipe.decode(latent[None], 14, source.clone_state(), "pt")
         expected = 255 * ((image + 1) / 2 - again[0]).square().mean().sqrt().item()
         assert rows[1][name] == pytest.approx(expected, rel=1e-3)
 
 
-def test_two_files_are_interpolated(study, tmp_path):
+def test_two_files_are_interpolated(context, tmp_path):
     Image.new("RGB", (16, 12), "white").save(tmp_path / "a.png")
     Image.new("L", (8, 8)).save(tmp_path / "b.png")
-    study.subject.dataset = None
+    context.options.dataset = None
     files = {"first": str(tmp_path / "a.png"), "second": str(tmp_path / "b.png")}
-    interpolate(study, InterpolateConfig(**files, diffused=[1], weights=[0, 1]))
-    sheet = np.asarray(Image.open(study.folder / "interpolate.png"))
+    interpolate(context, InterpolateOptions(**files, diffused=[1], weights=[0, 1]))
+    sheet = np.asarray(Image.open(context.folder / "interpolate.png"))
     row = sheet[-32, -(4 * 67 - 3) :, 0]
     assert row[32] == 255 and row[-32] == 0  # the images themselves, on the left and on the right
     (tmp_path / "b.png").write_text("no image")
     with pytest.raises(ValueError, match="b.png' is no image that can be used: it is no image of a known format"):
-        interpolate(study, InterpolateConfig(**files))
+        interpolate(context, InterpolateOptions(**files))
     (tmp_path / "b.png").unlink()
     with pytest.raises(ValueError, match="b.png' is no image that can be used"):
-        interpolate(study, InterpolateConfig(**files))
+        interpolate(context, InterpolateOptions(**files))
 
 
 def test_images_of_a_latent_differ_the_less_the_later_it_is(knowing):
-    shared_latent(knowing, SharedLatentConfig(latents=20, num_images=5, diffused=[2, 5, 10, 20]))
+    shared_latent(knowing, SharedLatentOptions(latents=20, num_images=5, diffused=[2, 5, 10, 20]))
     moments = written(knowing, "shared-latent")["moments"]
     assert [moment["t"] for moment in moments] == [20, 10, 5, 2]
     variety = [moment["rmse_between_images"] for moment in moments]
@@ -116,7 +128,7 @@ def test_images_of_a_latent_differ_the_less_the_later_it_is(knowing):
 
 
 def test_distortion_falls_as_the_rate_rises(knowing, drawn):
-    rate_distortion(knowing, RateDistortionConfig(num_images=20, rows=5))
+    rate_distortion(knowing, RateDistortionOptions(num_images=20, rows=5))
     figures = written(knowing, "rate-distortion")
     (x, y), (steps, rates), (also, distortions) = (
         drawn[f"rate-distortion{what}.png"][""] for what in ("", "_rate", "_distortion")
@@ -133,9 +145,9 @@ def test_distortion_falls_as_the_rate_rises(knowing, drawn):
     assert falls([{"rate_bpd": 2, "distortion": 1}, {"rate_bpd": 1, "distortion": 2}])
 
 
-def test_the_rate_is_the_bound_of_an_evaluation_without_its_last_term(study, model, tmp_path):
-    rate_distortion(study, RateDistortionConfig(num_images=3))
-    figures = written(study, "rate-distortion")
+def test_the_rate_is_the_bound_of_an_evaluation_without_its_last_term(context, model, tmp_path):
+    rate_distortion(context, RateDistortionOptions(num_images=3))
+    figures = written(context, "rate-distortion")
     words = ["--model", model, "--dataset", "digits", "--metrics", "nll", "--num_images", "3"]
     load_script("evaluate").main([*words, "--output", str(tmp_path / "results.json")])
     nll = json.loads((tmp_path / "results.json").read_text())["nll"]
@@ -145,41 +157,41 @@ def test_the_rate_is_the_bound_of_an_evaluation_without_its_last_term(study, mod
 
 
 def test_lossy_reconstructions_have_the_distortions_of_their_moment(knowing):
-    lossy_reconstruct(knowing, LossyConfig(num_images=8, diffused=[2, 20]))
+    lossy_reconstruct(knowing, LossyReconstructOptions(num_images=8, diffused=[2, 20]))
     late, early = written(knowing, "lossy-reconstruct")["moments"]
     assert (late["t"], early["t"]) == (20, 2)
     for distortion in ("rmse_of_estimates", "rmse_of_samples"):
         assert early[distortion] < 0.5 * late[distortion]
     # A sample has the spread of the posterior beside the error of its mean.
     assert late["rmse_of_samples"] > 1.2 * late["rmse_of_estimates"]
-    bound = knowing.evaluator("nll", 8).bound(knowing.pipe, 0)
+    bound = knowing.reference("nll", 8).bound(knowing.pipe, 0)
     assert early["rate_bpd"] == bound["rate_bpd"][1] and late["rate_bpd"] == bound["rate_bpd"][19]
     assert early["rmse_of_estimates"] == pytest.approx(bound["distortion"][1], rel=0.2)
 
 
-def test_neighbors_are_those_of_the_training_images(study):
-    nearest_neighbors(study, NearestConfig(num_images=6))
-    figures = written(study, "nearest-neighbors")
-    samples = study.samples(6, Sampling(num_inference_steps=T))[torch.arange(6)].float().flatten(1)
-    training = study.evaluator("fd").reference[torch.arange(898)].float().flatten(1)
+def test_neighbors_are_those_of_the_training_images(context):
+    nearest_neighbors(context, NearestNeighborsOptions(num_images=6))
+    figures = written(context, "nearest-neighbors")
+    samples = context.samples(6, Sampling(num_inference_steps=T))[torch.arange(6)].float().flatten(1)
+    training = context.reference("fd").images[torch.arange(898)].float().flatten(1)
     distances = torch.cdist(samples.double(), training.double()).min(dim=1).values
     assert figures["median_distances"]["pixels"]["samples"] == pytest.approx(distances.quantile(0.5).item(), rel=1e-5)
     assert figures["exact_copies"] == 0
     for name in ("pixels", "features"):
         assert figures["median_distances"][name]["held_out"] < figures["median_distances"][name]["samples"]
-        Image.open(study.folder / f"nearest-neighbors_{name}.png").verify()
+        Image.open(context.folder / f"nearest-neighbors_{name}.png").verify()
 
 
-def test_data_without_held_out_images_will_do(study):
-    study.subject.split, study.subject.floor = "none", False
-    nearest_neighbors(study, NearestConfig(num_images=6))
-    assert list(written(study, "nearest-neighbors")["median_distances"]["pixels"]) == ["samples"]
-    progressive(study, ProgressiveConfig(shown=1, columns=2, frames=2, num_images=901))  # more than any split holds
-    moment = written(study, "progressive")["moments"][-1]
+def test_data_without_held_out_images_will_do(context):
+    context.options.split, context.options.floor = "none", False
+    nearest_neighbors(context, NearestNeighborsOptions(num_images=6))
+    assert list(written(context, "nearest-neighbors")["median_distances"]["pixels"]) == ["samples"]
+    progressive(context, ProgressiveOptions(shown=1, columns=2, frames=2, num_images=901))  # more than any split holds
+    moment = written(context, "progressive")["moments"][-1]
     assert moment["num_images"] == 901 and "floor" not in moment
-    steps(study, StepsConfig(steps=[2], samplers=[], num_images=5))
-    assert "floor" not in written(study, "steps")["in_all_steps"]
-    assert "held-out" not in "".join((study.folder / f"{name}.md").read_text() for name in ("steps", "progressive"))
+    steps(context, StepsOptions(steps=[2], samplers=[], num_images=5))
+    assert "floor" not in written(context, "steps")["in_all_steps"]
+    assert "held-out" not in "".join((context.folder / f"{name}.md").read_text() for name in ("steps", "progressive"))
 
 
 def test_large_images_are_compared_small():
@@ -194,29 +206,29 @@ def test_large_images_are_compared_small():
     assert nearest(points[:1], points)[0].item() == 0
 
 
-def test_a_network_is_shown_the_time_of_the_same_noise(study):
-    own = study.pipe.scheduler.diffusion.alphas_cumprod
-    process = DDPMScheduler.from_config(study.pipe.scheduler.config, beta_schedule="squaredcos_cap_v2")
-    other = with_schedule(study.pipe, "squaredcos_cap_v2")
+def test_a_network_is_shown_the_time_of_the_same_noise(context):
+    own = context.pipe.scheduler.diffusion.alphas_cumprod
+    process = DDPMScheduler.from_config(context.pipe.scheduler.config, beta_schedule="squaredcos_cap_v2")
+    other = with_schedule(context.pipe, "squaredcos_cap_v2")
     assert torch.equal(other.scheduler.diffusion.alphas_cumprod, process.diffusion.alphas_cumprod)
     seen = []
-    study.pipe.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    context.pipe.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     other.unet(torch.zeros(20, 1, 8, 8), torch.arange(20))
     ratio = torch.log(own / (1 - own)).numpy()
     asked = process.diffusion.alphas_cumprod
     expected = torch.log(asked / (1 - asked)).numpy().clip(ratio[-1], ratio[0])
     shown = np.interp(seen[0].numpy(), np.arange(T), ratio)
     np.testing.assert_allclose(shown, expected, rtol=1e-4, atol=1e-4)
-    same = with_schedule(study.pipe, "linear")
+    same = with_schedule(context.pipe, "linear")
     same.unet(torch.zeros(20, 1, 8, 8), torch.arange(20))
     np.testing.assert_allclose(seen[1].numpy(), np.arange(T), atol=1e-5)
 
 
-def test_the_own_schedule_has_the_bound_of_the_model(study, drawn):
-    schedules(study, SchedulesConfig(num_images=2))
-    found = written(study, "schedules")["schedules"]
+def test_the_own_schedule_has_the_bound_of_the_model(context, drawn):
+    schedules(context, SchedulesOptions(num_images=2))
+    found = written(context, "schedules")["schedules"]
     assert list(found) == ["linear", "squaredcos_cap_v2"]
-    bound = study.evaluator("nll", 2).bound(study.pipe, 0)
+    bound = context.reference("nll", 2).bound(context.pipe, 0)
     assert found["linear"]["total_bpd"] == pytest.approx(bound["total_bpd"], rel=1e-5)
     assert found["linear"]["total_bpd"] != pytest.approx(found["squaredcos_cap_v2"]["total_bpd"], rel=1e-3)
     for file, key in [("terms", "terms_bpd"), ("losses", "losses"), ("signal", "signal")]:
@@ -226,47 +238,55 @@ def test_the_own_schedule_has_the_bound_of_the_model(study, drawn):
     assert len(found["linear"]["losses"]) == T and found["linear"]["losses"][0] == pytest.approx(1, rel=0.3)
 
 
-def test_one_report_holds_all_figures(study):
-    study.folder.mkdir()
-    (study.folder / "ablation.md").write_text("## Ablation\n")
-    everything(study, AllConfig(num_images=4))
-    report = (study.folder / "report.md").read_text()
+def test_one_report_holds_all_figures(context):
+    context.folder.mkdir()
+    (context.folder / "ablation.md").write_text("## Ablation\n")
+    everything(context, AllOptions(num_images=4))
+    report = (context.folder / "report.md").read_text()
     titles = [line for line in report.splitlines() if line.startswith("#")]
     assert len(titles) == 2 + len(FIGURES) and titles[-1] == "## Ablation"
     pictures = re.findall(r"!\[[^]]+\]\((\S+)\)", report)
-    assert len(pictures) >= len(FIGURES) and all((study.folder / picture).exists() for picture in pictures)
+    assert len(pictures) >= len(FIGURES) and all((context.folder / picture).exists() for picture in pictures)
 
 
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (interpolate, lambda: InterpolateConfig(first="a.png"), "second=None is not allowed: both files, or none"),
-        (interpolate, lambda: InterpolateConfig(rows=[1]), r"rows=\[1\] is not allowed: two numbers"),
-        (interpolate, lambda: InterpolateConfig(rows=[0, 899]), r"rows=\[0, 899\] is not allowed: less than the 899"),
-        (interpolate, lambda: InterpolateConfig(weights=[2]), r"weights=\[2\] is not allowed: in \[0, 1\]"),
-        (interpolate, lambda: InterpolateConfig(diffused=[0]), r"diffused=\[0\] is not allowed: 1 to 20"),
-        (shared_latent, lambda: SharedLatentConfig(diffused=[21]), r"diffused=\[21\] is not allowed: 1 to 20"),
-        (shared_latent, lambda: SharedLatentConfig(num_images=1), "num_images=1 is not allowed: at least 2"),
-        (progressive, lambda: ProgressiveConfig(columns=1), "columns=1 is not allowed: at least 2"),
-        (progressive, lambda: ProgressiveConfig(frames=5), "frames=5 is not allowed: at least columns=11"),
-        (progressive, lambda: ProgressiveConfig(num_images=1), "num_images=1 is not allowed: 0, or at least 2"),
-        (rate_distortion, lambda: RateDistortionConfig(rows=1), "rows=1 is not allowed: at least 2"),
-        (lossy_reconstruct, lambda: LossyConfig(num_images=900), "num_images=900 is not allowed: at most the 899"),
-        (nearest_neighbors, lambda: NearestConfig(num_images=1), "num_images=1 is not allowed: at least 2"),
-        (schedules, lambda: SchedulesConfig(schedules=["sine"]), r"schedules=\['sine'\] is not allowed: any of linear"),
+        (interpolate, lambda: InterpolateOptions(first="a.png"), "second=None is not allowed: both files, or none"),
+        (interpolate, lambda: InterpolateOptions(rows=[1]), r"rows=\[1\] is not allowed: two numbers"),
+        (interpolate, lambda: InterpolateOptions(rows=[0, 899]), r"rows=\[0, 899\] is not allowed: less than the 899"),
+        (interpolate, lambda: InterpolateOptions(weights=[2]), r"weights=\[2\] is not allowed: in \[0, 1\]"),
+        (interpolate, lambda: InterpolateOptions(diffused=[0]), r"diffused=\[0\] is not allowed: 1 to 20"),
+        (shared_latent, lambda: SharedLatentOptions(diffused=[21]), r"diffused=\[21\] is not allowed: 1 to 20"),
+        (shared_latent, lambda: SharedLatentOptions(num_images=1), "num_images=1 is not allowed: at least 2"),
+        (progressive, lambda: ProgressiveOptions(columns=1), "columns=1 is not allowed: at least 2"),
+        (progressive, lambda: ProgressiveOptions(frames=5), "frames=5 is not allowed: at least columns=11"),
+        (progressive, lambda: ProgressiveOptions(num_images=1), "num_images=1 is not allowed: 0, or at least 2"),
+        (rate_distortion, lambda: RateDistortionOptions(rows=1), "rows=1 is not allowed: at least 2"),
+        (
+            lossy_reconstruct,
+            lambda: LossyReconstructOptions(num_images=900),
+            "num_images=900 is not allowed: at most the 899",
+        ),
+        (nearest_neighbors, lambda: NearestNeighborsOptions(num_images=1), "num_images=1 is not allowed: at least 2"),
+        (
+            schedules,
+            lambda: SchedulesOptions(schedules=["sine"]),
+            r"schedules=\['sine'\] is not allowed: any of linear",
+        ),
     ],
 )
-def test_wrong_options_are_one_line(study, make, options, message):
+def test_wrong_options_are_one_line(context, make, options, message):
     with pytest.raises(ValueError, match=message) as caught:
-        make(study, options())
+        make(context, options())
     assert "\n" not in str(caught.value)
 
 
-def test_other_schedulers_are_refused_by_name(study):
+def test_other_schedulers_are_refused_by_name(context):
     import diffusers
 
-    study.pipe.scheduler = diffusers.DDIMScheduler.from_config(study.pipe.scheduler.config)
-    for make, options in [(interpolate, InterpolateConfig()), (shared_latent, SharedLatentConfig()),
-                          (rate_distortion, RateDistortionConfig()), (schedules, SchedulesConfig())]:  # fmt: skip
+    context.pipe.scheduler = diffusers.DDIMScheduler.from_config(context.pipe.scheduler.config)
+    for make, options in [(interpolate, InterpolateOptions()), (shared_latent, SharedLatentOptions()),
+                          (rate_distortion, RateDistortionOptions()), (schedules, SchedulesOptions())]:  # fmt: skip
         with pytest.raises(ValueError, match="needs a DDPMScheduler, not (a|the) DDIMScheduler"):
-            make(study, options)
+            make(context, options)

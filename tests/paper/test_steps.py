@@ -6,43 +6,43 @@ from PIL import Image
 
 import hf_ddpm.sampling.generate
 from hf_ddpm import DDPMScheduler
-from hf_ddpm.paper.steps import StepsConfig, caution, in_words, steps, walks
+from hf_ddpm.paper.options import StepsOptions
+from hf_ddpm.paper.steps import caution, in_words, steps, walks
 from hf_ddpm.sampling.options import Sampling
 from tests.paper.conftest import T
 
-OPTIONS = StepsConfig(steps=[2, 5], samplers=["ddim", "euler"], num_images=40)
+OPTIONS = StepsOptions(steps=[2, 5], samplers=["ddim", "euler"], num_images=40)
 
 
-def written(study, name="steps"):
-    return json.loads((study.folder / f"{name}.json").read_text())
+def written(context, name="steps"):
+    return json.loads((context.folder / f"{name}.json").read_text())
 
 
-def test_distances_are_those_of_an_evaluation(study, tmp_path):
-    steps(study, OPTIONS)
-    figures = written(study)
+def test_distances_are_those_of_an_evaluation(context, distance):
+    steps(context, OPTIONS)
+    figures = written(context)
     rows = {row["sampler"]: {point["steps"]: point for point in row["points"]} for row in figures["rows"]}
     assert {name: list(points) for name, points in rows.items()} == {
         "ddpm, fixed_large": [2, 5, T], "ddpm, fixed_small": [2, 5, T], "ddim": [2, 5], "euler": [2, 5],
     }  # fmt: skip
     for name, sampler in [("ddpm, fixed_large", "ddpm"), ("ddim", "ddim")]:
         sampling = Sampling(num_inference_steps=5, scheduler=sampler)
-        found, *_ = study.evaluator("fd", 40).evaluate(tmp_path / "results.json", sampling, study.pipe)
-        assert rows[name][5]["value"] == pytest.approx(found["fd"]["value"], rel=1e-6)
-        assert rows[name][5]["floor"] == pytest.approx(found["fd"]["floor"], rel=1e-6)
+        found = distance(40, sampling)
+        assert rows[name][5]["value"] == pytest.approx(found["value"], rel=1e-6)
+        assert rows[name][5]["floor"] == pytest.approx(found["floor"], rel=1e-6)
         assert rows[name][5]["num_images"] == 40 and rows[name][5]["evaluations"] == 5
-    study.pipe.scheduler = DDPMScheduler.from_config(study.pipe.scheduler.config, variance_type="fixed_small")
-    small = Sampling(num_inference_steps=T)
-    found, *_ = study.evaluator("fd", 40).evaluate(tmp_path / "small.json", small, study.pipe)
-    assert rows["ddpm, fixed_small"][T]["value"] == pytest.approx(found["fd"]["value"], rel=1e-6)
+    context.pipe.scheduler = DDPMScheduler.from_config(context.pipe.scheduler.config, variance_type="fixed_small")
+    found = distance(40, Sampling(num_inference_steps=T))
+    assert rows["ddpm, fixed_small"][T]["value"] == pytest.approx(found["value"], rel=1e-6)
 
 
-def test_the_curves_are_those_of_the_table(study, monkeypatch):
+def test_the_curves_are_those_of_the_table(context, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
-        "hf_ddpm.paper.study.save_curves", lambda path, curves, **options: drawn.update({path.name: curves})
+        "hf_ddpm.paper.context.save_curves", lambda path, curves, **options: drawn.update({path.name: curves})
     )
-    steps(study, OPTIONS)
-    figures = written(study)
+    steps(context, OPTIONS)
+    figures = written(context)
     expected = {
         row["sampler"]: tuple(list(column) for column in zip(*((p["steps"], p["value"]) for p in points), strict=True))
         for row in figures["rows"]
@@ -52,9 +52,9 @@ def test_the_curves_are_those_of_the_table(study, monkeypatch):
     assert drawn["steps.png"] == {**expected, "held-out images": ([2, T], [full["floor"]] * 2)}
 
 
-def test_the_fewest_steps_are_within_a_tenth_of_all(study):
-    steps(study, OPTIONS)
-    figures = written(study)
+def test_the_fewest_steps_are_within_a_tenth_of_all(context):
+    steps(context, OPTIONS)
+    figures = written(context)
     full = figures["rows"][0]["points"][-1]["value"]
     assert figures["in_all_steps"] == {"sampler": "ddpm, fixed_large", **figures["rows"][0]["points"][-1]}
     for row in figures["rows"]:
@@ -63,9 +63,9 @@ def test_the_fewest_steps_are_within_a_tenth_of_all(study):
     assert figures["rows"][0]["fewest"] is not None
 
 
-def test_all_that_a_figure_needs_is_written(study):
-    steps(study, OPTIONS)
-    figures, text = written(study), (study.folder / "steps.md").read_text()
+def test_all_that_a_figure_needs_is_written(context):
+    steps(context, OPTIONS)
+    figures, text = written(context), (context.folder / "steps.md").read_text()
     made = figures["made_by"]
     assert made["extractor"]["name"] == "digits" and len(made["extractor"]["checksum"]) == 64
     assert made["seed"] == 0 and made["options"]["num_images"] == 40 and made["versions"]["torch"]
@@ -75,17 +75,17 @@ def test_all_that_a_figure_needs_is_written(study):
     full = figures["rows"][0]["points"][-1]
     assert f"score {full['floor']:.4g}" in text
     assert f"{full['value']:.4g} ± {full['standard_error']:.2g}" in text
-    Image.open(study.folder / "steps.png").verify()
+    Image.open(context.folder / "steps.png").verify()
 
 
-def test_a_sampler_that_cannot_walk_gets_a_dash_and_the_reason(study):
+def test_a_sampler_that_cannot_walk_gets_a_dash_and_the_reason(context):
     # pndm needs 4 steps to start with.
-    steps(study, StepsConfig(steps=[2, T], samplers=["dpmsolver++", "pndm"], num_images=4))
-    *_, solver, pndm = written(study)["rows"]
+    steps(context, StepsOptions(steps=[2, T], samplers=["dpmsolver++", "pndm"], num_images=4))
+    *_, solver, pndm = written(context)["rows"]
     reason = "num_inference_steps=2 is not allowed: 4 to 20 with this model and scheduler=pndm"
     assert pndm["points"][0] == {"steps": 2, "failed": reason} and "value" in pndm["points"][1]
     assert all("value" in point for point in solver["points"])
-    text = (study.folder / "steps.md").read_text()
+    text = (context.folder / "steps.md").read_text()
     assert f"- pndm, 2 steps: {reason}" in text
     cells = {line.split("|")[1].strip(): line.split("|") for line in text.splitlines() if line.startswith("|")}
     assert cells["pndm"][2].strip() == "-"
@@ -94,20 +94,20 @@ def test_a_sampler_that_cannot_walk_gets_a_dash_and_the_reason(study):
     assert "- pndm evaluates the network 9 times more than it takes steps" in text
 
 
-def test_a_process_of_few_steps_is_walked_in_all_of_them(study):
-    study.pipe.scheduler = DDPMScheduler(num_train_timesteps=10)
-    steps(study, StepsConfig(samplers=["ddim"], num_images=4))
-    assert "| sampler | 10 | within 10% |" in (study.folder / "steps.md").read_text()
+def test_a_process_of_few_steps_is_walked_in_all_of_them(context):
+    context.pipe.scheduler = DDPMScheduler(num_train_timesteps=10)
+    steps(context, StepsOptions(samplers=["ddim"], num_images=4))
+    assert "| sampler | 10 | within 10% |" in (context.folder / "steps.md").read_text()
 
 
-def test_nothing_is_sampled_twice(study, monkeypatch):
-    steps(study, OPTIONS)
-    before = written(study)["rows"]
+def test_nothing_is_sampled_twice(context, monkeypatch):
+    steps(context, OPTIONS)
+    before = written(context)["rows"]
     monkeypatch.setattr(
-        hf_ddpm.sampling.generate, "sample_images", lambda *args, **kwargs: pytest.fail("they are there")
+        hf_ddpm.sampling.generate, "generate_images", lambda *args, **kwargs: pytest.fail("they are there")
     )
-    steps(study, OPTIONS)
-    assert written(study)["rows"] == before
+    steps(context, OPTIONS)
+    assert written(context)["rows"] == before
 
 
 def test_a_learned_variance_is_the_only_one_of_its_model():
@@ -123,10 +123,10 @@ def test_few_images_are_a_reason_for_caution():
     assert in_words({"value": 5.0}) == "5" and in_words({"failed": "x"}) == "-"
 
 
-def test_a_model_of_another_scheduler_is_measured_too(study):
-    study.pipe.scheduler = diffusers.DDIMScheduler.from_config(study.pipe.scheduler.config)
-    steps(study, StepsConfig(steps=[2], samplers=["ddim"], num_images=4))
-    assert [row["sampler"] for row in written(study)["rows"]] == ["ddpm, fixed_large", "ddpm, fixed_small", "ddim"]
+def test_a_model_of_another_scheduler_is_measured_too(context):
+    context.pipe.scheduler = diffusers.DDIMScheduler.from_config(context.pipe.scheduler.config)
+    steps(context, StepsOptions(steps=[2], samplers=["ddim"], num_images=4))
+    assert [row["sampler"] for row in written(context)["rows"]] == ["ddpm, fixed_large", "ddpm, fixed_small", "ddim"]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +142,6 @@ def test_a_model_of_another_scheduler_is_measured_too(study):
         ({"num_images": 900}, "num_images=900 is not allowed: at most the 899 of 'digits'"),
     ],
 )
-def test_wrong_options_are_one_line(study, options, message):
+def test_wrong_options_are_one_line(context, options, message):
     with pytest.raises(ValueError, match=message):
-        steps(study, StepsConfig(**{"steps": [2], **options}))
+        steps(context, StepsOptions(**{"steps": [2], **options}))

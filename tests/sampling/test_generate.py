@@ -21,7 +21,7 @@ from PIL import Image
 import hf_ddpm.sampling.folder
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hf_ddpm.sampling.folder import PictureFolder, SampleFolder, open_samples
-from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder, sample_images
+from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder, generate_images
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import SCHEDULERS, find_scheduler
 from hf_ddpm.utils.launch import exclusive
@@ -57,7 +57,7 @@ def ten(trained, tmp_path_factory):
     """Ten images, made without any folder."""
     pipe = DDPMPipeline.from_pretrained(trained)
     pipe.set_progress_bar_config(disable=True)
-    made = sample_images(pipe, range(10), Sampling(0, 4), batch_size=10)
+    made = generate_images(pipe, range(10), Sampling(0, 4), batch_size=10)
     return torch.stack([image for _, image in made])
 
 
@@ -95,7 +95,7 @@ def by_hand(pipe, count, sampling):
     one_by_one = []
     for i in range(count):
         alone = replace(sampling, class_labels=[labels[i % len(labels)]] if labels else [])
-        one_by_one += [image for _, image in sample_images(pipe, [i], alone, batch_size=1)]
+        one_by_one += [image for _, image in generate_images(pipe, [i], alone, batch_size=1)]
     return torch.stack(one_by_one)
 
 
@@ -111,7 +111,7 @@ def test_image_i_has_its_noise_and_its_class_in_any_batch(conditional, tmp_path,
     assert torch.equal(images(fill(conditional, tmp_path, 7, sampling, batch_size)), expected)
     # Nor does it matter which images are asked for, and in which order.
     chosen = [6, 1, 4]
-    made = dict(sample_images(conditional, chosen, sampling, batch_size=batch_size))
+    made = dict(generate_images(conditional, chosen, sampling, batch_size=batch_size))
     assert list(made) == chosen and all(torch.equal(made[i], expected[i]) for i in chosen)
 
 
@@ -157,7 +157,7 @@ def test_all_numbers_of_steps_make_images_or_are_refused(tiny_unet, tmp_path, na
     refused = []
     for steps in range(21):
         try:
-            drawn = sample_images(pipe, [0], Sampling(0, steps or None, name), batch_size=1)
+            drawn = generate_images(pipe, [0], Sampling(0, steps or None, name), batch_size=1)
             assert next(drawn)[1].shape == (1, 8, 8)
         except ValueError as error:
             assert f"num_inference_steps={steps}" in str(error)
@@ -194,11 +194,11 @@ def test_more_images_than_the_disk_holds_are_refused(pipe, tmp_path):
 
 def test_a_pipeline_keeps_its_scheduler_even_if_drawing_is_left(pipe):
     own, sampling = pipe.scheduler, Sampling(num_inference_steps=2, scheduler="ddim")
-    drawing = sample_images(pipe, range(4), sampling, batch_size=2)
+    drawing = generate_images(pipe, range(4), sampling, batch_size=2)
     assert next(drawing)[0] == 0 and type(pipe.scheduler).__name__ == "DDIMScheduler"
     drawing.close()
     assert pipe.scheduler is own
-    assert len(list(sample_images(pipe, range(4), sampling, batch_size=3))) == 4
+    assert len(list(generate_images(pipe, range(4), sampling, batch_size=3))) == 4
     assert pipe.scheduler is own
 
 
@@ -207,7 +207,7 @@ def test_low_precision_is_for_the_network_alone(pipe, ten):
     pipe.unet.conv_out.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     sampling = Sampling(num_inference_steps=4, mixed_precision="bf16")
     found = []
-    for _, image in sample_images(pipe, range(10), sampling, batch_size=4):
+    for _, image in generate_images(pipe, range(10), sampling, batch_size=4):
         assert not torch.is_autocast_enabled("cpu")  # whoever takes the images does not compute in it
         found.append(image)
     assert set(seen) == {torch.bfloat16} and pipe.unet.dtype == torch.float32

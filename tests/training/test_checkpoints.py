@@ -497,7 +497,20 @@ def rewrite_state(folder, change):
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("option", ["crop", "ema_warmup", "levels", "init_from", "skip_bad_images"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "crop",
+        "ema_warmup",
+        "levels",
+        "init_from",
+        "skip_bad_images",
+        "num_train_epochs",
+        "adam_beta1",
+        "weight_decay",
+        "lr_power",
+    ],
+)
 def test_a_run_of_an_older_version_lacks_options_and_continues(run_training, trained, tmp_path, option):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
+from PIL import Image
 from safetensors.torch import load_file
 
 from hf_ddpm import UNet2DModel
-from hf_ddpm.config import parse_config
+from hf_ddpm.config import Config, parse_config
 from hf_ddpm.training.dry_run import kept_for_backward
-from hf_ddpm.training.optim import EMA, learning_rate
+from hf_ddpm.training.optim import EMA, adam, learning_rate
 from hf_ddpm.training.progress import Progress, check_tracker
 from hf_ddpm.training.randomness import draw, dropout_masks
 from tests.conftest import TINY_RUN
@@ -64,6 +66,97 @@ def test_the_learning_rate_rises_then_stays_or_falls_to_zero():
     )
     cosine = parse_config([*words, "--lr_schedule", "cosine"]).training
     assert [learning_rate(cosine, step) for step in (9, 10, 60, 110)] == pytest.approx([1e-3, 1e-3, 5e-4, 0])
+    linear = parse_config([*words, "--lr_schedule", "linear"]).training
+    assert [learning_rate(linear, step) for step in (4, 10, 35, 60, 110)] == pytest.approx(
+        [5e-4, 1e-3, 7.5e-4, 5e-4, 0]
+    )
+    cubic = parse_config([*words, "--lr_schedule", "polynomial", "--lr_power", "3"]).training
+    assert [learning_rate(cubic, step) for step in (4, 10, 35, 60, 110)] == pytest.approx(
+        [5e-4, 1e-3, 1e-3 * 0.75**3, 1e-3 / 8, 0]
+    )
+    default = parse_config([*words, "--lr_schedule", "polynomial"]).training
+    assert [learning_rate(default, step) for step in range(111)] == [learning_rate(linear, step) for step in range(111)]
+
+
+def test_a_step_of_adam_is_that_of_its_formula_with_and_without_decoupled_weight_decay():
+    rate, beta1, beta2, eps = 1e-2, 0.8, 0.95, 1e-8
+    words = ["--preset", "digits", "--learning_rate", str(rate), "--adam_beta1", str(beta1), "--adam_beta2", str(beta2)]
+    for decay in (0.0, 0.3):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2, bias=False)
+        weight = model.weight.detach().double()
+        optimizer = adam(model, parse_config([*words, "--weight_decay", str(decay)]).training)
+        mean, square = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+        for step in (1, 2):
+            gradient = torch.randn(2, 3)
+            model.weight.grad = gradient.clone()
+            optimizer.step()
+            mean = beta1 * mean + (1 - beta1) * gradient.double()
+            square = beta2 * square + (1 - beta2) * gradient.double() ** 2
+            weight = weight - rate * decay * weight  # of the weight alone: not in the moments, as L2 would be
+            weight = weight - rate * mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + eps)
+            torch.testing.assert_close(model.weight.detach().double(), weight, rtol=1e-6, atol=1e-7)
+
+
+def test_the_default_optimizer_is_adam_of_torch_to_the_bit():
+    weights = []
+    for make in (
+        lambda model: adam(model, parse_config(["--preset", "cifar10"]).training),
+        lambda model: torch.optim.Adam(model.parameters(), lr=2e-4, betas=(0.9, 0.999), fused=True),
+    ):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        optimizer = make(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 3)).square().sum().backward()
+            optimizer.step()
+        weights.append(model.weight.detach().clone())
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "images", "batch", "accumulation", "processes", "steps"),
+    [
+        (3, 100, 10, 1, 1, 30),
+        (3, 100, 10, 1, 2, 15),
+        (3, 100, 10, 2, 2, 8),
+        (1, 7, 16, 1, 1, 1),
+        (2, 101, 10, 1, 1, 21),
+    ],
+)
+def test_epochs_are_as_many_steps_as_show_each_image_so_often(epochs, images, batch, accumulation, processes, steps):
+    training = Config.of(
+        preset="digits", num_train_epochs=epochs, train_batch_size=batch, gradient_accumulation_steps=accumulation
+    ).training
+    training.count_steps(images, processes)
+    assert training.max_train_steps == steps
+    seen = batch * accumulation * processes
+    assert (steps - 1) * seen < epochs * images <= steps * seen
+
+
+@pytest.mark.parametrize("words", [[], ["--streaming", "true"]], ids=["decoded", "streamed"])
+def test_a_run_of_epochs_trains_resumes_and_is_read_again(run_training, tmp_path, words):
+    # 20 images of 4 x 2 a step: 2 epochs are 5 steps, 3 are 8.
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    for number in range(20):
+        Image.fromarray(np.full((8, 8), number, dtype=np.uint8)).save(folder / f"{number}.png")
+    if words:
+        pixels = [Image.open(folder / f"{number}.png") for number in range(20)]
+        (tmp_path / "stream").mkdir()
+        Dataset.from_dict({"image": pixels}).to_parquet(str(tmp_path / "stream" / "train.parquet"))
+        folder = tmp_path / "stream"
+    words = [*words, "--dataset", str(folder), "--train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    run = tmp_path / "run"
+    assert run_training(run, *words, "--num_train_epochs", "2") == 0
+    assert json.loads((run / "status.json").read_text())["step"] == 5
+    config = parse_config(["--config", str(run / "config.yaml")])
+    assert (config.training.num_train_epochs, config.training.max_train_steps) == (2, None)
+    assert run_training(run, *words, "--num_train_epochs", "3") == 0
+    assert json.loads((run / "status.json").read_text())["step"] == 8
+    assert run_training(run, *words, "--max_train_steps", "9") == 0
+    assert json.loads((run / "status.json").read_text())["step"] == 9
 
 
 def test_the_average_is_that_of_its_formula():

@@ -4,7 +4,7 @@ import pytest
 
 from hf_ddpm.config import PARTS, EvaluationConfig
 from hf_ddpm.evaluation.options import EvaluateConfig
-from hf_ddpm.paper.study import Subject
+from hf_ddpm.paper.options import FigureOptions
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.options import option, parse_command, parse_first, parse_options
 
@@ -51,8 +51,8 @@ def test_a_command_is_read_with_its_own_options():
     ("words", "message"),
     [
         ("", "the following arguments are required: command"),
-        ("--size 3 draw-all", "the following arguments are required: command"),
-        ("drawall", r"argument command: invalid choice: 'drawall' \(choose from '?draw-all'?, '?count'?\)"),
+        ("--size 3 draw-all", "unknown command '--size': expected one of draw-all, count"),
+        ("drawall", "unknown command 'drawall': did you mean draw-all?"),
         ("draw-all --upto 3", "unknown option --upto: see --help"),
         ("draw-all --sice 3", "unknown option --sice: did you mean --size?"),
         ("count", "the following arguments are required: --upto"),
@@ -65,13 +65,13 @@ def test_what_is_no_command_is_one_line(words, message):
 
 
 def test_help_names_commands_and_then_options(capsys):
-    for words, expected in [(["--help"], "draw-all              Draws.\n"), (["count", "--help"], "--upto UPTO")]:
+    for words, expected in [(["--help"], "draw-all              Draws.\n"), (["count", "--help"], "--upto N")]:
         with pytest.raises(SystemExit):
             parse_command(words, COMMANDS)
         assert expected in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("part", [*PARTS, Sampling, EvaluateConfig, Subject])
+@pytest.mark.parametrize("part", [*PARTS, Sampling, EvaluateConfig, FigureOptions])
 def test_floats_of_every_option_are_finite(part):
     required = [f"--{f.name}=x" for f in fields(part) if f.default is MISSING and f.default_factory is MISSING]
     floats = [f.name for f in fields(part) if "float" in str(f.type)]
@@ -85,7 +85,7 @@ def test_floats_of_every_option_are_finite(part):
 def test_an_empty_text_is_refused_unless_it_is_the_default(text):
     for words in (["--output", text, "--model", "m"], ["--model", text, "--output", "o"]):
         with pytest.raises(ValueError, match=f"argument {words[0]}: '{text}' is not allowed"):
-            parse_options(words, Subject)
+            parse_options(words, FigureOptions)
     with pytest.raises(ValueError, match="argument --eval_split: "):
         parse_options(["--eval_split", text], EvaluationConfig)
     assert parse_options(["--eval_metrics", ""], EvaluationConfig)[0].eval_metrics == ""

@@ -1,34 +1,38 @@
-"""A conversion, planned before anything is written: which name becomes which, and whether the networks agree."""
+"""Conversion of foreign checkpoints: read their tensors, plan which becomes which parameter, write the pipeline."""
 
+import re
 import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.utils.files import atomic_write
 
-TOLERANCE = 1e-4
+_BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 
-def as_it_is(stored: Any) -> Any:
-    """Returns it."""
+def unchanged(stored: Any) -> Any:
+    """Return the argument: the `read` of an entry that is stored as our network has it."""
     return stored
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One of our parameters, and where its values come from.
+    """One parameter of our network and the source of its values.
 
     Args:
-        ours: Its name in the state dict.
-        theirs: The name in the file.
-        read: Takes the values out of what is stored there; 1x1 convolutions and linear layers are taken as the same.
+        ours: Name in our state dict.
+        theirs: Name in the file.
+        read: Extracts the values from the stored tensor; 1x1 convolutions and linear layers are interchangeable.
     """
 
     ours: str
@@ -38,27 +42,25 @@ class Entry:
 
 @dataclass
 class Conversion:
-    """All that is known of a conversion.
+    """A planned conversion.
 
     Args:
         pipe: The pipeline; the network may be without values (on the meta device).
         weights: The tensors of the file by name.
-        entries: Where each parameter of the network comes from.
-        reference: The network computed without ours, from the tensors of the file: `f(x, t, class_labels)`.
-        aside: Names that are knowingly left in the file.
-        notes: What was assumed, in words.
+        entries: The source of each parameter of the network.
+        aside: Names in the file that are knowingly not used.
+        notes: Assumptions, a line each.
     """
 
     pipe: DDPMPipeline
     weights: dict[str, Tensor]
     entries: list[Entry]
-    reference: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     aside: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def missing(self) -> list[Entry]:
-        """The parameters that the file does not hold."""
+        """The parameters that the file lacks."""
         return [entry for entry in self.entries if entry.theirs not in self.weights]
 
     @property
@@ -66,68 +68,40 @@ class Conversion:
         """The names in the file that no parameter comes from."""
         return sorted(set(self.weights) - {entry.theirs for entry in self.entries} - set(self.aside))
 
-    def check_names(self) -> None:
-        """Raises a `ValueError` unless all parameters are in the file, and nothing else."""
-        missing = [entry.theirs for entry in self.missing]
-        if missing:
-            raise ValueError(f"the file lacks {len(missing)} of {len(self.entries)} tensors: {_few(missing)}")
-        if self.unknown:
-            raise ValueError(f"the file holds {len(self.unknown)} tensors of no known use: {_few(self.unknown)}")
-
     def fill(self) -> None:
-        """Gives the network its values, in float32.
+        """Give the network its values, in float32.
 
         Raises:
             ValueError: If a name is missing or unknown, or a tensor has another shape or values that are not finite.
         """
-        self.check_names()
+        missing, unknown = [entry.theirs for entry in self.missing], self.unknown
+        if missing:
+            raise ValueError(f"the file lacks {len(missing)} of {len(self.entries)} tensors: {_few(missing)}")
+        if unknown:
+            raise ValueError(f"the file holds {len(unknown)} tensors of no known use: {_few(unknown)}")
         unet: UNet2DModel = self.pipe.unet
         shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
         state = {entry.ours: self._value(entry, shapes[entry.ours]) for entry in self.entries}
         unet.load_state_dict(state, assign=True)
         unet.eval()
 
-    @torch.no_grad()
-    def deviation(self) -> float:
-        r"""Compares the network with the reference.
-
-        Both see two images of noise, 2x4 at the lowest resolution, at the steps :math:`T/3` and :math:`T - 1` and, if
-        there are any, of the first and the last class. What neither can know is not compared: a wrong number of heads
-        is wrong for both.
-
-        Returns:
-            The largest difference of their outputs, in units of the largest output.
-
-        Raises:
-            ValueError: If it is more than `TOLERANCE`.
-        """
-        unet, generator = self.pipe.unet, torch.Generator().manual_seed(0)
-        size, steps = unet.size_multiple, self.pipe.scheduler.config.get("num_train_timesteps", 1000)
-        x = torch.randn(2, unet.config.in_channels, 2 * size, 4 * size, generator=generator)
-        t, classes = torch.tensor([steps // 3, steps - 1]), unet.config.num_class_embeds
-        labels = None if classes is None else torch.tensor([0, classes - 1])
-        expected = self.reference(x, t, labels)
-        found = (unet(x, t, labels).sample - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
-        if not found <= TOLERANCE:
-            raise ValueError(f"the converted network differs from the checkpoint's by {found:.1e}, not {TOLERANCE:g}")
-        return float(found)
-
     def describe(self) -> Iterator[str]:
-        """Yields lines that say what becomes of what."""
+        """Yield lines: the configurations, the notes, and the names that are mapped, missing, unknown or not used."""
         for part in (self.pipe.unet, self.pipe.scheduler):
             yield f"{type(part).__name__}:"
             names = [name for name in part.config if not name.startswith("_") and name != "trained_betas"]
             yield from (f"  {name}: {part.config[name]}" for name in names)
         yield from self.notes
-        gone = {entry.ours for entry in self.missing}
-        yield f"{len(self.entries) - len(gone)} mapped:"
-        yield from (f"  {entry.theirs} -> {entry.ours}" for entry in self.entries if entry.ours not in gone)
-        yield f"{len(gone)} of the network that the file lacks:"
-        yield from (f"  {entry.theirs} -> {entry.ours}" for entry in self.missing)
-        yield f"{len(self.unknown)} of the file of no known use:"
-        yield from (f"  {name}" for name in self.unknown)
-        yield f"{len(self.aside)} of the file left aside:"
-        yield from (f"  {name}" for name in self.aside)
+        missing = self.missing
+        lists = {
+            "mapped": [f"{entry.theirs} -> {entry.ours}" for entry in self.entries if entry not in missing],
+            "of the network that the file lacks": [f"{entry.theirs} -> {entry.ours}" for entry in missing],
+            "of the file of no known use": self.unknown,
+            "of the file left aside": self.aside,
+        }
+        for what, lines in lists.items():
+            yield f"{len(lines)} {what}:"
+            yield from (f"  {line}" for line in lines)
 
     def _value(self, entry: Entry, shape: tuple[int, ...]) -> Tensor:
         stored = self.weights[entry.theirs]
@@ -143,29 +117,129 @@ class Conversion:
         return value.float().reshape(shape).clone()
 
 
+@dataclass(frozen=True)
+class Place:
+    """The place of a layer in our U-Net.
+
+    Args:
+        stage: `down`, `mid` or `up`.
+        index: Number of the resolution in that direction; 0 in the middle.
+        kind: `resnets`, `attentions`, `downsamplers` or `upsamplers`.
+        number: Number among those of the kind.
+        layer: Name in the block, such as `conv1`.
+    """
+
+    stage: str
+    index: int
+    kind: str
+    number: int
+    layer: str
+
+
+def place_of(path: str) -> Place | None:
+    """Return the place of a layer, or None if it is outside of blocks, as `conv_in` is."""
+    match = _BLOCK.fullmatch(path)
+    if match is None:
+        return None
+    stage, index, kind, number, layer = match.groups()
+    return Place(stage, int(index or 0), kind, int(number), layer)
+
+
+def empty_unet(**options: object) -> UNet2DModel:
+    """Return a U-Net without values, on the meta device."""
+    with torch.device("meta"):
+        return UNet2DModel(**options)  # type: ignore[arg-type]
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file by name; no code in it is run.
+
+    Args:
+        path: `.npz` of arrays, `.safetensors`, or else a file of `torch.save`: a dictionary of tensors, or one under
+            `state_dict`. It is unpickled as tensors alone; other objects, code among them, are refused.
+
+    Returns:
+        The tensors as they are stored, on the CPU.
+
+    Raises:
+        ValueError: If the file cannot be read, or holds anything else; one line.
+    """
+    try:
+        return as_tensors(_load(path))
+    except OSError as error:
+        raise ValueError(f"input={str(path)!r} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"input={str(path)!r} is no checkpoint: {error}") from error
+
+
+def as_tensors(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return arrays or tensors by name as tensors; raise a `ValueError` on anything else."""
+    if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
+        weights = weights["state_dict"]
+    if not isinstance(weights, Mapping) or not weights:
+        raise ValueError("it holds no tensors by name")
+    tensors = {}
+    for name, value in weights.items():
+        if isinstance(value, np.ndarray | np.generic) and np.asarray(value).dtype.kind in "fiu":
+            value = torch.from_numpy(np.asarray(value))
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{name!r} is of type {type(value).__name__}, only tensors are allowed")
+        tensors[name] = value
+    return tensors
+
+
+def layer_shape(tensors: Mapping[str, Tensor], name: str, dims: int = 4) -> tuple[int, ...]:
+    """Return the shape of a layer's weights; raise a `ValueError` unless they exist and have `dims` dimensions."""
+    if name not in tensors:
+        raise ValueError(f"the file holds no {name}: it is no checkpoint of that kind")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != dims or 0 in shape:
+        raise ValueError(f"{name} of shape {shape} is not allowed: {dims} dimensions, none of them empty")
+    return shape
+
+
 def check_free(folder: Path) -> None:
-    """Raises a `ValueError` unless a folder can be made there: it may be there, but empty."""
+    """Raise a `ValueError` unless a folder is new or empty."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         what = "it is a file" if folder.is_file() else "it holds something"
         raise ValueError(f"output={str(folder)!r} is not allowed: {what}, a new or empty folder is wanted")
 
 
 def write_pipeline(pipe: DDPMPipeline, folder: Path) -> None:
-    """Writes a pipeline in the format of diffusers; the folder is there when it is whole.
+    """Write a pipeline in the format of diffusers; the folder appears when it is complete.
 
     Raises:
-        ValueError: If the folder holds something.
+        ValueError: If the folder is not empty.
     """
     folder = folder.resolve()
     check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder) as partial:
-        shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
+        shutil.rmtree(partial, ignore_errors=True)  # left by a kill
         pipe.save_pretrained(partial)
 
 
+def _load(path: Path) -> Any:
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickles, which it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch and numpy raise anything on a foreign file
+        culprit = re.search(r"GLOBAL (\S+)|(Object arrays)", str(error))
+        if culprit is None:
+            raise ValueError("it is damaged, or of another kind") from error
+        raise ValueError(f"it holds more than numbers ({culprit[0]}); nothing of it was run") from error
+
+
 def _without_kernel(shape: tuple[int, ...] | torch.Size) -> tuple[int, ...]:
-    """Returns a shape without the kernel of a convolution, if that is 1x1."""
+    """Return a shape without the kernel of a convolution, if that is 1x1."""
     return tuple(shape[:2] if all(size == 1 for size in shape[2:]) else shape)
 
 

@@ -18,11 +18,16 @@ from typing import Any
 from torch import Tensor
 
 from hf_ddpm.config import block_types
-from hf_ddpm.hub.convert.conversion import Conversion, Entry, as_it_is
+from hf_ddpm.hub.convert.conversion import (
+    Conversion,
+    Entry,
+    as_tensors,
+    empty_unet,
+    layer_shape,
+    place_of,
+    unchanged,
+)
 from hf_ddpm.hub.convert.hints import Hints
-from hf_ddpm.hub.convert.ho2020_reference import PyTorchLayers, TensorFlowLayers, forward
-from hf_ddpm.hub.convert.places import empty_unet, place_of
-from hf_ddpm.hub.convert.reading import as_tensors, layer_shape
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.options import require
@@ -47,7 +52,7 @@ LAYERS = {
 
 
 def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
-    """Plans the conversion of a checkpoint.
+    """Plan the conversion of a checkpoint.
 
     Number of resolutions and blocks, channels and attention are read off its names and shapes. The image size is taken
     to be that at which attention is at 16x16, as in all networks of the paper, and the variance to be `fixed_large`
@@ -55,7 +60,7 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
 
     Args:
         weights: Arrays or tensors by name.
-        hints: What they do not say.
+        hints: Facts that the file does not contain.
 
     Returns:
         The plan; names may still be missing.
@@ -67,10 +72,10 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
     tensors = as_tensors(weights)
     name, aside, notes = _layout(tensors, hints)
     is_tensorflow = name("conv_in.weight").endswith(("/W", AVERAGED))
-    read = _outputs_first if is_tensorflow else as_it_is
+    read = _outputs_first if is_tensorflow else unchanged
 
     def shape(part: str) -> tuple[int, ...]:
-        """Returns outputs, inputs, height and width of a convolution."""
+        """Return outputs, inputs, height and width of a convolution."""
         *sizes, ins, outs = found = layer_shape(tensors, name(part))
         return (outs, ins, *sizes) if is_tensorflow else found
 
@@ -79,17 +84,15 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
     hints.check_resolution(unet.size_multiple)
     levels = len(options["block_out_channels"])
     entries = [Entry(ours, name(_their_name(ours, levels)), read) for ours in unet.state_dict()]
-    layers = (TensorFlowLayers if is_tensorflow else PyTorchLayers)(tensors, name)
-    pipe = DDPMPipeline(unet, _scheduler(options, hints, notes))
-    return Conversion(pipe, tensors, entries, partial(forward, layers), aside, notes)
+    return Conversion(DDPMPipeline(unet, _scheduler(options, hints, notes)), tensors, entries, aside, notes)
 
 
 def _layout(tensors: Mapping[str, Tensor], hints: Hints) -> tuple[Callable[[str], str], list[str], list[str]]:
-    """Returns how the names of the port read in this file, the names to be left aside, and what was chosen."""
+    """Return a function from names of the port to names in the file, the names left aside, and notes."""
     scopes = [found[1] for found in map(re.compile(rf"(.*/)?conv_in/W({AVERAGED})?").fullmatch, tensors) if found]
     if not scopes:
         require(hints, "weights", hints.weights is None, "the file is PyTorch's, with weights of one kind")
-        return as_it_is, [], ["weights: as the file has them, averaged or not"]
+        return unchanged, [], ["weights: as the file has them, averaged or not"]
     scope = scopes[0] or ""
     is_averaged = any(found.endswith(AVERAGED) for found in tensors)
     require(hints, "weights", hints.weights != "ema" or is_averaged, "the file holds no averaged weights")
@@ -113,7 +116,7 @@ def _tensorflow_name(scope: str, suffix: str, part: str) -> str:
 
 
 def _their_name(ours: str, levels: int) -> str:
-    """Returns the name that the port has for one of our parameters."""
+    """Return the port's name of one of our parameters."""
     path, leaf = ours.rsplit(".", 1)
     place = place_of(path)
     if place is None:
@@ -129,12 +132,12 @@ def _their_name(ours: str, levels: int) -> str:
 def _architecture(
     has: Callable[[str], bool], shape: Callable[[str], tuple[int, ...]], hints: Hints, notes: list[str]
 ) -> dict[str, Any]:
-    """Returns the options of the network that names and shapes imply."""
+    """Return the options of the network, by names and shapes."""
     channels, outputs = shape("conv_in.weight")[1], shape("conv_out.weight")[0]
     levels = len(list(takewhile(lambda i: has(f"down.{i}.block.0.conv1.weight"), count())))
     blocks = len(list(takewhile(lambda j: has(f"down.0.block.{j}.conv1.weight"), count())))
     if not levels:
-        shape("down.0.block.0.conv1.weight")  # which is missing: says so
+        shape("down.0.block.0.conv1.weight")  # raises: it is missing
     attends = [has(f"down.{i}.attn.0.q.weight") for i in range(levels)]
     for level in range(levels - 1):
         if not has(f"down.{level}.downsample.conv.weight"):
@@ -185,5 +188,5 @@ def _scheduler(options: dict[str, Any], hints: Hints, notes: list[str]) -> DDPMS
 
 
 def _outputs_first(stored: Tensor) -> Tensor:
-    """Returns the weights of a layer of TensorFlow with outputs and inputs in front."""
+    """Return the weights of a layer of TensorFlow with outputs and inputs in front."""
     return stored.permute(3, 2, 0, 1) if stored.ndim == 4 else stored.mT if stored.ndim == 2 else stored

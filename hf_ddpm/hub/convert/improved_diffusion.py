@@ -1,6 +1,6 @@
 """Checkpoints of openai/improved-diffusion (Nichol & Dhariwal 2021) and openai/guided-diffusion, `.pt` files.
 
-What our U-Net does not have is refused by name: heads of different sizes (`num_heads` above 1 with attention at widths
+Features that our U-Net lacks are refused: heads of different sizes (`num_heads` above 1 with attention at widths
 that differ), residual blocks that resample where there is no attention (`resblock_updown`), resampling without a
 convolution, 3x3 convolutions in the skip connections, a first resolution with other channels than the time embedding
 starts from, networks that upsample images.
@@ -16,11 +16,17 @@ from torch import Tensor
 from hf_ddpm.config import block_types
 from hf_ddpm.diffusion.gaussian import GaussianDiffusion
 from hf_ddpm.diffusion.schedules import beta_schedule
-from hf_ddpm.hub.convert.conversion import Conversion, Entry, as_it_is
+from hf_ddpm.hub.convert.conversion import (
+    Conversion,
+    Entry,
+    Place,
+    as_tensors,
+    empty_unet,
+    layer_shape,
+    place_of,
+    unchanged,
+)
 from hf_ddpm.hub.convert.hints import Hints
-from hf_ddpm.hub.convert.improved_diffusion_reference import Network
-from hf_ddpm.hub.convert.places import Place, empty_unet, place_of
-from hf_ddpm.hub.convert.reading import as_tensors, layer_shape
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.options import require
@@ -46,7 +52,7 @@ SCALE = 1000  # the number of steps that rescale_timesteps pretends
 
 @dataclass(frozen=True)
 class Structure:
-    """What the numbers in the names follow from.
+    """The structure that the indices in the names follow.
 
     Args:
         layers: Residual blocks at a resolution on the way down; one more on the way up.
@@ -65,7 +71,7 @@ class Structure:
         return sorted({*at, self.widths[-1]})
 
     def name(self, ours: str) -> str:
-        """Returns the name of what holds one of our parameters."""
+        """Return the file's name of one of our parameters."""
         path, leaf = ours.rsplit(".", 1)
         place = place_of(path)
         if place is None:
@@ -91,18 +97,18 @@ class Structure:
 
 
 def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
-    """Plans the conversion of a checkpoint.
+    """Plan the conversion of a checkpoint.
 
     Numbers of resolutions, blocks, channels and classes, attention, `use_scale_shift_norm`, `resblock_updown` and
-    `learn_sigma` are read off its names and shapes, the image size off the channels. The number of heads, which nothing
-    tells, is the repositories' default of 4.
+    `learn_sigma` are read off its names and shapes, the image size off the channels. The number of heads is not in the
+    file: by default 4, as in the repositories.
 
-    With `rescale_timesteps` and T above 1000, the process is that of every (T / 1000)th step: there, the network is
-    shown whole numbers, and diffusers shows it no others.
+    With `rescale_timesteps` and T above 1000, the process is that of every (T / 1000)th step: only these are whole
+    numbers in the network's scale, and diffusers passes no others.
 
     Args:
         weights: Arrays or tensors by name.
-        hints: What they do not say.
+        hints: Facts that the file does not contain.
 
     Returns:
         The plan; names may still be missing.
@@ -120,13 +126,11 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
     hints.check_resolution(unet.size_multiple)
     is_new = bool(hints.use_new_attention_order)
     entries = [Entry(ours, structure.name(ours), _reader(ours, heads, is_new)) for ours in unet.state_dict()]
-    pipe = DDPMPipeline(unet, _scheduler(options, hints, notes))
-    network = Network(tensors, structure.layers, heads, is_new)
-    return Conversion(pipe, tensors, entries, network.forward, notes=notes)
+    return Conversion(DDPMPipeline(unet, _scheduler(options, hints, notes)), tensors, entries, notes=notes)
 
 
 def _structure(tensors: Mapping[str, Tensor]) -> Structure:
-    """Returns the structure that the names imply."""
+    """Return the structure that the names imply."""
     layer_shape(tensors, "input_blocks.0.0.weight")
     ups = _numbers(tensors, "output_blocks")
     if not ups:
@@ -151,7 +155,7 @@ def _numbers(tensors: Mapping[str, Tensor], blocks: str) -> list[int]:
 
 
 def _architecture(tensors: Mapping[str, Tensor], structure: Structure, heads: Callable[[int], int]) -> dict[str, Any]:
-    """Returns the options of the network, but for the image size."""
+    """Return the options of the network, but for the image size."""
     shape, widths = partial(layer_shape, tensors), structure.widths
     if {shape("input_blocks.0.0.weight")[0], shape("time_embed.0.weight", 2)[1]} != {widths[0]}:
         raise ValueError(
@@ -190,7 +194,7 @@ def _architecture(tensors: Mapping[str, Tensor], structure: Structure, heads: Ca
 
 
 def _heads(structure: Structure, hints: Hints, notes: list[str]) -> Callable[[int], int]:
-    """Returns the number of attention heads as a function of channels."""
+    """Return the number of attention heads as a function of channels."""
     count, size = hints.num_heads, hints.num_head_channels
     require(hints, "num_head_channels", count is None or size is None, "num_heads says how many heads there are")
     widths = structure.attended
@@ -218,7 +222,7 @@ def _image_size(structure: Structure, notes: list[str]) -> int:
 
 
 def _scheduler(options: dict[str, Any], hints: Hints, notes: list[str]) -> DDPMScheduler:
-    """Returns the process; its linear schedule has the same noise at the end, however many steps there are."""
+    """Return the process; its linear schedule ends in the same noise for any number of steps."""
     steps, schedule = hints.num_train_timesteps or SCALE, hints.beta_schedule or "linear"
     require(hints, "beta_schedule", schedule in ("linear", "squaredcos_cap_v2"), "linear or squaredcos_cap_v2")
     require(hints, "prediction_type", hints.prediction_type != "mean", "epsilon or sample")
@@ -240,15 +244,15 @@ def _scheduler(options: dict[str, Any], hints: Hints, notes: list[str]) -> DDPMS
 
 
 def _reader(ours: str, heads: Callable[[int], int], is_new: bool) -> Callable[[Tensor], Tensor]:
-    """Returns what takes the values of one of our parameters out of a tensor of the file."""
+    """Return the `read` of one of our parameters."""
     for part, layer in enumerate(("to_q", "to_k", "to_v")):
         if f".{layer}." in ours:
             return partial(_part, part, heads, is_new)
-    return as_it_is
+    return unchanged
 
 
 def _part(part: int, heads: Callable[[int], int], is_new: bool, stored: Tensor) -> Tensor:
-    """Returns the queries, keys or values of all heads: they stand head by head, or all of a kind in the new order."""
+    """Return the queries, keys or values of all heads, stored head by head, or kind by kind in the new order."""
     if is_new:
         return stored.unflatten(0, (3, -1))[part]
     return stored.unflatten(0, (heads(len(stored) // 3), 3, -1))[:, part].flatten(0, 1)

@@ -4,15 +4,12 @@ Old ones have no subfolders, weights in a pickle, and other names in the layers 
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
-import diffusers
 from torch import Tensor
 
-from hf_ddpm.hub.convert.conversion import Conversion, Entry, as_it_is
+from hf_ddpm.hub.convert.conversion import Conversion, Entry, read_weights, unchanged
 from hf_ddpm.hub.convert.hints import Hints
-from hf_ddpm.hub.convert.reading import read_weights
 from hf_ddpm.pipelines.pipeline_ddpm import compare_with_export, read_pipeline
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -20,13 +17,11 @@ FORMERLY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_a
 
 
 def plan(model: str, hints: Hints) -> Conversion:
-    """Plans the conversion of a DDPM pipeline of diffusers.
-
-    The reference is the U-Net of diffusers, which reads the same files by itself.
+    """Plan the conversion of a DDPM pipeline of diffusers.
 
     Args:
         model: Folder or Hub id.
-        hints: None may be given.
+        hints: All None.
 
     Returns:
         The plan; names may still be missing.
@@ -40,8 +35,8 @@ def plan(model: str, hints: Hints) -> Conversion:
         compare_with_export(pipe, Path(model) / "export.json")
     folder = Path(pipe.unet.config._name_or_path)  # of a Hub id: in the cache
     weights = _read(folder)
-    entries = [Entry(ours, _name(ours, weights), as_it_is) for ours in pipe.unet.state_dict()]
-    return Conversion(pipe, weights, entries, partial(_reference, folder))
+    entries = [Entry(ours, _name(ours, weights), unchanged) for ours in pipe.unet.state_dict()]
+    return Conversion(pipe, weights, entries)
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
@@ -62,7 +57,3 @@ def _name(ours: str, weights: dict[str, Tensor]) -> str:
             if former in weights:
                 return former
     return ours
-
-
-def _reference(folder: Path, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-    return diffusers.UNet2DModel.from_pretrained(folder).eval()(x, t, labels).sample

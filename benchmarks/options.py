@@ -1,0 +1,135 @@
+"""Options of the benchmark."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from hf_ddpm.config import PARTS, Config, EvaluationConfig, Sources, parse_config
+from hf_ddpm.utils.options import option, parse_first, parse_options, require, require_at_least
+
+# The values of --tasks, and the tasks of each.
+TASKS = {
+    "forward": ("forward",),
+    "train_step": ("train_step",),
+    "training": ("training",),
+    "sampling": ("sampling", "sampling_1"),
+    "data": ("data_memory", "data_jpeg"),
+    "import": ("import_time", "load_time"),
+    "nll": ("nll",),
+}
+
+OTHERS = ("diffusers", "denoising-diffusion-pytorch")
+
+# Tasks whose turns are the same number of steps on all processes.
+STEPS = ("train_step", "training")
+
+
+@dataclass
+class BenchmarkConfig:
+    """Tasks and contenders; the options of train.py set network, data, batch and precision."""
+
+    json: str = option("JSON file of the results; a table is written beside it as .md", "benchmark.json")
+    device: Literal["auto", "cuda", "cpu"] = option("device; by default a GPU if there is one", "auto")
+    against: str = option(f"any of {', '.join(OTHERS)}, comma-separated; or none", ",".join(OTHERS))
+    tasks: str = option(f"any of {', '.join(TASKS)}, comma-separated", ",".join(TASKS))
+    rounds: int = option("turns per contender, after one to warm up", 5)
+    steps_per_turn: int = option("training steps per turn of train_step and training", 10)
+    threads: int | None = option("threads of this process (default: torch's choice)", None)
+    memory: bool = option("measure memory, too", True)
+    growth: Literal["none", "batch", "resolution", "steps", "processes"] = option(
+        "repeat the tasks over these values, for a curve per task", "none"
+    )
+    growth_values: list[int] = option(
+        "values of --growth (default: 1 to 64 images, 1 to 4 times the resolution, 10 to 1000 steps, 1 and 2 "
+        "processes)",
+        factory=list,
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require_at_least(self, 1, "rounds", "steps_per_turn", "threads")
+        for name, known in (("against", (*OTHERS, "none")), ("tasks", tuple(TASKS))):
+            asked = _words(getattr(self, name))
+            require(self, name, set(asked) <= set(known), f"any of {', '.join(known)}")
+            require(self, name, len(set(asked)) == len(asked), "each of them once")
+        require(self, "tasks", bool(_words(self.tasks)), f"any of {', '.join(TASKS)}")
+        in_step = self.growth != "processes" or set(self.chosen) <= set(STEPS)
+        require(self, "tasks", in_step, f"with growth=processes, {' or '.join(STEPS)}")
+        require(self, "growth_values", all(value >= 1 for value in self.growth_values), "at least 1")
+        if self.device == "cuda":
+            import torch  # takes seconds
+
+            require(self, "device", torch.cuda.is_available(), "cpu, since torch sees no GPU here")
+        require(self, "json", self.json.endswith(".json") and not Path(self.json).is_dir(), "a file that ends in .json")
+
+    @property
+    def chosen(self) -> list[str]:
+        """The tasks that are timed."""
+        return [task for name in _words(self.tasks) for task in TASKS[name]]
+
+    @property
+    def others(self) -> list[str]:
+        """The contenders beside this package."""
+        return [] if self.against == "none" else _words(self.against)
+
+
+def parse_benchmark(argv: list[str], doc: str | None = None) -> tuple[BenchmarkConfig, Config]:
+    """Reads options of `BenchmarkConfig` and of a run; the default preset is digits, and `--help` prints `doc`.
+
+    Raises:
+        ValueError: If an option is unknown or its value not allowed; one line.
+    """
+    if {"-h", "--help"} & set(argv):
+        parse_options(argv, BenchmarkConfig, Sources, *PARTS, doc=doc)
+    options, rest = parse_first(argv, BenchmarkConfig)
+    if not {"--preset", "--config", "--dataset"} & {word.split("=")[0] for word in rest}:
+        rest = ["--preset", "digits", *rest]
+    return options, _comparable(parse_config(rest))
+
+
+def grown(config: Config, over: str, value: int) -> Config:
+    """Returns the options of a run with another batch size, resolution or number of diffusion steps."""
+    data, model, training = config.data, config.model, config.training
+    if over == "batch":
+        return replace(config, training=replace(training, train_batch_size=value))
+    if over == "steps":
+        diffusion = replace(config.diffusion, num_train_timesteps=value)
+        return replace(config, diffusion=diffusion, training=replace(training, num_inference_steps=None))
+    if over == "resolution":
+        # Attention stays at the same depth of the network.
+        shorter, height, width = min(data.size), *data.size
+        attended = [size * value // shorter for size in model.attention_resolutions]
+        size = [height * value // shorter, width * value // shorter]
+        return replace(
+            config, data=replace(data, resolution=size), model=replace(model, attention_resolutions=attended)
+        )
+    return config
+
+
+def growth_values(options: BenchmarkConfig, config: Config) -> list[int]:
+    """Returns the values of `--growth`, [0] without it."""
+    if options.growth == "none":
+        return [0]
+    shorter = min(config.data.size)
+    usual = {
+        "batch": [1, 4, 16, 64],
+        "resolution": [shorter, 2 * shorter, 4 * shorter],
+        "steps": [10, 100, 1000],
+        "processes": [1, 2],
+    }
+    return options.growth_values or usual[options.growth]
+
+
+def _comparable(config: Config) -> Config:
+    """Returns the options of a run without those that not all contenders have."""
+    require(config.data, "channels", config.data.channels in (1, 3, 4), "1, 3 or 4, which all contenders read")
+    return replace(
+        config,
+        data=replace(config.data, class_column=None, streaming=False),
+        training=replace(config.training, gradient_accumulation_steps=1, tracker="none", num_samples=1),
+        evaluation=EvaluationConfig(),
+    )
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]

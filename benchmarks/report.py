@@ -1,0 +1,196 @@
+"""Rows of the report, its table and curves."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Rates, Workload
+from hf_ddpm.provenance import provenance
+from hf_ddpm.utils.files import write_text
+from hf_ddpm.utils.jsonl import to_json
+from hf_ddpm.utils.plots import save_curves
+
+Row = dict[str, Any]
+
+PACKAGES = ("accelerate", "datasets", "denoising-diffusion-pytorch", "torchvision")
+
+HEAD = (
+    "task", "subject", "median", "least to most", "images/s", "time / ours", "GFLOP/s", "of matmul",
+    "of convolution", "memory",
+)  # fmt: skip
+
+
+def to_row(task: str, work: Workload, ours: Workload | None, rates: Rates) -> Row:
+    """Returns the row of a workload.
+
+    Args:
+        task: Its task.
+        work: The workload, timed.
+        ours: The workload of this package, if that did not fail.
+        rates: Rates of the device.
+
+    Returns:
+        The row. `beside_ours` is the median over the rounds of the time per image divided by ours of the same round:
+        2 is half as fast.
+    """
+    if work.error is not None:
+        return {"task": task, "subject": work.subject, "error": work.error}
+    middle = median(work.seconds)
+    seconds = {"median": middle, "least": min(work.seconds), "most": max(work.seconds), "rounds": work.seconds}
+    ratios: list[float] = []
+    if ours is not None:
+        share = (ours.images or 1) / (work.images or 1)
+        ratios = [mine / other * share for mine, other in zip(work.seconds, ours.seconds, strict=True)]
+    flops = work.flops / middle if work.flops is not None else None
+    return {
+        "task": task,
+        "subject": work.subject,
+        "error": None,
+        "unit": work.unit,
+        "images": work.images,
+        "seconds": seconds,
+        "images_per_second": work.images / middle if work.images else None,
+        "beside_ours": median(ratios) if ratios else None,
+        "beside_ours_least": min(ratios, default=None),
+        "beside_ours_most": max(ratios, default=None),
+        "flops_per_second": flops,
+        "parameters": work.parameters,
+        "memory_bytes": None,
+        "notes": list(work.notes),
+    } | {f"of_{name}": flops / rate for name, rate in rates.items() if flops is not None}
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Returns the rows of a task in one line."""
+    said = (
+        f"{row['subject']} {_duration(row['seconds']['median'])} ({_known(row['beside_ours'], '{:.2f}') or 'alone'})"
+        if row["error"] is None
+        else f"{row['subject']} failed"
+        for row in rows
+    )
+    return f"{rows[0]['task']}: {', '.join(said)}" if rows else "no contender"
+
+
+def made_by(device: torch.device) -> dict[str, Any]:
+    """Returns the versions, revision, device, date and threads."""
+    made = provenance(device)
+    made["versions"] |= {name: _version(name) for name in PACKAGES}
+    return made | {"threads": torch.get_num_threads()}
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> str:
+    """Writes a report as JSON, as a table beside it and, with `--growth`, as a curve per task; returns the table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = markdown(report)
+    for file, content in ((path, to_json(report, indent=2) + "\n"), (path.with_suffix(".md"), text)):
+        write_text(file, content)
+    growth = report["options"]["growth"]
+    if growth != "none":
+        for task in dict.fromkeys(row["task"] for row in report["rows"]):
+            curves = _curves(row for row in report["rows"] if row["task"] == task and row["error"] is None)
+            labels = {"x_label": growth, "y_label": f"{task}: images/s"}
+            if curves:
+                picture = path.with_name(f"{path.stem}_{task}.png")
+                save_curves(picture, curves, **labels, log_x=True, log_y=True, markers=True)
+    return text
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Returns a report as a table with the remarks that a reader needs."""
+    made, rates, growth = report["made_by"], report["rates"], report["options"]["growth"]
+    versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in made["versions"].items())
+    head = list(HEAD) if growth == "none" else [growth, *HEAD]
+    ruler = ["---:" if name not in ("task", "subject") else "---" for name in head]
+    lines = [f"| {' | '.join(line)} |" for line in (head, ruler, *(_cells(row, growth) for row in report["rows"]))]
+    return "\n".join(
+        [
+            f"# Speed on {made['device']}",
+            "",
+            f"{made['date']}, revision {made['revision']}; {versions}. {report['about']}",
+            "",
+            f"Alone, a large matrix product reaches {rates['matmul'] / 1e9:.4g} GFLOP/s here, a large 3x3 convolution "
+            f'{rates["convolution"] / 1e9:.4g}. Times are per step, pass or chain; "time / ours" is the time per image '
+            "divided by ours, the median over the rounds (least to most of one).",
+            "",
+            *lines,
+            "",
+            *dict.fromkeys(_remarks(report)),
+            "",
+        ]
+    )
+
+
+def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
+    for check in report["equality"]:
+        said = ", ".join(f"{what} by {found['difference']:.2g}" for what, found in check["outputs"].items())
+        yield f"- Before timing, {check['subject']} differed from ours with the same weights: {said}."
+    tasks: dict[str, dict[str, None]] = {}
+    for row in report["rows"]:
+        if row.get("parameters"):
+            yield f"- {row['subject']}: {row['parameters']:,} parameters."
+        if row.get("memory_error"):
+            yield f"- {row['subject']}, {row['task']}: memory is unknown, {row['memory_error']}."
+        for note in row.get("notes", ()):
+            tasks.setdefault(f"{row['subject']}: {note}", {})[row["task"]] = None
+    yield from (f"- {note} ({', '.join(where)})." for note, where in tasks.items())
+    yield f"- Memory: {report['memory']}."
+    if report["made_by"]["versions"]["torchvision"] is None:
+        yield "- torchvision is not installed: the same steps in numpy and PIL replace its transforms."
+
+
+def _cells(row: Row, growth: str) -> list[str]:
+    first = [] if growth == "none" else [str(row["at"])]
+    if row["error"] is not None:
+        return [*first, row["task"], row["subject"], row["error"].replace("|", "/"), *[""] * (len(HEAD) - 3)]
+    seconds = row["seconds"]
+    return [
+        *first,
+        row["task"],
+        row["subject"],
+        _duration(seconds["median"]),
+        f"{_duration(seconds['least'])} to {_duration(seconds['most'])}",
+        _known(row["images_per_second"], "{:.4g}"),
+        _ratio(row),
+        _known(row["flops_per_second"], "{:.4g}", 1e-9),
+        _known(row.get("of_matmul"), "{:.0%}"),
+        _known(row.get("of_convolution"), "{:.0%}"),
+        _known(row["memory_bytes"], "{:,.0f} MiB", 2**-20),
+    ]
+
+
+def _ratio(row: Row) -> str:
+    """Returns the time divided by ours, with the least and the most of a round; 1 for ours."""
+    if row["beside_ours"] is None or row["beside_ours_least"] == row["beside_ours_most"]:
+        return _known(row["beside_ours"], "{:.2f}")
+    return f"{row['beside_ours']:.2f} ({row['beside_ours_least']:.2f} to {row['beside_ours_most']:.2f})"
+
+
+def _known(value: float | None, spec: str, scale: float = 1) -> str:
+    return "" if value is None else spec.format(value * scale)
+
+
+def _duration(seconds: float) -> str:
+    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
+    return f"{seconds * scale:.4g} {unit}"
+
+
+def _curves(rows: Iterator[Row]) -> dict[str, tuple[list[float], list[float]]]:
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        if row["images_per_second"] is None:
+            continue
+        x, y = curves.setdefault(row["subject"], ([], []))
+        x.append(row["at"])
+        y.append(row["images_per_second"])
+    return curves
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

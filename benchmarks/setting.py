@@ -1,0 +1,167 @@
+"""The settings that all contenders share: weights, batches, images, precision and device."""
+
+import io
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, Features
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.options import BenchmarkConfig
+from hf_ddpm.config import Config
+from hf_ddpm.data import open_images
+from hf_ddpm.data.batches import Batch, BatchSource
+from hf_ddpm.data.columns import find_image_column
+from hf_ddpm.data.sources import choose, open_split
+from hf_ddpm.images import MODES
+from hf_ddpm.models.unet_2d import UNet2DModel
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+
+SEED = 0
+
+# The parquet file that is read.
+JPEGS, JPEG_QUALITY, JPEG_GROUP = 2048, 90, 256
+
+
+class Setting:
+    """The settings that all contenders share.
+
+    Args:
+        options: Options of the benchmark.
+        config: Network, process, data, batch and precision.
+        folder: A temporary folder.
+    """
+
+    def __init__(self, options: BenchmarkConfig, config: Config, folder: Path):
+        self.options, self.config, self.folder = options, config, folder
+        self.batch = config.training.train_batch_size
+        self.shape = (config.data.channels, *config.data.size)
+        self.steps = config.training.num_inference_steps or config.diffusion.num_train_timesteps
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self.allow_tf32(config.training.tf32)
+        self._accelerator = self.accelerator()
+        self.device, self.processes = self._accelerator.device, self._accelerator.num_processes
+        self.global_batch = self.batch * self.processes
+        torch.manual_seed(SEED)
+        # Not the paper's initialization, whose last layer is zero: outputs are compared.
+        self.weights = UNet2DModel(**config.unet()).state_dict()
+
+    def allow_tf32(self, allowed: bool) -> None:
+        """Lets a GPU round the factors of float32 products, or not."""
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+    def accelerator(self) -> Accelerator:
+        """Returns a new accelerator: it keeps what it prepares, so each contender that trains has its own."""
+        on_cpu = self.options.device == "cpu" or not torch.cuda.is_available()
+        return Accelerator(cpu=on_cpu, mixed_precision=self.config.training.mixed_precision)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Returns the context of forward passes."""
+        return self._accelerator.autocast()
+
+    def inputs(self, count: int) -> tuple[Tensor, Tensor]:
+        """Returns noise, shape `(count, C, H, W)`, and timesteps, int64, shape `(count,)`."""
+        source = torch.Generator().manual_seed(SEED)
+        x = torch.randn(count, *self.shape, generator=source)
+        t = torch.randint(self.config.diffusion.num_train_timesteps, (count,), generator=source)
+        return x.to(self.device), t.to(self.device)
+
+    @cached_property
+    def model(self) -> Path:
+        """The folder of a pipeline with the weights."""
+        unet = UNet2DModel(**self.config.unet())
+        unet.load_state_dict(self.weights)
+        DDPMPipeline(unet, DDPMScheduler(**self.config.scheduler())).save_pretrained(self.folder / "model")
+        return self.folder / "model"
+
+    def images(self) -> BatchSource:
+        """Opens the images as training does."""
+        return open_images(
+            self.config.data,
+            seed=SEED,
+            batch_size=self.global_batch,
+            device=self.device,
+            main_process_first=nullcontext(),
+        )
+
+    def dataset(self) -> Dataset:
+        """Returns the same images as encoded rows, column `image`, without an incomplete last global batch."""
+        data = self.config.data
+        dataset, _ = open_split(data)
+        column = find_image_column(dataset.features, data.image_column)
+        dataset = (
+            dataset.select_columns([column])
+            .cast_column(column, datasets.Image())
+            .rename_columns({column: "image"} if column != "image" else {})
+        )
+        chosen = choose(len(dataset), data.max_train_samples, SEED)
+        whole = len(chosen) // self.global_batch * self.global_batch
+        if not whole:
+            raise ValueError(f"dataset {data.dataset!r} holds no batch of {self.global_batch} images")
+        return dataset.select(chosen[:whole])
+
+    @property
+    def mode(self) -> str:
+        """PIL's mode of the images."""
+        return MODES[self.config.data.channels]
+
+    @cached_property
+    def png_folder(self) -> Path:
+        """A folder of these images as PNG files."""
+        folder = self.folder / "png"
+        folder.mkdir()
+        for index, row in enumerate(self.dataset()):
+            row["image"].convert(self.mode).save(folder / f"{index:06d}.png")
+        return folder
+
+    @cached_property
+    def jpegs(self) -> Path:
+        """A parquet file of smooth random JPEG images."""
+        height, width = self.config.data.size
+        channels = 1 if self.config.data.channels == 1 else 3
+        random = np.random.default_rng(SEED)
+        rows = []
+        for _ in range(JPEGS):
+            rough = Image.fromarray(random.integers(256, size=(4, 4, channels), dtype=np.uint8).squeeze())
+            file = io.BytesIO()
+            rough.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=JPEG_QUALITY)
+            rows.append({"bytes": file.getvalue(), "path": None})
+        dataset = Dataset.from_dict({"image": rows}, Features({"image": datasets.Image()}))
+        dataset.to_parquet(self.folder / "jpegs.parquet", batch_size=JPEG_GROUP)
+        return self.folder / "jpegs.parquet"
+
+
+class RandomImages:
+    """Random images: a constant batch for training, images by index for the likelihood bound."""
+
+    class_names: tuple[str, ...] = ()
+    skipped = 0
+
+    def __init__(self, count: int, setting: Setting):
+        self.shape, self.device = setting.shape, setting.device
+        source = torch.Generator().manual_seed(SEED)
+        self._images = torch.randint(256, (count, *self.shape), dtype=torch.uint8, generator=source).to(self.device)
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self._images)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Returns images by their indices."""
+        return self._images[indices.to(self.device)]
+
+    def batch(self, step: int, rows: slice) -> Batch:
+        """Returns rows of the batch."""
+        return Batch(self._images[rows], None)
+
+    def close(self) -> None:
+        """Does nothing."""

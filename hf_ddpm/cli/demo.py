@@ -1,0 +1,33 @@
+"""Show a model in the browser: its images appear out of noise.
+
+    hf-ddpm demo --model runs/digits
+
+In a Space, the variable MODEL_ID names the model. Image i of a seed is that of `hf-ddpm sample`.
+"""
+
+import os
+from dataclasses import dataclass
+
+from hf_ddpm.utils.options import option, parse_options
+
+
+@dataclass
+class DemoConfig:
+    """Demo."""
+
+    model: str | None = option("folder or Hub id of a DDPM pipeline; the variable MODEL_ID by default", None)
+
+    def __post_init__(self) -> None:
+        """Finds the model."""
+        self.model = self.model or os.environ.get("MODEL_ID")
+        if self.model is None:
+            raise ValueError("the following arguments are required: --model")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit code."""
+    (config,) = parse_options(argv, DemoConfig, doc=__doc__)
+    from hf_ddpm.demo.app import show  # takes seconds
+
+    show(config.model)
+    return 0

@@ -1,0 +1,197 @@
+"""A session of training, from options to an exported, evaluated, shared model."""
+
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from hf_ddpm.cli.callbacks import Card, Evaluations, Export, Push, SampleGrid
+from hf_ddpm.config import Config
+from hf_ddpm.data import open_images
+from hf_ddpm.data.batches import BatchSource
+from hf_ddpm.data.decoding import read_report
+from hf_ddpm.training import loop
+from hf_ddpm.training.build import build_process, build_run, check_same_step, start_accelerator
+from hf_ddpm.training.checkpoints import (
+    Checkpoints,
+    archive_after,
+    find_checkpoint,
+    load_checkpoint,
+    status_file,
+    stored_options,
+)
+from hf_ddpm.training.dry_run import estimate_cost
+from hf_ddpm.training.loop import Callback, Run
+from hf_ddpm.training.progress import Progress, check_tracker, start_tracker
+from hf_ddpm.utils.files import make_folder
+from hf_ddpm.utils.launch import Interrupted, exclusive, signals
+
+Log = Callable[[str], object]
+
+
+def train(config: Config | None = None, **options: Any) -> Path:
+    """Trains a DDPM, samples from it and exports the pipeline: `hf-ddpm train` in Python.
+
+    The same call resumes from the last checkpoint in its folder. Every process of a launcher is to call it.
+
+    Args:
+        config: All options, such as `hf_ddpm.Config.of(preset="digits")`; instead of `options`.
+        options: Options by their names on the command line, such as `preset="digits"`.
+
+    Returns:
+        The folder of the run: `hf_ddpm.DDPMPipeline.from_pretrained` loads it. With `dry_run`, it is not made.
+
+    Raises:
+        ValueError: If an option, the data or a checkpoint is not usable; one line.
+        OSError: If a file cannot be written.
+        FloatingPointError: If the run diverges.
+        KeyboardInterrupt: If SIGTERM or Ctrl-C has ended the session, after a checkpoint is written.
+    """
+    if config is None:
+        config = Config.of(**options)
+    elif options:
+        raise ValueError(f"options {', '.join(options)} are given beside a config: expected one of both")
+    check_tracker(config.training.tracker)
+    accelerator, folder = start_accelerator(config), Path(config.training.output_dir)
+    if config.training.dry_run:
+        print_cost(config, accelerator)
+        return folder
+
+    make_folder(folder, "output_dir")
+    log = cache(accelerator.print)  # a data set that is opened twice is described once
+    with exclusive(folder) if accelerator.is_main_process else nullcontext():
+        checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
+        if checkpoint is not None:
+            config = config.resumed(stored_options(checkpoint))
+        evaluations, pushes = evaluations_and_pushes(config, accelerator, log)
+        run, images = open_run(config, accelerator, checkpoint, log)
+        with closing(images):
+            prepare_folder(run)
+            print_start(run, len(images), checkpoint, complaints)
+            take_steps(run, images, callbacks_of(config, evaluations, pushes))
+        accelerator.end_training()
+    print_end(run)
+    if run.stopped_by is not None:
+        raise Interrupted(run.stopped_by)
+    return folder
+
+
+def print_cost(config: Config, accelerator: Accelerator) -> None:
+    """Prints what the run would cost."""
+    run, images = start(config, accelerator, accelerator.print)
+    with closing(images):
+        for name, line in estimate_cost(run, images).items():
+            accelerator.print(f"{name + ':':16}{line}")
+    accelerator.end_training()
+
+
+def evaluations_and_pushes(config: Config, accelerator: Accelerator, log: Log) -> tuple[list[Evaluations], list[Push]]:
+    """Returns the callbacks whose requests can be refused: to be called before images are decoded."""
+    is_pushed = config.hub.push_to_hub and accelerator.is_main_process
+    pushes = [Push(config, tell=tqdm.write)] if is_pushed else []
+    is_evaluated = bool(config.evaluation.eval_metrics)
+    evaluations = [Evaluations(config, accelerator, tell=tqdm.write, log=log)] if is_evaluated else []
+    return evaluations, pushes
+
+
+def open_run(config: Config, accelerator: Accelerator, checkpoint: Path | None, log: Log) -> tuple[Run, BatchSource]:
+    """Returns a run, where its checkpoint left it, and its images; the folder is only read, but for the report."""
+    listed = bad_images(config)
+    if checkpoint is None and accelerator.is_main_process:
+        listed.unlink(missing_ok=True)  # of another run
+    accelerator.wait_for_everyone()
+    reports = accelerator.is_main_process or config.data.streaming  # each process streams images of its own
+    run, images = start(config, accelerator, log, checkpoint, listed if reports else None)
+    if checkpoint is not None:
+        load_checkpoint(run, checkpoint)
+    check_same_step(run)  # and all have read before the folder changes
+    return run, images
+
+
+def start(
+    config: Config, accelerator: Accelerator, log: Log, checkpoint: Path | None = None, report: Path | None = None
+) -> tuple[Run, BatchSource]:
+    """Returns a run at step 0 and its images; `checkpoint` is where it will resume from, `report` lists bad images."""
+    scheduler, source = build_process(config, checkpoint)  # complains before images are decoded for hours
+    images = open_images(
+        config.data,
+        seed=config.training.seed,
+        batch_size=config.training.global_batch_size(accelerator.num_processes),
+        device=accelerator.device,
+        main_process_first=accelerator.main_process_first(),
+        report=report,
+        log=log,
+    )
+    return build_run(config, accelerator, scheduler, source, images), images
+
+
+def prepare_folder(run: Run) -> None:
+    """Sets later checkpoints aside, writes the options, opens the tracker."""
+    folder = Path(run.config.training.output_dir)
+    if run.accelerator.is_main_process:
+        archive_after(folder / "checkpoints", run.step)
+        run.config.save(folder / "config.yaml")
+    start_tracker(run)
+
+
+def callbacks_of(config: Config, evaluations: list[Evaluations], pushes: list[Push]) -> list[Callback]:
+    """Returns what happens beside the training, in this order."""
+    folder = Path(config.training.output_dir)
+    return [
+        Progress(folder / "metrics.jsonl"),
+        Checkpoints(folder / "checkpoints", config.training.keep_checkpoints),
+        Export(folder),
+        Card(folder),
+        SampleGrid(folder / "samples.png"),
+        *evaluations,
+        Card(folder),
+        *pushes,
+    ]
+
+
+def take_steps(run: Run, images: BatchSource, callbacks: list[Callback]) -> None:
+    """Trains to the end or to a signal, which `run.stopped_by` then names."""
+    try:
+        with status_file(Path(run.config.training.output_dir) / "status.json", run):
+            loop.train(run, images, callbacks)
+    except Interrupted as interrupted:
+        run.stopped_by = interrupted.number
+        signals.settle()
+
+
+def print_start(run: Run, images: int, checkpoint: Path | None, complaints: list[str]) -> None:
+    """Prints what is trained, on what, from where."""
+    accelerator, origin = run.accelerator, "from the start" if checkpoint is None else f"from {checkpoint}"
+    accelerator.print(*complaints, sep="\n", end="\n" if complaints else "")
+    accelerator.print(
+        f"{images:,} images, {run.unet.num_parameters():,} parameters, {run.global_batch_size} images a step, "
+        f"{accelerator.num_processes} x {accelerator.device}, {torch.get_num_threads()} threads, {origin}"
+    )
+    share = run.emas[0].initial_share(run.config.training.max_train_steps)
+    if share > 0.5:
+        accelerator.print(
+            f"ema_decay={run.emas[0].decay}: {share:.0%} of the averaged weights, which are exported, will be "
+            "initial weights; --ema_warmup true or a smaller decay avoids it"
+        )
+
+
+def print_end(run: Run) -> None:
+    """Prints which images were not used, and what the run has come to."""
+    tell, folder, listed = run.accelerator.print, Path(run.config.training.output_dir), bad_images(run.config)
+    skipped = read_report(listed)
+    if skipped:
+        tell(f"{len(skipped):,} images or other files are not used: {listed} lists them")
+    if run.stopped_by is not None:
+        tell(f"stopped at step {run.step}: with --resume latest the run goes on from its last checkpoint")
+    else:
+        tell(f"{folder / 'samples.png'} shows samples; DDPMPipeline.from_pretrained({str(folder)!r}) loads")
+
+
+def bad_images(config: Config) -> Path:
+    """Returns the file that lists images which cannot be used."""
+    return Path(config.training.output_dir) / "bad_images.jsonl"

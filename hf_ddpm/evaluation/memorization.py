@@ -1,0 +1,47 @@
+"""Memorized training images: exact copies among samples, and the training images nearest to samples."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hf_ddpm.evaluation.extraction import Images, digests
+from hf_ddpm.evaluation.precision_recall import nearest
+from hf_ddpm.images import grid, to_pictures
+
+NEIGHBORS = 3
+ROWS = 8
+
+
+def nearest_picture(images: Images, features: Tensor, reference: Images, reference_features: Tensor) -> Image.Image:
+    """Draw the generated images that are nearest to a training image, one per row, each with the 3 nearest to it.
+
+    Args:
+        images: Generated images.
+        features: The features of the first of them, shape `(n, D)`.
+        reference: Training images.
+        reference_features: Their features, shape `(len(reference), D)`.
+
+    Returns:
+        The picture: generated images in the first column, their neighbors in the others, nearest first.
+    """
+    distances, neighbors = nearest(features, reference_features, min(NEIGHBORS, len(reference)))
+    rows = distances[:, 0].argsort(stable=True)[:ROWS].cpu()
+    tiles = []
+    for row in rows.tolist():
+        tiles += to_pictures(images[torch.tensor([row])]) + to_pictures(reference[neighbors[row].cpu()])
+    return grid(tiles, columns=1 + neighbors.shape[1])
+
+
+def copied_fraction(images: Images, indices: Sequence[int], reference: Images, levels: int) -> float:
+    """Return the fraction of generated images that equal a training image in every pixel.
+
+    Args:
+        images: Generated images.
+        indices: Which of them.
+        reference: Training images.
+        levels: Evenly spaced values that a pixel takes: generated images are moved onto the nearest first.
+    """
+    known = set(digests(reference, range(len(reference)), levels))
+    return sum(digest in known for digest in digests(images, indices, levels)) / len(indices)

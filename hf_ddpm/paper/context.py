@@ -1,0 +1,179 @@
+"""The shell of a figure: model, data and output folder; tables, sheets of images, and the files of a figure."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from hf_ddpm.evaluation.evaluate import Reference
+from hf_ddpm.evaluation.options import EvaluateConfig, default_levels
+from hf_ddpm.images import grid, save_picture, to_bytes, to_pictures
+from hf_ddpm.paper.options import FigureOptions
+from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
+from hf_ddpm.provenance import model_checksum, provenance
+from hf_ddpm.sampling.folder import SampleFolder
+from hf_ddpm.sampling.generate import fill_folder, folder_name
+from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.utils.files import atomic_write, write_text
+from hf_ddpm.utils.jsonl import to_json
+from hf_ddpm.utils.options import require_value
+from hf_ddpm.utils.plots import Curve, save_curves
+
+# Time per frame of an animation.
+MILLISECONDS, LAST_MILLISECONDS = 80, 1500
+# Of the labels of a sheet, in pixels.
+FONT_SIZE, MARGIN, GAP = 13, 6, 3
+
+
+class FigureContext:
+    """A model with its data, and the folder of its figures.
+
+    Args:
+        options: Options that all figures share.
+        accelerator: The processes; all of them make a context, and call the functions of this package.
+        log: Called with a line on unused files of the data set, and on damaged caches.
+
+    Raises:
+        ValueError: If the model cannot be loaded.
+    """
+
+    def __init__(
+        self, options: FigureOptions, accelerator: Accelerator, log: Callable[[str], object] = lambda line: None
+    ):
+        self.options, self.accelerator, self.log = options, accelerator, log
+        self.folder = Path(options.output)
+        self.pipe = load_pipeline(options.model, accelerator.device)
+        self.pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not accelerator.is_main_process)
+        self._checksum = model_checksum(self.pipe)
+
+    @property
+    def levels(self) -> int:
+        """Number of values that a pixel of the data takes."""
+        return self.options.levels or default_levels(self.options.dataset)
+
+    def reference(self, metrics: str, num_images: int | None = None) -> Reference:
+        """Return the real images for metrics of this model; raise a `ValueError` if there are none, or too few."""
+        options = asdict(self.options)
+        del options["output"], options["seed"]
+        if options["dataset"] is None:
+            raise ValueError(f"dataset is missing: there is no config.yaml of a run in model={options['model']!r}")
+        config = EvaluateConfig(metrics=metrics, num_images=num_images, **options)
+        reference = Reference(config, self.pipe.image_shape, self.accelerator, self.log)
+        reference.count()
+        return reference
+
+    def samples(self, count: int, sampling: Sampling) -> SampleFolder:
+        """Return generated images, which are kept in a folder below `samples/`."""
+        return fill_folder(
+            self.pipe,
+            self.folder / "samples" / folder_name(self.pipe, sampling, self.accelerator.device),
+            count,
+            sampling,
+            model=self.options.model,
+            batch_size=min(self.options.batch_size, count),
+            state=self.accelerator,
+        )
+
+    def diffused(self, chosen: Sequence[int]) -> list[int]:
+        """Return numbers of diffusion steps, the paper's `t`, ascending: the chosen ones, or quarters of all."""
+        total = len(self.pipe.scheduler)
+        require_value("diffused", list(chosen), all(1 <= number <= total for number in chosen), f"1 to {total}")
+        return sorted(set(chosen)) or [max(1, round(part * total / 4)) for part in (1, 2, 3, 4)]
+
+    def draw(self, name: str, picture: Image.Image) -> None:
+        """Write a picture into the folder, once for all processes."""
+        if self.accelerator.is_main_process:
+            save_picture(picture, self._path(name))
+
+    def animate(self, name: str, frames: Sequence[Tensor]) -> None:
+        """Write unit images, shape `(N, C, H, W)` per frame, as an animation that rests at its end."""
+        if self.accelerator.is_main_process:
+            first, *others = [grid(to_pictures(to_bytes(frame))) for frame in frames]
+            times = [MILLISECONDS] * len(others) + [LAST_MILLISECONDS]
+            with atomic_write(self._path(name)) as partial:
+                kind = Path(name).suffix[1:]
+                first.save(partial, format=kind, save_all=True, append_images=others, duration=times, loop=0)
+
+    def plot(self, name: str, curves: Mapping[str, Curve], **options: Any) -> None:
+        """Write curves into the folder, once for all processes; options as of `save_curves`."""
+        if self.accelerator.is_main_process:
+            save_curves(self._path(name), curves, **options)
+
+    def write(
+        self,
+        name: str,
+        title: str,
+        paragraphs: Sequence[str],
+        numbers: Mapping[str, Any],
+        options: Any,
+        made_by: Mapping[str, Any],
+    ) -> None:
+        """Write the numbers of a figure as `NAME.json`, with their origin, and its text as `NAME.md`.
+
+        Args:
+            name: Name of the figure.
+            title: Heading of the text.
+            paragraphs: The text, in Markdown.
+            numbers: The numbers by name.
+            options: The options of the figure, a dataclass.
+            made_by: Data and extractor, as an evaluation reports them.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        origin = {"seed": self.options.seed, "options": asdict(options), **provenance(self.accelerator.device)}
+        model = {"name": self.options.model, "checksum": self._checksum}
+        content = to_json({"model": model, "made_by": {**origin, **made_by}, **numbers}, indent=2) + "\n"
+        write_text(self._path(f"{name}.json"), content)
+        write_text(self._path(f"{name}.md"), "\n\n".join([f"## {title}", *paragraphs]) + "\n")
+
+    def _path(self, name: str) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / name
+
+
+def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table in Markdown; numbers are right-aligned, floats have four digits."""
+    lines = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in (head, *rows)]
+    ruler = ["---" if isinstance(value, str) else "---:" for value in (rows[0] if rows else head)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ruler, *lines[1:]))
+
+
+def with_error(value: float, error: float | None) -> str:
+    """Return a number and its error as text."""
+    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
+
+
+def sheet(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str]) -> Image.Image:
+    """Draw images in labeled rows and columns.
+
+    Args:
+        rows: Labels and unit images, shape `(len(columns), C, H, W)`.
+        columns: Labels.
+
+    Returns:
+        The picture.
+    """
+    pictures = to_pictures(to_bytes(torch.cat([images for _, images in rows]).clamp(0, 1)))
+    tiles = grid(pictures, columns=len(columns), gap=GAP, background="white")
+    width, height = (tiles.width + GAP) // len(columns), (tiles.height + GAP) // len(rows)
+    font = ImageFont.load_default(FONT_SIZE)
+    left = max(round(font.getlength(label)) for label, _ in rows) + 2 * MARGIN
+    top = FONT_SIZE + 2 * MARGIN
+    page = Image.new("RGB" if tiles.mode == "L" else tiles.mode, (left + tiles.width, top + tiles.height), "white")
+    page.paste(tiles, (left, top))
+    draw = ImageDraw.Draw(page)
+    for index, label in enumerate(columns):
+        draw.text((left + index * width + (width - GAP) / 2, top / 2), label, "black", font, anchor="mm")
+    for index, (label, _) in enumerate(rows):
+        draw.text((left - MARGIN, top + index * height + (height - GAP) / 2), label, "black", font, anchor="rm")
+    return page
+
+
+def rmse(unit: Tensor, other: Tensor) -> float:
+    """Return the root mean squared difference of unit images on the scale [0, 255]."""
+    return 255 * (unit - other).square().mean().sqrt().item()

@@ -1,0 +1,51 @@
+"""Progressive reconstruction of real images (Section 4.3): estimates, and samples that agree with them."""
+
+import torch
+from torch import Tensor
+
+from hf_ddpm.data.sources import choose
+from hf_ddpm.evaluation.results import METRIC_SEED
+from hf_ddpm.images import to_signed, to_unit
+from hf_ddpm.paper.context import FigureContext, rmse, sheet, table
+from hf_ddpm.paper.options import LossyReconstructOptions
+from hf_ddpm.utils.seeds import FIGURES, generator
+
+
+def lossy_reconstruct(context: FigureContext, options: LossyReconstructOptions) -> None:
+    """Draw estimates and samples of held-out images at several moments, and measure rate and distortion."""
+    moments = context.diffused(options.diffused)[::-1]
+    reference = context.reference("nll", options.num_images)
+    bound = reference.bound(context.pipe, context.options.seed)
+    assert reference.held_out is not None
+    indices = choose(len(reference.held_out), options.num_images, METRIC_SEED)  # those of the bound
+    x_start = to_signed(reference.held_out[torch.tensor(indices)], context.levels)
+
+    images, errors, columns = to_unit(x_start).cpu(), [], []
+    for t in moments:
+        estimates, samples = received(context, x_start, t - 1)
+        columns.append((estimates, samples))
+        distortions = {"rmse_of_estimates": rmse(estimates, images), "rmse_of_samples": rmse(samples, images)}
+        errors.append({"t": t, "rate_bpd": bound["rate_bpd"][t - 1], **distortions})
+    rows = []
+    for image in range(len(images)):
+        for kind, name in enumerate(("estimate", "sample")):
+            seen = [pair[kind][image] for pair in columns]
+            rows.append((f"image {image + 1}, {name}", torch.stack([*seen, images[image]])))
+    context.draw("lossy-reconstruct.png", sheet(rows, [*(f"t = {t}" for t in moments), "image"]))
+    paragraphs = [
+        "Held-out images diffused to t (columns) and received again: the estimate (Eq. 15) and a sample of "
+        "p(x_0 | x_t). The rate is what has to be sent for them, in bits a dimension.",
+        "![Estimates and samples of real images](lossy-reconstruct.png)",
+        table(["t", "rate", "RMSE of estimates", "RMSE of samples"], [list(moment.values()) for moment in errors]),
+        f"On the scale [0, 255], over {len(images)} images of {bound['made_by']['dataset']['name']}.",
+    ]
+    title = "Lossy reconstruction (Section 4.3)"
+    context.write("lossy-reconstruct", title, paragraphs, {"moments": errors}, options, bound["made_by"])
+
+
+def received(context: FigureContext, x_start: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """Return the estimates and samples, as unit images on the CPU, from one draw of the latents at `t`."""
+    source = generator(context.options.seed, FIGURES, t, device=context.accelerator.device)
+    x_t = context.pipe.encode(x_start, t, source)
+    estimates = context.pipe(len(x_t), source, output_type="pt", latents=x_t, timesteps=[t]).images  # one step to x_0
+    return estimates.cpu(), context.pipe.decode(x_t, t, source, "pt").cpu()

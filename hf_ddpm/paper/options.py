@@ -1,0 +1,213 @@
+"""Options of the figures. Imports nothing slow: `--help` needs them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args, get_type_hints
+
+from hf_ddpm.config import DiffusionConfig, parse_config
+from hf_ddpm.evaluation.options import ReferenceOptions, real_images
+from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.utils.options import option, require, require_at_least, require_distinct
+
+SCHEDULES = get_args(get_type_hints(DiffusionConfig)["beta_schedule"])
+SAMPLERS = [name for name in get_args(get_type_hints(Sampling)["scheduler"]) if name != "ddpm"]
+# The rows of Table 2, see `hf_ddpm.paper.ablation.ROWS`.
+ROWS = [f"{target}-{objective}" for target in ("mean", "epsilon") for objective in ("learned", "fixed", "simple")]
+
+
+@dataclass(kw_only=True)
+class FigureOptions(ReferenceOptions):
+    """Model, data and folder of the figures; data and splits are those of the run of the model by default."""
+
+    model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
+    output: str = option("folder of the figures", "figures")
+    split: str | None = option("held-out split; that of the run, else test by default", None)
+    reference_split: str | None = option(
+        "split that generated images are compared with; that of the run, else train by default", None
+    )
+    seed: int = option("random seed", 0)
+
+    def __post_init__(self) -> None:
+        """Check the values, and find the data set of a model of a run."""
+        output = Path(self.output)
+        no_file = not any(path.is_file() for path in (output, *output.parents))
+        require(self, "output", no_file, "a file stands there, a folder is wanted")
+        require_at_least(self, 0, "seed")
+        require_at_least(self, 1, "batch_size")
+        super().__post_init__()
+        run = Path(self.model) / "config.yaml"
+        if self.dataset is None and run.is_file():
+            of_run = real_images(parse_config(["--config", str(run)]))
+            self.floor = of_run.pop("floor") and self.floor
+            for name, value in of_run.items():
+                setattr(self, name, getattr(self, name) or value)
+        self.split, self.reference_split = self.split or "test", self.reference_split or "train"
+
+
+@dataclass
+class DistanceOptions:
+    """Options of figures with distances between generated and real images."""
+
+    num_images: int = option("generated images, at least 2", 100)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require_at_least(self, 2, "num_images")
+
+
+@dataclass
+class DiffusedOptions:
+    """Options of figures of moments of the process."""
+
+    diffused: list[int] = option("moments: steps of diffusion, from 1 to T; quarters of T by default", factory=list)
+
+
+@dataclass
+class ProgressiveOptions:
+    """Estimates of images while they are sampled (Figs. 6, 10): a picture, an animation, and distances."""
+
+    shown: int = option("images in the picture", 8)
+    columns: int = option("moments in the picture, and of the distances", 11)
+    frames: int = option("moments in the animation", 51)
+    num_images: int = option("images for the distance at each moment, at least 2; 0 for no distances", 100)
+    animation: Literal["gif", "webp"] = option("format of the animation", "gif")
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require_at_least(self, 1, "shown")
+        require_at_least(self, 2, "columns")
+        require(self, "frames", self.frames >= self.columns, f"at least columns={self.columns}")
+        require(self, "num_images", self.num_images == 0 or self.num_images >= 2, "0, or at least 2")
+
+
+@dataclass
+class SharedLatentOptions(DiffusedOptions):
+    """Several images from one latent, at several moments of the process (Fig. 7), and how much they differ."""
+
+    latents: int = option("latents; the first two are shown", 4)
+    num_images: int = option("images per latent, at least 2", 6)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require_at_least(self, 1, "latents")
+        require_at_least(self, 2, "num_images")
+
+
+@dataclass
+class InterpolateOptions(DiffusedOptions):
+    """Two images mixed after some steps of diffusion, and denoised (Figs. 8, 9)."""
+
+    first: str | None = option("file of an image", None)
+    second: str | None = option("file of another image", None)
+    rows: list[int] = option("without files: indices of two held-out images", factory=lambda: [0, 1])
+    weights: list[float] = option(
+        "weights of the second image, in [0, 1]", factory=lambda: [tenth / 10 for tenth in range(11)]
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self, "second", (self.first is None) == (self.second is None), "both files, or none")
+        require(self, "rows", len(self.rows) == 2 and min(self.rows) >= 0, "two numbers, at least 0")
+        require(self, "weights", all(0 <= weight <= 1 for weight in self.weights), "in [0, 1]")
+
+
+@dataclass
+class RateDistortionOptions:
+    """Rate and distortion of progressive decoding (Fig. 5, Table 4)."""
+
+    num_images: int = option("held-out images; each takes T evaluations of the network", 50)
+    rows: int = option("rows of the table", 10)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require_at_least(self, 1, "num_images")
+        require_at_least(self, 2, "rows")
+
+
+@dataclass
+class LossyReconstructOptions(DiffusedOptions):
+    """Progressive reconstruction of real images: estimates and samples, with their rate and distortion."""
+
+    num_images: int = option("held-out images", 4)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require_at_least(self, 1, "num_images")
+
+
+@dataclass
+class NearestNeighborsOptions(DistanceOptions):
+    """The samples that are nearest to a training image, by pixels and by features (Figs. 12, 15)."""
+
+
+@dataclass
+class StepsOptions(DistanceOptions):
+    """Distance to real images against the number of steps, for each sampler."""
+
+    steps: list[int] = option(
+        "numbers of steps, 10, 20, 50 and 100 by default; the process of the paper takes all of them, too",
+        factory=list,
+    )
+    samplers: list[str] = option(f"beside the paper's, any of {', '.join(SAMPLERS)}", factory=lambda: list(SAMPLERS))
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        require(self, "steps", min(self.steps, default=1) >= 1, "at least 1")
+        require(self, "samplers", set(self.samplers) <= set(SAMPLERS), f"any of {', '.join(SAMPLERS)}")
+        require_distinct(self, "samplers")
+
+
+@dataclass
+class SchedulesOptions:
+    """Loss and bits by timestep of one network with several schedules, by default linear and cosine."""
+
+    schedules: list[str] = option(f"any of {', '.join(SCHEDULES)}", factory=lambda: ["linear", "squaredcos_cap_v2"])
+    num_images: int = option("held-out images; each takes T evaluations of the network per schedule", 10)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self, "schedules", set(self.schedules) <= set(SCHEDULES), f"any of {', '.join(SCHEDULES)}")
+        require_distinct(self, "schedules")
+        require_at_least(self, 1, "num_images")
+
+
+@dataclass
+class AllOptions(DistanceOptions):
+    """All of these but the ablation, and one report of them: report.md."""
+
+
+@dataclass
+class AblationOptions(DistanceOptions):
+    """Table 2: trains with either prediction and each objective, from several seeds; takes a run for each."""
+
+    output: str = option("folder of the figures; the runs are below it", "figures")
+    preset: str = option("what is trained otherwise", "digits")
+    config: str | None = option("YAML file of further options", None)
+    rows: list[str] = option("any of " + ", ".join(ROWS), factory=lambda: list(ROWS))
+    seeds: list[int] = option("seeds of the runs of a row", factory=lambda: [0, 1, 2])
+    max_train_steps: int | None = option("optimizer steps; those of the preset by default", None)
+    num_inference_steps: int | None = option("sampling steps; all by default, which means and variances need", None)
+    launcher: str = option("command that starts a script in place of python, such as accelerate launch", "")
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
+        require(self, "rows", set(self.rows) <= set(ROWS), f"any of {', '.join(ROWS)}")
+        require(self, "seeds", bool(self.seeds) and min(self.seeds) >= 0, "at least one, at least 0")
+        require_distinct(self, "rows", "seeds")
+        require_at_least(self, 1, "max_train_steps", "num_inference_steps")
+
+
+# The figures of a model by name, in the order of the report.
+FIGURES: dict[str, type] = {
+    "progressive": ProgressiveOptions,
+    "shared-latent": SharedLatentOptions,
+    "interpolate": InterpolateOptions,
+    "rate-distortion": RateDistortionOptions,
+    "lossy-reconstruct": LossyReconstructOptions,
+    "nearest-neighbors": NearestNeighborsOptions,
+    "steps": StepsOptions,
+    "schedules": SchedulesOptions,
+}

@@ -1,0 +1,311 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from benchmarks import __main__ as program
+from benchmarks import run as benchmark_run
+from benchmarks import stock
+from benchmarks.contender import check_equal, refusal_of
+from benchmarks.measure import Workload, measure_rates, peak_memory
+from benchmarks.options import grown, growth_values, parse_benchmark
+from benchmarks.ours import Ours
+from benchmarks.setting import Setting
+from benchmarks.stock import Stock
+from hf_ddpm.images import to_signed
+from hf_ddpm.training.dry_run import count_flops
+from tests.conftest import TINY_RUN
+
+WORDS = [
+    *TINY_RUN, "--device", "cpu", "--threads", "1", "--rounds", "1", "--steps_per_turn", "1", "--memory", "false",
+]  # fmt: skip
+
+
+@pytest.fixture
+def setting(tmp_path):
+    return Setting(*parse_benchmark(WORDS), tmp_path)
+
+
+@pytest.fixture
+def benchmark(tmp_path, capsys, monkeypatch):
+    """Runs the program on a tiny network; returns its report and what it printed."""
+    monkeypatch.setattr("benchmarks.measure.TRIALS", 1)
+    monkeypatch.setattr("benchmarks.setting.JPEGS", 32)
+
+    def run(*words):
+        file = tmp_path / "new" / "report.json"
+        assert program.main([*WORDS, "--json", str(file), *words]) == 0
+        captured = capsys.readouterr()
+        printed = captured.err + captured.out
+        assert file.with_suffix(".md").read_text() in printed
+        return json.loads(file.read_text()), printed
+
+    return run
+
+
+def rows_by(report):
+    return {(row["task"], row["subject"]): row for row in report["rows"]}
+
+
+def test_a_report_holds_all_that_is_needed_to_read_it(benchmark):
+    report, printed = benchmark("--tasks", "forward,train_step,training,sampling,data,nll", "--against", "diffusers")
+    rows = rows_by(report)
+    both = ("forward", "train_step", "training", "sampling", "sampling_1", "data_memory", "data_jpeg")
+    expected = {(task, subject) for task in both for subject in ("hf_ddpm", "diffusers")}
+    assert set(rows) == expected | {("nll", "hf_ddpm"), ("nll", "hf_ddpm, forward alone")}
+    for (_, subject), row in rows.items():
+        assert row["error"] is None
+        assert len(row["seconds"]["rounds"]) == 1 and row["seconds"]["median"] > 0
+        assert subject != "hf_ddpm" or row["beside_ours"] == 1
+    forward, sampling = rows["forward", "hf_ddpm"], rows["sampling", "hf_ddpm"]
+    assert forward["images"] == sampling["images"] == 8 and rows["sampling_1", "diffusers"]["images"] == 1
+    assert forward["of_matmul"] == pytest.approx(forward["flops_per_second"] / report["rates"]["matmul"])
+    operations = [row["flops_per_second"] * row["seconds"]["median"] for row in (forward, sampling)]
+    assert operations[1] == pytest.approx(2 * operations[0])  # a chain of two steps
+    assert rows["data_memory", "hf_ddpm"]["flops_per_second"] is None
+    (check,) = report["equality"]
+    assert check["subject"] == "diffusers" and all(found["equal"] for found in check["outputs"].values())
+    made = report["made_by"]
+    assert {"versions", "revision", "device", "date", "threads", "processes"} <= made.keys()
+    assert made["threads"] == 1 and made["versions"]["torch"] == torch.__version__
+    assert report["options"]["rounds"] == 1 and report["options"]["config"]["train_batch_size"] == 8
+    assert printed.count("| diffusers |") == 7
+    assert "nll: hf_ddpm " in printed and "(1.00), hf_ddpm, forward alone " in printed  # a line as each task ends
+
+
+def test_a_missing_library_is_a_row(benchmark, monkeypatch):
+    monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", None)
+    report, printed = benchmark("--tasks", "forward,data", "--against", "denoising-diffusion-pytorch")
+    absent = [row for row in report["rows"] if row["subject"] == "denoising-diffusion-pytorch"]
+    assert [row["task"] for row in absent] == ["forward"]
+    assert absent[0]["error"].startswith("not installed: ")
+    assert "| forward | denoising-diffusion-pytorch | not installed: " in printed
+
+
+def test_others_are_also_timed_without_compilation(benchmark, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda network, **options: compiled.append(type(network)))
+    monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", None)
+    report, _ = benchmark("--tasks", "forward,train_step,data", "--compile", "true")
+    report["rows"] = [row for row in report["rows"] if "denoising" not in row["subject"]]
+    subjects = ("hf_ddpm", "diffusers", "diffusers, not compiled")
+    network = {(task, subject) for task in ("forward", "train_step") for subject in subjects}
+    assert set(rows_by(report)) - network == {(t, s) for t in ("data_memory", "data_jpeg") for s in subjects[:2]}
+    assert all(rows_by(report)[row]["beside_ours"] > 0 for row in network)
+    assert [check["subject"] for check in report["equality"]] == list(subjects[1:])
+    assert set(compiled) == {Ours.network_class, Stock.network_class}
+
+
+def test_a_failing_contender_is_a_row(benchmark, monkeypatch):
+    def fails(self):
+        raise RuntimeError("no\nway")
+
+    def fails_later(self):
+        return [Workload(self.name, lambda: 1 / 0, 1, "pass")]
+
+    monkeypatch.setattr(Stock, "forward", fails)
+    monkeypatch.setattr(Ours, "data_memory", fails_later)
+    report, _ = benchmark("--tasks", "forward,data", "--against", "diffusers")
+    rows = rows_by(report)
+    assert rows["forward", "diffusers"]["error"] == "RuntimeError: no way"
+    assert rows["forward", "hf_ddpm"]["error"] is None
+    assert rows["data_memory", "hf_ddpm"]["error"] == "ZeroDivisionError: division by zero"
+    assert rows["data_memory", "diffusers"]["error"] is None
+    assert rows["data_memory", "diffusers"]["beside_ours"] is None  # there is nothing to compare with
+
+
+def test_other_weights_are_not_compared(setting, tmp_path, benchmark, monkeypatch):
+    alike = check_equal(Ours(setting), Stock(setting))
+    assert refusal_of(alike) is None and alike["network"]["difference"] < 1e-5
+    other = Setting(setting.options, setting.config, tmp_path / "other")
+    other.weights["conv_out.bias"] += 0.01
+    different = check_equal(Ours(setting), Stock(other))
+    assert not any(check["equal"] for check in different.values())
+    assert refusal_of(different).startswith("not compared: its network differ")
+
+    class Lossy(Stock):
+        def network(self, trained=False):
+            network = super().network(trained)
+            network.conv_in.weight.requires_grad_(False)  # as if a compiler had lost it
+            return network
+
+    lossy = check_equal(Ours(setting), Lossy(setting))
+    assert [name for name, check in lossy.items() if not check["equal"]] == ["gradients"]
+
+    def other_network(self):
+        network = Stock.network_class(**self.setting.config.unet())
+        network.load_state_dict(self.setting.weights)
+        nn.init.zeros_(network.conv_in.weight)
+        return network
+
+    monkeypatch.setattr(Stock, "plain_network", other_network)
+    rows = rows_by(benchmark("--tasks", "forward,data", "--against", "diffusers")[0])
+    assert rows["forward", "diffusers"]["error"].startswith("not compared")
+    assert rows["forward", "hf_ddpm"]["error"] is rows["data_memory", "diffusers"]["error"] is None
+
+
+def test_growth_is_a_row_per_value_and_a_curve(benchmark, tmp_path):
+    words = ("--tasks", "forward", "--against", "none", "--growth", "batch", "--growth_values", "2", "3")
+    report, printed = benchmark(*words)
+    assert [(row["at"], row["images"]) for row in report["rows"]] == [(2, 2), (3, 3)]
+    assert "| batch | task |" in printed
+    assert (tmp_path / "new" / "report_forward.png").exists()
+
+
+def test_what_grows():
+    options, config = parse_benchmark([*WORDS, "--growth", "resolution"])
+    assert growth_values(options, config) == [8, 16, 32]
+    larger = grown(config, "resolution", 32)
+    assert larger.data.size == (32, 32) and larger.attends == config.attends == [False, True]
+    assert grown(config, "batch", 5).training.train_batch_size == 5
+    longer = grown(config, "steps", 30)
+    assert longer.diffusion.num_train_timesteps == 30 and longer.training.num_inference_steps is None
+    tall = grown(replace(config, data=replace(config.data, resolution=[16, 8])), "resolution", 16)
+    assert tall.data.size == (32, 16)
+
+
+def test_growth_over_processes_joins_the_reports_of_the_launches(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "script.py"
+    monkeypatch.setattr(benchmark_run, "PROGRAM", script)
+    script.write_text(
+        "import json, os, sys\n"
+        "if os.environ['WORLD_SIZE'] == '2': sys.exit('Error: two are too many')\n"
+        "words = sys.argv[1:]\n"
+        "assert words[words.index('--growth', 2) + 1] == 'none'\n"
+        "json.dump({'options': {'json': 'x'}, 'rows': [{'task': 'training', 'subject': 'hf_ddpm', 'error': 'e'}]},\n"
+        "          open(words[-1], 'w'))\n"
+    )
+    argv = ["--growth", "processes", "--tasks", "training"]
+    options, _ = parse_benchmark(argv)
+    with tqdm(total=2) as bar:
+        report = benchmark_run.run_processes(argv, options, [1, 2], bar)
+    first, second = report["rows"]
+    assert first == {"task": "training", "subject": "hf_ddpm", "error": "e", "at": 1}
+    assert second["at"] == 2 and "two are too many" in second["error"]
+    assert capsys.readouterr().err.count("training: hf_ddpm failed\n") == 2
+    assert report["options"]["growth"] == "processes" and report["options"]["json"] == "benchmark.json"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "forward,dance"], "tasks='forward,dance' is not allowed: any of forward, "),
+        (["--tasks", ","], "tasks=',' is not allowed: any of forward, "),
+        (["--against", "nobody"], "against='nobody' is not allowed: any of diffusers, "),
+        (["--rounds", "0"], "rounds=0 is not allowed: at least 1"),
+        (["--growth", "processes"], "with growth=processes, train_step or training"),
+        (["--json", "table.md"], "json='table.md' is not allowed: a file that ends in .json"),
+        (["--round", "3"], "unknown option --round"),
+    ],
+)
+def test_a_wrong_option_is_named(words, message):
+    with pytest.raises(ValueError, match="is not allowed|unknown") as error:
+        parse_benchmark(words)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_default_preset_is_digits():
+    options, config = parse_benchmark([])
+    assert config.data.dataset == "digits" and options.others == ["diffusers", "denoising-diffusion-pytorch"]
+    assert parse_benchmark(["--preset", "cifar10", "--class_column", "auto"])[1].data.class_column is None
+
+
+def test_operations_are_counted_attention_included():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 3, padding=1)
+
+        def forward(self, x, t):
+            h = self.conv(x).flatten(2).transpose(1, 2)[:, None].contiguous()
+            return nn.functional.scaled_dot_product_attention(h, h, h)
+
+    forward, both = count_flops(Attention(), torch.randn(3, 2, 5, 5), torch.zeros(3))
+    convolution, attention = 2 * 25 * 9 * 2 * 4, 2 * (2 * 25 * 25 * 4)
+    assert forward == convolution + attention
+    assert both == 2 * convolution + 3 * attention  # the input needs no gradient
+
+
+def test_rates_and_memory_are_of_what_is_done():
+    rates = measure_rates(torch.device("cpu"), torch.float32)
+    assert rates.keys() == {"matmul", "convolution"} and min(rates.values()) > 0
+    with peak_memory(torch.device("cpu")) as peak:
+        held = np.ones(2**23)  # 64 MiB
+        del held
+        assert 60 * 2**20 < peak() < 100 * 2**20
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom benchmarks.__main__ import main\n"
+        "try: main(['--help'])\nexcept SystemExit: print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert "--growth" in said and said.splitlines()[-1] == "[]"
+
+
+def test_the_script_runs_from_any_folder(tmp_path):
+    script = benchmark_run.PROGRAM
+    words, elsewhere = ["--round", "3"], {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, env=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("benchmarks: error: unknown option --round") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_growth_over_processes_launches_the_script(benchmark):
+    words = ("--tasks", "train_step", "--against", "none", "--growth", "processes", "--growth_values", "2")
+    (row,) = benchmark(*words)[0]["rows"]
+    assert (row["at"], row["images"], row["error"]) == (2, 16, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hf_ddpm", "diffusers"])
+def test_the_memory_of_a_task_is_that_of_a_process_of_its_own(name, setting):
+    entry = benchmark_run.CONTENDERS[name](setting).memory("train_step")
+    assert entry.keys() == {"memory_bytes"} and 2**20 < entry["memory_bytes"] < 2**30
+
+
+def test_imports_are_timed_in_new_processes(benchmark, monkeypatch):
+    monkeypatch.setattr(Ours, "statement", "from types import SimpleNamespace as DDPMPipeline")
+    report, printed = benchmark("--tasks", "import", "--against", "none")
+    imported, loaded = report["rows"]
+    assert imported["task"] == "import_time" and imported["images_per_second"] is None and imported["error"] is None
+    # What was imported in place of the pipeline loads nothing, and the row says so.
+    assert loaded["task"] == "load_time" and "has no attribute 'from_pretrained'" in loaded["error"]
+
+
+def test_the_stand_in_does_the_steps_of_torchvision():
+    transforms = stock.STAND_IN
+    pixels = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3)
+    image = Image.fromarray(pixels)
+    unit = transforms.ToTensor()(image)
+    assert unit.shape == (3, 6, 4) and unit[2, 5, 1] == pixels[5, 1, 2] / 255
+    signed = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])(image)
+    torch.testing.assert_close(signed, to_signed(torch.from_numpy(pixels).permute(2, 0, 1)))
+    assert transforms.Resize(4)(image) is image  # the smaller side is so already
+    assert transforms.Resize(2)(image).size == (2, 3) and transforms.Resize((2, 8))(image).size == (8, 2)
+    middle = transforms.CenterCrop(2)(image)
+    np.testing.assert_array_equal(np.asarray(middle), pixels[2:4, 1:3])
+    seen = {transforms.RandomHorizontalFlip()(image).tobytes() for _ in range(40)}
+    assert seen == {pixels.tobytes(), pixels[:, ::-1].tobytes()}
+
+
+def test_torchvision_is_replaced_only_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(stock, "find_spec", lambda name: None)
+    with stock.importable_torchvision():
+        from torchvision import transforms
+
+        assert transforms is stock.STAND_IN
+    monkeypatch.setattr(stock, "find_spec", lambda name: object())
+    before = sys.modules.get("torchvision")
+    with stock.importable_torchvision():
+        assert sys.modules.get("torchvision") is before

@@ -1,0 +1,109 @@
+from statistics import median
+
+import pytest
+
+from benchmarks.measure import LEAST_SECONDS, Workload, time_in_turns
+from benchmarks.report import to_row
+
+
+class Stage:
+    """A clock that only the works move, and the order of their turns."""
+
+    def __init__(self):
+        self.now, self.order = 0.0, []
+
+    def clock(self):
+        return self.now
+
+    def work(self, subject, durations, **more):
+        left = iter(durations)
+
+        def run():
+            self.order.append(subject)
+            self.now += next(left)
+
+        return Workload(subject, run, **{"images": 8, "unit": "pass", "at_once": True, **more})
+
+    def leader(self, subject, durations, **more):
+        def lead(others):
+            self.now += 1000  # what comes before its first turn is nobody's time
+            others()
+            for duration in durations:
+                self.order.append(subject)
+                self.now += duration
+                others()
+            self.now += 1000
+
+        return Workload(subject, lambda: None, images=8, unit="step", lead=lead, **more)
+
+
+def time_all(stage, works, rounds):
+    time_in_turns(works, rounds, stage.clock, lambda turn: None)
+    return [work.seconds for work in works]
+
+
+def test_works_take_turns_and_the_first_round_does_not_count():
+    stage = Stage()
+    works = [stage.work("a", [99, 3, 1, 2]), stage.work("b", [77, 6, 8, 4], count=2)]
+    assert time_all(stage, works, 3) == [[3, 1, 2], [3, 4, 2]]  # of b per unit, of which there are two
+    assert stage.order == ["a", "b"] * 4
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_loop_of_its_own_leads_the_others_wherever_it_stands(at):
+    stage = Stage()
+    works = [stage.work("a", [99, 3, 1]), stage.work("b", [88, 5, 5])]
+    works.insert(at, stage.leader("l", [77, 10, 20], count=10))
+    seconds = time_all(stage, works, 2)
+    assert stage.order == [work.subject for work in works] * 3
+    assert seconds.pop(at) == [1, 2]
+    assert seconds == [[3, 1], [5, 5]]
+
+
+def test_short_works_are_repeated():
+    stage = Stage()
+    (seconds,) = time_all(stage, [stage.work("a", [LEAST_SECONDS / 4] * 100, at_once=False)], 2)
+    assert len(stage.order) == 2 + 3 * 4  # two to see how short it is
+    assert seconds == pytest.approx([LEAST_SECONDS / 4] * 2)
+
+
+@pytest.mark.parametrize("lasts", [0, 1, 2])
+def test_one_that_fails_takes_part_no_more(lasts):
+    stage = Stage()
+    works = [stage.work("a", [1] * lasts), stage.work("b", [7, 2, 3])]
+    assert time_all(stage, works, 2) == [[], [2, 3]]
+    assert stage.order == ["a", "b"] * (lasts + 1) + ["b"] * (2 - lasts)
+    assert [work.error for work in works] == ["StopIteration:", None]
+
+
+def test_one_that_has_failed_before_gets_no_turn():
+    stage = Stage()
+    assert time_all(stage, [stage.work("a", [1], error="no"), stage.work("b", [7, 2])], 1) == [[], [2]]
+    assert stage.order == ["b", "b"]
+
+
+def test_a_leader_that_fails_leaves_the_others_their_turns():
+    stage = Stage()
+
+    def lead(others):
+        others()
+        raise MemoryError("out of\nmemory")
+
+    works = [stage.work("a", [9, 2, 3]), Workload("l", images=8, unit="step", lead=lead)]
+    assert time_all(stage, works, 2) == [[2, 3], []]
+    assert [work.error for work in works] == [None, "MemoryError: out of memory"]
+
+
+def test_a_row_is_medians_and_shares():
+    ours = Workload("hf_ddpm", images=8, unit="pass", seconds=[1.0, 2.0, 6.0])
+    theirs = Workload("other", images=4, unit="pass", flops=60.0, seconds=[3.0, 2.0, 8.0])
+    row = to_row("forward", theirs, ours, {"matmul": 100.0, "convolution": 40.0})
+    assert (row["seconds"]["median"], row["seconds"]["least"], row["seconds"]["most"]) == (3, 2, 8)
+    assert row["seconds"]["rounds"] == [3, 2, 8]
+    assert row["images_per_second"] == pytest.approx(4 / 3)
+    # An image takes 3/4, 2/4 and 8/4 seconds; ours 1/8, 2/8 and 6/8.
+    assert row["beside_ours"] == pytest.approx(median([6, 2, 8 / 3]))
+    assert row["flops_per_second"] == pytest.approx(20)
+    assert (row["of_matmul"], row["of_convolution"]) == pytest.approx((0.2, 0.5))
+    failure = to_row("forward", Workload("other", error="no"), ours, {})
+    assert failure == {"task": "forward", "subject": "other", "error": "no"}

@@ -1,0 +1,153 @@
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_ddpm import cli
+from hf_ddpm.config import PARTS, Config, preset_names
+from tests.conftest import TINY_RUN
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"torch", "transformers", "diffusers", "accelerate", "datasets", "gradio", "matplotlib"}
+
+
+def end(*words):
+    """Returns exit code, output, errors and heavy imports of a process that ends before its work begins."""
+    code = (
+        "import atexit, sys; from hf_ddpm.cli import main\n"
+        f"atexit.register(lambda: print('\\nimported', *({HEAVY!r} & set(sys.modules))))\n"
+        f"sys.argv = ['hf-ddpm', *{words!r}]; main()"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    output, _, imported = process.stdout.rpartition("\nimported")
+    return process.returncode, output, process.stderr, imported.split()
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_is_printed_before_anything_slow_is_imported(command):
+    code, output, errors, imported = end(*command.split(), "--help")
+    assert (code, errors, imported) == (0, "", []) and output.startswith(f"usage: hf-ddpm {command}".rstrip())
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("train --num_epochs 3", "hf-ddpm train: error: unknown option --num_epochs: did you mean --num_train_epochs?"),
+        ("train --dataset digits --dropout 1", "hf-ddpm train: error: dropout=1.0 is not allowed: in [0, 1)"),
+        ("sample --model m", "hf-ddpm sample: error: the following arguments are required: --output"),
+        ("evaluate --batch_size x", "hf-ddpm evaluate: error: argument --batch_size: invalid int value: 'x'"),
+        ("push --model nowhere --hub_model_id a/b", "model='nowhere' is not allowed: there is no such folder"),
+        ("convert --from what", "hf-ddpm convert: error: argument --from: invalid choice: 'what'"),
+        ("reproduce step", "hf-ddpm reproduce: error: unknown command 'step': did you mean steps?"),
+        ("reproduce steps --modle m", "hf-ddpm reproduce: error: unknown option --modle: did you mean --model?"),
+        ("trian", "hf-ddpm: error: unknown command 'trian': did you mean train?"),
+        ("frobnicate", "hf-ddpm: error: unknown command 'frobnicate': expected one of train, sample, evaluate, push"),
+    ],
+)
+def test_a_wrong_word_is_one_line_before_anything_slow_is_imported(words, error):
+    code, output, errors, imported = end(*words.split())
+    assert code == 2 and error in errors and errors.count("\n") == 1 and output == "" and imported == []
+
+
+@pytest.mark.parametrize(("script", "command"), [("train", "train"), ("push_to_hub", "push"), ("space/app", "demo")])
+def test_scripts_are_the_commands_under_their_own_name(script, command):
+    process = subprocess.run(
+        [sys.executable, f"scripts/{script}.py", "--nonsense", "1"], capture_output=True, text=True, cwd=ROOT
+    )
+    name = script.rpartition("/")[2]
+    assert (process.returncode, process.stderr) == (2, f"{name}.py: error: unknown option --nonsense: see --help\n")
+    assert f'run("{command}")' in (ROOT / "scripts" / f"{script}.py").read_text()
+
+
+def test_the_commands_are_listed_with_a_line_each(capsys):
+    for words in ([], ["--help"], ["-h"]):
+        assert cli.list_commands(words) == 0
+        lines = capsys.readouterr().out.splitlines()
+        listed = dict(re.fullmatch(r"  (\w+) +(\S.*\.)", line).groups() for line in lines if line.startswith("  "))
+        assert tuple(listed) == cli.COMMANDS
+
+
+def test_the_presets_are_listed_with_a_line_each(capsys):
+    assert importlib.import_module("hf_ddpm.cli.presets").main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == preset_names()
+    assert "cifar10                 uoft-cs/cifar10 at 32x32, 35.7M parameters, 800,000 steps of 128 images" in lines
+
+
+def help_of(command, capsys, *words):
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(f"hf_ddpm.cli.{command}").main([*words, "--help"])
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_help_of_training_has_groups_defaults_presets_and_examples(capsys):
+    text = help_of("train", capsys)
+    titles = re.findall(r"^(\w+): ", text, re.M)[1:]
+    assert titles == ["Sources", "Data", "Model", "Process", "Training", "Evaluation", "Hub"]
+    groups = dict(zip(titles, re.split(r"^\w+: .*:$", text, flags=re.M)[1:], strict=True))
+    for title, part in zip(titles[1:], PARTS, strict=True):
+        options = re.findall(r"^  --(\w+)", groups[title], re.M)
+        assert options == [field.name for field in dataclasses.fields(part)]
+    words = " ".join(text.split())
+    for line in (
+        "--max_train_steps N optimizer steps; 800,000 by default, as in the paper --num",
+        "--adam_beta1 X decay of Adam's first moment (default: 0.9)",
+        "(default: 128 256 256 256)",
+        "--ema_warmup [true|false] let decays start small, as min(decay, (1 + step) / (10 + step)) (default: true)",
+    ):
+        assert line in words
+    assert all(name in words.replace("- ", "-") for name in preset_names())
+    assert "\nexamples:\n\n    hf-ddpm train --preset digits" in text
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_help_of_a_command_has_each_option_once_and_examples(command, capsys):
+    text = help_of(command, capsys, *(["steps"] if command == "reproduce" else []))
+    options = re.findall(r"^  (--\w+)", text, re.M)
+    assert len(set(options)) == len(options)
+    assert "default: None" not in text and not re.search(r"--\w+-\w+", text.partition("examples:")[0])
+    whole = help_of(command, capsys)
+    assert re.search(rf"examples:\n\n    (hf-ddpm {command}|accelerate launch -m hf_ddpm {command})", whole)
+
+
+def test_required_options_are_in_the_usage_without_a_default(capsys):
+    text = help_of("sample", capsys)
+    assert text.startswith("usage: ") and "--model ... --output ... [--OPTION VALUE ...]\n" in text.splitlines(True)[0]
+    assert "default" not in re.search(r"--model TEXT.*?--num_images", text, re.S)[0]
+
+
+@pytest.mark.slow
+def test_every_launcher_starts_the_same_run_from_the_package_and_from_the_script(tmp_path):
+    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    starts = {
+        "script": [*accelerate, str(ROOT / "scripts" / "train.py")],
+        "package": [*accelerate, "-m", "hf_ddpm", "train"],
+        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_ddpm", "train"],
+    }
+    weights = {}
+    for name, start in starts.items():
+        words = [*start, *TINY_RUN, "--max_train_steps", "2", "--output_dir", str(tmp_path / name)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True, env=environment)
+        weights[name] = load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
+        assert json.loads((tmp_path / name / "status.json").read_text())["hardware"].startswith("2 x cpu")
+    for name in ("package", "torchrun"):
+        assert all(torch.equal(weights[name][key], value) for key, value in weights["script"].items())
+
+
+def test_options_in_python_are_those_of_the_command_line():
+    options = {"preset": "digits", "resolution": (8, 16), "horizontal_flip": True, "eval_metrics": "", "seed": 3}
+    config = Config.of(**options, image_column=None)
+    assert config.data.size == (8, 16) and config.data.horizontal_flip is True and config.training.seed == 3
+    assert config == Config.of(config=None, **options) and config != Config.of(preset="digits")
+    with pytest.raises(ValueError, match=r"unknown option --lerning_rate: did you mean --learning_rate\?"):
+        Config.of(preset="digits", lerning_rate=1)

@@ -1,0 +1,50 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from hf_ddpm.config import PARTS, Config, Sources
+from hf_ddpm.sampling.options import SampleConfig, Sampling
+from hf_ddpm.utils.migration import DIFFUSERS, LUCIDRAINS, MIGRATION
+from hf_ddpm.utils.options import option_names, parse_options
+
+PAGE = Path(__file__).parents[2] / "docs" / "migration.md"
+OPTIONS = option_names([*PARTS, Sources])
+
+
+@pytest.mark.parametrize(("title", "table"), [("diffusers", DIFFUSERS), ("denoising-diffusion-pytorch", LUCIDRAINS)])
+def test_the_page_has_the_table_of_the_code(title, table):
+    section = re.search(rf"\n## {title}\n(.*?)(?=\n## |\Z)", PAGE.read_text(), re.DOTALL)[1]
+    rows = [[cell.strip(" `") for cell in line.split(" | ")] for line in section.splitlines() if line.startswith("| `")]
+    written = {name.strip("| `").removeprefix("--"): there.strip("| ").replace("`", "") for name, there in rows}
+    assert written == {name: there.replace("`", "") for name, there in table.items()}
+
+
+@pytest.mark.parametrize(("name", "there"), MIGRATION.items())
+def test_a_word_of_another_package_is_answered_by_what_takes_its_place(name, there):
+    assert name not in OPTIONS  # else it would not be answered
+    assert set(re.findall(r"--(\w+)", there)) <= set(OPTIONS)
+    with pytest.raises(ValueError, match=f"^unknown option --{name}: ") as caught:
+        Config.of(preset="digits", **{name: "x"})
+    answer = str(caught.value).partition(": ")[2]
+    assert answer == (f"did you mean {there}?" if there.startswith("--") else there)
+
+
+def test_options_that_are_named_take_the_value_that_is_named():
+    for there in MIGRATION.values():
+        for name, value in re.findall(r"^--(\w+) (\w+)$", there):
+            Config.of(preset="digits", **{name: value})
+
+
+def test_a_word_in_a_file_is_answered_too(tmp_path):
+    (tmp_path / "x.yaml").write_text("random_flip: true")
+    with pytest.raises(ValueError, match=r"unknown option random_flip: did you mean horizontal_flip\?"):
+        Config.of(preset="digits", config=tmp_path / "x.yaml")
+
+
+def test_an_option_that_a_command_lacks_is_not_proposed():
+    required = ["--model", "m", "--output", "o"]
+    with pytest.raises(ValueError, match=r"--ddpm_num_inference_steps: did you mean --num_inference_steps\?"):
+        parse_options([*required, "--ddpm-num-inference-steps", "4"], SampleConfig, Sampling)
+    with pytest.raises(ValueError, match="unknown option --num_epochs: see --help"):
+        parse_options([*required, "--num_epochs", "4"], SampleConfig, Sampling)
