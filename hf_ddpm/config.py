@@ -50,7 +50,7 @@ class ImageOptions:
     skip_bad_images: bool = option("skip images that cannot be used instead of stopping", False)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require(self, "levels", self.levels is None or 2 <= self.levels <= 65536, "2 to 65536")
         require_range(self, "value_range")
 
@@ -75,7 +75,7 @@ class DataConfig(ImageOptions):
     streaming: bool = option("decode images as they are needed: for sets larger than the disk", False)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require(self, "dataset", bool(self.dataset), "the name of a data set (or give --preset)")
         sides = self.resolution
         require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
@@ -107,7 +107,7 @@ class ModelConfig:
     dropout: float = option("dropout probability", 0.1)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_at_least(self, 1, "norm_num_groups", "attention_head_dim", "layers_per_block")
         require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         require(self, "block_out_channels", self.block_out_channels[0] >= 4, "at least 4 at the highest resolution")
@@ -142,7 +142,7 @@ class DiffusionConfig:
     )
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require(self, "num_train_timesteps", self.num_train_timesteps >= 2, "at least 2")
         # The paper's values are for T = 1000. Scaled, the process ends in noise for every T.
         if self.beta_start is None:
@@ -204,7 +204,7 @@ class TrainingConfig:
     dry_run: bool = option("print the estimated cost of the run, and exit", False)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         if self.max_train_steps is None and self.num_train_epochs is None:
             self.max_train_steps = 800_000
         either = None in (self.max_train_steps, self.num_train_epochs)
@@ -225,11 +225,11 @@ class TrainingConfig:
         require_distinct(self, "ema_decay")
 
     def global_batch_size(self, processes: int) -> int:
-        """Returns the images of an optimizer step, over all processes."""
+        """Return the images of an optimizer step, over all processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * processes
 
     def counted(self, images: int, processes: int) -> "TrainingConfig":
-        """Returns a copy with the `max_train_steps` of `num_train_epochs`, if given: each image is used so often."""
+        """Return a copy with the `max_train_steps` of `num_train_epochs`, if given: each image is used so often."""
         counted = copy.copy(self)
         if self.num_train_epochs is not None:
             counted.max_train_steps = math.ceil(self.num_train_epochs * images / self.global_batch_size(processes))
@@ -257,7 +257,7 @@ class EvaluationConfig:
     eval_steps_per_image: int | None = option("nll: steps evaluated an image, an estimate; all by default", None)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_at_least(self, 1, "eval_steps", "eval_num_images", "eval_inference_steps")
         require_at_least(self, 2, "eval_steps_per_image")
         says_best = self.eval_metrics.split(",")[0] in ("fd", "fid", "kid", "is")
@@ -276,7 +276,7 @@ class HubConfig:
     license: str | None = option("license of the model, for its card, such as apache-2.0", None)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         name = self.hub_model_id
         require(self, "hub_model_id", name is None or name.count("/") == 1, "namespace/name")
         require(self, "push_to_hub", not self.push_to_hub or name is not None, "hub_model_id says where to")
@@ -317,7 +317,7 @@ class Config:
 
     @classmethod
     def of(cls, **options: Any) -> "Config":
-        """Returns the run of some options, by their names on the command line; None is the default.
+        """Return the run of some options, by their names on the command line; None is the default.
 
         Raises:
             ValueError: If an option is unknown or its value not allowed; one line.
@@ -333,7 +333,7 @@ class Config:
         return parse_config(argv)
 
     def __post_init__(self) -> None:
-        """Checks what concerns more than one part."""
+        """Check what concerns more than one part."""
         pixels = float(self.data.channels * math.prod(self.data.size))
         require_memory(self.data, "resolution", 4 * pixels)
         require_memory(self.training, "train_batch_size", 4 * pixels * self.training.train_batch_size)
@@ -371,17 +371,17 @@ class Config:
         return [resolution in self.model.attention_resolutions for resolution in self.resolutions]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all options by name."""
+        """Return all options by name."""
         parts = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "defaulted")
         return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
     def save(self, path: Path) -> None:
-        """Writes all options as YAML: what `--config` reads."""
+        """Write all options as YAML: what `--config` reads."""
         counted = {} if self.training.num_train_epochs is None else {"max_train_steps": None}
         write_text(path, yaml.safe_dump(self.to_dict() | counted, sort_keys=False))
 
     def resumed(self, stored: Mapping[str, Any]) -> "Config":
-        """Returns the options of a run that resumes one with stored options: nobody's choice keeps its past default."""
+        """Return the options of a run that resumes one with stored options: what nobody has chosen keeps its past default."""
         past, now = with_past_defaults(stored), self.to_dict()
         kept = {name: past[name] for name, value in self.defaulted.items() if now[name] == value}
         parts = {}
@@ -392,11 +392,11 @@ class Config:
         return dataclasses.replace(self, **parts)
 
     def num_class_embeds(self, classes: int) -> int | None:
-        """Returns the number of class embeddings: one more than classes if classes are hidden at times."""
+        """Return the number of class embeddings: one more than classes if classes are hidden at times."""
         return classes + (self.data.class_dropout > 0) if classes else None
 
     def unet(self, classes: int = 0) -> dict[str, Any]:
-        """Returns the options of the `UNet2DModel`; those of the paper's code where there is no choice."""
+        """Return the options of the `UNet2DModel`; those of the paper's code where there is no choice."""
         height, width = self.data.size
         return {
             "sample_size": height if height == width else (height, width),
@@ -416,14 +416,14 @@ class Config:
         }
 
     def scheduler(self) -> dict[str, Any]:
-        """Returns the options of the `DDPMScheduler`."""
+        """Return the options of the `DDPMScheduler`."""
         options = dataclasses.asdict(self.diffusion)
         del options["allow_terminal_signal"]
         return options
 
 
 def block_types(attends: list[bool]) -> dict[str, tuple[str, ...]]:
-    """Returns the options of a `UNet2DModel` that say at which resolutions, from the highest down, it has attention."""
+    """Return the options of a `UNet2DModel` that say at which resolutions, from the highest down, it has attention."""
     return {
         "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
         "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
@@ -431,12 +431,12 @@ def block_types(attends: list[bool]) -> dict[str, tuple[str, ...]]:
 
 
 def preset_names() -> list[str]:
-    """Returns the names of the presets."""
+    """Return the names of the presets."""
     return sorted(path.name.removesuffix(".yaml") for path in PRESETS.iterdir() if path.name.endswith(".yaml"))
 
 
 def preset_path(name: str) -> Any:
-    """Returns the file of a preset, or raises a `ValueError` with those there are."""
+    """Return the file of a preset, or raise a `ValueError` that lists all."""
     require_value("preset", name, name in preset_names(), f"one of {', '.join(preset_names())}")
     return PRESETS / f"{name}.yaml"
 
@@ -450,7 +450,7 @@ class Sources:
 
 
 def default_options() -> dict[str, Any]:
-    """Returns the defaults of all options by name."""
+    """Return the defaults of all options by name."""
     fields = [field for part in PARTS for field in dataclasses.fields(part)]
     return {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -459,17 +459,17 @@ def default_options() -> dict[str, Any]:
 
 
 def option_types() -> dict[str, Any]:
-    """Returns the annotations of all options by name."""
+    """Return the annotations of all options by name."""
     return {name: hint for part in PARTS for name, hint in get_type_hints(part).items()}
 
 
 def with_past_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns stored options; those that did not exist when they were stored have the default of that time."""
+    """Return stored options; those that did not exist when they were stored have the default of that time."""
     return {**default_options(), **FORMER_DEFAULTS, **stored}
 
 
 def parse_config(argv: list[str], doc: str | None = None) -> Config:
-    """Reads `[--preset NAME] [--config FILE.yaml] [--OPTION VALUE ...]`; what stands later wins.
+    """Read `[--preset NAME] [--config FILE.yaml] [--OPTION VALUE ...]`; what stands later wins.
 
     Args:
         argv: The command line without the program's name.
@@ -497,6 +497,6 @@ def parse_config(argv: list[str], doc: str | None = None) -> Config:
 
 
 def _merged(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """Returns options of two sources; a length of the run in the later one replaces any in the earlier one."""
+    """Return options of two sources; a length of the run in the later one replaces any in the earlier one."""
     replaced = LENGTHS if LENGTHS & later.keys() else set()
     return {name: value for name, value in earlier.items() if name not in replaced} | later

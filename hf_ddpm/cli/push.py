@@ -30,7 +30,7 @@ class PushConfig:
     space: str | None = option("a Space to create and fill with a demo of the model, namespace/name", None)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         for name in ("hub_model_id", "space"):
             value = getattr(self, name)
             require(self, name, value is None or value.count("/") == 1, "namespace/name")
@@ -39,7 +39,7 @@ class PushConfig:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     (config,) = parse_options(argv, PushConfig, doc=__doc__)
     model_url, *space_urls = push_to_hub(**vars(config))
     print(f"{model_url} holds {config.model}")
@@ -57,7 +57,7 @@ def push_to_hub(
     license: str | None = None,
     space: str | None = None,
 ) -> list[str]:
-    """Pushes a model's folder to the Hub with its card, and a Space that shows it: `hf-ddpm push` in Python.
+    """Push a model's folder to the Hub with its card, and a Space that shows it: `hf-ddpm push` in Python.
 
     Args:
         model: Folder of a model, as `hf_ddpm.train` or `save_pretrained` writes it.

@@ -35,7 +35,7 @@ Log = Callable[[str], object]
 
 
 def train(config: Config | None = None, **options: Any) -> Path:
-    """Trains a DDPM, samples from it and exports the pipeline: `hf-ddpm train` in Python.
+    """Train a DDPM, sample from it and export the pipeline: `hf-ddpm train` in Python.
 
     The same call resumes from the last checkpoint in its folder. Every process of a launcher is to call it.
 
@@ -82,7 +82,7 @@ def train(config: Config | None = None, **options: Any) -> Path:
 
 
 def print_cost(config: Config, accelerator: Accelerator) -> None:
-    """Prints what the run would cost."""
+    """Print what the run would cost."""
     run, images = start(config, accelerator, accelerator.print)
     with closing(images):
         for name, line in estimate_cost(run, images).items():
@@ -91,7 +91,7 @@ def print_cost(config: Config, accelerator: Accelerator) -> None:
 
 
 def evaluations_and_pushes(config: Config, accelerator: Accelerator, log: Log) -> tuple[list[Evaluations], list[Push]]:
-    """Returns the callbacks whose requests can be refused: to be called before images are decoded."""
+    """Return the callbacks whose requests can be refused: to be called before images are decoded."""
     is_pushed = config.hub.push_to_hub and accelerator.is_main_process
     pushes = [Push(config, tell=tqdm.write)] if is_pushed else []
     is_evaluated = bool(config.evaluation.eval_metrics)
@@ -100,7 +100,7 @@ def evaluations_and_pushes(config: Config, accelerator: Accelerator, log: Log) -
 
 
 def open_run(config: Config, accelerator: Accelerator, checkpoint: Path | None, log: Log) -> tuple[Run, BatchSource]:
-    """Returns a run, where its checkpoint left it, and its images; the folder is only read, but for the report."""
+    """Return a run, where its checkpoint left it, and its images; the folder is only read, but for the report."""
     listed = bad_images(config)
     if checkpoint is None and accelerator.is_main_process:
         listed.unlink(missing_ok=True)  # of another run
@@ -116,7 +116,7 @@ def open_run(config: Config, accelerator: Accelerator, checkpoint: Path | None, 
 def start(
     config: Config, accelerator: Accelerator, log: Log, checkpoint: Path | None = None, report: Path | None = None
 ) -> tuple[Run, BatchSource]:
-    """Returns a run at step 0 and its images; `checkpoint` is where it will resume from, `report` lists bad images."""
+    """Return a run at step 0 and its images; `checkpoint` is where it will resume from, `report` lists bad images."""
     scheduler, source = build_process(config, checkpoint)  # complains before images are decoded for hours
     images = open_images(
         config.data,
@@ -131,7 +131,7 @@ def start(
 
 
 def prepare_folder(run: Run) -> None:
-    """Sets later checkpoints aside, writes the options, opens the tracker."""
+    """Set later checkpoints aside, write the options, open the tracker."""
     folder = Path(run.config.training.output_dir)
     if run.accelerator.is_main_process:
         archive_after(folder / "checkpoints", run.step)
@@ -140,7 +140,7 @@ def prepare_folder(run: Run) -> None:
 
 
 def callbacks_of(config: Config, evaluations: list[Evaluations], pushes: list[Push]) -> list[Callback]:
-    """Returns what happens beside the training, in this order."""
+    """Return what happens beside the training, in this order."""
     folder = Path(config.training.output_dir)
     return [
         Progress(folder / "metrics.jsonl"),
@@ -155,7 +155,7 @@ def callbacks_of(config: Config, evaluations: list[Evaluations], pushes: list[Pu
 
 
 def take_steps(run: Run, images: BatchSource, callbacks: list[Callback]) -> None:
-    """Trains to the end or to a signal, which `run.stopped_by` then names."""
+    """Train to the end or to a signal, which `run.stopped_by` then names."""
     try:
         with status_file(Path(run.config.training.output_dir) / "status.json", run):
             loop.train(run, images, callbacks)
@@ -165,7 +165,7 @@ def take_steps(run: Run, images: BatchSource, callbacks: list[Callback]) -> None
 
 
 def print_start(run: Run, images: int, checkpoint: Path | None, complaints: list[str]) -> None:
-    """Prints what is trained, on what, from where."""
+    """Print what is trained, on what, from where."""
     accelerator, origin = run.accelerator, "from the start" if checkpoint is None else f"from {checkpoint}"
     accelerator.print(*complaints, sep="\n", end="\n" if complaints else "")
     accelerator.print(
@@ -181,7 +181,7 @@ def print_start(run: Run, images: int, checkpoint: Path | None, complaints: list
 
 
 def print_end(run: Run) -> None:
-    """Prints which images were not used, and what the run has come to."""
+    """Print which images were not used, and how the run has ended."""
     tell, folder, listed = run.accelerator.print, Path(run.config.training.output_dir), bad_images(run.config)
     skipped = read_report(listed)
     if skipped:
@@ -193,5 +193,5 @@ def print_end(run: Run) -> None:
 
 
 def bad_images(config: Config) -> Path:
-    """Returns the file that lists images which cannot be used."""
+    """Return the file that lists images which cannot be used."""
     return Path(config.training.output_dir) / "bad_images.jsonl"
