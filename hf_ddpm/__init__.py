@@ -1,5 +1,8 @@
 """Denoising Diffusion Probabilistic Models (Ho et al. 2020) as a Hugging Face package.
 
+The functions `train`, `sample_images`, `evaluate` and `push_to_hub` are the commands of `hf-ddpm`; `Config`, `Sampling` and
+`EvaluateConfig` hold their options. What `__all__` names is the public interface; all else may change.
+
 Every public name loads its module on first use, so that `import hf_ddpm` costs nothing and the mathematics
 (`GaussianDiffusion`) never imports diffusers.
 """
@@ -14,12 +17,15 @@ _HOME = {
     "DDIMScheduler": "hf_ddpm.schedulers.scheduling_ddim",
     "DDPMPipeline": "hf_ddpm.pipelines.pipeline_ddpm",
     "DDPMScheduler": "hf_ddpm.schedulers.scheduling_ddpm",
+    "EvaluateConfig": "hf_ddpm.evaluation.options",
     "GaussianDiffusion": "hf_ddpm.diffusion",
     # The diffusers loader looks the base classes up on the library that a component names.
     "ModelMixin": "diffusers",
     "Sampling": "hf_ddpm.sampling.options",
     "SchedulerMixin": "diffusers",
     "UNet2DModel": "hf_ddpm.models.unet_2d",
+    "evaluate": "hf_ddpm.evaluation.evaluate",
+    "find_scheduler": "hf_ddpm.sampling.samplers",
     "push_to_hub": "hf_ddpm.cli.push",
     "sample_images": "hf_ddpm.sampling.generate",
     "train": "hf_ddpm.cli.session",
@@ -30,11 +36,14 @@ __all__ = [
     "DDIMScheduler",
     "DDPMPipeline",
     "DDPMScheduler",
+    "EvaluateConfig",
     "GaussianDiffusion",
     "ModelMixin",
     "Sampling",
     "SchedulerMixin",
     "UNet2DModel",
+    "evaluate",
+    "find_scheduler",
     "push_to_hub",
     "sample_images",
     "train",
@@ -47,10 +56,13 @@ if TYPE_CHECKING:
     from hf_ddpm.cli.session import train
     from hf_ddpm.config import Config
     from hf_ddpm.diffusion import GaussianDiffusion
+    from hf_ddpm.evaluation.evaluate import evaluate
+    from hf_ddpm.evaluation.options import EvaluateConfig
     from hf_ddpm.models.unet_2d import UNet2DModel
     from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
     from hf_ddpm.sampling.generate import sample_images
     from hf_ddpm.sampling.options import Sampling
+    from hf_ddpm.sampling.samplers import find_scheduler
     from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
     from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 

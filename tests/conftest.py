@@ -18,6 +18,9 @@ import torch
 
 torch.set_num_threads(1)
 
+# Seconds that other processes and threads are given for anything: many, as no result may depend on a busy machine.
+LIMIT = 600
+
 # Two resolutions, with every part that a U-Net has: attention, shortcuts, resampling, dropout.
 TINY_UNET = {
     "sample_size": 8,

@@ -38,29 +38,32 @@ def evaluate(
     images: Samples | None = None,
     reference: "Reference | None" = None,
     output: Path | None = None,
-    on_figures: Callable[[Figures], object] = lambda figures: None,
-    log: Callable[[str], object] = lambda line: None,
+    on_figures: Callable[[Figures], object] | None = None,
+    log: Callable[[str], object] | None = None,
 ) -> Figures:
-    """Evaluate a model, images that it has generated, or both; all processes are to call it.
+    """Evaluate a model, images that it has generated, or both. All processes call it.
 
     Args:
-        config: What to evaluate, on what.
-        sampling: Which images of the model to evaluate, unless images were generated already.
+        config: Model or samples, metrics and real images.
+        sampling: Seed, steps and sampler of the images, unless they exist already.
         pipe: The model, on the device of this process; by default `config.model` is loaded.
-        images: Images that it has generated; by default those of `config.samples`, else they are generated here.
+        images: Existing samples; by default those of `config.samples`, else the model generates them.
         reference: The real images; by default they are opened.
         output: File of the results, `config.output` by default; each figure is written as soon as it is known.
-            Generated images and the picture of the nearest training images are put beside it.
+            Generated images and the picture of the nearest training images are stored in the same folder.
         on_figures: Called with the figures of each metric as soon as they are known.
-        log: Called with a line on files that are not used and on results of another model, which are replaced.
+        log: Called with a line on unused files of the data set and on replaced results of another model.
 
     Returns:
-        Figures by metric, with what they were `made_by`; on all processes but the first, none.
+        Figures by metric, with what they were `made_by`; empty on all processes but the first.
+
+    Example:
+        `evaluate(EvaluateConfig(model="runs/digits", dataset="digits", metrics="fd,nll"))["fd"]["value"]`
 
     Raises:
-        ValueError: If the model, images, the data set or the extractor cannot be had or do not fit; one line.
+        ValueError: If the model, images, data set or extractor cannot be opened, or do not fit; one line.
     """
-    sampling, output = sampling or Sampling(), output or Path(config.output)
+    sampling, output, log = sampling or Sampling(), output or Path(config.output), log or (lambda line: None)
     read_results(output)  # a file that cannot be added to is refused before anything is computed
     state = Accelerator(cpu=not torch.cuda.is_available()) if reference is None else reference.state
     if pipe is None and config.model is not None:
@@ -69,9 +72,9 @@ def evaluate(
             compile_for_sampling(pipe.unet)
     if images is None and config.samples is not None and config.compared:
         images = open_samples(Path(config.samples))
-    model = identify(config, pipe, images)
+    model, shape = _identify(config, pipe, images)
     if reference is None:
-        reference = Reference(config, _shape(pipe, images), state, log)
+        reference = Reference(config, shape, state, log)
     count = reference.count(None if images is None else len(images))
     made_by = {"seed": sampling.seed, "metric_seed": METRIC_SEED, **provenance(state.device)}
     made_by |= {"request": asdict(config), "hub_ids": reference.hub_ids}
@@ -92,7 +95,7 @@ def evaluate(
 
 
 def _compare(images: Samples, count: int, reference: "Reference", record: Record) -> None:
-    """Compare the first `count` images with the real ones, and keeps the figures as they become known."""
+    """Compare the first `count` images with the real ones: features of all, then figures, each recorded at once."""
     config = reference.config
     generated = extract(reference.extractor, images, range(count), reference.state)
     real = reference.features(count)
@@ -113,13 +116,13 @@ def _compare(images: Samples, count: int, reference: "Reference", record: Record
 
 
 class Reference:
-    """The real images that a model is measured by, and the extractor; all processes are to open one.
+    """Real images that a model is measured by, and the extractor, opened once by all processes.
 
     Args:
-        config: Which.
+        config: Options of the real images and of the extractor.
         shape: The shape `(C, H, W)` of the images.
         state: The processes.
-        log: Called with a line on files of the data set that are not used, and on damaged caches.
+        log: Called with a line on unused files of the data set, and on damaged caches.
 
     Attributes:
         images: The reference split; None if it is not needed.
@@ -129,7 +132,7 @@ class Reference:
         hub_ids: Those of the names that are Hub ids.
 
     Raises:
-        ValueError: If a data set or the extractor cannot be had or does not fit.
+        ValueError: If a data set or the extractor cannot be opened, or does not fit.
     """
 
     def __init__(
@@ -156,12 +159,12 @@ class Reference:
         self.hub_ids = hub_ids(config.dataset, config.model, config.extractor)
 
     def count(self, samples: int | None = None) -> int:
-        """Return on how many images to evaluate; `samples` is how many were generated, if they were."""
+        """Return the number of images to evaluate on; `samples` is the number of existing samples, if any."""
         held_out, images = (None if store is None else len(store) for store in (self.held_out, self.images))
         return self.config.count(held_out, images, samples)
 
     def features(self, count: int | None = None) -> RealFeatures:
-        """Return features of the reference and of `count` held-out images; all processes are to call it."""
+        """Return features of the reference and of `count` held-out images. All processes call it."""
         config, extractor, count = self.config, self.extractor, count or self.count()
         made_by: dict[str, Any] = {"extractor": {"name": extractor.name, "checksum": extractor.checksum}}
         if self.images is None:
@@ -186,7 +189,7 @@ class Reference:
         return RealFeatures(extractor, count, reference, floor, self.stats, {"dataset": data, **made_by})
 
     def bound(self, pipe: Any, seed: int) -> dict[str, Any]:
-        """Return the figures of the bound on held-out images, from all processes, which are to call it."""
+        """Return the figures of the bound on held-out images. All processes call it."""
         config, state, images = self.config, self.state, self.held_out
         assert images is not None
         if not isinstance(pipe.scheduler, DDPMScheduler):
@@ -233,7 +236,7 @@ class Reference:
 
 
 def _sample(pipe: Any, sampling: Sampling, output: Path, count: int, reference: Reference) -> SampleFolder:
-    """Return generated images; they stay in a folder of their settings beside the results."""
+    """Return generated images, kept in a folder per setting next to the results."""
     state = reference.state
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
     return fill_folder(
@@ -247,28 +250,18 @@ def _sample(pipe: Any, sampling: Sampling, output: Path, count: int, reference: 
     )
 
 
-def _shape(pipe: DDPMPipeline | None, images: Samples | None) -> tuple[int, ...]:
-    """Return the shape `(C, H, W)` of the images."""
-    if pipe is not None:
-        return tuple(pipe.image_shape)
-    assert images is not None
-    return images.shape
-
-
-def identify(config: EvaluateConfig, pipe: DDPMPipeline | None, images: Samples | None) -> dict[str, Any]:
-    """Return the name and the checksum of what is evaluated.
-
-    Raises:
-        ValueError: If the samples are of another model or another shape.
-    """
+def _identify(
+    config: EvaluateConfig, pipe: DDPMPipeline | None, images: Samples | None
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Return name and checksum of the model, and the shape of its images; refuse samples that are not its own."""
     settings: dict[str, Any] = getattr(images, "settings", {})
     if pipe is None:
         assert images is not None
         checksum = settings.get("model_checksum") or fingerprint(images, range(len(images)))
-        return {"name": settings.get("model", config.samples), "checksum": checksum}
+        return {"name": settings.get("model", config.samples), "checksum": checksum}, images.shape
     checksum = model_checksum(pipe)
     if settings.get("model_checksum", checksum) != checksum:
         raise ValueError(f"samples={config.samples!r} are of another model than {config.model!r}: {settings['model']}")
     if images is not None and images.shape != pipe.image_shape:
         raise ValueError(f"samples={config.samples!r} are of {images.shape}, images of the model {pipe.image_shape}")
-    return {"name": config.model, "checksum": checksum}
+    return {"name": config.model, "checksum": checksum}, pipe.image_shape

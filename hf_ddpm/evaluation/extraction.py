@@ -20,8 +20,8 @@ from hf_ddpm.evaluation.features import Extracted, Extractor
 from hf_ddpm.images import to_signed
 from hf_ddpm.utils.files import atomic_write
 
-# On some devices the features of an image differ in the last bits with the batch that it is in: batches are always
-# these, and a process takes whole ones.
+# On some devices the last bits of an image's features depend on its batch: batches are fixed, and processes take
+# whole ones.
 BATCH_SIZE = 64
 
 CACHE = Path(HF_CACHE_HOME) / "hf_ddpm" / "features"
@@ -38,7 +38,7 @@ class Images(Protocol):
 
 
 def extract(extractor: Extractor, images: Images, indices: Sequence[int], state: Accelerator) -> Extracted:
-    """Extract the features of images; the same to the last bit for any number of processes, all of which call it.
+    """Extract the features of images; the same to the last bit for any number of processes. All call it.
 
     Args:
         extractor: The extractor.
@@ -55,7 +55,7 @@ def extract(extractor: Extractor, images: Images, indices: Sequence[int], state:
     parts = []
     with tqdm(total=-(-len(indices) // world), desc="Features", unit="image", disable=rank > 0) as bar:
         for turn in range(turns):
-            # Rows are gathered from equal shares: the last batch stands in for those that do not exist.
+            # Rows are gathered from equal shares: the last batch is repeated for missing ones.
             batch = min(turn * world + rank, batches - 1)
             chosen = torch.tensor(indices[batch * BATCH_SIZE : (batch + 1) * BATCH_SIZE])
             features, probabilities = extractor(images[chosen])
@@ -90,7 +90,7 @@ def fingerprint(images: Images, indices: Sequence[int]) -> str:
 def cached_features(
     extractor: Extractor, images: Images, indices: Sequence[int], data_fingerprint: str, state: Accelerator
 ) -> Tensor:
-    """Return the features of real images, from `CACHE` if they are there and sound; all processes are to call it.
+    """Return the features of real images, from `CACHE` if it has them, undamaged. All processes call it.
 
     Args:
         extractor: The extractor.

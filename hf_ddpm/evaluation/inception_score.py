@@ -1,8 +1,8 @@
-r"""The score of Salimans et al. 2016 (arXiv 1606.03498): is a classifier sure of each image, of many classes?
+r"""The Inception score (Salimans et al. 2016, arXiv 1606.03498): classifiable images of many classes.
 
 .. math:: \mathrm{IS} = \exp E_x \, D_{KL}(p(c \mid x) \,\|\, p(c))
 
-It lies between 1 and the number of classes. It knows no reference: copies of one image a class have the best score.
+It lies between 1 and the number of classes. It has no reference: copies of one image per class have the best score.
 """
 
 import torch

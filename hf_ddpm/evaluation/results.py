@@ -136,7 +136,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 @dataclass
 class Record:
-    """Figures of a model, each put into a file of results as soon as it is known, beside those that were there.
+    """Figures of a model, each written as soon as it is known; the file keeps earlier figures of the same model.
 
     Attributes:
         path: The file.
@@ -150,7 +150,7 @@ class Record:
     path: Path
     model: dict[str, Any]
     made_by: dict[str, Any] = field(default_factory=dict)
-    on_figures: Callable[[Figures], object] = lambda figures: None
+    on_figures: Callable[[Figures], object] | None = None
     log: Callable[[str], object] = lambda line: None
     figures: Figures = field(default_factory=dict)
 
@@ -164,4 +164,5 @@ class Record:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, to_json({**existing, "model": self.model, **entry}, indent=2) + "\n")
         self.figures |= entry
-        self.on_figures(entry)
+        if self.on_figures is not None:
+            self.on_figures(entry)

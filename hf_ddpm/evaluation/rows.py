@@ -1,4 +1,4 @@
-"""Features as rows, one an image: unusable ones are refused."""
+"""Checks of features: rows, one per image."""
 
 from collections.abc import Sequence
 

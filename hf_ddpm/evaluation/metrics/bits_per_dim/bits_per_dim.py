@@ -1,4 +1,4 @@
-"""The mean code length of images in bits a dimension, as a metric of `evaluate`.
+"""The mean code length of images in bits per dimension, as a metric of `evaluate`.
 
 metric = evaluate.load("hf_ddpm/evaluation/metrics/bits_per_dim")
 metric.add_batch(nats=negative_log_likelihoods)
@@ -25,11 +25,11 @@ Returns:
 
 
 class BitsPerDim(evaluate.Metric):  # type: ignore[misc]
-    """Nats an image as bits a dimension."""
+    """Nats per image as bits per dimension."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Mean negative log-likelihood in bits a dimension.",
+            description="Mean negative log-likelihood in bits per dimension.",
             citation=_CITATION,
             inputs_description=_INPUTS,
             features=datasets.Features({"nats": datasets.Value("float64")}),

@@ -16,7 +16,7 @@ _CITATION = """Heusel et al. 2017, GANs Trained by a Two Time-Scale Update Rule,
 
 _INPUTS = """
 Args:
-    features: rows of features, the bytes of one float32 (or `dtype`) array an image.
+    features: rows of features, the bytes of one float32 (or `dtype`) array per image.
     is_real: whether the row is of a real image.
     dtype: "float32" or "float64".
 

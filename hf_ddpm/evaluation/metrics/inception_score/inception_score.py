@@ -15,7 +15,7 @@ _CITATION = """Salimans et al. 2016, Improved Techniques for Training GANs, arXi
 
 _INPUTS = """
 Args:
-    probabilities: rows of class probabilities, the bytes of one float32 (or `dtype`) array an image.
+    probabilities: rows of class probabilities, the bytes of one float32 (or `dtype`) array per image.
     dtype: "float32" or "float64".
     splits: number of parts.
     seed: of the shuffle into parts.

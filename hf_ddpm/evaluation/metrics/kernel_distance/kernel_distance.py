@@ -16,7 +16,7 @@ _CITATION = """Binkowski et al. 2018, Demystifying MMD GANs, arXiv 1801.01401"""
 
 _INPUTS = """
 Args:
-    features: rows of features, the bytes of one float32 (or `dtype`) array an image.
+    features: rows of features, the bytes of one float32 (or `dtype`) array per image.
     is_real: whether the row is of a real image.
     dtype: "float32" or "float64".
     block_size: images of a kind in a block; by default all pairs are taken.

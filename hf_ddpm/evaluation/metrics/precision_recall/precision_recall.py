@@ -16,7 +16,7 @@ _CITATION = """Kynkaanniemi et al. 2019, Improved Precision and Recall Metric, a
 
 _INPUTS = """
 Args:
-    features: rows of features, the bytes of one float32 (or `dtype`) array an image.
+    features: rows of features, the bytes of one float32 (or `dtype`) array per image.
     is_real: whether the row is of a real image.
     dtype: "float32" or "float64".
     k: which neighbor the ball around a member reaches to.

@@ -1,0 +1,67 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from hf_ddpm import DDPMPipeline
+from hf_ddpm.evaluation.evaluate import Reference, evaluate
+from hf_ddpm.evaluation.options import EvaluateConfig
+from hf_ddpm.evaluation.results import scalars
+from hf_ddpm.sampling.options import Sampling
+from tests.evaluation.pixels import Pixels
+
+FEW = Sampling(num_inference_steps=2)
+
+
+@pytest.fixture(scope="module")
+def request_of(trained):
+    def make(**options):
+        return EvaluateConfig(model=str(trained), dataset="digits", **{"num_images": 6, **options})
+
+    return make
+
+
+def test_options_alone_are_enough(request_of, tmp_path):
+    config, seen = request_of(metrics="nll,pr,fd", steps_per_image=2, output=str(tmp_path / "r.json")), []
+    found = evaluate(config, FEW, on_figures=seen.append)
+    assert list(found) == ["nll", "pr", "fd", "memorization"]
+    assert [list(entry) for entry in seen] == [[name] for name in found]
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written.pop("model")["name"] == config.model and written == json.loads(json.dumps(found))
+    assert (tmp_path / "r_nearest.png").exists()
+
+
+def test_a_reference_is_opened_once_for_many_models(request_of, trained, tmp_path, monkeypatch):
+    config = request_of(metrics="fd,kid")
+    pipe, other = (DDPMPipeline.from_pretrained(trained) for _ in range(2))
+    other.unet.conv_out.bias.data += 0.1
+    reference = Reference(config, pipe.image_shape, Accelerator(cpu=True))
+    monkeypatch.setattr("hf_ddpm.evaluation.evaluate.load_images", lambda *args, **options: pytest.fail("opened again"))
+    monkeypatch.setattr("hf_ddpm.evaluation.evaluate.load_pipeline", lambda *args: pytest.fail("opened again"))
+    found = [
+        evaluate(config, FEW, pipe=model, reference=reference, output=tmp_path / f"{number}.json")
+        for number, model in enumerate((pipe, other, pipe))
+    ]
+    first, second, third = map(scalars, found)
+    assert first == third and first["fd"]["value"] != second["fd"]["value"]
+    assert first["fd"]["floor"] == second["fd"]["floor"]
+    models = [json.loads((tmp_path / f"{number}.json").read_text())["model"]["checksum"] for number in range(3)]
+    assert models[0] == models[2] != models[1]
+
+
+def test_other_processes_help_and_write_nothing(request_of, trained, tmp_path):
+    """The second of two processes, whose first has the same share: gathered rows are twice its own."""
+    state = Accelerator(cpu=True)
+    pipe = DDPMPipeline.from_pretrained(trained)
+    config = request_of(metrics="fd", floor=False)
+    second = SimpleNamespace(
+        process_index=1, num_processes=2, is_main_process=False, device=state.device,
+        main_process_first=state.main_process_first, gather=lambda rows: torch.cat([rows, rows]),
+    )  # fmt: skip
+    reference = Reference(config, pipe.image_shape, second)
+    output, images = tmp_path / "r.json", Pixels(6)
+    images.path = tmp_path
+    assert evaluate(config, FEW, pipe=pipe, images=images, reference=reference, output=output) == {}
+    assert not output.exists()
