@@ -69,6 +69,8 @@ def ablation(options: AblationOptions, run: Callable[[str, list[str]], int]) -> 
     cells = list(itertools.product(options.rows, options.seeds))
     configs = [parse_config(training(options, *cell)) for cell in cells]
     for cell, config in zip(cells, configs, strict=True):
+        is_counted = config.training.max_train_steps is not None
+        require(config.training, "num_train_epochs", is_counted, "the ablation counts steps: give max_train_steps")
         check_same(run_folder(options, *cell), config)
         parse_options(evaluation(options, run_folder(options, *cell), config), EvaluateConfig, Sampling)
     runs: dict[str, list[dict[str, Any]]] = {row: [] for row in options.rows}
@@ -115,9 +117,8 @@ def check_same(folder: Path, config: Config) -> None:
     asked = {name: value for name, value in config.to_dict().items() if name not in {*BESIDE_TRAINING, "output_dir"}}
     if asked["max_train_steps"] > stored.get("max_train_steps", 0):
         del asked["max_train_steps"]  # it is resumed
-    changed = [
-        f"{name}={asked[name]!r} (was {stored.get(name)!r})" for name in asked if stored.get(name) != asked[name]
-    ]
+    differing = [name for name in asked if stored.get(name) != asked[name]]
+    changed = [f"{name}={asked[name]!r} (was {stored.get(name)!r})" for name in differing]
     if changed:
         raise ValueError(f"{folder} holds a run of other options, choose another output: {', '.join(changed)}")
 

@@ -168,6 +168,7 @@ def test_wrong_options_are_told_before_anything_is_trained(tmp_path):
         ({"max_train_steps": 0}, "max_train_steps=0 is not allowed: at least 1"),
         ({"num_inference_steps": 1001}, "num_inference_steps=1001 is not allowed: at most the 1000 of the process"),
         ({"num_images": 1}, "num_images=1 is not allowed: at least 2"),
+        ({"max_train_steps": None, "more": "num_train_epochs: 1"}, "num_train_epochs=1 is not allowed: the ablation"),
         ({"preset": "cats"}, "preset='cats' is not allowed: one of"),
         ({"config": "none.yaml"}, "config 'none.yaml' cannot be read"),
         ({"more": "eval_split: train"}, "split='train' is not allowed: the floor is of images that are not"),
