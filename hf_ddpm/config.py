@@ -94,15 +94,15 @@ class ModelConfig:
     """Model: the U-Net."""
 
     init_from: str | None = option(
-        "folder or Hub id of a DDPM pipeline to go on from: its network and process, whatever the options say", None
+        "folder or Hub id of a DDPM pipeline to start from: its network and process replace the options of both", None
     )
     block_out_channels: list[int] = option("channels at each resolution", factory=lambda: [128, 256, 256, 256])
-    layers_per_block: int = option("residual blocks a resolution", 2)
+    layers_per_block: int = option("residual blocks per resolution", 2)
     attention_resolutions: list[int] = option(
         "resolutions with self-attention besides the middle; 0 for none", factory=lambda: [16]
     )
-    attention_head_dim: int | None = option("channels of an attention head; one head by default", None)
-    norm_num_groups: int = option("groups of the normalizations", 32)
+    attention_head_dim: int | None = option("channels per attention head; one head by default", None)
+    norm_num_groups: int = option("groups of the group normalizations", 32)
     dropout: float = option("dropout probability", 0.1)
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class DiffusionConfig:
     allow_terminal_signal: bool = option(
         "train even if the last step keeps more than 0.1% of the variance of images: samples then lack contrast", False
     )
-    rescale_betas_zero_snr: bool = option("whether the last step holds no signal at all", False)
+    rescale_betas_zero_snr: bool = option("make the last step pure noise", False)
     prediction_type: Literal["epsilon", "sample", "mean", "v_prediction"] = option(
         "what the network predicts", "epsilon"
     )
@@ -137,7 +137,7 @@ class DiffusionConfig:
     )
 
     timestep_spacing: Literal["leading", "linspace", "trailing"] = option(
-        "how sampling in fewer steps spreads them", "trailing"
+        "spacing of the steps of sampling in fewer", "trailing"
     )
 
     def __post_init__(self) -> None:
@@ -162,12 +162,12 @@ class TrainingConfig:
     """Training: length, optimizer, precision, checkpoints, samples."""
 
     output_dir: str = option("folder of the run", "runs/ddpm")
-    seed: int = option("seed of everything random", 0)
+    seed: int = option("random seed", 0)
     max_train_steps: int | None = option("optimizer steps; 800,000 by default, as in the paper", None)
     num_train_epochs: int | None = option("passes over the images, instead of max_train_steps", None)
-    train_batch_size: int = option("images a process and pass", 128)
-    gradient_accumulation_steps: int = option("passes an optimizer step", 1)
-    objective: Literal["simple", "vlb", "hybrid", "min_snr"] = option("what is minimized", "simple")
+    train_batch_size: int = option("batch size per process and forward pass", 128)
+    gradient_accumulation_steps: int = option("forward passes per optimizer step", 1)
+    objective: Literal["simple", "vlb", "hybrid", "min_snr"] = option("training objective", "simple")
     learning_rate: float = option("learning rate of Adam after the warm-up", 2e-4)
     lr_schedule: Literal["constant", "cosine", "linear", "polynomial"] = option(
         "learning rate after the warm-up; all but constant end at zero", "constant"
@@ -177,26 +177,30 @@ class TrainingConfig:
     weight_decay: float = option("decoupled weight decay (AdamW); 0 is Adam", 0.0)
     adam_beta1: float = option("decay of Adam's first moment", 0.9)
     adam_beta2: float = option("decay of Adam's second moment", 0.999)
-    max_grad_norm: float = option("gradients are scaled down to this norm", 1.0)
+    max_grad_norm: float = option("largest norm of the gradient; larger ones are scaled down", 1.0)
     ema_decay: list[float] = option(
-        "decays of the averages of the weights; the first average is sampled from and exported, others beside it",
+        "decays of averages of the weights; the first is sampled from and exported, further ones are beside it",
         factory=lambda: [0.9999],
     )
     ema_warmup: bool = option("let decays start small, as min(decay, (1 + step) / (10 + step))", True)
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("precision of the network's passes", "no")
-    tf32: bool = option("whether an NVIDIA GPU may round the factors of float32 products to 10 bits", True)
-    gradient_checkpointing: bool = option("whether to compute activations twice instead of keeping them", False)
-    compile: bool = option("whether to compile the network, after a check of its gradients", False)
-    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = option("who else is told the metrics", "none")
-    world_size: int | None = option("processes that there must be; any number by default", None)
+    mixed_precision: Literal["no", "bf16", "fp16"] = option(
+        "precision of the network's forward and backward passes", "no"
+    )
+    tf32: bool = option("let an NVIDIA GPU round the factors of float32 products to 10 bits", True)
+    gradient_checkpointing: bool = option("compute activations twice instead of keeping them", False)
+    compile: bool = option("compile the network, after a check of its gradients", False)
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = option(
+        "experiment tracker, beside metrics.jsonl", "none"
+    )
+    world_size: int | None = option("required number of processes; any by default", None)
     log_steps: int = option("steps between lines of metrics.jsonl", 50)
     checkpointing_steps: int = option("steps between checkpoints", 5000)
-    keep_checkpoints: int = option("checkpoints that are kept", 2)
+    keep_checkpoints: int = option("number of checkpoints to keep", 2)
     resume: str = option("latest, never, or the folder of a checkpoint", "latest")
-    sample_at_checkpoints: bool = option("whether to draw samples.png at checkpoints too, not only at the end", False)
+    sample_at_checkpoints: bool = option("draw samples.png at checkpoints too, not only at the end", False)
     num_samples: int = option("images in samples.png; channels side by side unless there are 1, 3 or 4", 64)
     num_inference_steps: int | None = option("sampling steps for samples.png; all by default", None)
-    dry_run: bool = option("whether to print what the run would cost, and stop", False)
+    dry_run: bool = option("print the estimated cost of the run, and exit", False)
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -261,10 +265,10 @@ class EvaluationConfig:
 class HubConfig:
     """Hub: where the model is shared, and its license."""
 
-    push_to_hub: bool = option("whether to push the model at checkpoints, beside the training, and at the end", False)
-    hub_model_id: str | None = option("the repository, namespace/name; created if it is not there", None)
+    push_to_hub: bool = option("push the model at checkpoints, in the background, and at the end", False)
+    hub_model_id: str | None = option("repository, namespace/name; created if it is missing", None)
     hub_private_repo: bool | None = option(
-        "whether only its owners see it; by default what it is, or what the account says", None
+        "make the repository private; by default unchanged, or the account's default for a new one", None
     )
     license: str | None = option("license of the model, for its card, such as apache-2.0", None)
 
@@ -334,7 +338,7 @@ class Config:
         if self.model.init_from is None:
             self._check_architecture()
         streams = self.data.streaming and self.evaluation.eval_metrics
-        require(self.evaluation, "eval_metrics", not streams, "with streaming evaluate by scripts/evaluate.py")
+        require(self.evaluation, "eval_metrics", not streams, "with streaming evaluate by hf-ddpm evaluate, afterwards")
         between, asked = self.training.checkpointing_steps, self.evaluation.eval_steps
         # A kill during an evaluation must not cost the steps before it.
         fits = (asked or 0) % between == 0

@@ -104,6 +104,50 @@ def test_every_model_of_the_paper_has_its_size_and_its_steps(name, parameters, s
         assert config.data.horizontal_flip is not name.startswith("lsun-bedroom")
 
 
+# The configurations of the Hub's google/ddpm-cifar10-32, -celebahq-256, -church-256, ...: the authors' weights.
+PUBLISHED_UNET = {
+    "in_channels": 3, "out_channels": 3, "center_input_sample": False, "time_embedding_type": "positional",
+    "freq_shift": 1, "flip_sin_to_cos": False, "layers_per_block": 2, "mid_block_scale_factor": 1,
+    "downsample_padding": 0, "act_fn": "silu", "attention_head_dim": None, "norm_num_groups": 32, "norm_eps": 1e-6,
+}  # fmt: skip
+# What diffusers added later, with its defaults.
+LATER_UNET = {
+    "time_embedding_dim": None, "mid_block_type": "UNetMidBlock2D", "downsample_type": "conv", "upsample_type": "conv",
+    "attn_norm_num_groups": None, "resnet_time_scale_shift": "default", "add_attention": True,
+    "class_embed_type": None, "num_class_embeds": None, "num_train_timesteps": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted({*preset_names()} - {"digits"}))
+def test_every_model_of_the_paper_is_the_published_one(name):
+    # All that decides what is computed is stated here: a network with another epsilon or padding has the same weights.
+    config = parse_config(["--preset", name])
+    multiples = (1, 2, 2, 2) if name == "cifar10" else (1, 1, 2, 2, 4, 4)
+    attends = [size == 16 for size in (32, 16, 8, 4)] if name == "cifar10" else [i == 4 for i in range(6)]
+    width = 192 if name.endswith("large") else 128
+    with torch.device("meta"):
+        found = UNet2DModel(**config.unet()).config
+    assert {
+        key: list(value) if isinstance(value, tuple) else value for key, value in found.items() if key[0] != "_"
+    } == {
+        **PUBLISHED_UNET,
+        **LATER_UNET,
+        "sample_size": 32 if name == "cifar10" else 256,
+        "block_out_channels": [width * multiple for multiple in multiples],
+        "down_block_types": ["AttnDownBlock2D" if attended else "DownBlock2D" for attended in attends],
+        "up_block_types": ["AttnUpBlock2D" if attended else "UpBlock2D" for attended in reversed(attends)],
+        "dropout": 0.1 if name == "cifar10" else 0.0,
+    }
+    scheduler = DDPMScheduler(**config.scheduler())
+    torch.testing.assert_close(scheduler.betas.double(), torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
+    process = {key: scheduler.config[key] for key in ("prediction_type", "variance_type", "clip_sample")}
+    variance = "fixed_large" if name == "cifar10" else "fixed_small"
+    assert process == {"prediction_type": "epsilon", "variance_type": variance, "clip_sample": True}
+    training = config.training
+    assert (training.objective, training.ema_decay, training.adam_beta2) == ("simple", [0.9999], 0.999)
+    assert (training.lr_schedule, training.max_grad_norm, config.data.levels) == ("constant", 1.0, 256)
+
+
 def test_the_defaults_are_those_of_the_paper():
     # Section 4 and Appendix B, for CIFAR-10.
     paper, default = parse_config(["--preset", "cifar10"]), parse_config(["--dataset", "cifar10"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "hf_ddpm").rglob("*.py"))
+FILES = [file for folder in ("hf_ddpm", "benchmarks") for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if ">>> " in file.read_text()], ids=lambda file: file.stem)

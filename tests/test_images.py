@@ -14,7 +14,11 @@ def test_bytes_survive_the_round_trip():
 
 
 def test_signed_values_beyond_the_range_are_clipped():
-    assert to_bytes(to_unit(torch.tensor([[[[-7.0, 7.0]]]]))).flatten().tolist() == [0, 255]
+    # And the others stay: they are not stretched to fill the range.
+    signed = torch.tensor([-7.0, -1.0, -0.5, 0.0, 0.5, 1.0, 7.0]).view(1, 1, 1, 7)
+    assert to_bytes(to_unit(signed)).flatten().tolist() == [0, 0, 64, 128, 191, 255, 255]
+    inside = torch.tensor([-0.5, 0.5]).view(1, 1, 1, 2)
+    assert to_bytes(to_unit(inside)).flatten().tolist() == [64, 191]
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -191,7 +191,7 @@ class Card(Callback):
     def on_end(self, run: Run) -> None:
         """Writes it."""
         if run.accelerator.is_main_process:
-            write_card(self.folder, model_id=run.config.hub.hub_model_id)
+            write_card(self.folder, pipe=run.pipeline(), model_id=run.config.hub.hub_model_id)
 
 
 class Push(Callback):
@@ -209,7 +209,7 @@ class Push(Callback):
     def __init__(self, config: Config, tell: Callable[[str], object]):
         self.folder, self.model_id, self.tell = Path(config.training.output_dir), str(config.hub.hub_model_id), tell
         check_push(self.model_id, config.hub.hub_private_repo)
-        self.background = BackgroundPush(self.model_id, config.hub.hub_private_repo, tell)
+        self.background = BackgroundPush(self.folder, self.model_id, config.hub.hub_private_repo, tell)
 
     def on_pause(self, run: Run) -> None:
         """Exports what there is, and starts to push it."""
@@ -227,7 +227,7 @@ class Push(Callback):
         if self.background.finish():
             self.tell(f"{self.model_id} is on the Hub")
         else:
-            command = f"python scripts/push_to_hub.py --model {self.folder} --hub_model_id {self.model_id}"
+            command = f"hf-ddpm push --model {self.folder} --hub_model_id {self.model_id}"
             self.tell(f"{self.model_id} is not up to date on the Hub: {command}")
 
     def close(self) -> None:
@@ -235,8 +235,8 @@ class Push(Callback):
         self.background.close()
 
     def _start(self, run: Run) -> None:
-        write_card(self.folder, model_id=self.model_id)
-        self.background.start(self.folder, f"Upload the model of step {run.step}")
+        write_card(self.folder, pipe=run.pipeline(), model_id=self.model_id)
+        self.background.start(f"Upload the model of step {run.step}")
 
 
 def _given(request: Any) -> dict[str, Any] | None:

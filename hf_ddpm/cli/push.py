@@ -21,7 +21,7 @@ class PushConfig:
     """Hub: the model, its repository, a Space."""
 
     model: str = option("folder of a model, as hf-ddpm train or save_pretrained writes it")
-    hub_model_id: str = option("the repository, namespace/name; created if it is missing")
+    hub_model_id: str = option("repository, namespace/name; created if it is missing")
     private: bool | None = option(
         "make the repository private; by default unchanged, or the account's default for a new one", None
     )

@@ -70,7 +70,7 @@ def decode(
     Args:
         dataset: An opened split, or a part of one.
         column: Its column of images.
-        image_format: What images are made into.
+        image_format: Format of the decoded images.
         rows: The rows of the split that it consists of, by which bad images are named.
         skip_bad_images: Whether images that cannot be used are left out.
         log: Called with a line if the cache was damaged, and with one on what is lost of images.

@@ -66,7 +66,7 @@ def fit(row: dict[str, Any] | None, image_format: ImageFormat, notes: list[str] 
 
     Args:
         row: The image as `datasets` keeps it: `bytes`, or the `path` of a file.
-        image_format: What it is made into.
+        image_format: Format of the result.
         notes: Gets a line on what is lost, such as bits of color.
 
     Returns:

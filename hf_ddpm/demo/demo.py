@@ -96,7 +96,7 @@ class Demo:
         return torch.tensor(pixels).unsqueeze(0)
 
     def generate(self, sampling: Sampling, count: float) -> Iterator[Moment]:
-        """Generate the first images of a `Sampling`, the same as those of `scripts/sample.py`.
+        """Generate the first images of a `Sampling`, the same as those of `hf-ddpm sample`.
 
         Args:
             sampling: Seed, steps, sampler and classes.

@@ -80,7 +80,7 @@ class Row:
 
 
 def rows(results: Mapping[str, Any]) -> Iterator[Row]:
-    """Yield the figures of results, as `scripts/evaluate.py` writes them."""
+    """Yield the figures of results, as `hf-ddpm evaluate` writes them."""
     for metric, key, name, kind, floor in KINDS:
         if metric not in results:
             continue

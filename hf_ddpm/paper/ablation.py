@@ -30,7 +30,7 @@ class Row:
 
     Attributes:
         title: Name in tables.
-        words: Its options of `scripts/train.py`.
+        words: Its options of `hf-ddpm train`.
         paper: Its FID in the paper; None if training was unstable and the samples poor.
     """
 
@@ -60,7 +60,7 @@ def ablation(options: AblationOptions, run: Callable[[str, list[str]], int]) -> 
 
     Args:
         options: Rows, seeds, and settings of the runs.
-        run: Runs `train.py` or `evaluate.py` of the scripts with a command line, and returns its exit code.
+        run: Runs `hf-ddpm train` or `evaluate` with a command line, and returns its exit code.
 
     Raises:
         ValueError: If an option is not allowed, or there are runs of other options: before anything is trained.
@@ -94,7 +94,7 @@ def run_folder(options: AblationOptions, row: str, seed: int) -> Path:
 
 
 def training(options: AblationOptions, row: str, seed: int) -> list[str]:
-    """Return the command line of `scripts/train.py` for a run."""
+    """Return the command line of `hf-ddpm train` for a run."""
     given = {
         "preset": options.preset,
         "config": options.config,
@@ -134,7 +134,7 @@ def outcome(folder: Path, steps: int) -> dict[str, Any] | None:
 
 
 def evaluation(options: AblationOptions, folder: Path, config: Config) -> list[str]:
-    """Return the command line of `scripts/evaluate.py` for a run."""
+    """Return the command line of `hf-ddpm evaluate` for a run."""
     total = config.diffusion.num_train_timesteps
     steps = options.num_inference_steps or total
     require(options, "num_inference_steps", steps <= total, f"at most the {total} of the process")

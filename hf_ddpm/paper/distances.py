@@ -11,7 +11,7 @@ PARTS = 10  # of the jackknife
 
 
 def distance(context: FigureContext, real: RealFeatures, images: Images) -> dict[str, Any]:
-    """Compute the Frechet distance of the first `real.count` images, as `scripts/evaluate.py` does.
+    """Compute the Frechet distance of the first `real.count` images, as `hf-ddpm evaluate` does.
 
     Returns:
         `value`, with numbers of images; `floor` is what as many held-out images score, and `standard_error`, from 3

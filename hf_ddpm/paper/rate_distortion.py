@@ -12,7 +12,7 @@ STEPS = "T - t + 1, evaluations of the network"
 
 
 def rate_distortion(context: FigureContext, options: RateDistortionOptions) -> None:
-    """Evaluate the bound as `scripts/evaluate.py --metrics nll` does; plot and tabulate rate and distortion."""
+    """Evaluate the bound as `hf-ddpm evaluate --metrics nll` does; plot and tabulate rate and distortion."""
     bound = context.reference("nll", options.num_images).bound(context.pipe, context.options.seed)
     made_by, data = bound.pop("made_by"), bound
     rate, distortion, total = data["rate_bpd"], data["distortion"], len(data["rate_bpd"])

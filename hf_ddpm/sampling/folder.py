@@ -236,7 +236,7 @@ def open_samples(path: Path) -> Samples:
     """Opens generated images.
 
     Args:
-        path: A folder that `scripts/sample.py` wrote, of PNG files, or of `samples.npz` or one other `.npz` file; or a
+        path: A folder that `hf-ddpm sample` wrote, of PNG files, or of `samples.npz` or one other `.npz` file; or a
             `.npz` or `.npy` file.
 
     Returns:

@@ -29,11 +29,6 @@ def option(
     return field(default=default, default_factory=factory, metadata={"help": help, **more})
 
 
-def choices(part: type, name: str) -> tuple[str, ...]:
-    """Returns the values that an option of a dataclass is chosen from."""
-    return get_args(get_type_hints(part)[name])
-
-
 def require(config: Any, name: str, holds: bool, allowed: str) -> None:
     """Raises a `ValueError` unless a check of an option holds; the line says what is allowed."""
     require_value(name, getattr(config, name), holds, allowed)

@@ -1,14 +1,19 @@
 import dataclasses
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hf_ddpm import cli
 from hf_ddpm.config import PARTS, Config, preset_names
+from tests.conftest import TINY_RUN
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "diffusers", "accelerate", "datasets", "gradio", "matplotlib"}
@@ -118,6 +123,25 @@ def test_required_options_are_in_the_usage_without_a_default(capsys):
     text = help_of("sample", capsys)
     assert text.startswith("usage: ") and "--model ... --output ... [--OPTION VALUE ...]\n" in text.splitlines(True)[0]
     assert "default" not in re.search(r"--model TEXT.*?--num_images", text, re.S)[0]
+
+
+@pytest.mark.slow
+def test_every_launcher_starts_the_same_run_from_the_package_and_from_the_script(tmp_path):
+    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    starts = {
+        "script": [*accelerate, str(ROOT / "scripts" / "train.py")],
+        "package": [*accelerate, "-m", "hf_ddpm", "train"],
+        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_ddpm", "train"],
+    }
+    weights = {}
+    for name, start in starts.items():
+        words = [*start, *TINY_RUN, "--max_train_steps", "2", "--output_dir", str(tmp_path / name)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True, env=environment)
+        weights[name] = load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
+        assert json.loads((tmp_path / name / "status.json").read_text())["hardware"].startswith("2 x cpu")
+    for name in ("package", "torchrun"):
+        assert all(torch.equal(weights[name][key], value) for key, value in weights["script"].items())
 
 
 def test_options_in_python_are_those_of_the_command_line():

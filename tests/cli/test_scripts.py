@@ -14,8 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hf_ddpm import DDPMPipeline, UNet2DModel
-from hf_ddpm.config import parse_config
+from hf_ddpm.config import DataConfig, parse_config
+from hf_ddpm.data.batches import batch_indices
+from hf_ddpm.data.sources import choose
+from hf_ddpm.data.store import load_images
+from hf_ddpm.evaluation.results import METRIC_SEED
+from hf_ddpm.training.randomness import draw
 from hf_ddpm.utils.launch import run_script, use_own_cores
+from hf_ddpm.utils.seeds import BOUND_NOISE, SAMPLES, generator
 from tests.conftest import TINY_RUN, load_script
 
 ROOT = Path(__file__).parents[2]
@@ -154,26 +160,179 @@ def test_a_bad_image_stops_training_before_anything_is_written(run_training, tmp
     assert not any(path.name != ".lock" for path in (tmp_path / "run").iterdir())
 
 
+class ByHand:
+    """What is to come of a network that says zero, as each does before its first step: formulas alone, in float64."""
+
+    def __init__(self, schedule, prediction, variance, last=0.999, zero_snr=False):
+        ends = np.linspace(0.005, last, 20), np.linspace(0.005**0.5, last**0.5, 20) ** 2
+        u = np.cos((np.linspace(0, 1, 21) + 0.008) / 1.008 * np.pi / 2) ** 2
+        cosine = np.minimum(1 - u[1:] / u[:-1], 0.999)
+        logistic = 0.005 + (last - 0.005) / (1 + np.exp(-np.linspace(-6, 6, 20)))
+        named = {
+            "squaredcos": cosine,
+            "linear": ends[0],
+            "quad": ends[1],
+            "scaled_linear": ends[1],
+            "sigmoid": logistic,
+        }
+        self.bars = np.cumprod(1 - named.get(schedule, np.full(20, last)))
+        if zero_snr:
+            roots = np.sqrt(self.bars)
+            self.bars = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+        self.prediction, self.variance = prediction, variance
+
+    def x_start(self, x_t, t):
+        bar, before = self.bars[t], self.bars[t - 1] if t else 1.0
+        if self.prediction == "mean":  # 0 = c_1 x_0 + c_2 x_t
+            beta = 1 - bar / before
+            return -np.sqrt(bar / before) * (1 - before) / (np.sqrt(before) * beta) * x_t
+        return {"epsilon": x_t / np.sqrt(bar) if bar else x_t, "sample": 0 * x_t, "v_prediction": np.sqrt(bar) * x_t}[
+            self.prediction
+        ]
+
+    @staticmethod
+    def posterior(bar, before):
+        """Returns the variance of q(x_{t-1} | x_t, x_0), and the coefficient of x_0 in its mean."""
+        beta = 1 - bar / before
+        return beta * (1 - before) / (1 - bar), np.sqrt(before) * beta / (1 - bar)
+
+    def reverse(self, x_start, x_t, bar, before, least):
+        """Returns mean and variance of p(x_{t-1} | x_t); `least` is the variance in the place of a zero one."""
+        beta = 1 - bar / before
+        mean = np.sqrt(before) * beta / (1 - bar) * x_start + np.sqrt(bar / before) * (1 - before) / (1 - bar) * x_t
+        small = beta * (1 - before) / (1 - bar) or least
+        large = beta if before < 1 else least
+        return mean, {
+            "fixed_small": small, "fixed_large": large, "learned": 1.0, "learned_range": np.sqrt(small * beta),
+        }[self.variance]  # fmt: skip
+
+    def bound(self, x0, x_t, t, clip):
+        """Returns the term of the bound at t, in nats a dimension."""
+        bar, before = self.bars[t], self.bars[t - 1] if t else 1.0
+        first, second = 1 - self.bars[:2]
+        least = (second - first) / (1 - first) * first / second  # the posterior variance at the second step
+        x_start = self.x_start(x_t, t)
+        mean, variance = self.reverse(np.clip(x_start, -1, 1) if clip else x_start, x_t, bar, before, least)
+        mean = 0 * x_t if self.prediction == "mean" else mean  # as said, whatever is clipped
+        if t == 0:
+            lower, upper = (cdf((x0 - mean + half) / np.sqrt(variance)) for half in (-1 / 16, 1 / 16))
+            lower, upper = np.where(x0 < -0.99, 0, lower), np.where(x0 > 0.99, 1, upper)
+            return -np.log(np.maximum(upper - lower, 1e-12)).mean()
+        beta = 1 - bar / before
+        true = np.sqrt(before) * beta / (1 - bar) * x0 + np.sqrt(bar / before) * (1 - before) / (1 - bar) * x_t
+        spread = beta * (1 - before) / (1 - bar)
+        return 0.5 * (np.log(variance / spread) - 1 + (spread + (true - mean) ** 2) / variance).mean()
+
+    def loss(self, objective, x0, t, noise):
+        bar, before = self.bars[t], self.bars[t - 1] if t else 1.0
+        x_t = np.sqrt(bar) * x0 + np.sqrt(1 - bar) * noise
+        beta = 1 - bar / before
+        target = {
+            "epsilon": noise,
+            "sample": x0,
+            "v_prediction": np.sqrt(bar) * noise - np.sqrt(1 - bar) * x0,
+            "mean": np.sqrt(before) * beta / (1 - bar) * x0 + np.sqrt(bar / before) * (1 - before) / (1 - bar) * x_t,
+        }[self.prediction]
+        simple = (target**2).mean()
+        if objective == "min_snr":  # of v
+            snr = bar / (1 - bar)
+            return simple * min(snr, 5) / (snr + 1)
+        bound = 20 * self.bound(x0, x_t, t, clip=False) if objective != "simple" else 0.0
+        return {"simple": simple, "vlb": bound, "hybrid": simple + 0.001 * bound / np.log(2)}[objective]
+
+    def image(self, source):
+        """Returns an image in five steps, from the end on: Algorithm 2 on the steps that are taken."""
+        x_t = torch.randn(1, 8, 8, generator=source).double().numpy()
+        times = [19, 15, 11, 7, 3]
+        for t, to in zip(times, [*times[1:], None], strict=True):
+            before = 1.0 if to is None else self.bars[to]
+            x_start = np.clip(self.x_start(x_t, t), -1, 1)
+            mean, variance = self.reverse(x_start, x_t, self.bars[t], before, 1.0)
+            if self.variance == "learned":  # what a variance of 1 in a single step says of a longer one
+                spread, factor = self.posterior(self.bars[t], self.bars[t - 1])
+                of_pixels = np.clip((1 - spread) / factor**2, 0, 1)
+                spread, factor = self.posterior(self.bars[t], before)
+                variance = spread + factor**2 * of_pixels
+            noise = torch.randn(1, 8, 8, generator=source).double().numpy() if to is not None else 0
+            x_t = mean + np.sqrt(variance) * noise
+        return (255 * np.clip(x_t / 2 + 0.5, 0, 1)).round()[0]
+
+
+def cdf(z):
+    return 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+
+
+def signed(digits):
+    """Returns images of 17 gray levels in [-1, 1]."""
+    return np.round(digits.double().numpy() * 16 / 255) / 8 - 1
+
+
 VARIANTS = {
-    "image": "--prediction_type sample --variance_type fixed_small",
-    "posterior mean": "--prediction_type mean --beta_schedule quad",
-    "v, zero terminal SNR": "--prediction_type v_prediction --rescale_betas_zero_snr true --objective min_snr",
-    "bound": "--objective vlb --variance_type fixed_small --beta_schedule linear",
-    "learned": "--objective vlb --variance_type learned --beta_schedule const --beta_end 0.4",
-    "learned mean": "--objective hybrid --variance_type learned --prediction_type mean --beta_schedule scaled_linear",
-    "learned range": "--objective hybrid --variance_type learned_range --beta_schedule sigmoid",
+    "image": (
+        "--prediction_type sample --variance_type fixed_large",
+        "simple",
+        ("squaredcos", "sample", "fixed_large"),
+    ),
+    "posterior mean": ("--prediction_type mean --beta_schedule quad", "simple", ("quad", "mean", "fixed_small")),
+    "v, zero terminal SNR": (
+        "--prediction_type v_prediction --rescale_betas_zero_snr true --objective min_snr",
+        "min_snr",
+        ("squaredcos", "v_prediction", "fixed_small", 0.999, True),
+    ),
+    "bound": (
+        "--objective vlb --variance_type fixed_small --beta_schedule linear",
+        "vlb",
+        ("linear", "epsilon", "fixed_small"),
+    ),
+    "learned": (
+        "--objective vlb --variance_type learned --beta_schedule const --beta_end 0.4",
+        "vlb",
+        ("const", "epsilon", "learned", 0.4),
+    ),
+    "learned mean": (
+        "--objective hybrid --variance_type learned --prediction_type mean --beta_schedule scaled_linear",
+        "hybrid",
+        ("scaled_linear", "mean", "learned"),
+    ),
+    "learned range": (
+        "--objective hybrid --variance_type learned_range --beta_schedule sigmoid",
+        "hybrid",
+        ("sigmoid", "epsilon", "learned_range"),
+    ),
 }
 
 
-@pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS)
-def test_every_variant_trains_samples_and_evaluates_by_flag(run_training, sample, tmp_path, words):
-    run_training(tmp_path, "--max_train_steps", "3", "--num_train_timesteps", "20", *words.split())
-    model = ["--model", str(tmp_path)]
+@pytest.mark.parametrize(("words", "objective", "process"), VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_trains_samples_and_evaluates_by_flag(run_training, sample, tmp_path, words, objective, process):
+    # A flag that is ignored would show: all three are compared with what a network that says zero must give.
+    still = ["--learning_rate", "1e-30", "--num_train_timesteps", "20", "--log_steps", "1"]
+    run_training(tmp_path, "--max_train_steps", "2", *still, *words.split())
+    by_hand, model = ByHand(*process), ["--model", str(tmp_path)]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    digits = load_images(DataConfig("digits", resolution=[8], channels=1))
+    for step, line in enumerate(lines):
+        draws, chosen = draw(0, step, range(8), (1, 8, 8), 20, "cpu"), batch_indices(0, step, 8, len(digits))
+        x0 = signed(digits[chosen])
+        rows = zip(x0, draws.t.tolist(), draws.noise.double().numpy(), strict=True)
+        expected = np.mean([by_hand.loss(objective, *row) for row in rows])
+        assert line["loss"] == pytest.approx(expected, rel=1e-4)
+
     sample([*model, "--num_images", "2", "--num_inference_steps", "5", "--output", str(tmp_path / "out")])
-    assert len(pictures(tmp_path / "out")) == 2
+    for i, picture in enumerate(pictures(tmp_path / "out")):
+        expected = by_hand.image(generator(0, SAMPLES, i))
+        assert np.abs(picture - expected).max() <= 1
+
     results = tmp_path / "results.json"
     load_script("evaluate").main([*model, "--dataset", "digits", "--num_images", "3", "--output", str(results)])
-    assert np.isfinite(json.loads(results.read_text())["nll"]["total_bpd"])
+    held_out, terms = load_images(DataConfig("digits", split="test", resolution=[8], channels=1)), np.zeros(20)
+    for number in choose(len(held_out), 3, METRIC_SEED):
+        x0 = signed(held_out[torch.tensor([number])])[0]
+        for t, bar in enumerate(by_hand.bars):
+            noise = torch.randn(1, 8, 8, generator=generator(0, BOUND_NOISE, number, t)).double().numpy()
+            terms[t] += by_hand.bound(x0, np.sqrt(bar) * x0 + np.sqrt(1 - bar) * noise, t, clip=True) / 3 / np.log(2)
+    found = json.loads(results.read_text())["nll"]["terms_bpd"]
+    np.testing.assert_allclose(found[1:], terms[1:], rtol=1e-3, atol=1e-5)
+    assert found[0] == pytest.approx(terms[0], rel=0.02)  # in float32 the least probabilities are rounded
 
 
 def test_samples_can_be_drawn_at_checkpoints(run_training, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image as PILImage
 
 from hf_ddpm.data import decoding
+from tests.conftest import LIMIT
 from tests.data.files import load, numbered, parquet, write_images
 
 
@@ -93,7 +94,7 @@ def whole(many, tmp_path_factory):
 def test_a_kill_while_decoding_leaves_nothing_behind_that_is_taken_for_the_images(many, whole, tmp_path):
     home = tmp_path / "home"
     process = start(many, HF_HOME=str(home))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT
     # datasets writes what it maps into a file of another name, and renames it at the end.
     while not any(path.stat().st_size > 2**20 for path in home.rglob("tmp*")) and time.monotonic() < deadline:
         assert process.poll() is None, "it was too fast to be killed"

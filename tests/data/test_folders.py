@@ -187,6 +187,14 @@ def test_images_of_other_columns_of_metadata_are_no_rows(tmp_path):
     assert opened(tmp_path, image_column="mask")[0] == [1]
 
 
+def test_classes_of_metadata_go_before_those_of_folders(tmp_path):
+    for number, folder in enumerate("ab"):
+        gray(tmp_path / folder / "0.png", number)
+    (tmp_path / "metadata.csv").write_text("file_name,category\na/0.png,y\nb/0.png,x\n")
+    images = load(tmp_path, class_column="auto")
+    assert images.class_names == ("x", "y") and images.labels.tolist() == [1, 0]
+
+
 def test_bad_metadata_are_named(tmp_path):
     gray(tmp_path / "a.png", 1)
     (tmp_path / "metadata.jsonl").write_text('{"text": "x"}\n')

@@ -85,9 +85,11 @@ def test_archives_are_read_as_the_folders_that_they_hold(tmp_path, suffix, is_fi
     assert values(name, "validation") == [3]
     assert "2 images in train, 1 images in validation; files not used: " in lines[0]
     assert "hidden: 1" in lines[0] and "unknown format .md: 1" in lines[0]
-    # A changed archive is read anew.
-    pack(file, {"x/0.png": image(9), "x/1.png": image(10)})
+    # A changed archive is read anew; folders at its top are classes, too.
+    pack(file, {"x/0.png": image(9), "y/1.png": image(10)})
     assert values(name) == [9, 10]
+    images = load(name, class_column="label")
+    assert images.class_names == ("x", "y") and images.labels.tolist() == [0, 1]
 
 
 def test_web_data_sets_have_classes_and_splits_by_the_names_of_their_shards(tmp_path):

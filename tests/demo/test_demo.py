@@ -2,6 +2,7 @@ import math
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hf_ddpm.images import to_signed
 from hf_ddpm.sampling.samplers import SCHEDULERS
 from hf_ddpm.utils.markdown import plain
 from hf_ddpm.utils.seeds import SAMPLES, generator
-from tests.conftest import TINY_UNET, load_script
+from tests.conftest import LIMIT, TINY_UNET, load_script
 from tests.utils.test_markdown import HOSTILE, parse
 
 
@@ -51,18 +52,28 @@ def test_images_are_those_of_the_script(trained, tmp_path, scheduler):
     np.testing.assert_array_equal(images.squeeze(1), np.stack(files))
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_what_is_seen_on_the_way_is_the_image_and_not_the_noise(scheduler):
+@pytest.mark.parametrize(
+    ("scheduler", "prediction_type"),
+    # diffusers' PNDM knows no other predictions than noise and v.
+    sorted({*product(SCHEDULERS, ["epsilon", "sample", "v_prediction"])} - {("pndm", "sample")}),
+)
+def test_what_is_seen_on_the_way_is_the_image_and_not_the_noise(scheduler, prediction_type):
     # A network that knows that all images are one image: every estimate is that one, while x_t is mostly noise.
     image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
     class Knowing(UNet2DModel):
         def forward(self, sample, timestep, class_labels=None, return_dict=True):
-            bar = float(noise_left[int(timestep)])
-            return type("Output", (), {"sample": (sample - math.sqrt(bar) * image) / math.sqrt(1 - bar)})
+            bar = float(bars[int(timestep)])
+            noise = (sample - math.sqrt(bar) * image) / math.sqrt(1 - bar)
+            said = {
+                "epsilon": noise,
+                "sample": image.expand_as(sample),
+                "v_prediction": math.sqrt(bar) * noise - math.sqrt(1 - bar) * image,
+            }
+            return type("Output", (), {"sample": said[prediction_type]})
 
-    pipe = DDPMPipeline(Knowing(**TINY_UNET), DDPMScheduler())
-    noise_left = pipe.scheduler.diffusion.alphas_cumprod
+    pipe = DDPMPipeline(Knowing(**TINY_UNET), DDPMScheduler(prediction_type=prediction_type))
+    bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     demo = Demo(pipe, "knowing")
     expected = ((image + 1) * 127.5).expand(2, -1, -1, -1)
     first, *others = demo.generate(demo.read(0, 20, scheduler), 2)
@@ -78,7 +89,7 @@ def test_requests_at_once_do_not_meet(demo):
 
     def wait_for_the_other(*args):
         if not hasattr(here, "waited"):
-            here.waited = both_are_here.wait(30)
+            here.waited = both_are_here.wait(LIMIT)
 
     demo.pipe.unet.register_forward_pre_hook(wait_for_the_other)
     with ThreadPoolExecutor(2) as pool:
@@ -93,7 +104,7 @@ def test_a_request_that_is_left_ends(demo):
     next(moments)
     (worker,) = set(threading.enumerate()) - before
     moments.close()
-    worker.join(30)
+    worker.join(LIMIT)
     assert not worker.is_alive() and len(steps) < 1000
 
 
@@ -110,16 +121,17 @@ def test_between_two_images_the_pipeline_interpolates(demo):
         assert (image - mixed).abs().max() < 10
 
 
-def test_the_noise_between_images_is_a_stream_of_its_own_seed(demo):
+def test_the_noise_between_images_is_a_stream_of_its_own_seed(tiny_unet):
+    demo = Demo(DDPMPipeline(tiny_unet, DDPMScheduler(num_train_timesteps=20, beta_end=0.4)), "short")
     first, second = torch.zeros(2, 1, 1, 8, 8, dtype=torch.uint8)
 
     def between(seed):
-        return end(demo.interpolate(first, second, 500, 2, demo.read(seed, 10, "ddpm")))
+        return end(demo.interpolate(first, second, 10, 2, demo.read(seed, 10, "ddpm")))
 
     assert torch.equal(between(0), between(0)) and not torch.equal(between(0), between(1))
     with torch.no_grad():
         of_the_samples = demo.pipe.interpolate(
-            to_signed(first), to_signed(second), 500, [0.0, 1.0], generator(0, SAMPLES, 0), output_type="pt"
+            to_signed(first), to_signed(second), 10, [0.0, 1.0], generator(0, SAMPLES, 0), output_type="pt"
         )
     assert not torch.equal((of_the_samples * 255).round().to(torch.uint8), between(0))
 

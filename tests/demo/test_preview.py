@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_ddpm.demo.preview import FRAMES, in_background, watch
+from tests.conftest import LIMIT
 
 
 def test_what_is_emitted_comes_in_order_from_another_thread():
@@ -35,7 +36,7 @@ def test_work_ends_when_nobody_watches():
     def work(emit):
         try:
             for item in range(1000):
-                go_on.acquire(timeout=10)
+                go_on.acquire(timeout=LIMIT)
                 emit(item)
                 emitted.append(item)
         finally:
@@ -46,7 +47,7 @@ def test_work_ends_when_nobody_watches():
     assert next(items) == 0
     items.close()
     go_on.release()
-    assert ended.wait(10)
+    assert ended.wait(LIMIT)
     assert emitted == [0]
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hf_ddpm.demo.demo import Demo, row, square
-from tests.conftest import TINY_UNET, load_script
+from tests.conftest import LIMIT, TINY_UNET, load_script
 
 ROOT = Path(__file__).parents[2]
 SPACE = ROOT / "hf_ddpm" / "demo" / "space"
@@ -120,7 +120,7 @@ def test_uploads_and_waiting_requests_are_limited(app, tiny_pipeline, monkeypatc
     class Waiting(Demo):
         def generate(self, *typed):
             started.set()
-            assert gate.wait(60)
+            assert gate.wait(LIMIT)
             return super().generate(*typed)
 
     url = app.serve(Waiting(tiny_pipeline, "tiny"), prevent_thread_lock=True, quiet=True)
@@ -132,12 +132,12 @@ def test_uploads_and_waiting_requests_are_limited(app, tiny_pipeline, monkeypatc
         assert sent == [200, 413]
         asker = client.Client(url, verbose=False)
         jobs = [asker.submit(1, 0, 2, "ddpm", [], 1, api_name="/generate")]
-        assert started.wait(60)
+        assert started.wait(LIMIT)
         jobs += [asker.submit(1, 0, 2, "ddpm", [], 1, api_name="/generate") for _ in range(3)]
-        done, _ = wait(jobs, timeout=60, return_when="FIRST_EXCEPTION")
+        done, _ = wait(jobs, timeout=LIMIT, return_when="FIRST_EXCEPTION")
         assert done and not gate.is_set()
         gate.set()
-        errors = [job.exception(timeout=60) for job in jobs]
+        errors = [job.exception(timeout=LIMIT) for job in jobs]
         assert errors[0] is None and [error is None for error in errors].count(True) == 2  # one at work, one waiting
         assert all("Queue is full" in str(error) for error in errors if error is not None)
     finally:

@@ -14,6 +14,7 @@ from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from hf_ddpm.evaluation.inception_score import inception_score
 from hf_ddpm.evaluation.kernel import kernel_distance, squared_mmd
 from hf_ddpm.evaluation.precision_recall import precision_recall
+from tests.conftest import LIMIT
 
 METRICS = Path(hf_ddpm.__file__).parent / "evaluation" / "metrics"
 
@@ -113,6 +114,6 @@ def test_two_processes_compute_what_one_does(sets, tmp_path):
         np.save(tmp_path / f"{name}.npy", part)
     words = [sys.executable, "-c", PROCESS, str(METRICS / "frechet_distance"), str(tmp_path / "cache"), str(tmp_path)]
     ranks = [subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    outputs = [process.communicate(timeout=300)[0].split() for process in ranks]
+    outputs = [process.communicate(timeout=LIMIT)[0].split() for process in ranks]
     alone = frechet_distance(*(Moments.of(torch.tensor(part)) for part in sets))
     assert float.fromhex(outputs[0][-1]) == pytest.approx(alone, rel=1e-12) and outputs[1][-1] == "None"

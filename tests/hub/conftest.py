@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LIMIT
+
 ROOT = Path(__file__).parents[2]
 
 # Calls a function of hf_ddpm.hub.push and prints what came of it.
@@ -68,7 +70,7 @@ class Hub:
     def run(self, *words, token="hf_write"):
         """Returns exit code, output and errors of a Python process."""
         process = self.popen(*words, token=token)
-        output, errors = process.communicate(timeout=300)
+        output, errors = process.communicate(timeout=LIMIT)
         return process.returncode, output, errors
 
     def call(self, name, token="hf_write", **options):
@@ -96,11 +98,10 @@ class Hub:
 
     def wait_for(self, start):
         """Waits until such a request has arrived."""
-        for _ in range(6000):
-            if (self.folder / "requests.log").exists() and self.requests(start):
-                return
+        deadline = time.monotonic() + LIMIT
+        while not ((self.folder / "requests.log").exists() and self.requests(start)):
+            assert time.monotonic() < deadline, f"no {start}"
             time.sleep(0.01)
-        raise AssertionError(f"no {start}")
 
     def fault(self, *faults):
         (self.folder / "faults.json").write_text(json.dumps(faults))

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from hf_ddpm.hub.push import model_files, push_model
-from tests.conftest import load_script
+from tests.conftest import LIMIT, load_script
 from tests.hub.conftest import CALL, KEPT, PUSHED, ROOT, contents
 
 pytestmark = pytest.mark.hub
@@ -172,7 +172,7 @@ def test_a_hub_that_is_killed_in_the_middle_of_an_upload(hub, folder):
     hub.wait_for(f"PUT /lfs/{oid}")
     hub.wait_for("POST /lfs/")  # others have arrived
     hub.kill()
-    output, errors = client.communicate(timeout=120)
+    output, errors = client.communicate(timeout=LIMIT)
     kind, line = json.loads(output.splitlines()[-1])
     assert kind == "OSError" and "\n" not in line
     assert line.startswith(f"org/x cannot be pushed to: {hub.url} does not answer: ")

@@ -52,7 +52,7 @@ def test_what_the_hub_would_refuse_is_told_before_the_training(hub, tmp_path):
 def test_a_hub_that_fails_costs_the_run_nothing(hub, tmp_path):
     hub.fault({"match": "POST /api/models/org/ddpm-digits/commit", "status": 500})
     code, output, errors = train(hub, tmp_path / "run")
-    assert code == 0 and "is not up to date on the Hub: python scripts/push_to_hub.py" in errors + output
+    assert code == 0 and "is not up to date on the Hub: hf-ddpm push --model" in errors + output
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
     assert (tmp_path / "run" / "README.md").exists()
 

@@ -12,7 +12,7 @@ from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from hf_ddpm import UNet2DModel
-from tests.conftest import TINY_UNET
+from tests.conftest import LIMIT, TINY_UNET
 
 CPU = torch.device("cpu")
 VARIANTS = {
@@ -121,7 +121,7 @@ def test_two_steps_of_a_sharded_network_are_those_of_one_process(tmp_path):
             for rank in range(world)
         ]  # fmt: skip
         for process in processes:
-            errors = process.communicate(timeout=300)[1]
+            errors = process.communicate(timeout=LIMIT)[1]
             assert process.returncode == 0, errors
         return torch.load(tmp_path / output)
 

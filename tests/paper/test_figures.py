@@ -33,6 +33,7 @@ from hf_ddpm.paper.schedules import schedules, with_schedule
 from hf_ddpm.paper.shared_latent import shared_latent
 from hf_ddpm.paper.steps import steps
 from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.utils.plots import save_curves
 from tests.conftest import load_script
 from tests.paper.conftest import T
 
@@ -42,7 +43,21 @@ def written(context, name):
     return json.loads((context.folder / f"{name}.json").read_text())
 
 
-def test_the_progress_ends_with_the_samples_of_the_seed(context, distance):
+@pytest.fixture
+def drawn(context, monkeypatch):
+    """Curves by file, as they are given to the plots, which are drawn all the same."""
+    curves = {}
+
+    def note(path, given, save=save_curves, **options):
+        assert path.parent == context.folder
+        curves[path.name] = given
+        return save(path, given, **options)
+
+    monkeypatch.setattr("hf_ddpm.paper.context.save_curves", note)
+    return curves
+
+
+def test_the_progress_ends_with_the_samples_of_the_seed(context, distance, drawn):
     options = ProgressiveOptions(shown=3, columns=4, frames=7, num_images=5)
     progressive(context, options)
     moments = written(context, "progressive")["moments"]
@@ -55,6 +70,12 @@ def test_the_progress_ends_with_the_samples_of_the_seed(context, distance):
     with Image.open(context.folder / "progressive.gif") as animation:
         assert animation.n_frames == 7
     assert (context.folder / "progressive_distance.png").exists()
+    # Standing at t, the network has been evaluated T + 1 - t times.
+    evaluations = [T + 1 - moment["t"] for moment in moments]
+    assert drawn["progressive_distance.png"] == {
+        "estimate": (evaluations, [moment["value"] for moment in moments]),
+        "held-out images": (evaluations, [moment["floor"] for moment in moments]),
+    }
 
 
 def test_progress_needs_no_data(context):
@@ -106,9 +127,18 @@ def test_images_of_a_latent_differ_the_less_the_later_it_is(knowing):
     assert variety == sorted(variety, reverse=True) and variety[-1] < 0.5 * variety[0]
 
 
-def test_distortion_falls_as_the_rate_rises(knowing):
+def test_distortion_falls_as_the_rate_rises(knowing, drawn):
     rate_distortion(knowing, RateDistortionOptions(num_images=20, rows=5))
     figures = written(knowing, "rate-distortion")
+    (x, y), (steps, rates), (also, distortions) = (
+        drawn[f"rate-distortion{what}.png"][""] for what in ("", "_rate", "_distortion")
+    )
+    # The curves are those of the numbers, and the rows of the table are points of all three.
+    assert (x, y) == (rates, distortions) == (figures["rate_bpd"], figures["distortion"])
+    assert steps == also == list(range(T, 0, -1))
+    for row in figures["table"]:
+        place = steps.index(row["steps"])
+        assert (rates[place], distortions[place]) == (row["rate_bpd"], row["distortion"])
     assert [row["steps"] for row in figures["table"]] == [20, 16, 12, 8, 4] and figures["falls_throughout"]
     assert not falls([{"rate_bpd": 2, "distortion": 1}, {"rate_bpd": 1, "distortion": 1}])
     assert not falls([{"rate_bpd": 1, "distortion": 1}, {"rate_bpd": 1, "distortion": 2}])
@@ -194,13 +224,16 @@ def test_a_network_is_shown_the_time_of_the_same_noise(context):
     np.testing.assert_allclose(seen[1].numpy(), np.arange(T), atol=1e-5)
 
 
-def test_the_own_schedule_has_the_bound_of_the_model(context):
+def test_the_own_schedule_has_the_bound_of_the_model(context, drawn):
     schedules(context, SchedulesOptions(num_images=2))
     found = written(context, "schedules")["schedules"]
     assert list(found) == ["linear", "squaredcos_cap_v2"]
     bound = context.reference("nll", 2).bound(context.pipe, 0)
     assert found["linear"]["total_bpd"] == pytest.approx(bound["total_bpd"], rel=1e-5)
     assert found["linear"]["total_bpd"] != pytest.approx(found["squaredcos_cap_v2"]["total_bpd"], rel=1e-3)
+    for file, key in [("terms", "terms_bpd"), ("losses", "losses"), ("signal", "signal")]:
+        for name, curve in drawn[f"schedules_{file}.png"].items():
+            assert curve == (list(range(1, T + 1)), found[name][key])  # the paper's t, from 1
     # Of a network that says zero noise the loss is the variance of the noise, wherever x_0-hat is not clipped.
     assert len(found["linear"]["losses"]) == T and found["linear"]["losses"][0] == pytest.approx(1, rel=0.3)
 

@@ -36,6 +36,22 @@ def test_distances_are_those_of_an_evaluation(context, distance):
     assert rows["ddpm, fixed_small"][T]["value"] == pytest.approx(found["value"], rel=1e-6)
 
 
+def test_the_curves_are_those_of_the_table(context, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "hf_ddpm.paper.context.save_curves", lambda path, curves, **options: drawn.update({path.name: curves})
+    )
+    steps(context, OPTIONS)
+    figures = written(context)
+    expected = {
+        row["sampler"]: tuple(list(column) for column in zip(*((p["steps"], p["value"]) for p in points), strict=True))
+        for row in figures["rows"]
+        if (points := [point for point in row["points"] if "value" in point])
+    }
+    full = figures["in_all_steps"]
+    assert drawn["steps.png"] == {**expected, "held-out images": ([2, T], [full["floor"]] * 2)}
+
+
 def test_the_fewest_steps_are_within_a_tenth_of_all(context):
     steps(context, OPTIONS)
     figures = written(context)

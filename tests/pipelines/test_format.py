@@ -51,6 +51,7 @@ def test_stock_pipelines_load_as_ours_and_save_as_stock(stock_folder, tmp_path):
     assert files(tmp_path / "once") == files(tmp_path / "twice") == files(stock_folder)
 
 
+@pytest.mark.slow
 def test_diffusers_loads_ours_where_hf_ddpm_is_not_installed(tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path)
     code = f"""

@@ -6,7 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +19,17 @@ from accelerate import PartialState
 from PIL import Image
 
 import hf_ddpm.sampling.folder
-from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hf_ddpm.sampling.folder import PictureFolder, SampleFolder, open_samples
-from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder, generate_images, make_parts, sampling_settings
+from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder, generate_images
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import SCHEDULERS, find_scheduler
 from hf_ddpm.utils.launch import exclusive
-from tests.conftest import load_script
+from tests.conftest import TINY_UNET, load_script
 
 ROOT = Path(__file__).parents[2]
 FOUR_STEPS = Sampling(num_inference_steps=4)
+CLASSES = {str(digit): str(digit) for digit in range(10)}
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +67,85 @@ def test_a_folder_holds_the_images_of_the_row_for_any_batch_size(pipe, ten, tmp_
     assert len(folder) == 10 and torch.equal(images(folder), ten)
     assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["000000.npy", "000001.npy", "000002.npy"]
     assert [len(np.load(path)) for path in sorted((tmp_path / "shards").iterdir())] == [4, 4, 2]
+
+
+@pytest.fixture(scope="module")
+def conditional():
+    """A network of ten classes and of none of them: what it says depends on the class as on the image."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(**TINY_UNET, num_class_embeds=11).eval()
+    unet.class_embedding.weight.data *= 5
+    pipe = DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=20, beta_end=0.4), CLASSES)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# Everything that must not depend on batches and processes, with and without classes.
+KINDS = {
+    "no class": {},
+    "classes": {"class_labels": ["3", "7", "1"]},
+    "guidance": {"class_labels": ["3", "7"], "guidance_scale": 3.0},
+    "guided ddim": {"class_labels": ["3", "7", "1"], "guidance_scale": 2.0, "scheduler": "ddim", "eta": 0.5},
+}
+
+
+def by_hand(pipe, count, sampling):
+    """Returns images one by one, each with the class of its number."""
+    labels = sampling.class_labels
+    one_by_one = []
+    for i in range(count):
+        alone = replace(sampling, class_labels=[labels[i % len(labels)]] if labels else [])
+        one_by_one += [image for _, image in generate_images(pipe, [i], alone, batch_size=1)]
+    return torch.stack(one_by_one)
+
+
+@pytest.mark.parametrize("words", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_image_i_has_its_noise_and_its_class_in_any_batch(conditional, tmp_path, words, batch_size):
+    sampling = Sampling(seed=5, num_inference_steps=4, **words)
+    expected = by_hand(conditional, 7, sampling)
+    assert len({image.numpy().tobytes() for image in expected}) == 7
+    if sampling.class_labels:
+        others = by_hand(conditional, 2, replace(sampling, class_labels=["7", "3"]))
+        assert not torch.equal(others[0], expected[0]) and not torch.equal(others[1], expected[1])
+    assert torch.equal(images(fill(conditional, tmp_path, 7, sampling, batch_size)), expected)
+    # Nor does it matter which images are asked for, and in which order.
+    chosen = [6, 1, 4]
+    made = dict(generate_images(conditional, chosen, sampling, batch_size=batch_size))
+    assert list(made) == chosen and all(torch.equal(made[i], expected[i]) for i in chosen)
+
+
+class Rank:
+    """A process among several, in a thread of its own."""
+
+    def __init__(self, index, barrier):
+        self.process_index, self.num_processes, self.is_main_process = index, barrier.parties, index == 0
+        self.device, self.wait_for_everyone = torch.device("cpu"), barrier.wait
+
+
+@pytest.mark.parametrize("words", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("world", [2, 5])
+def test_processes_share_the_work_and_make_the_images_of_one(conditional, tmp_path, monkeypatch, world, words):
+    sampling, barrier, made = Sampling(seed=5, num_inference_steps=4, **words), threading.Barrier(world), []
+    monkeypatch.setattr(SampleFolder, "add", lambda self, numbers, images, add=SampleFolder.add: (
+        made.append((threading.current_thread(), numbers)), add(self, numbers, images)))  # fmt: skip
+
+    def work(index):
+        pipe = DDPMPipeline(copy.deepcopy(conditional.unet), copy.deepcopy(conditional.scheduler), CLASSES)
+        pipe.set_progress_bar_config(disable=True)
+        try:
+            state = Rank(index, barrier)
+            return images(fill_folder(pipe, tmp_path, 10, sampling, model="m", batch_size=2, state=state))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(world) as pool:
+        found = list(pool.map(work, range(world)))
+    expected = by_hand(conditional, 10, sampling)
+    assert all(torch.equal(each, expected) for each in found)
+    assert sorted((numbers for _, numbers in made), key=str) == [range(0, 4), range(4, 8), range(8, 10)]
+    assert len({thread for thread, _ in made}) == min(world, 3)  # nobody made what another one was to make
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
@@ -130,17 +213,6 @@ def test_low_precision_is_for_the_network_alone(pipe, ten):
     assert set(seen) == {torch.bfloat16} and pipe.unet.dtype == torch.float32
     difference = (torch.stack(found).float() - ten.float()).abs()
     assert 0 < difference.max() and difference.mean() < 3
-
-
-@pytest.mark.parametrize("world", [2, 3, 5])
-def test_processes_share_the_parts_and_make_the_same_images(pipe, ten, tmp_path, world):
-    folder = SampleFolder(tmp_path, sampling_settings(pipe, FOUR_STEPS, "m", torch.device("cpu")))
-    folder.bind()
-    parts = folder.missing(10)
-    assert parts == [range(0, 4), range(4, 8), range(8, 10)]
-    for rank in reversed(range(world)):
-        make_parts(pipe, folder, parts[rank::world], FOUR_STEPS, batch_size=2)
-    assert torch.equal(images(folder), ten)
 
 
 def test_only_what_is_missing_or_damaged_is_made(pipe, ten, tmp_path, monkeypatch):

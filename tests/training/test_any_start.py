@@ -20,7 +20,7 @@ from hf_ddpm.images import to_signed
 from hf_ddpm.training.randomness import draw
 from tests.conftest import load_script
 from tests.data.files import numbered, shards
-from tests.training.test_checkpoints import assert_same_run, losses, newest, start, wait_for_step
+from tests.training.test_checkpoints import assert_same_run, end, losses, newest, start, wait_for_step
 
 
 def test_a_streamed_run_resumes_where_it_stood(run_training, tmp_path):
@@ -112,13 +112,33 @@ def test_a_conditional_model_is_sampled_by_name(conditional, tmp_path):
         sample([*common, "--output", str(tmp_path / "x"), "--class_labels", "cat"])
 
 
-def test_the_bound_of_a_conditional_model_is_given_the_classes(conditional, tmp_path):
+def test_the_bound_of_a_conditional_model_is_given_the_classes(conditional, tmp_path, monkeypatch):
+    seen, forward = [], UNet2DModel.forward
+
+    def note(self, sample, timestep, class_labels=None, return_dict=True):
+        seen.append((sample, timestep.expand(len(sample)), class_labels.expand(len(sample))))
+        return forward(self, sample, timestep, class_labels, return_dict)
+
+    monkeypatch.setattr(UNet2DModel, "forward", note)
     evaluate = load_script("evaluate").main
-    common = ["--model", str(conditional), "--dataset", "digits", "--num_images", "2", "--steps_per_image", "20"]
+    common = ["--model", str(conditional), "--dataset", "digits", "--num_images", "40", "--steps_per_image", "5"]
+    images = to_signed(
+        load_images(DataConfig("digits", split="test", resolution=[8], channels=1))[torch.arange(899)], 17
+    )
+    classes = torch.tensor(open_split(DataConfig("digits", split="test"))[0]["label"])
     found = {}
     for name, words in {"classes": ["--class_column", "label"], "none": []}.items():
+        seen.clear()
         evaluate([*common, *words, "--output", str(tmp_path / f"{name}.json")])
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())["nll"]["total_bpd"]
+        samples, t, asked = map(torch.cat, zip(*seen, strict=True))
+        if name == "none":
+            assert set(asked.tolist()) == {10}
+            continue
+        # At the first step hardly any noise has been added: what each x_t was made from can be told.
+        nearest = torch.cdist(samples[t == 0].flatten(1), images.flatten(1)).argmin(dim=1)
+        assert len(nearest.unique()) == 40 and torch.equal(asked[t == 0], classes[nearest])
+        assert torch.equal(torch.bincount(asked), 5 * torch.bincount(classes[nearest]))
     assert found["classes"] != found["none"] and all(np.isfinite(value) for value in found.values())
 
 
@@ -259,7 +279,7 @@ def test_a_signal_to_the_whole_group_of_a_streamed_run_loses_nothing(tmp_path):
     process = start(tmp_path / "run", *words, "--log_steps", "1", launcher=["setsid", sys.executable])
     wait_for_step(tmp_path / "run", 5, process)
     os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output = end(process)
     assert process.returncode == 128 + signal.SIGTERM, output
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["status"] == "preempted" and newest(tmp_path / "run").name == f"step-{status['step']:09d}"

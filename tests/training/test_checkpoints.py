@@ -7,18 +7,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from hf_ddpm import DDPMPipeline, UNet2DModel
 from hf_ddpm.cli.callbacks import SampleGrid
 from hf_ddpm.config import FORMER_DEFAULTS, TrainingConfig, default_options, parse_config
 from hf_ddpm.training.checkpoints import Checkpoints, find_checkpoint, verify_checkpoint
 from hf_ddpm.utils.launch import exclusive
-from tests.conftest import TINY_RUN
+from tests.conftest import LIMIT, TINY_RUN
 
 ROOT = Path(__file__).parents[2]
 FILES = ("unet.safetensors", "ema-0.995.safetensors", "optimizer.safetensors")
@@ -151,11 +155,134 @@ def test_a_run_is_not_continued_as_another_one(run_training, trained, words, mes
         run_training(trained, "--max_train_steps", "6", *words.split())
 
 
-def test_accumulation_is_the_same_run(run_training, tmp_path):
-    words = ["--max_train_steps", "6", "--dropout", "0.1", "--log_steps", "1"]
-    run_training(tmp_path / "one", *words, "--train_batch_size", "8")
-    run_training(tmp_path / "two", *words, "--train_batch_size", "4", "--gradient_accumulation_steps", "2")
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
+# Clipping hides the scale of gradients as Adam does: out of reach here.
+UNCLIPPED = ["--max_train_steps", "6", "--dropout", "0.1", "--log_steps", "1", "--max_grad_norm", "1e6"]
+
+
+def assert_same_gradients(one, other):
+    """Losses, gradient norms and Adam's moments but for rounding: steps of Adam do not see the scale of a gradient."""
+    for name in ("loss", "grad_norm"):
+        mine, yours = ([line[name] for line in metrics(folder)] for folder in (one, other))
+        assert len(mine) == 6 and mine == pytest.approx(yours, rel=1e-4), name
+    mine, yours = (load_file(newest(folder) / "optimizer.safetensors") for folder in (one, other))
+    for moment in ("exp_avg", "exp_avg_sq"):
+        largest = max(value.norm() for name, value in mine.items() if name.endswith(f".{moment}"))
+        for name in (name for name in mine if name.endswith(f".{moment}")):
+            # Gradients that are rounding, such as those of the keys' biases, have no relative error.
+            assert (mine[name] - yours[name]).norm() <= 1e-3 * mine[name].norm() + 1e-5 * largest, name
+
+
+@pytest.mark.parametrize(("batch", "passes"), [(4, 2), (2, 4)])
+def test_accumulation_is_the_same_run(run_training, tmp_path, batch, passes):
+    run_training(tmp_path / "one", *UNCLIPPED, "--train_batch_size", "8")
+    divided = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(passes)]
+    run_training(tmp_path / "two", *UNCLIPPED, *divided)
+    assert_same_gradients(tmp_path / "one", tmp_path / "two")
+
+
+def note_inputs(monkeypatch):
+    """Returns lists that get the input of each training pass, and the type that its first convolution works in."""
+    inputs, types, forward = [], set(), UNet2DModel.forward
+
+    def note(self, sample, *args, **kwargs):
+        if self.training:
+            inputs.append(sample.clone())
+            hook = self.conv_in.register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
+        output = forward(self, sample, *args, **kwargs)
+        if self.training:
+            hook.remove()
+        return output
+
+    monkeypatch.setattr(UNet2DModel, "forward", note)
+    return inputs, types
+
+
+@pytest.fixture
+def run_in(run_training):
+    """Trains in a precision, of which a process has one only, unless accelerate forgets it."""
+
+    def run(precision, folder, *words):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return run_training(folder, *words, "--mixed_precision", precision)
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_low_precision_is_for_the_passes_of_the_network_alone(run_in, tmp_path, monkeypatch):
+    words = ["--max_train_steps", "6", "--checkpointing_steps", "3", "--log_steps", "1", "--dropout", "0.1"]
+    seen = {}
+    for precision in ("no", "bf16"):
+        seen[precision], types = note_inputs(monkeypatch)
+        run_in(precision, tmp_path / precision, *words)
+        assert types == {torch.float32 if precision == "no" else torch.bfloat16}
+        monkeypatch.undo()
+    # The same x_t bit for bit: rounded to bfloat16, it would hold no noise at all at small t.
+    assert len(seen["no"]) == len(seen["bf16"]) == 6
+    assert all(torch.equal(exact, found) for exact, found in zip(seen["no"], seen["bf16"], strict=True))
+    exact, found = losses(tmp_path / "no"), losses(tmp_path / "bf16")
+    assert found == pytest.approx(exact, rel=1e-2) and found != exact
+    for name in FILES:
+        values = load_file(newest(tmp_path / "bf16") / name)
+        assert {value.dtype for value in values.values()} == {torch.float32}, name
+        # Sums of many small steps, too: no value is one that bfloat16 could hold.
+        assert not all(torch.equal(value, value.bfloat16().float()) for value in values.values()), name
+    assert next(DDPMPipeline.from_pretrained(tmp_path / "bf16").unet.parameters()).dtype == torch.float32
+
+
+def test_a_run_in_low_precision_resumes_bit_for_bit(run_in, tmp_path):
+    words = ["--dropout", "0.1", "--log_steps", "1", "--max_train_steps"]
+    run_in("bf16", tmp_path / "whole", *words, "6")
+    run_in("bf16", tmp_path / "parts", *words, "3")
+    run_in("bf16", tmp_path / "parts", *words, "6")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(ValueError, match=r"mixed_precision='no' \(was 'bf16'\)"):
+        run_in("no", tmp_path / "parts", *words, "7")
+
+
+def scaler(folder):
+    return json.loads((newest(folder) / "state.json").read_text())["scaler"]
+
+
+def test_the_scale_of_losses_is_part_of_a_checkpoint(run_training, tmp_path, monkeypatch):
+    # As float16 needs it. Here it doubles every second step: resumed at step 3, it does so at step 4 and not at 5.
+    def with_scaler(*args, **kwargs):
+        accelerator = Accelerator(*args, **kwargs)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        return accelerator
+
+    monkeypatch.setattr("hf_ddpm.training.build.Accelerator", with_scaler)
+    words = ["--log_steps", "1", "--max_grad_norm", "1e6", "--max_train_steps"]
+    run_training(tmp_path / "whole", *words, "6")
+    run_training(tmp_path / "parts", *words, "3")
+    assert (scaler(tmp_path / "parts")["scale"], scaler(tmp_path / "parts")["_growth_tracker"]) == (2048, 1)
+    run_training(tmp_path / "parts", *words, "6")
+    assert scaler(tmp_path / "parts") == scaler(tmp_path / "whole") and scaler(tmp_path / "whole")["scale"] == 8192
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_run_in_float16_resumes_bit_for_bit_with_its_scale(run_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    words = ["--checkpointing_steps", "6", "--dropout", "0.1", "--log_steps", "1", "--max_train_steps"]
+    inputs, types = note_inputs(monkeypatch)
+    run_in("fp16", tmp_path / "whole", *words, "6")
+    assert types == {torch.float16} and {x_t.dtype for x_t in inputs} == {torch.float32}
+    run_in("no", tmp_path / "exact", *words, "6")
+    found, exact = losses(tmp_path / "whole"), losses(tmp_path / "exact")
+    assert found == pytest.approx(exact, rel=5e-2) and found != exact  # the first steps may be skipped
+    for name in FILES:
+        assert {value.dtype for value in load_file(newest(tmp_path / "whole") / name).values()} == {torch.float32}
+    run_in("fp16", tmp_path / "parts", *words, "3")
+    run_in("fp16", tmp_path / "parts", *words, "6")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert scaler(tmp_path / "whole") == scaler(tmp_path / "parts") and scaler(tmp_path / "whole")["scale"] > 0
+    rewrite_state(tmp_path / "parts", lambda state: state["scaler"].update(scale=4096.0))
+    run_in("fp16", tmp_path / "parts", *words, "7")
+    torch.use_deterministic_algorithms(False)
+    assert scaler(tmp_path / "parts")["scale"] == 4096
 
 
 def test_a_failed_run_says_so(run_training, tmp_path):
@@ -196,32 +323,59 @@ def start(folder, *words, launcher=(), **environment):
     )
 
 
-def wait_for_step(folder, step, process):
-    for _ in range(1200):
-        lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
-        if lines and json.loads(lines[-1])["step"] >= step:
-            return
+def wait_until(is_so, process):
+    """Waits until something is so; fails if the process ends before, or is stuck."""
+    end = time.monotonic() + LIMIT
+    while not is_so():
         assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, "nothing happens any more"
         time.sleep(0.05)
-    raise TimeoutError
+
+
+def wait_for_step(folder, step, process):
+    def is_there():
+        # The last line may be half written.
+        path = folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return any(json.loads(line)["step"] >= step for line in lines if line.endswith("\n"))
+
+    wait_until(is_there, process)
+
+
+def wait_for_output(text, process):
+    """Waits until a process has printed something."""
+    output, guard = "", threading.Timer(LIMIT, process.kill)
+    guard.start()
+    while text not in output:
+        piece = process.stdout.read(1)
+        assert piece, output
+        output += piece
+    guard.cancel()
+
+
+def end(process):
+    """Returns what a process that was sent a signal has printed, once it has ended."""
+    output, _ = process.communicate(timeout=LIMIT)
+    return output
 
 
 @pytest.mark.slow
 def test_signals_and_kills_lose_nothing(run_training, tmp_path):
-    words = ["--max_train_steps", "300", "--checkpointing_steps", "50", "--log_steps", "1"]
+    words = ["--checkpointing_steps", "50", "--log_steps", "1", "--max_train_steps"]
     folder = tmp_path / "interrupted"
     for number, status in [(signal.SIGTERM, "preempted"), (signal.SIGKILL, "running")]:
-        process = start(folder, *words)
+        process = start(folder, *words, "1000000")  # so that it cannot end by itself
         wait_for_step(folder, 60 if status == "preempted" else 120, process)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
+        output = end(process)
         assert json.loads((folder / "status.json").read_text())["status"] == status, output
         assert process.returncode == (128 + number if status == "preempted" else -number)
-    run_training(folder, *words)
-    run_training(tmp_path / "uninterrupted", *words)
+    last = int(newest(folder).name.removeprefix("step-")) + 20
+    run_training(folder, *words, str(last))
+    run_training(tmp_path / "uninterrupted", *words, str(last))
     assert_same_run(tmp_path / "uninterrupted", folder)
     status = json.loads((folder / "status.json").read_text())
-    assert (status["status"], status["step"]) == ("finished", 300)
+    assert (status["status"], status["step"]) == ("finished", last)
 
 
 @pytest.mark.slow
@@ -229,11 +383,9 @@ def test_signals_and_kills_lose_nothing(run_training, tmp_path):
 def test_a_signal_in_the_last_sampling_ends_it_at_once(run_training, tmp_path, number):
     words = ["--max_train_steps", "2", "--num_samples", "64"]
     process = start(tmp_path, *words, "--num_inference_steps", "1000")
-    wait_for_step(tmp_path, 2, process)
-    time.sleep(2)
+    wait_for_output("Sampling", process)  # on its progress bar
     process.send_signal(number)
-    output, _ = process.communicate(timeout=20)
-    assert "stopped at step 2" in output and process.returncode == 128 + number
+    assert "stopped at step 2" in end(process) and process.returncode == 128 + number
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["status"], status["step"]) == ("preempted", 2)
     assert not (tmp_path / "samples.png").exists()
@@ -246,30 +398,35 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in metrics(folder)]
 
 
 @pytest.mark.slow
 def test_two_processes_and_two_machines_are_the_same_run(run_training, tmp_path):
-    words = ["--max_train_steps", "6", "--dropout", "0.1", "--log_steps", "1"]
-    run_training(tmp_path / "one", *words)
+    run_training(tmp_path / "one", *UNCLIPPED)
 
     here = [*LAUNCH, "--num_machines", "1", "--main_process_port", "0"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     there = [*LAUNCH, "--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
-    for name, launchers in [
-        ("processes", [here]),
-        ("machines", [[*there, "--machine_rank", rank] for rank in ("0", "1")]),
+    for name, launchers, passes in [
+        ("processes", [here], 1),
+        ("processes and passes", [here], 2),
+        ("machines", [[*there, "--machine_rank", rank] for rank in ("0", "1")], 1),
     ]:
-        options = [*words, "--train_batch_size", "4"]
+        divided = ["--train_batch_size", str(4 // passes), "--gradient_accumulation_steps", str(passes)]
+        options = [*UNCLIPPED, *divided]
         processes = [start(tmp_path / name, *options, launcher=one, ACCELERATE_USE_CPU="true") for one in launchers]
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=LIMIT)[0] for process in processes]
         assert [process.returncode for process in processes] == [0] * len(launchers), outputs
         assert "2 x cpu" in outputs[0]
-        assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / name), rel=1e-5)
+        assert_same_gradients(tmp_path / "one", tmp_path / name)
         assert (tmp_path / name / "samples.png").read_bytes() == (tmp_path / "one" / "samples.png").read_bytes()
 
 

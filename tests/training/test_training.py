@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
+from safetensors.torch import load_file
 
 from hf_ddpm import UNet2DModel
 from hf_ddpm.config import Config, parse_config
@@ -312,6 +314,27 @@ def test_a_compiled_network_is_checked(run_training, tmp_path, monkeypatch, defe
         lines = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("compiled", "plain")]
         assert lines[0] == lines[1]  # the check leaves no trace
     assert len(called) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="nothing compiles here")
+def test_a_compiled_run_is_the_same_run(run_training, tmp_path):
+    # One resolution, with attention in its middle: to compile more takes minutes.
+    small = ["--block_out_channels", "8", "--attention_resolutions", "0", "--dropout", "0.2"]
+    words = ["--max_train_steps", "4", "--log_steps", "1", "--max_grad_norm", "1e6", *small]
+    torch.compiler.reset()
+    run_training(tmp_path / "compiled", *words, "--compile")
+    torch.compiler.reset()
+    run_training(tmp_path / "plain", *words)
+    compiled, plain = metrics(tmp_path / "compiled"), metrics(tmp_path / "plain")
+    assert len(compiled) == 4
+    for name in ("loss", "grad_norm"):  # the code is another one: equal but for rounding
+        assert [line[name] for line in compiled] == pytest.approx([line[name] for line in plain], rel=1e-3)
+    for file in ("unet", "ema-0.995"):
+        files = [tmp_path / run / "checkpoints/step-000000004" / f"{file}.safetensors" for run in ("compiled", "plain")]
+        mine, yours = map(load_file, files)
+        assert mine.keys() == yours.keys()  # no name of the compiler's reaches a file
+    assert mine["conv_out.weight"].abs().sum() > 0
 
 
 def test_another_number_of_processes_than_was_asked_for_is_refused(run_training, tmp_path, monkeypatch):

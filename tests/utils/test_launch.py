@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_ddpm.utils.launch import SIGNALS, Interrupted, run_script, signals
-from tests.conftest import TINY_RUN
+from tests.conftest import LIMIT, TINY_RUN
 
 ROOT = Path(__file__).parents[2]
 HANDLED = (*SIGNALS, signal.SIGALRM)
@@ -94,11 +94,11 @@ def test_cleaning_up_is_not_cut_short(monkeypatch):
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
-            fires = iter(range(5))
-            again = signals._raise_again
-            signal.signal(signal.SIGALRM, lambda *at: (again(*at), next(fires, None)))
-            end = time.monotonic() + 0.1
-            while time.monotonic() < end:
+            again, fired = signals._raise_again, []
+            signal.signal(signal.SIGALRM, lambda *at: (fired.append(at), again(*at)))
+            end = time.monotonic() + LIMIT
+            while len(fired) < 3:
+                assert time.monotonic() < end
                 time.sleep(0.01)
             cleaned.append(True)
             signal.signal(signal.SIGALRM, again)

@@ -49,7 +49,7 @@ class ImageStream:
 
     Args:
         reader: Reads the windows of the lanes.
-        image_format: What images are made into.
+        image_format: Format of the decoded images.
         device: Device of the batches.
         skip_bad_images: Whether to skip images that cannot be used.
         report: File to which these are added, as lines of JSON; each process adds those that it meets.
@@ -129,6 +129,7 @@ class ImageStream:
     def close(self) -> None:
         """Ends the processes and threads."""
         self._decoded = self._next = self._loader = None  # the processes end with the loader
+        self._jobs.under_way.clear()
         self.reader.close()
 
     def _sent(self, tensor: Tensor) -> Tensor:

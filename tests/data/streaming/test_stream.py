@@ -18,6 +18,7 @@ from PIL import Image as PILImage
 
 from hf_ddpm.data.streaming import stream as module
 from hf_ddpm.data.streaming import windows
+from tests.conftest import LIMIT
 from tests.data.files import numbered, parquet, png, shards
 from tests.data.files import stream as open_stream
 
@@ -233,7 +234,7 @@ def test_closing_leaves_no_process_and_no_thread(folder):
     source.batch(0, ALL)
     assert len(multiprocessing.active_children()) >= 2
     source.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + LIMIT
     while (multiprocessing.active_children() or threading.active_count() > before) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not multiprocessing.active_children() and threading.active_count() <= before
@@ -277,7 +278,9 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     # Large images: a worker is then mostly in the middle of a message, which nobody reads to its end.
     data = shards(tmp_path / "data", [numbered(i, size=256) for i in range(64)])
     code = f"""
-stream = open_stream({str(data)!r}, resolution=256, channels=3, seed=0, batch_size=32, workers=2)
+from hf_ddpm.config import DataConfig
+from hf_ddpm.data.streaming.stream import open_stream
+stream = open_stream(DataConfig({str(data)!r}, resolution=[256]), seed=0, batch_size=32, workers=2)
 for step in range(1000):
     stream.batch(step, slice(0, 32))
     print(step, flush=True)
@@ -290,8 +293,7 @@ for step in range(1000):
     assert len(workers) == 2
     parent.kill()
     parent.wait()
-    for _ in range(200):
-        if not any(Path(f"/proc/{worker}").exists() for worker in workers):
-            return
+    deadline = time.monotonic() + LIMIT
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "workers live on"
         time.sleep(0.05)
-    pytest.fail("workers live on")

@@ -1,8 +1,7 @@
-"""What all who are compared share: weights, batches, images, precision and device."""
+"""The settings that all contenders share: weights, batches, images, precision and device."""
 
 import io
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from datasets import Dataset, Features
 from PIL import Image
 from torch import Tensor
 
-from hf_ddpm.benchmark.options import BenchmarkConfig
+from benchmarks.options import BenchmarkConfig
 from hf_ddpm.config import Config
 from hf_ddpm.data import open_images
 from hf_ddpm.data.batches import Batch, BatchSource
@@ -28,17 +27,17 @@ from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
 SEED = 0
 
-# Of the parquet file that is made to be read.
+# The parquet file that is read.
 JPEGS, JPEG_QUALITY, JPEG_GROUP = 2048, 90, 256
 
 
 class Setting:
-    """What is shared.
+    """The settings that all contenders share.
 
     Args:
-        options: What is timed.
+        options: Options of the benchmark.
         config: Network, process, data, batch and precision.
-        folder: Where files may be put; it is gone afterwards.
+        folder: A temporary folder.
     """
 
     def __init__(self, options: BenchmarkConfig, config: Config, folder: Path):
@@ -48,48 +47,40 @@ class Setting:
         self.steps = config.training.num_inference_steps or config.diffusion.num_train_timesteps
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
+        self.allow_tf32(config.training.tf32)
         self._accelerator = self.accelerator()
         self.device, self.processes = self._accelerator.device, self._accelerator.num_processes
+        self.global_batch = self.batch * self.processes
         torch.manual_seed(SEED)
-        # Not the paper's initialization, whose last layer is zero: outputs are to be compared.
+        # Not the paper's initialization, whose last layer is zero: outputs are compared.
         self.weights = UNet2DModel(**config.unet()).state_dict()
 
+    def allow_tf32(self, allowed: bool) -> None:
+        """Lets a GPU round the factors of float32 products, or not."""
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
     def accelerator(self) -> Accelerator:
-        """Returns an accelerator: each who trains has one, since it keeps what it prepares."""
+        """Returns a new accelerator: it keeps what it prepares, so each contender that trains has its own."""
         on_cpu = self.options.device == "cpu" or not torch.cuda.is_available()
         return Accelerator(cpu=on_cpu, mixed_precision=self.config.training.mixed_precision)
 
-    @cached_property
-    def not_compiled(self) -> "Setting":
-        """The same for networks that are not compiled."""
-        training = replace(self.config.training, compile=False)
-        folder = self.folder / "not_compiled"
-        folder.mkdir()
-        return Setting(self.options, replace(self.config, training=training), folder)
-
     def autocast(self) -> AbstractContextManager[Any]:
-        """Returns what passes are made in."""
+        """Returns the context of forward passes."""
         return self._accelerator.autocast()
 
     def inputs(self, count: int) -> tuple[Tensor, Tensor]:
-        """Returns noise, shape `(count, C, H, W)`, and times, int64, shape `(count,)`."""
+        """Returns noise, shape `(count, C, H, W)`, and timesteps, int64, shape `(count,)`."""
         source = torch.Generator().manual_seed(SEED)
         x = torch.randn(count, *self.shape, generator=source)
         t = torch.randint(self.config.diffusion.num_train_timesteps, (count,), generator=source)
         return x.to(self.device), t.to(self.device)
 
-    def pipeline(self) -> DDPMPipeline:
-        """Returns the pipeline of the weights."""
-        scheduler = DDPMScheduler(**self.config.scheduler())
-        unet = UNet2DModel(**self.config.unet())
-        unet.load_state_dict(self.weights)
-        return DDPMPipeline(unet, scheduler)
-
     @cached_property
     def model(self) -> Path:
-        """The folder of that pipeline."""
-        self.pipeline().save_pretrained(self.folder / "model")
+        """The folder of a pipeline with the weights."""
+        unet = UNet2DModel(**self.config.unet())
+        unet.load_state_dict(self.weights)
+        DDPMPipeline(unet, DDPMScheduler(**self.config.scheduler())).save_pretrained(self.folder / "model")
         return self.folder / "model"
 
     def images(self) -> BatchSource:
@@ -97,13 +88,13 @@ class Setting:
         return open_images(
             self.config.data,
             seed=SEED,
-            batch_size=self.batch * self.processes,
+            batch_size=self.global_batch,
             device=self.device,
             main_process_first=nullcontext(),
         )
 
     def dataset(self) -> Dataset:
-        """Returns as many of the same images as make whole global batches, encoded, as the column `image`."""
+        """Returns the same images as encoded rows, column `image`, without an incomplete last global batch."""
         data = self.config.data
         dataset, _ = open_split(data)
         column = find_image_column(dataset.features, data.image_column)
@@ -113,29 +104,28 @@ class Setting:
             .rename_columns({column: "image"} if column != "image" else {})
         )
         chosen = choose(len(dataset), data.max_train_samples, SEED)
-        batch = self.batch * self.processes
-        whole = len(chosen) // batch * batch
+        whole = len(chosen) // self.global_batch * self.global_batch
         if not whole:
-            raise ValueError(f"dataset {data.dataset!r} holds no batch of {batch} images")
+            raise ValueError(f"dataset {data.dataset!r} holds no batch of {self.global_batch} images")
         return dataset.select(chosen[:whole])
 
     @property
     def mode(self) -> str:
-        """What PIL calls images of so many channels."""
+        """PIL's mode of the images."""
         return MODES[self.config.data.channels]
 
     @cached_property
-    def pictures(self) -> Path:
-        """A folder of those images as PNG files."""
-        folder = self.folder / "pictures"
+    def png_folder(self) -> Path:
+        """A folder of these images as PNG files."""
+        folder = self.folder / "png"
         folder.mkdir()
-        for number, row in enumerate(self.dataset()):
-            row["image"].convert(self.mode).save(folder / f"{number:06d}.png")
+        for index, row in enumerate(self.dataset()):
+            row["image"].convert(self.mode).save(folder / f"{index:06d}.png")
         return folder
 
     @cached_property
     def jpegs(self) -> Path:
-        """A parquet file of smooth random images of the resolution, as JPEG."""
+        """A parquet file of smooth random JPEG images."""
         height, width = self.config.data.size
         channels = 1 if self.config.data.channels == 1 else 3
         random = np.random.default_rng(SEED)
@@ -151,7 +141,7 @@ class Setting:
 
 
 class RandomImages:
-    """Random bytes as images: a batch that is always the same for training, and images by number for the bound."""
+    """Random images: a constant batch for training, images by index for the likelihood bound."""
 
     class_names: tuple[str, ...] = ()
     skipped = 0
@@ -162,15 +152,15 @@ class RandomImages:
         self._images = torch.randint(256, (count, *self.shape), dtype=torch.uint8, generator=source).to(self.device)
 
     def __len__(self) -> int:
-        """Returns their number."""
+        """Returns the number of images."""
         return len(self._images)
 
-    def __getitem__(self, numbers: Tensor) -> Tensor:
-        """Returns images by their numbers."""
-        return self._images[numbers.to(self.device)]
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Returns images by their indices."""
+        return self._images[indices.to(self.device)]
 
     def batch(self, step: int, rows: slice) -> Batch:
-        """Returns the rows of the batch."""
+        """Returns rows of the batch."""
         return Batch(self._images[rows], None)
 
     def close(self) -> None:

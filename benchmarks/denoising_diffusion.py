@@ -1,4 +1,4 @@
-"""denoising-diffusion-pytorch: its own network of like size, its process and its trainer."""
+"""denoising-diffusion-pytorch: its own network of similar size, its process and its trainer."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -9,55 +9,52 @@ from typing import Any
 
 import torch
 
-from hf_ddpm.benchmark.library import Library
-from hf_ddpm.benchmark.setting import RandomImages, Setting
-from hf_ddpm.benchmark.timing import Work
-from hf_ddpm.benchmark.transforms import in_place_of_torchvision
+from benchmarks.contender import Contender
+from benchmarks.measure import Workload
+from benchmarks.setting import RandomImages
+from benchmarks.stock import importable_torchvision
 from hf_ddpm.images import save_picture, to_pil
 
 MODULE = "denoising_diffusion_pytorch"
 
-# Its trainer wants as many files, whether they are read or not.
+# Its trainer expects at least so many files, read or not.
 LEAST_FILES = 100
 
 
-class DenoisingDiffusion(Library):
-    """What denoising-diffusion-pytorch does in each task.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
+class DenoisingDiffusion(Contender):
+    """The tasks with denoising-diffusion-pytorch."""
 
     name = "denoising-diffusion-pytorch"
     statement = f"from {MODULE} import GaussianDiffusion"
-    load_time = None  # type: ignore[assignment]  # its models have no format
+    load_time = None  # type: ignore[assignment]  # it has no model format
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
-        with in_place_of_torchvision():
-            self.module = import_module(MODULE)
+    @cached_property
+    def module(self) -> Any:
+        """The library."""
+        with importable_torchvision():
+            return import_module(MODULE)
 
     def plain_network(self) -> Any:
         """Returns its network with about as many parameters as ours."""
         return self.module.Unet(**self._options)
 
-    def train_step(self) -> list[Work]:
-        """Steps of its trainer, on a batch that is always there."""
+    def train_step(self) -> list[Workload]:
+        """Steps of its trainer, on a constant batch."""
         images = RandomImages(max(LEAST_FILES, self.setting.batch), self.setting)
-        folder = self.setting.folder / "few_pictures"
+        folder = self.setting.folder / "few_images"
         folder.mkdir(exist_ok=True)
-        for number, picture in enumerate(to_pil(images.batch(0, slice(LEAST_FILES)).images)):
-            save_picture(picture, folder / f"{number}.png")
+        for index, picture in enumerate(to_pil(images.batch(0, slice(LEAST_FILES)).images)):
+            save_picture(picture, folder / f"{index}.png")
         trainer = self._trainer(folder)
         trainer.dl = repeat(images.batch(0, slice(self.setting.batch)).images / 255)
         return [self._training(trainer)]
 
-    def training(self) -> list[Work]:
-        """Its trainer, with its data loader and its progress bar."""
-        return [self._training(self._trainer(self.setting.pictures), "its loader has a process for each core")]
+    def training(self) -> list[Workload]:
+        """Its trainer with its data loader and its progress bar."""
+        return [self._training(self._trainer(self.setting.png_folder), "its loader has a process for each core")]
 
-    def chain(self, batch: int) -> Work:
-        """Returns the whole reverse process for so many images."""
+    def chain(self, batch: int) -> Workload:
+        """Returns the whole reverse process of a batch."""
         setting, diffusion = self.setting, self._diffusion(self.network()).eval()
 
         def run() -> None:
@@ -67,8 +64,8 @@ class DenoisingDiffusion(Library):
         notes = ("fewer steps by DDIM with eta 1, its only way",) if diffusion.is_ddim_sampling else ()
         return self.work(run, batch, self.flops[0] * setting.steps, unit="chain", at_once=True, notes=notes)
 
-    def work(self, *args: Any, **more: Any) -> Work:
-        """Returns a work; see `Library`."""
+    def work(self, *args: Any, **more: Any) -> Workload:
+        """Returns a workload, as in `Contender`."""
         work = super().work(*args, **more)
         return replace(work, notes=("its own network of like size", *work.notes)) if work.parameters else work
 
@@ -109,7 +106,7 @@ class DenoisingDiffusion(Library):
         return self.module.Trainer(
             self._diffusion(self.network(trained=True)),
             folder,
-            train_batch_size=setting.batch * setting.processes,
+            train_batch_size=setting.global_batch,
             augment_horizontal_flip=setting.config.data.horizontal_flip,
             train_num_steps=0,
             save_and_sample_every=10**9,
@@ -119,7 +116,7 @@ class DenoisingDiffusion(Library):
             calculate_fid=False,
         )
 
-    def _training(self, trainer: Any, *notes: str) -> Work:
+    def _training(self, trainer: Any, *notes: str) -> Workload:
         def run() -> None:
             trainer.train_num_steps += self.setting.options.steps_per_turn
             trainer.train()

@@ -1,4 +1,6 @@
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -7,21 +9,20 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
-from hf_ddpm.benchmark import transforms
-from hf_ddpm.benchmark.device import measure_rates, peak_memory
-from hf_ddpm.benchmark.equality import check_equal, refusal
-from hf_ddpm.benchmark.memory import taken
-from hf_ddpm.benchmark.options import grown, growth_values, parse_benchmark
-from hf_ddpm.benchmark.ours import Ours
-from hf_ddpm.benchmark.processes import run_processes
-from hf_ddpm.benchmark.run import LIBRARIES
-from hf_ddpm.benchmark.setting import Setting
-from hf_ddpm.benchmark.stock import Stock
-from hf_ddpm.benchmark.timing import Work
+from benchmarks import __main__ as program
+from benchmarks import run as benchmark_run
+from benchmarks import stock
+from benchmarks.contender import check_equal, refusal_of
+from benchmarks.measure import Workload, measure_rates, peak_memory
+from benchmarks.options import grown, growth_values, parse_benchmark
+from benchmarks.ours import Ours
+from benchmarks.setting import Setting
+from benchmarks.stock import Stock
 from hf_ddpm.images import to_signed
 from hf_ddpm.training.dry_run import count_flops
-from tests.conftest import TINY_RUN, load_script
+from tests.conftest import TINY_RUN
 
 WORDS = [
     *TINY_RUN, "--device", "cpu", "--threads", "1", "--rounds", "1", "--steps_per_turn", "1", "--memory", "false",
@@ -35,14 +36,13 @@ def setting(tmp_path):
 
 @pytest.fixture
 def benchmark(tmp_path, capsys, monkeypatch):
-    """Runs the script on a tiny network; returns its report and what it printed."""
-    script = load_script("benchmark")
-    monkeypatch.setattr("hf_ddpm.benchmark.device.TRIALS", 1)
-    monkeypatch.setattr("hf_ddpm.benchmark.setting.JPEGS", 32)
+    """Runs the program on a tiny network; returns its report and what it printed."""
+    monkeypatch.setattr("benchmarks.measure.TRIALS", 1)
+    monkeypatch.setattr("benchmarks.setting.JPEGS", 32)
 
     def run(*words):
         file = tmp_path / "new" / "report.json"
-        assert script.main([*WORDS, "--json", str(file), *words]) == 0
+        assert program.main([*WORDS, "--json", str(file), *words]) == 0
         captured = capsys.readouterr()
         printed = captured.err + captured.out
         assert file.with_suffix(".md").read_text() in printed
@@ -81,7 +81,7 @@ def test_a_report_holds_all_that_is_needed_to_read_it(benchmark):
     assert "nll: hf_ddpm " in printed and "(1.00), hf_ddpm, forward alone " in printed  # a line as each task ends
 
 
-def test_who_is_not_installed_is_a_row(benchmark, monkeypatch):
+def test_a_missing_library_is_a_row(benchmark, monkeypatch):
     monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", None)
     report, printed = benchmark("--tasks", "forward,data", "--against", "denoising-diffusion-pytorch")
     absent = [row for row in report["rows"] if row["subject"] == "denoising-diffusion-pytorch"]
@@ -90,7 +90,7 @@ def test_who_is_not_installed_is_a_row(benchmark, monkeypatch):
     assert "| forward | denoising-diffusion-pytorch | not installed: " in printed
 
 
-def test_others_are_timed_also_as_they_are_where_all_are_compiled(benchmark, monkeypatch):
+def test_others_are_also_timed_without_compilation(benchmark, monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda network, **options: compiled.append(type(network)))
     monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", None)
@@ -104,12 +104,12 @@ def test_others_are_timed_also_as_they_are_where_all_are_compiled(benchmark, mon
     assert set(compiled) == {Ours.network_class, Stock.network_class}
 
 
-def test_who_fails_is_a_row(benchmark, monkeypatch):
+def test_a_failing_contender_is_a_row(benchmark, monkeypatch):
     def fails(self):
         raise RuntimeError("no\nway")
 
     def fails_later(self):
-        return [Work(self.name, lambda: 1 / 0, 1, "pass")]
+        return [Workload(self.name, lambda: 1 / 0, 1, "pass")]
 
     monkeypatch.setattr(Stock, "forward", fails)
     monkeypatch.setattr(Ours, "data_memory", fails_later)
@@ -124,12 +124,12 @@ def test_who_fails_is_a_row(benchmark, monkeypatch):
 
 def test_other_weights_are_not_compared(setting, tmp_path, benchmark, monkeypatch):
     alike = check_equal(Ours(setting), Stock(setting))
-    assert refusal(alike) is None and alike["network"]["difference"] < 1e-5
+    assert refusal_of(alike) is None and alike["network"]["difference"] < 1e-5
     other = Setting(setting.options, setting.config, tmp_path / "other")
     other.weights["conv_out.bias"] += 0.01
     different = check_equal(Ours(setting), Stock(other))
     assert not any(check["equal"] for check in different.values())
-    assert refusal(different).startswith("not compared: its network differ")
+    assert refusal_of(different).startswith("not compared: its network differ")
 
     class Lossy(Stock):
         def network(self, trained=False):
@@ -152,7 +152,7 @@ def test_other_weights_are_not_compared(setting, tmp_path, benchmark, monkeypatc
     assert rows["forward", "hf_ddpm"]["error"] is rows["data_memory", "diffusers"]["error"] is None
 
 
-def test_growth_is_a_row_for_each_value_and_a_curve(benchmark, tmp_path):
+def test_growth_is_a_row_per_value_and_a_curve(benchmark, tmp_path):
     words = ("--tasks", "forward", "--against", "none", "--growth", "batch", "--growth_values", "2", "3")
     report, printed = benchmark(*words)
     assert [(row["at"], row["images"]) for row in report["rows"]] == [(2, 2), (3, 3)]
@@ -172,8 +172,9 @@ def test_what_grows():
     assert tall.data.size == (32, 16)
 
 
-def test_growth_over_processes_joins_what_launches_wrote(tmp_path):
+def test_growth_over_processes_joins_the_reports_of_the_launches(tmp_path, monkeypatch, capsys):
     script = tmp_path / "script.py"
+    monkeypatch.setattr(benchmark_run, "PROGRAM", script)
     script.write_text(
         "import json, os, sys\n"
         "if os.environ['WORLD_SIZE'] == '2': sys.exit('Error: two are too many')\n"
@@ -184,12 +185,12 @@ def test_growth_over_processes_joins_what_launches_wrote(tmp_path):
     )
     argv = ["--growth", "processes", "--tasks", "training"]
     options, _ = parse_benchmark(argv)
-    done = []
-    report = run_processes(script, argv, options, [1, 2], lambda what: None, done.append)
+    with tqdm(total=2) as bar:
+        report = benchmark_run.run_processes(argv, options, [1, 2], bar)
     first, second = report["rows"]
     assert first == {"task": "training", "subject": "hf_ddpm", "error": "e", "at": 1}
     assert second["at"] == 2 and "two are too many" in second["error"]
-    assert done == ["training: hf_ddpm failed"] * 2
+    assert capsys.readouterr().err.count("training: hf_ddpm failed\n") == 2
     assert report["options"]["growth"] == "processes" and report["options"]["json"] == "benchmark.json"
 
 
@@ -211,7 +212,7 @@ def test_a_wrong_option_is_named(words, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_digits_are_the_usual_subject():
+def test_the_default_preset_is_digits():
     options, config = parse_benchmark([])
     assert config.data.dataset == "digits" and options.others == ["diffusers", "denoising-diffusion-pytorch"]
     assert parse_benchmark(["--preset", "cifar10", "--class_column", "auto"])[1].data.class_column is None
@@ -242,11 +243,35 @@ def test_rates_and_memory_are_of_what_is_done():
         assert 60 * 2**20 < peak() < 100 * 2**20
 
 
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom benchmarks.__main__ import main\n"
+        "try: main(['--help'])\nexcept SystemExit: print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert "--growth" in said and said.splitlines()[-1] == "[]"
+
+
+def test_the_script_runs_from_any_folder(tmp_path):
+    script = benchmark_run.PROGRAM
+    words, elsewhere = ["--round", "3"], {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, env=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("benchmarks: error: unknown option --round") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_growth_over_processes_launches_the_script(benchmark):
+    words = ("--tasks", "train_step", "--against", "none", "--growth", "processes", "--growth_values", "2")
+    (row,) = benchmark(*words)[0]["rows"]
+    assert (row["at"], row["images"], row["error"]) == (2, 16, None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hf_ddpm", "diffusers"])
-def test_the_memory_of_a_task_is_that_of_a_process_of_its_own(name):
-    used = taken(LIBRARIES[name], "train_step", *parse_benchmark(WORDS), torch.device("cpu"))
-    assert 2**20 < used < 2**30
+def test_the_memory_of_a_task_is_that_of_a_process_of_its_own(name, setting):
+    entry = benchmark_run.CONTENDERS[name](setting).memory("train_step")
+    assert entry.keys() == {"memory_bytes"} and 2**20 < entry["memory_bytes"] < 2**30
 
 
 def test_imports_are_timed_in_new_processes(benchmark, monkeypatch):
@@ -258,7 +283,8 @@ def test_imports_are_timed_in_new_processes(benchmark, monkeypatch):
     assert loaded["task"] == "load_time" and "has no attribute 'from_pretrained'" in loaded["error"]
 
 
-def test_the_stand_ins_do_what_torchvision_does():
+def test_the_stand_in_does_the_steps_of_torchvision():
+    transforms = stock.STAND_IN
     pixels = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3)
     image = Image.fromarray(pixels)
     unit = transforms.ToTensor()(image)
@@ -274,12 +300,12 @@ def test_the_stand_ins_do_what_torchvision_does():
 
 
 def test_torchvision_is_replaced_only_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr(transforms, "find_spec", lambda name: None)
-    with transforms.in_place_of_torchvision():
-        import torchvision
+    monkeypatch.setattr(stock, "find_spec", lambda name: None)
+    with stock.importable_torchvision():
+        from torchvision import transforms
 
-        assert torchvision.transforms is transforms
-    monkeypatch.setattr(transforms, "find_spec", lambda name: object())
+        assert transforms is stock.STAND_IN
+    monkeypatch.setattr(stock, "find_spec", lambda name: object())
     before = sys.modules.get("torchvision")
-    with transforms.in_place_of_torchvision():
+    with stock.importable_torchvision():
         assert sys.modules.get("torchvision") is before

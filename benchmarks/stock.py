@@ -1,21 +1,28 @@
 """diffusers, and the training script of its examples."""
 
+import random
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial, reduce
+from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_ddpm.benchmark.library import Library, endless, with_workers, worker_counts
-from hf_ddpm.benchmark.setting import RandomImages, Setting
-from hf_ddpm.benchmark.timing import Work
-from hf_ddpm.benchmark.transforms import transforms
+from benchmarks.contender import Contender, endless, for_worker_counts
+from benchmarks.measure import Workload
+from benchmarks.setting import RandomImages, Setting
 from hf_ddpm.images import to_signed
 from hf_ddpm.sampling.generate import PRECISIONS
 
@@ -25,33 +32,33 @@ EMA = {"decay": 0.9999, "use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
 WARMUP_STEPS, EPOCHS = 500, 100
 
 
-class Stock(Library):
-    """What diffusers does in each task."""
+class Stock(Contender):
+    """The tasks with diffusers."""
 
     name = "diffusers"
     statement = "from diffusers import DDPMPipeline"
     network_class = diffusers.UNet2DModel
     pipeline_class = diffusers.DDPMPipeline
 
-    def train_step(self) -> list[Work]:
-        """Steps of the script's loop, on a batch that is always there."""
+    def train_step(self) -> list[Workload]:
+        """Steps of the script's loop on a constant batch."""
         images = RandomImages(self.setting.batch, self.setting).batch(0, slice(None)).images
         return [self._script([{"input": to_signed(images)}] * 100)]
 
-    def training(self) -> list[Work]:
-        """The script's loop, with its data loader and its progress bar."""
+    def training(self) -> list[Workload]:
+        """The script's loop with its data loader and its progress bar."""
         return [self._script(self._loader(self.setting.dataset()))]
 
-    def data_memory(self) -> list[Work]:
-        """Batches of the script's data loader: images are decoded each time."""
+    def data_memory(self) -> list[Workload]:
+        """Batches of the script's data loader, which decodes images each time."""
         return [self._batches(self._loader(self.setting.dataset()))]
 
-    def data_jpeg(self) -> list[Work]:
-        """The same, of JPEG."""
+    def data_jpeg(self) -> list[Workload]:
+        """The same for JPEG files."""
         dataset = Dataset.from_parquet(str(self.setting.jpegs), cache_dir=str(self.setting.folder / "cache"))
-        return [with_workers(self._batches(self._loader(dataset, workers)), workers) for workers in worker_counts()]
+        return for_worker_counts(lambda workers: self._batches(self._loader(dataset, workers)))
 
-    def _script(self, batches: Any) -> Work:
+    def _script(self, batches: Any) -> Workload:
         loop = script_loop(self.setting, self.network(trained=True), batches)
         steps = self.setting.options.steps_per_turn
 
@@ -62,33 +69,24 @@ class Stock(Library):
         return self.steps(run, notes=("the loop of its script, without a tracker",))
 
     def _loader(self, dataset: Dataset, workers: int = 0) -> DataLoader:
-        kinds, data, mode = transforms(), self.setting.config.data, self.setting.mode
-        flip = kinds.RandomHorizontalFlip() if data.horizontal_flip else kinds.Lambda(lambda image: image)
+        with importable_torchvision():
+            from torchvision import transforms as T
+        data, mode = self.setting.config.data, self.setting.mode
+        flip = T.RandomHorizontalFlip() if data.horizontal_flip else T.Lambda(lambda image: image)
         size = data.size[0] if data.size[0] == data.size[1] else data.size
-        augment = kinds.Compose(
-            [kinds.Resize(size), kinds.CenterCrop(size), flip, kinds.ToTensor(), kinds.Normalize([0.5], [0.5])]
-        )
+        augment = T.Compose([T.Resize(size), T.CenterCrop(size), flip, T.ToTensor(), T.Normalize([0.5], [0.5])])
         dataset = dataset.with_transform(
             lambda rows: {"input": [augment(image.convert(mode)) for image in rows["image"]]}
         )
         return DataLoader(dataset, batch_size=self.setting.batch, shuffle=True, num_workers=workers)
 
-    def _batches(self, loader: DataLoader) -> Work:
+    def _batches(self, loader: DataLoader) -> Workload:
         batches, device = endless(loader), self.setting.device
         return self.work(lambda: next(batches)["input"].to(device), self.setting.batch, unit="batch")
 
 
 def script_loop(setting: Setting, model: Any, batches: Any) -> Iterator[None]:
-    """Does what `examples/unconditional_image_generation/train_unconditional.py` of diffusers does, with its defaults.
-
-    Args:
-        setting: What is shared.
-        model: The network.
-        batches: Its data loader.
-
-    Yields:
-        After each step.
-    """
+    """Runs the loop of diffusers' `train_unconditional.py` with its defaults; yields after each step."""
     accelerator = setting.accelerator()
     weight_dtype = PRECISIONS[accelerator.mixed_precision]
     noise_scheduler = diffusers.DDPMScheduler.from_pretrained(setting.model / "scheduler")
@@ -130,3 +128,51 @@ def script_loop(setting: Setting, model: Any, batches: Any) -> Iterator[None]:
             accelerator.log(logs, step=global_step)
             yield
         progress_bar.close()
+
+
+@contextmanager
+def importable_torchvision() -> Iterator[None]:
+    """Lets others import torchvision's transforms where it is missing: the same steps, with numpy and PIL."""
+    if find_spec("torchvision") is not None:
+        yield
+        return
+    sys.modules["torchvision"] = SimpleNamespace(transforms=STAND_IN, utils=None)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torchvision"]
+
+
+def _resize(size: int | tuple[int, int], image: Image.Image) -> Image.Image:
+    """Resizes to a length of the shorter side, or to (height, width)."""
+    if isinstance(size, int):
+        size = round(image.height * size / min(image.size)), round(image.width * size / min(image.size))
+    return image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.BILINEAR)
+
+
+def _center_crop(size: int | tuple[int, int], image: Image.Image) -> Image.Image:
+    height, width = (size, size) if isinstance(size, int) else size
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    """Converts bytes to floats in [0, 1], shape `(C, H, W)`."""
+    pixels = torch.from_numpy(np.array(image, np.uint8)).view(image.height, image.width, len(image.getbands()))
+    return pixels.permute(2, 0, 1).contiguous().float().div(255)
+
+
+def _normalize(mean: list[float], std: list[float], image: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(values, dtype=image.dtype).view(-1, 1, 1) for values in (mean, std))
+    return image.clone().sub_(mean).div_(std)
+
+
+STAND_IN = SimpleNamespace(
+    Compose=lambda steps: lambda image: reduce(lambda value, step: step(value), steps, image),
+    Lambda=lambda function: function,
+    Resize=lambda size: partial(_resize, size),
+    CenterCrop=lambda size: partial(_center_crop, size),
+    RandomHorizontalFlip=lambda: lambda image: ImageOps.mirror(image) if random.random() < 0.5 else image,
+    ToTensor=lambda: _to_tensor,
+    Normalize=lambda mean, std: partial(_normalize, mean, std),
+)

@@ -1,4 +1,4 @@
-"""From times to rows of a table, and to files."""
+"""Rows of the report, its table and curves."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_ddpm.benchmark.device import Rates
-from hf_ddpm.benchmark.timing import Timed, Work
+from benchmarks.measure import Rates, Workload
 from hf_ddpm.provenance import provenance
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.jsonl import to_json
@@ -25,55 +24,44 @@ HEAD = (
 )  # fmt: skip
 
 
-def failed(task: str, subject: str, error: str) -> Row:
-    """Returns the row of a subject that did not get to it."""
-    return {"task": task, "subject": subject, "error": error}
-
-
-def measured(task: str, work: Work, timed: Timed, ours: tuple[Work, Timed] | None, rates: Rates) -> Row:
-    """Returns the row of a work.
+def to_row(task: str, work: Workload, ours: Workload | None, rates: Rates) -> Row:
+    """Returns the row of a workload.
 
     Args:
         task: Its task.
-        work: The work.
-        timed: What came of it.
-        ours: The same of this package, if that did not fail.
-        rates: What the device can do.
+        work: The workload, timed.
+        ours: The workload of this package, if that did not fail.
+        rates: Rates of the device.
 
     Returns:
-        The row. `beside_ours` is the median over the rounds of the time an image takes, in relation to ours in the
-        same round: 2 is half as fast.
+        The row. `beside_ours` is the median over the rounds of the time per image divided by ours of the same round:
+        2 is half as fast.
     """
-    if timed.error is not None:
-        return failed(task, work.subject, timed.error)
-    middle = median(timed.seconds)
-    row: Row = {
+    if work.error is not None:
+        return {"task": task, "subject": work.subject, "error": work.error}
+    middle = median(work.seconds)
+    seconds = {"median": middle, "least": min(work.seconds), "most": max(work.seconds), "rounds": work.seconds}
+    ratios: list[float] = []
+    if ours is not None:
+        share = (ours.images or 1) / (work.images or 1)
+        ratios = [mine / other * share for mine, other in zip(work.seconds, ours.seconds, strict=True)]
+    flops = work.flops / middle if work.flops is not None else None
+    return {
         "task": task,
         "subject": work.subject,
         "error": None,
         "unit": work.unit,
         "images": work.images,
-        "seconds": {
-            "median": middle, "least": min(timed.seconds), "most": max(timed.seconds), "rounds": timed.seconds,
-        },
+        "seconds": seconds,
         "images_per_second": work.images / middle if work.images else None,
-        "beside_ours": None,
-        "beside_ours_least": None,
-        "beside_ours_most": None,
-        "flops_per_second": None,
+        "beside_ours": median(ratios) if ratios else None,
+        "beside_ours_least": min(ratios, default=None),
+        "beside_ours_most": max(ratios, default=None),
+        "flops_per_second": flops,
         "parameters": work.parameters,
         "memory_bytes": None,
         "notes": list(work.notes),
-    }  # fmt: skip
-    if ours is not None:
-        its, best = ours
-        share = (its.images or 1) / (work.images or 1)
-        ratios = [mine / other * share for mine, other in zip(timed.seconds, best.seconds, strict=True)]
-        row["beside_ours"], row["beside_ours_least"], row["beside_ours_most"] = median(ratios), min(ratios), max(ratios)
-    if work.flops is not None:
-        row["flops_per_second"] = work.flops / middle
-        row |= {f"of_{name}": row["flops_per_second"] / rate for name, rate in rates.items()}
-    return row
+    } | {f"of_{name}": flops / rate for name, rate in rates.items() if flops is not None}
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -84,22 +72,18 @@ def summary(rows: Sequence[Row]) -> str:
         else f"{row['subject']} failed"
         for row in rows
     )
-    return f"{rows[0]['task']}: {', '.join(said)}" if rows else "nobody took part"
+    return f"{rows[0]['task']}: {', '.join(said)}" if rows else "no contender"
 
 
 def made_by(device: torch.device) -> dict[str, Any]:
-    """Returns what the rows were made by."""
+    """Returns the versions, revision, device, date and threads."""
     made = provenance(device)
     made["versions"] |= {name: _version(name) for name in PACKAGES}
     return made | {"threads": torch.get_num_threads()}
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> str:
-    """Writes a report as JSON, as a table beside it and, if there is a growth, as a curve for each task.
-
-    Returns:
-        The table.
-    """
+    """Writes a report as JSON, as a table beside it and, with `--growth`, as a curve per task; returns the table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = markdown(report)
     for file, content in ((path, to_json(report, indent=2) + "\n"), (path.with_suffix(".md"), text)):
@@ -116,7 +100,7 @@ def write_report(path: Path, report: Mapping[str, Any]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Returns a report as a table, with what must be known to read it."""
+    """Returns a report as a table with the remarks that a reader needs."""
     made, rates, growth = report["made_by"], report["rates"], report["options"]["growth"]
     versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in made["versions"].items())
     head = list(HEAD) if growth == "none" else [growth, *HEAD]
@@ -129,8 +113,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"{made['date']}, revision {made['revision']}; {versions}. {report['about']}",
             "",
             f"Alone, a large matrix product reaches {rates['matmul'] / 1e9:.4g} GFLOP/s here, a large 3x3 convolution "
-            f'{rates["convolution"] / 1e9:.4g}. Times are of a step, a pass, a chain; "time / ours" is that of '
-            "an image, the median over the rounds (least to most of one).",
+            f'{rates["convolution"] / 1e9:.4g}. Times are per step, pass or chain; "time / ours" is the time per image '
+            "divided by ours, the median over the rounds (least to most of one).",
             "",
             *lines,
             "",
@@ -149,20 +133,20 @@ def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
         if row.get("parameters"):
             yield f"- {row['subject']}: {row['parameters']:,} parameters."
         if row.get("memory_error"):
-            yield f"- {row['subject']}, {row['task']}: memory is not known, {row['memory_error']}."
+            yield f"- {row['subject']}, {row['task']}: memory is unknown, {row['memory_error']}."
         for note in row.get("notes", ()):
             tasks.setdefault(f"{row['subject']}: {note}", {})[row["task"]] = None
     yield from (f"- {note} ({', '.join(where)})." for note, where in tasks.items())
     yield f"- Memory: {report['memory']}."
     if report["made_by"]["versions"]["torchvision"] is None:
-        yield "- torchvision is not installed: what others take it for is done by the same steps in numpy and PIL."
+        yield "- torchvision is not installed: the same steps in numpy and PIL replace its transforms."
 
 
 def _cells(row: Row, growth: str) -> list[str]:
     first = [] if growth == "none" else [str(row["at"])]
     if row["error"] is not None:
         return [*first, row["task"], row["subject"], row["error"].replace("|", "/"), *[""] * (len(HEAD) - 3)]
-    seconds, memory = row["seconds"], row["memory_bytes"]
+    seconds = row["seconds"]
     return [
         *first,
         row["task"],
@@ -174,19 +158,19 @@ def _cells(row: Row, growth: str) -> list[str]:
         _known(row["flops_per_second"], "{:.4g}", 1e-9),
         _known(row.get("of_matmul"), "{:.0%}"),
         _known(row.get("of_convolution"), "{:.0%}"),
-        _known(memory, "{:,.0f} MiB", 2**-20),
+        _known(row["memory_bytes"], "{:,.0f} MiB", 2**-20),
     ]
 
 
 def _ratio(row: Row) -> str:
-    """Returns how many times ours it takes, with the least and the most of a round; of ours just 1."""
+    """Returns the time divided by ours, with the least and the most of a round; 1 for ours."""
     if row["beside_ours"] is None or row["beside_ours_least"] == row["beside_ours_most"]:
         return _known(row["beside_ours"], "{:.2f}")
     return f"{row['beside_ours']:.2f} ({row['beside_ours_least']:.2f} to {row['beside_ours_most']:.2f})"
 
 
-def _known(value: float | None, form: str, scale: float = 1) -> str:
-    return "" if value is None else form.format(value * scale)
+def _known(value: float | None, spec: str, scale: float = 1) -> str:
+    return "" if value is None else spec.format(value * scale)
 
 
 def _duration(seconds: float) -> str:

@@ -1,16 +1,13 @@
-"""What is to be timed."""
+"""Options of the benchmark."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from hf_ddpm.config import PARTS, Config, EvaluationConfig, Sources, parse_config
-from hf_ddpm.images import MODES
 from hf_ddpm.utils.options import option, parse_first, parse_options, require, require_at_least
 
-# What may be asked for, and the works that it stands for.
+# The values of --tasks, and the tasks of each.
 TASKS = {
     "forward": ("forward",),
     "train_step": ("train_step",),
@@ -23,27 +20,28 @@ TASKS = {
 
 OTHERS = ("diffusers", "denoising-diffusion-pytorch")
 
-# Tasks whose turns are a fixed number of steps, the same on all processes.
+# Tasks whose turns are the same number of steps on all processes.
 STEPS = ("train_step", "training")
 
 
 @dataclass
 class BenchmarkConfig:
-    """What is timed, against whom; network, data, batch and precision are the options of train.py."""
+    """Tasks and contenders; the options of train.py set network, data, batch and precision."""
 
-    json: str = option("file of the results; a table goes beside it, as .md", "benchmark.json")
-    device: Literal["auto", "cuda", "cpu"] = option("where; on a GPU if there is one by default", "auto")
-    against: str = option(f"any of {', '.join(OTHERS)}, with commas; none for nobody", ",".join(OTHERS))
-    tasks: str = option(f"any of {', '.join(TASKS)}, with commas", ",".join(TASKS))
-    rounds: int = option("turns of each, after one to warm up", 5)
-    steps_per_turn: int = option("training steps in a turn of train_step and training", 10)
-    threads: int | None = option("threads of this process; torch's own choice by default", None)
-    memory: bool = option("whether to measure the memory that is taken, too", True)
+    json: str = option("JSON file of the results; a table is written beside it as .md", "benchmark.json")
+    device: Literal["auto", "cuda", "cpu"] = option("device; by default a GPU if there is one", "auto")
+    against: str = option(f"any of {', '.join(OTHERS)}, comma-separated; or none", ",".join(OTHERS))
+    tasks: str = option(f"any of {', '.join(TASKS)}, comma-separated", ",".join(TASKS))
+    rounds: int = option("turns per contender, after one to warm up", 5)
+    steps_per_turn: int = option("training steps per turn of train_step and training", 10)
+    threads: int | None = option("threads of this process (default: torch's choice)", None)
+    memory: bool = option("measure memory, too", True)
     growth: Literal["none", "batch", "resolution", "steps", "processes"] = option(
-        "what to repeat the tasks over, for a curve of each", "none"
+        "repeat the tasks over these values, for a curve per task", "none"
     )
     growth_values: list[int] = option(
-        "its values; by default 1 to 64 images, 1 to 4 times the resolution, 10 to 1000 steps, 1 and 2 processes",
+        "values of --growth (default: 1 to 64 images, 1 to 4 times the resolution, 10 to 1000 steps, 1 and 2 "
+        "processes)",
         factory=list,
     )
 
@@ -58,29 +56,31 @@ class BenchmarkConfig:
         in_step = self.growth != "processes" or set(self.chosen) <= set(STEPS)
         require(self, "tasks", in_step, f"with growth=processes, {' or '.join(STEPS)}")
         require(self, "growth_values", all(value >= 1 for value in self.growth_values), "at least 1")
-        has_gpu = self.device != "cuda" or torch.cuda.is_available()
-        require(self, "device", has_gpu, "cpu, since torch sees no GPU here")
+        if self.device == "cuda":
+            import torch  # takes seconds
+
+            require(self, "device", torch.cuda.is_available(), "cpu, since torch sees no GPU here")
         require(self, "json", self.json.endswith(".json") and not Path(self.json).is_dir(), "a file that ends in .json")
 
     @property
     def chosen(self) -> list[str]:
-        """The works that are timed."""
-        return [work for task in _words(self.tasks) for work in TASKS[task]]
+        """The tasks that are timed."""
+        return [task for name in _words(self.tasks) for task in TASKS[name]]
 
     @property
     def others(self) -> list[str]:
-        """Those who are timed beside this package."""
+        """The contenders beside this package."""
         return [] if self.against == "none" else _words(self.against)
 
 
-def parse_benchmark(argv: list[str]) -> tuple[BenchmarkConfig, Config]:
-    """Reads a command line: options of `BenchmarkConfig`, and those of a run, by default of the preset digits.
+def parse_benchmark(argv: list[str], doc: str | None = None) -> tuple[BenchmarkConfig, Config]:
+    """Reads options of `BenchmarkConfig` and of a run; the default preset is digits, and `--help` prints `doc`.
 
     Raises:
         ValueError: If an option is unknown or its value not allowed; one line.
     """
     if {"-h", "--help"} & set(argv):
-        parse_options(argv, BenchmarkConfig, Sources, *PARTS)
+        parse_options(argv, BenchmarkConfig, Sources, *PARTS, doc=doc)
     options, rest = parse_first(argv, BenchmarkConfig)
     if not {"--preset", "--config", "--dataset"} & {word.split("=")[0] for word in rest}:
         rest = ["--preset", "digits", *rest]
@@ -88,7 +88,7 @@ def parse_benchmark(argv: list[str]) -> tuple[BenchmarkConfig, Config]:
 
 
 def grown(config: Config, over: str, value: int) -> Config:
-    """Returns the options of a run with another batch, resolution or number of diffusion steps."""
+    """Returns the options of a run with another batch size, resolution or number of diffusion steps."""
     data, model, training = config.data, config.model, config.training
     if over == "batch":
         return replace(config, training=replace(training, train_batch_size=value))
@@ -96,7 +96,7 @@ def grown(config: Config, over: str, value: int) -> Config:
         diffusion = replace(config.diffusion, num_train_timesteps=value)
         return replace(config, diffusion=diffusion, training=replace(training, num_inference_steps=None))
     if over == "resolution":
-        # Attention stays where it is in the network.
+        # Attention stays at the same depth of the network.
         shorter, height, width = min(data.size), *data.size
         attended = [size * value // shorter for size in model.attention_resolutions]
         size = [height * value // shorter, width * value // shorter]
@@ -107,7 +107,7 @@ def grown(config: Config, over: str, value: int) -> Config:
 
 
 def growth_values(options: BenchmarkConfig, config: Config) -> list[int]:
-    """Returns the values that are asked for."""
+    """Returns the values of `--growth`, [0] without it."""
     if options.growth == "none":
         return [0]
     shorter = min(config.data.size)
@@ -121,8 +121,8 @@ def growth_values(options: BenchmarkConfig, config: Config) -> list[int]:
 
 
 def _comparable(config: Config) -> Config:
-    """Returns options of a run without what not all of those who are compared have."""
-    require(config.data, "channels", config.data.channels in MODES, "1, 3 or 4, as all who are compared read")
+    """Returns the options of a run without those that not all contenders have."""
+    require(config.data, "channels", config.data.channels in (1, 3, 4), "1, 3 or 4, which all contenders read")
     return replace(
         config,
         data=replace(config.data, class_column=None, streaming=False),

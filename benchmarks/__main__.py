@@ -1,0 +1,45 @@
+"""Times this package beside diffusers and denoising-diffusion-pytorch: the same work, in turns, in one process.
+
+    python -m benchmarks --preset digits --threads 1 --json digits.json
+    python -m benchmarks --preset cifar10 --mixed_precision bf16 --tasks forward,train_step --json cifar10.json
+    python -m benchmarks --tasks sampling --growth steps --json steps.json
+
+Tasks: `forward`, the network without gradients; `train_step`, a training step; `training`, the loop with its data;
+`sampling`, the reverse process of a batch and of one image; `data`, images from memory and from JPEG; `import`, of the
+pipeline and of a model; `nll`, the likelihood bound beside the network alone. Contenders whose outputs differ are not
+compared. Options of train.py, such as `--train_batch_size` and `--compile`, set the network, data and precision.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.options import growth_values, parse_benchmark
+from hf_ddpm.utils.launch import end_quietly, run_script, use_own_cores
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line and returns the exit code."""
+    options, config = parse_benchmark(argv, __doc__)
+
+    from tqdm import tqdm  # these imports take seconds
+
+    from benchmarks.report import write_report
+    from benchmarks.run import run_benchmark, run_processes
+
+    use_own_cores()
+    values, is_main = growth_values(options, config), os.environ.get("RANK", "0") == "0"
+    with tqdm(total=len(values) * len(options.chosen), desc="Tasks", unit="task", disable=not is_main) as bar:
+        if options.growth == "processes":
+            report = run_processes(argv, options, values, bar)
+        else:
+            report = run_benchmark(options, config, bar)
+    if is_main:
+        print(write_report(Path(options.json), report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "benchmarks"
+    end_quietly()
+    run_script(main)

@@ -1,0 +1,197 @@
+"""Times in turns, rates of a device, peak memory."""
+
+import gc
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+
+Clock = Callable[[], float]
+Rates = dict[str, float]
+
+# Short workloads are repeated until a turn lasts this long, in seconds.
+LEAST_SECONDS = 0.2
+MOST_REPEATS = 1000
+# Runs that a rate is the fastest of.
+TRIALS = 15
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass
+class Workload:
+    """What a contender does in a turn, and how long that took.
+
+    Attributes:
+        subject: The contender.
+        run: Does the work once.
+        images: Images per unit (a step, a pass, a reverse process), if the work is about images.
+        unit: Name of the unit.
+        count: Units per run.
+        flops: Operations of the matrix products and convolutions of a unit, if there is a network.
+        parameters: Parameters of that network.
+        notes: Remarks that a comparison needs.
+        at_once: Whether one run makes a turn; other runs are repeated.
+        lead: Does all turns in one call, instead of `run`: a loop that calls its argument before the first turn and
+            after each one.
+        close: Ends background work.
+        error: Why the work failed, if it did.
+        seconds: Seconds per unit, one number per round.
+    """
+
+    subject: str
+    run: Callable[[], object] = _nothing
+    images: int | None = None
+    unit: str = ""
+    count: int = 1
+    flops: float | None = None
+    parameters: int | None = None
+    notes: tuple[str, ...] = ()
+    at_once: bool = False
+    lead: Callable[[Callable[[], None]], None] | None = None
+    close: Callable[[], object] = _nothing
+    error: str | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    def attempt(self, run: Callable[[], object], times: int = 1) -> None:
+        """Runs a function; an error is kept and ends this workload's part in the comparison."""
+        try:
+            for _ in range(0 if self.error else times):
+                run()
+        except Exception as error:  # whatever others raise is a line of the table
+            self.error = reason(error)
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Returns a clock, in seconds, that waits for the device."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return perf_counter()
+
+    return now
+
+
+def reason(error: Exception) -> str:
+    """Returns an error in one line."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"not installed: {error}"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def time_in_turns(works: Sequence[Workload], rounds: int, clock: Clock, log: Callable[[str], object]) -> None:
+    """Times workloads A, B as A B A B ..., so that what slows the machine down slows all of them.
+
+    The first round warms up and does not count. A workload that fails takes no further turns.
+
+    Args:
+        works: The workloads, at most one with `lead`; `seconds` and `error` are set.
+        rounds: Rounds that count.
+        clock: Returns the time once all work that was started is done.
+        log: Gets the name of each turn.
+    """
+    leader = next((i for i, work in enumerate(works) if work.lead is not None), None)
+    repeats = [1 if leader is not None or work.at_once else _repeats(work, clock) for work in works]
+    turns = _turns(rounds + 1, clock, works)
+
+    def others() -> None:
+        """Gives turns to the others until it is the leader's."""
+        for i in turns:
+            log(f"{works[i].subject}, round {len(works[i].seconds)} of {rounds}")
+            if i == leader and works[i].error is None:
+                return
+            works[i].attempt(works[i].run, repeats[i])
+
+    if leader is not None:
+        works[leader].attempt(lambda: works[leader].lead(others))  # type: ignore[misc]
+    others()
+    for work, times in zip(works, repeats, strict=True):
+        work.seconds = [] if work.error else [seconds / (times * work.count) for seconds in work.seconds[1:]]
+
+
+@contextmanager
+def hidden_output() -> Iterator[None]:
+    """Hides what others print; their progress bars are still drawn, at their usual cost."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
+        yield
+
+
+@torch.no_grad()
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Returns the operations per second of a large matrix product and of a large 3x3 convolution, each alone."""
+    large, clock = device.type == "cuda", clock_of(device)
+    side = 8192 if large else 1024
+    batch, channels, size = (256, 256, 32) if large else (16, 128, 32)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def fastest(run: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(TRIALS):
+            start = clock()
+            run()
+            seconds.append(clock() - start)
+        return min(seconds)
+
+    a, b = random(side, side), random(side, side)
+    x, kernel = random(batch, channels, size, size), random(channels, channels, 3, 3)
+    convolutions = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x, kernel = x.contiguous(memory_format=layout), kernel.contiguous(memory_format=layout)
+        convolutions.append(fastest(lambda x=x, kernel=kernel: F.conv2d(x, kernel, padding=1)))
+    return {
+        "matmul": 2 * side**3 / fastest(lambda: a @ b),
+        "convolution": 2 * 9 * channels * x.numel() / min(convolutions),
+    }
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Yields a function that returns the peak memory since, in bytes, beyond the memory taken before.
+
+    On a GPU that is what torch's allocator has handed out, elsewhere what the process holds.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _resident("VmRSS")
+        yield lambda: _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    """Returns an entry of Linux's status of this process, in bytes."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+
+def _turns(rounds: int, clock: Clock, works: Sequence[Workload]) -> Iterator[int]:
+    """Yields the index of each turn's workload and notes the seconds until the next turn is requested."""
+    for _ in range(rounds):
+        for i, work in enumerate(works):
+            start = clock()
+            yield i
+            work.seconds.append(clock() - start)
+
+
+def _repeats(work: Workload, clock: Clock) -> int:
+    """Returns the number of runs per turn."""
+    work.attempt(work.run)
+    start = clock()
+    work.attempt(work.run)
+    return max(1, min(MOST_REPEATS, math.ceil(LEAST_SECONDS / max(clock() - start, 1e-9))))
