@@ -381,7 +381,7 @@ class Config:
         write_text(path, yaml.safe_dump(self.to_dict() | counted, sort_keys=False))
 
     def resumed(self, stored: Mapping[str, Any]) -> "Config":
-        """Return the options of a run that resumes one with stored options: what nobody has chosen keeps its past default."""
+        """Return the options of a run that resumes a stored one: what nobody has chosen keeps its past default."""
         past, now = with_past_defaults(stored), self.to_dict()
         kept = {name: past[name] for name, value in self.defaulted.items() if now[name] == value}
         parts = {}
