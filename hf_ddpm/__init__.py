@@ -1,7 +1,7 @@
 """Denoising Diffusion Probabilistic Models (Ho et al. 2020) as a Hugging Face package.
 
-The functions `train`, `sample_images`, `evaluate` and `push_to_hub` are the commands of `hf-ddpm`; `Config`, `Sampling` and
-`EvaluateConfig` hold their options. What `__all__` names is the public interface; all else may change.
+The functions `train`, `sample_images`, `evaluate` and `push_to_hub` are the commands of `hf-ddpm`; `Config`, `Sampling`
+and `EvaluateConfig` hold their options. What `__all__` names is the public interface; all else may change.
 
 Every public name loads its module on first use, so that `import hf_ddpm` costs nothing and the mathematics
 (`GaussianDiffusion`) never imports diffusers.

@@ -82,8 +82,8 @@ class Evaluations(Callback):
     Args:
         config: The options of the run.
         accelerator: Its processes.
-        tell: Told a line about each evaluation.
-        log: Called with a line on files of the data set that are not used, and on damaged caches.
+        log: Called with a line on each evaluation.
+        data_log: Called with a line on unused files of the data set, and on damaged caches.
 
     Raises:
         ValueError: If what is asked for is not possible: before the training, not after it.
@@ -96,15 +96,15 @@ class Evaluations(Callback):
         self,
         config: Config,
         accelerator: Accelerator,
-        tell: Callable[[str], object],
-        log: Callable[[str], object] = lambda line: None,
+        log: Callable[[str], object],
+        data_log: Callable[[str], object] = lambda line: None,
     ):
-        self.folder, self.tell = Path(config.training.output_dir), tell
-        self.log, self.every = self.folder / "evaluations.jsonl", config.evaluation.eval_steps
+        self.folder, self.log = Path(config.training.output_dir), log
+        self.lines, self.every = self.folder / "evaluations.jsonl", config.evaluation.eval_steps
         read_results(self.folder / "results.json")
         shape = (config.data.channels, *config.data.size)
         self.request = training_request(config)
-        self.reference = Reference(self.request, shape, accelerator, log)
+        self.reference = Reference(self.request, shape, accelerator, data_log)
         self.reference.count()
 
     def on_start(self, run: Run) -> None:
@@ -114,8 +114,8 @@ class Evaluations(Callback):
             raise ValueError(f"eval_num_images={count} is not allowed: at least one for each of the {classes} classes")
         is_done = True
         if run.accelerator.is_main_process:
-            cut_lines(self.log, run.step)
-            is_done = run.step == 0 or run.step in [line.get("step") for line in read_lines(self.log)]
+            cut_lines(self.lines, run.step)
+            is_done = run.step == 0 or run.step in [line.get("step") for line in read_lines(self.lines)]
         (is_done,) = broadcast_object_list([is_done])
         if not is_done and run.step < run.config.training.max_train_steps:
             self.on_pause(run)
@@ -137,9 +137,9 @@ class Evaluations(Callback):
 
     def _evaluate(self, run: Run, output: Path) -> Figures:
         options: dict[str, Any] = {"pipe": run.pipeline(), "reference": self.reference, "output": output}
-        figures = scalars(evaluate(self.request, self._sampling(run), **options, log=self.tell))
+        figures = scalars(evaluate(self.request, self._sampling(run), **options, log=self.log))
         if figures:
-            self.tell(f"step {run.step}: {summary(figures)}")
+            self.log(f"step {run.step}: {summary(figures)}")
         return figures
 
     def _note(self, run: Run, figures: Figures, results: Path) -> None:
@@ -149,14 +149,14 @@ class Evaluations(Callback):
             options = asdict(self.request) | asdict(self._sampling(run))
             request = {name: value for name, value in options.items() if name not in NOT_OF_FIGURES}
             line = {"step": run.step, "request": request, **figures}
-            lines = read_lines(self.log)
+            lines = read_lines(self.lines)
             # Lines of earlier versions lack options that did not exist: none of them was given.
             given = _given(request)
             rivals = [old for old in lines if _given(old.get("request")) == given and old.get("step") != run.step]
             if all(self._is_as_good(line, other) for other in rivals):
                 self._keep(run, results)
             if run.step not in [other.get("step") for other in lines]:
-                append_line(self.log, line)
+                append_line(self.lines, line)
         numbers = {f"{name}/{key}": value for name, figure in figures.items() for key, value in figure.items()}
         run.accelerator.log(numbers, step=run.step)
 
@@ -199,17 +199,17 @@ class Push(Callback):
 
     Args:
         config: The options of the run.
-        tell: Told a line about what fails, which costs the run nothing, and about the end.
+        log: Called with a line on failures, which cost the run nothing, and on the end.
 
     Raises:
         ValueError: If the Hub would refuse: before the training, not after it.
         OSError: If it does not answer.
     """
 
-    def __init__(self, config: Config, tell: Callable[[str], object]):
-        self.folder, self.model_id, self.tell = Path(config.training.output_dir), str(config.hub.hub_model_id), tell
+    def __init__(self, config: Config, log: Callable[[str], object]):
+        self.folder, self.model_id, self.log = Path(config.training.output_dir), str(config.hub.hub_model_id), log
         check_push(self.model_id, config.hub.hub_private_repo)
-        self.background = BackgroundPush(self.folder, self.model_id, config.hub.hub_private_repo, tell)
+        self.background = BackgroundPush(self.folder, self.model_id, config.hub.hub_private_repo, log)
 
     def on_pause(self, run: Run) -> None:
         """Exports what there is, and starts to push it."""
@@ -219,16 +219,16 @@ class Push(Callback):
                 (self.folder / "samples.png").unlink(missing_ok=True)  # of an earlier end
             self._start(run)
         except (OSError, ValueError) as error:
-            self.tell(f"{self.model_id} is not pushed at step {run.step}: {error}")
+            self.log(f"{self.model_id} is not pushed at step {run.step}: {error}")
 
     def on_end(self, run: Run) -> None:
         """Pushes what the callbacks before have left, and waits for it."""
         self._start(run)
         if self.background.finish():
-            self.tell(f"{self.model_id} is on the Hub")
+            self.log(f"{self.model_id} is on the Hub")
         else:
             command = f"hf-ddpm push --model {self.folder} --hub_model_id {self.model_id}"
-            self.tell(f"{self.model_id} is not up to date on the Hub: {command}")
+            self.log(f"{self.model_id} is not up to date on the Hub: {command}")
 
     def close(self) -> None:
         """Gives up a push that is under way."""

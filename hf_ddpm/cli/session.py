@@ -93,9 +93,9 @@ def print_cost(config: Config, accelerator: Accelerator) -> None:
 def evaluations_and_pushes(config: Config, accelerator: Accelerator, log: Log) -> tuple[list[Evaluations], list[Push]]:
     """Returns the callbacks whose requests can be refused: to be called before images are decoded."""
     is_pushed = config.hub.push_to_hub and accelerator.is_main_process
-    pushes = [Push(config, tell=tqdm.write)] if is_pushed else []
+    pushes = [Push(config, log=tqdm.write)] if is_pushed else []
     is_evaluated = bool(config.evaluation.eval_metrics)
-    evaluations = [Evaluations(config, accelerator, tell=tqdm.write, log=log)] if is_evaluated else []
+    evaluations = [Evaluations(config, accelerator, log=tqdm.write, data_log=log)] if is_evaluated else []
     return evaluations, pushes
 
 
@@ -182,14 +182,14 @@ def print_start(run: Run, images: int, checkpoint: Path | None, complaints: list
 
 def print_end(run: Run) -> None:
     """Prints which images were not used, and what the run has come to."""
-    tell, folder, listed = run.accelerator.print, Path(run.config.training.output_dir), bad_images(run.config)
+    log, folder, listed = run.accelerator.print, Path(run.config.training.output_dir), bad_images(run.config)
     skipped = read_report(listed)
     if skipped:
-        tell(f"{len(skipped):,} images or other files are not used: {listed} lists them")
+        log(f"{len(skipped):,} images or other files are not used: {listed} lists them")
     if run.stopped_by is not None:
-        tell(f"stopped at step {run.step}: with --resume latest the run goes on from its last checkpoint")
+        log(f"stopped at step {run.step}: with --resume latest the run goes on from its last checkpoint")
     else:
-        tell(f"{folder / 'samples.png'} shows samples; DDPMPipeline.from_pretrained({str(folder)!r}) loads")
+        log(f"{folder / 'samples.png'} shows samples; DDPMPipeline.from_pretrained({str(folder)!r}) loads")
 
 
 def bad_images(config: Config) -> Path:

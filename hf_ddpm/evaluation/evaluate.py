@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from hf_ddpm.config import DataConfig, ImageOptions
 from hf_ddpm.data.sources import choose
 from hf_ddpm.data.store import ImageStore, load_images
-from hf_ddpm.evaluation.extraction import Images, cached_features, extract, fingerprint
+from hf_ddpm.evaluation.extraction import cached_features, extract, fingerprint
 from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.frechet import Moments
 from hf_ddpm.evaluation.memorization import copied_fraction, nearest_picture
@@ -169,23 +169,21 @@ class Reference:
         made_by: dict[str, Any] = {"extractor": {"name": extractor.name, "checksum": extractor.checksum}}
         if self.images is None:
             return RealFeatures(extractor, count, None, None, self.stats, made_by)
-        held_out = self.held_out if config.floor else None
-        drawn = [] if held_out is None else choose(len(held_out), count, METRIC_SEED)
+        every = range(len(self.images))
+        reference, reference_fingerprint = cached_features(extractor, self.images, every, self.state)
+        floor, floor_fingerprint = None, None
+        if config.floor and self.held_out is not None:
+            drawn = choose(len(self.held_out), count, METRIC_SEED)
+            floor, floor_fingerprint = cached_features(extractor, self.held_out, drawn, self.state)
         data = {
             "name": strip_local_path(str(config.dataset), self.hub_ids),
             "config": config.dataset_config,
             "reference_split": config.reference_split,
-            "reference_fingerprint": fingerprint(self.images, range(len(self.images))),
-            "held_out_split": None if held_out is None else config.split,
-            "held_out_fingerprint": None if held_out is None else fingerprint(held_out, drawn),
+            "reference_fingerprint": reference_fingerprint,
+            "held_out_split": None if floor is None else config.split,
+            "held_out_fingerprint": floor_fingerprint,
             "reference_skipped": self.images.skipped,
         }
-
-        def known(images: Images, indices: Any, name: str) -> torch.Tensor:
-            return cached_features(extractor, images, indices, str(data[name]), self.state)
-
-        reference = known(self.images, range(len(self.images)), "reference_fingerprint")
-        floor = None if held_out is None else known(held_out, drawn, "held_out_fingerprint")
         return RealFeatures(extractor, count, reference, floor, self.stats, {"dataset": data, **made_by})
 
     def bound(self, pipe: Any, seed: int) -> dict[str, Any]:

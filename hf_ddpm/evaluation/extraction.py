@@ -88,21 +88,21 @@ def fingerprint(images: Images, indices: Sequence[int]) -> str:
 
 
 def cached_features(
-    extractor: Extractor, images: Images, indices: Sequence[int], data_fingerprint: str, state: Accelerator
-) -> Tensor:
+    extractor: Extractor, images: Images, indices: Sequence[int], state: Accelerator
+) -> tuple[Tensor, str]:
     """Return the features of real images, from `CACHE` if it has them, undamaged. All processes call it.
 
     Args:
         extractor: The extractor.
         images: The images.
         indices: Which of them.
-        data_fingerprint: Their `fingerprint`.
         state: The processes.
 
     Returns:
-        Features, float32, shape `(len(indices), D)`, on the extractor's device.
+        Features, float32, shape `(len(indices), D)`, on the extractor's device, and the `fingerprint` of the images.
     """
-    identity = [data_fingerprint, extractor.checksum, extractor.recipe, extractor.device.type, BATCH_SIZE]
+    data = fingerprint(images, indices)
+    identity = [data, extractor.checksum, extractor.recipe, extractor.device.type, BATCH_SIZE]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     path = CACHE / f"{key}.safetensors"
     features = _read(path, key)
@@ -110,12 +110,12 @@ def cached_features(
     is_cached = torch.tensor([features is not None], dtype=torch.int64, device=extractor.device)
     is_cached_everywhere = bool(state.gather(is_cached).all())
     if features is not None and is_cached_everywhere:
-        return features.to(extractor.device)
+        return features.to(extractor.device), data
     features = extract(extractor, images, indices, state).features
     if state.is_main_process:
         with suppress(OSError):  # a cache that cannot be written costs time, not the evaluation
             _write(path, key, features.cpu().contiguous())
-    return features
+    return features, data
 
 
 def _read(path: Path, key: str) -> Tensor | None:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from hf_ddpm import DDPMPipeline
 from hf_ddpm.evaluation.evaluate import Reference, evaluate
@@ -65,3 +66,29 @@ def test_other_processes_help_and_write_nothing(request_of, trained, tmp_path):
     images.path = tmp_path
     assert evaluate(config, FEW, pipe=pipe, images=images, reference=reference, output=output) == {}
     assert not output.exists()
+
+
+def test_processes_share_the_images_of_the_bound(request_of, trained):
+    config, pipe = request_of(metrics="nll", steps_per_image=3), DDPMPipeline.from_pretrained(trained)
+    state = Accelerator(cpu=True)
+
+    def bound(rank, world):
+        process = SimpleNamespace(
+            process_index=rank, num_processes=world, is_main_process=rank == 0, device=state.device,
+            main_process_first=state.main_process_first, reduce=lambda value, reduction: value,
+        )  # fmt: skip
+        return Reference(config, pipe.image_shape, process).bound(pipe, 0)
+
+    alone, parts = bound(0, 1), [bound(rank, 2) for rank in range(2)]
+    assert [part["num_images"] for part in parts] == [3, 3]
+    assert sum(part["total_bpd"] for part in parts) / 2 == pytest.approx(alone["total_bpd"], rel=1e-5)
+
+
+def test_skipped_images_are_counted(trained, tmp_path):
+    for number in range(3):
+        Image.new("L", (8, 8), 50 * number).save(tmp_path / f"{number}.png")
+    (tmp_path / "broken.png").write_text("no picture")
+    options = {"floor": False, "extractor": "digits", "skip_bad_images": True}
+    config = EvaluateConfig(model=str(trained), dataset=str(tmp_path), metrics="fd", num_images=2, **options)
+    real = Reference(config, (1, 8, 8), Accelerator(cpu=True)).features()
+    assert len(real.reference) == 3 and real.made_by["dataset"]["reference_skipped"] == 1

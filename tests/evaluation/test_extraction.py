@@ -98,7 +98,9 @@ def features(monkeypatch):
     def find(images, cache, extractor=digits, state=None):
         monkeypatch.setattr(hf_ddpm.evaluation.extraction, "CACHE", cache)
         indices = range(len(images))
-        return cached_features(extractor, images, indices, fingerprint(images, indices), state or process())
+        found, name = cached_features(extractor, images, indices, state or process())
+        assert name == fingerprint(images, indices)
+        return found
 
     return find
 
