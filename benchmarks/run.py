@@ -70,7 +70,8 @@ def run_benchmark(options: BenchmarkConfig, config: Config, bar: tqdm) -> dict[s
 def run_task(task: str, contenders: list[Contender], rates: Rates, bar: tqdm) -> list[Row]:
     """Times a task and returns its rows; the first contender is this package."""
     setting = contenders[0].setting
-    torch.compiler.reset()  # compiled networks that are gone count towards the limit of compilations
+    if setting.config.training.compile:
+        torch.compiler.reset()  # compiled networks that are gone count towards the limit of compilations
     gc.collect()  # leftovers of the task before would count as memory of this one
     memory, works = {}, []
     if setting.options.memory and task in MEMORY_TASKS and setting.processes == 1:

@@ -1,5 +1,8 @@
 """Denoising Diffusion Probabilistic Models (Ho et al. 2020) as a Hugging Face package.
 
+The functions `train`, `sample_images`, `evaluate` and `push_to_hub` are the commands of `hf-ddpm`; `Config`, `Sampling`
+and `EvaluateConfig` hold their options. What `__all__` names is the public interface; all else may change.
+
 Every public name loads its module on first use, so that `import hf_ddpm` costs nothing and the mathematics
 (`GaussianDiffusion`) never imports diffusers.
 """
@@ -22,6 +25,7 @@ _HOME = {
     "SchedulerMixin": "diffusers",
     "UNet2DModel": "hf_ddpm.models.unet_2d",
     "evaluate": "hf_ddpm.evaluation.evaluate",
+    "find_scheduler": "hf_ddpm.sampling.samplers",
     "push_to_hub": "hf_ddpm.cli.push",
     "sample_images": "hf_ddpm.sampling.generate",
     "train": "hf_ddpm.cli.session",
@@ -39,6 +43,7 @@ __all__ = [
     "SchedulerMixin",
     "UNet2DModel",
     "evaluate",
+    "find_scheduler",
     "push_to_hub",
     "sample_images",
     "train",
@@ -57,6 +62,7 @@ if TYPE_CHECKING:
     from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
     from hf_ddpm.sampling.generate import sample_images
     from hf_ddpm.sampling.options import Sampling
+    from hf_ddpm.sampling.samplers import find_scheduler
     from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
     from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 

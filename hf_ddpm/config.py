@@ -4,6 +4,7 @@ A preset and a YAML file are turned into the same words that a command line is m
 checks all three, and the command line wins.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -16,8 +17,8 @@ import yaml
 
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.options import (
+    given_options,
     option,
-    option_name,
     parse_first,
     parse_options,
     read_yaml,
@@ -227,10 +228,12 @@ class TrainingConfig:
         """Returns the images of an optimizer step, over all processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * processes
 
-    def count_steps(self, images: int, processes: int) -> None:
-        """Sets `max_train_steps` from `num_train_epochs`, if it is given: each image is used at least so often."""
+    def counted(self, images: int, processes: int) -> "TrainingConfig":
+        """Returns a copy with the `max_train_steps` of `num_train_epochs`, if given: each image is used so often."""
+        counted = copy.copy(self)
         if self.num_train_epochs is not None:
-            self.max_train_steps = math.ceil(self.num_train_epochs * images / self.global_batch_size(processes))
+            counted.max_train_steps = math.ceil(self.num_train_epochs * images / self.global_batch_size(processes))
+        return counted
 
 
 @dataclass
@@ -301,7 +304,7 @@ class Config:
     """A whole run.
 
     Attributes:
-        argv: The command line that it was read from; None if it was not.
+        defaulted: Options of `FORMER_DEFAULTS` that nobody has given, with their values.
     """
 
     data: DataConfig
@@ -310,7 +313,7 @@ class Config:
     training: TrainingConfig
     evaluation: EvaluationConfig
     hub: HubConfig
-    argv: list[str] | None = field(default=None, repr=False, compare=False)
+    defaulted: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, **options: Any) -> "Config":
@@ -369,7 +372,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all options by name."""
-        parts = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "argv")
+        parts = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "defaulted")
         return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
     def save(self, path: Path) -> None:
@@ -378,8 +381,15 @@ class Config:
         write_text(path, yaml.safe_dump(self.to_dict() | counted, sort_keys=False))
 
     def resumed(self, stored: Mapping[str, Any]) -> "Config":
-        """Returns the options of a run that resumes one with stored options, whose defaults may be former ones."""
-        return self if self.argv is None else parse_config(self.argv, past=stored)
+        """Returns the options of a run that resumes one with stored options: nobody's choice keeps its past default."""
+        past, now = with_past_defaults(stored), self.to_dict()
+        kept = {name: past[name] for name, value in self.defaulted.items() if now[name] == value}
+        parts = {}
+        for entry in dataclasses.fields(self):
+            part = getattr(self, entry.name)
+            changed = {name: value for name, value in kept.items() if hasattr(part, name)}
+            parts |= {entry.name: dataclasses.replace(part, **changed)} if changed else {}
+        return dataclasses.replace(self, **parts)
 
     def num_class_embeds(self, classes: int) -> int | None:
         """Returns the number of class embeddings: one more than classes if classes are hidden at times."""
@@ -458,12 +468,11 @@ def with_past_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {**default_options(), **FORMER_DEFAULTS, **stored}
 
 
-def parse_config(argv: list[str], past: Mapping[str, Any] | None = None, doc: str | None = None) -> Config:
+def parse_config(argv: list[str], doc: str | None = None) -> Config:
     """Reads `[--preset NAME] [--config FILE.yaml] [--OPTION VALUE ...]`; what stands later wins.
 
     Args:
         argv: The command line without the program's name.
-        past: The stored options of a run to be resumed: their values are the defaults of `FORMER_DEFAULTS`.
         doc: What `--help` prints around the options.
 
     Returns:
@@ -474,15 +483,17 @@ def parse_config(argv: list[str], past: Mapping[str, Any] | None = None, doc: st
     """
     sources, _ = parse_first(argv, Sources)
     options: dict[str, list[str] | None] = {}
-    former = [] if past is None else [f"--{name}={with_past_defaults(past)[name]}" for name in FORMER_DEFAULTS]
     if sources.preset is not None:
         options |= read_yaml(preset_path(sources.preset), PARTS)
     if sources.config is not None:
         options = _merged(options, read_yaml(Path(sources.config), PARTS))
-    options = _merged(options, {name: None for word in argv if (name := option_name(word)) in LENGTHS})
+    options = _merged(options, dict.fromkeys(LENGTHS & given_options(argv, PARTS)))
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", *value)]
-    _, *parts = parse_options(former + words + argv, Sources, *PARTS, doc=doc)
-    return Config(*parts, argv=argv)
+    _, *parts = parse_options(words + argv, Sources, *PARTS, doc=doc)
+    config = Config(*parts)
+    values, given = config.to_dict(), given_options(words + argv, PARTS)
+    config.defaulted = {name: values[name] for name in FORMER_DEFAULTS if name not in given}
+    return config
 
 
 def _merged(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,20 @@ def test_the_length_of_a_run_is_given_once_and_a_later_one_replaces_an_earlier_o
             length(*words)
 
 
+def test_what_nobody_has_chosen_keeps_the_default_of_the_runs_beginning():
+    stored = {name: value for name, value in parse_config(["--preset", "digits"]).to_dict().items()
+              if name not in ("timestep_spacing", "ema_warmup", "beta_end")}  # fmt: skip
+    words = ["--preset", "digits", "--no-ema-warmup", "--beta_end", "0.5"]
+    config = parse_config(words).resumed(stored)
+    assert config.diffusion.timestep_spacing == "leading"  # of that time
+    assert config.training.ema_warmup is False and config.diffusion.beta_end == 0.5
+    given = parse_config([*words, "--timestep_spacing", "trailing"]).resumed(stored)
+    assert given.diffusion.timestep_spacing == "trailing"
+    changed = parse_config(words)
+    changed.diffusion.timestep_spacing = "linspace"
+    assert changed.resumed(stored).diffusion.timestep_spacing == "linspace"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -81,8 +81,8 @@ def push_to_hub(
     config = PushConfig(str(model), hub_model_id, private, revision_message, license, space)
     with exclusive(Path(config.model), "model"):
         write_card(Path(config.model), model_id=hub_model_id, license=license)
-        urls = [push_model(config.model, hub_model_id, private, revision_message).url]
+        urls = [push_model(config.model, hub_model_id, private, revision_message)]
     if space is not None:
         app = Path(str(resources.files("hf_ddpm.demo") / "space"))
-        urls.append(push_space(app, space, hub_model_id, private).url)
+        urls.append(push_space(app, space, hub_model_id, private))
     return urls

@@ -172,6 +172,8 @@ def _about_the_training(sources: Sources) -> dict[str, str]:
         return {}
     steps, seen = metrics[-1]["step"], metrics[-1]["images"]
     start = {"started from": code(strip_local_path(options["init_from"], hub_ids))} if options["init_from"] else {}
+    decay = options["weight_decay"]
+    optimizer = f"AdamW, weight decay {decay:g}" if decay else "Adam"
     dataset = DIGITS if options["dataset"] == "digits" else code(strip_local_path(options["dataset"], hub_ids))
     return {
         "data": f"{dataset}, split {escape(options['split'])}, {status['images']:,} images"
@@ -179,7 +181,7 @@ def _about_the_training(sources: Sources) -> dict[str, str]:
         **start,
         "steps": f"{steps:,} of {seen // steps:,} images: {seen:,} images seen",
         "objective": escape(options["objective"]),
-        "optimizer": f"Adam, learning rate {options['learning_rate']:g} ({escape(options['lr_schedule'])} after "
+        "optimizer": f"{optimizer}, learning rate {options['learning_rate']:g} ({escape(options['lr_schedule'])} after "
         f"{options['warmup_steps']:,} steps of warm-up), gradients of norm at most {options['max_grad_norm']:g}",
         "dropout": f"{options['dropout']:g}",
         "weights": f"exponential moving average, decay {options['ema_decay'][0]:g}"

@@ -6,7 +6,6 @@ A push that failed is repeated as a whole: contents that have arrived are not se
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -37,28 +36,7 @@ LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 HTTPError = HfHubHTTPError.__bases__[0]  # of whichever library the client uses; raised as it is if nobody answers
 
 
-@dataclass(frozen=True)
-class Pushed:
-    """The outcome of a push.
-
-    Attributes:
-        url: Address of the repository.
-        commit_url: The commit; the newest one before if nothing has changed.
-        has_card: Whether the folder had a README.md.
-    """
-
-    url: str
-    commit_url: str
-    has_card: bool
-
-
-def push_model(
-    folder: Path | str,
-    repo_id: str,
-    private: bool | None = None,
-    message: str = "Upload the model",
-    token: str | None = None,
-) -> Pushed:
+def push_model(folder: Path | str, repo_id: str, private: bool | None = None, message: str = "Upload the model") -> str:
     """Push a model's folder in one commit; create the repository if it is missing.
 
     Stale files in the remote folders of weights and configurations are deleted: an old shard index would shadow the new
@@ -69,33 +47,28 @@ def push_model(
         repo_id: `namespace/name`.
         private: Make the repository private (default: unchanged, or the account's default for a new one).
         message: The commit's first line.
-        token: Access token; by default that of the login.
+
+    Returns:
+        The address of the repository.
 
     Raises:
-        ValueError: If the folder is no whole model, the token is missing, unknown or may not write, or the repository
-            is not as private as asked.
+        ValueError: If the folder is no whole model, the token of the login is missing, unknown or may not write, or
+            the repository is not as private as asked.
         OSError: If the Hub does not answer, or fails.
     """
     files = model_files(Path(folder))
     with _in_one_line(repo_id):
-        api = _api(repo_id, token)
+        api = _api(repo_id)
         existing = [sibling.rfilename for sibling in _open_repo(api, repo_id, private, "model").siblings]
         own = {PurePosixPath(file).parent for file in files} - {PurePosixPath()}
         stale = [path for path in existing if PurePosixPath(path).parent in own and path not in files]
         operations: list[Any] = [CommitOperationDelete(path) for path in stale]
         operations += [CommitOperationAdd(file, public_content(Path(folder, file))) for file in files]
-        commit = api.create_commit(repo_id, operations, commit_message=message)
-    return Pushed(f"{constants.ENDPOINT}/{repo_id}", commit.commit_url, "README.md" in files)
+        api.create_commit(repo_id, operations, commit_message=message)
+    return f"{constants.ENDPOINT}/{repo_id}"
 
 
-def push_space(
-    folder: Path | str,
-    repo_id: str,
-    model_id: str,
-    private: bool | None = None,
-    message: str = "Upload the demo",
-    token: str | None = None,
-) -> Pushed:
+def push_space(folder: Path | str, repo_id: str, model_id: str, private: bool | None = None) -> str:
     """Push a Gradio app to a Space, and set its variable `MODEL_ID` to the id of the model to show.
 
     Args:
@@ -103,8 +76,9 @@ def push_space(
         repo_id: The Space's `namespace/name`.
         model_id: The model's. A Space needs a secret `HF_TOKEN` to read a private one.
         private: As of `push_model`; a new Space is as private as its model by default.
-        message: The commit's first line.
-        token: Access token; by default that of the login.
+
+    Returns:
+        The address of the Space.
 
     Raises:
         ValueError: As `push_model`, or if the Hub wants to be paid for.
@@ -119,20 +93,20 @@ def push_space(
         card.data["models"] = [model_id]
         contents: dict[str, Any] = {file.name: file for file in _matching(folder, ("[!.]*.py", *SPACE))}
         contents["README.md"] = str(card).encode()
-        api = _api(repo_id, token)
+        api = _api(repo_id)
         if private is None and api.repo_exists(model_id) and not api.repo_exists(repo_id, repo_type="space"):
             private = api.model_info(model_id).private  # a new demo is as private as its model
         _open_repo(api, repo_id, private, "space")
         api.add_space_variable(repo_id, "MODEL_ID", model_id)
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
-        commit = api.create_commit(repo_id, operations, commit_message=message, repo_type="space")
-    return Pushed(f"{constants.ENDPOINT}/spaces/{repo_id}", commit.commit_url, has_card=True)
+        api.create_commit(repo_id, operations, commit_message="Upload the demo", repo_type="space")
+    return f"{constants.ENDPOINT}/spaces/{repo_id}"
 
 
-def check_push(repo_id: str, private: bool | None = None, token: str | None = None) -> None:
+def check_push(repo_id: str, private: bool | None = None) -> None:
     """Create a model's repository, and raise as `push_model` would: before a long run, not after it."""
     with _in_one_line(repo_id):
-        api = _api(repo_id, token)
+        api = _api(repo_id)
         if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise ValueError("the token may only read")
         _open_repo(api, repo_id, private, "model")
@@ -245,12 +219,12 @@ def _read_yaml(file: Path) -> Any:
         raise ValueError(f"{file} is no YAML: {one_line(error)}") from error
 
 
-def _api(repo_id: str, token: str | None) -> HfApi:
+def _api(repo_id: str) -> HfApi:
     if repo_id.count("/") != 1:
         raise ValueError("its name is not of the form namespace/name")
-    if token is None and get_token() is None:
+    if get_token() is None:
         raise ValueError(f"there is no token: {LOGIN}")
-    return HfApi(token=token, library_name="hf_ddpm")
+    return HfApi(library_name="hf_ddpm")
 
 
 def _open_repo(api: HfApi, repo_id: str, private: bool | None, kind: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from hf_ddpm.config import BESIDE_TRAINING, Config, parse_config
+from hf_ddpm.config import BESIDE_TRAINING, Config, default_options, parse_config
 from hf_ddpm.evaluation.options import NOT_OF_FIGURES, EvaluateConfig, real_images
 from hf_ddpm.images import bytes_to_unit, save_picture
 from hf_ddpm.paper.context import sheet, table, with_error
@@ -69,6 +69,7 @@ def ablation(options: AblationOptions, run: Callable[[str, list[str]], int]) -> 
     cells = list(itertools.product(options.rows, options.seeds))
     configs = [parse_config(training(options, *cell)) for cell in cells]
     for cell, config in zip(cells, configs, strict=True):
+        require(config.training, "num_train_epochs", config.training.max_train_steps is not None, "not in an ablation")
         check_same(run_folder(options, *cell), config)
         parse_options(evaluation(options, run_folder(options, *cell), config), EvaluateConfig, Sampling)
     runs: dict[str, list[dict[str, Any]]] = {row: [] for row in options.rows}
@@ -109,15 +110,13 @@ def training(options: AblationOptions, row: str, seed: int) -> list[str]:
 def check_same(folder: Path, config: Config) -> None:
     """Raise a `ValueError` if a folder holds a run of other options."""
     try:
-        stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        stored = default_options() | yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
     asked = {name: value for name, value in config.to_dict().items() if name not in {*BESIDE_TRAINING, "output_dir"}}
-    if asked["max_train_steps"] > stored.get("max_train_steps", 0):
+    if asked["max_train_steps"] > (stored["max_train_steps"] or 0):
         del asked["max_train_steps"]  # it is resumed
-    changed = [
-        f"{name}={asked[name]!r} (was {stored.get(name)!r})" for name in asked if stored.get(name) != asked[name]
-    ]
+    changed = [f"{name}={asked[name]!r} (was {stored[name]!r})" for name in asked if stored[name] != asked[name]]
     if changed:
         raise ValueError(f"{folder} holds a run of other options, choose another output: {', '.join(changed)}")
 

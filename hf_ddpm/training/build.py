@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -90,7 +91,7 @@ def build_run(
     images: BatchSource,
 ) -> Run:
     """Returns a run at step 0; its initial weights depend on the seed alone, or are those of `source`."""
-    config.training.count_steps(len(images), accelerator.num_processes)
+    config = replace(config, training=config.training.counted(len(images), accelerator.num_processes))
     if source is None:
         torch.manual_seed(derived_seed(config.training.seed, INITIALIZATION))
         unet = UNet2DModel(**config.unet(len(images.class_names)))

@@ -83,7 +83,7 @@ def parse_options(argv: list[str], *parts: type, program: str | None = None, doc
         ValueError: If an option is unknown or its value not allowed; one line.
     """
     words, names = _normalized(argv, parts), option_names(parts)
-    unknown = [name for word in words if (name := option_name(word)) and name not in (*names, "help")]
+    unknown = [name for word in words if (name := _option_name(word)) and name not in (*names, "help")]
     if unknown and not {"-h", "--help"} & set(argv):  # before a missing option is reported, which may be misspelled
         raise ValueError(f"unknown option --{unknown[0]}: {_hint(unknown[0], names, '--')}")
     values, rest = _parser(parts, program, doc).parse_known_args(words)
@@ -143,9 +143,9 @@ def option_names(parts: Iterable[type]) -> list[str]:
     return [_flag(field) for part in parts for field in dataclasses.fields(part)]
 
 
-def option_name(word: str) -> str | None:
-    """Returns the name of the option that a word of a command line gives, with underscores; None for a value."""
-    return word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else None
+def given_options(argv: Iterable[str], parts: Iterable[type]) -> set[str]:
+    """Returns the names of the options that a command line gives."""
+    return {name for word in _normalized(argv, parts) if (name := _option_name(word))}
 
 
 def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]:
@@ -239,7 +239,7 @@ def _normalized(argv: Iterable[str], parts: Iterable[type]) -> list[str]:
     fields = {field.name: field for part in parts for field in dataclasses.fields(part)}
     words = []
     for word in argv:
-        name, value = option_name(word), word.partition("=")[1:]
+        name, value = _option_name(word), word.partition("=")[1:]
         if name is None or word == "--":
             words.append(word)
         elif name.startswith("no_") and getattr(fields.get(name[3:]), "default", None) is True:
@@ -247,6 +247,11 @@ def _normalized(argv: Iterable[str], parts: Iterable[type]) -> list[str]:
         else:
             words.append("".join([f"--{_flag(fields[name]) if name in fields else name}", *value]))
     return words
+
+
+def _option_name(word: str) -> str | None:
+    """Returns the name of the option that a word of a command line gives, with underscores; None for a value."""
+    return word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else None
 
 
 def _instances(parts: Iterable[type], values: argparse.Namespace) -> list[Any]:

@@ -19,6 +19,8 @@ from hf_ddpm.data.batches import batch_indices
 from hf_ddpm.data.sources import choose
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.results import METRIC_SEED
+from hf_ddpm.sampling.generate import generate_images
+from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.training.randomness import draw
 from hf_ddpm.utils.launch import run_script, use_own_cores
 from hf_ddpm.utils.seeds import BOUND_NOISE, SAMPLES, generator
@@ -337,9 +339,19 @@ def test_every_variant_trains_samples_and_evaluates_by_flag(run_training, sample
 
 def test_samples_can_be_drawn_at_checkpoints(run_training, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("hf_ddpm.cli.callbacks.save_picture", lambda picture, path: drawn.append(path))
-    run_training(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "2", "--sample_at_checkpoints", "true")
-    assert len(drawn) == 2  # at step 2 and at the end
+    monkeypatch.setattr("hf_ddpm.cli.callbacks.save_picture", lambda picture, path: drawn.append((path.name, picture)))
+    words = ["--max_train_steps", "4", "--checkpointing_steps", "2", "--sample_at_checkpoints", "true"]
+    run_training(tmp_path, *words, "--class_column", "label", "--learning_rate", "3e-3")
+    assert [name for name, _ in drawn] == ["samples.png"] * 2  # at step 2 and at the end
+    # Images 0 to 3 of the seed, of the classes in turn, by the average of that step; each pixel is 8 times as large.
+    pipe = DDPMPipeline.from_pretrained(tmp_path)
+    sampling = Sampling(0, 2, class_labels=["0", "1", "2", "3"])
+    for step, (_, picture) in zip((2, 4), drawn, strict=True):
+        pipe.unet.load_state_dict(load_file(tmp_path / f"checkpoints/step-{step:09d}/ema-0.995.safetensors"))
+        images = [image[0].numpy() for _, image in generate_images(pipe, range(4), sampling, batch_size=4)]
+        sheet = np.asarray(picture)
+        tiles = [sheet[row : row + 64 : 8, column : column + 64 : 8] for row in (0, 65) for column in (0, 65)]
+        np.testing.assert_array_equal(tiles, images)
 
 
 def test_variants_that_make_no_sense_are_refused(run_training, tmp_path):

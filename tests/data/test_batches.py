@@ -4,6 +4,7 @@ import torch
 from PIL import Image as PILImage
 
 from hf_ddpm.data.batches import ShuffledImages, batch_indices, crop_places
+from hf_ddpm.data.sources import choose
 from hf_ddpm.data.transforms import crop_at
 from tests.data.files import load, numbered, parquet
 
@@ -77,6 +78,8 @@ def test_a_limited_set_is_a_draw_that_the_seed_decides(tmp_path):
     assert values(max_train_samples=100) == list(range(40))
     with pytest.raises(ValueError, match="max_train_samples=0 is not allowed: at least 1"):
         values(max_train_samples=0)
+    with pytest.raises(ValueError, match="max_samples=0 is not allowed: at least 1"):
+        choose(40, 0, seed=0)
 
 
 def test_every_image_once_an_epoch_and_no_epoch_like_another():

@@ -18,12 +18,11 @@ ROOT = Path(__file__).parents[2]
 
 # Calls a function of hf_ddpm.hub.push and prints what came of it.
 CALL = """
-import dataclasses, json, sys, time
+import json, sys, time
 time.sleep = lambda seconds: None  # the client waits for 24 s in all before it believes that nobody answers
 from hf_ddpm.hub import push
 try:
-    done = getattr(push, sys.argv[1])(**json.loads(sys.argv[2]))
-    print(json.dumps(dataclasses.asdict(done) if done else None))
+    print(json.dumps(getattr(push, sys.argv[1])(**json.loads(sys.argv[2]))))
 except (OSError, ValueError) as error:
     print(json.dumps(["ValueError" if isinstance(error, ValueError) else "OSError", str(error)]))
 """

@@ -148,6 +148,12 @@ def rewrite(folder, name, read, write, **changes):
     (folder / name).write_text(write(read((folder / name).read_text()) | changes))
 
 
+def test_weight_decay_is_told(copied):
+    assert "| optimizer | Adam, learning rate" in write_card(copied).read_text()
+    rewrite(copied, "config.yaml", yaml.safe_load, yaml.safe_dump, weight_decay=0.01)
+    assert "| optimizer | AdamW, weight decay 0.01, learning rate" in write_card(copied).read_text()
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_only_what_the_run_has_found_to_be_hub_ids_is_told_as_such(copied, known):
     names = {"dataset": "acme/faces", "init_from": "acme/model"}

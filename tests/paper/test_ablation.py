@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from hf_ddpm.config import parse_config
@@ -108,6 +109,15 @@ def test_what_is_trained_is_not_trained_again(done, train):
     assert (done / "ablation.md").read_text() == before
 
 
+def test_a_run_of_an_older_version_lacks_options_and_is_taken(done):
+    for file in (done / "ablation").glob("*/config.yaml"):
+        stored = yaml.safe_load(file.read_text())
+        for name in ("num_train_epochs", "lr_power", "weight_decay", "adam_beta1"):
+            del stored[name]
+        file.write_text(yaml.safe_dump(stored))
+    ablation(options(done), lambda script, words: pytest.fail("it is there"))
+
+
 def test_figures_of_other_requests_are_not_taken(done):
     for more, others in [("", {}), ("eval_split: validation", {}), ("eval_extractor: org/model", {}),
                          ("", {"num_images": 9}), ("", {"num_inference_steps": 3})]:  # fmt: skip
@@ -170,6 +180,7 @@ def test_wrong_options_are_told_before_anything_is_trained(tmp_path):
         ({"num_images": 1}, "num_images=1 is not allowed: at least 2"),
         ({"preset": "cats"}, "preset='cats' is not allowed: one of"),
         ({"config": "none.yaml"}, "config 'none.yaml' cannot be read"),
+        ({"max_train_steps": None, "more": "num_train_epochs: 2"}, "num_train_epochs=2 is not allowed: not in an abla"),
         ({"more": "eval_split: train"}, "split='train' is not allowed: the floor is of images that are not"),
     ]:
         with pytest.raises(ValueError, match=message):

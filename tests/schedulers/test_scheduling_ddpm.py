@@ -23,7 +23,7 @@ def step(scheduler, t, x_t, prediction):
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-@pytest.mark.parametrize("count", [T, 50, 7])
+@pytest.mark.parametrize("count", [T, 50, 16, 7])  # 1000 / 16 is a tie in rounding
 def test_steps_are_those_of_diffusers(variance_type, spacing, count):
     # diffusers computes its coefficients in float32, and the tolerances are its errors: up to 1.3e-4 at t = 2 and
     # 3.2e-6 from t = 50 on, for |x| up to 3. Ours is 3.8e-7 at most: test_steps_are_those_of_theory.

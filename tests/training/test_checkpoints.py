@@ -263,7 +263,8 @@ def test_the_scale_of_losses_is_part_of_a_checkpoint(run_training, tmp_path, mon
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_run_in_float16_resumes_bit_for_bit_with_its_scale(run_in, tmp_path, monkeypatch):
+def test_a_run_in_float16_resumes_bit_for_bit_with_its_scale(run_in, tmp_path, monkeypatch, request):
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     words = ["--checkpointing_steps", "6", "--dropout", "0.1", "--log_steps", "1", "--max_train_steps"]
@@ -281,7 +282,6 @@ def test_a_run_in_float16_resumes_bit_for_bit_with_its_scale(run_in, tmp_path, m
     assert scaler(tmp_path / "whole") == scaler(tmp_path / "parts") and scaler(tmp_path / "whole")["scale"] > 0
     rewrite_state(tmp_path / "parts", lambda state: state["scaler"].update(scale=4096.0))
     run_in("fp16", tmp_path / "parts", *words, "7")
-    torch.use_deterministic_algorithms(False)
     assert scaler(tmp_path / "parts")["scale"] == 4096
 
 
@@ -345,6 +345,7 @@ def wait_for_step(folder, step, process):
 def wait_for_output(text, process):
     """Waits until a process has printed something."""
     output, guard = "", threading.Timer(LIMIT, process.kill)
+    guard.daemon = True
     guard.start()
     while text not in output:
         piece = process.stdout.read(1)

@@ -129,8 +129,7 @@ def test_epochs_are_as_many_steps_as_show_each_image_so_often(epochs, images, ba
     training = Config.of(
         preset="digits", num_train_epochs=epochs, train_batch_size=batch, gradient_accumulation_steps=accumulation
     ).training
-    training.count_steps(images, processes)
-    assert training.max_train_steps == steps
+    assert training.counted(images, processes).max_train_steps == steps and training.max_train_steps is None
     seen = batch * accumulation * processes
     assert (steps - 1) * seen < epochs * images <= steps * seen
 

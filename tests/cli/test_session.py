@@ -1,0 +1,53 @@
+import signal
+from pathlib import Path
+
+import pytest
+
+import hf_ddpm
+from hf_ddpm.cli import session
+from hf_ddpm.config import parse_config
+from tests.conftest import TINY_RUN, load_script
+
+
+@pytest.fixture
+def config(tmp_path):
+    return parse_config([*TINY_RUN, "--max_train_steps", "2", "--output_dir", str(tmp_path / "run")])
+
+
+def test_a_run_in_python_is_that_of_the_command(config, trained, run_training, tmp_path):
+    assert hf_ddpm.train(config) == tmp_path / "run"
+    run_training(tmp_path / "other", "--max_train_steps", "2")
+    for name in ("unet/diffusion_pytorch_model.safetensors", "samples.png", "scheduler/scheduler_config.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_a_run_in_python_resumes_and_leaves_its_options_alone(config, tmp_path):
+    # Attributes that are set later count, too, when a run is resumed.
+    config.training.max_train_steps, config.training.num_train_epochs = None, 1
+    config.data.max_train_samples = 16
+    before = config.to_dict()
+    assert hf_ddpm.train(config) == hf_ddpm.train(config) == tmp_path / "run"
+    assert config.to_dict() == before
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000000002"]
+
+
+def test_a_config_and_options_are_not_given_both(config):
+    with pytest.raises(ValueError, match="options seed, preset are given beside a config: expected one of both"):
+        hf_ddpm.train(config, seed=3, preset="digits")
+
+
+def test_a_dry_run_makes_no_folder(config, capsys):
+    config.training.dry_run = True
+    folder = hf_ddpm.train(config)
+    assert "training:       2 steps of 8 images" in capsys.readouterr().out and not Path(folder).exists()
+
+
+def test_a_stopped_session_is_an_interrupt_in_python_and_a_code_of_the_command(config, monkeypatch, tmp_path):
+    def stop(run, images, callbacks):
+        run.stopped_by = signal.SIGTERM
+
+    monkeypatch.setattr(session.loop, "train", stop)
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        hf_ddpm.train(config)
+    words = [*TINY_RUN, "--output_dir", str(tmp_path / "other")]
+    assert load_script("train").main(words) == 128 + signal.SIGTERM
