@@ -15,9 +15,9 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL, is_noise, start_signal
 from hf_ddpm.diffusion.outputs import split_output
+from hf_ddpm.diffusion.schedules import check_one_of
 from hf_ddpm.images import OUTPUT_TYPES, as_output, check_picture, to_unit
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.latents import Generators, LatentMethods, check_generators

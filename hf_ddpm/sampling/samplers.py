@@ -7,8 +7,8 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.diffusion.gaussian import start_signal
+from hf_ddpm.diffusion.schedules import check_one_of
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
