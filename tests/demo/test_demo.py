@@ -168,7 +168,7 @@ def test_classes_without_names_are_numbers():
         ({"steps": float("nan")}, "steps=nan is not allowed"),
         ({"count": 0}, "count=0 is not allowed: a whole number from 1 to 64"),
         ({"count": 65.0}, "count=65 is not allowed"),
-        ({"scheduler": "heun"}, "scheduler='heun' is not allowed"),
+        ({"scheduler": "heun"}, "scheduler='heun': expected one of"),
         ({"scheduler": "pndm", "steps": 3}, "num_inference_steps=3 is not allowed: 4 to 1000 with this model"),
         ({"classes": ["three"]}, "class_labels: 'three' is not allowed: one of \\['zero', 'one', 'two'\\]"),
     ],
