@@ -1,6 +1,5 @@
 """What happens beside the training: samples, exports, evaluations, cards. Only this module knows all of them."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,12 +18,11 @@ from hf_ddpm.hub.background import BackgroundPush
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import check_push
 from hf_ddpm.images import grid, save_picture, to_pictures
-from hf_ddpm.provenance import model_checksum
+from hf_ddpm.pipelines.runs import write_export
 from hf_ddpm.sampling.generate import generate_images
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.training.progress import track_picture
-from hf_ddpm.utils.files import flush, flush_entry, naming
 from hf_ddpm.utils.jsonl import append_line, cut_lines, read_lines
 
 
@@ -245,27 +243,6 @@ def _given(request: Any) -> dict[str, Any] | None:
 
 
 def export(run: Run, folder: Path, number: int = 0) -> None:
-    """Writes the pipeline of an average, file by file, and in `export.json` of which step it is.
-
-    A reader always finds a whole model, if any.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    partial, pipe = folder / ".export", run.pipeline(number)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with naming(folder):
-            pipe.save_pretrained(partial)
-            record = {"step": run.step, "images": run.step * run.global_batch_size, "checksum": model_checksum(pipe)}
-            record["hub_ids"] = run.hub_ids
-            (partial / "export.json").write_text(json.dumps(record) + "\n")
-            flush(partial)
-            files = [path for path in partial.rglob("*") if path.is_file()]
-            for file in sorted(files, key=lambda path: path.name == "model_index.json"):
-                target = folder / file.relative_to(partial)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(target)
-                flush_entry(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    """Writes the pipeline of an average, and in `export.json` of which step it is; see `write_export`."""
+    record = {"step": run.step, "images": run.step * run.global_batch_size}
+    write_export(run.pipeline(number), folder, {**record, "lengths": run.lengths, "hub_ids": run.hub_ids})

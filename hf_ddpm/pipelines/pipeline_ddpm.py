@@ -4,7 +4,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Union
 
@@ -21,11 +21,13 @@ from hf_ddpm.diffusion.outputs import split_output
 from hf_ddpm.images import OUTPUT_TYPES, as_output, check_picture, to_unit
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.latents import Generators, LatentMethods, check_generators
+from hf_ddpm.pipelines.runs import stock_folder
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.schedulers.stock import check_stock
 from hf_ddpm.utils.files import one_line
+from hf_ddpm.utils.runs import checkpoint_of
 from hf_ddpm.utils.schema import conforms
 
 logger = logging.get_logger(__name__)
@@ -192,6 +194,29 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DDPMPipeline":
+        """Loads a pipeline as diffusers does; also the newest checkpoint of a run, or the checkpoint of a folder.
+
+        Args:
+            pretrained_model_name_or_path: Folder of a pipeline, of a run (even while it is trained) or of one of its
+                checkpoints, or Hub id. A run's export is taken unless a sound checkpoint is of a later step.
+            kwargs: As of `diffusers.DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            ValueError: If a checkpoint is damaged; one line.
+        """
+        while (checkpoint := checkpoint_of(pretrained_model_name_or_path, logger.warning)) is not None:
+            try:
+                with stock_folder(checkpoint) as folder:
+                    pipe = super().from_pretrained(folder, **kwargs)
+                pipe.register_to_config(_name_or_path=str(checkpoint))
+                return pipe
+            except Exception:
+                if checkpoint.exists():  # else the run has removed it meanwhile, and has a newer one
+                    raise
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """Reads a pipeline's index as diffusers does, and maps its classes to ours of the same name.
 
@@ -340,13 +365,8 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in known}
 
 
-def labels_by_number(class_names: Sequence[str]) -> dict[str, str] | None:
-    """Returns names of classes as a pipeline's `id2label`, None if there are none."""
-    return {str(number): name for number, name in enumerate(class_names)} or None
-
-
 def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
-    """Loads the pipeline of a folder or Hub id onto a device.
+    """Loads the pipeline of a folder, also of a run or a checkpoint, or of a Hub id onto a device.
 
     A warning is logged if the folder holds the export of a run, whose checksum differs: files were changed since.
 
@@ -370,7 +390,7 @@ def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
             f"model {model!r} cannot be loaded: model_index.json: id2label names {len(pipe.class_names)} classes, "
             f"unet/config.json: num_class_embeds={pipe.unet.config.num_class_embeds}"
         )
-    compare_with_export(pipe, Path(model) / "export.json")
+    compare_with_export(pipe)
     if type(pipe.unet) is UNet2DModel:
         pipe.unet.lay_out_kernels()
     return pipe.to(device)
@@ -391,8 +411,9 @@ def read_pipeline(model: str) -> DDPMPipeline:
         raise ValueError(f"model {model!r} cannot be loaded: {one_line(why) or type(why).__name__}") from error
 
 
-def compare_with_export(pipe: DDPMPipeline, record: Path) -> None:
-    """Logs a warning unless a pipeline is the one that a run exported, if a run did."""
+def compare_with_export(pipe: DDPMPipeline) -> None:
+    """Logs a warning unless a pipeline is the one that a run exported to its folder, if a run did."""
+    record = Path(pipe.name_or_path) / "export.json"
     try:
         checksum = json.loads(record.read_text(encoding="utf-8"))["checksum"]
     except (OSError, ValueError, TypeError, KeyError):

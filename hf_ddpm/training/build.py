@@ -1,6 +1,5 @@
 """From options to a run at step 0."""
 
-import json
 import math
 import os
 from dataclasses import replace
@@ -15,7 +14,7 @@ from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL
 from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.models.blocks import initialize_like_paper
 from hf_ddpm.models.unet_2d import UNet2DModel
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, labels_by_number, load_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.training.loop import Run
 from hf_ddpm.training.optim import EMA, adam
@@ -29,16 +28,14 @@ def start_accelerator(config: Config) -> Accelerator:
     """Returns the accelerator.
 
     Raises:
-        ValueError: If the launcher was told otherwise than the options, which decide, or its processes do not see each
+        ValueError: If the launcher has other options than those that it decides, or its processes do not see each
             other.
     """
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", config.training.mixed_precision):
-        raise ValueError(f"mixed_precision={config.training.mixed_precision!r}, but the launcher says {launched!r}")
     tracker = config.training.tracker
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=config.training.mixed_precision,
+        dynamo_backend="no",  # `compile_network` does it
         log_with=None if tracker == "none" else tracker,
         project_dir=config.training.output_dir,
     )
@@ -70,7 +67,7 @@ def build_process(config: Config, checkpoint: Path | None = None) -> tuple[DDPMS
     if config.model.init_from is None and checkpoint is None:
         _check_terminal_signal(config, scheduler)
     if config.model.init_from is not None:
-        source = load_pipeline(config.model.init_from, "cpu") if checkpoint is None else stored_pipeline(checkpoint)
+        source = load_pipeline(config.model.init_from if checkpoint is None else str(checkpoint), "cpu")
         _check_source(source, config)
         scheduler = DDPMScheduler.from_config(source.scheduler.config)
     options = [(config.training, "num_inference_steps")]
@@ -115,14 +112,8 @@ def build_run(
         class_names=images.class_names,
         num_images=len(images),
         hub_ids=hub_ids(config.data.dataset, config.model.init_from, config.evaluation.eval_extractor),
+        lengths=[(0, config.training.max_train_steps)],
     )
-
-
-def stored_pipeline(checkpoint: Path) -> DDPMPipeline:
-    """Returns a pipeline of the network, without its weights, and the process that a checkpoint is of."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    unet, scheduler = UNet2DModel.from_config(state["unet"]), DDPMScheduler.from_config(state["scheduler"])
-    return DDPMPipeline(unet, scheduler, labels_by_number(state["data"]["classes"]))
 
 
 def _objective(config: Config, scheduler: DDPMScheduler) -> Objective:

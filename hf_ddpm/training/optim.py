@@ -1,6 +1,7 @@
 """The optimizer: Adam, its learning rate as a function of the step, and averages of the weights."""
 
 import copy
+import dataclasses
 import math
 
 import torch
@@ -23,6 +24,23 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     if config.lr_schedule == "cosine":
         return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
     return config.learning_rate * (1 - progress) ** (config.lr_power if config.lr_schedule == "polynomial" else 1)
+
+
+def describe_length(config: TrainingConfig, step: int, earlier: int) -> str | None:
+    """Returns a line on a run that is resumed at `step` with other `max_train_steps` than `earlier`; None if not."""
+    steps = config.max_train_steps
+    if steps == step:
+        return f"the run ends at step {step:,}" + (f", not at {earlier:,}" if step < earlier else "")
+    if steps == earlier:
+        return None
+    line = f"the run ends at step {steps:,}, not at {earlier:,}"
+    if config.lr_schedule == "constant":
+        return line
+    before = learning_rate(dataclasses.replace(config, max_train_steps=earlier, num_train_epochs=None), step)
+    return (
+        f"{line}: the {config.lr_schedule} learning rate at step {step:,} is {learning_rate(config, step):.3g}"
+        f" (was {before:.3g})"
+    )
 
 
 def adam(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
