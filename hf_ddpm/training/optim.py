@@ -29,18 +29,16 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 def describe_length(config: TrainingConfig, step: int, earlier: int) -> str | None:
     """Returns a line on a run that is resumed at `step` with other `max_train_steps` than `earlier`; None if not."""
     steps = config.max_train_steps
-    if steps == step:
-        return f"the run ends at step {step:,}" + (f", not at {earlier:,}" if step < earlier else "")
     if steps == earlier:
         return None
     line = f"the run ends at step {steps:,}, not at {earlier:,}"
     if config.lr_schedule == "constant":
         return line
     before = learning_rate(dataclasses.replace(config, max_train_steps=earlier, num_train_epochs=None), step)
-    return (
-        f"{line}: the {config.lr_schedule} learning rate at step {step:,} is {learning_rate(config, step):.3g}"
-        f" (was {before:.3g})"
-    )
+    if steps == step:
+        return f"{line}: its {config.lr_schedule} learning rate has come to {before:.3g}, not to zero"
+    rate = learning_rate(config, step)
+    return f"{line}: the {config.lr_schedule} learning rate at step {step:,} is {rate:.3g} (was {before:.3g})"
 
 
 def adam(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
