@@ -28,6 +28,7 @@ from hf_ddpm.utils.options import (
     require_distinct,
     require_memory,
     require_range,
+    require_types,
     require_value,
 )
 
@@ -51,7 +52,8 @@ class ImageOptions:
     skip_bad_images: bool = option("skip images that cannot be used instead of stopping", False)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
+        require_types(self)
         require(self, "levels", self.levels is None or 2 <= self.levels <= 65536, "2 to 65536")
         require_range(self, "value_range")
 
@@ -76,7 +78,8 @@ class DataConfig(ImageOptions):
     streaming: bool = option("decode images as they are needed: for sets larger than the disk", False)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
+        require_types(self)
         require(self, "dataset", bool(self.dataset), "the name of a data set (or give --preset)")
         sides = self.resolution
         require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
@@ -108,7 +111,8 @@ class ModelConfig:
     dropout: float = option("dropout probability", 0.1)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
+        require_types(self)
         require_at_least(self, 1, "norm_num_groups", "attention_head_dim", "layers_per_block")
         require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         require(self, "block_out_channels", self.block_out_channels[0] >= 4, "at least 4 at the highest resolution")
@@ -143,7 +147,8 @@ class DiffusionConfig:
     )
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
+        require_types(self)
         require(self, "num_train_timesteps", self.num_train_timesteps >= 2, "at least 2")
         # The paper's values are for T = 1000. Scaled, the process ends in noise for every T.
         if self.beta_start is None:
@@ -209,11 +214,12 @@ class TrainingConfig:
     dry_run: bool = option("print the estimated cost of the run, and exit", False)
 
     def __post_init__(self) -> None:
-        """Checks the values; asks the launcher about those that nobody has given."""
+        """Check the values; take those that are not given from the launcher."""
         if self.mixed_precision is None:
             self.mixed_precision = launched("MIXED_PRECISION", ("no", "bf16", "fp16"))
         if self.compile is None:
             self.compile = launched("DYNAMO_BACKEND", ("no", "inductor")) == "inductor"
+        require_types(self)
         if self.max_train_steps is None and self.num_train_epochs is None:
             self.max_train_steps = 800_000
         either = None in (self.max_train_steps, self.num_train_epochs)
@@ -234,11 +240,11 @@ class TrainingConfig:
         require_distinct(self, "ema_decay")
 
     def global_batch_size(self, processes: int) -> int:
-        """Returns the images of an optimizer step, over all processes."""
+        """Return the images of an optimizer step, over all processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * processes
 
     def counted(self, images: int, processes: int) -> "TrainingConfig":
-        """Returns a copy with the `max_train_steps` of `num_train_epochs`, if given: each image is used so often."""
+        """Return a copy with the `max_train_steps` of `num_train_epochs`, if given: each image is used so often."""
         counted = copy.copy(self)
         if self.num_train_epochs is not None:
             counted.max_train_steps = math.ceil(self.num_train_epochs * images / self.global_batch_size(processes))
@@ -266,7 +272,8 @@ class EvaluationConfig:
     eval_steps_per_image: int | None = option("nll: steps evaluated an image, an estimate; all by default", None)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
+        require_types(self)
         require_at_least(self, 1, "eval_steps", "eval_num_images", "eval_inference_steps")
         require_at_least(self, 2, "eval_steps_per_image")
         says_best = self.eval_metrics.split(",")[0] in ("fd", "fid", "kid", "is")
@@ -285,7 +292,8 @@ class HubConfig:
     license: str | None = option("license of the model, for its card, such as apache-2.0", None)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
+        require_types(self)
         name = self.hub_model_id
         require(self, "hub_model_id", name is None or name.count("/") == 1, "namespace/name")
         require(self, "push_to_hub", not self.push_to_hub or name is not None, "hub_model_id says where to")
@@ -299,7 +307,7 @@ LAUNCHED = {"MIXED_PRECISION": "mixed_precision", "DYNAMO_BACKEND": "compile"}
 
 
 def launched(name: str, allowed: tuple[str, ...]) -> Any:
-    """Returns what accelerate's launcher says, else `no`; raises a `ValueError` if that is not possible here."""
+    """Return what accelerate's launcher says, else `no`; raises a `ValueError` if that is not possible here."""
     value = os.environ.get(f"ACCELERATE_{name}", "no").lower()
     if value not in allowed:
         option, expected = LAUNCHED[name], ", ".join(allowed)
@@ -340,7 +348,7 @@ class Config:
 
     @classmethod
     def of(cls, **options: Any) -> "Config":
-        """Returns the run of some options, by their names on the command line; None is the default.
+        """Return the run of some options, by their names on the command line; None is the default.
 
         Raises:
             ValueError: If an option is unknown or its value not allowed; one line.
@@ -350,13 +358,17 @@ class Config:
             (8, 16)
         """
         argv = []
+        if "help" in options:
+            raise ValueError("unknown option help: hf-ddpm train --help lists the options")
         for name, value in options.items():
-            values = value if isinstance(value, list | tuple) else [value]
-            argv += [] if value is None else [f"--{name}", *map(str, values)]
+            if isinstance(value, list | tuple):
+                argv += [f"--{name}", *map(str, value)]
+            elif value is not None:
+                argv.append(f"--{name}={value}")
         return parse_config(argv)
 
     def __post_init__(self) -> None:
-        """Checks what concerns more than one part."""
+        """Check what concerns more than one part."""
         pixels = float(self.data.channels * math.prod(self.data.size))
         require_memory(self.data, "resolution", 4 * pixels)
         require_memory(self.training, "train_batch_size", 4 * pixels * self.training.train_batch_size)
@@ -394,17 +406,17 @@ class Config:
         return [resolution in self.model.attention_resolutions for resolution in self.resolutions]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all options by name."""
+        """Return all options by name."""
         parts = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "defaulted")
         return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
     def save(self, path: Path) -> None:
-        """Writes all options as YAML: what `--config` reads."""
+        """Write all options as YAML: what `--config` reads."""
         counted = {} if self.training.num_train_epochs is None else {"max_train_steps": None}
         write_text(path, yaml.safe_dump(self.to_dict() | counted, sort_keys=False))
 
     def resumed(self, stored: Mapping[str, Any]) -> "Config":
-        """Returns the options of a run that resumes one with stored options: nobody's choice keeps its past default."""
+        """Return the options of a run that resumes a stored one: what nobody has chosen keeps its past default."""
         past, now = with_past_defaults(stored), self.to_dict()
         kept = {name: past[name] for name, value in self.defaulted.items() if now[name] == value}
         parts = {}
@@ -415,11 +427,11 @@ class Config:
         return dataclasses.replace(self, **parts)
 
     def num_class_embeds(self, classes: int) -> int | None:
-        """Returns the number of class embeddings: one more than classes if classes are hidden at times."""
+        """Return the number of class embeddings: one more than classes if classes are hidden at times."""
         return classes + (self.data.class_dropout > 0) if classes else None
 
     def unet(self, classes: int = 0) -> dict[str, Any]:
-        """Returns the options of the `UNet2DModel`; those of the paper's code where there is no choice."""
+        """Return the options of the `UNet2DModel`; those of the paper's code where there is no choice."""
         height, width = self.data.size
         return {
             "sample_size": height if height == width else (height, width),
@@ -439,14 +451,14 @@ class Config:
         }
 
     def scheduler(self) -> dict[str, Any]:
-        """Returns the options of the `DDPMScheduler`."""
+        """Return the options of the `DDPMScheduler`."""
         options = dataclasses.asdict(self.diffusion)
         del options["allow_terminal_signal"]
         return options
 
 
 def block_types(attends: list[bool]) -> dict[str, tuple[str, ...]]:
-    """Returns the options of a `UNet2DModel` that say at which resolutions, from the highest down, it has attention."""
+    """Return the options of a `UNet2DModel` that say at which resolutions, from the highest down, it has attention."""
     return {
         "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
         "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
@@ -454,12 +466,12 @@ def block_types(attends: list[bool]) -> dict[str, tuple[str, ...]]:
 
 
 def preset_names() -> list[str]:
-    """Returns the names of the presets."""
+    """Return the names of the presets."""
     return sorted(path.name.removesuffix(".yaml") for path in PRESETS.iterdir() if path.name.endswith(".yaml"))
 
 
 def preset_path(name: str) -> Any:
-    """Returns the file of a preset, or raises a `ValueError` with those there are."""
+    """Return the file of a preset, or raise a `ValueError` that lists all."""
     require_value("preset", name, name in preset_names(), f"one of {', '.join(preset_names())}")
     return PRESETS / f"{name}.yaml"
 
@@ -473,7 +485,7 @@ class Sources:
 
 
 def default_options() -> dict[str, Any]:
-    """Returns the defaults of all options by name."""
+    """Return the defaults of all options by name."""
     fields = [field for part in PARTS for field in dataclasses.fields(part)]
     return {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -482,17 +494,17 @@ def default_options() -> dict[str, Any]:
 
 
 def option_types() -> dict[str, Any]:
-    """Returns the annotations of all options by name."""
+    """Return the annotations of all options by name."""
     return {name: hint for part in PARTS for name, hint in get_type_hints(part).items()}
 
 
 def with_past_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns stored options; those that did not exist when they were stored have the default of that time."""
+    """Return stored options; those that did not exist when they were stored have the default of that time."""
     return {**default_options(), **FORMER_DEFAULTS, **stored}
 
 
 def parse_config(argv: list[str], doc: str | None = None) -> Config:
-    """Reads `[--preset NAME] [--config FILE.yaml] [--OPTION VALUE ...]`; what stands later wins.
+    """Read `[--preset NAME] [--config FILE.yaml] [--OPTION VALUE ...]`; what stands later wins.
 
     Args:
         argv: The command line without the program's name.
@@ -511,7 +523,7 @@ def parse_config(argv: list[str], doc: str | None = None) -> Config:
     if sources.config is not None:
         options = _merged(options, read_yaml(Path(sources.config), PARTS))
     options = _merged(options, dict.fromkeys(LENGTHS & given_options(argv, PARTS)))
-    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", *value)]
+    words = [word for name, value in options.items() if value is not None for word in _words(name, value)]
     _, *parts = parse_options(words + argv, Sources, *PARTS, doc=doc)
     config = Config(*parts)
     values, given = config.to_dict(), given_options(words + argv, PARTS)
@@ -519,7 +531,12 @@ def parse_config(argv: list[str], doc: str | None = None) -> Config:
     return config
 
 
+def _words(name: str, values: list[str]) -> list[str]:
+    """Return the words of an option; a single value cannot be taken for an option."""
+    return [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
+
+
 def _merged(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """Returns options of two sources; a length of the run in the later one replaces any in the earlier one."""
+    """Return options of two sources; a length of the run in the later one replaces any in the earlier one."""
     replaced = LENGTHS if LENGTHS & later.keys() else set()
     return {name: value for name, value in earlier.items() if name not in replaced} | later

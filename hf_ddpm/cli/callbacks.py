@@ -62,13 +62,13 @@ class SampleGrid(Callback):
 
 
 class Export(Callback):
-    """Writes the pipeline of the averaged weights, in the format of diffusers; those of further averages below it."""
+    """Write the pipeline of the averaged weights, in the format of diffusers; those of further averages below it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def on_end(self, run: Run) -> None:
-        """Writes it."""
+        """Write it."""
         if run.accelerator.is_main_process:
             for number, ema in enumerate(run.emas):
                 export(run, self.folder / ema.name if number else self.folder, number)
@@ -178,7 +178,7 @@ class Evaluations(Callback):
 
 
 class Card(Callback):
-    """Writes the model card: what the run, its figures and its pictures say.
+    """Write the model card: what the run, its figures and its pictures say.
 
     It stands twice among the callbacks, behind the export, so that no other card is ever beside the weights, and last.
     """
@@ -187,7 +187,7 @@ class Card(Callback):
         self.folder = folder
 
     def on_end(self, run: Run) -> None:
-        """Writes it."""
+        """Write it."""
         if run.accelerator.is_main_process:
             write_card(self.folder, pipe=run.pipeline(), model_id=run.config.hub.hub_model_id)
 
@@ -210,7 +210,7 @@ class Push(Callback):
         self.background = BackgroundPush(self.folder, self.model_id, config.hub.hub_private_repo, log)
 
     def on_pause(self, run: Run) -> None:
-        """Exports what there is, and starts to push it."""
+        """Export what there is, and starts to push it."""
         try:
             export(run, self.folder)
             if not run.config.training.sample_at_checkpoints:
@@ -238,11 +238,11 @@ class Push(Callback):
 
 
 def _given(request: Any) -> dict[str, Any] | None:
-    """Returns the options of a request that are not None."""
+    """Return the options of a request that are not None."""
     return {name: value for name, value in request.items() if value is not None} if isinstance(request, dict) else None
 
 
 def export(run: Run, folder: Path, number: int = 0) -> None:
-    """Writes the pipeline of an average, and in `export.json` of which step it is; see `write_export`."""
+    """Write the pipeline of an average, and in `export.json` of which step it is; see `write_export`."""
     record = {"step": run.step, "images": run.step * run.global_batch_size}
     write_export(run.pipeline(number), folder, {**record, "lengths": run.lengths, "hub_ids": run.hub_ids})

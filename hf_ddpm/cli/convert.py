@@ -32,7 +32,7 @@ class ConvertConfig:
 
 
 def plan(config: ConvertConfig, hints: Hints) -> "Conversion":
-    """Returns the conversion that was asked for."""
+    """Return the conversion that was asked for."""
     from hf_ddpm.hub.convert import ho2020, improved_diffusion, stock  # takes seconds
     from hf_ddpm.hub.convert.conversion import read_weights
 
@@ -44,7 +44,7 @@ def plan(config: ConvertConfig, hints: Hints) -> "Conversion":
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     config, hints = parse_options(argv, ConvertConfig, Hints, doc=__doc__)
     from hf_ddpm.hub.convert.conversion import check_free, write_pipeline  # takes seconds
 

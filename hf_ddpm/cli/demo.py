@@ -18,14 +18,14 @@ class DemoConfig:
     model: str | None = option("folder or Hub id of a DDPM pipeline; the variable MODEL_ID by default", None)
 
     def __post_init__(self) -> None:
-        """Finds the model."""
+        """Find the model."""
         self.model = self.model or os.environ.get("MODEL_ID")
         if self.model is None:
             raise ValueError("the following arguments are required: --model")
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     (config,) = parse_options(argv, DemoConfig, doc=__doc__)
     from hf_ddpm.demo.app import show  # takes seconds
 

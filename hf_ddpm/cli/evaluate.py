@@ -18,7 +18,7 @@ from hf_ddpm.utils.options import parse_options
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     config, sampling = parse_options(argv, EvaluateConfig, Sampling, doc=__doc__)
     import torch  # takes seconds, like what follows
     from accelerate import Accelerator

@@ -24,13 +24,13 @@ class ExportConfig:
     output: str | None = option("folder of the pipeline; that of the run by default", None)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require(self, "run", Path(self.run).is_dir(), "there is no such folder")
         require_at_least(self, 0, "step")
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     (config,) = parse_options(argv, ExportConfig, doc=__doc__)
     folder, step = export_model(**vars(config))
     print(f"{folder} holds the model of step {step:,}; DDPMPipeline.from_pretrained({str(folder)!r}) loads it")
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 def export_model(
     run: Path | str, step: int | None = None, average: str | None = None, output: Path | str | None = None
 ) -> tuple[Path, int]:
-    """Exports the model of a run at one of its checkpoints: `hf-ddpm export` in Python.
+    """Export the model of a run at one of its checkpoints: `hf-ddpm export` in Python.
 
     Args:
         run: Folder of a run, or of one of its checkpoints.
@@ -75,7 +75,7 @@ def export_model(
 
 
 def _checkpoint(config: ExportConfig) -> Path:
-    """Returns the checkpoint that is meant; raises a `ValueError` unless it is sound."""
+    """Return the checkpoint that is meant; raises a `ValueError` unless it is sound."""
     from hf_ddpm.utils.runs import checkpoints, find_checkpoint, run_folder, step_of, verify_checkpoint
 
     folder = Path(config.run)
@@ -97,7 +97,7 @@ def _checkpoint(config: ExportConfig) -> Path:
 
 
 def _write(checkpoint: Path, average: str, folder: Path) -> None:
-    """Writes the pipeline, its record, the files of the run that its card is made from, and the card."""
+    """Write the pipeline, its record, the files of the run that its card is made from, and the card."""
     import shutil
 
     from hf_ddpm import DDPMPipeline

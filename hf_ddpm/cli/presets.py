@@ -18,7 +18,7 @@ class PresetsConfig:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parse_options(argv, PresetsConfig, doc=__doc__)
     for name in preset_names():
         config, text = parse_config(["--preset", name]), preset_path(name).read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 from hf_ddpm.cli.export import export_model
 from hf_ddpm.utils.launch import exclusive
-from hf_ddpm.utils.options import option, parse_options, require
+from hf_ddpm.utils.options import option, parse_options, require, require_types
 from hf_ddpm.utils.runs import checkpoint_of
 
 
@@ -35,7 +35,8 @@ class PushConfig:
     space: str | None = option("a Space to create and fill with a demo of the model, namespace/name", None)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
+        require_types(self)
         for name in ("hub_model_id", "space"):
             value = getattr(self, name)
             require(self, name, value is None or value.count("/") == 1, "namespace/name")
@@ -44,7 +45,7 @@ class PushConfig:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     (config,) = parse_options(argv, PushConfig, doc=__doc__)
     model_url, *space_urls = push_to_hub(**vars(config))
     print(f"{model_url} holds {config.model}")
@@ -62,7 +63,7 @@ def push_to_hub(
     license: str | None = None,
     space: str | None = None,
 ) -> list[str]:
-    """Pushes a model's folder to the Hub with its card, and a Space that shows it: `hf-ddpm push` in Python.
+    """Push a model's folder to the Hub with its card, and a Space that shows it: `hf-ddpm push` in Python.
 
     Args:
         model: Folder of a model, as `hf_ddpm.train` or `save_pretrained` writes it.
@@ -83,8 +84,8 @@ def push_to_hub(
     from hf_ddpm.hub.card import write_card  # takes seconds
     from hf_ddpm.hub.push import push_model, push_space
 
-    config = PushConfig(str(model), hub_model_id, private, revision_message, license, space)
-    with _exported(config.model) as folder:
+    config = PushConfig(model, hub_model_id, private, revision_message, license, space)
+    with _exported(str(config.model)) as folder:
         write_card(folder, model_id=hub_model_id, license=license)
         urls = [push_model(folder, hub_model_id, private, revision_message)]
     if space is not None:
@@ -95,7 +96,7 @@ def push_to_hub(
 
 @contextmanager
 def _exported(model: str) -> Iterator[Path]:
-    """Yields the folder of a model; of a run with a newer checkpoint, a temporary export."""
+    """Yield the folder of a model; of a run with a newer checkpoint, a temporary export."""
     checkpoint = checkpoint_of(model, print)
     if checkpoint is None:
         with exclusive(Path(model), "model"):

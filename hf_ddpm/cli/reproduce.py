@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     name, parts = parse_command(argv, COMMANDS, doc=__doc__)
     if name == "ablation":
         from hf_ddpm.paper.ablation import ablation  # takes seconds
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(launcher: str, command: str, words: list[str]) -> int:
-    """Runs another command, which is told to save if this is interrupted; returns its exit code."""
+    """Run another command, and let it save if this one is interrupted; return its exit code."""
     line = [*(shlex.split(launcher) or [sys.executable]), "-m", "hf_ddpm", command, *words]
     with subprocess.Popen(line) as process:
         try:

@@ -14,7 +14,7 @@ from hf_ddpm.utils.options import parse_options
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     config, sampling = parse_options(argv, SampleConfig, Sampling, doc=__doc__)
     hf_ddpm.sample_images(sampling=sampling, **vars(config))
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from hf_ddpm.cli.callbacks import Card, Evaluations, Export, Push, SampleGrid
@@ -17,7 +17,7 @@ from hf_ddpm.data import open_images
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.decoding import read_report
 from hf_ddpm.training import loop
-from hf_ddpm.training.build import build_process, build_run, check_same_step, start_accelerator
+from hf_ddpm.training.build import build_process, build_run, check_same_step, join_processes, start_accelerator
 from hf_ddpm.training.checkpoints import Checkpoints, archive_after, load_checkpoint
 from hf_ddpm.training.dry_run import estimate_cost
 from hf_ddpm.training.loop import Callback, Run
@@ -31,9 +31,10 @@ Log = Callable[[str], object]
 
 
 def train(config: Config | None = None, **options: Any) -> Path:
-    """Trains a DDPM, samples from it and exports the pipeline: `hf-ddpm train` in Python.
+    """Train a DDPM, sample from it and export the pipeline: `hf-ddpm train` in Python.
 
-    The same call resumes from the last checkpoint in its folder. Every process of a launcher is to call it.
+    The same call resumes from the last checkpoint in its folder. Every process of a launcher calls it. It sets
+    `torch.backends.cuda.matmul.allow_tf32` to the option `tf32`; two calls at a time need two processes.
 
     Args:
         config: All options, such as `hf_ddpm.Config.of(preset="digits")`; instead of `options`.
@@ -52,14 +53,16 @@ def train(config: Config | None = None, **options: Any) -> Path:
         config = Config.of(**options)
     elif options:
         raise ValueError(f"options {', '.join(options)} are given beside a config: expected one of both")
+    if not isinstance(config, Config):
+        raise ValueError(f"config={config!r}: expected a hf_ddpm.Config, such as Config.of(config='file.yaml')")
     check_tracker(config.training.tracker)
-    folder = Path(config.training.output_dir)
+    folder, state = Path(config.training.output_dir), join_processes(config)
     if config.training.dry_run:
         print_cost(config, start_accelerator(config))
         return folder
 
     make_folder(folder, "output_dir")
-    with exclusive(folder) if PartialState(cpu=not torch.cuda.is_available()).is_main_process else nullcontext():
+    with exclusive(folder) if state.is_main_process else nullcontext():
         checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
         if checkpoint is not None:
             config = config.resumed(stored_options(checkpoint))
@@ -80,7 +83,7 @@ def train(config: Config | None = None, **options: Any) -> Path:
 
 
 def print_cost(config: Config, accelerator: Accelerator) -> None:
-    """Prints what the run would cost."""
+    """Print what the run would cost."""
     run, images = start(config, accelerator, accelerator.print)
     with closing(images):
         for name, line in estimate_cost(run, images).items():
@@ -89,7 +92,7 @@ def print_cost(config: Config, accelerator: Accelerator) -> None:
 
 
 def evaluations_and_pushes(config: Config, accelerator: Accelerator, log: Log) -> tuple[list[Evaluations], list[Push]]:
-    """Returns the callbacks whose requests can be refused: to be called before images are decoded."""
+    """Return the callbacks whose requests can be refused: to be called before images are decoded."""
     is_pushed = config.hub.push_to_hub and accelerator.is_main_process
     pushes = [Push(config, log=tqdm.write)] if is_pushed else []
     is_evaluated = bool(config.evaluation.eval_metrics)
@@ -98,7 +101,7 @@ def evaluations_and_pushes(config: Config, accelerator: Accelerator, log: Log) -
 
 
 def open_run(config: Config, accelerator: Accelerator, checkpoint: Path | None, log: Log) -> tuple[Run, BatchSource]:
-    """Returns a run, where its checkpoint left it, and its images; the folder is only read, but for the report."""
+    """Return a run, where its checkpoint left it, and its images; the folder is only read, but for the report."""
     listed = bad_images(config)
     if checkpoint is None and accelerator.is_main_process:
         listed.unlink(missing_ok=True)  # of another run
@@ -114,7 +117,7 @@ def open_run(config: Config, accelerator: Accelerator, checkpoint: Path | None, 
 def start(
     config: Config, accelerator: Accelerator, log: Log, checkpoint: Path | None = None, report: Path | None = None
 ) -> tuple[Run, BatchSource]:
-    """Returns a run at step 0 and its images; `checkpoint` is where it will resume from, `report` lists bad images."""
+    """Return a run at step 0 and its images; `checkpoint` is where it will resume from, `report` lists bad images."""
     scheduler, source = build_process(config, checkpoint)  # complains before images are decoded for hours
     images = open_images(
         config.data,
@@ -129,7 +132,7 @@ def start(
 
 
 def prepare_folder(run: Run) -> None:
-    """Sets later checkpoints aside, writes the options, opens the tracker."""
+    """Set later checkpoints aside, write the options, open the tracker."""
     folder = Path(run.config.training.output_dir)
     if run.accelerator.is_main_process:
         archive_after(folder / "checkpoints", run.step)
@@ -138,7 +141,7 @@ def prepare_folder(run: Run) -> None:
 
 
 def callbacks_of(config: Config, evaluations: list[Evaluations], pushes: list[Push]) -> list[Callback]:
-    """Returns what happens beside the training, in this order."""
+    """Return what happens beside the training, in this order."""
     folder = Path(config.training.output_dir)
     return [
         Progress(folder / "metrics.jsonl"),
@@ -153,9 +156,10 @@ def callbacks_of(config: Config, evaluations: list[Evaluations], pushes: list[Pu
 
 
 def take_steps(run: Run, images: BatchSource, callbacks: list[Callback]) -> None:
-    """Trains to the end or to a signal, which `run.stopped_by` then names."""
+    """Train to the end or to a signal, which `run.stopped_by` then names."""
     try:
-        with StatusFile(Path(run.config.training.output_dir) / "status.json", run) as status:
+        status = StatusFile(Path(run.config.training.output_dir) / "status.json", run)
+        with status, torch.enable_grad():  # a notebook may have switched gradients off
             loop.train(run, images, [callbacks[0], status, *callbacks[1:]])
     except Interrupted as interrupted:
         run.stopped_by = interrupted.number
@@ -163,7 +167,7 @@ def take_steps(run: Run, images: BatchSource, callbacks: list[Callback]) -> None
 
 
 def print_start(run: Run, images: int, checkpoint: Path | None, complaints: list[str]) -> None:
-    """Prints what is trained, on what, from where."""
+    """Print what is trained, on what, from where."""
     accelerator, origin = run.accelerator, "from the start" if checkpoint is None else f"from {checkpoint}"
     accelerator.print(*complaints, sep="\n", end="\n" if complaints else "")
     accelerator.print(
@@ -179,7 +183,7 @@ def print_start(run: Run, images: int, checkpoint: Path | None, complaints: list
 
 
 def print_length(run: Run, checkpoint: Path | None) -> None:
-    """Prints what another length does to a run that is resumed."""
+    """Print what another length does to a run that is resumed."""
     if checkpoint is not None:
         then = lengths_of(read_state(checkpoint))[-1][1]
         line = describe_length(run.config.training, run.step, then)
@@ -187,7 +191,7 @@ def print_length(run: Run, checkpoint: Path | None) -> None:
 
 
 def print_end(run: Run) -> None:
-    """Prints which images were not used, and what the run has come to."""
+    """Print which images were not used, and how the run has ended."""
     log, folder, listed = run.accelerator.print, Path(run.config.training.output_dir), bad_images(run.config)
     skipped = read_report(listed)
     if skipped:
@@ -199,7 +203,7 @@ def print_end(run: Run) -> None:
 
 
 def commands_of(run: Run) -> list[str]:
-    """Returns lines with the commands for a run that is stopped."""
+    """Return lines with the commands for a run that is stopped."""
     folder = Path(run.config.training.output_dir)
     program = "hf-ddpm" if run.accelerator.num_processes == 1 else "accelerate launch -m hf_ddpm"
     latest = "" if run.config.training.resume == "latest" else " --resume latest"
@@ -214,5 +218,5 @@ def commands_of(run: Run) -> list[str]:
 
 
 def bad_images(config: Config) -> Path:
-    """Returns the file that lists images which cannot be used."""
+    """Return the file that lists images which cannot be used."""
     return Path(config.training.output_dir) / "bad_images.jsonl"

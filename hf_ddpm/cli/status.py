@@ -1,6 +1,8 @@
 """Show how far a run is: step, speed, time left, last losses, and whether its process is alive.
 
-hf-ddpm status runs/digits
+    hf-ddpm status runs/digits
+
+A run whose process is gone although it has not ended was killed: the command that started it resumes it.
 """
 
 import json
@@ -25,12 +27,12 @@ class StatusConfig:
     run: str = option("folder of a run", is_first=True)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require(self, "run", (Path(self.run) / "status.json").is_file(), "it holds no status.json of a run")
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     (config,) = parse_options(argv, StatusConfig, doc=__doc__)
     for name, value in describe(Path(config.run)).items():
         print(f"{name + ':':13}{value}")
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> int:
 
 
 def describe(folder: Path) -> dict[str, str]:
-    """Returns lines on a run by name; raises a `ValueError` if its status cannot be read."""
+    """Return lines on a run by name; raises a `ValueError` if its status cannot be read."""
     status = read_status(folder / "status.json")
     step, steps = status["step"], status.get("max_train_steps")
     rate, left = status.get("images_per_second"), status.get("seconds_left")
@@ -57,7 +59,7 @@ def describe(folder: Path) -> dict[str, str]:
 
 
 def describe_state(status: dict[str, Any], is_running: bool) -> str:
-    """Returns the state of a run in words: what its file says, and whether its process agrees."""
+    """Return the state of a run in words: what its file says, and whether its process agrees."""
     state = status["status"]
     if is_running:
         return state if state == "running" else "running (another session has begun)"
@@ -67,7 +69,7 @@ def describe_state(status: dict[str, Any], is_running: bool) -> str:
 
 
 def is_alive(folder: Path) -> bool:
-    """Returns whether a process holds a run's folder."""
+    """Return whether a process holds a run's folder."""
     if not (folder / ".lock").exists():
         return False
     try:
@@ -80,7 +82,7 @@ def is_alive(folder: Path) -> bool:
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """Returns the contents of `status.json`; raises a `ValueError` of one line if it is damaged."""
+    """Return the contents of `status.json`; raises a `ValueError` of one line if it is damaged."""
     try:
         status = json.loads(path.read_text(encoding="utf-8"))
         if not (isinstance(status, dict) and isinstance(status.get("status"), str) and type(status["step"]) is int):

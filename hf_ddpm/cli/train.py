@@ -14,7 +14,7 @@ from hf_ddpm.utils.launch import Interrupted
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     config = parse_config(argv, doc=__doc__)
     try:
         hf_ddpm.train(config)

@@ -46,9 +46,8 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Return the mean of the estimates from disjoint blocks of images, and its standard error.
 
-    Both sets are shuffled and cut into blocks; what is left over at the end takes no part. The cost is linear in the
-    number of images, and since no image stands in two blocks of a set the error is an honest one. It is of the
-    features drawn and the reference drawn alike. With two blocks it is itself very uncertain.
+    Both sets are shuffled and cut into blocks; a remainder is dropped. The cost is linear in the number of images.
+    Blocks share no image, so that the standard error covers the draws of both sets; from two blocks it is uncertain.
 
     Args:
         features: Features, shape `(n, D)`; computed with in float64.

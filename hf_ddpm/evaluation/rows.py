@@ -24,7 +24,7 @@ def check_features(name: str, features: Tensor, at_least: int = 1) -> None:
 
 
 def check_pair(features: Tensor, reference: Tensor, at_least: int = 1) -> None:
-    """Raise a `ValueError` unless both of two sets are as `check_features` wants them, and of the same width."""
+    """Raise a `ValueError` unless two sets pass `check_features` and have the same width."""
     check_features("features", features, at_least)
     check_features("reference features", reference, at_least)
     check_same_width(features.shape[1], reference.shape[1])
@@ -37,15 +37,7 @@ def check_same_width(width: int, reference_width: int) -> None:
 
 
 def from_bytes(rows: Sequence[bytes], dtype: str) -> Tensor:
-    """Return features of shape `(N, D)` whose rows came as the bytes of arrays, the way `evaluate` keeps them.
-
-    Args:
-        rows: The bytes of a row each.
-        dtype: What they are of: `float32` or `float64`.
-
-    Raises:
-        ValueError: If there is no row, `dtype` is not allowed, or rows are not of one length.
-    """
+    """Return features, shape `(N, D)`, from rows as bytes of `float32` or `float64`, as `evaluate` stores them."""
     check_one_of("dtype", dtype, DTYPES)
     lengths = {len(row) for row in rows}
     size = np.dtype(dtype).itemsize

@@ -107,7 +107,8 @@ class BackgroundPush:
         self._process = None
         if code:
             self._is_behind = True
-            lines = (self._copy / "log").read_text(errors="replace").strip().splitlines()
+            log = self._copy / "log"
+            lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
             self.report(lines[-1] if lines else f"{self.repo_id} cannot be pushed to: the process ended with {code}")
         shutil.rmtree(self._copy, ignore_errors=True)
 

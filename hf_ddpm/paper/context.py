@@ -11,7 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from hf_ddpm.evaluation.evaluate import Reference
+from hf_ddpm.evaluation.extraction import Images, extract
+from hf_ddpm.evaluation.frechet import Moments, standard_error
 from hf_ddpm.evaluation.options import EvaluateConfig, default_levels
+from hf_ddpm.evaluation.results import RealFeatures, figures
 from hf_ddpm.images import grid, save_picture, to_bytes, to_pictures
 from hf_ddpm.paper.options import FigureOptions
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
@@ -26,6 +29,7 @@ from hf_ddpm.utils.plots import Curve, save_curves
 
 # Time per frame of an animation.
 MILLISECONDS, LAST_MILLISECONDS = 80, 1500
+PARTS = 10  # of the jackknife
 # Of the labels of a sheet, in pixels.
 FONT_SIZE, MARGIN, GAP = 13, 6, 3
 
@@ -78,6 +82,21 @@ class FigureContext:
             batch_size=min(self.options.batch_size, count),
             state=self.accelerator,
         )
+
+    def distance(self, real: RealFeatures, images: Images) -> dict[str, Any]:
+        """Compute the Frechet distance of the first `real.count` images, as `hf-ddpm evaluate` does.
+
+        Returns:
+            `value`, with numbers of images; `floor`, the distance of as many held-out images; `standard_error` of the
+            value, from 3 images on.
+        """
+        generated = extract(real.extractor, images, range(real.count), self.accelerator)
+        figure = figures("fd", generated, real)
+        if real.count > 2:
+            assert real.reference is not None
+            parts = [generated.features[first::PARTS] for first in range(min(PARTS, real.count))]
+            figure["standard_error"] = standard_error(parts, Moments.of(real.reference))
+        return figure
 
     def diffused(self, chosen: Sequence[int]) -> list[int]:
         """Return numbers of diffusion steps, the paper's `t`, ascending: the chosen ones, or quarters of all."""
@@ -146,6 +165,16 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
 def with_error(value: float, error: float | None) -> str:
     """Return a number and its error as text."""
     return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
+
+
+def what_was_compared(figure: dict[str, Any], made_by: dict[str, Any]) -> str:
+    """Describe what a distance compares, in a sentence or two."""
+    data, extractor = made_by["dataset"], made_by["extractor"]
+    floor = f" As many held-out images score {figure['floor']:.4g}." if "floor" in figure else ""
+    return (
+        f"Frechet distance of {figure['num_images']} images to the {figure['reference_images']} of {data['name']} "
+        f"({data['reference_split']}), features: {extractor['name']}.{floor}"
+    )
 
 
 def sheet(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str]) -> Image.Image:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.images import bytes_to_unit, to_bytes
-from hf_ddpm.paper.context import FigureContext, rmse, sheet, table
-from hf_ddpm.paper.distances import distance, what_was_compared
+from hf_ddpm.paper.context import FigureContext, rmse, sheet, table, what_was_compared
 from hf_ddpm.paper.options import ProgressiveOptions
 from hf_ddpm.utils.seeds import SAMPLES, generator
 
@@ -21,7 +20,7 @@ def progressive(context: FigureContext, options: ProgressiveOptions) -> None:
     moments: list[dict[str, Any]] = []
     for place in chosen:
         moment = {"t": timesteps[place] + 1, "rmse": rmse(bytes_to_unit(frames[place]), bytes_to_unit(frames[-1]))}
-        moments.append(moment | (distance(context, real, frames[place]) if real else {}))
+        moments.append(moment | (context.distance(real, frames[place]) if real else {}))
 
     shown = [bytes_to_unit(frame[: options.shown]) for frame in frames]
     rows = [("", torch.stack([shown[place][image] for place in chosen])) for image in range(options.shown)]

@@ -11,8 +11,7 @@ from typing import Any
 
 from hf_ddpm.diffusion.gaussian import LEARNED
 from hf_ddpm.evaluation.results import RealFeatures
-from hf_ddpm.paper.context import FigureContext, table, with_error
-from hf_ddpm.paper.distances import distance, what_was_compared
+from hf_ddpm.paper.context import FigureContext, table, what_was_compared, with_error
 from hf_ddpm.paper.options import StepsOptions
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import find_scheduler
@@ -78,7 +77,7 @@ def measure(context: FigureContext, real: RealFeatures, walk: Walk, number: int)
         evaluations = len(scheduler.timesteps)
     finally:
         context.pipe.scheduler = own
-    return {"steps": number, "evaluations": evaluations, **distance(context, real, images)}
+    return {"steps": number, "evaluations": evaluations, **context.distance(real, images)}
 
 
 def report(context: FigureContext, options: StepsOptions, rows: list[dict[str, Any]], made_by: dict[str, Any]) -> None:

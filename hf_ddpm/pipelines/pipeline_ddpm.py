@@ -195,7 +195,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DDPMPipeline":
-        """Loads a pipeline as diffusers does; also the newest checkpoint of a run, or the checkpoint of a folder.
+        """Load a pipeline as diffusers does; also the newest checkpoint of a run, or the checkpoint of a folder.
 
         Args:
             pretrained_model_name_or_path: Folder of a pipeline, of a run (even while it is trained) or of one of its
@@ -235,7 +235,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         return loaded
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
-        """Writes the pipeline's index, in which our classes go by the names of those of diffusers."""
+        """Write the pipeline's index, in which our classes go by the names of those of diffusers."""
         index = json.loads(self.to_json_string())
         index.pop("_name_or_path", None)
         for name, component in self.components.items():
@@ -292,7 +292,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
             )
 
     def _check_process(self) -> None:
-        """Raises a `ValueError` if a scheduler has other betas than the one that the pipeline was made with."""
+        """Raise a `ValueError` if a scheduler has other betas than the one that the pipeline was made with."""
         own, other = self._alphas_cumprod, getattr(self.scheduler, "alphas_cumprod", None)
         if own is not None and other is not None and (len(own) != len(other) or not own.allclose(other, atol=0.01)):
             name = type(self.scheduler).__name__
@@ -302,7 +302,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
             )
 
     def _check_finite(self, sums: list[Tensor]) -> None:
-        """Raises a `FloatingPointError` that names the first step at which something was not finite, and the reason."""
+        """Raise a `FloatingPointError` that names the first step at which something was not finite, and the reason."""
         is_finite = torch.stack(sums).isfinite()  # one wait for a whole chain
         if bool(is_finite.all()):
             return
@@ -319,7 +319,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
     def _classes(
         self, labels: Tensor | list[int | str] | None, batch_size: int, guidance_scale: float
     ) -> Tensor | None:
-        """Returns the numbers of the classes, or None for a network without."""
+        """Return the numbers of the classes, or None for a network without."""
         count, names, null = self.unet.config.num_class_embeds, self.class_names, self.null_class
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale={guidance_scale} is not allowed: a finite number")
@@ -356,7 +356,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
 
     def _step_options(self, generator: Generators, eta: float) -> dict[str, Any]:
-        """Returns what this scheduler's `step` understands: some are deterministic, and few have an eta."""
+        """Return what this scheduler's `step` understands: some are deterministic, and few have an eta."""
         known = inspect.signature(self.scheduler.step).parameters
         if eta and "eta" not in known:
             raise ValueError(
@@ -366,7 +366,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
 
 
 def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
-    """Loads the pipeline of a folder, also of a run or a checkpoint, or of a Hub id onto a device.
+    """Load the pipeline of a folder, also of a run or a checkpoint, or of a Hub id onto a device.
 
     A warning is logged if the folder holds the export of a run, whose checksum differs: files were changed since.
 
@@ -423,7 +423,7 @@ def compare_with_export(pipe: DDPMPipeline) -> None:
 
 
 def _check_index(index: Any) -> None:
-    """Raises a `ValueError` that names a key and its value, unless an index names a network and a scheduler."""
+    """Raise a `ValueError` that names a key and its value, unless an index names a network and a scheduler."""
     if not isinstance(index, dict):
         raise ValueError("not a JSON object")
     for name in ("unet", "scheduler"):

@@ -1,4 +1,4 @@
-"""Runs and checkpoints as pipelines: a checkpoint in the format of diffusers, and exports."""
+"""Run and checkpoints as pipelines: a checkpoint in the format of diffusers, and exports."""
 
 import dataclasses
 import json
@@ -20,13 +20,13 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def labels_by_number(class_names: Sequence[str]) -> dict[str, str] | None:
-    """Returns names of classes as a pipeline's `id2label`, None if there are none."""
+    """Return names of classes as a pipeline's `id2label`, None if there are none."""
     return {str(number): name for number, name in enumerate(class_names)} or None
 
 
 @contextmanager
 def stock_folder(checkpoint: Path, average: str | None = None) -> Iterator[str]:
-    """Yields a temporary folder with the pipeline of a checkpoint in the format of diffusers; weights are links.
+    """Yield a temporary folder with the pipeline of a checkpoint in the format of diffusers; weights are links.
 
     Args:
         checkpoint: The folder of a checkpoint.
@@ -61,7 +61,7 @@ def stock_folder(checkpoint: Path, average: str | None = None) -> Iterator[str]:
 
 
 def average_name(state: Mapping[str, Any], average: str | None = None) -> str:
-    """Returns the name of an average of a checkpoint; raises a `ValueError` if the run has none of that decay."""
+    """Return the name of an average of a checkpoint; raises a `ValueError` if the run has none of that decay."""
     decays = with_past_defaults(state["config"])["ema_decay"]
     names = [f"ema-{decay}" for decay in (decays if isinstance(decays, list) else [decays])]
     name = names[0] if average is None else f"ema-{average.removeprefix('ema-')}"
@@ -71,7 +71,7 @@ def average_name(state: Mapping[str, Any], average: str | None = None) -> str:
 
 
 def components(state: Mapping[str, Any], checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the configurations of the network and of the process of a checkpoint.
+    """Return the configurations of the network and of the process of a checkpoint.
 
     Raises:
         ValueError: If an older version wrote it, and the run started from another model.
@@ -90,7 +90,7 @@ def components(state: Mapping[str, Any], checkpoint: Path) -> tuple[dict[str, An
 
 
 def write_export(pipe: DiffusionPipeline, folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes a pipeline, file by file, and `export.json`: a record with the pipeline's checksum.
+    """Write a pipeline, file by file, and `export.json`: a record with the pipeline's checksum.
 
     A reader always finds a whole model, if any.
 

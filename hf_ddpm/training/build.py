@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 
 from hf_ddpm.config import Config
 from hf_ddpm.data.batches import BatchSource
@@ -24,14 +25,29 @@ from hf_ddpm.utils.public import hub_ids
 from hf_ddpm.utils.seeds import INITIALIZATION, derived_seed
 
 
+def join_processes(config: Config) -> PartialState:
+    """Return the state of this process among others.
+
+    Raises:
+        ValueError: If the processes do not see each other, or are not as many as the options require.
+    """
+    state, asked = PartialState(cpu=not torch.cuda.is_available()), int(os.environ.get("WORLD_SIZE", 1))
+    if state.num_processes != asked:
+        raise ValueError(f"{asked} processes were launched, but they do not see each other")
+    if config.training.world_size not in (None, asked):
+        raise ValueError(f"world_size={config.training.world_size}, but there are {asked} processes")
+    return state
+
+
 def start_accelerator(config: Config) -> Accelerator:
     """Returns the accelerator.
 
     Raises:
-        ValueError: If the launcher has other options than those that it decides, or its processes do not see each
-            other.
+        ValueError: If the launcher accumulates gradients, which is an option of the run.
     """
     tracker = config.training.tracker
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.training.mixed_precision:
+        AcceleratorState._reset_state()  # accelerate keeps the precision of an earlier run in this process
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=config.training.mixed_precision,
@@ -43,13 +59,6 @@ def start_accelerator(config: Config) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("give gradient_accumulation_steps to the script, not to the launcher")
-    asked = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != asked:
-        raise ValueError(f"{asked} processes were launched, but they do not see each other")
-    if config.training.world_size not in (None, accelerator.num_processes):
-        raise ValueError(
-            f"world_size={config.training.world_size}, but there are {accelerator.num_processes} processes"
-        )
     return accelerator
 
 
@@ -90,9 +99,10 @@ def build_run(
     """Returns a run at step 0; its initial weights depend on the seed alone, or are those of `source`."""
     config = replace(config, training=config.training.counted(len(images), accelerator.num_processes))
     if source is None:
-        torch.manual_seed(derived_seed(config.training.seed, INITIALIZATION))
-        unet = UNet2DModel(**config.unet(len(images.class_names)))
-        initialize_like_paper(unet)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(config.training.seed, INITIALIZATION))
+            unet = UNet2DModel(**config.unet(len(images.class_names)))
+            initialize_like_paper(unet)
     else:
         _check_classes(source, config, images.class_names)
         unet = UNet2DModel.from_config({**source.unet.config, "dropout": config.model.dropout})

@@ -53,7 +53,7 @@ class Checkpoints(Callback):
 
 
 def save_checkpoint(run: Run, folder: Path) -> Path:
-    """Writes all that a run needs to go on exactly as if it had not stopped, and returns the checkpoint's folder."""
+    """Write all that a run needs to go on exactly as if it had not stopped, and returns the checkpoint's folder."""
     final = folder / f"step-{run.step:09d}"
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -145,7 +145,7 @@ def _check_same_run(run: Run, state: dict[str, Any], path: Path) -> None:
 
 
 def _set_length(run: Run, stored: list[tuple[int, int]]) -> None:
-    """Ends a run at its step if it should have ended before; else records its length if it is another one."""
+    """End a run at its step if it should have ended before; else records its length if it is another one."""
     training, run.lengths = run.config.training, stored
     steps = training.max_train_steps
     if steps < run.step:
@@ -156,7 +156,7 @@ def _set_length(run: Run, stored: list[tuple[int, int]]) -> None:
 
 
 def _data(run: Run) -> dict[str, Any]:
-    """Returns what of the data decides which image is which."""
+    """Return what of the data decides which image is which."""
     return {"images": run.num_images, "classes": list(run.class_names)}
 
 
@@ -182,7 +182,7 @@ def _nested(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns tensors of the names, shapes and types of an Adam optimizer's state, on the meta device."""
+    """Return tensors of the names, shapes and types of an Adam optimizer's state, on the meta device."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     step = torch.empty((), device="meta")
     return {

@@ -79,7 +79,7 @@ class Run:
         return is_last or self.step % training.log_steps == 0
 
     def check_finite(self) -> None:
-        """Raises a `FloatingPointError` if the run has diverged: before its weights are saved over sound ones."""
+        """Raise a `FloatingPointError` if the run has diverged: before its weights are saved over sound ones."""
         sizes = list(torch._foreach_norm([parameter.detach() for parameter in self.unet.parameters()]))
         scaler = self.accelerator.scaler
         if scaler is None:
@@ -95,7 +95,7 @@ class Run:
             )
 
     def pipeline(self, number: int = 0) -> DDPMPipeline:
-        """Returns the pipeline of one of the averages."""
+        """Return the pipeline of one of the averages."""
         return DDPMPipeline(self.emas[number].model, self.scheduler, labels_by_number(self.class_names))
 
 
@@ -201,7 +201,7 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
 
 
 def received_signal(accelerator: Accelerator) -> int | None:
-    """Returns the number of a signal that any process has received, the same on all; every process must call it."""
+    """Return the number of a signal that any process has received, the same on all; every process must call it."""
     number = signals.number
     if accelerator.num_processes > 1:
         number = int(accelerator.gather(torch.tensor(number, device=accelerator.device)).max())

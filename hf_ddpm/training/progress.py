@@ -80,7 +80,7 @@ class Progress(Callback):
         self._bar.close()
 
     def _line(self, run: Run) -> dict[str, float | None]:
-        """Returns what there is to say of the steps since the last line; every process must ask."""
+        """Return what there is to say of the steps since the last line; every process must ask."""
         losses, t = torch.cat(self._losses), torch.cat(self._t)
         quarter = t * 4 // len(run.scheduler)
         sums = losses.new_zeros(2, 4).index_add_(1, quarter, torch.stack([losses, torch.ones_like(losses)]))
@@ -108,7 +108,7 @@ class Progress(Callback):
 
 
 class StatusFile(Callback):
-    """Keeps `status.json` true during a `with` block: running, then finished, preempted or failed (with the error).
+    """Keep `status.json` true during a `with` block: running, then finished, preempted or failed (with the error).
 
     A running session writes its step, speed and remaining time whenever it writes a line of the metrics.
 
@@ -126,14 +126,14 @@ class StatusFile(Callback):
         }
 
     def __enter__(self) -> "StatusFile":
-        """Writes that the run is running."""
+        """Write that the run is running."""
         self._write("running")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Writes how the session has ended."""
+        """Write how the session has ended."""
         if error is None:
             self._write("finished" if self.run.stopped_by is None else "preempted")
         elif isinstance(error, KeyboardInterrupt):
@@ -143,7 +143,7 @@ class StatusFile(Callback):
                 self._write("failed", error=f"{type(error).__name__}: {error}")
 
     def on_step(self, run: Run) -> None:
-        """Writes step, speed and remaining time when a line of the metrics is due."""
+        """Write step, speed and remaining time when a line of the metrics is due."""
         if run.logs_now:
             self._write("running", durable=False)
 
@@ -159,7 +159,7 @@ class StatusFile(Callback):
 
 
 def check_tracker(name: str) -> None:
-    """Raises a `ValueError` if a tracker is not installed."""
+    """Raise a `ValueError` if a tracker is not installed."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise ValueError(f"tracker={name!r} is not installed: pip install {name}")
 
@@ -191,6 +191,6 @@ def track_picture(run: Run, name: str, picture: Image) -> None:
 
 
 def _flat(run: Run) -> dict[str, int | float | str | bool]:
-    """Returns the options as trackers take them; they leave this machine, paths of it do not."""
+    """Return the options as trackers take them; they leave this machine, paths of it do not."""
     options = public_values(run.config.to_dict(), run.hub_ids)
     return {name: value if isinstance(value, int | float | str) else str(value) for name, value in options.items()}

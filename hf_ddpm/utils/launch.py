@@ -48,7 +48,7 @@ class Signals:
 
     @contextmanager
     def handled(self, deferred: bool = False) -> Iterator[None]:
-        """Handles signals, then gives them back to the previous handlers; in other threads than the main one, nothing.
+        """Handle signals, then give them back to the previous handlers; in other threads than the main one, nothing.
 
         Args:
             deferred: Whether a signal only sets the flag; a second SIGINT raises all the same.
@@ -77,7 +77,7 @@ class Signals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raises signals as `Interrupted` where they are deferred otherwise, an earlier one before anything else."""
+        """Raise signals as `Interrupted` where they are deferred otherwise, an earlier one before anything else."""
         before, self._is_deferred = self._is_deferred, False
         try:
             if self.number:
@@ -87,7 +87,7 @@ class Signals:
             self._is_deferred = before
 
     def settle(self) -> None:
-        """Clears the flag: the signal has had its effect."""
+        """Clear the flag: the signal has had its effect."""
         self.number = 0
         self._stop_timer()
 
@@ -119,7 +119,7 @@ signals = Signals()
 
 
 def end_quietly() -> None:
-    """Lets signals end the process without a traceback: for scripts, before imports that take seconds."""
+    """Let signals end the process without a traceback: for scripts, before imports that take seconds."""
 
     def end(number: int, frame: FrameType | None) -> None:
         # Not by an exception, which imports may catch; nothing is there to be saved.
@@ -131,7 +131,7 @@ def end_quietly() -> None:
 
 
 def run_script(main: Callable[[list[str]], int]) -> NoReturn:
-    """Runs a script's `main` and exits with its code.
+    """Run a command's `main`, and exit with its code.
 
     A wrong input, a `ValueError`, is one line and code 2; a failing disk or a diverged run is one line and code 1;
     SIGTERM and Ctrl-C are one line and code 128 + their number, whatever has become of the exception that they raised.
@@ -181,25 +181,25 @@ def _exit_code(main: Callable[[list[str]], int], name: str) -> Any:
 
 
 def _hide_interrupted(hook: Callable[[Any], object]) -> Callable[[Any], object]:
-    """Returns a hook that shows no traceback of an `Interrupted` which gets lost: it is raised again."""
+    """Return a hook that shows no traceback of an `Interrupted` which gets lost: it is raised again."""
     return lambda lost: None if isinstance(lost.exc_value, Interrupted) else hook(lost)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error says that memory is short; that of torch on a CPU is a plain `RuntimeError`."""
+    """Return whether an error says that memory is short; that of torch on a CPU is a plain `RuntimeError`."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text
 
 
 def _is_unwinding(error: BaseException | None) -> bool:
-    """Returns whether an exception that is being handled comes from a signal."""
+    """Return whether an exception that is being handled comes from a signal."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
 
 
 def use_own_cores() -> None:
-    """Gives this process its share of the cores that the machine lets it use.
+    """Give this process its share of the cores that the machine lets it use.
 
     `accelerate launch` and torchrun start every process with one thread, even the only process of a large machine. To
     have fewer threads, set OMP_NUM_THREADS to 2 or more, or start the process without a launcher.
@@ -212,14 +212,14 @@ def use_own_cores() -> None:
 
 
 def own_cores() -> int:
-    """Returns this process's share of the cores that the machine lets it use, at least 1."""
+    """Return this process's share of the cores that the machine lets it use, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 @contextmanager
 def exclusive(folder: Path, option: str = "output_dir") -> Iterator[None]:
-    """Keeps a second run out of the folder that `option` names, with a `ValueError` for it."""
+    """Keep a second run out of the folder that `option` names, with a `ValueError` for it."""
     try:
         held = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:

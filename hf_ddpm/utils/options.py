@@ -19,6 +19,7 @@ import yaml
 
 from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.migration import MIGRATION
+from hf_ddpm.utils.schema import check_types
 
 
 def option(
@@ -43,45 +44,57 @@ def option(
 
 
 def require(config: Any, name: str, holds: bool, allowed: str) -> None:
-    """Raises a `ValueError` unless a check of an option holds; the line says what is allowed."""
+    """Raise a `ValueError` unless a check of an option holds; the line says what is allowed."""
     require_value(name, getattr(config, name), holds, allowed)
 
 
+def require_types(config: Any) -> None:
+    """Raise a `ValueError` unless all options have the types of their fields; a path becomes text.
+
+    The command line and YAML files are read by type; this is for options that are given in Python.
+    """
+    for entry in dataclasses.fields(config):
+        if isinstance(getattr(config, entry.name), os.PathLike):
+            setattr(config, entry.name, os.fspath(getattr(config, entry.name)))
+    hints = get_type_hints(type(config))
+    check_types(vars(config), {entry.name: hints[entry.name] for entry in dataclasses.fields(config)})
+
+
 def require_value(name: str, value: object, holds: bool, allowed: str) -> None:
-    """Raises a `ValueError` unless a check of a value holds; the line says what is allowed."""
+    """Raise a `ValueError` unless a check of a value holds; the line says what is allowed."""
     if not holds:
         raise ValueError(f"{name}={value!r} is not allowed: {allowed}")
 
 
 def require_distinct(config: Any, *names: str) -> None:
-    """Raises a `ValueError` unless options that are lists hold each value once."""
+    """Raise a `ValueError` unless options that are lists hold each value once."""
     for name in names:
         values = getattr(config, name)
         require(config, name, len(set(values)) == len(values), "each of them once")
 
 
 def require_range(config: Any, name: str) -> None:
-    """Raises a `ValueError` unless an option, if it is given, is a pair of finite numbers, the smaller one first."""
+    """Raise a `ValueError` unless an option, if it is given, is a pair of finite numbers, the smaller one first."""
     values = getattr(config, name)
     holds = values is None or (len(values) == 2 and -math.inf < values[0] < values[1] < math.inf)
     require(config, name, holds, "two finite numbers LOW HIGH, LOW < HIGH")
 
 
 def require_at_least(config: Any, least: int, *names: str) -> None:
-    """Raises a `ValueError` unless options, those of them that are given, are at least so much."""
+    """Raise a `ValueError` unless options, those of them that are given, are at least so much."""
     for name in names:
         require(config, name, getattr(config, name) is None or getattr(config, name) >= least, f"at least {least}")
 
 
 def require_memory(config: Any, name: str, size: float) -> None:
-    """Raises a `ValueError` unless bytes, of which an option is the cause, fit into the memory of this machine."""
+    """Raise a `ValueError` unless bytes, of which an option is the cause, fit into the memory of this machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     allowed = f"it needs {size / 2**30:,.0f} GiB of memory, and this machine has {memory / 2**30:,.0f}"
     require(config, name, size <= memory, allowed)
 
 
 def parse_options(argv: list[str], *parts: type, program: str | None = None, doc: str | None = None) -> list[Any]:
-    """Reads the options that some dataclasses declare.
+    """Read the options that some dataclasses declare.
 
     Args:
         argv: The command line without the program's name.
@@ -100,16 +113,15 @@ def parse_options(argv: list[str], *parts: type, program: str | None = None, doc
     if unknown and not {"-h", "--help"} & set(argv):  # before a missing option is reported, which may be misspelled
         raise ValueError(f"unknown option --{unknown[0]}: {_hint(unknown[0], names, '--')}")
     values, rest = _parser(parts, program, doc).parse_known_args(words)
-    options = _instances(parts, values)
-    if rest:
+    if rest:  # before a missing option is reported, whose value it may be
         raise ValueError(f"unexpected word {rest[0]!r}: expected --OPTION VALUE; see --help")
-    return options
+    return _instances(parts, values)
 
 
 def parse_command(
     argv: list[str], commands: Mapping[str, tuple[type, ...]], doc: str | None = None
 ) -> tuple[str, list[Any]]:
-    """Reads a sub-command and the options that its dataclasses declare.
+    """Read a sub-command and the options that its dataclasses declare.
 
     Args:
         argv: The command line without the program's name.
@@ -127,17 +139,17 @@ def parse_command(
     if not argv:
         raise ValueError("the following arguments are required: command; see --help")
     if argv[0] in ("-h", "--help"):
-        summary, _, rest = (doc or "").partition("\n")
+        summary, _, rest = (doc or "").strip("\n").partition("\n\n")
         listed = "\n".join(f"  {name:22}{line}" for name, line in lines.items())
         print(f"usage: {program} COMMAND [--OPTION VALUE ...]\n\n{summary}\n")
-        print(f"commands, each with options of its own (COMMAND --help):\n{listed}\n\nexamples:\n{rest.rstrip()}")
+        print(f"commands, each with options of its own (COMMAND --help):\n{listed}\n\nexamples:\n\n{rest}")
         raise SystemExit(0)
     name = require_name("command", argv[0], commands)
     return name, parse_options(argv[1:], *commands[name], program=f"{program} {name}", doc=lines[name])
 
 
 def require_name(what: str, name: str, known: Iterable[str]) -> str:
-    """Returns a name if it is known; raises a `ValueError` with the most similar one or all that are otherwise."""
+    """Return a name if it is known; raise a `ValueError` with the most similar one or all that are otherwise."""
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
@@ -146,23 +158,23 @@ def require_name(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def parse_first(argv: list[str], part: type) -> tuple[Any, list[str]]:
-    """Reads the options that one dataclass declares; returns an instance of it and the words that are left."""
+    """Read the options that one dataclass declares; returns an instance of it and the words that are left."""
     values, rest = _parser((part,), add_help=False).parse_known_args(_normalized(argv, (part,)))
     return _instances((part,), values)[0], rest
 
 
 def option_names(parts: Iterable[type]) -> list[str]:
-    """Returns the names that the options of some dataclasses have on the command line."""
+    """Return the names that the options of some dataclasses have on the command line."""
     return [_flag(field) for part in parts for field in dataclasses.fields(part)]
 
 
 def given_options(argv: Iterable[str], parts: Iterable[type]) -> set[str]:
-    """Returns the names of the options that a command line gives."""
+    """Return the names of the options that a command line gives."""
     return {name for word in _normalized(argv, parts) if (name := _option_name(word))}
 
 
 def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]:
-    """Reads options as the words of a command line.
+    """Read options as the words of a command line.
 
     Args:
         path: The file.
@@ -195,7 +207,11 @@ def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports errors in one line, without the usage."""
+    """Report errors in one line, without the usage; take -1e-3 for a number."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -204,12 +220,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser(
     parts: Iterable[type], program: str | None = None, doc: str | None = None, add_help: bool = True
 ) -> argparse.ArgumentParser:
-    """Returns a parser whose groups are the dataclasses."""
-    summary, _, rest = (doc or "").partition("\n")
+    """Return a parser whose groups are the dataclasses."""
+    summary, _, rest = (doc or "").strip("\n").partition("\n\n")
     parser = _Parser(
         prog=program or Path(sys.argv[0]).name,
         description=summary,
-        epilog=f"examples:\n\n{rest.strip(chr(10))}" if rest else None,
+        epilog=f"examples:\n\n{rest}" if rest else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=add_help,
@@ -227,7 +243,7 @@ def _parser(
 
 
 def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
-    """Returns what argparse is to know of an option, from its annotation, its default and its line of help."""
+    """Return what argparse is to know of an option, from its annotation, its default and its line of help."""
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     shown = default not in (dataclasses.MISSING, None, "", [])
     text = field.metadata["help"].replace("%", "%%") + (f" (default: {_words(default)})" if shown else "")
@@ -249,7 +265,7 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
 
 
 def _normalized(argv: Iterable[str], parts: Iterable[type]) -> list[str]:
-    """Returns a command line in which every option has its one spelling: `--a-b` is `--a_b`, `--no_x` `--x=false`."""
+    """Return a command line in which every option has its one spelling: `--a-b` is `--a_b`, `--no_x` `--x=false`."""
     fields, argv = {field.name: field for part in parts for field in dataclasses.fields(part)}, list(argv)
     first = [name for name, field in fields.items() if field.metadata.get("is_first")]
     words = [f"--{name}" for name in first if argv and not argv[0].startswith("-")]
@@ -257,7 +273,9 @@ def _normalized(argv: Iterable[str], parts: Iterable[type]) -> list[str]:
         name, value = _option_name(word), word.partition("=")[1:]
         if name is None or word == "--":
             words.append(word)
-        elif name.startswith("no_") and getattr(fields.get(name[3:]), "default", None) is True:
+        elif name.startswith("no_") and isinstance(getattr(fields.get(name[3:]), "default", None), bool):
+            if value[0]:
+                raise ValueError(f"{word}: expected --{name} without a value, or --{name[3:]} true or false")
             words.append(f"--{name[3:]}=false")
         else:
             words.append("".join([f"--{_flag(fields[name]) if name in fields else name}", *value]))
@@ -265,7 +283,7 @@ def _normalized(argv: Iterable[str], parts: Iterable[type]) -> list[str]:
 
 
 def _option_name(word: str) -> str | None:
-    """Returns the name of the option that a word of a command line gives, with underscores; None for a value."""
+    """Return the name of the option that a word of a command line gives, with underscores; None for a value."""
     return word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else None
 
 
@@ -282,7 +300,7 @@ def _first_line(part: type) -> str:
 
 
 def _words(value: object) -> str:
-    """Returns a default as it is typed."""
+    """Return a default as it is typed."""
     if isinstance(value, bool):
         return str(value).lower()
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -327,7 +345,7 @@ _finite.__name__, _whole.__name__ = "float", "int"
 
 
 def _hint(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """Returns what to write instead of an unknown option, after `MIGRATION` or by its letters."""
+    """Return what to write instead of an unknown option, after `MIGRATION` or by its letters."""
     there = MIGRATION.get(name, "")
     if there and set(re.findall(r"--(\w+)", there)) <= set(names):
         return f"did you mean {there.replace('--', prefix)}?" if there.startswith("--") else there

@@ -23,7 +23,7 @@ LATER_STATE = {
 
 
 def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """Chooses the checkpoint to go on from.
+    """Choose the checkpoint to go on from.
 
     Args:
         folder: Where the run keeps its checkpoints.
@@ -57,12 +57,12 @@ def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
 
 
 def stored_options(checkpoint: Path) -> dict[str, Any]:
-    """Returns the options of the run that a checkpoint is of."""
+    """Return the options of the run that a checkpoint is of."""
     return dict(read_state(checkpoint)["config"])
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Returns the `state.json` of a checkpoint; raises a `ValueError` that names file and key if it is damaged."""
+    """Return the `state.json` of a checkpoint; raises a `ValueError` that names file and key if it is damaged."""
     path = checkpoint / "state.json"
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def checkpoint_of(model: str | Path, log: Callable[[str], object]) -> Path | None:
-    """Returns the checkpoint that the name of a model stands for; None if it stands for a pipeline.
+    """Return the checkpoint that the name of a model stands for; None if it stands for a pipeline.
 
     Args:
         model: The folder of a checkpoint, or of a run: its newest sound checkpoint, unless its export is of that step
@@ -116,7 +116,7 @@ def checkpoint_of(model: str | Path, log: Callable[[str], object]) -> Path | Non
 
 
 def exported_step(folder: Path) -> int | None:
-    """Returns the step of the pipeline in a run's folder, None if it has none; one of unknown step is the last."""
+    """Return the step of the pipeline in a run's folder, None if it has none; one of unknown step is the last."""
     if not (folder / "model_index.json").exists():
         return None
     try:
@@ -126,29 +126,29 @@ def exported_step(folder: Path) -> int | None:
 
 
 def run_folder(model: str | Path) -> Path:
-    """Returns the folder of the run that a model's folder, which may be one of its checkpoints, belongs to."""
+    """Return the folder of the run that a model's folder, which may be one of its checkpoints, belongs to."""
     folder = Path(model)
     return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
 
 def step_of(checkpoint: Path) -> int:
-    """Returns the step in the name of a checkpoint."""
+    """Return the step in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def lengths_of(state: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Returns the lengths that a run has had: the step from which each counts, and its `max_train_steps`."""
+    """Return the lengths that a run has had: the step from which each counts, and its `max_train_steps`."""
     stored = state.get("lengths") or [(0, state["config"].get("max_train_steps") or state["step"])]
     return [(start, steps) for start, steps in stored]
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Returns the checkpoints in a folder, oldest first."""
+    """Return the checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name) and path.is_dir())
 
 
 def verify_checkpoint(path: Path) -> str | None:
-    """Compares a checkpoint with its manifest; returns what is wrong with it, or None."""
+    """Compare a checkpoint with its manifest; returns what is wrong with it, or None."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         missing = [name for name in NEEDED if name not in manifest]
@@ -163,6 +163,6 @@ def verify_checkpoint(path: Path) -> str | None:
 
 
 def sha256(path: Path) -> str:
-    """Returns the checksum of a file, in hex."""
+    """Return the checksum of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

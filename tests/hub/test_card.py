@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
-from hf_ddpm.hub.card import write_card
+from hf_ddpm.hub.card import FORMER_MARK, MARK, write_card
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.utils.markdown import plain
 from hf_ddpm.utils.public import strip_local_path
@@ -211,6 +211,15 @@ def test_the_code_of_a_card_names_a_class(tmp_path):
 def test_a_card_that_a_person_wrote_stays(copied):
     (copied / "README.md").write_bytes(b"mine \xff")
     assert write_card(copied).read_bytes() == b"mine \xff"
+
+
+@pytest.mark.parametrize("mark", [MARK, FORMER_MARK])
+def test_a_generated_card_is_generated_again_until_its_mark_is_deleted(copied, mark):
+    (copied / "README.md").write_text(f"{mark}\nold")
+    text = write_card(copied).read_text()
+    assert MARK in text and FORMER_MARK not in text and "old" not in text.splitlines()
+    (copied / "README.md").write_text(text.replace(MARK, "mine"))
+    assert "mine" in write_card(copied).read_text()
 
 
 def test_a_line_that_a_kill_has_cut_short_costs_no_card(copied):
