@@ -7,6 +7,7 @@ checks all three, and the command line wins.
 import copy
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -189,12 +190,16 @@ class TrainingConfig:
         factory=lambda: [0.9999],
     )
     ema_warmup: bool = option("let decays start small, as min(decay, (1 + step) / (10 + step))", True)
-    mixed_precision: Literal["no", "bf16", "fp16"] = option(
-        "precision of the network's forward and backward passes", "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = option(
+        "precision of the network's forward and backward passes; that of accelerate's launcher by default, else no",
+        None,
     )
     tf32: bool = option("let an NVIDIA GPU round the factors of float32 products to 10 bits", True)
     gradient_checkpointing: bool = option("compute activations twice instead of keeping them", False)
-    compile: bool = option("compile the network, after a check of its gradients", False)
+    compile: bool | None = option(
+        "compile the network, after a check of its gradients; as accelerate's launcher has it by default, else false",
+        None,
+    )
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = option(
         "experiment tracker, beside metrics.jsonl", "none"
     )
@@ -209,7 +214,11 @@ class TrainingConfig:
     dry_run: bool = option("print the estimated cost of the run, and exit", False)
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Check the values; take those that are not given from the launcher."""
+        if self.mixed_precision is None:
+            self.mixed_precision = launched("MIXED_PRECISION", ("no", "bf16", "fp16"))
+        if self.compile is None:
+            self.compile = launched("DYNAMO_BACKEND", ("no", "inductor")) == "inductor"
         require_types(self)
         if self.max_train_steps is None and self.num_train_epochs is None:
             self.max_train_steps = 800_000
@@ -293,6 +302,19 @@ class HubConfig:
 # Either says how long a run is: one that is given later replaces the other.
 LENGTHS = {"max_train_steps", "num_train_epochs"}
 
+# What accelerate's launcher calls options.
+LAUNCHED = {"MIXED_PRECISION": "mixed_precision", "DYNAMO_BACKEND": "compile"}
+
+
+def launched(name: str, allowed: tuple[str, ...]) -> Any:
+    """Return what accelerate's launcher says, else `no`; raises a `ValueError` if that is not possible here."""
+    value = os.environ.get(f"ACCELERATE_{name}", "no").lower()
+    if value not in allowed:
+        option, expected = LAUNCHED[name], ", ".join(allowed)
+        raise ValueError(f"{name.lower()}={value!r} of the launcher: expected {expected}, or --{option}")
+    return value
+
+
 # Options that leave a run's weights as they are.
 BESIDE_TRAINING = {field.name for part in (EvaluationConfig, HubConfig) for field in dataclasses.fields(part)}
 
@@ -301,6 +323,7 @@ FORMER_DEFAULTS: dict[str, Any] = {
     "beta_start": 1e-4,
     "beta_end": 0.02,
     "ema_warmup": False,
+    "mixed_precision": "no",
     "timestep_spacing": "leading",
 }
 

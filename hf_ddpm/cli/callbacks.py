@@ -1,6 +1,5 @@
 """What happens beside the training: samples, exports, evaluations, cards. Only this module knows all of them."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,12 +18,11 @@ from hf_ddpm.hub.background import BackgroundPush
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import check_push
 from hf_ddpm.images import grid, save_picture, to_pictures
-from hf_ddpm.provenance import model_checksum
+from hf_ddpm.pipelines.runs import write_export
 from hf_ddpm.sampling.generate import generate_images
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.training.progress import track_picture
-from hf_ddpm.utils.files import flush, flush_entry, naming
 from hf_ddpm.utils.jsonl import append_line, cut_lines, read_lines
 
 
@@ -64,13 +62,13 @@ class SampleGrid(Callback):
 
 
 class Export(Callback):
-    """Writes the pipeline of the averaged weights, in the format of diffusers; those of further averages below it."""
+    """Write the pipeline of the averaged weights, in the format of diffusers; those of further averages below it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def on_end(self, run: Run) -> None:
-        """Writes it."""
+        """Write it."""
         if run.accelerator.is_main_process:
             for number, ema in enumerate(run.emas):
                 export(run, self.folder / ema.name if number else self.folder, number)
@@ -180,7 +178,7 @@ class Evaluations(Callback):
 
 
 class Card(Callback):
-    """Writes the model card: what the run, its figures and its pictures say.
+    """Write the model card: what the run, its figures and its pictures say.
 
     It stands twice among the callbacks, behind the export, so that no other card is ever beside the weights, and last.
     """
@@ -189,7 +187,7 @@ class Card(Callback):
         self.folder = folder
 
     def on_end(self, run: Run) -> None:
-        """Writes it."""
+        """Write it."""
         if run.accelerator.is_main_process:
             write_card(self.folder, pipe=run.pipeline(), model_id=run.config.hub.hub_model_id)
 
@@ -212,7 +210,7 @@ class Push(Callback):
         self.background = BackgroundPush(self.folder, self.model_id, config.hub.hub_private_repo, log)
 
     def on_pause(self, run: Run) -> None:
-        """Exports what there is, and starts to push it."""
+        """Export what there is, and starts to push it."""
         try:
             export(run, self.folder)
             if not run.config.training.sample_at_checkpoints:
@@ -240,32 +238,11 @@ class Push(Callback):
 
 
 def _given(request: Any) -> dict[str, Any] | None:
-    """Returns the options of a request that are not None."""
+    """Return the options of a request that are not None."""
     return {name: value for name, value in request.items() if value is not None} if isinstance(request, dict) else None
 
 
 def export(run: Run, folder: Path, number: int = 0) -> None:
-    """Writes the pipeline of an average, file by file, and in `export.json` of which step it is.
-
-    A reader always finds a whole model, if any.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    partial, pipe = folder / ".export", run.pipeline(number)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with naming(folder):
-            pipe.save_pretrained(partial)
-            record = {"step": run.step, "images": run.step * run.global_batch_size, "checksum": model_checksum(pipe)}
-            record["hub_ids"] = run.hub_ids
-            (partial / "export.json").write_text(json.dumps(record) + "\n")
-            flush(partial)
-            files = [path for path in partial.rglob("*") if path.is_file()]
-            for file in sorted(files, key=lambda path: path.name == "model_index.json"):
-                target = folder / file.relative_to(partial)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(target)
-                flush_entry(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    """Write the pipeline of an average, and in `export.json` of which step it is; see `write_export`."""
+    record = {"step": run.step, "images": run.step * run.global_batch_size}
+    write_export(run.pipeline(number), folder, {**record, "lengths": run.lengths, "hub_ids": run.hub_ids})

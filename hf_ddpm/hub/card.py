@@ -67,6 +67,7 @@ class Sources:
         metrics: The lines of `metrics.jsonl` up to the step of the weights.
         status: `status.json`.
         hub_ids: Names in the options that are Hub ids, see `hf_ddpm.utils.public`.
+        lengths: The lengths that the run has had, see `hf_ddpm.training.loop.Run`; empty if it had one.
     """
 
     pipe: DDPMPipeline
@@ -75,6 +76,7 @@ class Sources:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     status: dict[str, Any] = field(default_factory=dict)
     hub_ids: list[str] = field(default_factory=list)
+    lengths: list[tuple[int, int]] = field(default_factory=list)
 
 
 def read_sources(folder: Path, pipe: DDPMPipeline) -> Sources:
@@ -87,14 +89,15 @@ def read_sources(folder: Path, pipe: DDPMPipeline) -> Sources:
         return Sources(pipe, results)
     options, status = _read(folder / "config.yaml", yaml.safe_load), _read(folder / "status.json", json.loads)
     _check(folder / "export.json", exported, {"step": int}, required=True)
-    _check(folder / "export.json", exported, {"hub_ids": list[str]})
+    _check(folder / "export.json", exported, {"hub_ids": list[str], "lengths": list[tuple[int, int]]})
     if options:
         options = with_past_defaults(options)
         _check(folder / "config.yaml", options, option_types())
     if status:
         _check(folder / "status.json", status, {"images": int, "hardware": str}, required=True)
     metrics = [line for line in read_lines(folder / "metrics.jsonl") if _is_metric(line, exported["step"])]
-    return Sources(pipe, results, options, metrics, status, exported.get("hub_ids", []))
+    hub_ids, lengths = exported.get("hub_ids", []), exported.get("lengths", [])
+    return Sources(pipe, results, options, metrics, status, hub_ids, lengths)
 
 
 def model_card(folder: Path, sources: Sources, model_id: str, license: str | None = None) -> ModelCard:
@@ -183,7 +186,8 @@ def _about_the_training(sources: Sources) -> dict[str, str]:
         "steps": f"{steps:,} of {seen // steps:,} images: {seen:,} images seen",
         "objective": escape(options["objective"]),
         "optimizer": f"{optimizer}, learning rate {options['learning_rate']:g} ({escape(options['lr_schedule'])} after "
-        f"{options['warmup_steps']:,} steps of warm-up), gradients of norm at most {options['max_grad_norm']:g}",
+        f"{options['warmup_steps']:,} steps of warm-up{_lengths(sources, steps)}), "
+        f"gradients of norm at most {options['max_grad_norm']:g}",
         "dropout": f"{options['dropout']:g}",
         "weights": f"exponential moving average, decay {options['ema_decay'][0]:g}"
         + (" after a warm-up" if options["ema_warmup"] else ""),
@@ -191,6 +195,16 @@ def _about_the_training(sources: Sources) -> dict[str, str]:
         "hardware": escape(status["hardware"]),
         "seed": str(options["seed"]),
     }
+
+
+def _lengths(sources: Sources, steps: int) -> str:
+    """Return the schedules of a run that was prolonged or ended early; nothing where the rate has no end."""
+    lengths = sources.lengths
+    if sources.options["lr_schedule"] == "constant" or not lengths or (len(lengths) == 1 and lengths[0][1] == steps):
+        return ""
+    first, *later = lengths
+    changes = [f"from step {start:,} on that of {length:,}" for start, length in later]
+    return ", " + ", ".join([f"the schedule of {first[1]:,} steps", *changes, f"ended at {steps:,}"])
 
 
 def _about_the_samples(options: dict[str, Any], pipe: DDPMPipeline) -> str:

@@ -8,6 +8,7 @@ from hf_ddpm.config import DiffusionConfig, parse_config
 from hf_ddpm.evaluation.options import ReferenceOptions, real_images
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.options import option, require, require_at_least, require_distinct
+from hf_ddpm.utils.runs import run_folder
 
 SCHEDULES = get_args(get_type_hints(DiffusionConfig)["beta_schedule"])
 SAMPLERS = [name for name in get_args(get_type_hints(Sampling)["scheduler"]) if name != "ddpm"]
@@ -35,7 +36,7 @@ class FigureOptions(ReferenceOptions):
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "batch_size")
         super().__post_init__()
-        run = Path(self.model) / "config.yaml"
+        run = run_folder(self.model) / "config.yaml"
         if self.dataset is None and run.is_file():
             of_run = real_images(parse_config(["--config", str(run)]))
             self.floor = of_run.pop("floor") and self.floor

@@ -23,10 +23,23 @@ from hf_ddpm.utils.schema import check_types
 
 
 def option(
-    help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING, flag: str | None = None
+    help: str,
+    default: Any = dataclasses.MISSING,
+    factory: Any = dataclasses.MISSING,
+    flag: str | None = None,
+    is_first: bool = False,
 ) -> Any:
-    """Declare an option with its default and the line that `--help` prints; `flag` if it is not the field's name."""
-    more = {} if flag is None else {"flag": flag}
+    """Declares an option.
+
+    Args:
+        help: The line that `--help` prints.
+        default: The default; without one the option is required.
+        factory: Makes the default.
+        flag: The name on the command line, if it is not the field's.
+        is_first: Whether a first word of the command line without an option before it is its value.
+    """
+    more: dict[str, Any] = {} if flag is None else {"flag": flag}
+    more |= {"is_first": True} if is_first else {}
     return field(default=default, default_factory=factory, metadata={"help": help, **more})
 
 
@@ -223,7 +236,8 @@ def _parser(
         for entry in dataclasses.fields(part):
             flag, settings = f"--{_flag(entry)}", _settings(entry, hints[entry.name])
             group.add_argument(flag, dest=entry.name, **settings)
-            required += [f"{flag} ..."] if settings["required"] else []
+            word = entry.name.upper() if entry.metadata.get("is_first") else f"{flag} ..."
+            required += [word] if settings["required"] else []
     parser.usage = " ".join(["%(prog)s", *required, "[--OPTION VALUE ...]"])
     return parser
 
@@ -252,8 +266,9 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
 
 def _normalized(argv: Iterable[str], parts: Iterable[type]) -> list[str]:
     """Return a command line in which every option has its one spelling: `--a-b` is `--a_b`, `--no_x` `--x=false`."""
-    fields = {field.name: field for part in parts for field in dataclasses.fields(part)}
-    words = []
+    fields, argv = {field.name: field for part in parts for field in dataclasses.fields(part)}, list(argv)
+    first = [name for name, field in fields.items() if field.metadata.get("is_first")]
+    words = [f"--{name}" for name in first if argv and not argv[0].startswith("-")]
     for word in argv:
         name, value = _option_name(word), word.partition("=")[1:]
         if name is None or word == "--":
