@@ -25,8 +25,9 @@ from hf_ddpm.training.checkpoints import (
     status_file,
     stored_options,
 )
-from hf_ddpm.training.dry_run import estimate_cost
+from hf_ddpm.training.dry_run import measure_cost
 from hf_ddpm.training.loop import Callback, Run
+from hf_ddpm.training.memory import MemoryPlan, fit_memory, out_of_memory_explained
 from hf_ddpm.training.progress import Progress, check_tracker, start_tracker
 from hf_ddpm.utils.files import make_folder
 from hf_ddpm.utils.launch import Interrupted, exclusive, signals
@@ -68,6 +69,7 @@ def train(config: Config | None = None, **options: Any) -> Path:
         checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
         if checkpoint is not None:
             config = config.resumed(stored_options(checkpoint))
+        config = fit_memory(config, accelerator, checkpoint)
         evaluations, pushes = evaluations_and_pushes(config, accelerator, log)
         run, images = open_run(config, accelerator, checkpoint, log)
         with closing(images):
@@ -82,11 +84,25 @@ def train(config: Config | None = None, **options: Any) -> Path:
 
 
 def print_cost(config: Config, accelerator: Accelerator) -> None:
-    """Print what the run would cost."""
-    run, images = start(config, accelerator, accelerator.print)
-    with closing(images):
-        for name, line in estimate_cost(run, images).items():
+    """Print what the run would cost: what is counted, then what is measured if it fits into memory."""
+
+    def show(lines: dict[str, str]) -> None:
+        for name, line in lines.items():
             accelerator.print(f"{name + ':':16}{line}")
+
+    plan = MemoryPlan(config, accelerator)
+    show(plan.describe())
+    refusal = plan.refusal()
+    if refusal is not None:
+        show({"not measured": refusal})
+        return
+    try:
+        with out_of_memory_explained(plan.config):
+            run, images = start(plan.config, accelerator, accelerator.print)
+            with closing(images):
+                show(measure_cost(run, images))
+    except MemoryError as error:
+        show({"not measured": f"not enough memory; {error}"})
     accelerator.end_training()
 
 
@@ -157,7 +173,8 @@ def callbacks_of(config: Config, evaluations: list[Evaluations], pushes: list[Pu
 def take_steps(run: Run, images: BatchSource, callbacks: list[Callback]) -> None:
     """Train to the end or to a signal, which `run.stopped_by` then names."""
     try:
-        with status_file(Path(run.config.training.output_dir) / "status.json", run):
+        status = Path(run.config.training.output_dir) / "status.json"
+        with status_file(status, run), out_of_memory_explained(run.config):
             loop.train(run, images, callbacks)
     except Interrupted as interrupted:
         run.stopped_by = interrupted.number
