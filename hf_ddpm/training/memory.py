@@ -4,10 +4,10 @@ import math
 import os
 import re
 import weakref
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,19 @@ from hf_ddpm.config import Config, TrainingConfig
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.training.build import build_process
 from hf_ddpm.training.dry_run import count_flops
-from hf_ddpm.training.randomness import dropout_masks
+from hf_ddpm.training.randomness import BLOCK
 from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.launch import is_out_of_memory
 from hf_ddpm.utils.options import Auto
 
-# Share of the counted bytes that allocators lose to fragments and libraries take for scratch space.
+# Share of the bytes for what is not counted: scratch space of libraries, images on the device, 2% measured on a CPU.
 MARGIN = 0.1
+# glibc keeps blocks below 32 MiB in a heap, of which fragments are lost: 36 to 60% measured, next to nothing above.
+HEAP_BLOCK, HEAP_LOSS = 32 * 2**20, 0.5
 # Floats per pixel of the process's share of a global batch: x_0, its mirror image, the noise twice, x_t.
 INPUTS = 5
+# Options that save memory, besides smaller batches.
+LESS_MEMORY: dict[str, Any] = {"gradient_checkpointing": True, "mixed_precision": "bf16"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MEMINFO, CGROUPS, OWN_CGROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -44,17 +48,19 @@ class Need:
         kept: What a forward pass keeps for its backward pass.
         passes: The largest amount that both allocate at a time.
         inputs: The images of all passes of a step.
+        lost: Fragments of the heap, on a CPU.
     """
 
     weights: int
     kept: int
     passes: int
     inputs: int
+    lost: int
 
     @property
     def total(self) -> int:
         """All of it, and the margin."""
-        return round((1 + MARGIN) * (self.weights + self.passes + self.inputs))
+        return round((1 + MARGIN) * (self.weights + self.passes + self.inputs + self.lost))
 
 
 class MemoryPlan:
@@ -89,13 +95,14 @@ class MemoryPlan:
             unet.lay_out_kernels()
             if training.gradient_checkpointing:
                 unet.enable_gradient_checkpointing()
-            unet.draw_dropout(dropout_masks(0, 0, range(batch)))
+            unet.draw_dropout(_masks)
             x, t = torch.empty(batch, data.channels, *data.size), torch.zeros(batch, dtype=torch.int64)
-            kept, most = count_pass(unet, x, t, training.mixed_precision, keeps_gradients=passes > 1)
+            kept, most, small = count_pass(unet, x, t, training.mixed_precision, keeps_gradients=passes > 1)
         copies = 1 + len(training.ema_decay) + 2 + (passes > 1) + (self.processes > 1)
         size = sum(weight.numel() * weight.element_size() for weight in unet.parameters())
         pixels = data.channels * math.prod(data.size)
-        return Need(copies * size, kept, most, INPUTS * 4 * pixels * batch * passes)
+        lost = round(HEAP_LOSS * small) if self.device.type == "cpu" else 0
+        return Need(copies * size, kept, most, INPUTS * 4 * pixels * batch * passes, lost)
 
     def describe(self) -> dict[str, str]:
         """Return lines to print, by name: parameters, operations and memory."""
@@ -108,8 +115,8 @@ class MemoryPlan:
         return {
             "parameters": f"{unet.num_parameters():,}",
             "FLOPs": f"{forward:.3g} per image forward, {both:.3g} in training",
-            "memory": f"{_mib(need.total)} per process: {parts}, {_mib(need.inputs)} for images, {MARGIN:.0%} margin; "
-            f"free: {free}",
+            "memory": f"{_mib(need.total)} per process: {parts}, {_mib(need.inputs)} for images, "
+            f"{_mib(need.lost)} lost to fragments, {MARGIN:.0%} margin; free: {free}",
         }
 
     def fits(self, training: TrainingConfig) -> bool:
@@ -118,16 +125,18 @@ class MemoryPlan:
 
     def largest(self, training: TrainingConfig) -> TrainingConfig | None:
         """Return the options with the fewest passes per step that fit, of the same global batch; None if none fit."""
-        share = training.train_batch_size * training.gradient_accumulation_steps
-        for batch in (share // passes for passes in range(1, share + 1) if share % passes == 0):
-            divided = replace(training, train_batch_size=batch, gradient_accumulation_steps=share // batch)
-            if self.fits(divided):
-                return divided
-        return None
+        share = training.global_batch_size(processes=1)
+        divisors = [passes for passes in range(1, share + 1) if share % passes == 0]
+        divided = [
+            replace(training, train_batch_size=share // passes, gradient_accumulation_steps=passes)
+            for passes in divisors
+        ]
+        first = bisect_left(divided, True, key=self.fits)
+        return divided[first] if first < len(divided) else None
 
     def _divided(self, training: TrainingConfig) -> TrainingConfig:
-        passes = training.global_batch_size(processes=1)
-        return self.largest(training) or replace(training, train_batch_size=1, gradient_accumulation_steps=passes)
+        share = training.global_batch_size(processes=1)
+        return self.largest(training) or replace(training, train_batch_size=1, gradient_accumulation_steps=share)
 
     def refusal(self) -> str | None:
         """Return why the run does not fit and which options would; None if it fits or that is not to be checked."""
@@ -137,31 +146,23 @@ class MemoryPlan:
         each = f" in each of {self.processes} processes" if self.processes > 1 else ""
         return (
             f"--train_batch_size {training.train_batch_size}: a step needs about {_gib(need)} of memory{each}, "
-            f"{_gib(need - self.free)} more than is free; expected {self.remedies()}; --check_memory false trains all the "
-            "same"
+            f"{_gib(need - self.free)} more than is free; expected {self.remedies()}; "
+            "--check_memory false trains all the same"
         )
 
     def remedies(self) -> str:
-        """Return the options that would fit: each alone, or as few as possible together."""
-        training = self.config.training
-        changes = []
-        if not training.gradient_checkpointing:
-            changes.append(("--gradient_checkpointing true", {"gradient_checkpointing": True}))
-        if training.mixed_precision == "no":
-            changes.append(("--mixed_precision bf16", {"mixed_precision": "bf16"}))
-        found = []
-        for number in range(len(changes) + 1):
-            for chosen in combinations(changes, number):
-                changed: dict[str, Any] = {name: value for _, options in chosen for name, value in options.items()}
-                words, fitted = [text for text, _ in chosen], replace(training, **changed)
-                if chosen and self.fits(fitted):
-                    found.append(" ".join(words))
-                elif (divided := self.largest(fitted)) is not None and (number == 0 or not found):
-                    words = [f"--train_batch_size {divided.train_batch_size}", *words]
-                    words.insert(1, f"--gradient_accumulation_steps {divided.gradient_accumulation_steps}")
-                    found.append(" ".join(words) + (" (the same run)" if number == 0 else ""))
-            if found and number:
-                break
+        """Return the options that would fit: each alone, or all together if none does."""
+        training, changed = self.config.training, self.config.training
+        alone = []
+        for name, value in LESS_MEMORY.items():
+            if getattr(training, name) in (False, "no"):
+                changed = replace(changed, **{name: value})
+                alone.append((f"--{name} {str(value).lower()}", replace(training, **{name: value})))
+        divided = self.largest(training)
+        found = [] if divided is None else [f"{_division(divided)} (the same run)"]
+        found += [word for word, options in alone if self.fits(options)]
+        if not found and (divided := self.largest(changed)) is not None:
+            found = [" ".join([_division(divided), *(word for word, _ in alone)])]
         return ", or ".join(found) or "a smaller network or resolution"
 
 
@@ -183,7 +184,7 @@ def fit_memory(config: Config, accelerator: Accelerator, checkpoint: Path | None
 
 def count_pass(
     network: nn.Module, x: Tensor, t: Tensor, mixed_precision: str = "no", keeps_gradients: bool = False
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Count the bytes that a forward and a backward pass allocate; fake tensors allocate none.
 
     Args:
@@ -194,7 +195,7 @@ def count_pass(
         keeps_gradients: Whether gradients of an earlier pass, counted elsewhere, are added to.
 
     Returns:
-        The bytes that live between the passes, and the most that live at a time.
+        The bytes that live between the passes, the most that live at a time, and the most in blocks of a heap.
     """
     if keeps_gradients:
         for parameter in network.parameters():
@@ -207,7 +208,13 @@ def count_pass(
         output = getattr(output, "sample", output)
         kept = live.bytes - output.untyped_storage().nbytes()
         output.float().square().mean().backward()
-    return kept, live.most
+    return kept, live.most, live.most_small
+
+
+def _masks(layer: int, x: Tensor, keep: float) -> Tensor:
+    """Allocate what `dropout_masks` does: whole blocks, and a copy of the rows."""
+    blocks = -(-len(x) // BLOCK) * BLOCK
+    return x.new_empty((blocks, *x.shape[1:]))[: len(x)].clone()
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -215,7 +222,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
-        self.bytes = self.most = 0
+        self.bytes = self.most = self._small = self.most_small = 0
         self._storages: dict[int, Any] = {id(tensor.untyped_storage()): tensor for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -227,16 +234,20 @@ class _LiveBytes(TorchDispatchMode):
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
+        small = size if size < HEAP_BLOCK else 0
         if key in self._storages:
             return
 
         def free(_: object) -> None:
             del self._storages[key]
             self.bytes -= size
+            self._small -= small
 
         self._storages[key] = weakref.ref(storage, free)
         self.bytes += size
         self.most = max(self.most, self.bytes)
+        self._small += small
+        self.most_small = max(self.most_small, self._small)
 
 
 def shared_free_memory(accelerator: Accelerator) -> int | None:
@@ -303,16 +314,22 @@ def _gib(size: float) -> str:
 
 def less_memory(training: TrainingConfig) -> str:
     """Return options that need less memory and change a run by rounding at most; bf16 changes its precision."""
-    batch, share = training.train_batch_size, training.train_batch_size * training.gradient_accumulation_steps
+    batch, share = training.train_batch_size, training.global_batch_size(processes=1)
     words = []
     if batch > 1:
         smaller = next(size for size in range(batch // 2, 0, -1) if share % size == 0)
-        words.append(f"--train_batch_size {smaller} --gradient_accumulation_steps {share // smaller} (the same run)")
-    if not training.gradient_checkpointing:
-        words.append("--gradient_checkpointing true")
-    if training.mixed_precision == "no":
-        words.append("--mixed_precision bf16")
+        divided = replace(training, train_batch_size=smaller, gradient_accumulation_steps=share // smaller)
+        words.append(f"{_division(divided)} (the same run)")
+    words += [f"--{name} {str(value).lower()}" for name, value in LESS_MEMORY.items()
+              if getattr(training, name) in (False, "no")]  # fmt: skip
     return ", or ".join(words or ["a smaller network or resolution"])
+
+
+def _division(training: TrainingConfig) -> str:
+    return (
+        f"--train_batch_size {training.train_batch_size} "
+        f"--gradient_accumulation_steps {training.gradient_accumulation_steps}"
+    )
 
 
 @contextmanager
