@@ -172,7 +172,12 @@ class TrainingConfig:
     seed: int = option("random seed", 0)
     max_train_steps: int | None = option("optimizer steps; 800,000 by default, as in the paper", None)
     num_train_epochs: int | None = option("passes over the images, instead of max_train_steps", None)
-    train_batch_size: int = option("batch size per process and forward pass", 128)
+    train_batch_size: int = option(
+        "batch size per process and forward pass; auto: the largest that fits into memory, dividing the batch per "
+        "process of the preset or default",
+        128,
+        auto=True,
+    )
     gradient_accumulation_steps: int = option("forward passes per optimizer step", 1)
     objective: Literal["simple", "vlb", "hybrid", "min_snr"] = option("training objective", "simple")
     learning_rate: float = option("learning rate of Adam after the warm-up", 2e-4)
@@ -196,6 +201,7 @@ class TrainingConfig:
     )
     tf32: bool = option("let an NVIDIA GPU round the factors of float32 products to 10 bits", True)
     gradient_checkpointing: bool = option("compute activations twice instead of keeping them", False)
+    check_memory: bool = option("refuse to train if the counted memory of a step is not free", True)
     compile: bool | None = option(
         "compile the network, after a check of its gradients; as accelerate's launcher has it by default, else false",
         None,
@@ -539,4 +545,8 @@ def _words(name: str, values: list[str]) -> list[str]:
 def _merged(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     """Return options of two sources; a length of the run in the later one replaces any in the earlier one."""
     replaced = LENGTHS if LENGTHS & later.keys() else set()
-    return {name: value for name, value in earlier.items() if name not in replaced} | later
+    kept = {name: value for name, value in earlier.items() if name not in replaced}
+    batch = kept.get("train_batch_size")
+    if batch is not None and later.get("train_batch_size") == ["auto"]:
+        later = later | {"train_batch_size": [*batch, "--train_batch_size=auto"]}  # which divides the earlier one
+    return kept | later

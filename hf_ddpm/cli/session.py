@@ -19,8 +19,9 @@ from hf_ddpm.data.decoding import read_report
 from hf_ddpm.training import loop
 from hf_ddpm.training.build import build_process, build_run, check_same_step, join_processes, start_accelerator
 from hf_ddpm.training.checkpoints import Checkpoints, archive_after, load_checkpoint
-from hf_ddpm.training.dry_run import estimate_cost
+from hf_ddpm.training.dry_run import measure_cost
 from hf_ddpm.training.loop import Callback, Run
+from hf_ddpm.training.memory import MemoryPlan, fit_memory, out_of_memory_explained
 from hf_ddpm.training.optim import describe_length
 from hf_ddpm.training.progress import Progress, StatusFile, check_tracker, start_tracker
 from hf_ddpm.utils.files import make_folder
@@ -67,6 +68,7 @@ def train(config: Config | None = None, **options: Any) -> Path:
         if checkpoint is not None:
             config = config.resumed(stored_options(checkpoint))
         accelerator = start_accelerator(config)  # in the precision of the run
+        config = fit_memory(config, accelerator, checkpoint)
         log = cache(accelerator.print)  # a data set that is opened twice is described once
         evaluations, pushes = evaluations_and_pushes(config, accelerator, log)
         run, images = open_run(config, accelerator, checkpoint, log)
@@ -83,11 +85,25 @@ def train(config: Config | None = None, **options: Any) -> Path:
 
 
 def print_cost(config: Config, accelerator: Accelerator) -> None:
-    """Print what the run would cost."""
-    run, images = start(config, accelerator, accelerator.print)
-    with closing(images):
-        for name, line in estimate_cost(run, images).items():
+    """Print what the run would cost: what is counted, then what is measured if it fits into memory."""
+
+    def show(lines: dict[str, str]) -> None:
+        for name, line in lines.items():
             accelerator.print(f"{name + ':':16}{line}")
+
+    plan = MemoryPlan(config, accelerator)
+    show(plan.describe())
+    refusal = plan.refusal()
+    if refusal is not None:
+        show({"not measured": refusal})
+        return
+    try:
+        with out_of_memory_explained(plan.config):
+            run, images = start(plan.config, accelerator, accelerator.print)
+            with closing(images):
+                show(measure_cost(run, images))
+    except MemoryError as error:
+        show({"not measured": f"not enough memory; {error}"})
     accelerator.end_training()
 
 
@@ -159,7 +175,7 @@ def take_steps(run: Run, images: BatchSource, callbacks: list[Callback]) -> None
     """Train to the end or to a signal, which `run.stopped_by` then names."""
     try:
         status = StatusFile(Path(run.config.training.output_dir) / "status.json", run)
-        with status, torch.enable_grad():  # a notebook may have switched gradients off
+        with status, out_of_memory_explained(run.config), torch.enable_grad():  # a notebook may have disabled gradients
             loop.train(run, images, [callbacks[0], status, *callbacks[1:]])
     except Interrupted as interrupted:
         run.stopped_by = interrupted.number

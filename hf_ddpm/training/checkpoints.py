@@ -29,7 +29,7 @@ FREE_OPTIONS = {
     "output_dir", "max_train_steps", "num_train_epochs", "log_steps", "checkpointing_steps", "keep_checkpoints",
     "resume", "train_batch_size", "gradient_accumulation_steps", "sample_at_checkpoints", "num_samples",
     "num_inference_steps", "tf32", "gradient_checkpointing", "compile", "tracker", "world_size", "dry_run",
-    "allow_terminal_signal",
+    "allow_terminal_signal", "check_memory",
     *BESIDE_TRAINING,
 }  # fmt: skip
 

@@ -22,14 +22,22 @@ from hf_ddpm.utils.migration import MIGRATION
 from hf_ddpm.utils.schema import check_types
 
 
+class Auto(int):
+    """A number that was given before `auto`, or the default: where to start."""
+
+
+yaml.SafeDumper.add_representer(Auto, yaml.SafeDumper.represent_int)
+
+
 def option(
     help: str,
     default: Any = dataclasses.MISSING,
     factory: Any = dataclasses.MISSING,
     flag: str | None = None,
     is_first: bool = False,
+    auto: bool = False,
 ) -> Any:
-    """Declares an option.
+    """Declare an option.
 
     Args:
         help: The line that `--help` prints.
@@ -37,10 +45,11 @@ def option(
         factory: Makes the default.
         flag: The name on the command line, if it is not the field's.
         is_first: Whether a first word of the command line without an option before it is its value.
+        auto: Whether an integer may be the word `auto`, too.
     """
     more: dict[str, Any] = {} if flag is None else {"flag": flag}
     more |= {"is_first": True} if is_first else {}
-    return field(default=default, default_factory=factory, metadata={"help": help, **more})
+    return field(default=default, default_factory=factory, metadata={"help": help, "auto": auto, **more})
 
 
 def require(config: Any, name: str, holds: bool, allowed: str) -> None:
@@ -217,6 +226,14 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+class _KeepForAuto(argparse.Action):
+    """Keep the number given so far, as an `Auto`, if the word is `auto`."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, flag: Any = None) -> None:
+        earlier = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, Auto(earlier) if value == "auto" else value)
+
+
 def _parser(
     parts: Iterable[type], program: str | None = None, doc: str | None = None, add_help: bool = True
 ) -> argparse.ArgumentParser:
@@ -260,6 +277,9 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     if hint is bool:
         settings |= {"nargs": "?", "const": True}
     reader, metavar = _READERS[hint]
+    if field.metadata["auto"]:
+        settings["action"] = _KeepForAuto
+        reader, metavar = _whole_or_auto, f"{metavar}|auto"
     is_free = hint is str and default == ""  # whose empty default means none
     return settings | {"type": str if is_free else reader, "metavar": metavar}
 
@@ -320,6 +340,10 @@ def _whole(text: str) -> int:
     return value
 
 
+def _whole_or_auto(text: str) -> int | str:
+    return text if text == "auto" else _whole(text)
+
+
 def _filled(text: str) -> str:
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a text with a character")
@@ -341,7 +365,7 @@ _READERS: dict[Any, tuple[Any, str]] = {
     bool: (_truth, "true|false"),
 }
 # What argparse calls them in messages.
-_finite.__name__, _whole.__name__ = "float", "int"
+_finite.__name__, _whole.__name__, _whole_or_auto.__name__ = "float", "int", "int"
 
 
 def _hint(name: str, names: Iterable[str], prefix: str = "") -> str:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from hf_ddpm import UNet2DModel
 from hf_ddpm.config import Config, default_options, parse_config
-from hf_ddpm.training.dry_run import kept_for_backward
 from hf_ddpm.training.optim import EMA, adam, learning_rate
 from hf_ddpm.training.progress import Progress, check_tracker
 from hf_ddpm.training.randomness import draw, dropout_masks
@@ -256,15 +255,6 @@ def test_what_is_done_between_steps_is_no_time_of_a_step(tmp_path, monkeypatch):
             now[0] += 1000  # an evaluation
     progress.on_end(run)
     assert [line["images_per_second"] for line in metrics(tmp_path)] == [4, 4]
-
-
-def test_what_a_pass_keeps_is_counted():
-    # A convolution of 4 to 4 channels keeps its input, 4 x 4 x 8 x 8 floats; the weights are counted elsewhere.
-    config = parse_config(["--preset", "digits"])
-    network = torch.nn.Conv2d(4, 4, 3, padding=1)
-    network.forward = lambda x, t, classes, forward=network.forward: forward(x * 2)
-    run = SimpleNamespace(unet=network, accelerator=Accelerator(cpu=True), config=config)
-    assert kept_for_backward(run, torch.ones(4, 4, 8, 8), None) == 4 * 4 * 4 * 64
 
 
 def test_metrics_reach_the_tracker(run_training, tmp_path):
