@@ -2,11 +2,12 @@
 
 import os
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+
+import hf_ddpm
 
 HUB_OPTIONS = ("commit_message", "private", "token", "create_pr")
 
@@ -46,7 +47,7 @@ class SharingMethods(DiffusionPipeline):
         )
         save(folder)
         if push_to_hub:
-            _share().push_pipeline(self, save, folder, repo_id, is_saved=True, **options)
+            hf_ddpm.push_pipeline(self, save, folder, repo_id, is_saved=True, **options)
 
     def push_to_hub(
         self,
@@ -79,12 +80,7 @@ class SharingMethods(DiffusionPipeline):
         """
         save = partial(super().save_pretrained, safe_serialization=safe_serialization, variant=variant)
         origin = Path(self.config.get("_name_or_path") or "")
-        return _share().push_pipeline(
+        return hf_ddpm.push_pipeline(
             self, save, origin if (origin / "model_index.json").is_file() else None, repo_id,
             commit_message=commit_message, private=private, token=token, create_pr=create_pr, subfolder=subfolder,
         )  # fmt: skip
-
-
-def _share() -> Any:
-    """Returns the module that pushes, by name: its room imports this one."""
-    return import_module("hf_ddpm.hub.share")
