@@ -155,4 +155,4 @@ def _of_samples(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, di
 
 def _of_the_bound(figure: Mapping[str, Any], made_by: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     arguments = {name: figure[name] for name in ("evaluations_per_image", "is_estimate")} | {"seed": made_by["seed"]}
-    return f"{figure['evaluations_per_image']} terms an image, seed {made_by['seed']}", arguments
+    return f"{figure['evaluations_per_image']} terms per image, seed {made_by['seed']}", arguments

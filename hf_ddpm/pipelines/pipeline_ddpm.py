@@ -10,7 +10,7 @@ from typing import Any, Union
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import ImagePipelineOutput, SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -22,6 +22,7 @@ from hf_ddpm.images import OUTPUT_TYPES, as_output, check_picture, to_unit
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.latents import Generators, LatentMethods, check_generators
 from hf_ddpm.pipelines.runs import stock_folder
+from hf_ddpm.pipelines.sharing import SharingMethods
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
@@ -42,7 +43,7 @@ OURS = {
 }
 
 
-class DDPMPipeline(LatentMethods, DiffusionPipeline):
+class DDPMPipeline(LatentMethods, SharingMethods):
     """Generates images with a denoising diffusion probabilistic model (Ho et al. 2020).
 
     `from_pretrained` reads every DDPM repository of diffusers, and `save_pretrained` writes one: weights and
