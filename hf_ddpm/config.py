@@ -79,14 +79,12 @@ class DataConfig(ImageOptions):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        require_types(self)
+        super().__post_init__()
         require(self, "dataset", bool(self.dataset), "the name of a data set (or give --preset)")
         sides = self.resolution
         require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
         require_at_least(self, 1, "channels", "max_train_samples")
-        require(self, "crop", self.crop in ("center", "random"), "center or random")
         require(self, "class_dropout", 0 <= self.class_dropout < 1, "in [0, 1)")
-        super().__post_init__()
 
     @property
     def size(self) -> tuple[int, int]:

@@ -123,7 +123,9 @@ def parse_options(argv: list[str], *parts: type, program: str | None = None, doc
         raise ValueError(f"unknown option --{unknown[0]}: {_hint(unknown[0], names, '--')}")
     values, rest = _parser(parts, program, doc).parse_known_args(words)
     if rest:  # before a missing option is reported, whose value it may be
-        raise ValueError(f"unexpected word {rest[0]!r}: expected --OPTION VALUE; see --help")
+        before = words[: words.index(rest[0])][-1:]
+        place = f" after {before[0]}" if before else ""
+        raise ValueError(f"unexpected word {rest[0]!r}{place}: expected --OPTION VALUE; see --help")
     return _instances(parts, values)
 
 
