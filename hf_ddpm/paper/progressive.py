@@ -26,7 +26,7 @@ def progressive(context: FigureContext, options: ProgressiveOptions) -> None:
     shown = [bytes_to_unit(frame[: options.shown]) for frame in frames]
     rows = [("", torch.stack([shown[place][image] for place in chosen])) for image in range(options.shown)]
     context.draw("progressive.png", sheet(rows, [f"t = {moment['t']}" for moment in moments]))
-    context.animate(f"progressive.{options.animation}", shown)
+    context.animate(f"progressive.{options.animation}", shown, [f"t = {t + 1}" for t in timesteps])
     cells = [[moment[name] for name in ("t", "rmse", "value") if name in moment] for moment in moments]
     paragraphs = [
         "The estimate of the image (Eq. 15) at moments of the reverse process, from t = T to 1; RMSE on the scale "
