@@ -2,13 +2,14 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
 
 from hf_ddpm.config import Config
 from hf_ddpm.evaluation.evaluate import Reference, evaluate
@@ -17,20 +18,34 @@ from hf_ddpm.evaluation.results import Figures, read_results, scalars, summary
 from hf_ddpm.hub.background import BackgroundPush
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import check_push
-from hf_ddpm.images import grid, save_picture, to_pictures
+from hf_ddpm.images import sample_grid, save_animation, save_picture
 from hf_ddpm.pipelines.runs import write_export
 from hf_ddpm.sampling.generate import generate_images
 from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.sampling.samplers import replaced_variance
 from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.training.progress import track_picture
 from hf_ddpm.utils.jsonl import append_line, cut_lines, read_lines
 
+# Time per checkpoint in `samples.gif`.
+MILLISECONDS = 500
+
 
 class SampleGrid(Callback):
-    """Draws the same images again and again as the network learns, with the averaged weights, into `samples.png`."""
+    """Draws the same images again and again as the network learns, with the averaged weights, into `samples.png`.
+
+    If they are drawn at checkpoints, each drawing is kept as `samples/step-N.png`; at the end `samples.gif` shows all.
+    """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.folder = path, path.with_suffix("")
+
+    def on_start(self, run: Run) -> None:
+        """Deletes drawings of later steps, which will be drawn anew."""
+        if run.accelerator.is_main_process:
+            for step, file in self._drawings():
+                if step > run.step or run.step == 0:
+                    file.unlink()
 
     def on_pause(self, run: Run) -> None:
         """Draws if asked to."""
@@ -38,8 +53,16 @@ class SampleGrid(Callback):
             self.draw(run)
 
     def on_end(self, run: Run) -> None:
-        """Draws."""
+        """Draws, and animates the drawings."""
         self.draw(run)
+        if run.config.training.sample_at_checkpoints and run.accelerator.is_main_process:
+            pictures = [Image.open(file) for _, file in self._drawings()]
+            alike = [
+                picture
+                for picture in pictures
+                if (picture.size, picture.mode) == (pictures[-1].size, pictures[-1].mode)
+            ]
+            save_animation(alike, self.path.with_suffix(".gif"), MILLISECONDS)
 
     def draw(self, run: Run) -> None:
         """Draws; each process its share."""
@@ -56,9 +79,19 @@ class SampleGrid(Callback):
         )
         in_order = sorted(gather_object(list(images)), key=lambda numbered: numbered[0])
         if accelerator.is_main_process:
-            picture = grid(to_pictures(torch.stack([image for _, image in in_order])))
+            pixels = torch.stack([image for _, image in in_order])
+            picture = sample_grid(pixels, run.class_names)
             save_picture(picture, self.path)
             track_picture(run, "samples", picture)
+            if training.sample_at_checkpoints:
+                self.folder.mkdir(exist_ok=True)
+                titled = sample_grid(pixels, run.class_names, f"step {run.step:,}")
+                save_picture(titled, self.folder / f"step-{run.step:09d}.png")
+
+    def _drawings(self) -> list[tuple[int, Path]]:
+        """Returns steps and files of the drawings that are kept, in order."""
+        files = sorted(self.folder.glob("step-" + "[0-9]" * 9 + ".png"))
+        return [(int(file.stem.removeprefix("step-")), file) for file in files]
 
 
 class Export(Callback):
@@ -160,7 +193,9 @@ class Evaluations(Callback):
 
     def _sampling(self, run: Run) -> Sampling:
         steps = run.config.evaluation.eval_inference_steps or len(run.scheduler)
-        return Sampling(run.config.training.seed, steps, class_labels=list(run.class_names))
+        sampling = Sampling(run.config.training.seed, steps, class_labels=list(run.class_names))
+        # Named, if it is not the model's: figures of earlier versions, whose variance was the model's, are no rivals.
+        return replace(sampling, variance=replaced_variance(run.pipeline(), sampling))
 
     def _is_as_good(self, line: dict[str, Any], other: dict[str, Any]) -> bool:
         metric = self.request.chosen[0]

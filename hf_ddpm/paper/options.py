@@ -100,7 +100,9 @@ class InterpolateOptions(DiffusedOptions):
 
     first: str | None = option("file of an image", None)
     second: str | None = option("file of another image", None)
-    rows: list[int] = option("without files: indices of two held-out images", factory=lambda: [0, 1])
+    rows: list[int] = option(
+        "without files: indices of two held-out images; by default the least alike of the first 16", factory=list
+    )
     weights: list[float] = option(
         "weights of the second image, in [0, 1]", factory=lambda: [tenth / 10 for tenth in range(11)]
     )
@@ -108,7 +110,7 @@ class InterpolateOptions(DiffusedOptions):
     def __post_init__(self) -> None:
         """Check the values."""
         require(self, "second", (self.first is None) == (self.second is None), "both files, or none")
-        require(self, "rows", len(self.rows) == 2 and min(self.rows) >= 0, "two numbers, at least 0")
+        require(self, "rows", len(self.rows) in (0, 2) and min(self.rows, default=0) >= 0, "two numbers, at least 0")
         require(self, "weights", all(0 <= weight <= 1 for weight in self.weights), "in [0, 1]")
 
 
