@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_ddpm import cli
-from hf_ddpm.config import PARTS, Config, preset_names
+from hf_ddpm.config import PARTS, Config
+from hf_ddpm.presets import preset_names
 from tests.conftest import TINY_RUN
 
 ROOT = Path(__file__).parents[2]
