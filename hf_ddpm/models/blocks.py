@@ -5,11 +5,12 @@ is that of its U-Net: the same seed gives the same weights, and `parameters()` t
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hf_ddpm.models.dropout import Dropout
 
 
 def sinusoidal(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -45,28 +46,6 @@ class TimestepEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(B, in_dim)` to `(B, dim)`."""
         return self.linear_2(F.silu(self.linear_1(x)))
-
-
-class Dropout(nn.Dropout):
-    """Dropout whose masks may be drawn elsewhere.
-
-    Attributes:
-        draw: Returns the mask, 1 where kept, for an input and the probability of keeping; torch's own if None.
-    """
-
-    draw: Callable[[Tensor, float], Tensor] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Drops in training, at any shape."""
-        return self._drop(x) if self.training and self.p > 0 else x
-
-    # A compiler would see a new function in every step, and compile again and again.
-    @torch.compiler.disable
-    def _drop(self, x: Tensor) -> Tensor:
-        if self.draw is None:
-            return super().forward(x)
-        keep = 1 - self.p
-        return x * self.draw(x, keep).div_(keep)
 
 
 class ResnetBlock(nn.Module):

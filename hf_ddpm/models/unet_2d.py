@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from hf_ddpm.models.blocks import Dropout, TimestepEmbedding, activate, sinusoidal
+from hf_ddpm.models.blocks import TimestepEmbedding, activate, sinusoidal
+from hf_ddpm.models.dropout import seed_dropout
 from hf_ddpm.models.stages import DownStage, MidStage, UpStage
 from hf_ddpm.utils.schema import CheckedConfig, check_range
 
@@ -241,15 +241,13 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
         """What height and width must be multiples of: they are halved once a resolution but the last."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
-    def draw_dropout(self, draw: Callable[[int, Tensor, float], Tensor] | None) -> None:
-        """Lets the masks of dropout come from a function of layer, input and probability of keeping.
+    def seed_dropout(self, keys: Tensor | None) -> None:
+        """Make the masks of dropout a function of a key per image, of layer and place.
 
         Args:
-            draw: The function; it returns 1 where an entry is kept, shape of the input. None for torch's own masks.
+            keys: The keys, int32, shape `(B,)`, for passes of so many images; None for torch's own masks.
         """
-        layers = (module for module in self.modules() if isinstance(module, Dropout))
-        for number, layer in enumerate(layers):
-            layer.draw = None if draw is None else partial(draw, number)
+        seed_dropout(self, keys)
 
     @torch.inference_mode(False)
     def lay_out_kernels(self) -> None:

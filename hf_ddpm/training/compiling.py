@@ -5,17 +5,19 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hf_ddpm.models.unet_2d import UNet2DModel
-from hf_ddpm.training.randomness import draw, dropout_masks
+from hf_ddpm.training.randomness import draw, dropout_keys
 
 # Largest error of a parameter's gradient beside its norm, by the precision of the passes.
 TOLERANCES = {"no": 1e-2, "bf16": 0.2, "fp16": 0.1}
+# Factor of the loss in fp16, whose gradients underflow without it: where accelerate's scaler starts.
+SCALE = 2.0**16
 
 
 def compile_network(unet: UNet2DModel, accelerator: Accelerator, batch: int, shape: tuple[int, ...]) -> None:
-    """Compiles a network in place: its parameters and their names stay.
+    """Compile a network in place: its parameters and their names stay.
 
     Args:
-        unet: The network, in training.
+        unet: The network, in training, prepared by the accelerator: passes are in its precision.
         accelerator: Says how passes are made.
         batch: Images a pass, for which the code is made.
         shape: Theirs, `(C, H, W)`.
@@ -50,12 +52,12 @@ def compile_network(unet: UNet2DModel, accelerator: Accelerator, batch: int, sha
 
 
 def _gradients(unet: UNet2DModel, accelerator: Accelerator, batch: int, shape: tuple[int, ...]) -> list[Tensor]:
-    """Returns the gradients of Eq. 14 on noise: any input will do."""
+    """Return the gradients of Eq. 14 on noise: any input will do."""
     draws = draw(0, 0, range(batch), shape, 1000, accelerator.device)
     classes = draws.t.clamp(max=0) if unet.config["num_class_embeds"] else None
     unet.train()
-    unet.draw_dropout(dropout_masks(0, 0, range(batch)))
-    with accelerator.autocast():
-        output = unet(draws.noise, draws.t, classes).sample
-    gradients = torch.autograd.grad(output.float().square().mean(), list(unet.parameters()))
-    return [gradient.float() for gradient in gradients]
+    unet.seed_dropout(dropout_keys(0, 0, range(batch), accelerator.device))
+    loss = unet(draws.noise, draws.t, classes).sample.float().square().mean()
+    scale = SCALE if accelerator.mixed_precision == "fp16" else 1.0
+    gradients = torch.autograd.grad(loss * scale, list(unet.parameters()))
+    return [gradient.float() / scale for gradient in gradients]

@@ -18,7 +18,7 @@ from hf_ddpm.pipelines.runs import labels_by_number
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.training.compiling import compile_network
 from hf_ddpm.training.optim import EMA, learning_rate
-from hf_ddpm.training.randomness import draw, dropout_masks
+from hf_ddpm.training.randomness import draw, dropout_keys
 from hf_ddpm.utils.launch import signals
 
 # Of losses in half precision: the usual ones are above 1.
@@ -135,9 +135,9 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
         run.accelerator,
         run.scheduler.diffusion,
     )
-    if config.compile:
-        compile_network(run.unet, accelerator, config.train_batch_size, images.shape)
     network, optimizer = accelerator.prepare(run.unet, run.optimizer)
+    if config.compile:  # what has been prepared, so that it is compiled once
+        compile_network(run.unet, accelerator, config.train_batch_size, images.shape)
     network.train()
     weights = list(network.parameters())
 
@@ -168,7 +168,7 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
             losses = []
             for start in range(0, share, config.train_batch_size):
                 part = slice(start, start + config.train_batch_size)
-                run.unet.draw_dropout(dropout_masks(config.seed, step, mine[part]))
+                run.unet.seed_dropout(dropout_keys(config.seed, step, mine[part], accelerator.device))
                 is_last = part.stop == share
                 with nullcontext() if is_last else accelerator.no_sync(network):
                     output = network(x_t[part], draws.t[part], None if classes is None else classes[part]).sample

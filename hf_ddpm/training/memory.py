@@ -22,7 +22,6 @@ from hf_ddpm.config import Config, TrainingConfig
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.training.build import build_process
 from hf_ddpm.training.dry_run import count_flops
-from hf_ddpm.training.randomness import BLOCK
 from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.launch import is_out_of_memory
 from hf_ddpm.utils.options import Auto
@@ -95,7 +94,7 @@ class MemoryPlan:
             unet.lay_out_kernels()
             if training.gradient_checkpointing:
                 unet.enable_gradient_checkpointing()
-            unet.draw_dropout(_masks)
+            unet.seed_dropout(torch.zeros(batch, dtype=torch.int32))
             x, t = torch.empty(batch, data.channels, *data.size), torch.zeros(batch, dtype=torch.int64)
             kept, most, small = count_pass(unet, x, t, training.mixed_precision, keeps_gradients=passes > 1)
         copies = 1 + len(training.ema_decay) + 2 + (passes > 1) + (self.processes > 1)
@@ -209,12 +208,6 @@ def count_pass(
         kept = live.bytes - output.untyped_storage().nbytes()
         output.float().square().mean().backward()
     return kept, live.most, live.most_small
-
-
-def _masks(layer: int, x: Tensor, keep: float) -> Tensor:
-    """Allocate what `dropout_masks` does: whole blocks, and a copy of the rows."""
-    blocks = -(-len(x) // BLOCK) * BLOCK
-    return x.new_empty((blocks, *x.shape[1:]))[: len(x)].clone()
 
 
 class _LiveBytes(TorchDispatchMode):

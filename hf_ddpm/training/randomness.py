@@ -7,13 +7,13 @@ Numbers are drawn for blocks of neighboring positions, each with a generator of 
 than its rows, and a GPU still draws many at a time.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_ddpm.utils.seeds import DIFFUSION, DROPOUT, generator
+from hf_ddpm.models.dropout import GOLDEN, scramble
+from hf_ddpm.utils.seeds import DIFFUSION, DROPOUT, derived_seed, generator
 
 # Positions in a block. A change changes every run.
 BLOCK = 32
@@ -54,17 +54,11 @@ def draw(
     return Draws(*(_cut(list(column), rows) for column in zip(*blocks, strict=True)))
 
 
-def dropout_masks(seed: int, step: int, rows: range) -> Callable[[int, Tensor, float], Tensor]:
-    """Returns what `UNet2DModel.draw_dropout` takes: the masks of some rows of the global batch of a step."""
-
-    def mask(layer: int, x: Tensor, keep: float) -> Tensor:
-        def fill(block: int) -> Tensor:
-            source = generator(seed, DROPOUT, step, layer, block, device=x.device)
-            return x.new_empty((BLOCK, *x.shape[1:])).bernoulli_(keep, generator=source)
-
-        return _cut([fill(block) for block in _blocks(rows)], rows)
-
-    return mask
+def dropout_keys(seed: int, step: int, rows: range, device: torch.device | str) -> Tensor:
+    """Return what `UNet2DModel.seed_dropout` takes: keys of some rows of the global batch of a step."""
+    places = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device)
+    # A key per step in the upper half of a seed of 63 bits, made a signed number of 32.
+    return scramble((places * GOLDEN) ^ ((derived_seed(seed, DROPOUT, step) >> 31) - 2**31))
 
 
 def _blocks(rows: range) -> range:

@@ -1,4 +1,4 @@
-from functools import partial
+import copy
 
 import diffusers
 import pytest
@@ -6,7 +6,8 @@ import torch
 
 from hf_ddpm import UNet2DModel
 from hf_ddpm.config import parse_config
-from hf_ddpm.models.blocks import Dropout, initialize_like_paper
+from hf_ddpm.models.blocks import initialize_like_paper
+from hf_ddpm.models.dropout import Dropout
 from tests.conftest import TINY_UNET
 
 VARIANTS = {
@@ -82,22 +83,19 @@ def test_gradients_are_those_of_diffusers():
 
 
 def test_dropout_is_where_diffusers_has_it():
-    # Torch draws masks in the order of memory, in which the two lay out their feature maps differently.
-    def draw(layer, x, keep):
-        return torch.empty(x.shape).bernoulli_(keep, generator=torch.Generator().manual_seed(layer))
-
     ours, theirs = pair(dropout=0.5)
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 10, 100, 900])
-    ours.draw_dropout(draw)
-    # Registered in the same order, so that a layer has the same number.
+    ours.seed_dropout(torch.arange(4, dtype=torch.int32))
+    # Registered in the same order, so that a layer has the same number. Torch's own masks depend on the layout.
     names = [name for name, module in theirs.named_modules() if isinstance(module, torch.nn.Dropout) and module.p]
-    for number, name in enumerate(names):
-        dropout = Dropout(0.5)
-        dropout.draw = partial(draw, number)
-        theirs.set_submodule(name, dropout)
+    layers = [module for module in ours.modules() if isinstance(module, Dropout)]
+    for name, layer in zip(names, layers, strict=True):
+        theirs.set_submodule(name, copy.deepcopy(layer))
     outputs = [network.train()(x, t).sample for network in (ours, theirs)]
     torch.testing.assert_close(*outputs, rtol=0, atol=2e-6)
     assert (outputs[0] - ours.eval()(x, t).sample).abs().max() > 0.1
+    ours.seed_dropout(None)
+    assert not torch.equal(ours.train()(x, t).sample, ours(x, t).sample)  # torch's own: new masks each time
 
 
 def test_kernels_and_feature_maps_lie_channels_innermost(tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -12,7 +13,7 @@ from hf_ddpm.config import DataConfig, parse_config
 from hf_ddpm.data.batches import batch_indices
 from hf_ddpm.data.store import load_images
 from hf_ddpm.training.randomness import draw
-from hf_ddpm.utils.seeds import DROPOUT, INITIALIZATION, derived_seed, generator
+from hf_ddpm.utils.seeds import DROPOUT, INITIALIZATION, derived_seed
 from tests.conftest import TINY_RUN
 
 STEPS, BATCH, LR, WARMUP, BETA2, CLIP, DECAY = 6, 8, 5e-3, 4, 0.95, 0.3, 0.8
@@ -41,11 +42,33 @@ def initial_network():
 
 
 class Dropout(torch.nn.Module):
-    """A fifth is dropped; the first 32 rows of a global batch have a generator for each step and layer."""
+    """A fifth is dropped, by a hash of step, row of the global batch, layer and place."""
 
     def forward(self, x):
-        source = generator(5, DROPOUT, *self.place, 0)
-        return torch.where(torch.empty(32, *x.shape[1:]).bernoulli_(0.8, generator=source)[:BATCH] > 0, x / 0.8, 0)
+        step, layer = self.place
+        of_step = np.int64(derived_seed(5, DROPOUT, step) >> 31) - 2**31
+        rows = scrambled(golden(np.arange(BATCH)) ^ of_step)
+        keys = scrambled(rows ^ golden(np.int64(layer + 1)))
+        channel, row, column = np.ogrid[: x.shape[1], : x.shape[2], : x.shape[3]]
+        place = (row * x.shape[3] + column) * x.shape[1] + channel
+        kept = scrambled(keys[:, None, None, None] ^ golden(place)) < 0.3 * 2**32  # signed: 0.8 - 0.5
+        return torch.where(torch.from_numpy(kept), x / 0.8, 0)
+
+
+def signed(bits):
+    return (bits + 2**31) % 2**32 - 2**31
+
+
+def golden(numbers):
+    return signed(numbers.astype(np.int64) * 0x9E3779B9)
+
+
+def scrambled(bits):
+    """A hash in 64 bits, of which each step keeps the lower 32; its shifts are signed."""
+    bits = signed(bits ^ (bits >> 16))
+    bits = signed(bits * 0x7FEB352D)
+    bits = signed(bits ^ (bits >> 15))
+    return signed(bits * (0x846CA68B - 2**32))
 
 
 def train_by_hand(prediction_type):
