@@ -48,6 +48,20 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalization in the precision of its input; statistics are in float32.
+
+    The autocast of CUDA alone would make it, and what follows, work in float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `(B, C, ...)`."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class ResnetBlock(nn.Module):
     r"""The residual block of the paper's Appendix B, with the time embedding added between its two convolutions.
 
@@ -81,10 +95,10 @@ class ResnetBlock(nn.Module):
         scale: float = 1.0,
     ):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, 2 * out_channels if scale_shift else out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps=eps)
         self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -131,7 +145,7 @@ class Attention(nn.Module):
             raise ValueError(f"attention_head_dim={head_dim} is not allowed: at most the {channels} channels there")
         self.heads = channels // head_dim
         inner = self.heads * head_dim
-        self.group_norm = nn.GroupNorm(groups, channels, eps=eps) if groups is not None else nn.Identity()
+        self.group_norm = GroupNorm(groups, channels, eps=eps) if groups is not None else nn.Identity()
         self.to_q = nn.Linear(channels, inner)
         self.to_k = nn.Linear(channels, inner)
         self.to_v = nn.Linear(channels, inner)

@@ -14,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from hf_ddpm.models.blocks import TimestepEmbedding, activate, sinusoidal
+from hf_ddpm.models.blocks import GroupNorm, TimestepEmbedding, activate, sinusoidal
 from hf_ddpm.models.dropout import seed_dropout
 from hf_ddpm.models.stages import DownStage, MidStage, UpStage
 from hf_ddpm.utils.schema import CheckedConfig, check_range
@@ -185,7 +185,7 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
             )
             self.up_blocks.append(stage)
 
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
+        self.conv_norm_out = GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
         self._has_run = False  # on a GPU
 
