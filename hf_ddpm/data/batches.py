@@ -80,35 +80,36 @@ class ShuffledImages:
 
     def batch(self, step: int, rows: slice) -> Batch:
         """Returns images of the global batch of a step; see `BatchSource`."""
-        indices = batch_indices(self.seed, step, self.batch_size, len(self))[rows]
-        labels = None if self.store.labels is None else self.store.labels[indices.to(self.store.labels.device)]
-        if self.store.image_format.crop == "center":
-            return Batch(self.store[indices], labels)
-        return Batch(self.store.cropped(indices, crop_places(self.seed, step, self.batch_size)[rows]), labels)
+        store = self.store
+        indices = batch_indices(self.seed, step, self.batch_size, len(self), store.index_device)[rows]
+        labels = None if store.labels is None else store.labels[indices].to(store.device, non_blocking=True)
+        if store.image_format.crop == "center":
+            return Batch(store[indices], labels)
+        return Batch(store.cropped(indices, crop_places(self.seed, step, self.batch_size)[rows]), labels)
 
     def close(self) -> None:
         """Does nothing: there are no threads or processes."""
 
 
-def batch_indices(seed: int, step: int, batch: int, size: int) -> Tensor:
-    """Returns the images of a global batch: epochs are permutations, end to end, without a gap or a repetition.
+def batch_indices(seed: int, step: int, batch: int, size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the images of a global batch: epochs are permutations, end to end, without a gap or a repetition.
 
     Args:
         seed: Seed of the run.
         step: Optimizer step, from 0.
         batch: Images in a global batch.
         size: Images in the data set.
+        device: Device of the indices, to which the order of an epoch is copied once.
 
     Returns:
         Indices, int64, shape `(batch,)`.
     """
-    places = torch.arange(step * batch, (step + 1) * batch)
-    epochs = places // size
-    indices = torch.empty_like(places)
-    for epoch in epochs.unique().tolist():
-        here = epochs == epoch
-        indices[here] = _epoch_order(seed, epoch, size)[places[here] % size]
-    return indices
+    parts, place, end = [], step * batch, (step + 1) * batch
+    while place < end:
+        epoch, first = divmod(place, size)
+        parts.append(_epoch_order(seed, epoch, size, torch.device(device))[first : first + end - place])
+        place += len(parts[-1])
+    return torch.cat(parts)
 
 
 def crop_places(seed: int, step: int, batch: int) -> Tensor:
@@ -117,5 +118,5 @@ def crop_places(seed: int, step: int, batch: int) -> Tensor:
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, size: int) -> Tensor:
-    return torch.randperm(size, generator=generator(seed, ORDER, epoch))
+def _epoch_order(seed: int, epoch: int, size: int, device: torch.device) -> Tensor:
+    return torch.randperm(size, generator=generator(seed, ORDER, epoch)).to(device)

@@ -28,6 +28,9 @@ class ImageStore:
         labels: The classes of the images, int64, shape `(N,)`.
         class_names: Their names.
         skipped: Images that were left out.
+
+    Attributes:
+        index_device: Device of the indices, and of the labels: no step waits for a copy of them.
     """
 
     def __init__(
@@ -42,12 +45,13 @@ class ImageStore:
     ):
         self.image_format, self.shape, self.class_names = image_format, image_format.shape, class_names
         self.skipped, self.device = skipped, torch.device(device)
-        self.labels = None if labels is None else labels.to(self.device)
         self._table = decoded.with_format("arrow")
         size = len(decoded) * int(np.prod(self.shape)) * np.dtype(image_format.dtype).itemsize
         # Images that are cut anew each time are of many sizes: they stay in their table.
         resident = image_format.crop == "center" and size <= RESIDENT_BYTES
         self._images = self._read(slice(None)) if resident else None
+        self.index_device = self.device if resident else torch.device("cpu")
+        self.labels = None if labels is None else labels.to(self.index_device)
         if self._images is not None:
             # Not every operation on every device supports unsigned integers of 16 bits; signed ones are supported.
             self._images = (self._images.view(torch.int16) if image_format.deep else self._images).to(self.device)

@@ -48,15 +48,16 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalization in the precision of its input; statistics are in float32.
+# Devices whose normalizations take float32 weights with inputs in half precision, and whose autocast leaves it at that.
+MIXED_NORMS = ("cpu",)
 
-    The autocast of CUDA alone would make it, and what follows, work in float32.
-    """
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalization in the precision of its input, under autocast too, which would run it in float32 on CUDA."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(B, C, ...)`."""
-        if x.dtype == self.weight.dtype:
+        if x.dtype == self.weight.dtype or x.device.type in MIXED_NORMS:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -204,5 +206,12 @@ def received_signal(accelerator: Accelerator) -> int | None:
     """Return the number of a signal that any process has received, the same on all; every process must call it."""
     number = signals.number
     if accelerator.num_processes > 1:
-        number = int(accelerator.gather(torch.tensor(number, device=accelerator.device)).max())
+        flag = torch.tensor(number)  # on the CPU: no step waits for a GPU
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, _cpu_group(torch.distributed.group.WORLD))
+        number = int(flag)
     return number or None
+
+
+@cache
+def _cpu_group(world: Any) -> Any:
+    return world if torch.distributed.get_backend(world) == "gloo" else torch.distributed.new_group(backend="gloo")

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from hf_ddpm.data.batches import ShuffledImages, batch_indices, crop_places
+from hf_ddpm.data.batches import ShuffledImages, _epoch_order, batch_indices, crop_places
 from hf_ddpm.data.sources import choose
 from hf_ddpm.data.transforms import crop_at
 from tests.data.files import load, numbered, parquet
@@ -96,3 +96,22 @@ def test_the_order_does_not_depend_on_the_batch_size():
     small = torch.cat([batch_indices(3, step, 4, 30) for step in range(30)])
     large = torch.cat([batch_indices(3, step, 40, 30) for step in range(3)])
     assert torch.equal(small, large)
+
+
+@pytest.mark.parametrize("classes", [None, "label"])
+def test_no_batch_waits_for_a_copy_to_the_device(classes, monkeypatch):
+    # The meta device stands for a GPU. The order of an epoch is copied once.
+    store = load("digits", resolution=[8], channels=1, class_column=classes, device="meta")
+    source, copies, to = ShuffledImages(store, seed=0, batch_size=64), [], torch.Tensor.to
+    _epoch_order.cache_clear()
+
+    def note(tensor, *args, **options):
+        result = to(tensor, *args, **options)
+        if result.device != tensor.device:
+            copies.append(tensor.shape)
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "to", note)
+    batches = [source.batch(step, slice(0, 64)) for step in range(15)]  # 898 images: the last batch is of two epochs
+    assert copies == [(898,), (898,)] and all(batch.images.device.type == "meta" for batch in batches)
+    assert [batch.labels is None for batch in batches] == [classes is None] * 15

@@ -6,6 +6,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch.overrides import TorchFunctionMode
 
 from hf_ddpm import UNet2DModel
+from hf_ddpm.models import blocks
 from hf_ddpm.models.blocks import GroupNorm, sinusoidal
 from tests.conftest import TINY_UNET
 
@@ -39,7 +40,8 @@ class Norms(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_normalizations_work_in_half_precision_under_autocast():
+def test_normalizations_work_in_half_precision_under_autocast(monkeypatch):
+    monkeypatch.setattr(blocks, "MIXED_NORMS", ())  # as on a GPU
     network = UNet2DModel(**TINY_UNET)
     with torch.autocast("cpu", torch.bfloat16), Norms() as norms:
         network(torch.randn(2, 1, 8, 8), 3).sample.sum().backward()
@@ -48,7 +50,9 @@ def test_normalizations_work_in_half_precision_under_autocast():
     assert all(parameter.grad.dtype == torch.float32 for parameter in network.parameters())
 
 
-def test_statistics_in_half_precision_are_those_of_float32():
+@pytest.mark.parametrize("mixed", [(), ("cpu",)])
+def test_statistics_in_half_precision_are_those_of_float32(monkeypatch, mixed):
+    monkeypatch.setattr(blocks, "MIXED_NORMS", mixed)
     norm, x = GroupNorm(4, 16), torch.randn(2, 16, 32, 32) + 100
     expected = torch.nn.functional.group_norm(x.bfloat16().double(), 4)
     # A bfloat16 has 8 bits of mantissa: the outputs, of variance 1, are rounded by 2^-9 of up to 4.
