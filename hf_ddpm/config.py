@@ -204,6 +204,7 @@ class TrainingConfig:
         None,
     )
     tf32: bool = option("let an NVIDIA GPU round the factors of float32 products to 10 bits", True)
+    deterministic: bool = option("choose kernels of a GPU that repeat a run bit for bit, which are slower", False)
     gradient_checkpointing: bool = option("compute activations twice instead of keeping them", False)
     check_memory: bool = option("refuse to train if the counted memory of a step is not free", True)
     compile: bool | None = option(

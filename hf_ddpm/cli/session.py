@@ -35,7 +35,8 @@ def train(config: Config | None = None, **options: Any) -> Path:
     """Train a DDPM, sample from it and export the pipeline: `hf-ddpm train` in Python.
 
     The same call resumes from the last checkpoint in its folder. Every process of a launcher calls it. It sets
-    `torch.backends.cuda.matmul.allow_tf32` to the option `tf32`; two calls at a time need two processes.
+    `torch.backends.cuda.matmul.allow_tf32` to the option `tf32`, and `torch.use_deterministic_algorithms` and
+    `torch.backends.cudnn.benchmark` by `deterministic`; two calls at a time need two processes.
 
     Args:
         config: All options, such as `hf_ddpm.Config.of(preset="digits")`; instead of `options`.

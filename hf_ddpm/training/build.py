@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from hf_ddpm.config import Config
 from hf_ddpm.data.batches import BatchSource
@@ -23,6 +24,9 @@ from hf_ddpm.utils.launch import use_own_cores
 from hf_ddpm.utils.options import require
 from hf_ddpm.utils.public import hub_ids
 from hf_ddpm.utils.seeds import INITIALIZATION, derived_seed
+
+# Ways of accelerate to train in which each process has the whole network: averages and checkpoints are of that.
+REPLICATED = {kind for kind in DistributedType if kind.value == "NO" or kind.value.startswith("MULTI_")}
 
 
 def join_processes(config: Config) -> PartialState:
@@ -40,12 +44,16 @@ def join_processes(config: Config) -> PartialState:
 
 
 def start_accelerator(config: Config) -> Accelerator:
-    """Returns the accelerator.
+    """Return the accelerator, and set the process's rounding and choice of kernels to the options.
 
     Raises:
-        ValueError: If the launcher accumulates gradients, which is an option of the run.
+        ValueError: If the launcher accumulates gradients, which is an option of the run, or shards weights.
     """
-    tracker = config.training.tracker
+    tracker, deterministic = config.training.tracker, config.training.deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic  # shapes are the same in every step
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.training.mixed_precision:
         AcceleratorState._reset_state()  # accelerate keeps the precision of an earlier run in this process
     accelerator = Accelerator(
@@ -54,7 +62,13 @@ def start_accelerator(config: Config) -> Accelerator:
         dynamo_backend="no",  # `compile_network` does it
         log_with=None if tracker == "none" else tracker,
         project_dir=config.training.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    if accelerator.distributed_type not in REPLICATED:
+        kind = accelerator.distributed_type.value
+        raise ValueError(
+            f"distributed_type {kind} of the launcher: each process needs whole weights; expected MULTI_GPU"
+        )
     use_own_cores()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
     if accelerator.gradient_accumulation_steps != 1:

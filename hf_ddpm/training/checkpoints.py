@@ -28,8 +28,8 @@ from hf_ddpm.utils.runs import checkpoints, lengths_of, read_state, sha256, step
 FREE_OPTIONS = {
     "output_dir", "max_train_steps", "num_train_epochs", "log_steps", "checkpointing_steps", "keep_checkpoints",
     "resume", "train_batch_size", "gradient_accumulation_steps", "sample_at_checkpoints", "num_samples",
-    "num_inference_steps", "tf32", "gradient_checkpointing", "compile", "tracker", "world_size", "dry_run",
-    "allow_terminal_signal", "check_memory",
+    "num_inference_steps", "tf32", "deterministic", "gradient_checkpointing", "compile", "tracker", "world_size",
+    "dry_run", "allow_terminal_signal", "check_memory",
     *BESIDE_TRAINING,
 }  # fmt: skip
 

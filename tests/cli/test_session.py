@@ -1,13 +1,17 @@
+import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 import hf_ddpm
 from hf_ddpm import train
 from hf_ddpm.cli import session
-from hf_ddpm.config import parse_config
+from hf_ddpm.config import Config, parse_config
+from hf_ddpm.training.build import start_accelerator
 from tests.conftest import TINY_RUN, load_script
 
 
@@ -75,3 +79,22 @@ def test_what_is_no_config_is_refused(config):
         train(config)
     with pytest.raises(ValueError, match="unknown option help"):
         train(help=True)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kernels_of_a_gpu_are_fast_or_deterministic(monkeypatch, deterministic):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        start_accelerator(Config.of(preset="digits", deterministic=deterministic))
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+        assert torch.backends.cudnn.benchmark is not deterministic
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_launcher_that_shards_weights_is_refused(monkeypatch, kind):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
+    with pytest.raises(ValueError, match=f"distributed_type {kind} of the launcher: .*; expected MULTI_GPU"):
+        start_accelerator(Config.of(preset="digits"))
