@@ -27,7 +27,7 @@ from hf_ddpm.diffusion.outputs import split_output
 from hf_ddpm.images import to_signed
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
-from hf_ddpm.utils.seeds import BOUND_NOISE, BOUND_STEPS, generator
+from hf_ddpm.utils.seeds import BOUND_NOISE, BOUND_STEPS, derived_seed, generator, hashed_keys, normal_noise
 
 # Position of the image in `ids`, image, step, and the number of steps that this one stands for.
 Evaluation = tuple[int, int, int, float]
@@ -137,14 +137,14 @@ def variational_bound(
     totals = priors.clone()
     evaluations = _evaluations(ids, seed, total, per_image)
     while batch := list(islice(evaluations, batch_size)):
-        places, indices, t, weights = (torch.tensor(column) for column in zip(*batch, strict=True))
+        indices = torch.tensor([i for _, i, _, _ in batch])
         x_start = to_signed(images[indices], levels)
-        draws = [torch.randn(images.shape, generator=generator(seed, BOUND_NOISE, i, step)) for _, i, step, _ in batch]
-        noise = torch.stack(draws).to(x_start.device)
-        places, t, weights = (column.to(x_start.device) for column in (places, t, weights))
+        packed = torch.tensor(batch, dtype=torch.float64).to(x_start.device, non_blocking=True)  # one copy for all
+        places, numbers, t = packed[:, :3].long().unbind(1)
+        noise = normal_noise(hashed_keys(derived_seed(seed, BOUND_NOISE), numbers.int(), t.int()), images.shape)
         labels = None if classes is None else classes[indices.to(classes.device)].to(x_start.device)
         terms, squared_errors = _evaluate(unet, pipe.scheduler, x_start, t, noise, labels, levels)
-        weighted = weights * terms.double()
+        weighted = packed[:, 3] * terms.double()
         sums.index_add_(1, t, torch.stack([weighted, squared_errors.double(), torch.ones_like(weighted)]))
         totals.index_add_(0, places, weighted)
         progress(len(batch))

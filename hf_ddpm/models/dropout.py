@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-# Odd multipliers of 32-bit hashes, as signed numbers: Fibonacci hashing, and those of "lowbias32" (C. Wellons 2018).
-GOLDEN, FIRST, SECOND = 0x9E3779B9 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32
+from hf_ddpm.utils.seeds import GOLDEN, scramble
 
 
 class Dropout(nn.Dropout):
@@ -32,15 +31,6 @@ def hashed_mask(keys: Tensor, x: Tensor, keep: float) -> Tensor:
     places = places.view(height, width, channels).permute(2, 0, 1)
     bits = scramble(keys.view(-1, 1, 1, 1) ^ (places * GOLDEN))
     return bits < min(round((keep - 0.5) * 2**32), 2**31 - 1)
-
-
-def scramble(bits: Tensor) -> Tensor:
-    """Hash int32 numbers in place, one to one."""
-    bits ^= bits >> 16
-    bits *= FIRST
-    bits ^= bits >> 15
-    bits *= SECOND
-    return bits
 
 
 def seed_dropout(network: nn.Module, keys: Tensor | None) -> None:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_ddpm.models.dropout import GOLDEN, scramble
-from hf_ddpm.utils.seeds import DIFFUSION, DROPOUT, derived_seed, generator
+from hf_ddpm.utils.seeds import DIFFUSION, DROPOUT, derived_seed, generator, hashed_keys
 
 # Positions in a block. A change changes every run.
 BLOCK = 32
@@ -57,8 +56,7 @@ def draw(
 def dropout_keys(seed: int, step: int, rows: range, device: torch.device | str) -> Tensor:
     """Return what `UNet2DModel.seed_dropout` takes: keys of some rows of the global batch of a step."""
     places = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device)
-    # A key per step in the upper half of a seed of 63 bits, made a signed number of 32.
-    return scramble((places * GOLDEN) ^ ((derived_seed(seed, DROPOUT, step) >> 31) - 2**31))
+    return hashed_keys(derived_seed(seed, DROPOUT, step), places)
 
 
 def _blocks(rows: range) -> range:

@@ -1,7 +1,10 @@
-"""Generators for places: no random stream of this package depends on what was drawn before."""
+"""Random numbers for places, by generators or by a hash: none depends on what was drawn before."""
+
+import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
 # What numbers are drawn for. A stream has no two purposes.
 (
@@ -18,3 +21,34 @@ def derived_seed(seed: int, purpose: int, *place: int) -> int:
 def generator(seed: int, purpose: int, *place: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Returns a fresh generator for a place."""
     return torch.Generator(device).manual_seed(derived_seed(seed, purpose, *place))
+
+
+# Odd multipliers of 32-bit hashes, as signed numbers: Fibonacci hashing, and those of "lowbias32" (C. Wellons 2018).
+GOLDEN, FIRST, SECOND = 0x9E3779B9 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32
+
+
+def scramble(bits: Tensor) -> Tensor:
+    """Hash int32 numbers in place, one to one."""
+    bits ^= bits >> 16
+    bits *= FIRST
+    bits ^= bits >> 15
+    bits *= SECOND
+    return bits
+
+
+def hashed_keys(seed: int, *places: Tensor) -> Tensor:
+    """Hash a derived seed and places, int32 tensors of one shape, into keys of that shape; on any device the same."""
+    keys: Tensor | int = (seed >> 31) - 2**31  # the upper half of 63 bits, as a signed number
+    for place in places:
+        keys = scramble((place * GOLDEN) ^ keys)
+    return torch.as_tensor(keys)
+
+
+def normal_noise(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return standard normal numbers of a shape per key, int32 of shape `(B,)`: a hash, then Box-Muller, in float32."""
+    count = math.prod(shape)
+    half = -(-count // 2)
+    places = torch.arange(2 * half, dtype=torch.int32, device=keys.device)
+    uniform = scramble((places * GOLDEN) ^ keys[:, None]).float().mul_(2**-32).add_(0.5).clamp_(2**-33, 1)
+    radius, angle = uniform[:, :half].log().mul_(-2).sqrt_(), uniform[:, half:] * (2 * math.pi)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count].view(-1, *shape)

@@ -24,7 +24,7 @@ from hf_ddpm.sampling.generate import generate_images
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.training.randomness import draw
 from hf_ddpm.utils.launch import run_script, use_own_cores
-from hf_ddpm.utils.seeds import BOUND_NOISE, SAMPLES, generator
+from hf_ddpm.utils.seeds import BOUND_NOISE, SAMPLES, derived_seed, generator, hashed_keys, normal_noise
 from tests.conftest import TINY_RUN, load_script
 
 ROOT = Path(__file__).parents[2]
@@ -331,7 +331,8 @@ def test_every_variant_trains_samples_and_evaluates_by_flag(run_training, sample
     for number in choose(len(held_out), 3, METRIC_SEED):
         x0 = signed(held_out[torch.tensor([number])])[0]
         for t, bar in enumerate(by_hand.bars):
-            noise = torch.randn(1, 8, 8, generator=generator(0, BOUND_NOISE, number, t)).double().numpy()
+            places = (torch.tensor([value], dtype=torch.int32) for value in (number, t))
+            noise = normal_noise(hashed_keys(derived_seed(0, BOUND_NOISE), *places), (1, 8, 8))[0].double().numpy()
             terms[t] += by_hand.bound(x0, np.sqrt(bar) * x0 + np.sqrt(1 - bar) * noise, t, clip=True) / 3 / np.log(2)
     found = json.loads(results.read_text())["nll"]["terms_bpd"]
     np.testing.assert_allclose(found[1:], terms[1:], rtol=1e-3, atol=1e-5)

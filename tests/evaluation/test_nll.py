@@ -9,7 +9,7 @@ from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hf_ddpm.config import DataConfig
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.nll import Bound, _edges, variational_bound
-from hf_ddpm.utils.seeds import BOUND_NOISE, generator
+from hf_ddpm.utils.seeds import BOUND_NOISE, derived_seed, hashed_keys, normal_noise
 from tests.conftest import TINY_UNET, load_script
 
 SEED = 3
@@ -40,8 +40,9 @@ def independent_bound(unet, levels_of_images, variance_type, images, total):
     for number, levels in zip(images, levels_of_images, strict=True):
         x0 = levels.astype(np.float64) / 8 - 1  # level 0..16 on [-1, 1]
         shape = (1, *x0.shape)
-        draws = [torch.randn(shape[1:], generator=generator(SEED, BOUND_NOISE, number, t)) for t in range(total)]
-        eps = torch.stack(draws).double().numpy()
+        steps = torch.arange(total, dtype=torch.int32)
+        keys = hashed_keys(derived_seed(SEED, BOUND_NOISE), torch.full_like(steps, number), steps)
+        eps = normal_noise(keys, shape[1:]).double().numpy()
         root, noise = (np.sqrt(v).reshape(-1, 1, 1, 1) for v in (bars, 1 - bars))
         xt = root * x0 + noise * eps
         with torch.no_grad():

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_ddpm.models.dropout import Dropout, hashed_mask, scramble, seed_dropout
+from hf_ddpm.models.dropout import Dropout, hashed_mask, seed_dropout
+from hf_ddpm.utils.seeds import scramble
 
 
 def masks(keys, shape=(6, 8, 8), keep=0.8):
