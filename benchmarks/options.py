@@ -120,12 +120,17 @@ def growth_values(options: BenchmarkConfig, config: Config) -> list[int]:
     return options.growth_values or usual[options.growth]
 
 
+# With this variance, diffusers adds noise in the last of fewer steps than all unless that is of t = 0.
+_SPACING = {"fixed_large": {"timestep_spacing": "leading"}}
+
+
 def _comparable(config: Config) -> Config:
     """Returns the options of a run without those that not all contenders have."""
     require(config.data, "channels", config.data.channels in (1, 3, 4), "1, 3 or 4, which all contenders read")
     return replace(
         config,
         data=replace(config.data, class_column=None, streaming=False),
+        diffusion=replace(config.diffusion, **_SPACING.get(config.diffusion.variance_type, {})),
         training=replace(config.training, gradient_accumulation_steps=1, tracker="none", num_samples=1),
         evaluation=EvaluationConfig(),
     )

@@ -56,6 +56,13 @@ def rows_by(report):
     return {(row["task"], row["subject"]): row for row in report["rows"]}
 
 
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_sampling_in_few_steps_is_compared(benchmark, variance):
+    words = ("--tasks", "sampling", "--against", "diffusers", "--variance_type", variance, "--beta_schedule", "linear")
+    report, _ = benchmark(*words)
+    assert rows_by(report)["sampling", "diffusers"]["error"] is None
+
+
 def test_a_report_holds_all_that_is_needed_to_read_it(benchmark):
     report, printed = benchmark("--tasks", "forward,train_step,training,sampling,data,nll", "--against", "diffusers")
     rows = rows_by(report)
