@@ -59,6 +59,7 @@ def rows_by(report):
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_sampling_in_few_steps_is_compared(benchmark, variance):
     words = ("--tasks", "sampling", "--against", "diffusers", "--variance_type", variance, "--beta_schedule", "linear")
+    words += ("--num_inference_steps", "20")
     report, _ = benchmark(*words)
     assert rows_by(report)["sampling", "diffusers"]["error"] is None
 
