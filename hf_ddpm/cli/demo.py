@@ -8,7 +8,7 @@ In a Space, the variable MODEL_ID names the model. Image i of a seed is that of 
 import os
 from dataclasses import dataclass
 
-from hf_ddpm.utils.options import option, parse_options
+from hf_ddpm.utils.options import option, parse_options, require_color
 
 
 @dataclass
@@ -16,9 +16,11 @@ class DemoConfig:
     """Demo."""
 
     model: str | None = option("folder or Hub id of a DDPM pipeline; the variable MODEL_ID by default", None)
+    background: str = option("color behind transparent pixels of uploaded images", "white")
 
     def __post_init__(self) -> None:
-        """Find the model."""
+        """Find the model, and check the values."""
+        require_color(self, "background")
         self.model = self.model or os.environ.get("MODEL_ID")
         if self.model is None:
             raise ValueError("the following arguments are required: --model")
@@ -29,5 +31,5 @@ def main(argv: list[str]) -> int:
     (config,) = parse_options(argv, DemoConfig, doc=__doc__)
     from hf_ddpm.demo.app import show  # takes seconds
 
-    show(config.model)
+    show(config.model, config.background)
     return 0

@@ -139,7 +139,7 @@ def serve(demo: Demo, **options: Any) -> str:
     return build(demo).launch(css=CSS, show_error=True, max_file_size=UPLOAD, **options)[1]
 
 
-def show(model: str) -> None:
+def show(model: str, background: str = "white") -> None:
     """Loads a model, serves its demo, and returns when that ends."""
     pipe = load_pipeline(model, "cuda" if torch.cuda.is_available() else "cpu")
-    serve(Demo(pipe, strip_local_path(model, hub_ids(model))))
+    serve(Demo(pipe, strip_local_path(model, hub_ids(model)), background=background))

@@ -41,10 +41,12 @@ class Demo:
     Attributes:
         pipe: The pipeline.
         name: Name of the model.
+        background: Color behind transparent pixels of uploaded images, unless the model has 4 channels.
     """
 
     pipe: DDPMPipeline
     name: str
+    background: str = "white"
 
     @property
     def num_train_timesteps(self) -> int:
@@ -90,7 +92,7 @@ class Demo:
         """Return an image file, resized as for training, as bytes of shape `(1, C, H, W)`."""
         channels, height, width = self.pipe.image_shape
         row = {"bytes": None if path is None else _checked_upload(name, Path(path)), "path": None}
-        pixels = attempt(row, ImageFormat(height, width, channels))
+        pixels = attempt(row, ImageFormat(height, width, channels, background=self.background))
         if isinstance(pixels, str):
             raise ValueError(f"{name} is not usable: {pixels}")
         return torch.tensor(pixels).unsqueeze(0)

@@ -71,7 +71,7 @@ def evaluate(
         if config.compile:
             compile_for_sampling(pipe.unet)
     if images is None and config.samples is not None and config.compared:
-        images = open_samples(Path(config.samples))
+        images = open_samples(Path(config.samples), config.background or "white")
     model, shape = _identify(config, pipe, images)
     if reference is None:
         reference = Reference(config, shape, state, log)
@@ -229,7 +229,8 @@ class Reference:
     def _load(self, split: str, shape: tuple[int, ...], log: Callable[[str], object]) -> ImageStore:
         """Return the real images of a split."""
         shared = {field.name: getattr(self.config, field.name) for field in fields(ImageOptions)}
-        data = DataConfig(**shared, split=split, resolution=list(shape[1:]), channels=shape[0])
+        given = {name: value for name, value in shared.items() if value is not None}
+        data = DataConfig(**given, split=split, resolution=list(shape[1:]), channels=shape[0])
         return load_images(data, device=self.state.device, log=log)
 
 

@@ -180,6 +180,8 @@ def default_levels(dataset: str | None) -> int:
 def real_images(config: Config) -> dict[str, Any]:
     """Return the options of an `EvaluateConfig` for the real images that a run is measured by."""
     shared = {field.name: getattr(config.data, field.name) for field in fields(ImageOptions)}
+    if shared["background"] == "white":
+        shared["background"] = None  # as in results of versions without the option
     options = config.evaluation
     return shared | {
         "reference_split": config.data.split,

@@ -71,8 +71,15 @@ def ends(context: FigureContext, options: InterpolateOptions) -> list[Tensor]:
         require(options, "rows", max(rows) < len(images), f"less than the {len(images)} of the split")
         return [to_signed(images[torch.tensor([row])], levels).cpu() for row in rows]
     channels, height, width = context.pipe.image_shape
-    limits = context.options.value_range
-    image_format = ImageFormat(height, width, channels, deep=levels > 256, value_range=limits and tuple(limits))
+    given = context.options
+    image_format = ImageFormat(
+        height,
+        width,
+        channels,
+        deep=levels > 256,
+        value_range=given.value_range and tuple(given.value_range),
+        background=given.background or "white",
+    )
     pair = []
     for name, file in (("first", options.first), ("second", options.second)):
         try:

@@ -201,6 +201,13 @@ def test_an_uploaded_image_is_fitted_as_for_training(demo, tmp_path):
     np.testing.assert_array_equal(demo.read_image("first image", str(path)), expected[np.newaxis])
 
 
+def test_transparent_pixels_of_an_uploaded_image_show_the_background(tiny_pipeline, tmp_path):
+    Image.new("LA", (8, 8), (200, 0)).save(tmp_path / "a.png")
+    for background, gray in (("white", 255), ("#404040", 64)):
+        demo = Demo(tiny_pipeline, "tiny", background=background)
+        assert (demo.read_image("first image", str(tmp_path / "a.png")) == gray).all()
+
+
 def test_an_image_that_cannot_be_used_is_named(demo, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     Image.new("L", (7, 9)).save(tmp_path / "small.png")

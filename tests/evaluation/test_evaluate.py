@@ -7,8 +7,9 @@ from accelerate import Accelerator
 from PIL import Image
 
 from hf_ddpm import DDPMPipeline
+from hf_ddpm.config import Config
 from hf_ddpm.evaluation.evaluate import Reference, evaluate
-from hf_ddpm.evaluation.options import EvaluateConfig
+from hf_ddpm.evaluation.options import EvaluateConfig, training_request
 from hf_ddpm.evaluation.results import scalars
 from hf_ddpm.sampling.options import Sampling
 from tests.evaluation.pixels import Pixels
@@ -82,6 +83,20 @@ def test_processes_share_the_images_of_the_bound(request_of, trained):
     alone, parts = bound(0, 1), [bound(rank, 2) for rank in range(2)]
     assert [part["num_images"] for part in parts] == [3, 3]
     assert sum(part["total_bpd"] for part in parts) / 2 == pytest.approx(alone["total_bpd"], rel=1e-5)
+
+
+def test_evaluations_of_a_run_put_real_images_on_its_background(tmp_path):
+    for split in ("train", "test"):
+        for number in range(2):
+            (tmp_path / split).mkdir(exist_ok=True)
+            Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(tmp_path / split / f"{number}.png")
+    dataset = {"dataset": str(tmp_path), "output_dir": str(tmp_path / "run"), "eval_metrics": "nll", "resolution": 8}
+    network = {"block_out_channels": [32], "attention_resolutions": 0}
+    for background, color in ((None, [255, 127, 127]), ("white", [255, 127, 127]), ("blue", [128, 0, 127])):
+        request = training_request(Config.of(**dataset, **network, background=background))
+        assert request.background == ("blue" if background == "blue" else None)  # white: as in former results
+        found = Reference(request, (3, 8, 8), Accelerator(cpu=True)).held_out[torch.arange(2)]
+        assert (found.float() - torch.tensor(color).view(3, 1, 1)).abs().max() <= 1
 
 
 def test_skipped_images_are_counted(trained, tmp_path):

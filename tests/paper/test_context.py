@@ -24,6 +24,12 @@ def test_the_data_of_a_run_are_known_and_may_be_others(trained, model):
     assert FigureOptions(model=model).dataset is None
 
 
+def test_the_background_is_that_of_the_run_unless_another_is_given(trained, tmp_path):
+    (tmp_path / "config.yaml").write_text((trained / "config.yaml").read_text() + "\nbackground: blue\n")
+    assert FigureOptions(model=str(tmp_path)).background == "blue"
+    assert FigureOptions(model=str(tmp_path), background="white").background == "white"
+
+
 def test_diffusion_steps_are_quarters_by_default(context):
     assert context.diffused([]) == [5, 10, 15, 20] and context.diffused([9, 3, 9]) == [3, 9]
     for wrong in (0, 21):

@@ -395,6 +395,8 @@ def test_pictures_of_others_are_taken_as_they_look_or_refused(tmp_path):
     Image.new("P", (4, 4)).save(tmp_path / "0.png", transparency=0)  # black, and transparent all over
     (palette,) = images(PictureFolder(tmp_path))
     assert palette.shape == (3, 4, 4) and (palette == 255).all()
+    (palette,) = images(open_samples(tmp_path, "#0102ff"))
+    assert palette[:, 0, 0].tolist() == [1, 2, 255]
     Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / "0.png")
     with pytest.raises(ValueError, match=r"0\.png cannot be used: it has more than 8 bits a channel"):
         PictureFolder(tmp_path)
