@@ -273,7 +273,8 @@ class EvaluationConfig:
     eval_split: str = option("held-out split: the floor of distances, and the images of nll", "test")
     eval_floor: bool = option("whether to compare as many held-out images, too", True)
     eval_extractor: str | None = option(
-        "digits, inception, or an image model; digits for the digits, else inception by default", None
+        "digits, inception (needs hf_ddpm[inception]) or an image model; by default digits for these, else inception",
+        None,
     )
     eval_num_images: int | None = option("images to evaluate on; by default as many as the split holds", None)
     eval_inference_steps: int | None = option("steps of the reverse process; all by default", None)

@@ -99,6 +99,37 @@ def test_evaluations_of_a_run_put_real_images_on_its_background(tmp_path):
         assert (found.float() - torch.tensor(color).view(3, 1, 1)).abs().max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("metrics", "prefix", "remedy"),
+    [
+        ("nll", "", "--split train"),
+        ("nll", "eval_", "--eval_split train"),
+        ("fd,kid", "", "--floor false"),
+        ("fd,nll", "eval_", "--eval_split train --eval_floor false"),
+    ],
+)
+def test_without_held_out_images_the_message_has_the_options_that_work(trained, tmp_path, metrics, prefix, remedy):
+    for number in range(6):
+        Image.new("L", (8, 8), 40 * number).save(tmp_path / f"{number}.png")
+    given = {"model": str(trained), "dataset": str(tmp_path), "extractor": "digits", "steps_per_image": 2}
+    message = f"has no split 'test': one of train; without held-out images add {remedy}$"
+    with pytest.raises(ValueError, match=message):
+        Reference(EvaluateConfig(prefix=prefix, metrics=metrics, **given), (1, 8, 8), Accelerator(cpu=True))
+    words = remedy.replace(f"--{prefix}", "").split()
+    words = {name: False if value == "false" else value for name, value in zip(words[::2], words[1::2], strict=True)}
+    config = EvaluateConfig(prefix=prefix, metrics=metrics, output=str(tmp_path / "r.json"), **given, **words)
+    found = evaluate(config, FEW)
+    assert set(metrics.split(",")) <= set(found)
+    if "nll" in metrics:
+        assert found["nll"]["num_images"] == 6 and found["nll"]["made_by"]["dataset"]["split"] == "train"
+
+
+def test_with_several_splits_the_message_has_no_other_remedy(trained):
+    config = EvaluateConfig(model=str(trained), dataset="digits", split="dev")
+    with pytest.raises(ValueError, match="has no split 'dev': one of train, test$"):
+        Reference(config, (1, 8, 8), Accelerator(cpu=True))
+
+
 def test_skipped_images_are_counted(trained, tmp_path):
     for number in range(3):
         Image.new("L", (8, 8), 50 * number).save(tmp_path / f"{number}.png")
