@@ -8,16 +8,17 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import yaml
 
+from hf_ddpm.presets import Given, Words, choose_preset, fit_preset, preset_names, preset_path
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.options import (
+    Auto,
     given_options,
     option,
     parse_first,
@@ -30,11 +31,11 @@ from hf_ddpm.utils.options import (
     require_memory,
     require_range,
     require_types,
-    require_value,
 )
 
 LARGEST_BETA = 0.999
-PRESETS = resources.files("hf_ddpm") / "presets"
+# Lengths of runs by `--max_train_steps auto`: passes over the images, and the fewest and most steps.
+AUTO_EPOCHS, AUTO_STEPS = 100, (10_000, 100_000)
 # What `dataset` may name.
 DATASETS = "digits; a folder of images, arrays, archives or parquet files; such a file; or a Hub id"
 
@@ -84,7 +85,7 @@ class DataConfig(ImageOptions):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        require(self, "dataset", bool(self.dataset), "the name of a data set (or give --preset)")
+        require(self, "dataset", bool(self.dataset), "a data set, such as a folder of images, or --preset")
         sides = self.resolution
         require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
         require_at_least(self, 1, "channels", "max_train_samples")
@@ -172,7 +173,12 @@ class TrainingConfig:
 
     output_dir: str = option("folder of the run", "runs/ddpm")
     seed: int = option("random seed", 0)
-    max_train_steps: int | None = option("optimizer steps; 800,000 by default, as in the paper", None)
+    max_train_steps: int | None = option(
+        f"optimizer steps; auto: {AUTO_EPOCHS} passes over the images, at least {AUTO_STEPS[0]:,} and at most "
+        f"{AUTO_STEPS[1]:,} steps; 800,000 by default, as in the paper",
+        None,
+        auto=True,
+    )
     num_train_epochs: int | None = option("passes over the images, instead of max_train_steps", None)
     train_batch_size: int = option(
         "batch size per process and forward pass; auto: the largest that fits into memory, dividing the batch per "
@@ -230,6 +236,8 @@ class TrainingConfig:
         require_types(self)
         if self.max_train_steps is None and self.num_train_epochs is None:
             self.max_train_steps = 800_000
+        if isinstance(self.max_train_steps, Auto):
+            self.max_train_steps = Auto(AUTO_STEPS[0])  # until images are counted
         either = None in (self.max_train_steps, self.num_train_epochs)
         require(self, "num_train_epochs", either, f"max_train_steps={self.max_train_steps} is given, too")
         counts = ("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps")
@@ -252,10 +260,13 @@ class TrainingConfig:
         return self.train_batch_size * self.gradient_accumulation_steps * processes
 
     def counted(self, images: int, processes: int) -> "TrainingConfig":
-        """Return a copy with the `max_train_steps` of `num_train_epochs`, if given: each image is used so often."""
-        counted = copy.copy(self)
+        """Return a copy with the `max_train_steps` of `num_train_epochs` or `auto`, if given, for so many images."""
+        counted, size = copy.copy(self), self.global_batch_size(processes)
         if self.num_train_epochs is not None:
-            counted.max_train_steps = math.ceil(self.num_train_epochs * images / self.global_batch_size(processes))
+            counted.max_train_steps = math.ceil(self.num_train_epochs * images / size)
+        elif isinstance(self.max_train_steps, Auto):
+            fewest, most = AUTO_STEPS
+            counted.max_train_steps = min(max(math.ceil(AUTO_EPOCHS * images / size), fewest), most)
         return counted
 
 
@@ -336,6 +347,9 @@ FORMER_DEFAULTS: dict[str, Any] = {
     "timestep_spacing": "leading",
 }
 
+# Parts that describe a data set, not a model: those of a preset are for its own.
+OF_DATA = (DataConfig, EvaluationConfig, HubConfig)
+
 PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig, EvaluationConfig, HubConfig)
 
 
@@ -344,7 +358,8 @@ class Config:
     """A whole run.
 
     Attributes:
-        defaulted: Options of `FORMER_DEFAULTS` that nobody has given, with their values.
+        defaulted: Options that nobody has given, with their values: those of `FORMER_DEFAULTS` and of a chosen preset.
+        notes: Lines on the choice of a preset.
     """
 
     data: DataConfig
@@ -354,6 +369,7 @@ class Config:
     evaluation: EvaluationConfig
     hub: HubConfig
     defaulted: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    notes: list[str] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def of(cls, **options: Any) -> "Config":
@@ -416,7 +432,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all options by name."""
-        parts = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "defaulted")
+        parts = (getattr(self, field.name) for field in dataclasses.fields(self)[: len(PARTS)])
         return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
     def save(self, path: Path) -> None:
@@ -428,8 +444,10 @@ class Config:
         """Return the options of a run that resumes a stored one: what nobody has chosen keeps its past default."""
         past, now = with_past_defaults(stored), self.to_dict()
         kept = {name: past[name] for name, value in self.defaulted.items() if now[name] == value}
+        if all(now[name] == value for name, value in kept.items() if name not in LENGTHS):
+            kept = {name: value for name, value in kept.items() if name not in LENGTHS}  # the same preset: its length
         parts = {}
-        for entry in dataclasses.fields(self):
+        for entry in dataclasses.fields(self)[: len(PARTS)]:
             part = getattr(self, entry.name)
             changed = {name: value for name, value in kept.items() if hasattr(part, name)}
             parts |= {entry.name: dataclasses.replace(part, **changed)} if changed else {}
@@ -474,28 +492,21 @@ def block_types(attends: list[bool]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def preset_names() -> list[str]:
-    """Return the names of the presets."""
-    return sorted(path.name.removesuffix(".yaml") for path in PRESETS.iterdir() if path.name.endswith(".yaml"))
-
-
-def preset_path(name: str) -> Any:
-    """Return the file of a preset, or raise a `ValueError` that lists all."""
-    require_value("preset", name, name in preset_names(), f"one of {', '.join(preset_names())}")
-    return PRESETS / f"{name}.yaml"
-
-
 @dataclass
 class Sources:
     """Sources: options given otherwise than one by one; the command line wins."""
 
-    preset: str | None = option(f"one of {', '.join(preset_names())}; `hf-ddpm presets` describes them", None)
+    preset: str | None = option(
+        f"one of {', '.join(preset_names())}, which `hf-ddpm presets` describes; by default a small one unless "
+        "block_out_channels is given",
+        None,
+    )
     config: str | None = option("YAML file of options, such as the config.yaml of a run", None)
 
 
-def default_options() -> dict[str, Any]:
-    """Return the defaults of all options by name."""
-    fields = [field for part in PARTS for field in dataclasses.fields(part)]
+def default_options(parts: Iterable[type] = PARTS) -> dict[str, Any]:
+    """Return the defaults of the options of some parts, by name."""
+    fields = [field for part in parts for field in dataclasses.fields(part)]
     return {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in fields
@@ -526,18 +537,36 @@ def parse_config(argv: list[str], doc: str | None = None) -> Config:
         ValueError: If an option is unknown or its value not allowed; one line.
     """
     sources, _ = parse_first(argv, Sources)
-    options: dict[str, list[str] | None] = {}
-    if sources.preset is not None:
-        options |= read_yaml(preset_path(sources.preset), PARTS)
-    if sources.config is not None:
-        options = _merged(options, read_yaml(Path(sources.config), PARTS))
-    options = _merged(options, dict.fromkeys(LENGTHS & given_options(argv, PARTS)))
-    words = [word for name, value in options.items() if value is not None for word in _words(name, value)]
+    file = {} if sources.config is None else read_yaml(Path(sources.config), PARTS)
+    preset, chosen, notes = _preset(sources.preset, file, argv)
+    options = _merged(_merged(preset, file), dict.fromkeys(LENGTHS & given_options(argv, PARTS)))
+    words = _command_line(options)
     _, *parts = parse_options(words + argv, Sources, *PARTS, doc=doc)
     config = Config(*parts)
-    values, given = config.to_dict(), given_options(words + argv, PARTS)
-    config.defaulted = {name: values[name] for name in FORMER_DEFAULTS if name not in given}
+    given = {*file, *given_options(argv, PARTS)}
+    chosen -= given | LENGTHS if given & LENGTHS else given
+    chosen |= FORMER_DEFAULTS.keys() - given_options(words + argv, PARTS)
+    config.defaulted = {name: value for name, value in config.to_dict().items() if name in chosen}
+    config.notes = [line for line in notes if line]
     return config
+
+
+def _preset(name: str | None, file: Words, argv: list[str]) -> tuple[Words, set[str], list[str]]:
+    """Return the options of a preset, or of one that is chosen, for given ones; names of chosen ones; lines on both."""
+    names = {entry.name for entry in dataclasses.fields(Given)}
+    given, _ = parse_first(_command_line({key: value for key, value in file.items() if key in names}) + argv, Given)
+    choice, line = (name, "") if name else choose_preset(given)
+    if choice is None:
+        return {}, set(), []
+    preset = read_yaml(preset_path(choice), PARTS)
+    fitted, left_out = fit_preset(choice, preset, given, default_options(OF_DATA))
+    chosen = {key for key, value in preset.items() if name is None or fitted.get(key) != value}
+    return fitted, chosen, [line, left_out]
+
+
+def _command_line(options: Words) -> list[str]:
+    """Return options as the words of a command line."""
+    return [word for name, value in options.items() if value is not None for word in _words(name, value)]
 
 
 def _words(name: str, values: list[str]) -> list[str]:
@@ -545,7 +574,7 @@ def _words(name: str, values: list[str]) -> list[str]:
     return [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
 
 
-def _merged(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+def _merged(earlier: Words, later: Words) -> Words:
     """Return options of two sources; a length of the run in the later one replaces any in the earlier one."""
     replaced = LENGTHS if LENGTHS & later.keys() else set()
     kept = {name: value for name, value in earlier.items() if name not in replaced}

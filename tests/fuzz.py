@@ -116,16 +116,16 @@ def train_config(run: Path, words: tuple[str, ...]) -> str:
 
 def train_preset(run: Path, words: tuple[str, ...]) -> str:
     """Trains a new run for a step with a preset, which is `config.yaml`."""
-    from hf_ddpm import config
+    from hf_ddpm import presets
 
-    presets, config.PRESETS = config.PRESETS, run / "presets"
-    config.PRESETS.mkdir()
-    shutil.copy(run / "config.yaml", config.PRESETS / "damaged.yaml")
+    original, presets.PRESETS = presets.PRESETS, run / "presets"
+    presets.PRESETS.mkdir()
+    shutil.copy(run / "config.yaml", presets.PRESETS / "damaged.yaml")
     try:
         words = ("--output_dir", str(run / "new"), "--max_train_steps", "1", *words)
         _main("train", "--preset", "damaged", *words)
     finally:
-        config.PRESETS = presets
+        presets.PRESETS = original
     return json.loads((run / "new/export.json").read_text())["checksum"]
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_ddpm.config import preset_names
 from hf_ddpm.paper.options import FIGURES
+from hf_ddpm.presets import preset_names
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "paper.md").read_text()
@@ -35,7 +35,7 @@ def test_the_page_names_functions_that_are_there(name):
 def test_the_page_names_scripts_presets_and_figures_that_are_there():
     assert all((ROOT / name.split()[0]).exists() for name in QUOTED if name.startswith("scripts/"))
     presets = [name.split()[1] for name in QUOTED if name.startswith("--preset")]
-    assert {*preset_names()} - {"digits"} == {*presets}
+    assert {*preset_names()} - {"digits", "small-32", "small-64"} == {*presets}
     commands = {*FIGURES, "all", "ablation"}
     assert {name for name in QUOTED if re.fullmatch(r"[a-z-]+", name)} - {"vlb", "simple"} == commands
 

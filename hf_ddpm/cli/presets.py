@@ -1,28 +1,68 @@
-"""List the presets of `hf-ddpm train`.
+"""List the presets of `hf-ddpm train`: network, memory and length.
 
     hf-ddpm presets
+    hf-ddpm presets --measure true
 
+Memory is that of training in float32 at the preset's batch size on a CPU, as --dry_run counts it. Smaller batches need
+less (--train_batch_size auto). --measure trains on a few images for each, which takes minutes on a CPU.
 The head of each file, in hf_ddpm/presets, has the paper's table, hardware, images seen and the expected metric.
 """
 
 import re
+import time
 from dataclasses import dataclass
 
-from hf_ddpm.config import parse_config, preset_names, preset_path
-from hf_ddpm.utils.options import parse_options
+from hf_ddpm.config import Config, parse_config
+from hf_ddpm.presets import preset_names, preset_path
+from hf_ddpm.utils.options import Auto, option, parse_options
+
+ROW = "{:24}{:>11}{:>12}{:>12}{:>10}  {}"
+# Pixels of a pass that is measured: 8 images at 32x32.
+MEASURED_PIXELS = 8 * 32 * 32
 
 
 @dataclass
 class PresetsConfig:
-    """None but --help."""
+    """Presets: what is listed."""
+
+    measure: bool = option("measure the time per step on this machine, too", False)
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit code."""
-    parse_options(argv, PresetsConfig, doc=__doc__)
+    (options,) = parse_options(argv, PresetsConfig, doc=__doc__)
+    print(ROW.format("preset", "resolution", "parameters", "batch size", "memory", "steps"))
     for name in preset_names():
-        config, text = parse_config(["--preset", name]), preset_path(name).read_text(encoding="utf-8")
-        size, parameters = "x".join(map(str, config.data.size)), re.findall(r"[\d.]+M parameters", text)[0]
-        steps = f"{config.training.max_train_steps:,} steps of {config.training.train_batch_size} images"
-        print(f"{name:24}{config.data.dataset} at {size}, {parameters}, {steps}")
+        config, text = preset_config(name), preset_path(name).read_text(encoding="utf-8")
+        parameters, memory = re.findall(r"([\d.]+M) parameters", text)[0], re.findall(r"Memory: ([\d.]+ GiB)", text)[0]
+        size, training = "x".join(map(str, config.data.size)), config.training
+        steps = "auto" if isinstance(training.max_train_steps, Auto) else f"{training.max_train_steps:,}"
+        measured = f", {seconds_per_step(config):.2g} s per step" if options.measure else ""
+        print(ROW.format(name, size, parameters, training.train_batch_size, memory, steps + measured), flush=True)
     return 0
+
+
+def preset_config(name: str) -> Config:
+    """Return a run of a preset; one for any images gets a data set that does not exist."""
+    has_data = re.search("^dataset:", preset_path(name).read_text(encoding="utf-8"), re.MULTILINE)
+    return parse_config(["--preset", name, *([] if has_data else ["--dataset", "images"])])
+
+
+def seconds_per_step(config: Config) -> float:
+    """Return the time of the passes of a training step on this machine, scaled up from a pass of few images."""
+    import torch
+
+    from hf_ddpm.models.unet_2d import UNet2DModel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch, (height, width) = config.training.train_batch_size, config.data.size
+    few = max(1, min(batch, MEASURED_PIXELS // (height * width)))
+    unet = UNet2DModel(**config.unet()).to(device).train()
+    unet.lay_out_kernels()
+    images = torch.zeros(few, config.data.channels, height, width, device=device)
+    for _ in range(2):  # the first pass is slower
+        start = time.perf_counter()
+        unet(images, 0).sample.square().mean().backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return (time.perf_counter() - start) * batch / few

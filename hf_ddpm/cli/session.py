@@ -67,6 +67,8 @@ def train(config: Config | None = None, **options: Any) -> Path:
         checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
         if checkpoint is not None:
             config = config.resumed(stored_options(checkpoint))
+        elif state.is_main_process:
+            print(*config.notes, sep="\n", end="\n" if config.notes else "")
         accelerator = start_accelerator(config)  # in the precision of the run
         config = fit_memory(config, accelerator, checkpoint)
         log = cache(accelerator.print)  # a data set that is opened twice is described once
@@ -91,6 +93,7 @@ def print_cost(config: Config, accelerator: Accelerator) -> None:
         for name, line in lines.items():
             accelerator.print(f"{name + ':':16}{line}")
 
+    accelerator.print(*config.notes, sep="\n", end="\n" if config.notes else "")
     plan = MemoryPlan(config, accelerator)
     show(plan.describe())
     refusal = plan.refusal()

@@ -202,7 +202,7 @@ def count_pass(
             parameter.grad = torch.zeros_like(parameter)
     dtype = DTYPES.get(mixed_precision)
     half = nullcontext() if dtype is None else torch.autocast(x.device.type, dtype)
-    with _LiveBytes([x, t, *network.parameters()]) as live:
+    with torch.enable_grad(), _LiveBytes([x, t, *network.parameters()]) as live:
         with half:
             output = network(x, t)
         output = getattr(output, "sample", output)

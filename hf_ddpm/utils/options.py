@@ -240,7 +240,7 @@ class _KeepForAuto(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, value: Any, flag: Any = None) -> None:
         earlier = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, Auto(earlier) if value == "auto" else value)
+        setattr(namespace, self.dest, Auto(earlier or 0) if value == "auto" else value)
 
 
 def _parser(

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_ddpm import cli
-from hf_ddpm.config import PARTS, Config, preset_names
+from hf_ddpm.config import PARTS, Config
+from hf_ddpm.presets import preset_names
 from tests.conftest import TINY_RUN
 
 ROOT = Path(__file__).parents[2]
@@ -78,8 +79,17 @@ def test_the_commands_are_listed_with_a_line_each(capsys):
 def test_the_presets_are_listed_with_a_line_each(capsys):
     assert importlib.import_module("hf_ddpm.cli.presets").main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == preset_names()
-    assert "cifar10                 uoft-cs/cifar10 at 32x32, 35.7M parameters, 800,000 steps of 128 images" in lines
+    assert [line.split()[0] for line in lines] == ["preset", *preset_names()]
+    rows = {line.split()[0]: line.split()[1:] for line in lines}
+    assert rows["cifar10"] == ["32x32", "35.7M", "128", "7.8", "GiB", "800,000"]
+    assert rows["small-32"] == ["32x32", "5.6M", "32", "1.1", "GiB", "auto"]
+
+
+def test_the_time_per_step_of_presets_is_measured_when_asked(capsys, monkeypatch):
+    presets = importlib.import_module("hf_ddpm.cli.presets")
+    monkeypatch.setattr(presets, "preset_names", lambda: ["digits"])
+    assert presets.main(["--measure", "true"]) == 0
+    assert float(re.search(r"1,500, (\S+) s per step", capsys.readouterr().out)[1]) > 0
 
 
 def help_of(command, capsys, *words):

@@ -91,7 +91,7 @@ def test_a_model_is_evaluated_from_end_to_end(evaluated, trained):
     assert 0 <= results["pr"]["recall"] < results["pr"]["held_out_recall"] <= 1
     assert results["memorization"]["exact_copies"] == 0
     with Image.open(evaluated / "results_nearest.png") as picture:
-        assert picture.size == (4 * 65 - 1, 8 * 65 - 1)
+        assert picture.size == (4 * 70 + 6, 20 + 8 * 70 + 6)  # with a line of labels and gaps of 6 pixels
 
 
 def test_the_floor_is_held_out_images_against_the_reference(evaluated):
@@ -244,7 +244,7 @@ def test_the_training_images_themselves_are_seen_through(main, tmp_path):
     results = run(main, tmp_path / "results.json", *common)
     assert results["memorization"]["exact_copies"] == 1 and results["fd"]["num_images"] == 50
     sheet = np.asarray(Image.open(tmp_path / "results_nearest.png"))
-    np.testing.assert_array_equal(sheet[:, :64], sheet[:, 65:129])
+    np.testing.assert_array_equal(sheet[26:, 6:70], sheet[26:, 76:140])
 
 
 def test_without_a_floor_any_number_of_images_is_allowed(main, words, tmp_path):

@@ -34,7 +34,7 @@ def test_diffusers_loads_the_export_of_a_step_and_an_average(run, tmp_path, word
     stored = load_file(run / "checkpoints" / "step-000000002" / f"{name}.safetensors")
     assert all(torch.equal(weights[key], stored[key]) for key in stored)
     card, record = (tmp_path / "model" / "README.md").read_text(), json.loads((run / "export.json").read_text())
-    assert "2 of 8 images: 16 images seen" in card  # of the checkpoint, not of the run
+    assert "2, batch size 8: 16 images seen" in card  # of the checkpoint, not of the run
     assert record["step"] == 4  # the run is as it was
 
 

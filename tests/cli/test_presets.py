@@ -6,7 +6,8 @@ from datasets import Dataset
 from PIL import Image
 
 from hf_ddpm import DDPMPipeline
-from hf_ddpm.config import parse_config, preset_names
+from hf_ddpm.config import parse_config
+from hf_ddpm.presets import preset_names
 from tests.conftest import load_script
 
 
@@ -18,7 +19,9 @@ def test_every_preset_trains_and_samples_when_it_is_small(name, tmp_path):
     data = Dataset.from_dict({"image": [Image.fromarray(image) for image in pixels]})
     (tmp_path / "data").mkdir()
     data.to_parquet(str(tmp_path / "data" / "train-00000-of-00001.parquet"))
-    channels = [str(width // 4) for width in parse_config(["--preset", name]).model.block_out_channels]
+    channels = [
+        str(width // 4) for width in parse_config(["--preset", name, "--dataset", "any"]).model.block_out_channels
+    ]
     words = ["--preset", name, "--dataset", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run")]
     few = ["--train_batch_size", "2", "--max_train_steps", "1", "--num_samples", "1", "--num_inference_steps", "2"]
     small = ["--resolution", "32", "--block_out_channels", *channels, "--norm_num_groups", "8"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_ddpm import DDPMPipeline, UNet2DModel
 from hf_ddpm.config import DataConfig
@@ -78,7 +79,7 @@ def test_the_network_learns_classes_and_none(run_training, tmp_path, monkeypatch
     forward = UNet2DModel.forward
 
     def note(self, sample, timestep, class_labels=None, return_dict=True):
-        if self.training:
+        if self.training and not isinstance(sample, FakeTensor):  # which only count memory
             asked.append(class_labels)
         return forward(self, sample, timestep, class_labels, return_dict)
 
