@@ -37,6 +37,15 @@ def test_diffusion_steps_are_quarters_by_default(context):
             context.diffused([wrong])
 
 
+def test_by_default_images_are_diffused_as_far_as_they_are_seen(context):
+    # sqrt(alpha-bar_t) of the model's 20 betas from 0.005 to 0.5 falls below 0.2 at the 15th.
+    betas = np.linspace(5e-3, 0.5, 20)
+    signal = np.cumprod(1 - betas) ** 0.5
+    eighths = [2, 5, 8, 10, 12, 15, 18, 20]
+    assert context.informed([]) == [t for t in eighths if signal[t - 1] >= 0.2] == [2, 5, 8, 10, 12]
+    assert context.informed([20, 3]) == [3, 20]
+
+
 def test_a_figure_says_what_it_is_of(context):
     context.write("name", "Title", ["Words.", "More."], {"value": 1}, DiffusedOptions([2]), {"dataset": "d"})
     assert (context.folder / "name.md").read_text() == "## Title\n\nWords.\n\nMore.\n"

@@ -40,7 +40,11 @@ from tests.paper.conftest import T
 
 
 def written(context, name):
-    assert "](" in (context.folder / f"{name}.md").read_text()
+    parts = (context.folder / f"{name}.md").read_text().split("\n\n")
+    places = [place for place, part in enumerate(parts) if part.startswith("![")]
+    assert places and all(
+        re.fullmatch(r"\*.+\.\*", parts[place + 1].strip(), re.DOTALL) for place in places
+    )  # captions
     return json.loads((context.folder / f"{name}.json").read_text())
 
 
@@ -51,7 +55,7 @@ def drawn(context, monkeypatch):
 
     def note(path, given, save=save_curves, **options):
         assert path.parent == context.folder
-        curves[path.name] = given
+        curves[path.name] = {**given, **(options.get("levels") or {})}
         return save(path, given, **options)
 
     monkeypatch.setattr("hf_ddpm.paper.context.save_curves", note)
@@ -81,7 +85,7 @@ def test_the_progress_ends_with_the_samples_of_the_seed(context, distance, drawn
     evaluations = [T + 1 - moment["t"] for moment in moments]
     assert drawn["progressive_distance.png"] == {
         "estimate": (evaluations, [moment["value"] for moment in moments]),
-        "held-out images": (evaluations, [moment["floor"] for moment in moments]),
+        "held-out images": moments[0]["floor"],
     }
 
 
@@ -142,6 +146,10 @@ def test_two_files_are_interpolated(context, tmp_path):
     sheet = np.asarray(Image.open(context.folder / "interpolate.png"))
     row = sheet[-38, -4 * 70 :]
     assert row[32] == 255 and row[-38] == 0  # the images themselves, on the left and on the right
+    Image.new("LA", (8, 8), (0, 0)).save(tmp_path / "b.png")
+    context.options.background = "#fefefe"
+    interpolate(context, InterpolateOptions(**files, diffused=[1], weights=[0, 1]))
+    assert np.asarray(Image.open(context.folder / "interpolate.png"))[-38, -38] == 254  # black that cannot be seen
     (tmp_path / "b.png").write_text("no image")
     with pytest.raises(ValueError, match="b.png' is no image that can be used: it is no image of a known format"):
         interpolate(context, InterpolateOptions(**files))
