@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm.cli.demo import main
 from hf_ddpm.data.transforms import ImageFormat, fit
 from hf_ddpm.demo.demo import Demo, row, square, strip, whole
 from hf_ddpm.images import GAP, to_signed
@@ -206,6 +207,14 @@ def test_transparent_pixels_of_an_uploaded_image_show_the_background(tiny_pipeli
     for background, gray in (("white", 255), ("#404040", 64)):
         demo = Demo(tiny_pipeline, "tiny", background=background)
         assert (demo.read_image("first image", str(tmp_path / "a.png")) == gray).all()
+
+
+def test_the_background_of_the_command_line_is_that_of_the_demo(tiny_pipeline, tmp_path, monkeypatch):
+    served = []
+    monkeypatch.setattr("hf_ddpm.demo.app.serve", served.append)
+    tiny_pipeline.save_pretrained(tmp_path)
+    assert main(["--model", str(tmp_path), "--background", "#010203"]) == 0
+    assert [demo.background for demo in served] == ["#010203"]
 
 
 def test_an_image_that_cannot_be_used_is_named(demo, tmp_path):

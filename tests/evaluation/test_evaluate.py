@@ -125,6 +125,7 @@ def test_without_held_out_images_the_message_has_the_options_that_work(trained, 
 
 
 def test_with_several_splits_the_message_has_no_other_remedy(trained):
+    assert EvaluateConfig(metrics="fd,nll", floor=False, model="m", dataset="d").without_held_out("a") == "--split a"
     config = EvaluateConfig(model=str(trained), dataset="digits", split="dev")
     with pytest.raises(ValueError, match="has no split 'dev': one of train, test$"):
         Reference(config, (1, 8, 8), Accelerator(cpu=True))

@@ -339,6 +339,7 @@ def test_images_of_few_steps_are_those_of_the_small_variance_and_folders_mix_no_
     assert torch.equal(images(folder), expected) and folder.settings["variance"] == "fixed_small"
     own = fill(pipe, tmp_path / "own", 2, replace(FOUR_STEPS, variance="model"))
     assert not torch.equal(images(own), expected)
+    assert "variance" not in fill(pipe, tmp_path / "ddim", 1, replace(FOUR_STEPS, scheduler="ddim")).settings
     # Folders of earlier versions, without the setting, hold images of the model's own variance.
     assert "variance" not in json.loads((tmp_path / "own" / "sampling.json").read_text())
     with pytest.raises(ValueError, match=r": variance='fixed_small' \(was None\)$"):

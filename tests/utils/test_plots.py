@@ -44,6 +44,12 @@ def test_the_legend_of_many_curves_covers_none(figures, tmp_path):
     assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
 
 
+def test_zeros_are_left_out_of_logarithmic_axes(figures, tmp_path):
+    save_curves(tmp_path / "curve.png", {"": ([0, 1, 2], [0, 1, 2])}, x_label="x", y_label="y", log_y=True)
+    with np.errstate(divide="ignore"):
+        assert not np.isfinite(figures[0].axes[0].yaxis.get_transform().transform([0.0])).any()
+
+
 def test_a_logarithmic_axis_leaves_out_lone_extremes_and_nothing_else(figures, tmp_path):
     x, y = np.arange(1, 1001), np.geomspace(1, 1e-3, 1000)
     for lone, shown in (({}, None), ({0: 0.0}, None), ({999: 1e-9}, 1e-3), ({0: 1e-9, 5: 1e9}, 1e-3)):
