@@ -1,6 +1,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -97,6 +98,17 @@ def test_evaluations_of_a_run_put_real_images_on_its_background(tmp_path):
         assert request.background == ("blue" if background == "blue" else None)  # white: as in former results
         found = Reference(request, (3, 8, 8), Accelerator(cpu=True)).held_out[torch.arange(2)]
         assert (found.float() - torch.tensor(color).view(3, 1, 1)).abs().max() <= 1
+
+
+def test_samples_and_real_images_are_put_on_the_same_background(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * (number + 1))
+        picture.save(tmp_path / "images" / f"{number}.png", transparency=0)
+    paths = {"samples": str(tmp_path / "images"), "dataset": str(tmp_path / "images")}
+    config = EvaluateConfig(metrics="fd", floor=False, extractor="digits", background="#404040", **paths)
+    found = evaluate(config, output=tmp_path / "r.json")
+    assert found["memorization"]["exact_copies"] == 1
 
 
 @pytest.mark.parametrize(
