@@ -1,36 +1,44 @@
 """The demo of a model in the browser: images appear out of noise, and interpolations between two of them."""
 
+import asyncio
 import html
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import wraps
 from typing import Any
 
 import gradio as gr
 import torch
+from huggingface_hub import constants
 
-from hf_ddpm.demo.demo import Demo, row, square, strip
+from hf_ddpm.demo.demo import Demo
+from hf_ddpm.demo.layout import CSS, progress_bar, row, sheet, strip
+from hf_ddpm.demo.preview import PAUSE, Moment
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
+from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import SCHEDULERS
 from hf_ddpm.utils.markdown import plain
 from hf_ddpm.utils.public import hub_ids, strip_local_path
 
-BETWEEN = SEEDS, IMAGES = "two seeds", "two images"
-# Room for labels and buttons, which gradio lays over pictures; enlarged pixels unsmoothed; uploads in full size.
-CSS = """.picture .image-container {padding-top: 2.3em} .picture img {image-rendering: pixelated}
-.upload img {width: 100%; height: 100%; object-fit: contain}"""
+INTRODUCTION = "This model makes new images: it starts from random noise and removes the noise step by step."
+BETWEEN = SEEDS, IMAGES = "Two seeds", "Two images"
+BACK_FROM_LATENTS = ("ddpm", "ddim")  # samplers that start from a noised image
 UPLOAD = "32mb"  # largest uploaded file
 WAITING = 32  # requests in the queue; further ones are refused
 AT_ONCE = 2  # requests that sample at the same time
+RANDOM = "() => Math.floor(Math.random() * 2 ** 31)"  # runs in the browser
 
 
 def generate(demo: Demo, count: float, seed: float, *settings: Any) -> Iterator[tuple]:
-    """Yield images, their strip, and the progress."""
+    """Yield images, their strip when it has a new frame, and the progress."""
+    frames = 0
     for moment in demo.generate(demo.read(seed, *settings), count):
-        yield square(moment.images), strip(moment), str(moment)
+        yield sheet(moment.images), strip(moment) if len(moment.frames) > frames else gr.skip(), progress_bar(moment)
+        frames = len(moment.frames)
 
 
 def interpolate(demo: Demo, between: str, t: float, count: float, *typed: Any) -> Iterator[tuple]:
-    """Yield a row from one image to the other, and the progress."""
+    """Yield images from one to the other, and the progress."""
     seeds, paths, settings = typed[:2], typed[2:4], typed[4:]
     first, second = (demo.read(seed, *settings) for seed in seeds)
     if between == IMAGES:
@@ -39,10 +47,10 @@ def interpolate(demo: Demo, between: str, t: float, count: float, *typed: Any) -
         ends = []
         for sampling in (first, second):
             for moment in demo.generate(sampling, 1):
-                yield None, f"seed {sampling.seed}: {moment}"
+                yield gr.skip(), progress_bar(moment, f"seed {sampling.seed}: ")
             ends.append(moment.images)
     for moment in demo.interpolate(*ends, t, count, first):
-        yield row(ends[0], moment.images, ends[1]), str(moment)
+        yield row(ends[0], moment.images, ends[1]), progress_bar(moment)
 
 
 def answer(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[..., Iterator[tuple]]:
@@ -58,57 +66,110 @@ def answer(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[...,
     return handle
 
 
+class FirstView:
+    """Images for the first view: sampled once, when the first visitor comes, and shown to each.
+
+    Args:
+        sample: Returns the moments of their process.
+    """
+
+    def __init__(self, sample: Callable[[], Iterator[Moment]]):
+        self.sample = sample
+        self.moment: Moment | None = None
+        self.worker = threading.Thread(target=self._run, daemon=True)
+        self.starting = threading.Lock()
+
+    async def show(self) -> AsyncIterator[tuple]:
+        """Yield images, strip and progress until the images are complete."""
+        with self.starting:
+            if self.worker.ident is None:
+                self.worker.start()
+        is_running, shown = True, None
+        while is_running:
+            is_running = self.worker.is_alive()
+            if (moment := self.moment) is not shown and moment is not None:
+                yield sheet(moment.images), strip(moment), progress_bar(moment)
+                shown = moment
+            await asyncio.sleep(PAUSE if is_running else 0)
+
+    def _run(self) -> None:
+        for moment in self.sample():
+            self.moment = moment
+
+
 def build(demo: Demo) -> gr.Blocks:
     """Return the app."""
-    total, classless = demo.num_train_timesteps, demo.pipe.null_class is not None
     with gr.Blocks(title=plain(demo.name), analytics_enabled=False, delete_cache=(3600, 3600)) as app:
-        gr.Markdown(f"# Denoising diffusion\n{demo.describe()}")
-        with gr.Row():
-            steps = gr.Number(min(total, 100), label=f"steps (1 to {total})")
-            scheduler = gr.Dropdown(list(SCHEDULERS), label="sampler")
-            first, known = [] if classless else demo.classes[:1], bool(demo.classes)
-            classes = gr.Dropdown(demo.classes, value=first, multiselect=True, label="classes in turn", visible=known)
-            guidance = gr.Slider(0, 8, 1, step=0.5, label="guidance (1: none)", visible=classless)
-        settings = [steps, scheduler, classes, guidance]
+        gr.Markdown(f"## Denoising diffusion\n{INTRODUCTION}\n\n{demo.describe()}")
         with gr.Tab("Generate"):
-            generate_tab(demo, settings)
+            generate_tab(demo, app)
         with gr.Tab("Interpolate"):
-            interpolate_tab(demo, settings)
+            interpolate_tab(demo)
     return app.queue(max_size=WAITING)
 
 
-def generate_tab(demo: Demo, settings: list) -> None:
-    """Lay out the generation of images of a seed."""
-    images, on_the_way = picture("images"), picture("the first of them on the way")
+def generate_tab(demo: Demo, app: gr.Blocks) -> None:
+    """Lay out the generation of images of a seed, with images for the first view."""
+    frames = gr.HTML(render=False)
     with gr.Row():
-        with gr.Column(scale=2):
-            count = gr.Slider(1, demo.most_images, min(16, demo.most_images), step=1, label="count")
-            seed = gr.Number(0, label="seed")
-            buttons("Generate", answer(generate, demo), [count, seed, *settings], [images, on_the_way])
-        with gr.Column(scale=3):
-            images.render()
-    on_the_way.render()
+        with gr.Column(scale=3, min_width=320):
+            images = gr.Image(label="Images", format="png", buttons=["download", "fullscreen"], elem_classes="picture")
+            progress = gr.HTML(progress_bar())
+        with gr.Column(scale=2, min_width=320):
+            pressed = buttons("Generate", "Random seed")
+            with gr.Row():
+                count = gr.Slider(1, demo.most_images, demo.usual_images, step=1, label="Number of images")
+                seed = gr.Number(0, label="Seed")
+            chosen = settings(demo, f"Steps (1 to {demo.num_train_timesteps})", list(SCHEDULERS))
+    gr.Markdown("How the first images form")
+    frames.render()
+    first_view = FirstView(lambda: demo.generate(usual(demo), demo.usual_images))
+    outputs = [images, frames, progress]
+    view = app.load(
+        first_view.show, None, outputs, show_progress="hidden", concurrency_limit=None, api_visibility="private"
+    )
+    connect(pressed, answer(generate, demo), [count, seed, *chosen], outputs, [seed], [view])
 
 
-def interpolate_tab(demo: Demo, settings: list) -> None:
+def interpolate_tab(demo: Demo) -> None:
     """Lay out the interpolation between two images."""
-    total, most, path = demo.num_train_timesteps, demo.most_images, picture("from one to the other")
-    between = gr.Radio(BETWEEN, value=SEEDS, label="between")
-    with gr.Row() as seeds:
-        ends = [gr.Number(0, label="first seed"), gr.Number(1, label="second seed")]
-    with gr.Row(visible=False) as images:
-        ends += [upload("first image"), upload("second image")]
-    between.change(lambda kind: [gr.Row(visible=kind == own) for own in BETWEEN], between, [seeds, images])
+    total, most = demo.num_train_timesteps, demo.most_images
+    path, progress = gr.HTML(), gr.HTML(progress_bar())
     with gr.Row():
-        t = gr.Slider(0, total - 1, total // 2, step=1, label="t: how far both are diffused")
-        count = gr.Slider(2, most, min(9, most), step=1, label="count")
-    buttons("Interpolate", answer(interpolate, demo), [between, t, count, *ends, *settings], [path])
-    path.render()
+        with gr.Column(scale=3, min_width=320):
+            pressed = buttons("Interpolate", "Random seeds")
+            between = gr.Radio(BETWEEN, value=SEEDS, label="Between")
+            with gr.Row() as seeds:
+                ends = [gr.Number(0, label="First seed"), gr.Number(1, label="Second seed")]
+            with gr.Row(visible=False) as images:
+                ends += [upload("First image"), upload("Second image")]
+        with gr.Column(scale=2, min_width=320):
+            t = gr.Slider(0, total - 1, total // 2, step=1, label="Noise added before mixing (t)")
+            count = gr.Slider(2, most, min(9, most), step=1, label="Number of images")
+            chosen = settings(demo, "Steps (from t at most t + 1)", list(BACK_FROM_LATENTS))
+    between.change(lambda kind: [gr.Row(visible=kind == own) for own in BETWEEN], between, [seeds, images])
+    inputs = [between, t, count, *ends, *chosen]
+    connect(pressed, answer(interpolate, demo), inputs, [path, progress], ends[:2], [])
 
 
-def picture(label: str) -> gr.Image:
-    """Return a picture, not yet placed, for download as PNG."""
-    return gr.Image(label=label, format="png", buttons=["download", "fullscreen"], elem_classes="picture", render=False)
+def usual(demo: Demo) -> Sampling:
+    """Return what the form requests before anything is typed."""
+    return demo.read(0, demo.usual_steps, "ddpm", usual_classes(demo))
+
+
+def usual_classes(demo: Demo) -> list[str]:
+    """Return the first class if a class is required."""
+    return [] if demo.pipe.null_class is not None else demo.classes[:1]
+
+
+def settings(demo: Demo, steps: str, schedulers: list[str]) -> list:
+    """Lay out the settings of sampling."""
+    with gr.Row():
+        chosen = [gr.Number(demo.usual_steps, label=steps), gr.Dropdown(schedulers, label="Sampler")]
+    classes, first = demo.classes, usual_classes(demo)
+    chosen.append(gr.Dropdown(classes, value=first, multiselect=True, label="Classes", visible=bool(classes)))
+    is_guided = demo.pipe.null_class is not None
+    return [*chosen, gr.Slider(0, 8, 1, step=0.5, label="Guidance scale (1: none)", visible=is_guided)]
 
 
 def upload(label: str) -> gr.Image:
@@ -118,20 +179,33 @@ def upload(label: str) -> gr.Image:
     return place
 
 
-def buttons(name: str, handler: Callable[..., Iterator[tuple]], inputs: list, pictures: list) -> None:
-    """Lay out buttons to start and stop, and the progress: over pictures, it would hide them."""
+def buttons(start: str, random: str) -> list[gr.Button]:
+    """Lay out buttons to start, to start with random seeds, and to stop."""
     with gr.Row():
-        start, stop = gr.Button(name, variant="primary"), gr.Button("Stop")
-    progress = gr.Textbox(placeholder="progress", show_label=False, container=False)
-    started = start.click(
-        handler,
-        inputs,
-        [*pictures, progress],
-        show_progress_on=progress,
-        concurrency_limit=AT_ONCE,
-        concurrency_id="sampling",
-    )
-    stop.click(None, cancels=[started])
+        kinds = {start: "primary", random: "secondary", "Stop": "secondary"}
+        return [gr.Button(name, variant=kind, size="md", min_width=90) for name, kind in kinds.items()]
+
+
+def connect(
+    pressed: list[gr.Button],
+    handler: Callable[..., Iterator[tuple]],
+    inputs: list,
+    outputs: list,
+    seeds: list,
+    earlier: list,
+) -> None:
+    """Connect the buttons; what is started ends `earlier` events and what the other button has started.
+
+    Waits are shown on the progress, the last of `outputs`: over pictures, they would hide them.
+    """
+    start, random, stop = pressed
+    options = {"show_progress_on": outputs[-1], "concurrency_limit": AT_ONCE, "concurrency_id": "sampling"}
+    started = start.click(handler, inputs, outputs, **options)
+    drawn = random.click(None, None, seeds, js=f"() => {[0] * len(seeds)}.map({RANDOM})", api_visibility="private")
+    restarted = drawn.then(handler, inputs, outputs, api_visibility="private", **options)
+    start.click(None, cancels=[*earlier, restarted])
+    random.click(None, cancels=[*earlier, started])
+    stop.click(None, cancels=[*earlier, started, restarted])
 
 
 def serve(demo: Demo, **options: Any) -> str:
@@ -142,4 +216,5 @@ def serve(demo: Demo, **options: Any) -> str:
 def show(model: str) -> None:
     """Loads a model, serves its demo, and returns when that ends."""
     pipe = load_pipeline(model, "cuda" if torch.cuda.is_available() else "cpu")
-    serve(Demo(pipe, strip_local_path(model, hub_ids(model))))
+    known = hub_ids(model)
+    serve(Demo(pipe, strip_local_path(model, known), f"{constants.ENDPOINT}/{model}" if known else None))
