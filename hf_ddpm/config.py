@@ -27,6 +27,7 @@ from hf_ddpm.utils.options import (
     require_distinct,
     require_memory,
     require_range,
+    require_types,
     require_value,
 )
 
@@ -51,6 +52,7 @@ class ImageOptions:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        require_types(self)
         require(self, "levels", self.levels is None or 2 <= self.levels <= 65536, "2 to 65536")
         require_range(self, "value_range")
 
@@ -76,6 +78,7 @@ class DataConfig(ImageOptions):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        require_types(self)
         require(self, "dataset", bool(self.dataset), "the name of a data set (or give --preset)")
         sides = self.resolution
         require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
@@ -108,6 +111,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        require_types(self)
         require_at_least(self, 1, "norm_num_groups", "attention_head_dim", "layers_per_block")
         require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         require(self, "block_out_channels", self.block_out_channels[0] >= 4, "at least 4 at the highest resolution")
@@ -143,6 +147,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        require_types(self)
         require(self, "num_train_timesteps", self.num_train_timesteps >= 2, "at least 2")
         # The paper's values are for T = 1000. Scaled, the process ends in noise for every T.
         if self.beta_start is None:
@@ -205,6 +210,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        require_types(self)
         if self.max_train_steps is None and self.num_train_epochs is None:
             self.max_train_steps = 800_000
         either = None in (self.max_train_steps, self.num_train_epochs)
@@ -258,6 +264,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        require_types(self)
         require_at_least(self, 1, "eval_steps", "eval_num_images", "eval_inference_steps")
         require_at_least(self, 2, "eval_steps_per_image")
         says_best = self.eval_metrics.split(",")[0] in ("fd", "fid", "kid", "is")
@@ -277,6 +284,7 @@ class HubConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        require_types(self)
         name = self.hub_model_id
         require(self, "hub_model_id", name is None or name.count("/") == 1, "namespace/name")
         require(self, "push_to_hub", not self.push_to_hub or name is not None, "hub_model_id says where to")
@@ -327,9 +335,13 @@ class Config:
             (8, 16)
         """
         argv = []
+        if "help" in options:
+            raise ValueError("unknown option help: hf-ddpm train --help lists the options")
         for name, value in options.items():
-            values = value if isinstance(value, list | tuple) else [value]
-            argv += [] if value is None else [f"--{name}", *map(str, values)]
+            if isinstance(value, list | tuple):
+                argv += [f"--{name}", *map(str, value)]
+            elif value is not None:
+                argv.append(f"--{name}={value}")
         return parse_config(argv)
 
     def __post_init__(self) -> None:
@@ -488,12 +500,17 @@ def parse_config(argv: list[str], doc: str | None = None) -> Config:
     if sources.config is not None:
         options = _merged(options, read_yaml(Path(sources.config), PARTS))
     options = _merged(options, dict.fromkeys(LENGTHS & given_options(argv, PARTS)))
-    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", *value)]
+    words = [word for name, value in options.items() if value is not None for word in _words(name, value)]
     _, *parts = parse_options(words + argv, Sources, *PARTS, doc=doc)
     config = Config(*parts)
     values, given = config.to_dict(), given_options(words + argv, PARTS)
     config.defaulted = {name: values[name] for name in FORMER_DEFAULTS if name not in given}
     return config
+
+
+def _words(name: str, values: list[str]) -> list[str]:
+    """Return the words of an option; a single value cannot be taken for an option."""
+    return [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
 
 
 def _merged(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
+import hf_ddpm
 from hf_ddpm.utils.launch import end_quietly, run_script
-from hf_ddpm.utils.options import require_name
 
 COMMANDS = ("train", "sample", "evaluate", "push", "convert", "reproduce", "demo", "presets")
 
@@ -31,6 +31,11 @@ def main() -> NoReturn:
 
 def list_commands(argv: list[str]) -> int:
     """Print the commands; return the exit code. Raise a `ValueError` if the first word is no command."""
+    from hf_ddpm.utils.options import require_name  # not before `end_quietly`
+
+    if argv and argv[0] == "--version":
+        print(hf_ddpm.__version__)
+        return 0
     if argv and argv[0] not in ("-h", "--help"):
         require_name("command", argv[0], COMMANDS)
     print("usage: hf-ddpm COMMAND [--OPTION VALUE ...]\n\nhf-ddpm COMMAND --help lists the options of a command.\n")

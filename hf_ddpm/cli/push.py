@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from hf_ddpm.utils.launch import exclusive
-from hf_ddpm.utils.options import option, parse_options, require
+from hf_ddpm.utils.options import option, parse_options, require, require_types
 
 
 @dataclass
@@ -31,6 +31,7 @@ class PushConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        require_types(self)
         for name in ("hub_model_id", "space"):
             value = getattr(self, name)
             require(self, name, value is None or value.count("/") == 1, "namespace/name")
@@ -78,7 +79,7 @@ def push_to_hub(
     from hf_ddpm.hub.card import write_card  # takes seconds
     from hf_ddpm.hub.push import push_model, push_space
 
-    config = PushConfig(str(model), hub_model_id, private, revision_message, license, space)
+    config = PushConfig(model, hub_model_id, private, revision_message, license, space)
     with exclusive(Path(config.model), "model"):
         write_card(Path(config.model), model_id=hub_model_id, license=license)
         urls = [push_model(config.model, hub_model_id, private, revision_message)]

@@ -37,7 +37,8 @@ Log = Callable[[str], object]
 def train(config: Config | None = None, **options: Any) -> Path:
     """Train a DDPM, sample from it and export the pipeline: `hf-ddpm train` in Python.
 
-    The same call resumes from the last checkpoint in its folder. Every process of a launcher is to call it.
+    The same call resumes from the last checkpoint in its folder. Every process of a launcher calls it. It sets
+    `torch.backends.cuda.matmul.allow_tf32` to the option `tf32`; two calls at a time need two processes.
 
     Args:
         config: All options, such as `hf_ddpm.Config.of(preset="digits")`; instead of `options`.
@@ -56,6 +57,8 @@ def train(config: Config | None = None, **options: Any) -> Path:
         config = Config.of(**options)
     elif options:
         raise ValueError(f"options {', '.join(options)} are given beside a config: expected one of both")
+    if not isinstance(config, Config):
+        raise ValueError(f"config={config!r}: expected a hf_ddpm.Config, such as Config.of(config='file.yaml')")
     check_tracker(config.training.tracker)
     accelerator, folder = start_accelerator(config), Path(config.training.output_dir)
     if config.training.dry_run:
@@ -157,7 +160,8 @@ def callbacks_of(config: Config, evaluations: list[Evaluations], pushes: list[Pu
 def take_steps(run: Run, images: BatchSource, callbacks: list[Callback]) -> None:
     """Train to the end or to a signal, which `run.stopped_by` then names."""
     try:
-        with status_file(Path(run.config.training.output_dir) / "status.json", run):
+        # A notebook may have switched gradients off.
+        with status_file(Path(run.config.training.output_dir) / "status.json", run), torch.enable_grad():
             loop.train(run, images, callbacks)
     except Interrupted as interrupted:
         run.stopped_by = interrupted.number

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ddpm.config import Config, ImageOptions
-from hf_ddpm.utils.options import option, require, require_at_least, require_value
+from hf_ddpm.utils.options import option, require, require_at_least, require_types, require_value
 
 # Each with the fewest images, generated and real, that it can be computed from.
 METRICS = {"fd": 2, "kid": 2, "is": 1, "pr": 4, "nll": 1}
@@ -59,6 +59,7 @@ class EvaluateConfig(ReferenceOptions):
 
     def __post_init__(self, prefix: str) -> None:
         """Check the values."""
+        require_types(self)
         self.option_prefix = prefix
         super().__post_init__()
         for metric in self.metrics.split(","):

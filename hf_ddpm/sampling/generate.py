@@ -89,7 +89,9 @@ def sample_images(
         ValueError: If the model cannot be loaded, an argument is not allowed, or the folder holds other images.
         OSError: If a file cannot be written.
     """
-    config = SampleConfig(str(model), str(output), num_images, format, batch_size, compile)
+    config = SampleConfig(model, output, num_images, format, batch_size, compile)
+    if not isinstance(sampling, Sampling | None):
+        raise ValueError(f"sampling={sampling!r}: expected hf_ddpm.Sampling(...)")
     make_folder(Path(config.output), "output")
     state = PartialState(cpu=not torch.cuda.is_available())
     use_own_cores()

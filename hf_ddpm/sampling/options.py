@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_ddpm.utils.options import option, require, require_at_least
+from hf_ddpm.utils.options import option, require, require_at_least, require_types
 
 # Images per shard, whatever the batch size and the number of processes: a kill costs each process at most these.
 SHARD_SIZE = 256
@@ -25,6 +25,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        require_types(self)
         require_at_least(self, 1, "num_images", "batch_size")
         require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
 
@@ -45,6 +46,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        require_types(self)
         require_at_least(self, 1, "num_inference_steps")
         require(self, "eta", 0 <= self.eta <= 1, "in [0, 1]")
         if self.eta and self.scheduler != "ddim":

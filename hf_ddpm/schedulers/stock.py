@@ -15,6 +15,11 @@ RIGHT = (
     *("DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"),
     "SASolverScheduler",
 )
+# Those that cannot step with a network that predicts the image.
+NO_SAMPLE = (
+    *("PNDMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
+    "DPMSolverSDEScheduler",
+)
 # With fewer steps these are far off.
 LEAST = {"HeunDiscreteScheduler": 10, "KDPM2AncestralDiscreteScheduler": 20, "SASolverScheduler": 20}
 
@@ -50,6 +55,9 @@ def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: 
         raise ValueError(f"scheduler {name}: it is not made for such networks; use one of {', '.join(RIGHT)}")
     if name == "DDPMScheduler" and scheduler.config.variance_type == "learned":
         raise ValueError(f"scheduler {name}: it takes a learned log-variance for a variance; use hf_ddpm.DDPMScheduler")
+    predicted = scheduler.config.get("prediction_type")
+    if predicted == "mean" or (predicted == "sample" and name in NO_SAMPLE):
+        raise ValueError(f"scheduler {name}: it has no prediction_type={predicted!r}; use hf_ddpm.DDIMScheduler")
     least = LEAST.get(name, 1)
     if num_inference_steps is not None and num_inference_steps < least:
         raise ValueError(f"scheduler {name} with num_inference_steps={num_inference_steps}: expected at least {least}")

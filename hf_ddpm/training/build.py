@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from hf_ddpm.config import Config
 from hf_ddpm.data.batches import BatchSource
@@ -36,6 +37,8 @@ def start_accelerator(config: Config) -> Accelerator:
     if launched not in ("no", config.training.mixed_precision):
         raise ValueError(f"mixed_precision={config.training.mixed_precision!r}, but the launcher says {launched!r}")
     tracker = config.training.tracker
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.training.mixed_precision:
+        AcceleratorState._reset_state()  # accelerate keeps the precision of an earlier run in this process
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=config.training.mixed_precision,
@@ -93,9 +96,10 @@ def build_run(
     """Returns a run at step 0; its initial weights depend on the seed alone, or are those of `source`."""
     config = replace(config, training=config.training.counted(len(images), accelerator.num_processes))
     if source is None:
-        torch.manual_seed(derived_seed(config.training.seed, INITIALIZATION))
-        unet = UNet2DModel(**config.unet(len(images.class_names)))
-        initialize_like_paper(unet)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(config.training.seed, INITIALIZATION))
+            unet = UNet2DModel(**config.unet(len(images.class_names)))
+            initialize_like_paper(unet)
     else:
         _check_classes(source, config, images.class_names)
         unet = UNet2DModel.from_config({**source.unet.config, "dropout": config.model.dropout})

@@ -19,6 +19,7 @@ import yaml
 
 from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.migration import MIGRATION
+from hf_ddpm.utils.schema import check_types
 
 
 def option(
@@ -32,6 +33,18 @@ def option(
 def require(config: Any, name: str, holds: bool, allowed: str) -> None:
     """Raise a `ValueError` unless a check of an option holds; the line says what is allowed."""
     require_value(name, getattr(config, name), holds, allowed)
+
+
+def require_types(config: Any) -> None:
+    """Raise a `ValueError` unless all options have the types of their fields; a path becomes text.
+
+    The command line and YAML files are read by type; this is for options that are given in Python.
+    """
+    for entry in dataclasses.fields(config):
+        if isinstance(getattr(config, entry.name), os.PathLike):
+            setattr(config, entry.name, os.fspath(getattr(config, entry.name)))
+    hints = get_type_hints(type(config))
+    check_types(vars(config), {entry.name: hints[entry.name] for entry in dataclasses.fields(config)})
 
 
 def require_value(name: str, value: object, holds: bool, allowed: str) -> None:
@@ -87,10 +100,9 @@ def parse_options(argv: list[str], *parts: type, program: str | None = None, doc
     if unknown and not {"-h", "--help"} & set(argv):  # before a missing option is reported, which may be misspelled
         raise ValueError(f"unknown option --{unknown[0]}: {_hint(unknown[0], names, '--')}")
     values, rest = _parser(parts, program, doc).parse_known_args(words)
-    options = _instances(parts, values)
-    if rest:
+    if rest:  # before a missing option is reported, whose value it may be
         raise ValueError(f"unexpected word {rest[0]!r}: expected --OPTION VALUE; see --help")
-    return options
+    return _instances(parts, values)
 
 
 def parse_command(
@@ -182,7 +194,11 @@ def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]
 
 
 class _Parser(argparse.ArgumentParser):
-    """Report errors in one line, without the usage."""
+    """Report errors in one line, without the usage; take -1e-3 for a number."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -242,7 +258,9 @@ def _normalized(argv: Iterable[str], parts: Iterable[type]) -> list[str]:
         name, value = _option_name(word), word.partition("=")[1:]
         if name is None or word == "--":
             words.append(word)
-        elif name.startswith("no_") and getattr(fields.get(name[3:]), "default", None) is True:
+        elif name.startswith("no_") and isinstance(getattr(fields.get(name[3:]), "default", None), bool):
+            if value[0]:
+                raise ValueError(f"{word}: expected --{name} without a value, or --{name[3:]} true or false")
             words.append(f"--{name[3:]}=false")
         else:
             words.append("".join([f"--{_flag(fields[name]) if name in fields else name}", *value]))

@@ -2,8 +2,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 import hf_ddpm
+from hf_ddpm import train
 from hf_ddpm.cli import session
 from hf_ddpm.config import parse_config
 from tests.conftest import TINY_RUN, load_script
@@ -51,3 +53,25 @@ def test_a_stopped_session_is_an_interrupt_in_python_and_a_code_of_the_command(c
         hf_ddpm.train(config)
     words = [*TINY_RUN, "--output_dir", str(tmp_path / "other")]
     assert load_script("train").main(words) == 128 + signal.SIGTERM
+
+
+def test_precisions_may_differ_between_runs_of_a_process(tmp_path):
+    few = {"block_out_channels": [8, 16], "norm_num_groups": 4, "max_train_steps": 1, "eval_metrics": ""}
+    few |= {"num_samples": 1, "num_inference_steps": 1}
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        for precision in ("no", "bf16", "no"):
+            folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+            train(preset="digits", output_dir=folder, mixed_precision=precision, **few)
+            assert f"mixed_precision: '{precision}'".replace("'bf16'", "bf16") in (folder / "config.yaml").read_text()
+    assert torch.equal(torch.get_rng_state(), state)
+    files = [tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors" for name in "012"]
+    assert files[0].read_bytes() == files[2].read_bytes() != files[1].read_bytes()
+
+
+@pytest.mark.parametrize("config", ["runs/a/config.yaml", {"preset": "digits"}])
+def test_what_is_no_config_is_refused(config):
+    with pytest.raises(ValueError, match="expected a hf_ddpm.Config"):
+        train(config)
+    with pytest.raises(ValueError, match="unknown option help"):
+        train(help=True)

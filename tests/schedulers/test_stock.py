@@ -2,9 +2,10 @@
 
 import diffusers
 import pytest
+import torch
 
 from hf_ddpm import DDPMScheduler
-from hf_ddpm.schedulers.stock import check_stock
+from hf_ddpm.schedulers.stock import RIGHT, check_stock
 from tests.schedulers.gaussian import SAMPLERS, SPACINGS, STD, prepared, sampled_std
 
 REFUSED = ("IPNDM", "EDMEuler", "FlowMatchEulerDiscrete")
@@ -91,3 +92,19 @@ def test_noise_of_the_last_step_is_refused():
         check_stock(scheduler, 50, from_noise=True)
     scheduler.set_timesteps(1000)
     check_stock(scheduler, 1000, from_noise=True)
+
+
+@pytest.mark.parametrize("predicted", ["epsilon", "sample", "v_prediction", "mean"])
+@pytest.mark.parametrize("name", sorted(set(RIGHT) - {"DPMSolverSDEScheduler"}))  # which needs torchsde
+def test_predictions_that_a_scheduler_cannot_step_with_are_refused_before_the_first_step(name, predicted):
+    own = DDPMScheduler(prediction_type=predicted, timestep_spacing="trailing")
+    scheduler = getattr(diffusers, name).from_config(own.config)
+    scheduler.set_timesteps(25)
+    x_t, t = torch.zeros(1, 1, 4, 4), scheduler.timesteps[0]
+    try:
+        scheduler.step(x_t, t, scheduler.scale_model_input(x_t, t))
+    except (ValueError, NotImplementedError):
+        with pytest.raises(ValueError, match=f"scheduler {name}: it has no prediction_type='{predicted}'; use"):
+            check_stock(scheduler, 25, from_noise=True)
+    else:
+        check_stock(scheduler, 25, from_noise=True)

@@ -174,7 +174,7 @@ def is_import(line):
 def test_a_signal_at_any_moment_of_the_start_is_quiet(trained, tmp_path, script, number):
     whole = start(script, command(script, tmp_path / "whole", trained))
     lines = [line for line in whole.stderr if is_import(line)]
-    first = next(i for i, line in enumerate(lines) if line.split("|")[-1].strip() == "hf_ddpm.utils.launch") + 1
+    first = next(i for i, line in enumerate(lines) if line.split("|")[-1].strip() == "hf_ddpm.cli") + 1
     for moment in range(10):
         folder = tmp_path / f"{moment}"
         process = start(script, command(script, folder, trained))

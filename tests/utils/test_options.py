@@ -1,11 +1,12 @@
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 
 import pytest
 
-from hf_ddpm.config import PARTS, EvaluationConfig
+from hf_ddpm.config import PARTS, Config, EvaluationConfig, parse_config
 from hf_ddpm.evaluation.options import EvaluateConfig
 from hf_ddpm.paper.options import FigureOptions
-from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.sampling.options import SampleConfig, Sampling
 from hf_ddpm.utils.options import option, parse_command, parse_first, parse_options
 
 
@@ -96,3 +97,36 @@ def test_a_number_beyond_63_bits_is_refused():
     for value in (2**63, -(2**63)):
         with pytest.raises(ValueError, match=f"--size: '{value}' is too large"):
             parse_options([f"--size={value}"], Draw)
+
+
+@pytest.mark.parametrize("words", [["--no-ema_warmup=false"], ["--no-ema_warmup=true"], ["--no_eval_floor=x"]])
+def test_an_option_that_is_switched_off_takes_no_value(words):
+    with pytest.raises(ValueError, match=rf"^{words[0]}: expected --no_\w+ without a value"):
+        parse_config(["--preset", "digits", *words])
+
+
+def test_small_negative_numbers_are_values():
+    assert parse_config(["--preset", "digits", "--value_range", "-1e-3", "1"]).data.value_range == [-1e-3, 1]
+    assert Config.of(preset="digits", value_range=[-1e-05, 1]).data.value_range == [-1e-05, 1]
+
+
+def test_false_options_may_be_switched_off_and_stray_words_are_named_first():
+    assert not parse_config(["--preset", "digits", "--no-streaming"]).data.streaming
+    with pytest.raises(ValueError, match="unexpected word 'x'"):
+        parse_config(["x"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Sampling(num_inference_steps="3"), "num_inference_steps='3': expected int or null"),
+        (lambda: Sampling(scheduler="foo"), "scheduler='foo': expected one of 'ddpm'"),
+        (lambda: SampleConfig("m", "o", format="gif"), "format='gif': expected one of 'png', 'npz'"),
+        (lambda: SampleConfig(None, "o"), "model=None: expected text"),
+        (lambda: EvaluateConfig(model=3), "model=3: expected text or null"),
+    ],
+)
+def test_options_given_in_python_are_of_their_types(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+    assert SampleConfig(Path("m"), Path("o")).model == "m"
