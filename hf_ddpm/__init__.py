@@ -26,6 +26,7 @@ _HOME = {
     "UNet2DModel": "hf_ddpm.models.unet_2d",
     "evaluate": "hf_ddpm.evaluation.evaluate",
     "find_scheduler": "hf_ddpm.sampling.samplers",
+    "push_pipeline": "hf_ddpm.hub.share",  # not public: pipelines find it here, as imports go from hub to pipelines
     "push_to_hub": "hf_ddpm.cli.push",
     "sample_images": "hf_ddpm.sampling.generate",
     "train": "hf_ddpm.cli.session",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from hf_ddpm.diffusion import GaussianDiffusion
     from hf_ddpm.evaluation.evaluate import evaluate
     from hf_ddpm.evaluation.options import EvaluateConfig
+    from hf_ddpm.hub.share import push_pipeline as push_pipeline
     from hf_ddpm.models.unet_2d import UNet2DModel
     from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
     from hf_ddpm.sampling.generate import sample_images

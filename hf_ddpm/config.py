@@ -7,6 +7,7 @@ checks all three, and the command line wins.
 import copy
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -78,14 +79,12 @@ class DataConfig(ImageOptions):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        require_types(self)
+        super().__post_init__()
         require(self, "dataset", bool(self.dataset), "the name of a data set (or give --preset)")
         sides = self.resolution
         require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
         require_at_least(self, 1, "channels", "max_train_samples")
-        require(self, "crop", self.crop in ("center", "random"), "center or random")
         require(self, "class_dropout", 0 <= self.class_dropout < 1, "in [0, 1)")
-        super().__post_init__()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -171,7 +170,12 @@ class TrainingConfig:
     seed: int = option("random seed", 0)
     max_train_steps: int | None = option("optimizer steps; 800,000 by default, as in the paper", None)
     num_train_epochs: int | None = option("passes over the images, instead of max_train_steps", None)
-    train_batch_size: int = option("batch size per process and forward pass", 128)
+    train_batch_size: int = option(
+        "batch size per process and forward pass; auto: the largest that fits into memory, dividing the batch per "
+        "process of the preset or default",
+        128,
+        auto=True,
+    )
     gradient_accumulation_steps: int = option("forward passes per optimizer step", 1)
     objective: Literal["simple", "vlb", "hybrid", "min_snr"] = option("training objective", "simple")
     learning_rate: float = option("learning rate of Adam after the warm-up", 2e-4)
@@ -189,12 +193,17 @@ class TrainingConfig:
         factory=lambda: [0.9999],
     )
     ema_warmup: bool = option("let decays start small, as min(decay, (1 + step) / (10 + step))", True)
-    mixed_precision: Literal["no", "bf16", "fp16"] = option(
-        "precision of the network's forward and backward passes", "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = option(
+        "precision of the network's forward and backward passes; that of accelerate's launcher by default, else no",
+        None,
     )
     tf32: bool = option("let an NVIDIA GPU round the factors of float32 products to 10 bits", True)
     gradient_checkpointing: bool = option("compute activations twice instead of keeping them", False)
-    compile: bool = option("compile the network, after a check of its gradients", False)
+    check_memory: bool = option("refuse to train if the counted memory of a step is not free", True)
+    compile: bool | None = option(
+        "compile the network, after a check of its gradients; as accelerate's launcher has it by default, else false",
+        None,
+    )
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = option(
         "experiment tracker, beside metrics.jsonl", "none"
     )
@@ -209,7 +218,11 @@ class TrainingConfig:
     dry_run: bool = option("print the estimated cost of the run, and exit", False)
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Check the values; take those that are not given from the launcher."""
+        if self.mixed_precision is None:
+            self.mixed_precision = launched("MIXED_PRECISION", ("no", "bf16", "fp16"))
+        if self.compile is None:
+            self.compile = launched("DYNAMO_BACKEND", ("no", "inductor")) == "inductor"
         require_types(self)
         if self.max_train_steps is None and self.num_train_epochs is None:
             self.max_train_steps = 800_000
@@ -293,6 +306,19 @@ class HubConfig:
 # Either says how long a run is: one that is given later replaces the other.
 LENGTHS = {"max_train_steps", "num_train_epochs"}
 
+# What accelerate's launcher calls options.
+LAUNCHED = {"MIXED_PRECISION": "mixed_precision", "DYNAMO_BACKEND": "compile"}
+
+
+def launched(name: str, allowed: tuple[str, ...]) -> Any:
+    """Return what accelerate's launcher says, else `no`; raises a `ValueError` if that is not possible here."""
+    value = os.environ.get(f"ACCELERATE_{name}", "no").lower()
+    if value not in allowed:
+        option, expected = LAUNCHED[name], ", ".join(allowed)
+        raise ValueError(f"{name.lower()}={value!r} of the launcher: expected {expected}, or --{option}")
+    return value
+
+
 # Options that leave a run's weights as they are.
 BESIDE_TRAINING = {field.name for part in (EvaluationConfig, HubConfig) for field in dataclasses.fields(part)}
 
@@ -301,6 +327,7 @@ FORMER_DEFAULTS: dict[str, Any] = {
     "beta_start": 1e-4,
     "beta_end": 0.02,
     "ema_warmup": False,
+    "mixed_precision": "no",
     "timestep_spacing": "leading",
 }
 
@@ -516,4 +543,8 @@ def _words(name: str, values: list[str]) -> list[str]:
 def _merged(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     """Return options of two sources; a length of the run in the later one replaces any in the earlier one."""
     replaced = LENGTHS if LENGTHS & later.keys() else set()
-    return {name: value for name, value in earlier.items() if name not in replaced} | later
+    kept = {name: value for name, value in earlier.items() if name not in replaced}
+    batch = kept.get("train_batch_size")
+    if batch is not None and later.get("train_batch_size") == ["auto"]:
+        later = later | {"train_batch_size": [*batch, "--train_batch_size=auto"]}  # which divides the earlier one
+    return kept | later

@@ -5,18 +5,26 @@ domain of the diffusion; *unit* images are NCHW float in [0, 1], what the stock 
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from hf_ddpm.utils.files import atomic_write
 
 # What the numbers of channels are called in PIL.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+# Of grids. The gray differs from white as from black: the strokes of a digit end where its image ends.
+BACKGROUND, GAP, FONT_SIZE = "#c8c8c8", 6, 13
+LEAST_TILE = 64
+MOST_CLASSES = 16
+# Rest of an animation at its end.
+LAST_MILLISECONDS = 1500
 
 # What pipelines return images as; "numpy" is a synonym of "np" in diffusers.
 OUTPUT_TYPES = ("pil", "np", "pt", "numpy")
@@ -75,7 +83,7 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
     """
     if pixels.shape[1] in MODES:
         return to_pil(pixels)
-    return [grid(to_pil(image.unsqueeze(1)), scale=1) for image in pixels]
+    return [grid(to_pil(image.unsqueeze(1)), scale=1, gap=1) for image in pixels]
 
 
 def from_pil(image: Image.Image, channels: int) -> np.ndarray:
@@ -147,33 +155,73 @@ def grid(
     columns: int | None = None,
     scale: int | None = None,
     *,
-    gap: int = 1,
-    background: str = "black",
+    gap: int = GAP,
+    column_labels: Sequence[str] = (),
+    row_labels: Sequence[str] = (),
+    title: str = "",
 ) -> Image.Image:
-    """Tiles images of one size, row by row.
+    """Tiles images of one size, row by row, on light gray: no image touches another one or the border.
 
     Args:
         images: At least one image.
-        columns: Images a row; a square by default.
-        scale: Whole-number magnification; by default small images grow to about 64 pixels.
-        gap: Pixels between them.
-        background: What color these have.
+        columns: Images per row; a square by default.
+        scale: Whole-number magnification; by default each image gets at least 64 pixels on its longer side.
+        gap: Pixels around each image.
+        column_labels: A label above each column.
+        row_labels: A label to the left of each row.
+        title: A line above all.
 
     Returns:
         The picture.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
-    scale = scale or max(1, 64 // max(images[0].size))
-    width, height = (side * scale + gap for side in images[0].size)
-    size = columns * width - gap, math.ceil(len(images) / columns) * height - gap
-    sheet = Image.new(images[0].mode, size, background)
+    scale = scale or math.ceil(LEAST_TILE / max(images[0].size))
+    width, height = (side * scale for side in images[0].size)
+    font = ImageFont.load_default(FONT_SIZE)
+    line = math.ceil(FONT_SIZE * 1.5)
+    labeled = max((math.ceil(font.getlength(label)) for label in column_labels), default=0)
+    across, down = max(width, labeled) + gap, height + gap
+    left = gap + max((math.ceil(font.getlength(label)) + gap for label in row_labels), default=0)
+    head = line * bool(title) + gap
+    top = head + line * bool(column_labels)
+    size = left + columns * across, top + math.ceil(len(images) / columns) * down
+    page = Image.new(images[0].mode, (max(size[0], math.ceil(font.getlength(title)) + 2 * gap), size[1]), BACKGROUND)
     for i, image in enumerate(images):
-        tile = image.resize((width - gap, height - gap), Image.Resampling.NEAREST)
-        sheet.paste(tile, (i % columns * width, i // columns * height))
-    return sheet
+        row, column = divmod(i, columns)
+        tile = image if scale == 1 else image.resize((width, height), Image.Resampling.NEAREST)
+        page.paste(tile, (left + column * across + (across - gap - width) // 2, top + row * down))
+    draw = ImageDraw.Draw(page)
+    draw.text((gap, gap + line / 2), title, "black", font, anchor="lm")
+    for column, label in enumerate(column_labels):
+        draw.text((left + column * across + (across - gap) / 2, head + line / 2), label, "black", font, anchor="mm")
+    for row, label in enumerate(row_labels):
+        draw.text((left - gap, top + row * down + height / 2), label, "black", font, anchor="rm")
+    return page
+
+
+def sample_grid(pixels: Tensor, class_names: Sequence[str] = (), title: str = "") -> Image.Image:
+    """Tiles generated images, whose classes are those of `class_names` in turn.
+
+    Args:
+        pixels: Bytes, shape `(N, C, H, W)`.
+        class_names: If there are at most 16 of them, each gets a labeled column.
+        title: A line above all.
+
+    Returns:
+        The picture.
+    """
+    names = class_names[: len(pixels)] if 1 < len(class_names) <= MOST_CLASSES else ()
+    return grid(to_pictures(pixels), columns=len(names) or None, column_labels=names, title=title)
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Writes a PNG, so that a reader of `path` never sees half a picture."""
     with atomic_write(path) as partial:
         picture.save(partial, format="PNG")
+
+
+def save_animation(frames: Sequence[Image.Image], path: Path, milliseconds: int) -> None:
+    """Writes pictures of one size as a GIF or WebP, by the suffix of `path`, that rests at its last picture."""
+    times = [milliseconds] * (len(frames) - 1) + [LAST_MILLISECONDS]
+    with atomic_write(path) as partial:
+        frames[0].save(partial, format=path.suffix[1:], save_all=True, append_images=frames[1:], duration=times, loop=0)

@@ -3,7 +3,19 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ddpm.images import from_pil, grid, read_signed, save_picture, to_bytes, to_pictures, to_pil, to_signed, to_unit
+from hf_ddpm.images import (
+    from_pil,
+    grid,
+    read_signed,
+    sample_grid,
+    save_animation,
+    save_picture,
+    to_bytes,
+    to_pictures,
+    to_pil,
+    to_signed,
+    to_unit,
+)
 
 
 def test_bytes_survive_the_round_trip():
@@ -37,10 +49,10 @@ def test_two_channels_are_no_picture():
 def test_pictures_to_look_at_show_every_channel():
     pixels = torch.randint(256, (2, 5, 4, 6), dtype=torch.uint8)
     for image, picture in zip(pixels, to_pictures(pixels), strict=True):
-        shown = np.asarray(picture)  # 3 columns, 2 rows, a pixel between them
-        assert shown.shape == (2 * 5 - 1, 3 * 7 - 1)
+        shown = np.asarray(picture)  # 3 columns, 2 rows, a pixel around each
+        assert shown.shape == (2 * 5 + 1, 3 * 7 + 1)
         for channel, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]):
-            tile = shown[5 * row : 5 * row + 4, 7 * column : 7 * column + 6]
+            tile = shown[1 + 5 * row : 5 * row + 5, 1 + 7 * column : 7 * column + 7]
             np.testing.assert_array_equal(tile, image[channel].numpy())
     rgb = torch.randint(256, (1, 3, 4, 6), dtype=torch.uint8)
     np.testing.assert_array_equal(to_pictures(rgb)[0], to_pil(rgb)[0])
@@ -48,11 +60,66 @@ def test_pictures_to_look_at_show_every_channel():
 
 def test_a_grid_holds_every_image_in_its_place(tmp_path):
     tiles = [Image.new("L", (2, 3), color) for color in (10, 20, 30)]
-    sheet = np.asarray(grid(tiles, columns=2, scale=2))
-    assert sheet.shape == (2 * 7 - 1, 2 * 5 - 1)
-    assert sheet[0, 0] == 10 and sheet[0, 5] == 20 and sheet[7, 0] == 30 and sheet[7, 5] == 0
+    sheet = np.asarray(grid(tiles, columns=2, scale=2, gap=1))
+    assert sheet.shape == (2 * 7 + 1, 2 * 5 + 1)
+    gray = sheet[0, 0]
+    assert 128 < gray < 240  # light, yet neither white nor black: images of either color end where they end
+    expected = np.full(sheet.shape, gray)
+    expected[1:7, 1:5], expected[1:7, 6:10], expected[8:14, 1:5] = 10, 20, 30
+    np.testing.assert_array_equal(sheet, expected)
     save_picture(grid(tiles), tmp_path / "grid.png")
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+@pytest.mark.parametrize(("side", "scale"), [(8, 8), (28, 3), (32, 2), (48, 2), (64, 1), (256, 1)])
+def test_small_images_are_enlarged_to_be_seen_by_whole_numbers(side, scale):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    sheet = np.asarray(grid([image]))
+    gap = (len(sheet) - scale * side) // 2
+    assert sheet.shape == (scale * side + 2 * gap, scale * side + 2 * gap, 3) and gap > 1
+    tile = sheet[gap:-gap, gap:-gap]
+    np.testing.assert_array_equal(tile, np.asarray(image).repeat(scale, 0).repeat(scale, 1))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_labels_stand_beside_the_images_not_on_them(mode):
+    tiles, more = [Image.new(mode, (64, 64), "white")] * 6, {"columns": 3}
+    bare = np.asarray(grid(tiles, **more).convert("L")).astype(int)
+    labels = {"column_labels": ["a", "b", "a label wider than its image"], "row_labels": ["first", "second"]}
+    labeled = np.asarray(grid(tiles, **more, **labels, title="title").convert("L")).astype(int)
+    for sheet in (bare, labeled):
+        white = sheet == 255
+        assert white.sum() == 6 * 64 * 64  # all of each image is seen
+        # Between images of one row, and of one column, is at least a line of gray.
+        assert (np.diff(white.any(axis=0).astype(int)) == 1).sum() == 3 and (
+            np.diff(white.any(axis=1).astype(int)) == 1
+        ).sum() == 2
+    dark, white = labeled < 100, labeled == 255
+    top, left = white.any(axis=1).argmax(), white.any(axis=0).argmax()
+    assert not (bare < 100).any() and not dark[top:, left:].any()
+    assert dark[:top, left:].any() and dark[top : top + 64, :left].any() and dark[top + 70 : top + 134, :left].any()
+    assert dark[:, -1].sum() == 0  # the wide label is not cut
+
+
+def test_classes_have_labeled_columns_if_there_are_few():
+    pixels = torch.zeros(7, 1, 64, 64, dtype=torch.uint8)
+    square = sample_grid(pixels)
+    assert square.width == square.height  # 3 x 3
+    by_class = sample_grid(pixels, ["cat", "dog"])
+    assert by_class.width < square.width and by_class.height > square.height + 64  # 2 columns, 4 rows, labels
+    assert sample_grid(pixels, [str(i) for i in range(100)]).size == square.size
+    assert sample_grid(pixels[:1], ["cat", "dog"]).width < by_class.width  # one image, one column
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_an_animation_shows_every_picture_and_rests_at_its_end(tmp_path, kind):
+    frames = [Image.new("L", (8, 6), color) for color in (0, 100, 200)]
+    save_animation(frames, tmp_path / f"a.{kind}", 50)
+    with Image.open(tmp_path / f"a.{kind}") as animation:
+        assert animation.n_frames == 3 and animation.size == (8, 6)
+        animation.seek(2)
+        assert abs(animation.convert("L").getpixel((4, 3)) - 200) < 8
+    assert [path.name for path in tmp_path.iterdir()] == [f"a.{kind}"]
 
 
 def test_pictures_and_deep_arrays_that_fit_nothing_are_refused_in_one_line():

@@ -16,7 +16,8 @@ SIGNATURES = {
     "images: SampleFolder | PictureFolder | SampleFile | None = None, reference: Reference | None = None, "
     "output: Path | None = None, on_figures: Callable[[dict[str, dict[str, Any]]], object] | None = None, "
     "log: Callable[[str], object] | None = None) -> dict[str, dict[str, Any]]",
-    "find_scheduler": "(pipe: DiffusionPipeline, name: str, num_inference_steps: int) -> Any",
+    "find_scheduler": "(pipe: DiffusionPipeline, name: str, num_inference_steps: int, "
+    "variance: str | None = None) -> Any",
     "push_to_hub": "(model: Path | str, hub_model_id: str, *, private: bool | None = None, revision_message: str "
     "= Upload the model, license: str | None = None, space: str | None = None) -> list[str]",
 }

@@ -1,15 +1,15 @@
 """What happens beside the training: samples, exports, evaluations, cards. Only this module knows all of them."""
 
-import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
 
 from hf_ddpm.config import Config
 from hf_ddpm.evaluation.evaluate import Reference, evaluate
@@ -18,21 +18,34 @@ from hf_ddpm.evaluation.results import Figures, read_results, scalars, summary
 from hf_ddpm.hub.background import BackgroundPush
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import check_push
-from hf_ddpm.images import grid, save_picture, to_pictures
-from hf_ddpm.provenance import model_checksum
+from hf_ddpm.images import sample_grid, save_animation, save_picture
+from hf_ddpm.pipelines.runs import write_export
 from hf_ddpm.sampling.generate import generate_images
 from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.sampling.samplers import replaced_variance
 from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.training.progress import track_picture
-from hf_ddpm.utils.files import flush, flush_entry, naming
 from hf_ddpm.utils.jsonl import append_line, cut_lines, read_lines
+
+# Time per checkpoint in `samples.gif`.
+MILLISECONDS = 500
 
 
 class SampleGrid(Callback):
-    """Draws the same images again and again as the network learns, with the averaged weights, into `samples.png`."""
+    """Draws the same images again and again as the network learns, with the averaged weights, into `samples.png`.
+
+    If they are drawn at checkpoints, each drawing is kept as `samples/step-N.png`; at the end `samples.gif` shows all.
+    """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.folder = path, path.with_suffix("")
+
+    def on_start(self, run: Run) -> None:
+        """Deletes drawings of later steps, which will be drawn anew."""
+        if run.accelerator.is_main_process:
+            for step, file in self._drawings():
+                if step > run.step or run.step == 0:
+                    file.unlink()
 
     def on_pause(self, run: Run) -> None:
         """Draws if asked to."""
@@ -40,8 +53,16 @@ class SampleGrid(Callback):
             self.draw(run)
 
     def on_end(self, run: Run) -> None:
-        """Draws."""
+        """Draws, and animates the drawings."""
         self.draw(run)
+        if run.config.training.sample_at_checkpoints and run.accelerator.is_main_process:
+            pictures = [Image.open(file) for _, file in self._drawings()]
+            alike = [
+                picture
+                for picture in pictures
+                if (picture.size, picture.mode) == (pictures[-1].size, pictures[-1].mode)
+            ]
+            save_animation(alike, self.path.with_suffix(".gif"), MILLISECONDS)
 
     def draw(self, run: Run) -> None:
         """Draws; each process its share."""
@@ -58,19 +79,29 @@ class SampleGrid(Callback):
         )
         in_order = sorted(gather_object(list(images)), key=lambda numbered: numbered[0])
         if accelerator.is_main_process:
-            picture = grid(to_pictures(torch.stack([image for _, image in in_order])))
+            pixels = torch.stack([image for _, image in in_order])
+            picture = sample_grid(pixels, run.class_names)
             save_picture(picture, self.path)
             track_picture(run, "samples", picture)
+            if training.sample_at_checkpoints:
+                self.folder.mkdir(exist_ok=True)
+                titled = sample_grid(pixels, run.class_names, f"step {run.step:,}")
+                save_picture(titled, self.folder / f"step-{run.step:09d}.png")
+
+    def _drawings(self) -> list[tuple[int, Path]]:
+        """Returns steps and files of the drawings that are kept, in order."""
+        files = sorted(self.folder.glob("step-" + "[0-9]" * 9 + ".png"))
+        return [(int(file.stem.removeprefix("step-")), file) for file in files]
 
 
 class Export(Callback):
-    """Writes the pipeline of the averaged weights, in the format of diffusers; those of further averages below it."""
+    """Write the pipeline of the averaged weights, in the format of diffusers; those of further averages below it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def on_end(self, run: Run) -> None:
-        """Writes it."""
+        """Write it."""
         if run.accelerator.is_main_process:
             for number, ema in enumerate(run.emas):
                 export(run, self.folder / ema.name if number else self.folder, number)
@@ -162,7 +193,9 @@ class Evaluations(Callback):
 
     def _sampling(self, run: Run) -> Sampling:
         steps = run.config.evaluation.eval_inference_steps or len(run.scheduler)
-        return Sampling(run.config.training.seed, steps, class_labels=list(run.class_names))
+        sampling = Sampling(run.config.training.seed, steps, class_labels=list(run.class_names))
+        # Named, if it is not the model's: figures of earlier versions, whose variance was the model's, are no rivals.
+        return replace(sampling, variance=replaced_variance(run.pipeline(), sampling))
 
     def _is_as_good(self, line: dict[str, Any], other: dict[str, Any]) -> bool:
         metric = self.request.chosen[0]
@@ -180,7 +213,7 @@ class Evaluations(Callback):
 
 
 class Card(Callback):
-    """Writes the model card: what the run, its figures and its pictures say.
+    """Write the model card: what the run, its figures and its pictures say.
 
     It stands twice among the callbacks, behind the export, so that no other card is ever beside the weights, and last.
     """
@@ -189,7 +222,7 @@ class Card(Callback):
         self.folder = folder
 
     def on_end(self, run: Run) -> None:
-        """Writes it."""
+        """Write it."""
         if run.accelerator.is_main_process:
             write_card(self.folder, pipe=run.pipeline(), model_id=run.config.hub.hub_model_id)
 
@@ -212,7 +245,7 @@ class Push(Callback):
         self.background = BackgroundPush(self.folder, self.model_id, config.hub.hub_private_repo, log)
 
     def on_pause(self, run: Run) -> None:
-        """Exports what there is, and starts to push it."""
+        """Export what there is, and starts to push it."""
         try:
             export(run, self.folder)
             if not run.config.training.sample_at_checkpoints:
@@ -240,32 +273,11 @@ class Push(Callback):
 
 
 def _given(request: Any) -> dict[str, Any] | None:
-    """Returns the options of a request that are not None."""
+    """Return the options of a request that are not None."""
     return {name: value for name, value in request.items() if value is not None} if isinstance(request, dict) else None
 
 
 def export(run: Run, folder: Path, number: int = 0) -> None:
-    """Writes the pipeline of an average, file by file, and in `export.json` of which step it is.
-
-    A reader always finds a whole model, if any.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    partial, pipe = folder / ".export", run.pipeline(number)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with naming(folder):
-            pipe.save_pretrained(partial)
-            record = {"step": run.step, "images": run.step * run.global_batch_size, "checksum": model_checksum(pipe)}
-            record["hub_ids"] = run.hub_ids
-            (partial / "export.json").write_text(json.dumps(record) + "\n")
-            flush(partial)
-            files = [path for path in partial.rglob("*") if path.is_file()]
-            for file in sorted(files, key=lambda path: path.name == "model_index.json"):
-                target = folder / file.relative_to(partial)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(target)
-                flush_entry(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    """Write the pipeline of an average, and in `export.json` of which step it is; see `write_export`."""
+    record = {"step": run.step, "images": run.step * run.global_batch_size}
+    write_export(run.pipeline(number), folder, {**record, "lengths": run.lengths, "hub_ids": run.hub_ids})

@@ -8,19 +8,24 @@ results, configuration and metrics; checkpoints and samples are not. The same co
 sends what has changed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from hf_ddpm.cli.export import export_model
 from hf_ddpm.utils.launch import exclusive
 from hf_ddpm.utils.options import option, parse_options, require, require_types
+from hf_ddpm.utils.runs import checkpoint_of
 
 
 @dataclass
 class PushConfig:
     """Hub: the model, its repository, a Space."""
 
-    model: str = option("folder of a model, as hf-ddpm train or save_pretrained writes it")
+    model: str = option("folder of a model, as hf-ddpm train or save_pretrained writes it, or of a checkpoint")
     hub_model_id: str = option("repository, namespace/name; created if it is missing")
     private: bool | None = option(
         "make the repository private; by default unchanged, or the account's default for a new one", None
@@ -80,10 +85,22 @@ def push_to_hub(
     from hf_ddpm.hub.push import push_model, push_space
 
     config = PushConfig(model, hub_model_id, private, revision_message, license, space)
-    with exclusive(Path(config.model), "model"):
-        write_card(Path(config.model), model_id=hub_model_id, license=license)
-        urls = [push_model(config.model, hub_model_id, private, revision_message)]
+    with _exported(str(config.model)) as folder:
+        write_card(folder, model_id=hub_model_id, license=license)
+        urls = [push_model(folder, hub_model_id, private, revision_message)]
     if space is not None:
         app = Path(str(resources.files("hf_ddpm.demo") / "space"))
         urls.append(push_space(app, space, hub_model_id, private))
     return urls
+
+
+@contextmanager
+def _exported(model: str) -> Iterator[Path]:
+    """Yield the folder of a model; of a run with a newer checkpoint, a temporary export."""
+    checkpoint = checkpoint_of(model, print)
+    if checkpoint is None:
+        with exclusive(Path(model), "model"):
+            yield Path(model)
+    else:
+        with TemporaryDirectory(prefix="hf_ddpm-") as folder:
+            yield export_model(checkpoint, output=folder)[0]

@@ -1,5 +1,6 @@
 """A session of training, from options to an exported, evaluated, shared model."""
 
+import shlex
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import cache
@@ -16,20 +17,16 @@ from hf_ddpm.data import open_images
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.decoding import read_report
 from hf_ddpm.training import loop
-from hf_ddpm.training.build import build_process, build_run, check_same_step, start_accelerator
-from hf_ddpm.training.checkpoints import (
-    Checkpoints,
-    archive_after,
-    find_checkpoint,
-    load_checkpoint,
-    status_file,
-    stored_options,
-)
-from hf_ddpm.training.dry_run import estimate_cost
+from hf_ddpm.training.build import build_process, build_run, check_same_step, join_processes, start_accelerator
+from hf_ddpm.training.checkpoints import Checkpoints, archive_after, load_checkpoint
+from hf_ddpm.training.dry_run import measure_cost
 from hf_ddpm.training.loop import Callback, Run
-from hf_ddpm.training.progress import Progress, check_tracker, start_tracker
+from hf_ddpm.training.memory import MemoryPlan, fit_memory, out_of_memory_explained
+from hf_ddpm.training.optim import describe_length
+from hf_ddpm.training.progress import Progress, StatusFile, check_tracker, start_tracker
 from hf_ddpm.utils.files import make_folder
 from hf_ddpm.utils.launch import Interrupted, exclusive, signals
+from hf_ddpm.utils.runs import find_checkpoint, lengths_of, read_state, stored_options
 
 Log = Callable[[str], object]
 
@@ -60,22 +57,25 @@ def train(config: Config | None = None, **options: Any) -> Path:
     if not isinstance(config, Config):
         raise ValueError(f"config={config!r}: expected a hf_ddpm.Config, such as Config.of(config='file.yaml')")
     check_tracker(config.training.tracker)
-    accelerator, folder = start_accelerator(config), Path(config.training.output_dir)
+    folder, state = Path(config.training.output_dir), join_processes(config)
     if config.training.dry_run:
-        print_cost(config, accelerator)
+        print_cost(config, start_accelerator(config))
         return folder
 
     make_folder(folder, "output_dir")
-    log = cache(accelerator.print)  # a data set that is opened twice is described once
-    with exclusive(folder) if accelerator.is_main_process else nullcontext():
+    with exclusive(folder) if state.is_main_process else nullcontext():
         checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
         if checkpoint is not None:
             config = config.resumed(stored_options(checkpoint))
+        accelerator = start_accelerator(config)  # in the precision of the run
+        config = fit_memory(config, accelerator, checkpoint)
+        log = cache(accelerator.print)  # a data set that is opened twice is described once
         evaluations, pushes = evaluations_and_pushes(config, accelerator, log)
         run, images = open_run(config, accelerator, checkpoint, log)
         with closing(images):
             prepare_folder(run)
             print_start(run, len(images), checkpoint, complaints)
+            print_length(run, checkpoint)
             take_steps(run, images, callbacks_of(config, evaluations, pushes))
         accelerator.end_training()
     print_end(run)
@@ -85,11 +85,25 @@ def train(config: Config | None = None, **options: Any) -> Path:
 
 
 def print_cost(config: Config, accelerator: Accelerator) -> None:
-    """Print what the run would cost."""
-    run, images = start(config, accelerator, accelerator.print)
-    with closing(images):
-        for name, line in estimate_cost(run, images).items():
+    """Print what the run would cost: what is counted, then what is measured if it fits into memory."""
+
+    def show(lines: dict[str, str]) -> None:
+        for name, line in lines.items():
             accelerator.print(f"{name + ':':16}{line}")
+
+    plan = MemoryPlan(config, accelerator)
+    show(plan.describe())
+    refusal = plan.refusal()
+    if refusal is not None:
+        show({"not measured": refusal})
+        return
+    try:
+        with out_of_memory_explained(plan.config):
+            run, images = start(plan.config, accelerator, accelerator.print)
+            with closing(images):
+                show(measure_cost(run, images))
+    except MemoryError as error:
+        show({"not measured": f"not enough memory; {error}"})
     accelerator.end_training()
 
 
@@ -160,9 +174,9 @@ def callbacks_of(config: Config, evaluations: list[Evaluations], pushes: list[Pu
 def take_steps(run: Run, images: BatchSource, callbacks: list[Callback]) -> None:
     """Train to the end or to a signal, which `run.stopped_by` then names."""
     try:
-        # A notebook may have switched gradients off.
-        with status_file(Path(run.config.training.output_dir) / "status.json", run), torch.enable_grad():
-            loop.train(run, images, callbacks)
+        status = StatusFile(Path(run.config.training.output_dir) / "status.json", run)
+        with status, out_of_memory_explained(run.config), torch.enable_grad():  # a notebook may have disabled gradients
+            loop.train(run, images, [callbacks[0], status, *callbacks[1:]])
     except Interrupted as interrupted:
         run.stopped_by = interrupted.number
         signals.settle()
@@ -184,6 +198,14 @@ def print_start(run: Run, images: int, checkpoint: Path | None, complaints: list
         )
 
 
+def print_length(run: Run, checkpoint: Path | None) -> None:
+    """Print what another length does to a run that is resumed."""
+    if checkpoint is not None:
+        then = lengths_of(read_state(checkpoint))[-1][1]
+        line = describe_length(run.config.training, run.step, then)
+        run.accelerator.print(*([line] if line else []), sep="", end="\n" if line else "")
+
+
 def print_end(run: Run) -> None:
     """Print which images were not used, and how the run has ended."""
     log, folder, listed = run.accelerator.print, Path(run.config.training.output_dir), bad_images(run.config)
@@ -191,9 +213,24 @@ def print_end(run: Run) -> None:
     if skipped:
         log(f"{len(skipped):,} images or other files are not used: {listed} lists them")
     if run.stopped_by is not None:
-        log(f"stopped at step {run.step}: with --resume latest the run goes on from its last checkpoint")
+        log(f"stopped at step {run.step}", *commands_of(run), sep="\n")
     else:
         log(f"{folder / 'samples.png'} shows samples; DDPMPipeline.from_pretrained({str(folder)!r}) loads")
+
+
+def commands_of(run: Run) -> list[str]:
+    """Return lines with the commands for a run that is stopped."""
+    folder = Path(run.config.training.output_dir)
+    program = "hf-ddpm" if run.accelerator.num_processes == 1 else "accelerate launch -m hf_ddpm"
+    latest = "" if run.config.training.resume == "latest" else " --resume latest"
+    resume = f"{program} train --config {shlex.quote(str(folder / 'config.yaml'))}{latest}"
+    model = shlex.quote(str(folder))
+    return [
+        f"  resume:      {resume}",
+        f"  end it here: {resume} --max_train_steps {run.step}",
+        f"  sample:      hf-ddpm sample --model {model} --output {shlex.quote(str(folder / 'samples'))}",
+        f"  export:      hf-ddpm export {model}",
+    ]
 
 
 def bad_images(config: Config) -> Path:

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hf_ddpm.diffusion.checks import check_one_of
-from hf_ddpm.diffusion.schedules import shift_right
+from hf_ddpm.diffusion.schedules import check_one_of, shift_right
 
 PREDICTION_TYPES = ("epsilon", "sample", "mean", "v_prediction")
 LEARNED = ("learned", "learned_range")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.diffusion.gaussian import LEARNED, GaussianDiffusion
 from hf_ddpm.diffusion.likelihood import bound_nats
 from hf_ddpm.diffusion.outputs import split_output
+from hf_ddpm.diffusion.schedules import check_one_of
 
 OBJECTIVES = ("simple", "vlb", "hybrid", "min_snr")
 

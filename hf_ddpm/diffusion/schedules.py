@@ -4,11 +4,10 @@ Time is 0-based everywhere in this package: index `t` is the paper's :math:`t + 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from hf_ddpm.diffusion.checks import check_one_of
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "quad", "const", "squaredcos_cap_v2", "sigmoid")
 
@@ -75,3 +74,9 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 def shift_right(alphas_cumprod: Tensor) -> Tensor:
     r"""Returns :math:`\bar\alpha_{t-1}`, where nothing has been diffused before the first step: 1 at `t = 0`."""
     return torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+
+
+def check_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raises a `ValueError` that names the option, its value and what is allowed, unless the value is."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not allowed: one of {', '.join(allowed)}")

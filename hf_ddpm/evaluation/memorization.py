@@ -31,7 +31,8 @@ def nearest_picture(images: Images, features: Tensor, reference: Images, referen
     tiles = []
     for row in rows.tolist():
         tiles += to_pictures(images[torch.tensor([row])]) + to_pictures(reference[neighbors[row].cpu()])
-    return grid(tiles, columns=1 + neighbors.shape[1])
+    labels = ("sample", "nearest", "2nd", "3rd")[: 1 + neighbors.shape[1]]
+    return grid(tiles, columns=len(labels), column_labels=labels)
 
 
 def copied_fraction(images: Images, indices: Sequence[int], reference: Images, levels: int) -> float:

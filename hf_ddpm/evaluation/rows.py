@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.diffusion.checks import check_one_of
+from hf_ddpm.diffusion.schedules import check_one_of
 
 DTYPES = ("float32", "float64")
 

@@ -143,6 +143,9 @@ def _of_samples(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, di
     sampling = {key: made_by["sampling"][key] for key in keys}
     arguments |= sampling
     words.append(f"{sampling['scheduler']} in {sampling['num_inference_steps']} steps, seed {sampling['seed']}")
+    if variance := made_by["sampling"].get("variance"):  # unless it is the model's
+        arguments["variance"] = variance
+        words.append(f"variance {variance}")
     if classes := made_by["sampling"]["class_labels"]:
         arguments["class_labels"] = classes
         words.append("a class" if len(classes) == 1 else f"{len(classes)} classes in turn")
@@ -155,4 +158,4 @@ def _of_samples(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, di
 
 def _of_the_bound(figure: Mapping[str, Any], made_by: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     arguments = {name: figure[name] for name in ("evaluations_per_image", "is_estimate")} | {"seed": made_by["seed"]}
-    return f"{figure['evaluations_per_image']} terms an image, seed {made_by['seed']}", arguments
+    return f"{figure['evaluations_per_image']} terms per image, seed {made_by['seed']}", arguments

@@ -157,7 +157,8 @@ def command_line(given: dict[str, Any]) -> list[str]:
 def evaluated(options: AblationOptions, folder: Path, config: Config) -> dict[str, Any] | None:
     """Return the figures of a run, or None if they are missing, of other weights, or of another request."""
     request, sampling = parse_options(evaluation(options, folder, config), EvaluateConfig, Sampling)
-    asked = {"request": asdict(request), "sampling": asdict(sampling)}
+    replaced = sampling.replaced_variance(config.diffusion.variance_type, config.diffusion.num_train_timesteps)
+    asked = {"request": asdict(request), "sampling": asdict(sampling) | {"variance": replaced}}
     try:
         results, exported = (json.loads((folder / name).read_text()) for name in (RESULTS, "export.json"))
         figures = {name: results[name] for name in METRICS}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from hf_ddpm.evaluation.evaluate import Reference
@@ -15,23 +15,21 @@ from hf_ddpm.evaluation.extraction import Images, extract
 from hf_ddpm.evaluation.frechet import Moments, standard_error
 from hf_ddpm.evaluation.options import EvaluateConfig, default_levels
 from hf_ddpm.evaluation.results import RealFeatures, figures
-from hf_ddpm.images import grid, save_picture, to_bytes, to_pictures
+from hf_ddpm.images import grid, save_animation, save_picture, to_bytes, to_pictures
 from hf_ddpm.paper.options import FigureOptions
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.provenance import model_checksum, provenance
 from hf_ddpm.sampling.folder import SampleFolder
 from hf_ddpm.sampling.generate import fill_folder, folder_name
 from hf_ddpm.sampling.options import Sampling
-from hf_ddpm.utils.files import atomic_write, write_text
+from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.jsonl import to_json
 from hf_ddpm.utils.options import require_value
 from hf_ddpm.utils.plots import Curve, save_curves
 
 # Time per frame of an animation.
-MILLISECONDS, LAST_MILLISECONDS = 80, 1500
+MILLISECONDS = 80
 PARTS = 10  # of the jackknife
-# Of the labels of a sheet, in pixels.
-FONT_SIZE, MARGIN, GAP = 13, 6, 3
 
 
 class FigureContext:
@@ -109,14 +107,13 @@ class FigureContext:
         if self.accelerator.is_main_process:
             save_picture(picture, self._path(name))
 
-    def animate(self, name: str, frames: Sequence[Tensor]) -> None:
-        """Write unit images, shape `(N, C, H, W)` per frame, as an animation that rests at its end."""
+    def animate(self, name: str, frames: Sequence[Tensor], titles: Sequence[str]) -> None:
+        """Write unit images, shape `(N, C, H, W)` per frame, as an animation; each frame has a title."""
         if self.accelerator.is_main_process:
-            first, *others = [grid(to_pictures(to_bytes(frame))) for frame in frames]
-            times = [MILLISECONDS] * len(others) + [LAST_MILLISECONDS]
-            with atomic_write(self._path(name)) as partial:
-                kind = Path(name).suffix[1:]
-                first.save(partial, format=kind, save_all=True, append_images=others, duration=times, loop=0)
+            pictures = [
+                grid(to_pictures(to_bytes(frame)), title=title) for frame, title in zip(frames, titles, strict=True)
+            ]
+            save_animation(pictures, self._path(name), MILLISECONDS)
 
     def plot(self, name: str, curves: Mapping[str, Curve], **options: Any) -> None:
         """Write curves into the folder, once for all processes; options as of `save_curves`."""
@@ -188,19 +185,13 @@ def sheet(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str]) -> Image.I
         The picture.
     """
     pictures = to_pictures(to_bytes(torch.cat([images for _, images in rows]).clamp(0, 1)))
-    tiles = grid(pictures, columns=len(columns), gap=GAP, background="white")
-    width, height = (tiles.width + GAP) // len(columns), (tiles.height + GAP) // len(rows)
-    font = ImageFont.load_default(FONT_SIZE)
-    left = max(round(font.getlength(label)) for label, _ in rows) + 2 * MARGIN
-    top = FONT_SIZE + 2 * MARGIN
-    page = Image.new("RGB" if tiles.mode == "L" else tiles.mode, (left + tiles.width, top + tiles.height), "white")
-    page.paste(tiles, (left, top))
-    draw = ImageDraw.Draw(page)
-    for index, label in enumerate(columns):
-        draw.text((left + index * width + (width - GAP) / 2, top / 2), label, "black", font, anchor="mm")
-    for index, (label, _) in enumerate(rows):
-        draw.text((left - MARGIN, top + index * height + (height - GAP) / 2), label, "black", font, anchor="rm")
-    return page
+    row_labels = [label for label, _ in rows]
+    return grid(
+        pictures,
+        columns=len(rows[0][1]),
+        column_labels=columns if any(columns) else (),
+        row_labels=row_labels if any(row_labels) else (),
+    )
 
 
 def rmse(unit: Tensor, other: Tensor) -> float:

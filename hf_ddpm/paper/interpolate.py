@@ -13,29 +13,52 @@ from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.options import require
 from hf_ddpm.utils.seeds import FIGURES, generator
 
+# Held-out images from which two unlike ones are chosen.
+CANDIDATES = 16
+# Least share of x_t that is image, sqrt(alpha-bar_t), at the default moments: below it the ends come back alike.
+LEAST_SIGNAL = 0.2
+
 
 def interpolate(context: FigureContext, options: InterpolateOptions) -> None:
     """Draw mixtures of two images by weight and by steps of diffusion, and measure the reconstructions."""
     pair = ends(context, options)
     sources = [to_unit(image) for image in pair]
     rows, errors = [], []
-    for steps in context.diffused(options.diffused):
+    for steps in context.diffused(options.diffused) if options.diffused else moments(context):
         source = generator(context.options.seed, FIGURES, device=context.accelerator.device)  # one draw for all rows
         mixed = context.pipe.interpolate(*pair, steps - 1, [0, 1, *options.weights], source, "pt").cpu()
         (first, second), between = mixed[:2], mixed[2:]
-        rows.append((f"{steps} steps", torch.cat([sources[0], between, sources[1]])))
+        rows.append((f"t = {steps}", torch.cat([sources[0], between, sources[1]])))
         errors.append({"diffused": steps, "first": rmse(first, sources[0][0]), "second": rmse(second, sources[1][0])})
-    context.draw("interpolate.png", sheet(rows, ["first", *(f"{weight:g}" for weight in options.weights), "second"]))
+        errors[-1]["between"] = rmse(first, second)
+    names = [f"{weight:g}" for weight in options.weights]
+    names[:1] = [f"lambda = {names[0]}"] if names else []
+    context.draw("interpolate.png", sheet(rows, ["first", *names, "second"]))
     paragraphs = [
-        "Two images diffused by some steps, mixed with a weight, and brought back by the reverse process; on the left "
-        "and on the right the images themselves. All draws are the same within a row.",
         "![Interpolations](interpolate.png)",
-        table(["steps of diffusion", "first", "second"], [list(row.values()) for row in errors]),
-        "How far reconstructions, the interpolations at the weights 0 and 1, are from the images: RMSE on the scale "
-        "[0, 255].",
+        "*Two images (left and right) diffused by t steps, mixed with the weight lambda of the second, and brought "
+        "back by the reverse process. All draws are the same within a row.*",
+        table(["t", "first", "second", "between them"], [list(row.values()) for row in errors]),
+        "Distance of the reconstructions (lambda = 0 and 1) from the images, and from each other: RMSE on the scale "
+        f"[0, 255]. The images are {rmse(*sources):.4g} apart. Reconstructions that are far nearer to each other "
+        "than that are diffused too far: x_t has lost both images, the reverse process forgets it, and the row is "
+        f"constant. By default t are the eighths of T at which sqrt(alpha-bar_t) is at least {LEAST_SIGNAL:g}.",
     ]
     title = "Interpolation (Figs. 8 and 9)"
     context.write("interpolate", title, paragraphs, {"reconstruction_rmse": errors}, options, {})
+
+
+def moments(context: FigureContext) -> list[int]:
+    """Return eighths of T in which x_t still shows the image, at least the first."""
+    signal = context.pipe.scheduler.alphas_cumprod.sqrt()
+    eighths = sorted({max(1, round(part * len(signal) / 8)) for part in range(1, 9)})
+    return [t for t in eighths if signal[t - 1] >= LEAST_SIGNAL] or eighths[:1]
+
+
+def unlike(images: Tensor) -> list[int]:
+    """Return the indices of the two images, shape `(N, C, H, W)`, that are farthest apart; `[0, 0]` of a single one."""
+    points = images.flatten(1).double()
+    return sorted(divmod(int(torch.cdist(points, points).argmax()), len(images)))
 
 
 def ends(context: FigureContext, options: InterpolateOptions) -> list[Tensor]:
@@ -44,8 +67,9 @@ def ends(context: FigureContext, options: InterpolateOptions) -> list[Tensor]:
     if options.first is None or options.second is None:
         images = context.reference("nll").held_out
         assert images is not None
-        require(options, "rows", max(options.rows) < len(images), f"less than the {len(images)} of the split")
-        return [to_signed(images[torch.tensor([row])], levels).cpu() for row in options.rows]
+        rows = options.rows or unlike(to_signed(images[torch.arange(min(CANDIDATES, len(images)))], levels))
+        require(options, "rows", max(rows) < len(images), f"less than the {len(images)} of the split")
+        return [to_signed(images[torch.tensor([row])], levels).cpu() for row in rows]
     channels, height, width = context.pipe.image_shape
     limits = context.options.value_range
     image_format = ImageFormat(height, width, channels, deep=levels > 256, value_range=limits and tuple(limits))

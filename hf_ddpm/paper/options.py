@@ -8,6 +8,7 @@ from hf_ddpm.config import DiffusionConfig, parse_config
 from hf_ddpm.evaluation.options import ReferenceOptions, real_images
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.options import option, require, require_at_least, require_distinct
+from hf_ddpm.utils.runs import run_folder
 
 SCHEDULES = get_args(get_type_hints(DiffusionConfig)["beta_schedule"])
 SAMPLERS = [name for name in get_args(get_type_hints(Sampling)["scheduler"]) if name != "ddpm"]
@@ -35,7 +36,7 @@ class FigureOptions(ReferenceOptions):
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "batch_size")
         super().__post_init__()
-        run = Path(self.model) / "config.yaml"
+        run = run_folder(self.model) / "config.yaml"
         if self.dataset is None and run.is_file():
             of_run = real_images(parse_config(["--config", str(run)]))
             self.floor = of_run.pop("floor") and self.floor
@@ -99,7 +100,9 @@ class InterpolateOptions(DiffusedOptions):
 
     first: str | None = option("file of an image", None)
     second: str | None = option("file of another image", None)
-    rows: list[int] = option("without files: indices of two held-out images", factory=lambda: [0, 1])
+    rows: list[int] = option(
+        "without files: indices of two held-out images; by default the least alike of the first 16", factory=list
+    )
     weights: list[float] = option(
         "weights of the second image, in [0, 1]", factory=lambda: [tenth / 10 for tenth in range(11)]
     )
@@ -107,7 +110,7 @@ class InterpolateOptions(DiffusedOptions):
     def __post_init__(self) -> None:
         """Check the values."""
         require(self, "second", (self.first is None) == (self.second is None), "both files, or none")
-        require(self, "rows", len(self.rows) == 2 and min(self.rows) >= 0, "two numbers, at least 0")
+        require(self, "rows", len(self.rows) in (0, 2) and min(self.rows, default=0) >= 0, "two numbers, at least 0")
         require(self, "weights", all(0 <= weight <= 1 for weight in self.weights), "in [0, 1]")
 
 

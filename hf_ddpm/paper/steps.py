@@ -64,7 +64,8 @@ def walks(scheduler: Any, others: Sequence[str]) -> list[Walk]:
 
 def measure(context: FigureContext, real: RealFeatures, walk: Walk, number: int) -> dict[str, Any]:
     """Return the distance of images made in a number of steps, or the reason why there are none."""
-    sampling = Sampling(seed=context.options.seed, num_inference_steps=number, scheduler=walk.sampler)
+    variance = "model" if walk.sampler == "ddpm" else None
+    sampling = Sampling(context.options.seed, number, walk.sampler, variance=variance)
     try:
         find_scheduler(context.pipe, sampling.scheduler, sampling.steps(context.pipe))
     except ValueError as error:

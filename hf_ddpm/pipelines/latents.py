@@ -187,7 +187,7 @@ class LatentMethods:
         batch_size: int = 1,
         generator: Generators = None,
         num_inference_steps: int | None = None,
-        frames: int | None = 11,
+        frames: int | Sequence[int] | None = 11,
         output_type: str = "pil",
         **options: Any,
     ) -> Frames:
@@ -201,7 +201,8 @@ class LatentMethods:
             batch_size: Number of images.
             generator: As in a call: the same images come out.
             num_inference_steps: Number of steps of the reverse process; all of the network's by default.
-            frames: How many steps to show, evenly spread, the first and the last among them; all if None.
+            frames: How many steps to show, evenly spread, the first and the last among them; or which, by their `t`;
+                all if None.
             output_type: As in a call.
             options: Further arguments of a call, such as `class_labels` or `latents`.
 
@@ -211,12 +212,17 @@ class LatentMethods:
         Raises:
             ValueError: If an argument is not allowed, or the scheduler does not give the estimate.
         """
-        if frames is not None and frames < 1:
+        if isinstance(frames, int) and frames < 1:
             raise ValueError(f"frames={frames} is not allowed: at least 1, or None for all steps")
         seen = Frames([], [])
 
         def show(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor | None]) -> None:
-            if i not in _spread(frames, len(pipe.scheduler.timesteps)):
+            is_shown = (
+                int(t) in frames
+                if isinstance(frames, Sequence)
+                else i in _spread(frames, len(pipe.scheduler.timesteps))
+            )
+            if not is_shown:
                 return
             x_start = tensors["pred_original_sample"]
             if x_start is None:

@@ -4,28 +4,31 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Union
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import ImagePipelineOutput, SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL, is_noise, start_signal
 from hf_ddpm.diffusion.outputs import split_output
+from hf_ddpm.diffusion.schedules import check_one_of
 from hf_ddpm.images import OUTPUT_TYPES, as_output, check_picture, to_unit
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.latents import Generators, LatentMethods, check_generators
+from hf_ddpm.pipelines.runs import stock_folder
+from hf_ddpm.pipelines.sharing import SharingMethods
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.schedulers.stock import check_stock
 from hf_ddpm.utils.files import one_line
+from hf_ddpm.utils.runs import checkpoint_of
 from hf_ddpm.utils.schema import conforms
 
 logger = logging.get_logger(__name__)
@@ -40,7 +43,7 @@ OURS = {
 }
 
 
-class DDPMPipeline(LatentMethods, DiffusionPipeline):
+class DDPMPipeline(LatentMethods, SharingMethods):
     """Generates images with a denoising diffusion probabilistic model (Ho et al. 2020).
 
     `from_pretrained` reads every DDPM repository of diffusers, and `save_pretrained` writes one: weights and
@@ -192,6 +195,29 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DDPMPipeline":
+        """Load a pipeline as diffusers does; also the newest checkpoint of a run, or the checkpoint of a folder.
+
+        Args:
+            pretrained_model_name_or_path: Folder of a pipeline, of a run (even while it is trained) or of one of its
+                checkpoints, or Hub id. A run's export is taken unless a sound checkpoint is of a later step.
+            kwargs: As of `diffusers.DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            ValueError: If a checkpoint is damaged; one line.
+        """
+        while (checkpoint := checkpoint_of(pretrained_model_name_or_path, logger.warning)) is not None:
+            try:
+                with stock_folder(checkpoint) as folder:
+                    pipe = super().from_pretrained(folder, **kwargs)
+                pipe.register_to_config(_name_or_path=str(checkpoint))
+                return pipe
+            except Exception:
+                if checkpoint.exists():  # else the run has removed it meanwhile, and has a newer one
+                    raise
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """Reads a pipeline's index as diffusers does, and maps its classes to ours of the same name.
 
@@ -210,7 +236,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         return loaded
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
-        """Writes the pipeline's index, in which our classes go by the names of those of diffusers."""
+        """Write the pipeline's index, in which our classes go by the names of those of diffusers."""
         index = json.loads(self.to_json_string())
         index.pop("_name_or_path", None)
         for name, component in self.components.items():
@@ -267,7 +293,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
             )
 
     def _check_process(self) -> None:
-        """Raises a `ValueError` if a scheduler has other betas than the one that the pipeline was made with."""
+        """Raise a `ValueError` if a scheduler has other betas than the one that the pipeline was made with."""
         own, other = self._alphas_cumprod, getattr(self.scheduler, "alphas_cumprod", None)
         if own is not None and other is not None and (len(own) != len(other) or not own.allclose(other, atol=0.01)):
             name = type(self.scheduler).__name__
@@ -277,7 +303,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
             )
 
     def _check_finite(self, sums: list[Tensor]) -> None:
-        """Raises a `FloatingPointError` that names the first step at which something was not finite, and the reason."""
+        """Raise a `FloatingPointError` that names the first step at which something was not finite, and the reason."""
         is_finite = torch.stack(sums).isfinite()  # one wait for a whole chain
         if bool(is_finite.all()):
             return
@@ -294,7 +320,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
     def _classes(
         self, labels: Tensor | list[int | str] | None, batch_size: int, guidance_scale: float
     ) -> Tensor | None:
-        """Returns the numbers of the classes, or None for a network without."""
+        """Return the numbers of the classes, or None for a network without."""
         count, names, null = self.unet.config.num_class_embeds, self.class_names, self.null_class
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale={guidance_scale} is not allowed: a finite number")
@@ -331,7 +357,7 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
 
     def _step_options(self, generator: Generators, eta: float) -> dict[str, Any]:
-        """Returns what this scheduler's `step` understands: some are deterministic, and few have an eta."""
+        """Return what this scheduler's `step` understands: some are deterministic, and few have an eta."""
         known = inspect.signature(self.scheduler.step).parameters
         if eta and "eta" not in known:
             raise ValueError(
@@ -340,13 +366,8 @@ class DDPMPipeline(LatentMethods, DiffusionPipeline):
         return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in known}
 
 
-def labels_by_number(class_names: Sequence[str]) -> dict[str, str] | None:
-    """Returns names of classes as a pipeline's `id2label`, None if there are none."""
-    return {str(number): name for number, name in enumerate(class_names)} or None
-
-
 def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
-    """Loads the pipeline of a folder or Hub id onto a device.
+    """Load the pipeline of a folder, also of a run or a checkpoint, or of a Hub id onto a device.
 
     A warning is logged if the folder holds the export of a run, whose checksum differs: files were changed since.
 
@@ -370,7 +391,7 @@ def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
             f"model {model!r} cannot be loaded: model_index.json: id2label names {len(pipe.class_names)} classes, "
             f"unet/config.json: num_class_embeds={pipe.unet.config.num_class_embeds}"
         )
-    compare_with_export(pipe, Path(model) / "export.json")
+    compare_with_export(pipe)
     if type(pipe.unet) is UNet2DModel:
         pipe.unet.lay_out_kernels()
     return pipe.to(device)
@@ -391,8 +412,9 @@ def read_pipeline(model: str) -> DDPMPipeline:
         raise ValueError(f"model {model!r} cannot be loaded: {one_line(why) or type(why).__name__}") from error
 
 
-def compare_with_export(pipe: DDPMPipeline, record: Path) -> None:
-    """Logs a warning unless a pipeline is the one that a run exported, if a run did."""
+def compare_with_export(pipe: DDPMPipeline) -> None:
+    """Logs a warning unless a pipeline is the one that a run exported to its folder, if a run did."""
+    record = Path(pipe.name_or_path) / "export.json"
     try:
         checksum = json.loads(record.read_text(encoding="utf-8"))["checksum"]
     except (OSError, ValueError, TypeError, KeyError):
@@ -402,7 +424,7 @@ def compare_with_export(pipe: DDPMPipeline, record: Path) -> None:
 
 
 def _check_index(index: Any) -> None:
-    """Raises a `ValueError` that names a key and its value, unless an index names a network and a scheduler."""
+    """Raise a `ValueError` that names a key and its value, unless an index names a network and a scheduler."""
     if not isinstance(index, dict):
         raise ValueError("not a JSON object")
     for name in ("unet", "scheduler"):

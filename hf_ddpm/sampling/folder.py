@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_ddpm.data.arrays import open_stack
 from hf_ddpm.data.transforms import as_bytes
-from hf_ddpm.images import MODES, from_pil, grid, save_picture, to_pictures, to_pil
+from hf_ddpm.images import MODES, from_pil, sample_grid, save_picture, to_pil
 from hf_ddpm.sampling.options import SHARD_SIZE
 from hf_ddpm.utils.files import atomic_write, one_line, write_text
 
@@ -119,7 +119,8 @@ class SampleFolder:
 
     def write_grid(self, num_images: int) -> None:
         """Writes `grid.png`, the first 64 of the images."""
-        save_picture(grid(to_pictures(self[torch.arange(min(num_images, GRID_IMAGES))])), self.path / "grid.png")
+        first = self[torch.arange(min(num_images, GRID_IMAGES))]
+        save_picture(sample_grid(first, self.settings.get("class_labels", ())), self.path / "grid.png")
 
     def write_npz(self, num_images: int) -> None:
         """Writes `samples.npz`: `arr_0`, uint8, shape `(N, H, W, C)`, as the evaluation code of others reads it."""

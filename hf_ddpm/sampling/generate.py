@@ -20,7 +20,7 @@ from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.sampling.folder import SampleFolder
 from hf_ddpm.sampling.options import SampleConfig, Sampling
-from hf_ddpm.sampling.samplers import VERSION, find_scheduler, is_changed
+from hf_ddpm.sampling.samplers import VERSION, find_scheduler, is_changed, replaced_variance
 from hf_ddpm.utils.files import make_folder
 from hf_ddpm.utils.launch import exclusive, use_own_cores
 from hf_ddpm.utils.options import require_value
@@ -42,13 +42,15 @@ def compile_for_sampling(unet: nn.Module) -> None:
 
 def sampling_settings(pipe: DDPMPipeline, sampling: Sampling, model: str, device: torch.device) -> dict[str, Any]:
     """Returns what determines the images of a pipeline, for a `SampleFolder`."""
+    replaced = replaced_variance(pipe, sampling)
     return {
         "model": model,
         "model_checksum": model_checksum(pipe),
         "shape": list(pipe.image_shape),
         "device": device.type,  # other kinds draw other noise
-        **asdict(sampling),
+        **{name: value for name, value in asdict(sampling).items() if name != "variance"},
         "num_inference_steps": sampling.steps(pipe),
+        **({} if replaced is None else {"variance": replaced}),
         **({"sampler_version": VERSION} if is_changed(pipe, sampling) else {}),
     }
 
@@ -145,7 +147,7 @@ def generate_images(
     Raises:
         ValueError: If the scheduler cannot walk the pipeline's process in that many steps.
     """
-    scheduler = find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe))
+    scheduler = find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe), sampling.variance)
     labels, dtype = sampling.labels(pipe), PRECISIONS[sampling.mixed_precision]
     own_scheduler = pipe.scheduler
     pipe.scheduler = scheduler
@@ -196,7 +198,9 @@ def fill_folder(
         ValueError: If it holds images of other settings or is in use, or an argument is not allowed.
         OSError: If images that other processes made cannot be seen here.
     """
-    find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe))  # refuses before the folder changes
+    find_scheduler(
+        pipe, sampling.scheduler, sampling.steps(pipe), sampling.variance
+    )  # refuses before the folder changes
     _check_space(path, num_images, math.prod(pipe.image_shape))
     folder = SampleFolder(path, sampling_settings(pipe, sampling, model, state.device))
     folder.check(free=["model"])

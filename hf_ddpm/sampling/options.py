@@ -43,6 +43,11 @@ class Sampling:
     class_labels: list[str] = option("names or numbers of classes that the images go through in turn", factory=list)
     guidance_scale: float = option("strength of classifier-free guidance; 1 for none", 1.0)
     mixed_precision: Literal["no", "bf16", "fp16"] = option("precision of the network's passes", "no")
+    variance: Literal["model", "fixed_small", "fixed_large"] | None = option(
+        "variance of the steps of ddpm; by default that of the model, but fixed_small for fixed_large in fewer than "
+        "all steps, where the large one leaves grain",
+        None,
+    )
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -52,10 +57,21 @@ class Sampling:
         if self.eta and self.scheduler != "ddim":
             raise ValueError(f"eta={self.eta} is not allowed with scheduler={self.scheduler}: only with ddim")
         require_at_least(self, 0, "seed")
+        if self.variance is not None:
+            require(self, "variance", self.scheduler == "ddpm", f"expected no variance with scheduler={self.scheduler}")
 
     def steps(self, pipe: Any) -> int:
         """Returns the number of steps of a pipeline's process."""
         return self.num_inference_steps or int(pipe.scheduler.config.num_train_timesteps)
+
+    def replaced_variance(self, own: str, total: int) -> str | None:
+        """Returns the variance type that replaces a model's own in its process of `total` steps; None to keep it."""
+        if self.scheduler != "ddpm" or self.variance == "model":
+            return None
+        own = own.removesuffix("_log")
+        small = own == "fixed_large" and (self.num_inference_steps or total) < total
+        chosen = self.variance or ("fixed_small" if small else own)
+        return None if chosen == own else chosen
 
     def labels(self, pipe: Any) -> list[int | str]:
         """Returns the classes as a pipeline takes them.

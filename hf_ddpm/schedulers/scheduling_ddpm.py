@@ -13,10 +13,9 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from hf_ddpm.diffusion.checks import check_one_of
 from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL, PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion, is_noise
 from hf_ddpm.diffusion.outputs import dynamic_threshold, output_channels, split_output
-from hf_ddpm.diffusion.schedules import BETA_SCHEDULES, rescale_zero_terminal_snr
+from hf_ddpm.diffusion.schedules import BETA_SCHEDULES, check_one_of, rescale_zero_terminal_snr
 from hf_ddpm.diffusion.schedules import beta_schedule as named_beta_schedule
 from hf_ddpm.utils.schema import CheckedConfig, check_range
 

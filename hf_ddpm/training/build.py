@@ -1,13 +1,12 @@
 """From options to a run at step 0."""
 
-import json
 import math
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 
 from hf_ddpm.config import Config
@@ -16,7 +15,7 @@ from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL
 from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.models.blocks import initialize_like_paper
 from hf_ddpm.models.unet_2d import UNet2DModel
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, labels_by_number, load_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.training.loop import Run
 from hf_ddpm.training.optim import EMA, adam
@@ -26,22 +25,33 @@ from hf_ddpm.utils.public import hub_ids
 from hf_ddpm.utils.seeds import INITIALIZATION, derived_seed
 
 
+def join_processes(config: Config) -> PartialState:
+    """Return the state of this process among others.
+
+    Raises:
+        ValueError: If the processes do not see each other, or are not as many as the options require.
+    """
+    state, asked = PartialState(cpu=not torch.cuda.is_available()), int(os.environ.get("WORLD_SIZE", 1))
+    if state.num_processes != asked:
+        raise ValueError(f"{asked} processes were launched, but they do not see each other")
+    if config.training.world_size not in (None, asked):
+        raise ValueError(f"world_size={config.training.world_size}, but there are {asked} processes")
+    return state
+
+
 def start_accelerator(config: Config) -> Accelerator:
     """Returns the accelerator.
 
     Raises:
-        ValueError: If the launcher was told otherwise than the options, which decide, or its processes do not see each
-            other.
+        ValueError: If the launcher accumulates gradients, which is an option of the run.
     """
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", config.training.mixed_precision):
-        raise ValueError(f"mixed_precision={config.training.mixed_precision!r}, but the launcher says {launched!r}")
     tracker = config.training.tracker
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.training.mixed_precision:
         AcceleratorState._reset_state()  # accelerate keeps the precision of an earlier run in this process
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=config.training.mixed_precision,
+        dynamo_backend="no",  # `compile_network` does it
         log_with=None if tracker == "none" else tracker,
         project_dir=config.training.output_dir,
     )
@@ -49,13 +59,6 @@ def start_accelerator(config: Config) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("give gradient_accumulation_steps to the script, not to the launcher")
-    asked = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != asked:
-        raise ValueError(f"{asked} processes were launched, but they do not see each other")
-    if config.training.world_size not in (None, accelerator.num_processes):
-        raise ValueError(
-            f"world_size={config.training.world_size}, but there are {accelerator.num_processes} processes"
-        )
     return accelerator
 
 
@@ -73,7 +76,7 @@ def build_process(config: Config, checkpoint: Path | None = None) -> tuple[DDPMS
     if config.model.init_from is None and checkpoint is None:
         _check_terminal_signal(config, scheduler)
     if config.model.init_from is not None:
-        source = load_pipeline(config.model.init_from, "cpu") if checkpoint is None else stored_pipeline(checkpoint)
+        source = load_pipeline(config.model.init_from if checkpoint is None else str(checkpoint), "cpu")
         _check_source(source, config)
         scheduler = DDPMScheduler.from_config(source.scheduler.config)
     options = [(config.training, "num_inference_steps")]
@@ -119,14 +122,8 @@ def build_run(
         class_names=images.class_names,
         num_images=len(images),
         hub_ids=hub_ids(config.data.dataset, config.model.init_from, config.evaluation.eval_extractor),
+        lengths=[(0, config.training.max_train_steps)],
     )
-
-
-def stored_pipeline(checkpoint: Path) -> DDPMPipeline:
-    """Returns a pipeline of the network, without its weights, and the process that a checkpoint is of."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    unet, scheduler = UNet2DModel.from_config(state["unet"]), DDPMScheduler.from_config(state["scheduler"])
-    return DDPMPipeline(unet, scheduler, labels_by_number(state["data"]["classes"]))
 
 
 def _objective(config: Config, scheduler: DDPMScheduler) -> Objective:

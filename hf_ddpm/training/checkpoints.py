@@ -5,12 +5,10 @@ given a manifest of sizes and checksums, and only then renamed; older ones go af
 newest folder that its manifest confirms.
 """
 
-import hashlib
 import json
-import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +18,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_ddpm.config import BESIDE_TRAINING, with_past_defaults
-from hf_ddpm.provenance import hardware
 from hf_ddpm.training.loop import Callback, Run
-from hf_ddpm.utils.files import flush, flush_entry, write_text
-from hf_ddpm.utils.schema import check_types
+from hf_ddpm.utils.files import flush, flush_entry
+from hf_ddpm.utils.runs import checkpoints, lengths_of, read_state, sha256, step_of
 
 # Options that may differ between the sessions of a run: they change what is kept and shown, how a global batch is
-# divided and how fast it is computed, not what is computed but for rounding. (The length of a run is part of a
-# learning rate that falls towards its end.)
+# divided and how fast it is computed, not what is computed but for rounding. The length of a run is part of a learning
+# rate that falls towards its end: `Run.lengths` records its changes.
 FREE_OPTIONS = {
     "output_dir", "max_train_steps", "num_train_epochs", "log_steps", "checkpointing_steps", "keep_checkpoints",
     "resume", "train_batch_size", "gradient_accumulation_steps", "sample_at_checkpoints", "num_samples",
     "num_inference_steps", "tf32", "gradient_checkpointing", "compile", "tracker", "world_size", "dry_run",
-    "allow_terminal_signal",
+    "allow_terminal_signal", "check_memory",
     *BESIDE_TRAINING,
 }  # fmt: skip
-
-
-NEEDED = ("unet.safetensors", "optimizer.safetensors", "state.json")
-STATE = {"step": int, "global_batch_size": int, "config": dict[str, Any], "data": dict[str, Any]}
-# Entries that older versions did not write.
-LATER_STATE = {
-    "scaler": dict[str, Any] | None,
-    "hub_ids": list[str],
-    "unet": dict[str, Any],
-    "scheduler": dict[str, Any],
-}
 
 
 class Checkpoints(Callback):
@@ -67,7 +53,7 @@ class Checkpoints(Callback):
 
 
 def save_checkpoint(run: Run, folder: Path) -> Path:
-    """Writes all that a run needs to go on exactly as if it had not stopped, and returns the checkpoint's folder."""
+    """Write all that a run needs to go on exactly as if it had not stopped, and returns the checkpoint's folder."""
     final = folder / f"step-{run.step:09d}"
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -97,18 +83,21 @@ def _write(run: Run, folder: Path) -> None:
         "scaler": None if scaler is None else scaler.state_dict(),
         "config": run.config.to_dict(),
         "data": _data(run),
+        "lengths": run.lengths,
         "hub_ids": run.hub_ids,
         # What `init_from` may no longer say.
         "unet": dict(run.unet.config),
         "scheduler": dict(run.scheduler.config),
     }
     (folder / "state.json").write_text(json.dumps(state, indent=2))
-    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in folder.iterdir()}
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in folder.iterdir()}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
 
 
 def load_checkpoint(run: Run, path: Path) -> None:
     """Puts a checkpoint's weights, average, optimizer and step into a run.
+
+    A run whose `max_train_steps` are fewer than the steps done ends where it is.
 
     Raises:
         ValueError: If the run differs from the checkpoint's in an option that changes what is computed, or tensors are
@@ -116,8 +105,6 @@ def load_checkpoint(run: Run, path: Path) -> None:
     """
     state = read_state(path)
     _check_same_run(run, state, path)
-    if state["step"] > run.config.training.max_train_steps:
-        raise ValueError(f"max_train_steps={run.config.training.max_train_steps} is not allowed: {path} is beyond it")
     run.unet.load_state_dict(_load_tensors(path / "unet.safetensors", run.unet.state_dict()))
     for ema in run.emas:
         ema.model.load_state_dict(_load_tensors(path / f"{ema.name}.safetensors", ema.model.state_dict()))
@@ -126,67 +113,10 @@ def load_checkpoint(run: Run, path: Path) -> None:
     if run.accelerator.scaler is not None and state.get("scaler") is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step = state["step"]
+    _set_length(run, lengths_of(state))
     # Only the first session has opened it: by now a folder may be gone, and look like a Hub id.
     init_from, then = run.config.model.init_from, state.get("hub_ids", [])
     run.hub_ids = [name for name in run.hub_ids if name != init_from or name in then]
-
-
-def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """Chooses the checkpoint to go on from.
-
-    Args:
-        folder: Where the run keeps its checkpoints.
-        resume: `latest` (the newest sound one), `never`, or the path of one.
-
-    Returns:
-        Its path, or None to start afresh, and what is wrong with newer ones.
-
-    Raises:
-        ValueError: If the one named is missing or damaged, or all there are, or there are some and it is `never`.
-    """
-    found = checkpoints(folder)
-    if resume == "never":
-        if found:
-            raise ValueError(f"resume=never, but {folder} holds checkpoints: choose another output_dir or remove them")
-        return None, []
-    if resume != "latest":
-        damage = verify_checkpoint(Path(resume))
-        if damage is not None:
-            raise ValueError(f"resume={resume!r} is not allowed: {damage}")
-        return Path(resume), []
-    complaints = []
-    for path in reversed(found):
-        damage = verify_checkpoint(path)
-        if damage is None:
-            return path, complaints
-        complaints.append(f"{path.name} is passed over: {damage}")
-    if complaints:
-        raise ValueError(f"no checkpoint in {folder} is sound: {'; '.join(complaints)}")
-    return None, []
-
-
-def stored_options(checkpoint: Path) -> dict[str, Any]:
-    """Returns the options of the run that a checkpoint is of."""
-    return dict(read_state(checkpoint)["config"])
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Returns the `state.json` of a checkpoint; raises a `ValueError` that names file and key if it is damaged."""
-    path = checkpoint / "state.json"
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(state, dict):
-            raise ValueError("not a JSON object")
-        missing = [name for name in STATE if name not in state]
-        if missing:
-            raise ValueError(f"{missing[0]} is missing")
-        check_types(state, STATE | LATER_STATE)
-        named = re.fullmatch(r"step-(\d{9})", checkpoint.name)
-        if named is not None and int(named[1]) != state["step"]:
-            raise ValueError(f"step={state['step']}: expected {int(named[1])}, as in the name of the folder")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    return state
 
 
 def archive_after(folder: Path, step: int) -> None:
@@ -198,61 +128,14 @@ def archive_after(folder: Path, step: int) -> None:
     for leftover in [*folder.glob(".step-*.partial"), *folder.glob(".trash-*")]:
         shutil.rmtree(leftover)
     for path in checkpoints(folder):
-        if int(path.name.removeprefix("step-")) > step:
+        if step_of(path) > step:
             taken = len(list(folder.glob(f"undone-{path.name}*")))
             path.rename(path.with_name(f"undone-{path.name}" + (f"-{taken}" if taken else "")))
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Returns the checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name) and path.is_dir())
-
-
-def verify_checkpoint(path: Path) -> str | None:
-    """Compares a checkpoint with its manifest; returns what is wrong with it, or None."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        missing = [name for name in NEEDED if name not in manifest]
-        if missing:
-            return f"its manifest lacks {missing[0]}"
-        for name, entry in manifest.items():
-            if (path / name).stat().st_size != entry["bytes"] or _sha256(path / name) != entry["sha256"]:
-                return f"{name} differs from its checksum"
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        return f"it is no whole checkpoint ({error})"
-    return None
-
-
-@contextmanager
-def status_file(path: Path, run: Run) -> Iterator[None]:
-    """Keeps `status.json` true: running, then finished, preempted or failed (with the error), at which step."""
-    accelerator = run.accelerator
-    facts = {
-        "images": run.num_images,
-        "hardware": f"{accelerator.num_processes} x {hardware(accelerator.device)}",
-    }
-
-    def write(status: str, **more: Any) -> None:
-        if run.accelerator.is_main_process:
-            write_text(path, json.dumps({"status": status, "step": run.step, **facts, **more}) + "\n")
-
-    write("running")
-    try:
-        yield
-    except KeyboardInterrupt:
-        write("preempted")
-        raise
-    except BaseException as error:
-        with suppress(OSError):  # a full disk must not hide the error that it caused
-            write("failed", error=f"{type(error).__name__}: {error}")
-        raise
-    write("finished" if run.stopped_by is None else "preempted")
-
-
 def _check_same_run(run: Run, state: dict[str, Any], path: Path) -> None:
     now, then = run.config.to_dict(), with_past_defaults(state["config"])
-    free = FREE_OPTIONS if now["lr_schedule"] == "constant" else FREE_OPTIONS - {"max_train_steps"}
-    changed = [f"{k}={now[k]!r} (was {then[k]!r})" for k in now if k not in free and now[k] != then[k]]
+    changed = [f"{k}={now[k]!r} (was {then[k]!r})" for k in now if k not in FREE_OPTIONS and now[k] != then[k]]
     if run.global_batch_size != state["global_batch_size"]:
         changed.append(f"images a step: {run.global_batch_size} (was {state['global_batch_size']})")
     data = _data(run) | state["data"]  # an older version recorded less
@@ -261,8 +144,19 @@ def _check_same_run(run: Run, state: dict[str, Any], path: Path) -> None:
         raise ValueError(f"{path} is of another run, choose another output_dir: {', '.join(changed)}")
 
 
+def _set_length(run: Run, stored: list[tuple[int, int]]) -> None:
+    """End a run at its step if it should have ended before; else records its length if it is another one."""
+    training, run.lengths = run.config.training, stored
+    steps = training.max_train_steps
+    if steps < run.step:
+        training = replace(training, max_train_steps=run.step, num_train_epochs=None)
+        run.config = replace(run.config, training=training)
+    elif steps > run.step and steps != stored[-1][1]:
+        run.lengths = [*(entry for entry in stored if entry[0] < run.step), (run.step, steps)]
+
+
 def _data(run: Run) -> dict[str, Any]:
-    """Returns what of the data decides which image is which."""
+    """Return what of the data decides which image is which."""
     return {"images": run.num_images, "classes": list(run.class_names)}
 
 
@@ -288,7 +182,7 @@ def _nested(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns tensors of the names, shapes and types of an Adam optimizer's state, on the meta device."""
+    """Return tensors of the names, shapes and types of an Adam optimizer's state, on the meta device."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     step = torch.empty((), device="meta")
     return {
@@ -315,8 +209,3 @@ def _load_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

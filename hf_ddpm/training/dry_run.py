@@ -1,4 +1,4 @@
-"""What a run would cost: counted and measured on its first steps, which are then thrown away."""
+"""Time that a run would take, measured on a few steps that are then thrown away, and operations of a network."""
 
 import time
 from dataclasses import replace
@@ -28,16 +28,11 @@ class _Clock(Callback):
         self.times.append(time.perf_counter())
 
 
-def estimate_cost(run: Run, images: BatchSource) -> dict[str, str]:
+def measure_cost(run: Run, images: BatchSource) -> dict[str, str]:
     """Takes a few steps and returns lines to print, by name; the run is of no further use."""
-    training, unet = run.config.training, run.unet
+    training = run.config.training
     x = torch.zeros(1, *images.shape, device=run.accelerator.device)
     classes = torch.zeros(1, dtype=torch.int64, device=x.device) if run.class_names else None
-    forward, both = count_flops(unet, x, 0, classes)
-    kept = kept_for_backward(run, x.expand(training.train_batch_size, -1, -1, -1), classes)
-    count = unet.num_parameters()
-    # Weights, gradients and the two moments of Adam, and the averages: four bytes each.
-    states = 4 * count * (4 + len(run.emas))
 
     clock = _Clock()
     few = WARM_UP + MEASURED
@@ -58,9 +53,6 @@ def estimate_cost(run: Run, images: BatchSource) -> dict[str, str]:
 
     return {
         "images": f"{len(images):,} of {' x '.join(map(str, images.shape))}",
-        "parameters": f"{count:,}",
-        "FLOPs an image": f"{forward:.3g} forward, {both:.3g} in training",
-        "memory": f"{states / 2**20:,.0f} MiB for the weights, {kept / 2**20:,.0f} MiB for a pass, in each process",
         "training": f"{training.max_train_steps:,} steps of {run.global_batch_size} images, {seconds:.3g} s a step: "
         f"{_duration(seconds * training.max_train_steps)}",
         "samples.png": _duration(sampling / run.accelerator.num_processes),
@@ -87,24 +79,6 @@ def count_flops(network: nn.Module, x: Tensor, *inputs: Tensor | int | None) -> 
             getattr(output, "sample", output).sum().backward()
     network.zero_grad()
     return forward.get_total_flops() / len(x), both.get_total_flops() / len(x)
-
-
-def kept_for_backward(run: Run, x: Tensor, classes: Tensor | None) -> int:
-    """Returns the bytes that a pass keeps until its backward, weights apart."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in run.unet.parameters()}
-    sizes: dict[int, int] = {}
-    alive = []  # or an address would be used twice
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with run.accelerator.autocast(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        run.unet.train()(x, 0, classes)
-    return sum(sizes.values())
 
 
 def _duration(seconds: float) -> str:

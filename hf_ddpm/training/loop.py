@@ -13,7 +13,8 @@ from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.images import to_signed
 from hf_ddpm.models.unet_2d import UNet2DModel
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, labels_by_number
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+from hf_ddpm.pipelines.runs import labels_by_number
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.training.compiling import compile_network
 from hf_ddpm.training.optim import EMA, learning_rate
@@ -33,10 +34,12 @@ class Run:
         class_names: Names of the classes; empty for a network without.
         num_images: Images of an epoch.
         hub_ids: Names in the options that are Hub ids, and no paths.
+        lengths: The lengths it has had: the step from which each counts, and its `max_train_steps`.
         step: Optimizer steps done.
         losses: Losses of the last step, an image of this process each, on the device.
         t: Timesteps that they belong to.
         grad_norm: Norm of its gradient before clipping, on the device.
+        images_per_second: Speed since the last line of the metrics; None before the first.
         stopped_by: The signal that ended the run early, if one did.
     """
 
@@ -50,10 +53,12 @@ class Run:
     class_names: tuple[str, ...] = ()
     num_images: int = 0
     hub_ids: list[str] = field(default_factory=list)
+    lengths: list[tuple[int, int]] = field(default_factory=list)
     step: int = 0
     losses: Tensor = field(default_factory=lambda: torch.empty(0))
     t: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     grad_norm: Tensor = field(default_factory=lambda: torch.tensor(float("nan")))
+    images_per_second: float | None = None
     stopped_by: int | None = None
 
     @property
@@ -66,8 +71,15 @@ class Run:
         """Mean loss of the last step over the images of this process, on the device."""
         return self.losses.mean()
 
+    @property
+    def logs_now(self) -> bool:
+        """Whether a line of the metrics is due after this step."""
+        training = self.config.training
+        is_last = self.step >= training.max_train_steps or self.stopped_by is not None
+        return is_last or self.step % training.log_steps == 0
+
     def check_finite(self) -> None:
-        """Raises a `FloatingPointError` if the run has diverged: before its weights are saved over sound ones."""
+        """Raise a `FloatingPointError` if the run has diverged: before its weights are saved over sound ones."""
         sizes = list(torch._foreach_norm([parameter.detach() for parameter in self.unet.parameters()]))
         scaler = self.accelerator.scaler
         if scaler is None:
@@ -83,7 +95,7 @@ class Run:
             )
 
     def pipeline(self, number: int = 0) -> DDPMPipeline:
-        """Returns the pipeline of one of the averages."""
+        """Return the pipeline of one of the averages."""
         return DDPMPipeline(self.emas[number].model, self.scheduler, labels_by_number(self.class_names))
 
 
@@ -189,7 +201,7 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
 
 
 def received_signal(accelerator: Accelerator) -> int | None:
-    """Returns the number of a signal that any process has received, the same on all; every process must call it."""
+    """Return the number of a signal that any process has received, the same on all; every process must call it."""
     number = signals.number
     if accelerator.num_processes > 1:
         number = int(accelerator.gather(torch.tensor(number, device=accelerator.device)).max())

@@ -1,6 +1,7 @@
 """The optimizer: Adam, its learning rate as a function of the step, and averages of the weights."""
 
 import copy
+import dataclasses
 import math
 
 import torch
@@ -10,7 +11,7 @@ from hf_ddpm.config import TrainingConfig
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Returns the learning rate of optimizer step `step`, counted from 0: whatever the number of processes.
+    """Return the learning rate of optimizer step `step`, counted from 0: whatever the number of processes.
 
     It rises over `warmup_steps` steps in equal parts, then stays, or falls to zero at `max_train_steps`: along half a
     cosine, a line, or a power of the line.
@@ -25,8 +26,23 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     return config.learning_rate * (1 - progress) ** (config.lr_power if config.lr_schedule == "polynomial" else 1)
 
 
+def describe_length(config: TrainingConfig, step: int, earlier: int) -> str | None:
+    """Return a line on a run that is resumed at `step` with other `max_train_steps` than `earlier`; None if not."""
+    steps = config.max_train_steps
+    if steps == earlier:
+        return None
+    line = f"the run ends at step {steps:,}, not at {earlier:,}"
+    if config.lr_schedule == "constant":
+        return line
+    before = learning_rate(dataclasses.replace(config, max_train_steps=earlier, num_train_epochs=None), step)
+    if steps == step:
+        return f"{line}: its {config.lr_schedule} learning rate has come to {before:.3g}, not to zero"
+    rate = learning_rate(config, step)
+    return f"{line}: the {config.lr_schedule} learning rate at step {step:,} is {rate:.3g} (was {before:.3g})"
+
+
 def adam(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Returns Adam for a network, with decoupled weight decay if it is given; a step is one kernel for all weights."""
+    """Return Adam for a network, with decoupled weight decay if it is given; a step is one kernel for all weights."""
     betas, decay = (config.adam_beta1, config.adam_beta2), config.weight_decay
     if decay == 0:
         return torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=betas, fused=True)
@@ -34,7 +50,7 @@ def adam(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
 
 
 class EMA:
-    r"""Keeps :math:`\bar\theta \leftarrow \bar\theta + (1 - d)(\theta - \bar\theta)` beside a network.
+    r"""Keep :math:`\bar\theta \leftarrow \bar\theta + (1 - d)(\theta - \bar\theta)` beside a network.
 
     Args:
         model: The network that is trained, on the device where it stays.
@@ -55,7 +71,7 @@ class EMA:
         torch._foreach_lerp_(self._averages, self._weights, 1 - self._decay(step))
 
     def initial_share(self, steps: int) -> float:
-        """Returns the weight that the initial weights have in the average after so many steps, in [0, 1]."""
+        """Return the weight that the initial weights have in the average after so many steps, in [0, 1]."""
         return math.prod(self._decay(step) for step in range(steps))
 
     def _decay(self, step: int) -> float:

@@ -15,7 +15,7 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 
 
 @contextmanager
-def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
+def atomic_write(path: Path, writer: str = "", durable: bool = True) -> Iterator[Path]:
     """Yields a temporary path to write to; on success it is flushed to disk and replaces `path`, else it is removed.
 
     The order makes a crash of the machine harmless: contents are on disk before the name is, and the name before this
@@ -24,6 +24,7 @@ def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
     Args:
         path: The file, or a folder, which must then be new or empty.
         writer: Distinguishes processes that may write the file at the same time.
+        durable: Whether to wait for the disk; otherwise a crash of the machine, not of the process, may lose the file.
 
     Raises:
         OSError: If it cannot be written; the message names `path`.
@@ -32,9 +33,11 @@ def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
     try:
         with naming(path):
             yield partial
-            flush(partial)
+            if durable:
+                flush(partial)
             partial.replace(path)
-            flush_entry(path.parent)
+            if durable:
+                flush_entry(path.parent)
     except BaseException:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
@@ -43,9 +46,9 @@ def atomic_write(path: Path, writer: str = "") -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text as UTF-8, atomically."""
-    with atomic_write(path) as partial:
+def write_text(path: Path, text: str, durable: bool = True) -> None:
+    """Writes a text as UTF-8, atomically; see `atomic_write`."""
+    with atomic_write(path, durable=durable) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

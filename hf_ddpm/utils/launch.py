@@ -160,9 +160,11 @@ def _exit_code(main: Callable[[list[str]], int], name: str) -> Any:
     except (ValueError, OSError, FloatingPointError) as error:
         code, line = 2 if isinstance(error, ValueError) else 1, f"error: {one_line(error)}"
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        code, line = 1, f"error: not enough memory; use a smaller batch size, resolution or network ({one_line(error)})"
+        # What trains says itself which options need less memory.
+        hint = one_line(error) if error.__cause__ else f"use a smaller batch size or network ({one_line(error)})"
+        code, line = 1, f"error: not enough memory; {hint}"
     except Interrupted as interrupted:
         signals.number = signals.number or interrupted.number
         code = 128 + signals.number
@@ -185,10 +187,10 @@ def _hide_interrupted(hook: Callable[[Any], object]) -> Callable[[Any], object]:
     return lambda lost: None if isinstance(lost.exc_value, Interrupted) else hook(lost)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory is short; that of torch on a CPU is a plain `RuntimeError`."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text
+    texts = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
 def _is_unwinding(error: BaseException | None) -> bool:

@@ -22,12 +22,34 @@ from hf_ddpm.utils.migration import MIGRATION
 from hf_ddpm.utils.schema import check_types
 
 
+class Auto(int):
+    """A number that was given before `auto`, or the default: where to start."""
+
+
+yaml.SafeDumper.add_representer(Auto, yaml.SafeDumper.represent_int)
+
+
 def option(
-    help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING, flag: str | None = None
+    help: str,
+    default: Any = dataclasses.MISSING,
+    factory: Any = dataclasses.MISSING,
+    flag: str | None = None,
+    is_first: bool = False,
+    auto: bool = False,
 ) -> Any:
-    """Declare an option with its default and the line that `--help` prints; `flag` if it is not the field's name."""
-    more = {} if flag is None else {"flag": flag}
-    return field(default=default, default_factory=factory, metadata={"help": help, **more})
+    """Declare an option.
+
+    Args:
+        help: The line that `--help` prints.
+        default: The default; without one the option is required.
+        factory: Makes the default.
+        flag: The name on the command line, if it is not the field's.
+        is_first: Whether a first word of the command line without an option before it is its value.
+        auto: Whether an integer may be the word `auto`, too.
+    """
+    more: dict[str, Any] = {} if flag is None else {"flag": flag}
+    more |= {"is_first": True} if is_first else {}
+    return field(default=default, default_factory=factory, metadata={"help": help, "auto": auto, **more})
 
 
 def require(config: Any, name: str, holds: bool, allowed: str) -> None:
@@ -101,7 +123,9 @@ def parse_options(argv: list[str], *parts: type, program: str | None = None, doc
         raise ValueError(f"unknown option --{unknown[0]}: {_hint(unknown[0], names, '--')}")
     values, rest = _parser(parts, program, doc).parse_known_args(words)
     if rest:  # before a missing option is reported, whose value it may be
-        raise ValueError(f"unexpected word {rest[0]!r}: expected --OPTION VALUE; see --help")
+        before = words[: words.index(rest[0])][-1:]
+        place = f" after {before[0]}" if before else ""
+        raise ValueError(f"unexpected word {rest[0]!r}{place}: expected --OPTION VALUE; see --help")
     return _instances(parts, values)
 
 
@@ -204,6 +228,14 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+class _KeepForAuto(argparse.Action):
+    """Keep the number given so far, as an `Auto`, if the word is `auto`."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, flag: Any = None) -> None:
+        earlier = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, Auto(earlier) if value == "auto" else value)
+
+
 def _parser(
     parts: Iterable[type], program: str | None = None, doc: str | None = None, add_help: bool = True
 ) -> argparse.ArgumentParser:
@@ -223,7 +255,8 @@ def _parser(
         for entry in dataclasses.fields(part):
             flag, settings = f"--{_flag(entry)}", _settings(entry, hints[entry.name])
             group.add_argument(flag, dest=entry.name, **settings)
-            required += [f"{flag} ..."] if settings["required"] else []
+            word = entry.name.upper() if entry.metadata.get("is_first") else f"{flag} ..."
+            required += [word] if settings["required"] else []
     parser.usage = " ".join(["%(prog)s", *required, "[--OPTION VALUE ...]"])
     return parser
 
@@ -246,14 +279,18 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     if hint is bool:
         settings |= {"nargs": "?", "const": True}
     reader, metavar = _READERS[hint]
+    if field.metadata["auto"]:
+        settings["action"] = _KeepForAuto
+        reader, metavar = _whole_or_auto, f"{metavar}|auto"
     is_free = hint is str and default == ""  # whose empty default means none
     return settings | {"type": str if is_free else reader, "metavar": metavar}
 
 
 def _normalized(argv: Iterable[str], parts: Iterable[type]) -> list[str]:
     """Return a command line in which every option has its one spelling: `--a-b` is `--a_b`, `--no_x` `--x=false`."""
-    fields = {field.name: field for part in parts for field in dataclasses.fields(part)}
-    words = []
+    fields, argv = {field.name: field for part in parts for field in dataclasses.fields(part)}, list(argv)
+    first = [name for name, field in fields.items() if field.metadata.get("is_first")]
+    words = [f"--{name}" for name in first if argv and not argv[0].startswith("-")]
     for word in argv:
         name, value = _option_name(word), word.partition("=")[1:]
         if name is None or word == "--":
@@ -305,6 +342,10 @@ def _whole(text: str) -> int:
     return value
 
 
+def _whole_or_auto(text: str) -> int | str:
+    return text if text == "auto" else _whole(text)
+
+
 def _filled(text: str) -> str:
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a text with a character")
@@ -326,7 +367,7 @@ _READERS: dict[Any, tuple[Any, str]] = {
     bool: (_truth, "true|false"),
 }
 # What argparse calls them in messages.
-_finite.__name__, _whole.__name__ = "float", "int"
+_finite.__name__, _whole.__name__, _whole_or_auto.__name__ = "float", "int", "int"
 
 
 def _hint(name: str, names: Iterable[str], prefix: str = "") -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hf_ddpm import DDPMPipeline, UNet2DModel
+from hf_ddpm.cli import callbacks
 from hf_ddpm.config import DataConfig, parse_config
 from hf_ddpm.data.batches import batch_indices
 from hf_ddpm.data.sources import choose
@@ -38,7 +39,7 @@ def test_training_leaves_all_that_it_promises(trained):
     assert type(DDPMPipeline.from_pretrained(trained).unet) is UNet2DModel
     assert type(diffusers.DDPMPipeline.from_pretrained(trained).unet) is diffusers.UNet2DModel
     assert parse_config(["--config", str(trained / "config.yaml")]).training.max_train_steps == 4
-    assert Image.open(trained / "samples.png").size == (2 * 65 - 1, 2 * 65 - 1)
+    assert Image.open(trained / "samples.png").size == (2 * 70 + 6, 2 * 70 + 6)
 
 
 def test_the_export_is_the_average(trained):
@@ -339,19 +340,33 @@ def test_every_variant_trains_samples_and_evaluates_by_flag(run_training, sample
 
 def test_samples_can_be_drawn_at_checkpoints(run_training, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("hf_ddpm.cli.callbacks.save_picture", lambda picture, path: drawn.append((path.name, picture)))
+    save = callbacks.save_picture
+    monkeypatch.setattr(
+        callbacks, "save_picture", lambda picture, path: [drawn.append((path.name, picture)), save(picture, path)]
+    )
     words = ["--max_train_steps", "4", "--checkpointing_steps", "2", "--sample_at_checkpoints", "true"]
     run_training(tmp_path, *words, "--class_column", "label", "--learning_rate", "3e-3")
-    assert [name for name, _ in drawn] == ["samples.png"] * 2  # at step 2 and at the end
+    kept = [f"step-{step:09d}.png" for step in (2, 4)]
+    assert [name for name, _ in drawn] == ["samples.png", kept[0], "samples.png", kept[1]]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == kept
+    with Image.open(tmp_path / "samples.gif") as animation:
+        assert animation.n_frames == 2
     # Images 0 to 3 of the seed, of the classes in turn, by the average of that step; each pixel is 8 times as large.
     pipe = DDPMPipeline.from_pretrained(tmp_path)
     sampling = Sampling(0, 2, class_labels=["0", "1", "2", "3"])
-    for step, (_, picture) in zip((2, 4), drawn, strict=True):
+    for step, (_, picture) in zip((2, 2, 4, 4), drawn, strict=True):
         pipe.unet.load_state_dict(load_file(tmp_path / f"checkpoints/step-{step:09d}/ema-0.995.safetensors"))
         images = [image[0].numpy() for _, image in generate_images(pipe, range(4), sampling, batch_size=4)]
-        sheet = np.asarray(picture)
-        tiles = [sheet[row : row + 64 : 8, column : column + 64 : 8] for row in (0, 65) for column in (0, 65)]
+        row = np.asarray(picture)[-70:-6:8]  # one row: a column for each class that has an image, and a gap behind it
+        tiles = [row[:, 6 + 70 * column :: 8][:, :8] for column in range(4)]
         np.testing.assert_array_equal(tiles, images)
+    # A run that is resumed keeps the drawings of its past, and deletes those of its former future.
+    run_training(tmp_path, *words, "--max_train_steps", "6", "--class_column", "label", "--learning_rate", "3e-3")
+    with Image.open(tmp_path / "samples.gif") as animation:
+        assert animation.n_frames == 3
+    resumed = ["--resume", str(tmp_path / "checkpoints" / "step-000000004")]
+    run_training(tmp_path, *words, "--class_column", "label", "--learning_rate", "3e-3", *resumed)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == kept
 
 
 def test_variants_that_make_no_sense_are_refused(run_training, tmp_path):

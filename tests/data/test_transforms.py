@@ -75,7 +75,7 @@ def test_depth_is_refused_where_it_would_be_lost():
     [({"resolution": 0, "channels": 3}, "resolution=.0. is not allowed"),
      ({"resolution": (8, 0), "channels": 3}, "resolution=.8, 0. is not allowed"),
      ({"resolution": 8, "channels": 0}, "channels=0 is not allowed: at least 1"),
-     ({"resolution": 8, "channels": 3, "crop": "left"}, "crop='left' is not allowed: center or random"),
+     ({"resolution": 8, "channels": 3, "crop": "left"}, "crop='left': expected one of 'center', 'random'"),
      ({"resolution": 8, "channels": 3, "levels": 1}, "levels=1 is not allowed")],
 )  # fmt: skip
 def test_wrong_formats_are_refused_by_name(options, message):

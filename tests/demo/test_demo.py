@@ -12,7 +12,7 @@ from PIL import Image
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hf_ddpm.data.transforms import ImageFormat, fit
 from hf_ddpm.demo.demo import Demo, row, square, strip, whole
-from hf_ddpm.images import to_signed
+from hf_ddpm.images import GAP, to_signed
 from hf_ddpm.sampling.samplers import SCHEDULERS
 from hf_ddpm.utils.markdown import plain
 from hf_ddpm.utils.seeds import SAMPLES, generator
@@ -168,7 +168,7 @@ def test_classes_without_names_are_numbers():
         ({"steps": float("nan")}, "steps=nan is not allowed"),
         ({"count": 0}, "count=0 is not allowed: a whole number from 1 to 64"),
         ({"count": 65.0}, "count=65 is not allowed"),
-        ({"scheduler": "heun"}, "scheduler='heun' is not allowed"),
+        ({"scheduler": "heun"}, "scheduler='heun': expected one of"),
         ({"scheduler": "pndm", "steps": 3}, "num_inference_steps=3 is not allowed: 4 to 1000 with this model"),
         ({"classes": ["three"]}, "class_labels: 'three' is not allowed: one of \\['zero', 'one', 'two'\\]"),
     ],
@@ -237,20 +237,22 @@ def test_pictures_are_enlarged_pixel_by_pixel(demo):
     moments = list(demo.generate(demo.read(0, 9, "ddpm"), 5))
     images = moments[-1].images
     sheet = np.asarray(square(images))
-    assert sheet.shape == (2 * 8 * 21 + 1, 3 * 8 * 21 + 2)  # 512 // (3 * 8) = 21
-    np.testing.assert_array_equal(sheet[8 * 21 + 1 :: 21][:8, 8 * 21 + 1 :: 21][:, :8], images[4, 0])
+    side = 8 * 21 + GAP  # 512 // (3 * 8) = 21
+    assert sheet.shape == (2 * side + GAP, 3 * side + GAP)
+    np.testing.assert_array_equal(sheet[side + GAP :: 21, side + GAP :: 21][:8, :8], images[4, 0])
     line = np.asarray(row(images[:1], images))
-    np.testing.assert_array_equal(line[::21, ::21][:, :8], images[0, 0])
-    assert line.shape == (8 * 21, 6 * (8 * 21 + 1) - 1)
+    np.testing.assert_array_equal(line[GAP::21, GAP::21][:8, :8], images[0, 0])
+    assert line.shape == (side + GAP, 6 * side + GAP)
 
 
 def test_a_strip_has_a_row_an_image_and_fills_from_the_left(demo):
     for number, moment in enumerate(list(demo.generate(demo.read(0, 7, "ddpm"), 5))):
         tiles = np.asarray(strip(moment))  # 4 rows and 8 columns, 1024 // (8 * 8) = 16 times
-        assert tiles.shape == (4 * 129 - 1, 8 * 129 - 1)
+        side = 128 + GAP
+        assert tiles.shape == (4 * side + GAP, 8 * side + GAP)
         for column in range(8):
             for line in range(4):
-                tile = tiles[line * 129 : line * 129 + 128 : 16, column * 129 : column * 129 + 128 : 16]
+                tile = tiles[GAP + line * side :: 16, GAP + column * side :: 16][:8, :8]
                 expected = moment.frames[column][line, 0] if column <= number else np.zeros((8, 8))
                 np.testing.assert_array_equal(tile, expected)
 

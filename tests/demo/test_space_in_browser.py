@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from hf_ddpm.demo.demo import square
+from hf_ddpm.images import GAP
 from tests.conftest import load_script
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -131,7 +132,7 @@ def test_images_appear(page, trained, tmp_path):
     assert len(addresses) >= 3  # two before the last: they hold a checksum
     contents = {page.request.get(address).body() for address in addresses}
     assert len(contents) == len(addresses)
-    assert download(page, 1).shape == (4 * 129 - 1, 8 * 129 - 1)
+    assert download(page, 1).shape == (4 * (128 + GAP) + GAP, 8 * (128 + GAP) + GAP)
     page.screenshot(path=tmp_path / "generate.png", full_page=True)
 
 
@@ -156,7 +157,7 @@ def test_two_seeds_and_two_images_are_interpolated(page, tmp_path):
     between_images = download(page, 0)
     page.screenshot(path=tmp_path / "interpolate.png", full_page=True)
     # 11 images of 8 pixels in 1024: 11 times
-    assert between_seeds.shape == between_images.shape == (88, 11 * 89 - 1)
+    assert between_seeds.shape == between_images.shape == (88 + 2 * GAP, 11 * (88 + GAP) + GAP)
     assert (between_images[:, :88] == 0).all() and (between_images[:, -88:] == 255).all()
     assert not np.array_equal(between_seeds, between_images)
 

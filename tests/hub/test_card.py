@@ -3,16 +3,19 @@ import json
 import re
 import shutil
 
+import diffusers
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
-from hf_ddpm.hub.card import FORMER_MARK, MARK, write_card
+from hf_ddpm import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm.hub.card import FORMER_MARK, MARK, TEMPLATE, write_card
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.utils.markdown import plain
 from hf_ddpm.utils.public import strip_local_path
 from tests.conftest import TINY_UNET
+from tests.hub.conftest import ROOT
 from tests.utils.test_markdown import HOSTILE, cells, parse
 
 
@@ -64,8 +67,8 @@ def test_a_card_says_what_the_run_was(evaluated):
     status = json.loads((evaluated / "status.json").read_text())
     assert card.data.license == "cc-by-4.0" and card.data.library_name == "diffusers"
     assert card.data.pipeline_tag == "unconditional-image-generation"
-    assert f"4 of 8 images: {4 * 8} images seen" in card.text and status["hardware"] in card.text
-    assert f"learning rate {config['learning_rate']:g}" in card.text
+    assert f"4, batch size 8: {4 * 8} images seen" in card.text and status["hardware"] in card.text
+    assert f"| learning rate | {config['learning_rate']:g}" in card.text
     parameters = sum(p.numel() for p in DDPMPipeline.from_pretrained(evaluated).unet.parameters())
     assert f"{parameters:,} parameters" in card.text
     for picture in re.findall(r"\]\((\w+\.png)\)", card.text):
@@ -140,7 +143,7 @@ def test_lines_of_metrics_behind_the_exported_step_do_not_count(copied):
     lines = (copied / "metrics.jsonl").read_text().splitlines()
     later = json.loads(lines[-1]) | {"step": 6, "images": 48, "loss": 1000.0}
     (copied / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(later)]) + "\n")
-    assert write_card(copied).read_text() == before and "4 of 8 images: 32 images seen" in before
+    assert write_card(copied).read_text() == before and "4, batch size 8: 32 images seen" in before
     assert (copied / "loss.png").read_bytes() == curve
 
 
@@ -149,9 +152,9 @@ def rewrite(folder, name, read, write, **changes):
 
 
 def test_weight_decay_is_told(copied):
-    assert "| optimizer | Adam, learning rate" in write_card(copied).read_text()
+    assert "| optimizer | Adam, gradient" in write_card(copied).read_text()
     rewrite(copied, "config.yaml", yaml.safe_load, yaml.safe_dump, weight_decay=0.01)
-    assert "| optimizer | AdamW, weight decay 0.01, learning rate" in write_card(copied).read_text()
+    assert "| optimizer | AdamW, weight decay 0.01, gradient" in write_card(copied).read_text()
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -177,16 +180,16 @@ def test_a_pipeline_alone_has_a_card(tmp_path):
     pipe = DDPMPipeline(UNet2DModel(**TINY_UNET | {"out_channels": 2}), DDPMScheduler(variance_type="learned"))
     pipe.save_pretrained(tmp_path)
     text = write_card(tmp_path, model_id="org/name").read_text()
-    assert 'from_pretrained("org/name")' in text and "Only hf_ddpm samples from it" in text
+    assert 'from_pretrained("org/name")' in text and "it does not support a learned variance" in text
     assert "## Training" not in text and ".png" not in text and "None" not in text
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"beta_schedule": "quad"}, "given by its values, T = 1000, variances from 0.0001 to 0.02"),
-        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, "to 1, no signal at the last step"),
-        ({"prediction_type": "mean"}, "Only hf_ddpm samples from it"),
+        ({"beta_schedule": "quad"}, "custom, T = 1000, betas from 0.0001 to 0.02"),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, "to 1, zero terminal SNR"),
+        ({"prediction_type": "mean"}, "it does not support predictions of the mean"),
     ],
 )
 def test_a_card_tells_variants_apart(tmp_path, options, said):
@@ -205,7 +208,117 @@ def test_the_code_of_a_card_names_a_class(tmp_path):
     unet = UNet2DModel(**TINY_UNET | {"num_class_embeds": 3})
     DDPMPipeline(unet, DDPMScheduler(), {"0": "cat", "1": "dog"}).save_pretrained(tmp_path)
     text = write_card(tmp_path).read_text()
-    assert 'pipe(class_labels=["cat"])' in text and "| classes | cat, dog |" in text
+    assert (
+        'pipe(batch_size=2, class_labels=["cat", "dog"], guidance_scale=2.0)' in text and "diffusers import" not in text
+    )
+    assert "| classes | cat, dog |" in text
+
+
+def code_blocks(text):
+    return [token.content for token in parse(text) if token.type == "fence" and token.info == "python"]
+
+
+VARIANTS = {
+    "default": ({}, {}, None),
+    "other steps": ({}, {"num_train_timesteps": 40}, None),
+    "range": ({"out_channels": 2}, {"variance_type": "learned_range"}, None),
+    "velocity": ({}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, None),
+    "not square": ({"sample_size": (8, 16)}, {"beta_schedule": "quad", "timestep_spacing": "trailing"}, None),
+    "RGBA": ({"in_channels": 4, "out_channels": 4}, {}, None),
+    "learned": ({"out_channels": 2}, {"variance_type": "learned"}, "does not support a learned variance"),
+    "mean": ({}, {"prediction_type": "mean"}, "does not support predictions of the mean"),
+    "two channels": ({"in_channels": 2, "out_channels": 2}, {}, None),
+    "classes": ({"num_class_embeds": 3}, {}, "has no class labels"),
+    "one class": ({"num_class_embeds": 1}, {}, "has no class labels"),
+}
+
+
+def execute_card(folder):
+    """Runs the code of a card as it stands, from top to bottom; returns the pipelines and the text."""
+    text = write_card(folder, model_id=str(folder)).read_text()
+    pipes, names = [], {}
+    for block in code_blocks(text):
+        exec(compile(block, "card", "exec"), names)
+        pipes.append(names["pipe"])
+    return pipes, text
+
+
+@pytest.mark.parametrize(("unet", "scheduler", "obstacle"), VARIANTS.values(), ids=VARIANTS)
+def test_the_code_of_a_card_runs_with_diffusers_first_if_it_samples_the_same(
+    tmp_path, monkeypatch, unet, scheduler, obstacle
+):
+    called = {}
+    torch.manual_seed(0)
+    steps = scheduler.get("num_train_timesteps", 1000)
+    pipe = DDPMPipeline(UNet2DModel(**TINY_UNET | unet), DDPMScheduler(**scheduler))
+    pipe.save_pretrained(tmp_path)
+    for kind in (DDPMPipeline, diffusers.DDPMPipeline):  # 1000 steps take long
+        monkeypatch.setattr(kind, "__call__", record_call(called, kind, kind.__call__))
+    pipes, text = execute_card(tmp_path)
+    assert [type(pipe) for pipe in pipes] == ([] if obstacle else [diffusers.DDPMPipeline]) + [DDPMPipeline]
+    assert (obstacle or "With diffusers") in text
+    monkeypatch.undo()
+    if obstacle is None:
+        given = called[diffusers.DDPMPipeline].get("num_inference_steps", 1000)
+        assert given == steps  # all steps of the process, as this package takes them
+        images = [
+            pipe(1, torch.Generator().manual_seed(0), num_inference_steps=20, output_type="np").images
+            for pipe in map(quiet, pipes)
+        ]
+        assert abs(images[0] - images[1]).max() < 1e-3
+
+
+def record_call(called, kind, whole):
+    """Replaces a pipeline's call by one of few steps, and records its arguments."""
+
+    def call(self, *args, **options):
+        called[kind] = options
+        return whole(self, *args, **options | {"num_inference_steps": 20})
+
+    return call
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_other_schedulers_than_that_of_the_paper_need_this_package(tmp_path):
+    DDPMPipeline(UNet2DModel(**TINY_UNET), DDIMScheduler()).save_pretrained(tmp_path)
+    text = write_card(tmp_path).read_text()
+    assert "it does not sample with the DDIMScheduler of this model" in text and len(code_blocks(text)) == 1
+
+
+@pytest.mark.parametrize("name", ["cat", "😀", "猫", "it's", 'a "b"', "a\u2028b", "\\"])
+def test_the_code_of_a_card_samples_classes_by_name_with_guidance(tmp_path, monkeypatch, name):
+    unet = UNet2DModel(**TINY_UNET | {"num_class_embeds": 3})  # two classes, and none
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=2), {"0": name, "1": "dog"}).save_pretrained(tmp_path)
+    called = {}
+    monkeypatch.setattr(DDPMPipeline, "__call__", record_call(called, "ours", lambda pipe, **_: pipe))
+    monkeypatch.setattr(DDPMPipeline, "images", [], raising=False)
+    execute_card(tmp_path)
+    assert called["ours"] == {"batch_size": 2, "class_labels": [name, "dog"], "guidance_scale": 2.0}
+
+
+@pytest.mark.slow
+def test_a_card_names_further_weights_and_how_to_load_them(copied):
+    average = DDPMPipeline.from_pretrained(copied)
+    average.unet.conv_out.bias.data += 1
+    for name in ("ema-0.5", "best"):
+        average.save_pretrained(copied / name)
+    pipes, text = execute_card(copied)
+    assert "are in `ema-0.5/`, `best/`" in text
+    assert torch.equal(pipes[-1].unet.conv_out.bias, average.unet.conv_out.bias)
+
+
+def test_the_committed_card_has_the_words_of_the_template():
+    card = (ROOT / "model_cards" / "ddpm-digits.md").read_text()
+    template = TEMPLATE.read_text()
+    always = re.sub(r"{% if (obstacle|num_classes|other_weights).*?{% e(lse|ndif) -?%}", "", template, flags=re.DOTALL)
+    lines = [line for line in always.splitlines() if len(line.split()) > 4 and not re.search(r"[{}]", line)]
+    card = card.replace("(ddpm-digits/", "(")
+    assert [line for line in lines if line not in card] == ["The model has not been evaluated."]
+    assert len(lines) > 8
 
 
 def test_a_card_that_a_person_wrote_stays(copied):
@@ -259,7 +372,7 @@ def test_foreign_names_are_text_in_a_card(copied, name):
     assert rows["data"][0].startswith(f"{plain(public)}, split {shown}, ") and rows["started from"] == [plain(public)]
     assert rows["Frechet distance"][3] == f"{plain(public)}, {shown}" and len(rows["Frechet distance"]) == 5
     headings = [token.tag for token in parse(card.text) if token.type == "heading_open"]
-    assert headings == ["h1", *["h2"] * 7]  # Use, Model, Training, Evaluation, Limits, License, Citation
+    assert headings == ["h1", *["h2"] * 6]  # Use, Model, Training, Evaluation, Limits, Citation
     assert not [token for token in parse(card.text) if token.type == "html_block"][1:]  # the mark alone
     # The metadata are YAML, and say the same.
     assert card.data.license == shown and card.data.model_name == plain(f"org/{name}".split("/")[-1])

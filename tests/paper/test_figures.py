@@ -12,7 +12,7 @@ from hf_ddpm import DDPMScheduler
 from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.images import to_signed
 from hf_ddpm.paper import everything
-from hf_ddpm.paper.interpolate import interpolate
+from hf_ddpm.paper.interpolate import interpolate, unlike
 from hf_ddpm.paper.lossy_reconstruct import lossy_reconstruct
 from hf_ddpm.paper.nearest_neighbors import as_points, nearest_neighbors
 from hf_ddpm.paper.options import (
@@ -34,6 +34,7 @@ from hf_ddpm.paper.shared_latent import shared_latent
 from hf_ddpm.paper.steps import steps
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.plots import save_curves
+from hf_ddpm.utils.seeds import SAMPLES, generator
 from tests.conftest import load_script
 from tests.paper.conftest import T
 
@@ -61,14 +62,20 @@ def test_the_progress_ends_with_the_samples_of_the_seed(context, distance, drawn
     options = ProgressiveOptions(shown=3, columns=4, frames=7, num_images=5)
     progressive(context, options)
     moments = written(context, "progressive")["moments"]
-    assert [moment["t"] for moment in moments] == [20, 14, 7, 1]
+    assert [moment["t"] for moment in moments] == [20, 13, 7, 1]
     errors = [moment["rmse"] for moment in moments]
     assert errors[-1] == 0 and all(error > 0 for error in errors[:-1])
     found = distance(5, Sampling(num_inference_steps=T))
     assert moments[-1]["value"] == pytest.approx(found["value"], rel=1e-5)
     assert moments[-1]["floor"] == pytest.approx(found["floor"], rel=1e-5)
     with Image.open(context.folder / "progressive.gif") as animation:
-        assert animation.n_frames == 7
+        assert animation.n_frames == 8  # the noise, and 7 moments
+    page = np.asarray(Image.open(context.folder / "progressive.png"))
+    assert page.shape[1] == 6 + 5 * 70
+    noise = torch.cat([torch.randn(1, 1, 8, 8, generator=generator(0, SAMPLES, image)) for image in range(3)])
+    for image, x_T in enumerate(noise):
+        tile = page[len(page) - (3 - image) * 70 :, 6:][:64:8, :64:8].astype(float)
+        assert np.abs(tile - ((x_T[0] + 1) / 2).clamp(0, 1).numpy() * 255).max() <= 1
     assert (context.folder / "progressive_distance.png").exists()
     # Standing at t, the network has been evaluated T + 1 - t times.
     evaluations = [T + 1 - moment["t"] for moment in moments]
@@ -83,7 +90,31 @@ def test_progress_needs_no_data(context):
     progressive(context, ProgressiveOptions(shown=1, columns=2, frames=2, num_images=0, animation="webp"))
     assert written(context, "progressive")["moments"][0].keys() == {"t", "rmse"}
     with Image.open(context.folder / "progressive.webp") as animation:
-        assert animation.n_frames == 2 and animation.size == (64, 64)
+        assert animation.n_frames == 3
+
+
+def test_moments_are_round_and_those_without_signal_are_not_shown(context):
+    context.pipe.scheduler = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
+    progressive(context, ProgressiveOptions(shown=1, columns=6, frames=11, num_images=0))
+    assert [moment["t"] for moment in written(context, "progressive")["moments"]] == [100, 80, 60, 40, 20, 1]
+    with Image.open(context.folder / "progressive.gif") as animation:
+        assert animation.n_frames == 11  # the noise in place of t = 100, where sqrt(alpha-bar) is 5e-4
+    assert Image.open(context.folder / "progressive.png").width == 6 + 6 * 70
+
+
+def test_two_unlike_images_are_interpolated_where_they_can_still_be_seen(context):
+    context.pipe.scheduler = DDPMScheduler(num_train_timesteps=80, beta_schedule="squaredcos_cap_v2")
+    interpolate(context, InterpolateOptions(weights=[0.5]))
+    # sqrt(alpha-bar_t) = cos(pi / 2 (t / T + 0.008) / 1.008): 0.37 at 6/8 of T, 0.19 at 7/8, 0 at T.
+    assert [row["diffused"] for row in written(context, "interpolate")["reconstruction_rmse"]] == list(
+        range(10, 70, 10)
+    )
+    images = context.reference("nll").held_out[torch.arange(16)].float().flatten(1).numpy()
+    distances = np.linalg.norm(images[:, None] - images[None], axis=-1)
+    pair = unlike(torch.tensor(images).view(16, 1, 8, 8))
+    assert distances[tuple(pair)] == pytest.approx(distances.max()) and pair[0] < pair[1]
+    first = np.asarray(Image.open(context.folder / "interpolate.png"))[-70:-6:8, -3 * 70 :]
+    assert np.abs(first[:, -70:-6:8] - images[pair[1]].reshape(8, 8)).max() <= 1
 
 
 def test_interpolations_end_at_reconstructions(context):
@@ -109,8 +140,8 @@ def test_two_files_are_interpolated(context, tmp_path):
     files = {"first": str(tmp_path / "a.png"), "second": str(tmp_path / "b.png")}
     interpolate(context, InterpolateOptions(**files, diffused=[1], weights=[0, 1]))
     sheet = np.asarray(Image.open(context.folder / "interpolate.png"))
-    row = sheet[-32, -(4 * 67 - 3) :, 0]
-    assert row[32] == 255 and row[-32] == 0  # the images themselves, on the left and on the right
+    row = sheet[-38, -4 * 70 :]
+    assert row[32] == 255 and row[-38] == 0  # the images themselves, on the left and on the right
     (tmp_path / "b.png").write_text("no image")
     with pytest.raises(ValueError, match="b.png' is no image that can be used: it is no image of a known format"):
         interpolate(context, InterpolateOptions(**files))

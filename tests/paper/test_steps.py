@@ -25,8 +25,9 @@ def test_distances_are_those_of_an_evaluation(context, distance):
     assert {name: list(points) for name, points in rows.items()} == {
         "ddpm, fixed_large": [2, 5, T], "ddpm, fixed_small": [2, 5, T], "ddim": [2, 5], "euler": [2, 5],
     }  # fmt: skip
-    for name, sampler in [("ddpm, fixed_large", "ddpm"), ("ddim", "ddim")]:
-        sampling = Sampling(num_inference_steps=5, scheduler=sampler)
+    for name, sampler, variance in [("ddpm, fixed_large", "ddpm", "model"), ("ddpm, fixed_small", "ddpm", None),
+                                    ("ddim", "ddim", None)]:  # fmt: skip
+        sampling = Sampling(num_inference_steps=5, scheduler=sampler, variance=variance)
         found = distance(40, sampling)
         assert rows[name][5]["value"] == pytest.approx(found["value"], rel=1e-6)
         assert rows[name][5]["floor"] == pytest.approx(found["floor"], rel=1e-6)

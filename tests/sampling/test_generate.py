@@ -306,6 +306,50 @@ def test_images_of_another_model_are_refused_and_of_its_copy_are_not(pipe, train
         fill(pipe, tmp_path, 2)
 
 
+def test_fewer_steps_take_the_small_variance_unless_the_model_has_learned_it(pipe):
+    def used(own, steps, **options):
+        pipe.scheduler = DDPMScheduler(num_train_timesteps=20, variance_type=own)
+        return find_scheduler(pipe, "ddpm", steps, **options).variance_type
+
+    for own in ("fixed_small", "fixed_large", "learned", "learned_range"):
+        assert used(own, 20) == own and used(own, 19, variance="model") == own
+        assert used(own, 19) == (own if own.startswith("learned") else "fixed_small")
+    assert (
+        used("fixed_large_log", 19) == "fixed_small"
+        and used("fixed_small", 19, variance="fixed_large") == "fixed_large"
+    )
+    assert pipe.scheduler.variance_type == "fixed_small"  # the pipeline's own stays
+    with pytest.raises(ValueError, match="variance='fixed_small' is not allowed: the network has learned its own"):
+        used("learned", 19, variance="fixed_small")
+    with pytest.raises(ValueError, match="variance='model' is not allowed: expected no variance with scheduler=ddim"):
+        Sampling(scheduler="ddim", variance="model")
+    pipe.scheduler = SCHEDULERS["ddim"][0].from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="the scheduler of the model is a DDIMScheduler; expected model"):
+        find_scheduler(pipe, "ddpm", 5, "fixed_small")
+
+
+def test_images_of_few_steps_are_those_of_the_small_variance_and_folders_mix_no_two(pipe, tmp_path):
+    small, large = (
+        DDPMScheduler.from_config(pipe.scheduler.config, variance_type=f"fixed_{size}") for size in ("small", "large")
+    )
+    pipe.scheduler = small
+    expected = images(fill(pipe, tmp_path / "small", 2))
+    pipe.scheduler = large
+    folder = fill(pipe, tmp_path / "large", 2)
+    assert torch.equal(images(folder), expected) and folder.settings["variance"] == "fixed_small"
+    own = fill(pipe, tmp_path / "own", 2, replace(FOUR_STEPS, variance="model"))
+    assert not torch.equal(images(own), expected)
+    # Folders of earlier versions, without the setting, hold images of the model's own variance.
+    assert "variance" not in json.loads((tmp_path / "own" / "sampling.json").read_text())
+    with pytest.raises(ValueError, match=r": variance='fixed_small' \(was None\)$"):
+        fill(pipe, tmp_path / "own", 3)
+    # A stock caller gets what diffusers would sample.
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    stock = pipe(2, generators[0], 4, "pt").images
+    pipe.scheduler = small
+    assert not torch.equal(pipe(2, generators[1], 4, "pt").images, stock)
+
+
 def test_settings_bind_only_with_the_first_shard(pipe, tmp_path):
     with pytest.raises(ValueError, match="guidance_scale=2.0 is not allowed"):
         fill(pipe, tmp_path, 2, Sampling(num_inference_steps=4, guidance_scale=2.0))

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,8 +21,9 @@ from safetensors.torch import load_file
 from hf_ddpm import DDPMPipeline, UNet2DModel
 from hf_ddpm.cli.callbacks import SampleGrid
 from hf_ddpm.config import FORMER_DEFAULTS, TrainingConfig, default_options, parse_config
-from hf_ddpm.training.checkpoints import Checkpoints, find_checkpoint, verify_checkpoint
+from hf_ddpm.training.checkpoints import Checkpoints
 from hf_ddpm.utils.launch import exclusive
+from hf_ddpm.utils.runs import find_checkpoint, verify_checkpoint
 from tests.conftest import LIMIT, TINY_RUN
 
 ROOT = Path(__file__).parents[2]
@@ -119,9 +121,33 @@ def test_a_folder_has_one_run(run_training, trained, tmp_path):
             pass
 
 
-def test_a_run_is_not_shortened_below_where_it_stands(run_training, trained):
-    with pytest.raises(ValueError, match="max_train_steps=3 is not allowed: .*step-000000004 is beyond it"):
-        run_training(trained, "--max_train_steps", "3")
+def test_a_run_is_ended_where_it_stands(run_training, tmp_path, capsys):
+    words = ["--lr_schedule", "cosine", "--warmup_steps", "0", "--checkpointing_steps", "4", "--log_steps", "1"]
+    run_training(tmp_path, *words, "--max_train_steps", "8")
+    shutil.rmtree(newest(tmp_path))  # it was killed after step 4: the export of step 8 cannot be its end
+    (tmp_path / "model_index.json").unlink()
+    before = load_file(newest(tmp_path) / "ema-0.995.safetensors")
+    assert run_training(tmp_path, *words, "--max_train_steps", "3") == 0
+    rate = 1e-3 * (1 + math.cos(math.pi * 4 / 8)) / 2
+    line = f"the run ends at step 4, not at 8: its cosine learning rate has come to {rate:.3g}, not to zero"
+    assert line in capsys.readouterr().out
+    pipe, status = DDPMPipeline.from_pretrained(tmp_path), json.loads((tmp_path / "status.json").read_text())
+    assert (status["status"], status["step"], status["max_train_steps"]) == ("finished", 4, 4)
+    assert all(torch.equal(before[name], value) for name, value in pipe.unet.state_dict().items())
+    assert "the schedule of 8 steps, ended at 4)" in (tmp_path / "README.md").read_text()
+
+
+def test_a_cosine_run_is_prolonged_along_its_new_schedule(run_training, tmp_path, capsys):
+    words = ["--lr_schedule", "cosine", "--warmup_steps", "0", "--log_steps", "1", "--max_train_steps"]
+    run_training(tmp_path, *words, "4")
+    run_training(tmp_path, *words, "8")
+    rates = [1e-3 * (1 + math.cos(math.pi * step / (4 if step < 4 else 8))) / 2 for step in range(8)]
+    assert [line["learning_rate"] for line in metrics(tmp_path)] == pytest.approx(rates)
+    line = "the run ends at step 8, not at 4: the cosine learning rate at step 4 is 0.0005 (was 0)"
+    assert line in capsys.readouterr().out
+    assert json.loads((tmp_path / "export.json").read_text())["lengths"] == [[0, 4], [4, 8]]
+    card = (tmp_path / "README.md").read_text()
+    assert "the schedule of 4 steps, from step 4 on that of 8, ended at 8)" in card
 
 
 def test_half_a_checkpoint_is_none(trained, tmp_path):
@@ -147,7 +173,7 @@ def test_starting_anew_loses_nothing(run_training, trained):
         ("--seed 5", r"seed=5 \(was 0\)"),
         ("--block_out_channels 8 24", r"block_out_channels=\[8, 24\]"),
         ("--train_batch_size 16", r"images a step: 16 \(was 8\)"),
-        ("--lr_schedule cosine", r"max_train_steps=6 \(was 4\), lr_schedule='cosine'"),
+        ("--lr_schedule cosine", r"lr_schedule='cosine' \(was 'constant'\)"),
     ],
 )
 def test_a_run_is_not_continued_as_another_one(run_training, trained, words, message):

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 
 from hf_ddpm import UNet2DModel
-from hf_ddpm.config import Config, parse_config
-from hf_ddpm.training.dry_run import kept_for_backward
+from hf_ddpm.config import Config, default_options, parse_config
 from hf_ddpm.training.optim import EMA, adam, learning_rate
 from hf_ddpm.training.progress import Progress, check_tracker
 from hf_ddpm.training.randomness import draw, dropout_masks
@@ -242,26 +243,18 @@ def test_what_is_done_between_steps_is_no_time_of_a_step(tmp_path, monkeypatch):
         config=SimpleNamespace(training=training), step=0, losses=torch.ones(8), t=torch.zeros(8, dtype=torch.int64),
         scheduler=range(10), global_batch_size=8, grad_norm=1.0, stopped_by=None, accelerator=Accelerator(cpu=True),
         optimizer=SimpleNamespace(param_groups=[{"lr": 1.0}]), check_finite=lambda: None,
+        logs_now=False, images_per_second=None,
     )  # fmt: skip
     progress = Progress(tmp_path / "metrics.jsonl")
     progress.on_start(run)
     for step in range(1, 9):
-        now[0], run.step = now[0] + 2, step
+        now[0], run.step, run.logs_now = now[0] + 2, step, step % 4 == 0
         progress.on_step(run)
         if step in (2, 4):
             progress.on_pause(run)
             now[0] += 1000  # an evaluation
     progress.on_end(run)
     assert [line["images_per_second"] for line in metrics(tmp_path)] == [4, 4]
-
-
-def test_what_a_pass_keeps_is_counted():
-    # A convolution of 4 to 4 channels keeps its input, 4 x 4 x 8 x 8 floats; the weights are counted elsewhere.
-    config = parse_config(["--preset", "digits"])
-    network = torch.nn.Conv2d(4, 4, 3, padding=1)
-    network.forward = lambda x, t, classes, forward=network.forward: forward(x * 2)
-    run = SimpleNamespace(unet=network, accelerator=Accelerator(cpu=True), config=config)
-    assert kept_for_backward(run, torch.ones(4, 4, 8, 8), None) == 4 * 4 * 4 * 64
 
 
 def test_metrics_reach_the_tracker(run_training, tmp_path):
@@ -345,7 +338,52 @@ def test_another_number_of_processes_than_was_asked_for_is_refused(run_training,
     assert not any(tmp_path.iterdir())
 
 
-def test_the_launcher_and_the_options_agree(run_training, tmp_path, monkeypatch):
+def test_the_launcher_decides_precision_and_compiling_unless_an_option_does(monkeypatch):
+    words = ["--preset", "digits"]
+    assert chosen(words) == ("no", False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(ValueError, match="mixed_precision='no', but the launcher says 'bf16'"):
-        run_training(tmp_path)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    assert chosen(words) == ("bf16", True)
+    assert chosen([*words, "--mixed_precision", "no", "--compile", "false"]) == ("no", False)
+    # A run keeps its precision; how fast it is computed may differ between its sessions.
+    stored = {**default_options(), "mixed_precision": "fp16", "compile": False}
+    assert parse_config(words).resumed(stored).training.mixed_precision == "fp16"
+    assert parse_config(words).resumed(stored).training.compile is True
+    given = parse_config([*words, "--mixed_precision", "no"])
+    assert given.resumed(stored).training.mixed_precision == "no"  # and is refused, see test_checkpoints.py
+
+
+def chosen(words):
+    training = parse_config(words).training
+    return training.mixed_precision, training.compile
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "MIXED_PRECISION",
+            "fp8",
+            "mixed_precision='fp8' of the launcher: expected no, bf16, fp16, or --mixed_precisi",
+        ),
+        (
+            "DYNAMO_BACKEND",
+            "AOT_EAGER",
+            "dynamo_backend='aot_eager' of the launcher: expected no, inductor, or --compile",
+        ),
+    ],
+)
+def test_what_the_launcher_may_not_decide_is_one_line(monkeypatch, name, value, message):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(ValueError, match=message):
+        parse_config(["--preset", "digits"])
+
+
+def test_a_run_is_trained_and_resumed_in_the_precision_of_the_launcher(run_training, tmp_path, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run_training(tmp_path, "--max_train_steps", "2")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    run_training(tmp_path, "--max_train_steps", "3")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["mixed_precision"] == "bf16"
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -112,8 +112,10 @@ def test_small_negative_numbers_are_values():
 
 def test_false_options_may_be_switched_off_and_stray_words_are_named_first():
     assert not parse_config(["--preset", "digits", "--no-streaming"]).data.streaming
-    with pytest.raises(ValueError, match="unexpected word 'x'"):
+    with pytest.raises(ValueError, match="unexpected word 'x': expected"):
         parse_config(["x"])
+    with pytest.raises(ValueError, match="unexpected word '0' after --value_range=1: expected"):
+        parse_config(["--preset", "digits", "--value_range=1", "0"])
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def plan(model: str, hints: Hints) -> Conversion:
     hints.check("stock")
     pipe = read_pipeline(model)
     if not any(value.is_meta for value in pipe.unet.parameters()):  # else weights are missing, which is an error later
-        compare_with_export(pipe, Path(model) / "export.json")
+        compare_with_export(pipe)
     folder = Path(pipe.unet.config._name_or_path)  # of a Hub id: in the cache
     weights = _read(folder)
     entries = [Entry(ours, _name(ours, weights), unchanged) for ours in pipe.unet.state_dict()]

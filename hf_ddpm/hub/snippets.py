@@ -1,0 +1,59 @@
+"""Code of a model card: how to install, load and sample."""
+
+import json
+from typing import Any
+
+import diffusers
+
+from hf_ddpm.images import MODES
+from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+
+# The package is not on PyPI and has no address yet. Change these two lines once it has one.
+ADDRESS: str | None = None
+INSTALL = "pip install ./hf_ddpm  # a clone of the repository"
+
+STOCK_STEPS = 1000  # of diffusers.DDPMPipeline, whatever the model's T
+
+
+def obstacle(pipe: Any) -> str | None:
+    """Return why `diffusers.DDPMPipeline` cannot sample from a model as `hf_ddpm` does, None if it can."""
+    scheduler, config = pipe.scheduler, pipe.scheduler.config
+    if type(scheduler) not in (DDPMScheduler, diffusers.DDPMScheduler):
+        return f"it does not sample with the {type(scheduler).__name__} of this model"
+    if config.variance_type == "learned":
+        return "it does not support a learned variance"
+    if config.prediction_type == "mean":
+        return "it does not support predictions of the mean"
+    if pipe.unet.config.num_class_embeds:
+        return "it has no class labels"
+    return None
+
+
+def sampling_call(pipe: Any, stock: bool) -> str:
+    """Return the arguments of a call that samples from a model, as Python code.
+
+    Args:
+        pipe: The model.
+        stock: Whether the pipeline is that of diffusers, which takes 1000 steps by default.
+    """
+    count = pipe.unet.config.num_class_embeds
+    if count:
+        real = count - (pipe.null_class is not None)
+        labels: list[Any] = pipe.class_names[:2] or list(range(min(real, 2)))
+        arguments = [f"batch_size={len(labels)}", f"class_labels=[{', '.join(map(literal, labels))}]"]
+        if pipe.null_class is not None:
+            arguments.append("guidance_scale=2.0")
+    else:
+        arguments = ["batch_size=4"]
+    steps = pipe.scheduler.config.num_train_timesteps
+    if stock and steps != STOCK_STEPS:
+        arguments.append(f"num_inference_steps={steps}")
+    if pipe.unet.config.in_channels not in MODES:
+        arguments.append('output_type="np"')
+    return ", ".join(arguments)
+
+
+def literal(value: str | int) -> str:
+    """Return a value as Python code in one line; JSON would split characters such as emoji in two."""
+    text = str(value)
+    return json.dumps(value) if text.isascii() else repr(text)

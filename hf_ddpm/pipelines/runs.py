@@ -1,0 +1,115 @@
+"""Run and checkpoints as pipelines: a checkpoint in the format of diffusers, and exports."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from hf_ddpm.config import PARTS, Config, with_past_defaults
+from hf_ddpm.provenance import model_checksum
+from hf_ddpm.utils.files import flush, flush_entry, naming
+from hf_ddpm.utils.runs import read_state
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def labels_by_number(class_names: Sequence[str]) -> dict[str, str] | None:
+    """Return names of classes as a pipeline's `id2label`, None if there are none."""
+    return {str(number): name for number, name in enumerate(class_names)} or None
+
+
+@contextmanager
+def stock_folder(checkpoint: Path, average: str | None = None) -> Iterator[str]:
+    """Yield a temporary folder with the pipeline of a checkpoint in the format of diffusers; weights are links.
+
+    Args:
+        checkpoint: The folder of a checkpoint.
+        average: Which average of the weights, by its decay; the first of the run by default.
+
+    Raises:
+        ValueError: If the checkpoint's state is damaged, of a version that did not store enough, or has no such
+            average.
+    """
+    state = read_state(checkpoint)
+    weights = checkpoint / f"{average_name(state, average)}.safetensors"
+    unet, scheduler = components(state, checkpoint)
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    index |= {"scheduler": ["diffusers", "DDPMScheduler"]}
+    labels = labels_by_number(state["data"].get("classes") or ())
+    contents = {
+        "model_index.json": index | ({} if labels is None else {"id2label": labels}),
+        "unet/config.json": {"_class_name": "UNet2DModel", **unet},
+        "scheduler/scheduler_config.json": {"_class_name": "DDPMScheduler", **scheduler},
+    }
+    with TemporaryDirectory(prefix="hf_ddpm-") as folder:
+        for name, content in contents.items():
+            path = Path(folder) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(content), encoding="utf-8")
+        link = Path(folder) / "unet" / WEIGHTS
+        try:
+            link.symlink_to(weights.resolve())
+        except OSError:  # Windows allows links to some users only
+            shutil.copyfile(weights, link)
+        yield folder
+
+
+def average_name(state: Mapping[str, Any], average: str | None = None) -> str:
+    """Return the name of an average of a checkpoint; raises a `ValueError` if the run has none of that decay."""
+    decays = with_past_defaults(state["config"])["ema_decay"]
+    names = [f"ema-{decay}" for decay in (decays if isinstance(decays, list) else [decays])]
+    name = names[0] if average is None else f"ema-{average.removeprefix('ema-')}"
+    if name not in names:
+        raise ValueError(f"average={average!r} is not allowed: the run has {', '.join(names)}")
+    return name
+
+
+def components(state: Mapping[str, Any], checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configurations of the network and of the process of a checkpoint.
+
+    Raises:
+        ValueError: If an older version wrote it, and the run started from another model.
+    """
+    if "unet" in state and "scheduler" in state:
+        return state["unet"], state["scheduler"]
+    options = {**with_past_defaults(state["config"]), "num_train_epochs": None}
+    if options["init_from"] is not None:
+        raise ValueError(
+            f"{checkpoint} is of an older version, which did not store the network of init_from: resume the run to get "
+            "a newer checkpoint"
+        )
+    parts = [part(**{field.name: options[field.name] for field in dataclasses.fields(part)}) for part in PARTS]
+    config = Config(*parts)
+    return config.unet(len(state["data"].get("classes") or ())), config.scheduler()
+
+
+def write_export(pipe: DiffusionPipeline, folder: Path, record: Mapping[str, Any]) -> None:
+    """Write a pipeline, file by file, and `export.json`: a record with the pipeline's checksum.
+
+    A reader always finds a whole model, if any.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    partial = folder / ".export"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with naming(folder):
+            pipe.save_pretrained(partial)
+            content = {**record, "checksum": model_checksum(pipe)}
+            (partial / "export.json").write_text(json.dumps(content) + "\n")
+            flush(partial)
+            files = [path for path in partial.rglob("*") if path.is_file()]
+            for file in sorted(files, key=lambda path: path.name == "model_index.json"):
+                target = folder / file.relative_to(partial)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+                flush_entry(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,343 @@
+"""Memory of a training step: counted without allocating it, compared with what is free, divided so that it fits."""
+
+import math
+import os
+import re
+import weakref
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_ddpm.config import Config, TrainingConfig
+from hf_ddpm.models.unet_2d import UNet2DModel
+from hf_ddpm.training.build import build_process
+from hf_ddpm.training.dry_run import count_flops
+from hf_ddpm.training.randomness import BLOCK
+from hf_ddpm.utils.files import one_line
+from hf_ddpm.utils.launch import is_out_of_memory
+from hf_ddpm.utils.options import Auto
+
+# Share of the bytes for what is not counted: scratch space of libraries, images on the device, 2% measured on a CPU.
+MARGIN = 0.1
+# glibc keeps blocks below 32 MiB in a heap, of which fragments are lost: 36 to 60% measured, next to nothing above.
+HEAP_BLOCK, HEAP_LOSS = 32 * 2**20, 0.5
+# Floats per pixel of the process's share of a global batch: x_0, its mirror image, the noise twice, x_t.
+INPUTS = 5
+# Options that save memory, besides smaller batches.
+LESS_MEMORY: dict[str, Any] = {"gradient_checkpointing": True, "mixed_precision": "bf16"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MEMINFO, CGROUPS, OWN_CGROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a training step needs in each process.
+
+    Attributes:
+        weights: Weights, their averages, the moments of Adam, the gradients if they outlive a pass, buckets of DDP.
+        kept: What a forward pass keeps for its backward pass.
+        passes: The largest amount that both allocate at a time.
+        inputs: The images of all passes of a step.
+        lost: Fragments of the heap, on a CPU.
+    """
+
+    weights: int
+    kept: int
+    passes: int
+    inputs: int
+    lost: int
+
+    @property
+    def total(self) -> int:
+        """All of it, and the margin."""
+        return round((1 + MARGIN) * (self.weights + self.passes + self.inputs + self.lost))
+
+
+class MemoryPlan:
+    """Memory that the steps of a run need, and that is free.
+
+    Attributes:
+        config: The options; a batch that was `auto` is divided so that it fits, or as much as possible.
+        free: Bytes that each process can allocate; None if unknown.
+
+    Args:
+        config: The options; `init_from` is read if it is given.
+        accelerator: Device, precision and number of processes.
+        checkpoint: Where the run resumes from.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, checkpoint: Path | None = None):
+        source = build_process(config, checkpoint)[1]
+        # Classes are not known yet; their embedding is a few kilobytes.
+        self.network = config.unet() if source is None else {**source.unet.config, "num_class_embeds": None}
+        self.config, self.device = config, accelerator.device
+        self.processes, self.free = accelerator.num_processes, shared_free_memory(accelerator)
+        if isinstance(config.training.train_batch_size, Auto):
+            self.config = replace(config, training=self._divided(config.training))
+
+    def count(self, training: TrainingConfig | None = None) -> Need:
+        """Return what a step needs, with other options of training if they are given."""
+        training = training or self.config.training
+        data, passes = self.config.data, training.gradient_accumulation_steps
+        batch = training.train_batch_size
+        with FakeTensorMode(), torch.device(self.device):
+            unet = UNet2DModel(**{**self.network, "dropout": self.config.model.dropout}).train()
+            unet.lay_out_kernels()
+            if training.gradient_checkpointing:
+                unet.enable_gradient_checkpointing()
+            unet.draw_dropout(_masks)
+            x, t = torch.empty(batch, data.channels, *data.size), torch.zeros(batch, dtype=torch.int64)
+            kept, most, small = count_pass(unet, x, t, training.mixed_precision, keeps_gradients=passes > 1)
+        copies = 1 + len(training.ema_decay) + 2 + (passes > 1) + (self.processes > 1)
+        size = sum(weight.numel() * weight.element_size() for weight in unet.parameters())
+        pixels = data.channels * math.prod(data.size)
+        lost = round(HEAP_LOSS * small) if self.device.type == "cpu" else 0
+        return Need(copies * size, kept, most, INPUTS * 4 * pixels * batch * passes, lost)
+
+    def describe(self) -> dict[str, str]:
+        """Return lines to print, by name: parameters, operations and memory."""
+        with FakeTensorMode(), torch.device(self.device):
+            unet = UNet2DModel(**self.network)
+            x = torch.empty(1, self.config.data.channels, *self.config.data.size)
+            forward, both = count_flops(unet, x, 0)
+        need, free = self.count(), "unknown" if self.free is None else _mib(self.free)
+        parts = f"{_mib(need.weights)} for weights, averages and optimizer, {_mib(need.passes)} for a pass"
+        return {
+            "parameters": f"{unet.num_parameters():,}",
+            "FLOPs": f"{forward:.3g} per image forward, {both:.3g} in training",
+            "memory": f"{_mib(need.total)} per process: {parts}, {_mib(need.inputs)} for images, "
+            f"{_mib(need.lost)} lost to fragments, {MARGIN:.0%} margin; free: {free}",
+        }
+
+    def fits(self, training: TrainingConfig) -> bool:
+        """Return whether a step fits into the memory that is free; True if that is unknown."""
+        return self.free is None or self.count(training).total <= self.free
+
+    def largest(self, training: TrainingConfig) -> TrainingConfig | None:
+        """Return the options with the fewest passes per step that fit, of the same global batch; None if none fit."""
+        share = training.global_batch_size(processes=1)
+        divisors = [passes for passes in range(1, share + 1) if share % passes == 0]
+        divided = [
+            replace(training, train_batch_size=share // passes, gradient_accumulation_steps=passes)
+            for passes in divisors
+        ]
+        first = bisect_left(divided, True, key=self.fits)
+        return divided[first] if first < len(divided) else None
+
+    def _divided(self, training: TrainingConfig) -> TrainingConfig:
+        share = training.global_batch_size(processes=1)
+        return self.largest(training) or replace(training, train_batch_size=1, gradient_accumulation_steps=share)
+
+    def refusal(self) -> str | None:
+        """Return why the run does not fit and which options would; None if it fits or that is not to be checked."""
+        training = self.config.training
+        if not training.check_memory or self.free is None or (need := self.count().total) <= self.free:
+            return None
+        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        return (
+            f"--train_batch_size {training.train_batch_size}: a step needs about {_gib(need)} of memory{each}, "
+            f"{_gib(need - self.free)} more than is free; expected {self.remedies()}; "
+            "--check_memory false trains all the same"
+        )
+
+    def remedies(self) -> str:
+        """Return the options that would fit: each alone, or all together if none does."""
+        training, changed = self.config.training, self.config.training
+        alone = []
+        for name, value in LESS_MEMORY.items():
+            if getattr(training, name) in (False, "no"):
+                changed = replace(changed, **{name: value})
+                alone.append((f"--{name} {str(value).lower()}", replace(training, **{name: value})))
+        divided = self.largest(training)
+        found = [] if divided is None else [f"{_division(divided)} (the same run)"]
+        found += [word for word, options in alone if self.fits(options)]
+        if not found and (divided := self.largest(changed)) is not None:
+            found = [" ".join([_division(divided), *(word for word, _ in alone)])]
+        return ", or ".join(found) or "a smaller network or resolution"
+
+
+def fit_memory(config: Config, accelerator: Accelerator, checkpoint: Path | None = None) -> Config:
+    """Return the options with the batch divided, if it is `auto`, so that a step fits into memory.
+
+    Raises:
+        ValueError: If a step does not fit, with what would; one line. Not with `check_memory` false.
+    """
+    training = config.training
+    if not (training.check_memory or isinstance(training.train_batch_size, Auto)):
+        return config
+    plan = MemoryPlan(config, accelerator, checkpoint)
+    refusal = plan.refusal()
+    if refusal is not None:
+        raise ValueError(refusal)
+    return plan.config
+
+
+def count_pass(
+    network: nn.Module, x: Tensor, t: Tensor, mixed_precision: str = "no", keeps_gradients: bool = False
+) -> tuple[int, int, int]:
+    """Count the bytes that a forward and a backward pass allocate; fake tensors allocate none.
+
+    Args:
+        network: The network, in training.
+        x: Images, shape `(B, C, H, W)`.
+        t: Timesteps, shape `(B,)`.
+        mixed_precision: `no`, `bf16` or `fp16`.
+        keeps_gradients: Whether gradients of an earlier pass, counted elsewhere, are added to.
+
+    Returns:
+        The bytes that live between the passes, the most that live at a time, and the most in blocks of a heap.
+    """
+    if keeps_gradients:
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    dtype = DTYPES.get(mixed_precision)
+    half = nullcontext() if dtype is None else torch.autocast(x.device.type, dtype)
+    with _LiveBytes([x, t, *network.parameters()]) as live:
+        with half:
+            output = network(x, t)
+        output = getattr(output, "sample", output)
+        kept = live.bytes - output.untyped_storage().nbytes()
+        output.float().square().mean().backward()
+    return kept, live.most, live.most_small
+
+
+def _masks(layer: int, x: Tensor, keep: float) -> Tensor:
+    """Allocate what `dropout_masks` does: whole blocks, and a copy of the rows."""
+    blocks = -(-len(x) // BLOCK) * BLOCK
+    return x.new_empty((blocks, *x.shape[1:]))[: len(x)].clone()
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Count the bytes of what operations return, as long as it lives; `known` tensors and their views do not count."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.bytes = self.most = self._small = self.most_small = 0
+        self._storages: dict[int, Any] = {id(tensor.untyped_storage()): tensor for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        small = size if size < HEAP_BLOCK else 0
+        if key in self._storages:
+            return
+
+        def free(_: object) -> None:
+            del self._storages[key]
+            self.bytes -= size
+            self._small -= small
+
+        self._storages[key] = weakref.ref(storage, free)
+        self.bytes += size
+        self.most = max(self.most, self.bytes)
+        self._small += small
+        self.most_small = max(self.most_small, self._small)
+
+
+def shared_free_memory(accelerator: Accelerator) -> int | None:
+    """Return the bytes that are free for each process, the same on all; None if unknown. Every process must call it."""
+    free = free_memory(accelerator.device)
+    if accelerator.num_processes > 1:
+        known = torch.tensor(2**62 if free is None else free, device=accelerator.device)
+        smallest = int(accelerator.gather(known).min())
+        free = None if smallest == 2**62 else smallest
+    return free
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that this process can still allocate on a device; None if unknown.
+
+    On a GPU they are what its driver says. On Linux they are what the kernel calls available, or less by the limit of a
+    control group, such as a container's; processes of one machine get equal parts.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of an earlier run
+        return torch.cuda.mem_get_info(device)[0] + unused
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(MEMINFO), re.MULTILINE)
+    if found is None:
+        return None
+    return min([1024 * int(found[1]), *_left_by_cgroups()]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _left_by_cgroups() -> Iterator[int]:
+    """Yield the bytes that the limits of this process's control groups, of either version, leave."""
+    for line in _text(OWN_CGROUPS).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage, inactive = CGROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            inactive = "total_inactive_file"
+        else:
+            continue
+        own = root / path.strip("/")
+        for group in (own, *own.parents):  # a container may see its own group as the root
+            if not group.is_relative_to(root):
+                break
+            most, used = _text(group / limit).strip(), _text(group / usage).strip()
+            if most.isdecimal() and used.isdecimal():
+                cached = re.search(rf"^{inactive} (\d+)$", _text(group / "memory.stat"), re.MULTILINE)
+                # What files have left in memory is given up when needed.
+                yield max(0, int(most) - int(used) + (int(cached[1]) if cached else 0))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def less_memory(training: TrainingConfig) -> str:
+    """Return options that need less memory and change a run by rounding at most; bf16 changes its precision."""
+    batch, share = training.train_batch_size, training.global_batch_size(processes=1)
+    words = []
+    if batch > 1:
+        smaller = next(size for size in range(batch // 2, 0, -1) if share % size == 0)
+        divided = replace(training, train_batch_size=smaller, gradient_accumulation_steps=share // smaller)
+        words.append(f"{_division(divided)} (the same run)")
+    words += [f"--{name} {str(value).lower()}" for name, value in LESS_MEMORY.items()
+              if getattr(training, name) in (False, "no")]  # fmt: skip
+    return ", or ".join(words or ["a smaller network or resolution"])
+
+
+def _division(training: TrainingConfig) -> str:
+    return (
+        f"--train_batch_size {training.train_batch_size} "
+        f"--gradient_accumulation_steps {training.gradient_accumulation_steps}"
+    )
+
+
+@contextmanager
+def out_of_memory_explained(config: Config) -> Iterator[None]:
+    """Raise a lack of memory in training as a `MemoryError` with options that need less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"try {less_memory(config.training)} ({one_line(error)})") from error
