@@ -1,4 +1,4 @@
-"""The demo of a model in the browser: images appear out of noise, and interpolations between two of them."""
+"""The demo of a model in the browser: images form out of noise, and interpolations between two of them."""
 
 import asyncio
 import html
@@ -15,42 +15,45 @@ from hf_ddpm.demo.demo import Demo
 from hf_ddpm.demo.layout import CSS, progress_bar, row, sheet, strip
 from hf_ddpm.demo.preview import PAUSE, Moment
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
-from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import SCHEDULERS
 from hf_ddpm.utils.markdown import plain
 from hf_ddpm.utils.public import hub_ids, strip_local_path
+from hf_ddpm.utils.runs import run_folder
 
 INTRODUCTION = "This model makes new images: it starts from random noise and removes the noise step by step."
 BETWEEN = SEEDS, IMAGES = "Two seeds", "Two images"
+UPLOADS = "First image", "Second image"
 BACK_FROM_LATENTS = ("ddpm", "ddim")  # samplers that start from a noised image
 UPLOAD = "32mb"  # largest uploaded file
 WAITING = 32  # requests in the queue; further ones are refused
 AT_ONCE = 2  # requests that sample at the same time
-RANDOM = "() => Math.floor(Math.random() * 2 ** 31)"  # runs in the browser
+RANDOM = "Math.floor(Math.random() * 2 ** 31)"  # JavaScript
 
 
 def generate(demo: Demo, count: float, seed: float, *settings: Any) -> Iterator[tuple]:
     """Yield images, their strip when it has a new frame, and the progress."""
-    frames = 0
-    for moment in demo.generate(demo.read(seed, *settings), count):
-        yield sheet(moment.images), strip(moment) if len(moment.frames) > frames else gr.skip(), progress_bar(moment)
-        frames = len(moment.frames)
+    sampling, frames = demo.read(seed, *settings), 0
+    for moment in demo.generate(sampling, count):
+        frames, before = len(moment.frames), frames
+        images = sheet(moment.images, sampling.class_labels)
+        yield images, strip(moment) if frames > before else gr.skip(), progress_bar(moment)
 
 
 def interpolate(demo: Demo, between: str, t: float, count: float, *typed: Any) -> Iterator[tuple]:
-    """Yield images from one to the other, and the progress."""
+    """Yield the images from one to the other, and the progress."""
     seeds, paths, settings = typed[:2], typed[2:4], typed[4:]
-    first, second = (demo.read(seed, *settings) for seed in seeds)
+    samplings = [demo.read(seed, *settings) for seed in seeds]
     if between == IMAGES:
-        ends = [demo.read_image("first image", paths[0]), demo.read_image("second image", paths[1])]
+        first, second = (demo.read_image(name, path) for name, path in zip(UPLOADS, paths, strict=True))
     else:
         ends = []
-        for sampling in (first, second):
+        for sampling in samplings:
             for moment in demo.generate(sampling, 1):
                 yield gr.skip(), progress_bar(moment, f"seed {sampling.seed}: ")
             ends.append(moment.images)
-    for moment in demo.interpolate(*ends, t, count, first):
-        yield row(ends[0], moment.images, ends[1]), progress_bar(moment)
+        first, second = ends
+    for moment in demo.interpolate(first, second, t, count, samplings[0]):
+        yield row([*first, *moment.images, *second], demo.size), progress_bar(moment)
 
 
 def answer(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[..., Iterator[tuple]]:
@@ -67,10 +70,10 @@ def answer(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[...,
 
 
 class FirstView:
-    """Images for the first view: sampled once, when the first visitor comes, and shown to each.
+    """Images for the first view: sampled once, when the first visitor comes, and shown to all.
 
     Args:
-        sample: Returns the moments of their process.
+        sample: Starts the process, and returns its moments.
     """
 
     def __init__(self, sample: Callable[[], Iterator[Moment]]):
@@ -110,7 +113,6 @@ def build(demo: Demo) -> gr.Blocks:
 
 def generate_tab(demo: Demo, app: gr.Blocks) -> None:
     """Lay out the generation of images of a seed, with images for the first view."""
-    frames = gr.HTML(render=False)
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             images = gr.Image(label="Images", format="png", buttons=["download", "fullscreen"], elem_classes="picture")
@@ -121,9 +123,9 @@ def generate_tab(demo: Demo, app: gr.Blocks) -> None:
                 count = gr.Slider(1, demo.most_images, demo.usual_images, step=1, label="Number of images")
                 seed = gr.Number(0, label="Seed")
             chosen = settings(demo, f"Steps (1 to {demo.num_train_timesteps})", list(SCHEDULERS))
-    gr.Markdown("How the first images form")
-    frames.render()
-    first_view = FirstView(lambda: demo.generate(usual(demo), demo.usual_images))
+            gr.Markdown("The first images, step by step:")
+            frames = gr.HTML(elem_classes="frames")
+    first_view = FirstView(lambda: demo.generate(demo.usual, demo.usual_images))
     outputs = [images, frames, progress]
     view = app.load(
         first_view.show, None, outputs, show_progress="hidden", concurrency_limit=None, api_visibility="private"
@@ -134,7 +136,8 @@ def generate_tab(demo: Demo, app: gr.Blocks) -> None:
 def interpolate_tab(demo: Demo) -> None:
     """Lay out the interpolation between two images."""
     total, most = demo.num_train_timesteps, demo.most_images
-    path, progress = gr.HTML(), gr.HTML(progress_bar())
+    usual = min(9, most)
+    path, progress = gr.HTML(row([None] * (usual + 2), demo.size)), gr.HTML(progress_bar())
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             pressed = buttons("Interpolate", "Random seeds")
@@ -142,31 +145,21 @@ def interpolate_tab(demo: Demo) -> None:
             with gr.Row() as seeds:
                 ends = [gr.Number(0, label="First seed"), gr.Number(1, label="Second seed")]
             with gr.Row(visible=False) as images:
-                ends += [upload("First image"), upload("Second image")]
+                ends += [upload(name) for name in UPLOADS]
         with gr.Column(scale=2, min_width=320):
             t = gr.Slider(0, total - 1, total // 2, step=1, label="Noise added before mixing (t)")
-            count = gr.Slider(2, most, min(9, most), step=1, label="Number of images")
-            chosen = settings(demo, "Steps (from t at most t + 1)", list(BACK_FROM_LATENTS))
+            count = gr.Slider(2, most, usual, step=1, label="Number of images")
+            chosen = settings(demo, "Steps (at most t + 1)", list(BACK_FROM_LATENTS))
     between.change(lambda kind: [gr.Row(visible=kind == own) for own in BETWEEN], between, [seeds, images])
     inputs = [between, t, count, *ends, *chosen]
     connect(pressed, answer(interpolate, demo), inputs, [path, progress], ends[:2], [])
 
 
-def usual(demo: Demo) -> Sampling:
-    """Return what the form requests before anything is typed."""
-    return demo.read(0, demo.usual_steps, "ddpm", usual_classes(demo))
-
-
-def usual_classes(demo: Demo) -> list[str]:
-    """Return the first class if a class is required."""
-    return [] if demo.pipe.null_class is not None else demo.classes[:1]
-
-
 def settings(demo: Demo, steps: str, schedulers: list[str]) -> list:
     """Lay out the settings of sampling."""
     with gr.Row():
-        chosen = [gr.Number(demo.usual_steps, label=steps), gr.Dropdown(schedulers, label="Sampler")]
-    classes, first = demo.classes, usual_classes(demo)
+        chosen = [gr.Number(demo.usual.num_inference_steps, label=steps), gr.Dropdown(schedulers, label="Sampler")]
+    classes, first = demo.classes, demo.usual.class_labels
     chosen.append(gr.Dropdown(classes, value=first, multiselect=True, label="Classes", visible=bool(classes)))
     is_guided = demo.pipe.null_class is not None
     return [*chosen, gr.Slider(0, 8, 1, step=0.5, label="Guidance scale (1: none)", visible=is_guided)]
@@ -181,9 +174,9 @@ def upload(label: str) -> gr.Image:
 
 def buttons(start: str, random: str) -> list[gr.Button]:
     """Lay out buttons to start, to start with random seeds, and to stop."""
-    with gr.Row():
-        kinds = {start: "primary", random: "secondary", "Stop": "secondary"}
-        return [gr.Button(name, variant=kind, size="md", min_width=90) for name, kind in kinds.items()]
+    kinds = {start: "primary", random: "secondary", "Stop": "secondary"}
+    with gr.Row(elem_classes="buttons"):
+        return [gr.Button(name, variant=kind, size="md", min_width=60) for name, kind in kinds.items()]
 
 
 def connect(
@@ -201,7 +194,8 @@ def connect(
     start, random, stop = pressed
     options = {"show_progress_on": outputs[-1], "concurrency_limit": AT_ONCE, "concurrency_id": "sampling"}
     started = start.click(handler, inputs, outputs, **options)
-    drawn = random.click(None, None, seeds, js=f"() => {[0] * len(seeds)}.map({RANDOM})", api_visibility="private")
+    draw = f"() => [{', '.join([RANDOM] * len(seeds))}]"
+    drawn = random.click(None, None, seeds, js=draw, api_visibility="private")
     restarted = drawn.then(handler, inputs, outputs, api_visibility="private", **options)
     start.click(None, cancels=[*earlier, restarted])
     random.click(None, cancels=[*earlier, started])
@@ -214,7 +208,9 @@ def serve(demo: Demo, **options: Any) -> str:
 
 
 def show(model: str) -> None:
-    """Loads a model, serves its demo, and returns when that ends."""
+    """Load a model, serve its demo, and return when that ends."""
     pipe = load_pipeline(model, "cuda" if torch.cuda.is_available() else "cpu")
-    known = hub_ids(model)
-    serve(Demo(pipe, strip_local_path(model, known), f"{constants.ENDPOINT}/{model}" if known else None))
+    if hub_ids(model):
+        serve(Demo(pipe, model, f"{constants.ENDPOINT}/{model}"))
+    else:
+        serve(Demo(pipe, strip_local_path(str(run_folder(model)))))

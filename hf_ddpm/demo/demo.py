@@ -52,10 +52,16 @@ class Demo:
         return self.pipe.scheduler.config.num_train_timesteps
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of an image."""
+        _, height, width = self.pipe.image_shape
+        return width, height
+
+    @property
     def most_images(self) -> int:
         """Largest number of images per request, 2 to 64: fewer if they are large."""
-        _, height, width = self.pipe.image_shape
-        return max(2, min(64, PIXELS // (height * width)))
+        width, height = self.size
+        return max(2, min(64, PIXELS // (width * height)))
 
     @property
     def classes(self) -> list[str]:
@@ -68,17 +74,18 @@ class Demo:
         return min(16, max(1, self.most_images // 4))
 
     @property
-    def usual_steps(self) -> int:
-        """Number of steps unless another one is requested."""
-        return min(50, self.num_train_timesteps)
+    def usual(self) -> Sampling:
+        """What is sampled unless another request is made: at most 50 steps; the first class if one is required."""
+        is_required = self.pipe.null_class is None
+        return self.read(0, min(50, self.num_train_timesteps), "ddpm", self.classes[:1] if is_required else [])
 
     def describe(self) -> str:
-        """Return a line of Markdown on the model, with a link to its page and card."""
+        """Return a line of Markdown on the model, with a link to its page."""
         channels, height, width = self.pipe.image_shape
         colors = {1: "gray", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels} channels")
         name = f"**{escape(self.name)}**"
         facts = [
-            name if self.url is None else f"[{name}]({self.url}) · [model card]({self.url}/blob/main/README.md)",
+            name if self.url is None else f"[{name}]({self.url})",
             f"{self.pipe.unet.num_parameters():,} parameters",
             f"{height}x{width} pixels, {colors}",
             f"trained with {self.num_train_timesteps:,} steps",
@@ -146,7 +153,9 @@ class Demo:
         t = whole("t", t, 0, self.num_train_timesteps - 1)
         weights = np.linspace(0, 1, whole("count", count, 2, self.most_images)).tolist()
         own = self._own_pipeline()
-        own.scheduler = find_scheduler(own, sampling.scheduler, sampling.steps(own))
+        steps = min(sampling.steps(own), t + 1)
+        is_whole = steps == t + 1  # in single steps, as in sampling with all of them
+        own.scheduler = find_scheduler(own, sampling.scheduler, self.num_train_timesteps if is_whole else steps)
 
         def work(**options: Any) -> Tensor:
             unit = own.interpolate(
@@ -156,7 +165,7 @@ class Demo:
                 weights,
                 generator(sampling.seed, FIGURES, device=own.device),
                 output_type="pt",
-                num_inference_steps=min(sampling.steps(own), t + 1),
+                num_inference_steps=steps,
                 class_labels=sampling.labels(own)[:1] * len(weights) or None,
                 guidance_scale=sampling.guidance_scale,
                 **options,

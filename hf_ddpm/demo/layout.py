@@ -1,28 +1,32 @@
-"""What a demo shows of the images of a request: a grid, strips that wrap on a phone, a progress bar."""
+"""Pictures of a request in the browser: a grid, strips that wrap on a phone, a progress bar."""
 
 import base64
 import html
 import io
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 
 from PIL import Image
 from torch import Tensor
 
 from hf_ddpm.demo.preview import Moment
-from hf_ddpm.images import grid, to_pictures
+from hf_ddpm.images import MOST_CLASSES, grid, to_pictures
 
-# Pixels that small images are enlarged to at most: of a grid, of a picture in a strip.
+# Pixels up to which small images are enlarged: of a grid, of a picture in a strip.
 GRID, TILE = 768, 192
 # Images whose estimates are shown during sampling.
 FIRST = 4
-# Pixels of a browser that a picture in a strip takes at most.
+# Largest width of a picture in a strip, in pixels of the browser.
 WIDEST = 160
-# Narrow strips wrap. Labels and buttons lie over pictures: they get room above them.
+# Labels and buttons lie over pictures: they get room above them.
 CSS = """
 .picture .image-container {padding-top: 2.2em}
 .picture img {max-height: 26rem}
 .upload img {width: 100%; height: 100%; object-fit: contain}
+.buttons {gap: .5rem}
+.buttons button {flex: 1 1 auto; padding-inline: .6rem; white-space: nowrap}
 .strip {display: grid; grid-template-columns: repeat(auto-fit, minmax(4.4rem, 1fr)); gap: .4rem}
+.frames .strip {grid-template-columns: repeat(4, 1fr)}
 .strip figure {margin: 0; text-align: center; font-size: .8rem}
 .strip img, .strip .blank {display: block; width: 100%; margin: 0; border-radius: 4px}
 .strip .blank {background: var(--border-color-primary)}
@@ -33,24 +37,28 @@ CSS = """
 """
 
 
-def sheet(images: Tensor) -> Image.Image:
-    """Return images, bytes, as a grid."""
-    return _enlarged(images, GRID)
+def sheet(images: Tensor, classes: Sequence[str] = ()) -> Image.Image:
+    """Return images, bytes, as a grid; a column per class if several classes take turns."""
+    return _enlarged(images, GRID, classes[: len(images)] if 1 < len(classes) <= MOST_CLASSES else ())
 
 
 def strip(moment: Moment) -> str:
     """Return HTML of the frames of the first images; frames to come are blank."""
     captions = [f"step {step}" for step in moment.frame_steps]
     frames = [_enlarged(frame[:FIRST], TILE) for frame in moment.frames]
-    blanks = [None] * (len(captions) - len(frames))
-    return _figures(zip([*frames, *blanks], captions, strict=True), frames[0].size)
+    return _figures(frames + [None] * (len(captions) - len(frames)), captions, frames[0].size)
 
 
-def row(first: Tensor, between: Tensor, second: Tensor) -> str:
-    """Return HTML of an interpolation: the ends, each shape `(1, C, H, W)`, and the images between them."""
-    weights = [f"{i / (len(between) - 1):.2f}" for i in range(len(between))]
-    pictures = [_enlarged(image[None], TILE) for image in (*first, *between, *second)]
-    return _figures(zip(pictures, ["first", *weights, "second"], strict=True), pictures[0].size)
+def row(images: Sequence[Tensor | None], size: tuple[int, int]) -> str:
+    """Return HTML of an interpolation.
+
+    Args:
+        images: The first image, those between, the second image, bytes, shape `(C, H, W)`; None is blank.
+        size: Width and height of an image.
+    """
+    weights = [f"{i / (len(images) - 3):.2f}" for i in range(len(images) - 2)]
+    pictures = [None if image is None else _enlarged(image[None], TILE) for image in images]
+    return _figures(pictures, ["first", *weights, "second"], size)
 
 
 def progress_bar(moment: Moment | None = None, task: str = "") -> str:
@@ -60,19 +68,19 @@ def progress_bar(moment: Moment | None = None, task: str = "") -> str:
     return f'<div class="progress"><progress value="{step}" max="{steps}"></progress><span>{line}</span></div>'
 
 
-def _enlarged(images: Tensor, most: int) -> Image.Image:
+def _enlarged(images: Tensor, most: int, labels: Sequence[str] = ()) -> Image.Image:
     pictures = to_pictures(images)
-    width = grid(pictures, scale=1).width
-    return grid(pictures, scale=max(1, most // width))
+    columns = len(labels) or math.ceil(math.sqrt(len(pictures)))
+    return grid(pictures, columns, max(1, most // (columns * pictures[0].width)), column_labels=labels)
 
 
-def _figures(pictures: Iterable[tuple[Image.Image | None, str]], size: tuple[int, int]) -> str:
+def _figures(pictures: Sequence[Image.Image | None], captions: Sequence[str], size: tuple[int, int]) -> str:
     width, height = size
     figures = []
-    for picture, caption in pictures:
+    for picture, caption in zip(pictures, captions, strict=True):
         shown = f'<div class="blank" style="aspect-ratio: {width} / {height}"></div>'
         if picture is not None:
-            shown = f'<img src="{_data_url(picture)}" width="{width}" height="{height}" alt="{html.escape(caption)}">'
+            shown = f'<img src="{_data_url(picture)}" alt="{html.escape(caption)}">'
         figures.append(f"<figure>{shown}<figcaption>{html.escape(caption)}</figcaption></figure>")
     return f'<div class="strip" style="max-width: {WIDEST * len(figures)}px">{"".join(figures)}</div>'
 
