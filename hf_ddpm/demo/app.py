@@ -2,6 +2,7 @@
 
 import asyncio
 import html
+import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import wraps
@@ -27,7 +28,6 @@ BACK_FROM_LATENTS = ("ddpm", "ddim")  # samplers that start from a noised image
 UPLOAD = "32mb"  # largest uploaded file
 WAITING = 32  # requests in the queue; further ones are refused
 AT_ONCE = 2  # requests that sample at the same time
-RANDOM = "Math.floor(Math.random() * 2 ** 31)"  # JavaScript
 
 
 def generate(demo: Demo, count: float, seed: float, *settings: Any) -> Iterator[tuple]:
@@ -65,6 +65,17 @@ def answer(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[...,
             yield from handler(demo, *typed)
         except ValueError as error:
             raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
+
+    return handle
+
+
+def draw_seeds(handler: Callable[..., Iterator[tuple]], places: list[int]) -> Callable[..., Iterator[tuple]]:
+    """Return a handler that takes random seeds instead of those at some places of its input, and yields them, too."""
+
+    def handle(*typed: Any) -> Iterator[tuple]:
+        drawn = {place: secrets.randbelow(2**31) for place in places}
+        for shown in handler(*(drawn.get(place, value) for place, value in enumerate(typed))):
+            yield *shown, *drawn.values()
 
     return handle
 
@@ -187,17 +198,18 @@ def connect(
     seeds: list,
     earlier: list,
 ) -> None:
-    """Connect the buttons; what is started ends `earlier` events and what the other button has started.
+    """Connect the buttons; each of the first two ends `earlier` events and what the other one has started.
 
     Waits are shown on the progress, the last of `outputs`: over pictures, they would hide them.
     """
     start, random, stop = pressed
     options = {"show_progress_on": outputs[-1], "concurrency_limit": AT_ONCE, "concurrency_id": "sampling"}
-    started = start.click(handler, inputs, outputs, **options)
-    draw = f"() => [{', '.join([RANDOM] * len(seeds))}]"
-    drawn = random.click(None, None, seeds, js=draw, api_visibility="private")
-    restarted = drawn.then(handler, inputs, outputs, api_visibility="private", **options)
+    drawing = draw_seeds(handler, [inputs.index(seed) for seed in seeds])
+    # The events of a button wait for each other in this order: what ends others comes before what takes long.
+    drawn = random.click(None, js="() => []", api_visibility="private")
+    restarted = drawn.then(drawing, inputs, [*outputs, *seeds], api_visibility="private", **options)
     start.click(None, cancels=[*earlier, restarted])
+    started = start.click(handler, inputs, outputs, **options)
     random.click(None, cancels=[*earlier, started])
     stop.click(None, cancels=[*earlier, started, restarted])
 

@@ -61,6 +61,16 @@ def test_between_uploaded_images_are_these(app, demo, tmp_path):
     assert picture == row([ends[0], *last.images, ends[1]], (8, 8))
 
 
+def test_random_seeds_are_sampled_and_shown(app, demo):
+    drawing = app.draw_seeds(app.answer(app.generate, demo), [1])
+    answers = [list(drawing(2, 0, 3, "ddpm", [], 1))[-1] for _ in range(2)]
+    seeds = [answer[-1] for answer in answers]
+    for seed, (images, *_) in zip(seeds, answers, strict=True):
+        *_, last = demo.generate(demo.read(seed, 3, "ddpm"), 2)
+        assert images.tobytes() == sheet(last.images).tobytes()
+    assert len({0, *seeds}) == 3 and all(0 <= seed < 2**31 for seed in seeds)
+
+
 async def visit(view, is_patient):
     seen = []
     async for shown in view.show():
