@@ -102,6 +102,21 @@ def wait_for(page, pattern):
     )
 
 
+def last_line(page):
+    """Waits until the progress stands still, and returns its line: at work it changes three times per second."""
+    return page.evaluate(
+        """async () => {
+            const read = () => [...document.querySelectorAll('.progress')].find(one => one.offsetParent).innerText;
+            let [line, since] = [read(), performance.now()];
+            while (performance.now() - since < 2000) {
+                await new Promise(requestAnimationFrame);
+                if (line !== read()) [line, since] = [read(), performance.now()];
+            }
+            return line.trim();
+        }"""
+    )
+
+
 def press(page, name):
     page.get_by_role("button", name=name, exact=True).locator("visible=true").click()
 
@@ -151,6 +166,7 @@ def test_images_are_there_on_load(page, trained, tmp_path):
     np.testing.assert_array_equal(download(page), sheet(torch.tensor(np.stack(files)).unsqueeze(1)))
     check_layout(page, ".picture img", rows=2)
     assert page.locator(".strip img").locator("visible=true").count() == 8
+    assert len({round(left) for left, *_ in boxes(page, ".strip img")}) == 4  # both rows are full
     assert page.get_by_text("removes the noise step by step").is_visible()
     page.screenshot(path=tmp_path / "generate.png", full_page=True)
 
@@ -215,6 +231,7 @@ def test_a_button_ends_what_the_other_has_started(page, trained):
         fill(page, "Steps (1 to 1000)", 8)
         press(page, latter)
         wait_for(page, "step 8 of 8")
+        assert last_line(page) == "step 8 of 8"
         seed = int(page.get_by_label("Seed", exact=True).locator("visible=true").input_value())
         np.testing.assert_array_equal(download(page), expected_sheet(trained, seed, 8))
 
@@ -287,16 +304,8 @@ def test_a_long_request_is_stopped(page):
     press(page, "Generate")
     wait_for(page, r"step [1-9]\d* of 1000")
     press(page, "Stop")
-    # A process that runs changes the line about three times a second until its last step.
-    page.wait_for_function(
-        """() => {
-            const line = document.querySelector('.progress').innerText, now = performance.now();
-            if (line !== window.line) [window.line, window.since] = [line, now];
-            return now - window.since > 2000;
-        }"""
-    )
-    assert re.fullmatch(r"step \d+ of 1000", page.evaluate("window.line").strip())
-    assert page.evaluate("window.line").strip() != "step 1000 of 1000"
+    line = last_line(page)
+    assert re.fullmatch(r"step \d+ of 1000", line) and line != "step 1000 of 1000"
     fill(page, "Steps (1 to 1000)", 3)
     press(page, "Generate")
     wait_for(page, "step 3 of 3")
