@@ -1,5 +1,6 @@
 """What happens beside the training: samples, exports, evaluations, cards. Only this module knows all of them."""
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -27,8 +28,8 @@ from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.training.progress import track_picture
 from hf_ddpm.utils.jsonl import append_line, cut_lines, read_lines
 
-# Time per checkpoint in `samples.gif`.
-MILLISECONDS = 500
+# Time per drawing in `samples.gif`, and the most of them, evenly chosen.
+MILLISECONDS, MOST_FRAMES = 500, 60
 
 
 class SampleGrid(Callback):
@@ -62,7 +63,8 @@ class SampleGrid(Callback):
                 for picture in pictures
                 if (picture.size, picture.mode) == (pictures[-1].size, pictures[-1].mode)
             ]
-            save_animation(alike, self.path.with_suffix(".gif"), MILLISECONDS)
+            thinned = alike[:: -math.ceil(len(alike) / MOST_FRAMES)][::-1]  # with the last one
+            save_animation(thinned, self.path.with_suffix(".gif"), MILLISECONDS)
 
     def draw(self, run: Run) -> None:
         """Draws; each process its share."""

@@ -1,4 +1,4 @@
-"""Show a model in the browser: its images appear out of noise.
+"""Show a model in the browser: its images form out of noise.
 
     hf-ddpm demo --model runs/digits
 
@@ -15,15 +15,17 @@ from hf_ddpm.utils.options import option, parse_options, require_color
 class DemoConfig:
     """Demo."""
 
-    model: str | None = option("folder or Hub id of a DDPM pipeline; the variable MODEL_ID by default", None)
+    model: str | None = option(
+        "folder of a model, of a run or of a checkpoint, or Hub id; the environment variable MODEL_ID by default", None
+    )
     background: str = option("color behind transparent pixels of uploaded images", "white")
 
     def __post_init__(self) -> None:
-        """Find the model, and check the values."""
+        """Take the model of the environment if none is given, and check the values."""
         require_color(self, "background")
         self.model = self.model or os.environ.get("MODEL_ID")
-        if self.model is None:
-            raise ValueError("the following arguments are required: --model")
+        if not self.model:
+            raise ValueError("--model is missing: expected a folder or Hub id, here or in the variable MODEL_ID")
 
 
 def main(argv: list[str]) -> int:

@@ -231,7 +231,7 @@ def commands_of(run: Run) -> list[str]:
     return [
         f"  resume:      {resume}",
         f"  end it here: {resume} --max_train_steps {run.step}",
-        f"  sample:      hf-ddpm sample --model {model} --output {shlex.quote(str(folder / 'samples'))}",
+        f"  sample:      hf-ddpm sample --model {model} --output {shlex.quote(str(folder / 'images'))}",
         f"  export:      hf-ddpm export {model}",
     ]
 

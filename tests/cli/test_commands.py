@@ -109,7 +109,8 @@ def test_the_help_of_training_has_groups_defaults_presets_and_examples(capsys):
         assert options == [field.name for field in dataclasses.fields(part)]
     words = " ".join(text.split())
     for line in (
-        "--max_train_steps N optimizer steps; 800,000 by default, as in the paper --num",
+        "--max_train_steps N|auto optimizer steps; auto: 100 passes over the images, at least 10,000 and at most "
+        "100,000 steps; 800,000 by default, as in the paper --num",
         "--adam_beta1 X decay of Adam's first moment (default: 0.9)",
         "(default: 128 256 256 256)",
         "--ema_warmup [true|false] let decays start small, as min(decay, (1 + step) / (10 + step)) (default: true)",

@@ -364,6 +364,11 @@ def test_samples_can_be_drawn_at_checkpoints(run_training, tmp_path, monkeypatch
     run_training(tmp_path, *words, "--max_train_steps", "6", "--class_column", "label", "--learning_rate", "3e-3")
     with Image.open(tmp_path / "samples.gif") as animation:
         assert animation.n_frames == 3
+    # Of three drawings, at most two are shown: the first and the last.
+    monkeypatch.setattr(callbacks, "MOST_FRAMES", 2)
+    run_training(tmp_path, *words, "--max_train_steps", "6", "--class_column", "label", "--learning_rate", "3e-3")
+    with Image.open(tmp_path / "samples.gif") as animation:
+        assert animation.n_frames == 2
     resumed = ["--resume", str(tmp_path / "checkpoints" / "step-000000004")]
     run_training(tmp_path, *words, "--class_column", "label", "--learning_rate", "3e-3", *resumed)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == kept

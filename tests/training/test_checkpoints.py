@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_ddpm import DDPMPipeline, UNet2DModel
-from hf_ddpm.cli import callbacks
 from hf_ddpm.cli.callbacks import SampleGrid
 from hf_ddpm.config import FORMER_DEFAULTS, TrainingConfig, default_options, parse_config
 from hf_ddpm.training.checkpoints import Checkpoints
@@ -469,8 +468,8 @@ def test_a_signal_during_a_checkpoint_stops_what_follows_it(run_training, tmp_pa
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Checkpoints, "on_checkpoint", on_checkpoint)
-    monkeypatch.setattr(SampleGrid, "draw", lambda self, run: drawn.append(run.step))
-    monkeypatch.setattr(callbacks, "save_animation", lambda *arguments: None)
+    for name in ("on_pause", "on_end"):
+        monkeypatch.setattr(SampleGrid, name, lambda self, run: drawn.append(run.step))
     words = ["--max_train_steps", "4", "--checkpointing_steps", "2", "--sample_at_checkpoints", "true"]
     assert run_training(tmp_path, *words) == 128 + signal.SIGTERM
     assert drawn == [] and names(tmp_path) == ["step-000000002"]

@@ -119,8 +119,8 @@ def test_auto_divides_the_global_batch_so_that_it_fits(monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "batch"),
-    [("", 128), ("--preset digits", 64), ("--preset digits --train_batch_size 16", 16), ("--config FILE", 128),
-     ("--preset digits --config FILE", 64)],
+    [("--preset cifar10", 128), ("", 64), ("--preset digits --train_batch_size 16", 16), ("--config FILE", 64),
+     ("--preset cifar10 --config FILE", 128)],
 )  # fmt: skip
 def test_auto_takes_the_batch_that_was_given_before(words, batch, tmp_path):
     (tmp_path / "auto.yaml").write_text("dataset: digits\ntrain_batch_size: auto\n")
