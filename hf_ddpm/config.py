@@ -26,6 +26,7 @@ from hf_ddpm.utils.options import (
     read_yaml,
     require,
     require_at_least,
+    require_color,
     require_distinct,
     require_memory,
     require_range,
@@ -50,6 +51,7 @@ class ImageOptions:
     enlarge: bool = option("scale up images that are smaller than the resolution instead of refusing them", False)
     levels: int | None = option("evenly spaced values that a pixel takes; 17 for digits, else 256 by default", None)
     value_range: list[float] | None = option("floats that become black and white, for images of floats", None)
+    background: str | None = option("color behind transparent pixels, except with 4 channels; white by default", None)
     skip_bad_images: bool = option("skip images that cannot be used instead of stopping", False)
 
     def __post_init__(self) -> None:
@@ -57,6 +59,7 @@ class ImageOptions:
         require_types(self)
         require(self, "levels", self.levels is None or 2 <= self.levels <= 65536, "2 to 65536")
         require_range(self, "value_range")
+        require_color(self, "background")
 
 
 @dataclass
@@ -65,6 +68,7 @@ class DataConfig(ImageOptions):
 
     dataset: str = option(DATASETS, "")
     levels: int = option("evenly spaced values that a pixel takes; above 256 for 16 bits", 256)
+    background: str = option("color behind transparent pixels, except with 4 channels", "white")
     split: str = option("split to train on", "train")
     class_dropout: float = option("share of images whose class is hidden, for guidance", 0.1)
     resolution: list[int] = option(
@@ -281,7 +285,8 @@ class EvaluationConfig:
     eval_split: str = option("held-out split: the floor of distances, and the images of nll", "test")
     eval_floor: bool = option("whether to compare as many held-out images, too", True)
     eval_extractor: str | None = option(
-        "digits, inception, or an image model; digits for the digits, else inception by default", None
+        "digits, inception (needs hf_ddpm[inception]) or an image model; by default digits for these, else inception",
+        None,
     )
     eval_num_images: int | None = option("images to evaluate on; by default as many as the split holds", None)
     eval_inference_steps: int | None = option("steps of the reverse process; all by default", None)

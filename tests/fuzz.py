@@ -402,6 +402,7 @@ def _options(rng: random.Random) -> Iterator[Mutation]:
         ("convert", ("--output=",), "output"), ("convert", ("--output=a\0b",), "output"),
         ("convert", ("--from=other",), "from"), ("train", ("--lr_schedule",), "lr_schedule"),
         ("train", ("--value_range=1", "0"), "value_range"), ("train", ("--value_range=nan", "1"), "value_range"),
+        ("train", ("--background=nocolor",), "background"), ("evaluate", ("--background=a\0b",), "background"),
     ):  # fmt: skip
         yield Mutation("options", f"{command} {' '.join(words)!r}", _nothing, command, "refused", words, tuple(names))
 

@@ -101,6 +101,30 @@ def test_labels_stand_beside_the_images_not_on_them(mode):
     assert dark[:, -1].sum() == 0  # the wide label is not cut
 
 
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("kind", ["column_labels", "row_labels"])
+def test_each_label_stands_at_its_own_row_or_column(kind, place):
+    labels = ["", ""]
+    labels[place] = "word"
+    sheet = np.asarray(grid([Image.new("L", (64, 64), "white")] * 4, columns=2, **{kind: labels}))
+    sheet = sheet if kind == "column_labels" else sheet.T
+    white = sheet == 255
+    band, left = sheet[: white.any(axis=1).argmax()], white.any(axis=0).argmax()  # before the first image
+    parts = [band[:, left : left + 64], band[:, left + 70 : left + 134]]
+    assert [bool((part < 100).any()) for part in parts] == [place == 0, place == 1]
+
+
+def test_a_title_is_a_line_above_all_and_not_cut():
+    tile = [Image.new("L", (64, 64), "white")]
+    bare, short, long = (np.asarray(grid(tile, title=title)) for title in ("", "t = 1", "a title wider than the image"))
+    assert short.shape[1] == bare.shape[1] < long.shape[1] and short.shape[0] == long.shape[0] > bare.shape[0]
+    for sheet in (short, long):
+        dark = sheet < 100
+        assert dark.any() and not dark[np.argmax((sheet == 255).any(axis=1)) :].any()
+        assert not dark[:, -6:].any() and dark[:, -40:].any() == (sheet is long)
+    assert not (bare < 100).any()
+
+
 def test_classes_have_labeled_columns_if_there_are_few():
     pixels = torch.zeros(7, 1, 64, 64, dtype=torch.uint8)
     square = sample_grid(pixels)
@@ -119,6 +143,12 @@ def test_an_animation_shows_every_picture_and_rests_at_its_end(tmp_path, kind):
         assert animation.n_frames == 3 and animation.size == (8, 6)
         animation.seek(2)
         assert abs(animation.convert("L").getpixel((4, 3)) - 200) < 8
+        times = []
+        for frame in range(3):
+            animation.seek(frame)
+            animation.load()
+            times.append(animation.info["duration"])
+        assert times == [50, 50, 1500] and animation.info["loop"] == 0  # for ever
     assert [path.name for path in tmp_path.iterdir()] == [f"a.{kind}"]
 
 

@@ -1,4 +1,4 @@
-"""Show a model in the browser: its images appear out of noise.
+"""Show a model in the browser: its images form out of noise.
 
     hf-ddpm demo --model runs/digits
 
@@ -8,20 +8,24 @@ In a Space, the variable MODEL_ID names the model. Image i of a seed is that of 
 import os
 from dataclasses import dataclass
 
-from hf_ddpm.utils.options import option, parse_options
+from hf_ddpm.utils.options import option, parse_options, require_color
 
 
 @dataclass
 class DemoConfig:
     """Demo."""
 
-    model: str | None = option("folder or Hub id of a DDPM pipeline; the variable MODEL_ID by default", None)
+    model: str | None = option(
+        "folder of a model, of a run or of a checkpoint, or Hub id; the environment variable MODEL_ID by default", None
+    )
+    background: str = option("color behind transparent pixels of uploaded images", "white")
 
     def __post_init__(self) -> None:
-        """Find the model."""
+        """Take the model of the environment if none is given, and check the values."""
+        require_color(self, "background")
         self.model = self.model or os.environ.get("MODEL_ID")
-        if self.model is None:
-            raise ValueError("the following arguments are required: --model")
+        if not self.model:
+            raise ValueError("--model is missing: expected a folder or Hub id, here or in the variable MODEL_ID")
 
 
 def main(argv: list[str]) -> int:
@@ -29,5 +33,5 @@ def main(argv: list[str]) -> int:
     (config,) = parse_options(argv, DemoConfig, doc=__doc__)
     from hf_ddpm.demo.app import show  # takes seconds
 
-    show(config.model)
+    show(config.model, config.background)
     return 0

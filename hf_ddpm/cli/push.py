@@ -11,7 +11,6 @@ sends what has changed.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -81,6 +80,7 @@ def push_to_hub(
         ValueError: If an argument is not allowed, or the Hub refuses.
         OSError: If the Hub does not answer.
     """
+    from hf_ddpm.demo.wheel import write_space
     from hf_ddpm.hub.card import write_card  # takes seconds
     from hf_ddpm.hub.push import push_model, push_space
 
@@ -89,8 +89,9 @@ def push_to_hub(
         write_card(folder, model_id=hub_model_id, license=license)
         urls = [push_model(folder, hub_model_id, private, revision_message)]
     if space is not None:
-        app = Path(str(resources.files("hf_ddpm.demo") / "space"))
-        urls.append(push_space(app, space, hub_model_id, private))
+        with TemporaryDirectory(prefix="hf_ddpm-") as app:
+            write_space(Path(app))
+            urls.append(push_space(app, space, hub_model_id, private))
     return urls
 
 

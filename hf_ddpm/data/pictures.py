@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 
 from hf_ddpm.data.scan import as_path, register_plugins
 
@@ -61,8 +61,14 @@ def open_picture(row: dict[str, Any]) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def picture_array(image: Image.Image, channels: int, deep: bool) -> np.ndarray | None:
+def picture_array(image: Image.Image, channels: int, deep: bool, background: str = "white") -> np.ndarray | None:
     """Reads a picture as an array where PIL's conversions would lose something.
+
+    Args:
+        image: The picture, loaded.
+        channels: The number of channels of the result.
+        deep: Whether pixels have 16 bits.
+        background: Color, in gray, behind transparent pixels.
 
     Returns:
         Shape `(H, W, channels)`, the pages of a TIFF as channels, or `(H, W, 1)`, floats, or with `deep` 16 bits; None
@@ -81,7 +87,8 @@ def picture_array(image: Image.Image, channels: int, deep: bool) -> np.ndarray |
     if image.mode == "F" or (deep and image.mode.startswith("I")):
         values = _unsigned(np.asarray(image))
         if isinstance(hidden := image.info.get("transparency"), int):
-            values = np.where(values == hidden, 65535, values)  # transparency on white
+            gray = ImageColor.getcolor(background, "L")
+            values = np.where(values == hidden, np.uint16(gray * 257), values)
         return values[..., np.newaxis]
     return None
 

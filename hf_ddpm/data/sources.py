@@ -31,6 +31,14 @@ class _Refused(ValueError):
     """A data set cannot be opened; the message names it."""
 
 
+class MissingSplit(ValueError):
+    """A data set has no split of a name; `splits` are those that it has."""
+
+    def __init__(self, message: str, splits: Sequence[str]):
+        super().__init__(message)
+        self.splits = list(splits)
+
+
 def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset, list[LeftOut]]:
     """Opens a split of a data set.
 
@@ -44,7 +52,8 @@ def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset,
         The split, as `datasets` reads it, whose images are not decoded yet; and the files that are not used.
 
     Raises:
-        ValueError: If there is no such data set, configuration or split, or no image in it.
+        MissingSplit: If there is no such split.
+        ValueError: If there is no such data set or configuration, or no image in it.
         OSError: If the disk of the cache is full.
     """
     name, split, opened = data.dataset, data.split, _open_splits(data, log)
@@ -54,7 +63,8 @@ def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset,
     if split not in opened.splits:
         beside = [file.kind for file in left_out if "beside the folders of splits" in file.kind]
         hint = f" (images are {beside[0]})" if beside else ""
-        raise ValueError(f"dataset {name!r} has no split {split!r}: one of {', '.join(opened.splits)}{hint}")
+        message = f"dataset {name!r} has no split {split!r}: one of {', '.join(opened.splits)}{hint}"
+        raise MissingSplit(message, list(opened.splits))
     if len(opened.splits[split]) == 0:
         raise ValueError(f"dataset {name!r} is empty: split {split!r} holds no image")
     return opened.splits[split], left_out

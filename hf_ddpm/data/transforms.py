@@ -29,6 +29,7 @@ class ImageFormat:
         deep: Whether pixels have 16 bits; with several channels from arrays only: PIL reads color with 8.
         enlarge: Whether images that are smaller are scaled up; they are refused otherwise.
         value_range: The floats that become black and white, for arrays and pictures of floats.
+        background: Color behind transparent pixels of pictures, unless there are 4 channels.
     """
 
     height: int
@@ -38,12 +39,14 @@ class ImageFormat:
     deep: bool = False
     enlarge: bool = False
     value_range: tuple[float, ...] | None = None
+    background: str = "white"
 
     @classmethod
     def of(cls, data: DataConfig) -> "ImageFormat":
         """Returns the format that the options of a data set ask for."""
         value_range = None if data.value_range is None else tuple(map(float, data.value_range))
-        return cls(*data.size, data.channels, data.crop, data.levels > 256, data.enlarge, value_range)
+        deep = data.levels > 256
+        return cls(*data.size, data.channels, data.crop, deep, data.enlarge, value_range, data.background)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -62,7 +65,7 @@ class ImageFormat:
 
 
 def fit(row: dict[str, Any] | None, image_format: ImageFormat, notes: list[str] | None = None) -> np.ndarray:
-    """Decodes an image and fits it: turned as its camera says, transparency laid on white unless there are 4 channels.
+    """Decodes an image and fits it: turned as its camera says, put on the background unless there are 4 channels.
 
     Args:
         row: The image as `datasets` keeps it: `bytes`, or the `path` of a file.
@@ -100,8 +103,8 @@ def crop_at(pixels: np.ndarray, image_format: ImageFormat, place: Sequence[float
     return pixels[:, top : top + image_format.height, left : left + image_format.width]
 
 
-def as_bytes(image: Image.Image, channels: int) -> Image.Image:
-    """Returns an image of 1, 3 or 4 channels of 8 bits, transparency laid on white unless there are 4.
+def as_bytes(image: Image.Image, channels: int, background: str = "white") -> Image.Image:
+    """Returns an image of 1, 3 or 4 channels of 8 bits, on a background of one color unless there are 4.
 
     Raises:
         ValueError: If it has more bits, or is to have another number of channels.
@@ -119,29 +122,29 @@ def as_bytes(image: Image.Image, channels: int) -> Image.Image:
         )
     if channels < 4 and image.has_transparency_data:
         # Behind transparent pixels files hold arbitrary colors.
-        page = Image.new("RGBA", image.size, "white")
+        page = Image.new("RGBA", image.size, background)
         page.alpha_composite(image.convert("RGBA"))
         image = page
     return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 
 def _fit_picture(image: Image.Image, image_format: ImageFormat, notes: list[str]) -> np.ndarray:
-    channels, deep = image_format.channels, image_format.deep
+    channels, deep, background = image_format.channels, image_format.deep, image_format.background
     _check_size(image.width, image.height, image_format)
     if image.info["depth_lost"]:
         if deep:
             raise ValueError("it has color or transparency with 16 bits, which PIL reads as 8: use an array")
         notes.append("16 bits per channel are read as 8")
-    array = picture_array(image, channels, deep)
+    array = picture_array(image, channels, deep, background)
     if array is not None:
         return _fit_array(array, image_format)
     if getattr(image, "n_frames", 1) > 1:
         notes.append("only the first frame or page is read")
     if not deep:
-        return from_pil(_resize(as_bytes(image, channels), image_format), channels)
+        return from_pil(_resize(as_bytes(image, channels, background), image_format), channels)
     if channels > 1:
         raise ValueError(f"color with 16 bits needs arrays, or a TIFF of {channels} pages: PIL reads it with 8")
-    return _fit_array(np.asarray(as_bytes(image, 1))[..., np.newaxis], image_format)
+    return _fit_array(np.asarray(as_bytes(image, 1, background))[..., np.newaxis], image_format)
 
 
 def _fit_array(array: np.ndarray, image_format: ImageFormat) -> np.ndarray:

@@ -1,48 +1,59 @@
-"""The demo of a model in the browser: images appear out of noise, and interpolations between two of them."""
+"""The demo of a model in the browser: images form out of noise, and interpolations between two of them."""
 
+import asyncio
 import html
-from collections.abc import Callable, Iterator
+import secrets
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import wraps
 from typing import Any
 
 import gradio as gr
 import torch
+from huggingface_hub import constants
 
-from hf_ddpm.demo.demo import Demo, row, square, strip
+from hf_ddpm.demo.demo import Demo
+from hf_ddpm.demo.layout import CSS, progress_bar, row, sheet, strip
+from hf_ddpm.demo.preview import PAUSE, Moment
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.sampling.samplers import SCHEDULERS
 from hf_ddpm.utils.markdown import plain
 from hf_ddpm.utils.public import hub_ids, strip_local_path
+from hf_ddpm.utils.runs import run_folder
 
-BETWEEN = SEEDS, IMAGES = "two seeds", "two images"
-# Room for labels and buttons, which gradio lays over pictures; enlarged pixels unsmoothed; uploads in full size.
-CSS = """.picture .image-container {padding-top: 2.3em} .picture img {image-rendering: pixelated}
-.upload img {width: 100%; height: 100%; object-fit: contain}"""
+INTRODUCTION = "This model makes new images: it starts from random noise and removes the noise step by step."
+BETWEEN = SEEDS, IMAGES = "Two seeds", "Two images"
+UPLOADS = "First image", "Second image"
+BACK_FROM_LATENTS = ("ddpm", "ddim")  # samplers that start from a noised image
 UPLOAD = "32mb"  # largest uploaded file
 WAITING = 32  # requests in the queue; further ones are refused
 AT_ONCE = 2  # requests that sample at the same time
 
 
 def generate(demo: Demo, count: float, seed: float, *settings: Any) -> Iterator[tuple]:
-    """Yield images, their strip, and the progress."""
-    for moment in demo.generate(demo.read(seed, *settings), count):
-        yield square(moment.images), strip(moment), str(moment)
+    """Yield images, their strip when it has a new frame, and the progress."""
+    sampling, frames = demo.read(seed, *settings), 0
+    for moment in demo.generate(sampling, count):
+        frames, before = len(moment.frames), frames
+        images = sheet(moment.images, sampling.class_labels)
+        yield images, strip(moment) if frames > before else gr.skip(), progress_bar(moment)
 
 
 def interpolate(demo: Demo, between: str, t: float, count: float, *typed: Any) -> Iterator[tuple]:
-    """Yield a row from one image to the other, and the progress."""
+    """Yield the images from one to the other, and the progress."""
     seeds, paths, settings = typed[:2], typed[2:4], typed[4:]
-    first, second = (demo.read(seed, *settings) for seed in seeds)
+    samplings = [demo.read(seed, *settings) for seed in seeds]
     if between == IMAGES:
-        ends = [demo.read_image("first image", paths[0]), demo.read_image("second image", paths[1])]
+        first, second = (demo.read_image(name, path) for name, path in zip(UPLOADS, paths, strict=True))
     else:
         ends = []
-        for sampling in (first, second):
+        for sampling in samplings:
             for moment in demo.generate(sampling, 1):
-                yield None, f"seed {sampling.seed}: {moment}"
+                yield gr.skip(), progress_bar(moment, f"seed {sampling.seed}: ")
             ends.append(moment.images)
-    for moment in demo.interpolate(*ends, t, count, first):
-        yield row(ends[0], moment.images, ends[1]), str(moment)
+        first, second = ends
+    for moment in demo.interpolate(first, second, t, count, samplings[0]):
+        yield row([*first, *moment.images, *second], demo.size), progress_bar(moment)
 
 
 def answer(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[..., Iterator[tuple]]:
@@ -58,57 +69,111 @@ def answer(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[...,
     return handle
 
 
+def draw_seeds(handler: Callable[..., Iterator[tuple]], places: list[int]) -> Callable[..., Iterator[tuple]]:
+    """Return a handler that takes random seeds instead of those at some places of its input, and yields them, too."""
+
+    def handle(*typed: Any) -> Iterator[tuple]:
+        drawn = {place: secrets.randbelow(2**31) for place in places}
+        for shown in handler(*(drawn.get(place, value) for place, value in enumerate(typed))):
+            yield *shown, *drawn.values()
+
+    return handle
+
+
+class FirstView:
+    """Images for the first view: sampled once, when the first visitor comes, and shown to all.
+
+    Args:
+        sample: Starts the process, and returns its moments.
+    """
+
+    def __init__(self, sample: Callable[[], Iterator[Moment]]):
+        self.sample = sample
+        self.moment: Moment | None = None
+        self.worker = threading.Thread(target=self._run, daemon=True)
+        self.starting = threading.Lock()
+
+    async def show(self) -> AsyncIterator[tuple]:
+        """Yield images, strip and progress until the images are complete."""
+        with self.starting:
+            if self.worker.ident is None:
+                self.worker.start()
+        is_running, shown = True, None
+        while is_running:
+            is_running = self.worker.is_alive()
+            if (moment := self.moment) is not shown and moment is not None:
+                yield sheet(moment.images), strip(moment), progress_bar(moment)
+                shown = moment
+            await asyncio.sleep(PAUSE if is_running else 0)
+
+    def _run(self) -> None:
+        for moment in self.sample():
+            self.moment = moment
+
+
 def build(demo: Demo) -> gr.Blocks:
     """Return the app."""
-    total, classless = demo.num_train_timesteps, demo.pipe.null_class is not None
     with gr.Blocks(title=plain(demo.name), analytics_enabled=False, delete_cache=(3600, 3600)) as app:
-        gr.Markdown(f"# Denoising diffusion\n{demo.describe()}")
-        with gr.Row():
-            steps = gr.Number(min(total, 100), label=f"steps (1 to {total})")
-            scheduler = gr.Dropdown(list(SCHEDULERS), label="sampler")
-            first, known = [] if classless else demo.classes[:1], bool(demo.classes)
-            classes = gr.Dropdown(demo.classes, value=first, multiselect=True, label="classes in turn", visible=known)
-            guidance = gr.Slider(0, 8, 1, step=0.5, label="guidance (1: none)", visible=classless)
-        settings = [steps, scheduler, classes, guidance]
+        gr.Markdown(f"## Denoising diffusion\n{INTRODUCTION}\n\n{demo.describe()}")
         with gr.Tab("Generate"):
-            generate_tab(demo, settings)
+            generate_tab(demo, app)
         with gr.Tab("Interpolate"):
-            interpolate_tab(demo, settings)
+            interpolate_tab(demo)
     return app.queue(max_size=WAITING)
 
 
-def generate_tab(demo: Demo, settings: list) -> None:
-    """Lay out the generation of images of a seed."""
-    images, on_the_way = picture("images"), picture("the first of them on the way")
+def generate_tab(demo: Demo, app: gr.Blocks) -> None:
+    """Lay out the generation of images of a seed, with images for the first view."""
     with gr.Row():
-        with gr.Column(scale=2):
-            count = gr.Slider(1, demo.most_images, min(16, demo.most_images), step=1, label="count")
-            seed = gr.Number(0, label="seed")
-            buttons("Generate", answer(generate, demo), [count, seed, *settings], [images, on_the_way])
-        with gr.Column(scale=3):
-            images.render()
-    on_the_way.render()
+        with gr.Column(scale=3, min_width=320):
+            images = gr.Image(label="Images", format="png", buttons=["download", "fullscreen"], elem_classes="picture")
+            progress = gr.HTML(progress_bar())
+        with gr.Column(scale=2, min_width=320):
+            pressed = buttons("Generate", "Random seed")
+            with gr.Row():
+                count = gr.Slider(1, demo.most_images, demo.usual_images, step=1, label="Number of images")
+                seed = gr.Number(0, label="Seed")
+            chosen = settings(demo, f"Steps (1 to {demo.num_train_timesteps})", list(SCHEDULERS))
+            gr.Markdown("The first images, step by step:")
+            frames = gr.HTML(elem_classes="frames")
+    first_view = FirstView(lambda: demo.generate(demo.usual, demo.usual_images))
+    outputs = [images, frames, progress]
+    view = app.load(
+        first_view.show, None, outputs, show_progress="hidden", concurrency_limit=None, api_visibility="private"
+    )
+    connect(pressed, answer(generate, demo), [count, seed, *chosen], outputs, [seed], [view])
 
 
-def interpolate_tab(demo: Demo, settings: list) -> None:
+def interpolate_tab(demo: Demo) -> None:
     """Lay out the interpolation between two images."""
-    total, most, path = demo.num_train_timesteps, demo.most_images, picture("from one to the other")
-    between = gr.Radio(BETWEEN, value=SEEDS, label="between")
-    with gr.Row() as seeds:
-        ends = [gr.Number(0, label="first seed"), gr.Number(1, label="second seed")]
-    with gr.Row(visible=False) as images:
-        ends += [upload("first image"), upload("second image")]
-    between.change(lambda kind: [gr.Row(visible=kind == own) for own in BETWEEN], between, [seeds, images])
+    total, most = demo.num_train_timesteps, demo.most_images
+    usual = min(9, most)
+    path, progress = gr.HTML(row([None] * (usual + 2), demo.size)), gr.HTML(progress_bar())
     with gr.Row():
-        t = gr.Slider(0, total - 1, total // 2, step=1, label="t: how far both are diffused")
-        count = gr.Slider(2, most, min(9, most), step=1, label="count")
-    buttons("Interpolate", answer(interpolate, demo), [between, t, count, *ends, *settings], [path])
-    path.render()
+        with gr.Column(scale=3, min_width=320):
+            pressed = buttons("Interpolate", "Random seeds")
+            between = gr.Radio(BETWEEN, value=SEEDS, label="Between")
+            with gr.Row() as seeds:
+                ends = [gr.Number(0, label="First seed"), gr.Number(1, label="Second seed")]
+            with gr.Row(visible=False) as images:
+                ends += [upload(name) for name in UPLOADS]
+        with gr.Column(scale=2, min_width=320):
+            t = gr.Slider(0, total - 1, total // 2, step=1, label="Noise added before mixing (t)")
+            count = gr.Slider(2, most, usual, step=1, label="Number of images")
+            chosen = settings(demo, "Steps (at most t + 1)", list(BACK_FROM_LATENTS))
+    between.change(lambda kind: [gr.Row(visible=kind == own) for own in BETWEEN], between, [seeds, images])
+    inputs = [between, t, count, *ends, *chosen]
+    connect(pressed, answer(interpolate, demo), inputs, [path, progress], ends[:2], [])
 
 
-def picture(label: str) -> gr.Image:
-    """Return a picture, not yet placed, for download as PNG."""
-    return gr.Image(label=label, format="png", buttons=["download", "fullscreen"], elem_classes="picture", render=False)
+def settings(demo: Demo, steps: str, schedulers: list[str]) -> list:
+    """Lay out the settings of sampling."""
+    with gr.Row():
+        chosen = [gr.Number(demo.usual.num_inference_steps, label=steps), gr.Dropdown(schedulers, label="Sampler")]
+    classes, first = demo.classes, demo.usual.class_labels
+    chosen.append(gr.Dropdown(classes, value=first, multiselect=True, label="Classes", visible=bool(classes)))
+    is_guided = demo.pipe.null_class is not None
+    return [*chosen, gr.Slider(0, 8, 1, step=0.5, label="Guidance scale (1: none)", visible=is_guided)]
 
 
 def upload(label: str) -> gr.Image:
@@ -118,20 +183,35 @@ def upload(label: str) -> gr.Image:
     return place
 
 
-def buttons(name: str, handler: Callable[..., Iterator[tuple]], inputs: list, pictures: list) -> None:
-    """Lay out buttons to start and stop, and the progress: over pictures, it would hide them."""
-    with gr.Row():
-        start, stop = gr.Button(name, variant="primary"), gr.Button("Stop")
-    progress = gr.Textbox(placeholder="progress", show_label=False, container=False)
-    started = start.click(
-        handler,
-        inputs,
-        [*pictures, progress],
-        show_progress_on=progress,
-        concurrency_limit=AT_ONCE,
-        concurrency_id="sampling",
-    )
-    stop.click(None, cancels=[started])
+def buttons(start: str, random: str) -> list[gr.Button]:
+    """Lay out buttons to start, to start with random seeds, and to stop."""
+    kinds = {start: "primary", random: "secondary", "Stop": "secondary"}
+    with gr.Row(elem_classes="buttons"):
+        return [gr.Button(name, variant=kind, size="md", min_width=60) for name, kind in kinds.items()]
+
+
+def connect(
+    pressed: list[gr.Button],
+    handler: Callable[..., Iterator[tuple]],
+    inputs: list,
+    outputs: list,
+    seeds: list,
+    earlier: list,
+) -> None:
+    """Connect the buttons; each of the first two ends `earlier` events and what the other one has started.
+
+    Waits are shown on the progress, the last of `outputs`: over pictures, they would hide them.
+    """
+    start, random, stop = pressed
+    options = {"show_progress_on": outputs[-1], "concurrency_limit": AT_ONCE, "concurrency_id": "sampling"}
+    drawing = draw_seeds(handler, [inputs.index(seed) for seed in seeds])
+    # The events of a button wait for each other in this order: what ends others comes before what takes long.
+    drawn = random.click(None, js="() => []", api_visibility="private")
+    restarted = drawn.then(drawing, inputs, [*outputs, *seeds], api_visibility="private", **options)
+    start.click(None, cancels=[*earlier, restarted])
+    started = start.click(handler, inputs, outputs, **options)
+    random.click(None, cancels=[*earlier, started])
+    stop.click(None, cancels=[*earlier, started, restarted])
 
 
 def serve(demo: Demo, **options: Any) -> str:
@@ -139,7 +219,10 @@ def serve(demo: Demo, **options: Any) -> str:
     return build(demo).launch(css=CSS, show_error=True, max_file_size=UPLOAD, **options)[1]
 
 
-def show(model: str) -> None:
-    """Loads a model, serves its demo, and returns when that ends."""
+def show(model: str, background: str = "white") -> None:
+    """Load a model, serve its demo, and return when that ends."""
     pipe = load_pipeline(model, "cuda" if torch.cuda.is_available() else "cpu")
-    serve(Demo(pipe, strip_local_path(model, hub_ids(model))))
+    if hub_ids(model):
+        serve(Demo(pipe, model, f"{constants.ENDPOINT}/{model}", background))
+    else:
+        serve(Demo(pipe, strip_local_path(str(run_folder(model))), background=background))

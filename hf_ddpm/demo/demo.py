@@ -1,8 +1,7 @@
-"""Requests to a demo: check the input, sample or interpolate, lay out the images."""
+"""Requests to a demo: check the input, sample or interpolate."""
 
 import copy
 import io
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,17 +16,16 @@ from torch import Tensor
 from hf_ddpm.data.decoding import attempt
 from hf_ddpm.data.transforms import ImageFormat
 from hf_ddpm.demo.preview import Moment, watch
-from hf_ddpm.images import grid, to_bytes, to_pictures, to_signed
+from hf_ddpm.images import to_bytes, to_signed
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.sampling.generate import generate_images
 from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.sampling.samplers import find_scheduler
 from hf_ddpm.utils.markdown import escape
 from hf_ddpm.utils.seeds import FIGURES, generator
 
 # Pixels sampled at a time, which bounds memory: 64 images of 64x64, 4 of 256x256.
 PIXELS = 64 * 64 * 64
-# Images whose estimates are shown during sampling.
-ROWS = 4
 # Of an uploaded image: more than of cameras, and few enough to decode.
 UPLOADED_PIXELS = 50_000_000
 # Formats that PIL decodes by itself; EPS, for one, would be handed to Ghostscript.
@@ -41,10 +39,14 @@ class Demo:
     Attributes:
         pipe: The pipeline.
         name: Name of the model.
+        url: Address of the model's page, if it has one.
+        background: Color behind transparent pixels of uploaded images, unless the model has 4 channels.
     """
 
     pipe: DDPMPipeline
     name: str
+    url: str | None = None
+    background: str = "white"
 
     @property
     def num_train_timesteps(self) -> int:
@@ -52,25 +54,44 @@ class Demo:
         return self.pipe.scheduler.config.num_train_timesteps
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of an image."""
+        _, height, width = self.pipe.image_shape
+        return width, height
+
+    @property
     def most_images(self) -> int:
         """Largest number of images per request, 2 to 64: fewer if they are large."""
-        _, height, width = self.pipe.image_shape
-        return max(2, min(64, PIXELS // (height * width)))
+        width, height = self.size
+        return max(2, min(64, PIXELS // (width * height)))
 
     @property
     def classes(self) -> list[str]:
         """The classes to choose from: names, or else numbers; empty for a network without classes."""
         return self.pipe.class_names or [str(number) for number in range(self.pipe.unet.config.num_class_embeds or 0)]
 
+    @property
+    def usual_images(self) -> int:
+        """Number of images unless another one is requested: a quarter of the largest, 1 to 16."""
+        return min(16, max(1, self.most_images // 4))
+
+    @property
+    def usual(self) -> Sampling:
+        """What is sampled unless another request is made: at most 50 steps; the first class if one is required."""
+        is_required = self.pipe.null_class is None
+        return self.read(0, min(50, self.num_train_timesteps), "ddpm", self.classes[:1] if is_required else [])
+
     def describe(self) -> str:
-        """Return a line of Markdown on the model."""
+        """Return a line of Markdown on the model, with a link to its page."""
         channels, height, width = self.pipe.image_shape
+        colors = {1: "gray", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels} channels")
+        name = f"**{escape(self.name)}**"
         facts = [
-            f"**{escape(self.name)}**",
+            name if self.url is None else f"[{name}]({self.url})",
             f"{self.pipe.unet.num_parameters():,} parameters",
-            f"{height}x{width} pixels of {channels} channel{'s' * (channels > 1)}",
-            f"{type(self.pipe.scheduler).__name__}, T = {self.num_train_timesteps}",
-            f"at most {self.most_images} images at a time, on {self.pipe.device.type}",
+            f"{height}x{width} pixels, {colors}",
+            f"trained with {self.num_train_timesteps:,} steps",
+            f"runs on {'a GPU' if self.pipe.device.type == 'cuda' else 'a CPU'}",
         ]
         return " · ".join(facts)
 
@@ -89,10 +110,12 @@ class Demo:
     def read_image(self, name: str, path: str | None) -> Tensor:
         """Return an image file, resized as for training, as bytes of shape `(1, C, H, W)`."""
         channels, height, width = self.pipe.image_shape
-        row = {"bytes": None if path is None else _checked_upload(name, Path(path)), "path": None}
-        pixels = attempt(row, ImageFormat(height, width, channels))
+        if path is None:
+            raise ValueError(f"{name} is missing: upload an image")
+        row = {"bytes": _checked_upload(name, Path(path)), "path": None}
+        pixels = attempt(row, ImageFormat(height, width, channels, background=self.background))
         if isinstance(pixels, str):
-            raise ValueError(f"{name} is not usable: {pixels}")
+            raise ValueError(f"{name}: {pixels}")
         return torch.tensor(pixels).unsqueeze(0)
 
     def generate(self, sampling: Sampling, count: float) -> Iterator[Moment]:
@@ -124,7 +147,7 @@ class Demo:
             second: Another one.
             t: Step that both are diffused to, in [0, T).
             count: Number of images, from a reconstruction of the first to one of the second, in [2, `most_images`].
-            sampling: Seed of the noise, and the class, its first one.
+            sampling: Seed of the noise; the class, its first one; sampler and steps of the way back, at most `t + 1`.
 
         Returns:
             Moments, see `watch`.
@@ -132,6 +155,9 @@ class Demo:
         t = whole("t", t, 0, self.num_train_timesteps - 1)
         weights = np.linspace(0, 1, whole("count", count, 2, self.most_images)).tolist()
         own = self._own_pipeline()
+        steps = min(sampling.steps(own), t + 1)
+        is_whole = steps == t + 1  # in single steps, as in sampling with all of them
+        own.scheduler = find_scheduler(own, sampling.scheduler, self.num_train_timesteps if is_whole else steps)
 
         def work(**options: Any) -> Tensor:
             unit = own.interpolate(
@@ -141,6 +167,7 @@ class Demo:
                 weights,
                 generator(sampling.seed, FIGURES, device=own.device),
                 output_type="pt",
+                num_inference_steps=steps,
                 class_labels=sampling.labels(own)[:1] * len(weights) or None,
                 guidance_scale=sampling.guidance_scale,
                 **options,
@@ -166,11 +193,11 @@ def _checked_upload(name: str, path: Path) -> bytes:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is tighter
             width, height = Image.open(io.BytesIO(content), formats=formats).size  # reads only the header
     except Image.DecompressionBombError:
-        raise ValueError(f"{name} is not usable: it has too many pixels; at most {UPLOADED_PIXELS:,}") from None
+        raise ValueError(f"{name}: too many pixels; expected at most {UPLOADED_PIXELS:,}") from None
     except Exception as error:  # decoders raise anything
-        raise ValueError(f"{name} is not usable: it is no image of a known format ({', '.join(formats)})") from error
+        raise ValueError(f"{name}: unknown image format; expected one of {', '.join(formats)}") from error
     if width * height > UPLOADED_PIXELS:
-        raise ValueError(f"{name} is not usable: {width}x{height} pixels are too many; at most {UPLOADED_PIXELS:,}")
+        raise ValueError(f"{name}: {width}x{height} pixels are too many; expected at most {UPLOADED_PIXELS:,}")
     return content
 
 
@@ -178,28 +205,5 @@ def whole(name: str, value: Any, least: int, most: int) -> int:
     """Return a number as an integer; raise a `ValueError` unless it is whole, from `least` to `most`."""
     if not isinstance(value, int | float) or not float(value).is_integer() or not least <= value <= most:
         typed = f"{value:.15g}" if isinstance(value, float) else repr(value)
-        raise ValueError(f"{name}={typed} is not allowed: a whole number from {least} to {most}")
+        raise ValueError(f"{name}={typed}: expected a whole number from {least} to {most}")
     return int(value)
-
-
-def square(images: Tensor) -> Image.Image:
-    """Tile images, bytes, in a square."""
-    return _tiled(images, math.ceil(math.sqrt(len(images))), width=512)
-
-
-def row(*images: Tensor) -> Image.Image:
-    """Lay batches of bytes side by side."""
-    return _tiled(torch.cat(images), sum(map(len, images)), width=1024)
-
-
-def strip(moment: Moment) -> Image.Image:
-    """Draw the frames of the first images, one row per image; those to come are black."""
-    frames = [frame[:ROWS] for frame in moment.frames]
-    frames += [torch.zeros_like(frames[0])] * moment.frames_to_come
-    return _tiled(torch.stack(frames, dim=1).flatten(0, 1), len(frames), width=1024)
-
-
-def _tiled(images: Tensor, columns: int, width: int) -> Image.Image:
-    """Tile bytes, enlarged pixel by pixel as far as they fit into a width."""
-    pictures = to_pictures(images)
-    return grid(pictures, columns, scale=max(1, width // (columns * pictures[0].width)))

@@ -36,13 +36,10 @@ class Moment:
     images: Tensor
     frames: tuple[Tensor, ...]
 
-    def __str__(self) -> str:
-        return f"step {self.step} of {self.steps}"
-
     @property
-    def frames_to_come(self) -> int:
-        """Number of frames that are missing."""
-        return len(_frame_steps(self.steps)) - len(self.frames)
+    def frame_steps(self) -> list[int]:
+        """Numbers of steps after which there is a frame; those of `frames` come first."""
+        return _frame_steps(self.steps)
 
 
 def watch(work: Callable[..., Tensor]) -> Iterator[Moment]:
@@ -115,8 +112,8 @@ class _Unwatched(Exception):
     """Ends work whose iterator is closed."""
 
 
-def _frame_steps(steps: int) -> set[int]:
-    return set(np.linspace(0, steps, FRAMES).round().astype(int).tolist())
+def _frame_steps(steps: int) -> list[int]:
+    return sorted(set(np.linspace(0, steps, FRAMES).round().astype(int).tolist()))
 
 
 def _estimate(pipe: DDPMPipeline, t: Tensor, x_t: Tensor | None, tensors: dict[str, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from hf_ddpm.config import DataConfig, ImageOptions
-from hf_ddpm.data.sources import choose
+from hf_ddpm.data.sources import MissingSplit, choose
 from hf_ddpm.data.store import ImageStore, load_images
 from hf_ddpm.evaluation.extraction import cached_features, extract, fingerprint
 from hf_ddpm.evaluation.features import load_extractor
@@ -71,7 +71,7 @@ def evaluate(
         if config.compile:
             compile_for_sampling(pipe.unet)
     if images is None and config.samples is not None and config.compared:
-        images = open_samples(Path(config.samples))
+        images = open_samples(Path(config.samples), config.background or "white")
     model, shape = _identify(config, pipe, images)
     if reference is None:
         reference = Reference(config, shape, state, log)
@@ -154,7 +154,7 @@ class Reference:
                 self._read_stats(Path(config.reference_stats), shape)
         has_images = bool(config.compared) and config.dataset is not None
         with state.main_process_first():
-            self.held_out = self._load(config.split, shape, log) if config.needs_held_out else None
+            self.held_out = self._load_held_out(shape, log) if config.needs_held_out else None
             self.images = self._load(config.reference_split, shape, log) if has_images else None
         self.hub_ids = hub_ids(config.dataset, config.model, config.extractor)
 
@@ -226,10 +226,21 @@ class Reference:
                 f"{self.extractor.name!r} have {width}; expected statistics of the same extractor"
             )
 
+    def _load_held_out(self, shape: tuple[int, ...], log: Callable[[str], object]) -> ImageStore:
+        """Return the images of the held-out split."""
+        try:
+            return self._load(self.config.split, shape, log)
+        except MissingSplit as error:
+            if len(error.splits) > 1:
+                raise
+            remedy = self.config.without_held_out(error.splits[0])
+            raise ValueError(f"{error}; without held-out images add {remedy}") from error
+
     def _load(self, split: str, shape: tuple[int, ...], log: Callable[[str], object]) -> ImageStore:
         """Return the real images of a split."""
         shared = {field.name: getattr(self.config, field.name) for field in fields(ImageOptions)}
-        data = DataConfig(**shared, split=split, resolution=list(shape[1:]), channels=shape[0])
+        given = {name: value for name, value in shared.items() if value is not None}
+        data = DataConfig(**given, split=split, resolution=list(shape[1:]), channels=shape[0])
         return load_images(data, device=self.state.device, log=log)
 
 

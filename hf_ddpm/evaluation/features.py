@@ -187,7 +187,10 @@ class InceptionExtractor(Extractor):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise ValueError("extractor 'inception' needs torch-fidelity: pip install hf_ddpm[inception]") from error
+            raise ValueError(
+                "extractor 'inception' needs torch-fidelity: pip install hf_ddpm[inception], or name an image model of "
+                "transformers as the extractor, such as facebook/dinov2-small"
+            ) from error
         if weights is not None and not Path(weights).is_file():
             raise ValueError(f"weights={weights!r} is not allowed: there is no such file")
         # The logits without their bias are what the original code scores.

@@ -23,7 +23,8 @@ class ReferenceOptions(ImageOptions):
     split: str = option("held-out split: the floor of distances, and the images of nll", "test")
     floor: bool = option("compare as many held-out images, too", True)
     extractor: str | None = option(
-        "digits, inception, or a folder or Hub id of an image model; digits for the digits, else inception by default",
+        "digits, inception (needs hf_ddpm[inception]), or a folder or Hub id of an image model; by default digits for "
+        "these, else inception",
         None,
     )
     extractor_weights: str | None = option("file of the weights of inception; downloaded by default", None)
@@ -127,6 +128,12 @@ class EvaluateConfig(ReferenceOptions):
         """Whether the held-out split is needed."""
         return "nll" in self.chosen or bool(self.floor and self.distances and self.dataset is not None)
 
+    def without_held_out(self, only: str) -> str:
+        """Return the options that the metrics need with a data set of only one split."""
+        split = f"--{self.option_prefix}split {only}" if "nll" in self.chosen else ""
+        floor = f"--{self.option_prefix}floor false" if self.floor and self.distances else ""
+        return f"{split} {floor}".strip()
+
     def count(self, held_out: int | None, reference: int | None, samples: int | None) -> int:
         """Return on how many images to evaluate.
 
@@ -180,6 +187,8 @@ def default_levels(dataset: str | None) -> int:
 def real_images(config: Config) -> dict[str, Any]:
     """Return the options of an `EvaluateConfig` for the real images that a run is measured by."""
     shared = {field.name: getattr(config.data, field.name) for field in fields(ImageOptions)}
+    if shared["background"] == "white":
+        shared["background"] = None  # as in results of versions without the option
     options = config.evaluation
     return shared | {
         "reference_split": config.data.split,

@@ -72,7 +72,8 @@ def push_space(folder: Path | str, repo_id: str, model_id: str, private: bool | 
     """Push a Gradio app to a Space, and set its variable `MODEL_ID` to the id of the model to show.
 
     Args:
-        folder: Holds `app.py`, further modules, `requirements.txt`, and a `README.md` with the Space's metadata.
+        folder: Holds `app.py`, further modules, wheels, `requirements.txt`, and a `README.md` with the Space's
+            metadata. Other wheels in the Space are deleted.
         repo_id: The Space's `namespace/name`.
         model_id: The model's. A Space needs a secret `HF_TOKEN` to read a private one.
         private: As of `push_model`; a new Space is as private as its model by default.
@@ -91,14 +92,16 @@ def push_space(folder: Path | str, repo_id: str, model_id: str, private: bool | 
     with _in_one_line(repo_id):
         card = RepoCard.load(folder / "README.md")
         card.data["models"] = [model_id]
-        contents: dict[str, Any] = {file.name: file for file in _matching(folder, ("[!.]*.py", *SPACE))}
+        contents: dict[str, Any] = {file.name: file for file in _matching(folder, ("[!.]*.py", "*.whl", *SPACE))}
         contents["README.md"] = str(card).encode()
         api = _api(repo_id)
         if private is None and api.repo_exists(model_id) and not api.repo_exists(repo_id, repo_type="space"):
             private = api.model_info(model_id).private  # a new demo is as private as its model
-        _open_repo(api, repo_id, private, "space")
+        existing = [sibling.rfilename for sibling in _open_repo(api, repo_id, private, "space").siblings]
         api.add_space_variable(repo_id, "MODEL_ID", model_id)
-        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        stale = [name for name in existing if name.endswith(".whl") and name not in contents]
+        operations: list[Any] = [CommitOperationDelete(name) for name in stale]
+        operations += [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(repo_id, operations, commit_message="Upload the demo", repo_type="space")
     return f"{constants.ENDPOINT}/spaces/{repo_id}"
 

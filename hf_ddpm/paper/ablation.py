@@ -15,7 +15,7 @@ import yaml
 from hf_ddpm.config import BESIDE_TRAINING, Config, default_options, parse_config
 from hf_ddpm.evaluation.options import NOT_OF_FIGURES, EvaluateConfig, real_images
 from hf_ddpm.images import bytes_to_unit, save_picture
-from hf_ddpm.paper.context import sheet, table, with_error
+from hf_ddpm.paper.context import captioned, sheet, table, with_error
 from hf_ddpm.paper.options import AblationOptions
 from hf_ddpm.sampling.folder import SampleFolder
 from hf_ddpm.sampling.options import Sampling
@@ -230,7 +230,7 @@ def text(figures: dict[str, Any]) -> str:
             f"over the seeds that finished. {fd['num_images']} images in {made_by['sampling']['num_inference_steps']} "
             f"steps against the {fd['reference_images']} of {data['name']} ({data['reference_split']}), features: "
             f"{made_by['extractor']['name']}. The paper's figures are of CIFAR-10.",
-            "![Samples of every row](ablation.png)",
+            captioned("ablation.png", "Samples of every row", "Samples of the first seed that finished, row by row."),
         ]
     words.append(
         f"{figures['pairs_in_the_order_of_the_paper']} of the {figures['pairs']} pairs of rows that the paper's FID "

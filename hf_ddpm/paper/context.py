@@ -30,6 +30,8 @@ from hf_ddpm.utils.plots import Curve, save_curves
 # Time per frame of an animation.
 MILLISECONDS = 80
 PARTS = 10  # of the jackknife
+# Least share of x_t that is image, sqrt(alpha-bar_t), for the image to be seen in x_t.
+VISIBLE_SIGNAL = 0.2
 
 
 class FigureContext:
@@ -102,6 +104,13 @@ class FigureContext:
         require_value("diffused", list(chosen), all(1 <= number <= total for number in chosen), f"1 to {total}")
         return sorted(set(chosen)) or [max(1, round(part * total / 4)) for part in (1, 2, 3, 4)]
 
+    def informed(self, chosen: Sequence[int]) -> list[int]:
+        """Return numbers of diffusion steps: the chosen ones, or the eighths of all after which x_t shows the image."""
+        signal = self.pipe.scheduler.alphas_cumprod.sqrt()
+        eighths = sorted({max(1, round(part * len(signal) / 8)) for part in range(1, 9)})
+        seen = [t for t in eighths if signal[t - 1] >= VISIBLE_SIGNAL] or eighths[:1]
+        return self.diffused(chosen) if chosen else seen
+
     def draw(self, name: str, picture: Image.Image) -> None:
         """Write a picture into the folder, once for all processes."""
         if self.accelerator.is_main_process:
@@ -162,6 +171,11 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
 def with_error(value: float, error: float | None) -> str:
     """Return a number and its error as text."""
     return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
+
+
+def captioned(file: str, name: str, caption: str) -> str:
+    """Return a picture and its caption in Markdown."""
+    return f"![{name}]({file})\n\n*{caption}*"
 
 
 def what_was_compared(figure: dict[str, Any], made_by: dict[str, Any]) -> str:

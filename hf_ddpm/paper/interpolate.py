@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_ddpm.data.transforms import ImageFormat, fit
 from hf_ddpm.images import to_signed, to_unit
-from hf_ddpm.paper.context import FigureContext, rmse, sheet, table
+from hf_ddpm.paper.context import VISIBLE_SIGNAL, FigureContext, captioned, rmse, sheet, table
 from hf_ddpm.paper.options import InterpolateOptions
 from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.options import require
@@ -15,8 +15,6 @@ from hf_ddpm.utils.seeds import FIGURES, generator
 
 # Held-out images from which two unlike ones are chosen.
 CANDIDATES = 16
-# Least share of x_t that is image, sqrt(alpha-bar_t), at the default moments: below it the ends come back alike.
-LEAST_SIGNAL = 0.2
 
 
 def interpolate(context: FigureContext, options: InterpolateOptions) -> None:
@@ -24,7 +22,7 @@ def interpolate(context: FigureContext, options: InterpolateOptions) -> None:
     pair = ends(context, options)
     sources = [to_unit(image) for image in pair]
     rows, errors = [], []
-    for steps in context.diffused(options.diffused) if options.diffused else moments(context):
+    for steps in context.informed(options.diffused):
         source = generator(context.options.seed, FIGURES, device=context.accelerator.device)  # one draw for all rows
         mixed = context.pipe.interpolate(*pair, steps - 1, [0, 1, *options.weights], source, "pt").cpu()
         (first, second), between = mixed[:2], mixed[2:]
@@ -35,24 +33,20 @@ def interpolate(context: FigureContext, options: InterpolateOptions) -> None:
     names[:1] = [f"lambda = {names[0]}"] if names else []
     context.draw("interpolate.png", sheet(rows, ["first", *names, "second"]))
     paragraphs = [
-        "![Interpolations](interpolate.png)",
-        "*Two images (left and right) diffused by t steps, mixed with the weight lambda of the second, and brought "
-        "back by the reverse process. All draws are the same within a row.*",
+        captioned(
+            "interpolate.png",
+            "Interpolations",
+            "Two images (left and right) diffused by t steps, mixed with the weight lambda of the second, and brought "
+            "back by the reverse process. All draws are the same within a row.",
+        ),
         table(["t", "first", "second", "between them"], [list(row.values()) for row in errors]),
         "Distance of the reconstructions (lambda = 0 and 1) from the images, and from each other: RMSE on the scale "
         f"[0, 255]. The images are {rmse(*sources):.4g} apart. Reconstructions that are far nearer to each other "
         "than that are diffused too far: x_t has lost both images, the reverse process forgets it, and the row is "
-        f"constant. By default t are the eighths of T at which sqrt(alpha-bar_t) is at least {LEAST_SIGNAL:g}.",
+        f"constant. By default t are the eighths of T at which sqrt(alpha-bar_t) is at least {VISIBLE_SIGNAL:g}.",
     ]
     title = "Interpolation (Figs. 8 and 9)"
     context.write("interpolate", title, paragraphs, {"reconstruction_rmse": errors}, options, {})
-
-
-def moments(context: FigureContext) -> list[int]:
-    """Return eighths of T in which x_t still shows the image, at least the first."""
-    signal = context.pipe.scheduler.alphas_cumprod.sqrt()
-    eighths = sorted({max(1, round(part * len(signal) / 8)) for part in range(1, 9)})
-    return [t for t in eighths if signal[t - 1] >= LEAST_SIGNAL] or eighths[:1]
 
 
 def unlike(images: Tensor) -> list[int]:
@@ -71,8 +65,15 @@ def ends(context: FigureContext, options: InterpolateOptions) -> list[Tensor]:
         require(options, "rows", max(rows) < len(images), f"less than the {len(images)} of the split")
         return [to_signed(images[torch.tensor([row])], levels).cpu() for row in rows]
     channels, height, width = context.pipe.image_shape
-    limits = context.options.value_range
-    image_format = ImageFormat(height, width, channels, deep=levels > 256, value_range=limits and tuple(limits))
+    given = context.options
+    image_format = ImageFormat(
+        height,
+        width,
+        channels,
+        deep=levels > 256,
+        value_range=given.value_range and tuple(given.value_range),
+        background=given.background or "white",
+    )
     pair = []
     for name, file in (("first", options.first), ("second", options.second)):
         try:

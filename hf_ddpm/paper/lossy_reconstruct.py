@@ -6,14 +6,14 @@ from torch import Tensor
 from hf_ddpm.data.sources import choose
 from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.images import to_signed, to_unit
-from hf_ddpm.paper.context import FigureContext, rmse, sheet, table
+from hf_ddpm.paper.context import VISIBLE_SIGNAL, FigureContext, captioned, rmse, sheet, table
 from hf_ddpm.paper.options import LossyReconstructOptions
 from hf_ddpm.utils.seeds import FIGURES, generator
 
 
 def lossy_reconstruct(context: FigureContext, options: LossyReconstructOptions) -> None:
     """Draw estimates and samples of held-out images at several moments, and measure rate and distortion."""
-    moments = context.diffused(options.diffused)[::-1]
+    moments = context.informed(options.diffused)[::-1]
     reference = context.reference("nll", options.num_images)
     bound = reference.bound(context.pipe, context.options.seed)
     assert reference.held_out is not None
@@ -33,11 +33,16 @@ def lossy_reconstruct(context: FigureContext, options: LossyReconstructOptions) 
             rows.append((f"image {image + 1}, {name}", torch.stack([*seen, images[image]])))
     context.draw("lossy-reconstruct.png", sheet(rows, [*(f"t = {t}" for t in moments), "image"]))
     paragraphs = [
-        "Held-out images diffused to t (columns) and received again: the estimate (Eq. 15) and a sample of "
-        "p(x_0 | x_t). The rate is what has to be sent for them, in bits a dimension.",
-        "![Estimates and samples of real images](lossy-reconstruct.png)",
+        captioned(
+            "lossy-reconstruct.png",
+            "Estimates and samples of real images",
+            "Held-out images (right) diffused by t steps and received again: the estimate (Eq. 15) and a sample of "
+            "p(x_0 | x_t). By default t are the eighths of T at which sqrt(alpha-bar_t) is at least "
+            f"{VISIBLE_SIGNAL:g}.",
+        ),
         table(["t", "rate", "RMSE of estimates", "RMSE of samples"], [list(moment.values()) for moment in errors]),
-        f"On the scale [0, 255], over {len(images)} images of {bound['made_by']['dataset']['name']}.",
+        "The rate is what has to be sent for them, in bits per dimension; RMSE on the scale [0, 255], over "
+        f"{len(images)} images of {bound['made_by']['dataset']['name']}.",
     ]
     title = "Lossy reconstruction (Section 4.3)"
     context.write("lossy-reconstruct", title, paragraphs, {"moments": errors}, options, bound["made_by"])

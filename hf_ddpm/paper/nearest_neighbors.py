@@ -11,7 +11,7 @@ from hf_ddpm.evaluation.extraction import Images, extract
 from hf_ddpm.evaluation.memorization import copied_fraction, nearest_picture
 from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.evaluation.results import METRIC_SEED
-from hf_ddpm.paper.context import FigureContext, table
+from hf_ddpm.paper.context import FigureContext, captioned, table
 from hf_ddpm.paper.options import NearestNeighborsOptions
 from hf_ddpm.sampling.options import Sampling
 
@@ -45,12 +45,15 @@ def nearest_neighbors(context: FigureContext, options: NearestNeighborsOptions) 
 
     data, extractor, count = real.made_by["dataset"], real.made_by["extractor"], real.count
     head = ["distance by", "samples", *(["held-out images"] if pixels[1:] else [])]
+    caption = (
+        f"Of {count} samples those that are nearest to an image of {data['name']} ({data['reference_split']}), each "
+        "with the three nearest of these images, by {}."
+    )
+    by_features = f"features of {extractor['name']}"
     comparison = f"; for comparison, of {count} held-out images" if pixels[1:] else ""
     paragraphs = [
-        f"Of {count} samples those that are nearest to an image of {data['name']} ({data['reference_split']}), on "
-        "the left of each row, with the three nearest of these.",
-        "![Nearest by pixels](nearest-neighbors_pixels.png)",
-        f"![Nearest by features](nearest-neighbors_features.png) (features: {extractor['name']})",
+        captioned("nearest-neighbors_pixels.png", "Nearest by pixels", caption.format("pixels")),
+        captioned("nearest-neighbors_features.png", "Nearest by features", caption.format(by_features)),
         table(head, [[name, *values.values()] for name, values in medians.items()]),
         f"Median distances to the nearest training image{comparison}. "
         f"Samples that equal a training image in every pixel: {100 * copies:.3g}%.",

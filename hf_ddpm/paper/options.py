@@ -64,6 +64,16 @@ class DiffusedOptions:
 
 
 @dataclass
+class InformedOptions:
+    """Options of figures of images that are diffused."""
+
+    diffused: list[int] = option(
+        "moments: steps of diffusion, from 1 to T; by default the eighths of T after which images are still seen",
+        factory=list,
+    )
+
+
+@dataclass
 class ProgressiveOptions:
     """Estimates of images while they are sampled (Figs. 6, 10): a picture, an animation, and distances."""
 
@@ -95,7 +105,7 @@ class SharedLatentOptions(DiffusedOptions):
 
 
 @dataclass
-class InterpolateOptions(DiffusedOptions):
+class InterpolateOptions(InformedOptions):
     """Two images mixed after some steps of diffusion, and denoised (Figs. 8, 9)."""
 
     first: str | None = option("file of an image", None)
@@ -128,7 +138,7 @@ class RateDistortionOptions:
 
 
 @dataclass
-class LossyReconstructOptions(DiffusedOptions):
+class LossyReconstructOptions(InformedOptions):
     """Progressive reconstruction of real images: estimates and samples, with their rate and distortion."""
 
     num_images: int = option("held-out images", 4)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.images import bytes_to_unit, to_bytes, to_unit
-from hf_ddpm.paper.context import FigureContext, rmse, sheet, table, what_was_compared
+from hf_ddpm.paper.context import FigureContext, captioned, rmse, sheet, table, what_was_compared
 from hf_ddpm.paper.options import ProgressiveOptions
 from hf_ddpm.utils.seeds import SAMPLES, generator
 
@@ -32,19 +32,27 @@ def progressive(context: FigureContext, options: ProgressiveOptions) -> None:
     context.animate(f"progressive.{options.animation}", [noise, *(shown[place] for place in seen)], titles)
     cells = [[moment[name] for name in ("t", "rmse", "value") if name in moment] for moment in moments]
     paragraphs = [
-        "![Progressive generation](progressive.png)",
-        "*Images on their way (a row each): the noise x_T, then the estimate of the image (Eq. 15) at moments of the "
-        "reverse process. An estimate divides by the signal in x_t, sqrt(alpha-bar_t); moments with less than "
-        f"{LEAST_SIGNAL:g} of it, as at the end of a cosine schedule, are not shown: there it is clipped noise.*",
-        f"![As an animation](progressive.{options.animation})",
+        captioned(
+            "progressive.png",
+            "Progressive generation",
+            "Images on their way (a row each): the noise x_T, then the estimate of the image (Eq. 15) at moments of "
+            "the reverse process. An estimate divides by the signal in x_t, sqrt(alpha-bar_t); moments with less than "
+            f"{LEAST_SIGNAL:g} of it, as at the end of a cosine schedule, are not shown: there it is clipped noise.",
+        ),
+        captioned(f"progressive.{options.animation}", "As an animation", "The same images at more moments."),
         "The table has all moments, from t = T to 1; RMSE on the scale [0, 255].",
         table(["t", "RMSE to the image", *(["Frechet distance"] if real else [])], cells),
     ]
     if real:
-        plot_distances(context, moments)
+        plot_distances(context, [moment for moment in moments if is_informed(context, moment["t"] - 1)] or moments)
         paragraphs += [
             what_was_compared(moments[-1], real.made_by),
-            "![Distance against the steps taken (Fig. 10)](progressive_distance.png)",
+            captioned(
+                "progressive_distance.png",
+                "Distance against the steps taken (Fig. 10)",
+                "Frechet distance of the estimates after so many evaluations of the network, at the moments that are "
+                "shown above.",
+            ),
         ]
     made_by = real.made_by if real else {}
     title = "Progressive generation (Fig. 6)"
@@ -86,7 +94,6 @@ def plot_distances(context: FigureContext, moments: list[dict[str, Any]]) -> Non
     """Plot the distances against the steps that have been taken (Fig. 10)."""
     steps = [len(context.pipe.scheduler) + 1 - moment["t"] for moment in moments]
     curves = {"estimate": (steps, [moment["value"] for moment in moments])}
-    if "floor" in moments[0]:
-        curves["held-out images"] = (steps, [moment["floor"] for moment in moments])
+    levels = {"held-out images": moments[0]["floor"]} if "floor" in moments[0] else {}
     labels = {"x_label": "evaluations of the network", "y_label": "Frechet distance"}
-    context.plot("progressive_distance.png", curves, **labels, log_y=True, markers=True)
+    context.plot("progressive_distance.png", curves, **labels, levels=levels, log_y=True, markers=True)

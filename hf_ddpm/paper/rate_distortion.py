@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from hf_ddpm.paper.context import FigureContext, table
+from hf_ddpm.paper.context import FigureContext, captioned, table
 from hf_ddpm.paper.options import RateDistortionOptions
 
-RATE, DISTORTION = "rate, bits a dimension", "distortion, RMSE on [0, 255]"
+RATE, DISTORTION = "rate, bits per dimension", "distortion, RMSE on [0, 255]"
 STEPS = "T - t + 1, evaluations of the network"
 
 
@@ -28,15 +28,28 @@ def rate_distortion(context: FigureContext, options: RateDistortionOptions) -> N
     rows = [{"steps": total - t, "rate_bpd": rate[t], "distortion": distortion[t]} for t in chosen]
     manner = "throughout" if falls(rows) else "but not throughout"
     paragraphs = [
-        table(["T - t + 1", "rate (bits a dimension)", "RMSE on [0, 255]"], [list(row.values()) for row in rows]),
+        table(["T - t + 1", "rate (bits per dimension)", "RMSE on [0, 255]"], [list(row.values()) for row in rows]),
         f"Means over {data['num_images']} images of {made_by['dataset']['name']} ({made_by['dataset']['split']}): what "
         "has been received when the network has been evaluated so many times, and how far the estimate of the image is "
         f"from it then. From row to row the distortion falls as the rate rises, {manner}.",
-        f"All in all: {data['total_bpd']:.4g} bits a dimension, of which {rate[0]:.4g} are the rate (L_1 to L_T) and "
+        f"All in all: {data['total_bpd']:.4g} bits per dimension, of which {rate[0]:.4g} are the rate (L_1 to L_T) and "
         f"{data['decoder_bpd']:.4g} what remains to be said of the pixels (L_0).",
-        "![Distortion against rate](rate-distortion.png)",
-        "![Rate against steps](rate-distortion_rate.png)",
-        "![Distortion against steps](rate-distortion_distortion.png)",
+        captioned(
+            "rate-distortion.png",
+            "Distortion against rate",
+            "Distortion against rate: how far the estimate is from the image when so many bits have been received.",
+        ),
+        captioned(
+            "rate-distortion_rate.png",
+            "Rate against steps",
+            "Rate against steps: the bits received when the network has been evaluated so many times. The last steps, "
+            "in which details are settled, take most of them.",
+        ),
+        captioned(
+            "rate-distortion_distortion.png",
+            "Distortion against steps",
+            "Distortion against steps. The curve is rough where few images were evaluated.",
+        ),
     ]
     numbers = {**data, "table": rows, "falls_throughout": falls(rows)}
     title = "Rate and distortion (Fig. 5, Table 4)"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_ddpm.paper.context import FigureContext, table
+from hf_ddpm.paper.context import FigureContext, captioned, table
 from hf_ddpm.paper.options import SchedulesOptions
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
@@ -55,22 +55,36 @@ def schedules(context: FigureContext, options: SchedulesOptions) -> None:
         curves[name] = {**bound, "mean_loss": losses.mean().item(), "losses": losses.tolist(), "signal": bars.tolist()}
 
     steps = list(range(1, len(own) + 1))
-    for kind, label in (("terms_bpd", "bits a dimension"), ("losses", LOSS), ("signal", SIGNAL)):
+    for kind, label in (("terms_bpd", "bits per dimension"), ("losses", LOSS), ("signal", SIGNAL)):
         plotted = {name: (steps, curve[kind]) for name, curve in curves.items()}
         file = f"schedules_{kind.removesuffix('_bpd')}.png"
         context.plot(file, plotted, x_label="t", y_label=label, log_y=kind != "signal")
     own_name = own.config.beta_schedule if own.config.trained_betas is None else "a schedule of its own"
     parts = ("total_bpd", "prior_bpd", "vlb_bpd", "decoder_bpd", "mean_loss")
-    head = ["schedule", "bits a dimension", "L_T", "L_1 to L_T-1", "L_0", "mean squared error of the noise"]
+    head = ["schedule", "bits per dimension", "L_T", "L_1 to L_T-1", "L_0", "mean squared error of the noise"]
     count = next(iter(curves.values()))["num_images"]
     paragraphs = [
         table(head, [[name, *(curve[part] for part in parts)] for name, curve in curves.items()]),
         f"One network, trained with {own_name}, on {count} images of {made_by['dataset']['name']}; in the process of "
         "another schedule it is shown the time at which its own has as much noise, or the nearest there is. The "
         "squared error of the noise (Eq. 14) is that of the estimate of the image, clipped as for the bound.",
-        "![Bits by timestep](schedules_terms.png)",
-        "![Loss by timestep](schedules_losses.png)",
-        "![Signal by timestep](schedules_signal.png)",
+        captioned(
+            "schedules_terms.png",
+            "Bits by timestep",
+            "The terms of the bound, L_0 to L_{T-1}. The axis leaves out lone terms that are far smaller than all "
+            "others.",
+        ),
+        captioned(
+            "schedules_losses.png",
+            "Loss by timestep",
+            "The squared error of the noise. Near T, where x_t holds almost nothing of the image, clipping bounds it "
+            "near zero; the axis leaves lone points out.",
+        ),
+        captioned(
+            "schedules_signal.png",
+            "Signal by timestep",
+            "alpha-bar_t, the share of the image in the variance of x_t: what a schedule chooses.",
+        ),
     ]
     title = "Schedules (loss and bits by timestep)"
     context.write("schedules", title, paragraphs, {"schedules": curves}, options, made_by)

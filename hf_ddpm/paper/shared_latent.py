@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.images import to_unit
-from hf_ddpm.paper.context import FigureContext, sheet, table
+from hf_ddpm.paper.context import FigureContext, captioned, sheet, table
 from hf_ddpm.paper.options import SharedLatentOptions
 from hf_ddpm.utils.seeds import FIGURES, SAMPLES, generator
 
@@ -31,9 +31,13 @@ def shared_latent(context: FigureContext, options: SharedLatentOptions) -> None:
     labeled = [(f"latent {latent + 1}, t = {t}", row) for (latent, t), row in in_order]
     context.draw("shared-latent.png", sheet(labeled, ["x_t", *(f"{i + 1}" for i in range(options.num_images))]))
     paragraphs = [
-        "Images from one latent: each row starts from its x_t, on the left. The rows of a latent are moments of one "
-        "reverse process.",
-        "![Images from one latent](shared-latent.png)",
+        captioned(
+            "shared-latent.png",
+            "Images from one latent",
+            f"Each row: a latent x_t, on the left, and {options.num_images} images that the reverse process makes from "
+            "it with different noise. The rows of a latent are moments of one reverse process: the smaller t, the more "
+            "of the image is settled.",
+        ),
         table(["t", "RMSE between two images of a latent"], [list(row.values()) for row in differences]),
         f"On the scale [0, 255], over {options.latents} latents of {options.num_images} images each.",
     ]

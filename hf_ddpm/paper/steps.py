@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_ddpm.diffusion.gaussian import LEARNED
 from hf_ddpm.evaluation.results import RealFeatures
-from hf_ddpm.paper.context import FigureContext, table, what_was_compared, with_error
+from hf_ddpm.paper.context import FigureContext, captioned, table, what_was_compared, with_error
 from hf_ddpm.paper.options import StepsOptions
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import find_scheduler
@@ -20,6 +20,12 @@ from hf_ddpm.utils.options import require
 
 # Distances up to this multiple of that in all steps count as equal to it.
 TOLERANCE = 1.1
+
+WHY_SMALL = (
+    "The two fixed variances are bounds on that of a step (Section 3.2). They agree when steps are many and short; "
+    "when they are few and long, fixed_large adds more noise than the remaining steps remove, which is seen as grain. "
+    "So sampling in fewer than all steps takes fixed_small, unless `--variance model` keeps the model's own."
+)
 
 
 @dataclass(frozen=True)
@@ -95,10 +101,9 @@ def report(context: FigureContext, options: StepsOptions, rows: list[dict[str, A
     for row in rows:
         points = [point for point in row["points"] if "value" in point]
         curves[row["sampler"]] = [point["steps"] for point in points], [point["value"] for point in points]
-    if "floor" in full:
-        curves["held-out images"] = ([rows[0]["points"][0]["steps"], full["steps"]], [full["floor"]] * 2)
-    logarithmic = {"log_x": True, "log_y": True, "markers": True}
-    context.plot("steps.png", curves, x_label="steps", y_label="Frechet distance", **logarithmic)
+    levels = {"held-out images": full["floor"]} if "floor" in full else {}
+    drawing = {"log_x": True, "log_y": True, "markers": True, "levels": levels}
+    context.plot("steps.png", curves, x_label="steps", y_label="Frechet distance", **drawing)
 
 
 def paragraphs(rows: list[dict[str, Any]], made_by: dict[str, Any]) -> list[str]:
@@ -119,8 +124,13 @@ def paragraphs(rows: list[dict[str, Any]], made_by: dict[str, Any]) -> list[str]
         f"{what_was_compared(full, made_by)} The last column is the fewest steps within 10% of the "
         f"{full['value']:.4g} of {rows[0]['sampler']} in all {full['steps']} steps: {best['sampler']} needs "
         f"{best['fewest']}. {caution(full)}",
+        *([WHY_SMALL] if any("fixed_large" in row["sampler"] for row in rows) else []),
         *(["\n".join(notes)] if notes else []),
-        "![Distance against the number of steps](steps.png)",
+        captioned(
+            "steps.png",
+            "Distance against the number of steps",
+            "The distances of the table, both axes logarithmic; a point is left out where a sampler is refused.",
+        ),
     ]
 
 

@@ -73,7 +73,13 @@ class LatentMethods:
         return self.scheduler.diffusion.q_sample(x_start, t, noise)
 
     def decode(
-        self, latents: Tensor, t: int, generator: Generators = None, output_type: str = "pil", **options: Any
+        self,
+        latents: Tensor,
+        t: int,
+        generator: Generators = None,
+        output_type: str = "pil",
+        num_inference_steps: int | None = None,
+        **options: Any,
     ) -> Any:
         r"""Takes the reverse process from step `t` to its end, step by step.
 
@@ -84,6 +90,7 @@ class LatentMethods:
             t: Step in [0, T).
             generator: Source of the noise; a list gives each image its own.
             output_type: As in a call.
+            num_inference_steps: Number of steps, evenly spread and the first at `t`, in [1, t + 1]; all by default.
             options: `class_labels` and `guidance_scale`, as in a call.
 
         Returns:
@@ -93,7 +100,10 @@ class LatentMethods:
             ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
         """
         self._check_step(t)
-        steps = list(range(t, -1, -1))
+        count = t + 1 if num_inference_steps is None else num_inference_steps
+        if not 1 <= count <= t + 1:
+            raise ValueError(f"num_inference_steps={count} from t={t}: expected 1 to {t + 1}")
+        steps = [(count - i) * (t + 1) // count - 1 for i in range(count)]
         return self(  # type: ignore[operator]
             len(latents), generator, output_type=output_type, latents=latents, timesteps=steps, **options
         ).images
@@ -112,7 +122,7 @@ class LatentMethods:
             t: Step in [0, T).
             generator: Source of the noise, in both directions; a list gives each image its own.
             output_type: As in a call.
-            options: `class_labels` and `guidance_scale`, as in a call.
+            options: `num_inference_steps` of `decode`; `class_labels` and `guidance_scale`, as in a call.
 
         Returns:
             The reconstructions.
@@ -148,7 +158,8 @@ class LatentMethods:
             weights: The :math:`\lambda`, in [0, 1].
             generator: Source of the noise.
             output_type: As in a call.
-            options: `class_labels`, one a weight, and `guidance_scale`, as in a call.
+            options: `num_inference_steps` of `decode`; `class_labels`, one per weight, and `guidance_scale`, as in a
+                call.
 
         Returns:
             The images, one a weight.

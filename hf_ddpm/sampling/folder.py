@@ -163,13 +163,14 @@ class PictureFolder:
 
     Args:
         path: The folder.
+        background: Color behind transparent pixels of pictures without four channels.
 
     Raises:
         ValueError: If there is no PNG in it.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, background: str = "white"):
+        self.path, self.background = path, background
         self.files = sorted(file for file in path.glob("*.png") if file.name != "grid.png")
         if not self.files:
             raise ValueError(
@@ -190,12 +191,11 @@ class PictureFolder:
                 raise ValueError(f"{self.files[number]} is of {images[-1].shape}, the others are of {self.shape}")
         return torch.from_numpy(np.stack(images))
 
-    @staticmethod
-    def _load(file: Path) -> np.ndarray:
+    def _load(self, file: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
                 channels = {mode: channels for channels, mode in MODES.items()}.get(image.mode, 3)
-                return from_pil(as_bytes(image, channels), channels)
+                return from_pil(as_bytes(image, channels, self.background), channels)
         except OSError as error:
             raise ValueError(f"{file} is no picture: {one_line(error)}") from error
         except ValueError as error:
@@ -233,12 +233,13 @@ class SampleFile:
 Samples = SampleFolder | PictureFolder | SampleFile
 
 
-def open_samples(path: Path) -> Samples:
+def open_samples(path: Path, background: str = "white") -> Samples:
     """Opens generated images.
 
     Args:
         path: A folder that `hf-ddpm sample` wrote, of PNG files, or of `samples.npz` or one other `.npz` file; or a
             `.npz` or `.npy` file.
+        background: Color behind transparent pixels of PNG files without four channels.
 
     Returns:
         The images.
@@ -253,7 +254,7 @@ def open_samples(path: Path) -> Samples:
     has_pictures = any(file.name != "grid.png" for file in path.glob("*.png"))
     if len(files) == 1 and not has_shards and not has_pictures:
         return SampleFile(files[0])
-    return SampleFolder.read(path) if (path / "sampling.json").exists() else PictureFolder(path)
+    return SampleFolder.read(path) if (path / "sampling.json").exists() else PictureFolder(path, background)
 
 
 def _shows(file: Path, image: np.ndarray) -> bool:

@@ -89,6 +89,13 @@ def require_range(config: Any, name: str) -> None:
     require(config, name, holds, "two finite numbers LOW HIGH, LOW < HIGH")
 
 
+def require_color(config: Any, name: str) -> None:
+    """Raise a `ValueError` unless an option, if it is given, is an opaque color that PIL knows."""
+    value = getattr(config, name)
+    holds = value is None or value == "white" or _is_opaque_color(value)
+    require(config, name, holds, "an opaque color such as white, #336699 or rgb(51, 102, 153)")
+
+
 def require_at_least(config: Any, least: int, *names: str) -> None:
     """Raise a `ValueError` unless options, those of them that are given, are at least so much."""
     for name in names:
@@ -344,6 +351,16 @@ def _whole(text: str) -> int:
 
 def _whole_or_auto(text: str) -> int | str:
     return text if text == "auto" else _whole(text)
+
+
+def _is_opaque_color(text: str) -> bool:
+    from PIL import ImageColor  # slow to import
+
+    try:
+        parts = ImageColor.getrgb(text)
+    except ValueError:
+        return False
+    return len(parts) == 3 and max(parts) <= 255
 
 
 def _filled(text: str) -> str:

@@ -4,9 +4,16 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from hf_ddpm.utils.files import atomic_write
 
 Curve = tuple[Sequence[float], Sequence[float]]
+
+# Share of the points that a logarithmic axis may leave out at either end, and how far off they are, of its length.
+LEFT_OUT, FAR_OFF = 0.01, 0.25
+# More curves than these have their legend beside them; more values of x than those are not all written.
+MOST_INSIDE, MOST_TICKS = 4, 8
 
 
 def save_curves(
@@ -18,8 +25,9 @@ def save_curves(
     log_x: bool = False,
     log_y: bool = False,
     markers: bool = False,
+    levels: Mapping[str, float] | None = None,
 ) -> None:
-    """Draws curves over common axes into a PNG.
+    """Draws curves over common axes into a PNG. A logarithmic y axis leaves out lone extremes.
 
     Args:
         path: The file.
@@ -29,6 +37,7 @@ def save_curves(
         log_x: Whether the x axis is logarithmic.
         log_y: Whether the y axis is.
         markers: Whether each point is marked, for curves of few.
+        levels: By name, y of dashed horizontal lines, to compare with.
     """
     from matplotlib.figure import Figure  # takes a second; not pyplot, which keeps state and may want a display
     from matplotlib.ticker import LogFormatter
@@ -39,20 +48,52 @@ def save_curves(
         def __call__(self, x: float, pos: int | None = None) -> str:
             return f"{x:g}" if super().__call__(x, pos) else ""
 
-    figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
+    levels = levels or {}
+    is_beside = len(curves) + len(levels) > MOST_INSIDE
+    figure = Figure(figsize=(8 if is_beside else 6.4, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     for name, (x, y) in curves.items():
         axes.plot(x, y, label=name, marker="o" if markers else None, markersize=4, linewidth=1.2)
+    for name, level in levels.items():
+        axes.axhline(level, label=name, color="black", linestyle="--", linewidth=1.2)
     axes.set(xlabel=x_label, ylabel=y_label)
     for axis, scale, is_log in ((axes.xaxis, axes.set_xscale, log_x), (axes.yaxis, axes.set_yscale, log_y)):
         if is_log:
-            scale("log")
+            scale("log", nonpositive="mask")
             axis.set_major_formatter(Plain())
             axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.8)))
+            axis.grid(which="minor", alpha=0.12)
     axes.grid(alpha=0.3)
-    if len(curves) > 1:
+    positions = sorted({place for x, _ in curves.values() for place in x})
+    if log_x and len(positions) <= MOST_TICKS:
+        axes.set_xticks(positions, [f"{place:g}" for place in positions])
+        axes.set_xticks([], minor=True)
+    heights = [*(value for _, y in curves.values() for value in y), *levels.values()]
+    limits = log_limits(heights) if log_y else None
+    if limits is not None:
+        axes.set_ylim(*limits)
+    if is_beside:
+        figure.legend(loc="outside right upper", frameon=False)
+    elif len(curves) + len(levels) > 1:
         axes.legend(frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     with atomic_write(path) as partial:
         partial.write_bytes(picture.getvalue())
+
+
+def log_limits(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return limits of a logarithmic axis without lone extremes of positive values; None if there are none."""
+    points = np.log([value for value in values if 0 < value < np.inf])
+    if not len(points):
+        return None
+    ends = np.array([points.min(), points.max()])
+    inner = np.array(
+        [np.quantile(points, LEFT_OUT, method="lower"), np.quantile(points, 1 - LEFT_OUT, method="higher")]
+    )
+    length = inner[1] - inner[0]
+    is_far = np.abs(ends - inner) > FAR_OFF * length
+    if not length or not is_far.any():
+        return None
+    bottom, top = np.exp(np.where(is_far, inner, ends) + np.array([-0.05, 0.05]) * length)
+    return float(bottom), float(top)

@@ -39,7 +39,7 @@ def test_images_are_decoded_once_for_each_way_to_fit_them(tmp_path, decoded):
     folder = str(write_images(tmp_path / "images", count=3, size=(12, 9)))
     rgb, gray = {"resolution": 8, "channels": 3}, {"resolution": 8, "channels": 1}
     ways = [rgb, gray, rgb | {"resolution": 9}, rgb | {"resolution": (8, 12)}, rgb | {"crop": "random"},
-            rgb | {"max_train_samples": 2}, gray | {"levels": 65536}]  # fmt: skip
+            rgb | {"max_train_samples": 2}, gray | {"levels": 65536}, rgb | {"background": "blue"}]  # fmt: skip
     first = []
     for way in ways:
         images = load(folder, **way)

@@ -186,12 +186,15 @@ def test_16_bits_are_refused_where_they_would_be_lost_and_told_elsewhere(tmp_pat
         assert lines == ["16 bits per channel are read as 8: 2 images"]
 
 
-def test_transparent_gray_of_16_bits_is_white():
+@pytest.mark.parametrize(
+    ("options", "gray"), [({}, 65535), ({"background": "black"}, 0), ({"background": "#808080"}, 128 * 257),
+                          ({"background": "blue"}, 29 * 257)])  # fmt: skip
+def test_transparent_gray_of_16_bits_shows_the_background_in_gray(options, gray):
     levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     file = io.BytesIO()
     PILImage.fromarray(levels).save(file, "PNG", transparency=5000)
-    (pixels,) = fit({"bytes": file.getvalue(), "path": None}, image_format(8, 1, levels=65536))
-    np.testing.assert_array_equal(pixels, np.where(levels == 5000, 65535, levels))
+    (pixels,) = fit({"bytes": file.getvalue(), "path": None}, image_format(8, 1, levels=65536, **options))
+    np.testing.assert_array_equal(pixels, np.where(levels == 5000, gray, levels))
 
 
 def test_small_images_are_enlarged_only_if_asked(tmp_path):

@@ -31,6 +31,58 @@ def test_every_mode_becomes_every_number_of_channels(mode, format, channels):
     assert pixels.min() >= 253  # white stays white, and opaque
 
 
+def over(front, alpha, back):
+    """The color of a pixel of an opacity of `alpha` / 255 in front of an opaque color."""
+    return [alpha / 255 * f + (1 - alpha / 255) * b for f, b in zip(front, back, strict=True)]
+
+
+def luma(rgb):
+    return [0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]]
+
+
+def transparent(kind):
+    """A picture of one color and opacity, and both."""
+    if kind == "palette":
+        picture = PILImage.new("P", (8, 8))
+        picture.putpalette([255, 0, 0])
+        return encoded(picture, transparency=bytes([128])), (255, 0, 0), 128
+    if kind == "hidden palette":
+        return encoded(PILImage.new("P", (8, 8)), transparency=0), (0, 0, 0), 0
+    if kind == "hidden gray":
+        return encoded(PILImage.new("L", (8, 8), 70), transparency=70), (70, 70, 70), 0
+    if kind == "hidden color":
+        return encoded(PILImage.new("RGB", (8, 8), (70, 7, 0)), transparency=(70, 7, 0)), (70, 7, 0), 0
+    if kind == "hidden bit":
+        return encoded(PILImage.new("1", (8, 8), 1), transparency=255), (255, 255, 255), 0
+    if kind == "LA":
+        return encoded(PILImage.new("LA", (8, 8), (200, 128))), (200, 200, 200), 128
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    return encoded(PILImage.new("RGBA", (8, 8), (255, 0, 0, 128)), kind, **options), (255, 0, 0), 128
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "LA", "palette", "hidden palette", "hidden gray", "hidden color",
+                                  "hidden bit"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("background", "color"), [("blue", (0, 0, 255)), ("#336699", (51, 102, 153)), (None, (255, 255, 255))]
+)
+def test_transparent_pixels_show_the_background(kind, background, color):
+    row, front, alpha = transparent(kind)
+    options = {} if background is None else {"background": background}
+    expected = over(front, alpha, color)
+    for channels, pixel in ((3, expected), (1, luma(expected))):
+        pixels = fit(row, image_format(8, channels, **options))
+        np.testing.assert_allclose(pixels, np.array(pixel).reshape(-1, 1, 1) * np.ones((1, 8, 8)), atol=1)
+    pixels = fit(row, image_format(8, 4, **options))
+    assert (pixels[3] == alpha).all() and (alpha == 0 or (pixels[:3, 0, 0] == front).all())  # kept as they are
+
+
+def test_transparency_is_put_on_the_background_before_it_is_scaled():
+    picture = PILImage.new("RGBA", (16, 16), (255, 255, 255, 0))  # white where nothing is seen of it
+    picture.paste((0, 0, 0, 255), (0, 0, 16, 8))
+    pixels = fit(encoded(picture), image_format(8, 3, background="black"))
+    assert pixels.max() == 0
+
+
 @pytest.mark.parametrize("resident", [True, False])
 def test_gray_of_16_bits_keeps_every_level(tmp_path, monkeypatch, resident):
     if not resident:

@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm.cli.demo import main
 from hf_ddpm.data.transforms import ImageFormat, fit
-from hf_ddpm.demo.demo import Demo, row, square, strip, whole
-from hf_ddpm.images import GAP, to_signed
+from hf_ddpm.demo.demo import Demo, whole
+from hf_ddpm.images import to_bytes, to_signed
 from hf_ddpm.sampling.samplers import SCHEDULERS
 from hf_ddpm.utils.markdown import plain
-from hf_ddpm.utils.seeds import SAMPLES, generator
+from hf_ddpm.utils.seeds import FIGURES, SAMPLES, generator
 from tests.conftest import LIMIT, TINY_UNET, load_script
 from tests.utils.test_markdown import HOSTILE, parse
 
@@ -110,15 +111,54 @@ def test_a_request_that_is_left_ends(demo):
 
 def test_between_two_images_the_pipeline_interpolates(demo):
     first, second = (torch.randint(256, (1, 1, 8, 8), dtype=torch.uint8) for _ in range(2))
-    seen = []
-    demo.pipe.unet.register_forward_hook(lambda *args: seen.append(int(args[1][1])))
-    images = end(demo.interpolate(first, second, 30, 3, demo.read(5, 10, "ddim")))
-    assert images.shape == (3, 1, 8, 8) and seen == list(range(30, -1, -1))
+    assert end(demo.interpolate(first, second, 30, 3, demo.read(5, 10, "ddpm"))).shape == (3, 1, 8, 8)
     # At t = 0 almost nothing is lost, of a mixture in signed values as in bytes.
     images = end(demo.interpolate(first, second, 0, 5, demo.read(5, 10, "ddpm")))
     for i, image in enumerate(images):
         mixed = (1 - i / 4) * first.float() + i / 4 * second.float()
         assert (image - mixed).abs().max() < 10
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    # The ends of 4, or of at most t + 1 = 31, equal parts of 31 steps.
+    [(4, [30, 22, 14, 6]), (1, [30]), (31, range(30, -1, -1)), (1000, range(30, -1, -1))],
+)
+def test_an_interpolation_takes_the_steps_of_the_form(demo, scheduler, steps, expected):
+    image, seen = torch.zeros(1, 1, 8, 8, dtype=torch.uint8), []
+    demo.pipe.unet.register_forward_hook(lambda *args: seen.append(int(args[1][1])))
+    moments = list(demo.interpolate(image, image, 30, 2, demo.read(0, steps, scheduler)))
+    assert seen == list(expected) and moments[-1].steps == len(seen)
+
+
+def test_an_interpolation_takes_the_sampler_of_the_form(demo):
+    first, second = (torch.randint(256, (1, 1, 8, 8), dtype=torch.uint8) for _ in range(2))
+    made = {name: end(demo.interpolate(first, second, 600, 3, demo.read(5, 6, name))) for name in ("ddpm", "ddim")}
+    own = DDPMPipeline(demo.pipe.unet, DDIMScheduler.from_config(demo.pipe.scheduler.config))
+    draw, weights = generator(5, FIGURES), [0.0, 0.5, 1.0]
+    unit = own.interpolate(to_signed(first), to_signed(second), 600, weights, draw, "pt", num_inference_steps=6)
+    assert torch.equal(made["ddim"], to_bytes(unit)) and not torch.equal(made["ddim"], made["ddpm"])
+
+
+def test_in_few_steps_an_interpolation_takes_the_small_variance(demo):
+    # The model's own is fixed_large, which leaves grain in fewer steps; in all steps from t it stays.
+    image, seen = torch.zeros(1, 1, 8, 8, dtype=torch.uint8), []
+
+    def interpolate(steps):
+        for _ in demo.interpolate(image, image, 30, 2, demo.read(0, steps, "ddpm")):
+            pass
+
+    def note(pipe, *args, **options):
+        seen.append(pipe.scheduler.config.variance_type)
+        return decode(pipe, *args, **options)
+
+    decode = DDPMPipeline.decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DDPMPipeline, "decode", note)
+        for steps in (30, 31, 1000):
+            interpolate(steps)
+    assert seen == ["fixed_small", "fixed_large", "fixed_large"]
 
 
 def test_the_noise_between_images_is_a_stream_of_its_own_seed(tiny_unet):
@@ -160,14 +200,14 @@ def test_classes_without_names_are_numbers():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"seed": 1.5}, "seed=1.5 is not allowed: a whole number from 0"),
-        ({"seed": None}, "seed=None is not allowed"),
-        ({"seed": -1}, "seed=-1 is not allowed"),
-        ({"steps": 0}, "steps=0 is not allowed: a whole number from 1 to 1000"),
-        ({"steps": 1001}, "steps=1001 is not allowed"),
-        ({"steps": float("nan")}, "steps=nan is not allowed"),
-        ({"count": 0}, "count=0 is not allowed: a whole number from 1 to 64"),
-        ({"count": 65.0}, "count=65 is not allowed"),
+        ({"seed": 1.5}, "seed=1.5: expected a whole number from 0"),
+        ({"seed": None}, "seed=None: expected a whole number"),
+        ({"seed": -1}, "seed=-1: expected a whole number"),
+        ({"steps": 0}, "steps=0: expected a whole number from 1 to 1000"),
+        ({"steps": 1001}, "steps=1001: expected a whole number"),
+        ({"steps": float("nan")}, "steps=nan: expected a whole number"),
+        ({"count": 0}, "count=0: expected a whole number from 1 to 64"),
+        ({"count": 65.0}, "count=65: expected a whole number"),
         ({"scheduler": "heun"}, "scheduler='heun': expected one of"),
         ({"scheduler": "pndm", "steps": 3}, "num_inference_steps=3 is not allowed: 4 to 1000 with this model"),
         ({"classes": ["three"]}, "class_labels: 'three' is not allowed: one of \\['zero', 'one', 'two'\\]"),
@@ -183,9 +223,9 @@ def test_what_is_typed_wrong_is_one_line(class_demo, wrong, message):
 
 def test_ends_and_amounts_of_a_mixture_are_checked(demo):
     image, sampling = torch.zeros(1, 1, 8, 8, dtype=torch.uint8), demo.read(0, 1, "ddpm")
-    with pytest.raises(ValueError, match="t=1000 is not allowed: a whole number from 0 to 999"):
+    with pytest.raises(ValueError, match="t=1000: expected a whole number from 0 to 999"):
         demo.interpolate(image, image, 1000, 2, sampling)
-    with pytest.raises(ValueError, match="count=1 is not allowed: a whole number from 2 to 64"):
+    with pytest.raises(ValueError, match="count=1: expected a whole number from 2 to 64"):
         demo.interpolate(image, image, 0, 1, sampling)
 
 
@@ -198,19 +238,34 @@ def test_an_uploaded_image_is_fitted_as_for_training(demo, tmp_path):
     path = tmp_path / "wide.png"
     Image.effect_noise((40, 20), 80).convert("RGB").save(path)
     expected = fit({"bytes": path.read_bytes(), "path": None}, ImageFormat(8, 8, 1))
-    np.testing.assert_array_equal(demo.read_image("first image", str(path)), expected[np.newaxis])
+    np.testing.assert_array_equal(demo.read_image("First image", str(path)), expected[np.newaxis])
+
+
+def test_transparent_pixels_of_an_uploaded_image_show_the_background(tiny_pipeline, tmp_path):
+    Image.new("LA", (8, 8), (200, 0)).save(tmp_path / "a.png")
+    for background, gray in (("white", 255), ("#404040", 64)):
+        demo = Demo(tiny_pipeline, "tiny", background=background)
+        assert (demo.read_image("first image", str(tmp_path / "a.png")) == gray).all()
+
+
+def test_the_background_of_the_command_line_is_that_of_the_demo(tiny_pipeline, tmp_path, monkeypatch):
+    served = []
+    monkeypatch.setattr("hf_ddpm.demo.app.serve", served.append)
+    tiny_pipeline.save_pretrained(tmp_path)
+    assert main(["--model", str(tmp_path), "--background", "#010203"]) == 0
+    assert [demo.background for demo in served] == ["#010203"]
 
 
 def test_an_image_that_cannot_be_used_is_named(demo, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     Image.new("L", (7, 9)).save(tmp_path / "small.png")
     for path, reason in [
-        (None, "there is none"),
-        (str(tmp_path / "small.png"), "7x9 is smaller than resolution=8"),
-        (str(tmp_path / "text.png"), "it is no image of a known format"),
+        (None, " is missing: upload an image"),
+        (str(tmp_path / "small.png"), ": 7x9 is smaller than resolution=8"),
+        (str(tmp_path / "text.png"), ": unknown image format; expected one of PNG"),
     ]:
-        with pytest.raises(ValueError, match=f"^second image is not usable: {reason}"):
-            demo.read_image("second image", path)
+        with pytest.raises(ValueError, match=f"^Second image{reason}"):
+            demo.read_image("Second image", path)
 
 
 @pytest.mark.parametrize(("size", "most"), [(8, 64), (64, 64), (128, 16), (256, 4), ((256, 128), 8), (2048, 2)])
@@ -218,12 +273,37 @@ def test_of_large_images_there_are_fewer_at_a_time(size, most):
     assert other_sizes(sample_size=size).most_images == most
 
 
+@pytest.mark.parametrize(("size", "usual"), [(8, 16), (64, 16), (128, 4), (256, 1), (2048, 1)])
+def test_the_first_images_are_few(size, usual):
+    # At most a quarter of what one request may have.
+    demo = other_sizes(sample_size=size)
+    assert demo.usual_images == usual <= max(1, demo.most_images // 4)
+
+
+@pytest.mark.parametrize(("total", "steps"), [(1000, 50), (20, 20)])
+def test_what_is_usual_can_be_sampled(total, steps):
+    process = DDPMScheduler(num_train_timesteps=total, beta_end=20 / total)
+    for classes, names, expected in [(None, None, []), (3, None, ["0"]), (2, {"0": "cat"}, [])]:
+        pipe = DDPMPipeline(UNet2DModel(**TINY_UNET, num_class_embeds=classes), process, names)
+        demo = Demo(pipe, "usual")
+        assert (demo.usual.num_inference_steps, demo.usual.class_labels) == (steps, expected)
+        assert end(demo.generate(demo.usual, 1)).shape == (1, 1, 8, 8)
+
+
 def test_the_model_is_described(demo):
     count = sum(weight.numel() for weight in demo.pipe.unet.parameters())
     line = demo.describe()
-    assert line.startswith("**tiny**") and f" {count:,} parameters " in line
-    for fact in ("8x8", "1 channel ", "DDPMScheduler, T = 1000", "at most 64 images", "on cpu"):
-        assert fact in line
+    assert line.startswith("**tiny** ") and f" {count:,} parameters " in line
+    for fact in ("8x8 pixels, gray", "trained with 1,000 steps", "runs on a CPU"):
+        assert f" {fact}" in line
+    assert "32x16 pixels, RGB" in other_sizes(sample_size=(32, 16), in_channels=3, out_channels=3).describe()
+
+
+def test_the_description_links_to_the_model(tiny_pipeline):
+    line = Demo(tiny_pipeline, "org/a_b", "https://hub/org/a_b").describe()
+    _, inline, _ = parse(line)
+    (link,) = [child for child in inline.children if child.type == "link_open"]
+    assert link.attrs["href"] == "https://hub/org/a_b" and line.startswith("[**org/a_b**](")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -233,44 +313,20 @@ def test_a_model_of_any_name_is_described_in_text(tiny_pipeline, name):
     assert "".join(child.content for child in inline.children).startswith(f"{plain(name)} · ")
 
 
-def test_pictures_are_enlarged_pixel_by_pixel(demo):
-    moments = list(demo.generate(demo.read(0, 9, "ddpm"), 5))
-    images = moments[-1].images
-    sheet = np.asarray(square(images))
-    side = 8 * 21 + GAP  # 512 // (3 * 8) = 21
-    assert sheet.shape == (2 * side + GAP, 3 * side + GAP)
-    np.testing.assert_array_equal(sheet[side + GAP :: 21, side + GAP :: 21][:8, :8], images[4, 0])
-    line = np.asarray(row(images[:1], images))
-    np.testing.assert_array_equal(line[GAP::21, GAP::21][:8, :8], images[0, 0])
-    assert line.shape == (side + GAP, 6 * side + GAP)
-
-
-def test_a_strip_has_a_row_an_image_and_fills_from_the_left(demo):
-    for number, moment in enumerate(list(demo.generate(demo.read(0, 7, "ddpm"), 5))):
-        tiles = np.asarray(strip(moment))  # 4 rows and 8 columns, 1024 // (8 * 8) = 16 times
-        side = 128 + GAP
-        assert tiles.shape == (4 * side + GAP, 8 * side + GAP)
-        for column in range(8):
-            for line in range(4):
-                tile = tiles[GAP + line * side :: 16, GAP + column * side :: 16][:8, :8]
-                expected = moment.frames[column][line, 0] if column <= number else np.zeros((8, 8))
-                np.testing.assert_array_equal(tile, expected)
-
-
 def test_formats_that_start_other_programs_are_refused_by_their_content(demo, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr("subprocess.Popen", lambda *words, **options: started.append(words))
     for file in ("drawing.eps", "drawing.png"):
         Image.new("L", (9, 9)).save(tmp_path / file, format="EPS")
-        with pytest.raises(ValueError, match="first image is not usable: it is no image of a known format"):
-            demo.read_image("first image", str(tmp_path / file))
+        with pytest.raises(ValueError, match="First image: unknown image format"):
+            demo.read_image("First image", str(tmp_path / file))
     assert not started
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_usual_formats_are_read(demo, tmp_path, kind):
     Image.new("L", (8, 8), 200).save(tmp_path / "image", format=kind)
-    pixels = demo.read_image("first image", str(tmp_path / "image"))
+    pixels = demo.read_image("First image", str(tmp_path / "image"))
     assert pixels.shape == (1, 1, 8, 8) and (pixels.int() - 200).abs().max() <= 2
 
 
@@ -283,12 +339,12 @@ def bitmap(width, height):
 def test_pixels_are_counted_before_they_are_decoded(demo, tmp_path, monkeypatch, width, height):
     monkeypatch.setattr("hf_ddpm.demo.demo.attempt", lambda *row: pytest.fail("decoded"))
     (tmp_path / "huge.bmp").write_bytes(bitmap(width, height))
-    with pytest.raises(ValueError, match=r"^first image is not usable: .* too many.*; at most 50,000,000$"):
-        demo.read_image("first image", str(tmp_path / "huge.bmp"))
+    with pytest.raises(ValueError, match=r"^First image: .*too many.*; expected at most 50,000,000$"):
+        demo.read_image("First image", str(tmp_path / "huge.bmp"))
 
 
 def test_fewer_pixels_than_the_bound_are_decoded(demo, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_ddpm.demo.demo.attempt", lambda *row: "decoded")
     (tmp_path / "large.bmp").write_bytes(bitmap(7071, 7071))  # 7071^2 = 49,999,041
     with pytest.raises(ValueError, match="decoded"):
-        demo.read_image("first image", str(tmp_path / "large.bmp"))
+        demo.read_image("First image", str(tmp_path / "large.bmp"))

@@ -73,7 +73,6 @@ def test_frames_are_spread_from_the_first_step_to_the_images(steps, monkeypatch)
     gaps = [after - before for before, after in zip(seen[:-1], seen[1:], strict=True)]
     assert max(gaps) - min(gaps) <= 1
     for number, moment in enumerate(moments):
-        assert str(moment) == f"step {moment.step} of {steps}"
+        assert moment.steps == steps and moment.frame_steps == seen
         assert moment.images.dtype == torch.uint8 and moment.images.flatten().tolist() == [moment.step] * 2
         assert [int(frame[0]) for frame in moment.frames] == seen[: number + 1]
-        assert moment.frames_to_come == len(seen) - number - 1

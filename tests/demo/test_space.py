@@ -1,14 +1,16 @@
+import asyncio
 import threading
 from concurrent.futures import wait
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
-from hf_ddpm.demo.demo import Demo, row, square
+from hf_ddpm.demo.demo import Demo
+from hf_ddpm.demo.layout import progress_bar, row, sheet, strip
 from tests.conftest import LIMIT, TINY_UNET, load_script
 
 ROOT = Path(__file__).parents[2]
@@ -30,20 +32,23 @@ def demo(tiny_pipeline):
 
 def test_generating_answers_with_images_their_strip_and_progress(app, demo):
     answers = list(app.answer(app.generate, demo)(3, 0, 20, "ddpm", [], 1))
-    assert answers[0][2] == "step 0 of 20" and answers[-1][2] == "step 20 of 20"
+    *_, last = demo.generate(demo.read(0, 20, "ddpm"), 3)
+    assert answers[-1][0].tobytes() == sheet(last.images).tobytes()
+    assert answers[-1][1:] == (strip(last), progress_bar(last))
+    assert "step 0 of 20" in answers[0][2] and "step 20 of 20" in answers[-1][2]
     shown = {picture.tobytes() for picture, _, _ in answers[:-1]}
     assert len(shown) >= 2 and answers[-1][0].tobytes() not in shown
-    *_, last = demo.generate(demo.read(0, 20, "ddpm"), 3)
-    assert answers[-1][0].tobytes() == square(last.images).tobytes()
+    strips = [frames for _, frames, _ in answers if isinstance(frames, str)]
+    assert len(strips) == len(set(strips)) == 8  # sent when it has changed
 
 
 def test_between_seeds_are_the_images_of_these_seeds(app, demo):
     typed = (app.SEEDS, 20, 3, 4, 9, None, None, 5, "ddim", [], 1)
-    *on_the_way, (picture, line) = app.answer(app.interpolate, demo)(*typed)
-    assert line == "step 21 of 21" and on_the_way[0] == (None, "seed 4: step 0 of 5")
+    answers = list(app.answer(app.interpolate, demo)(*typed))
+    assert answers[0][0] == app.gr.skip() and "seed 4: step 0 of 5" in answers[0][1]
     ends = [list(demo.generate(demo.read(seed, 5, "ddim"), 1))[-1].images for seed in (4, 9)]
     *_, last = demo.interpolate(*ends, 20, 3, demo.read(4, 5, "ddim"))
-    assert picture.tobytes() == row(ends[0], last.images, ends[1]).tobytes()
+    assert answers[-1] == (row([*ends[0], *last.images, *ends[1]], (8, 8)), progress_bar(last))
 
 
 def test_between_uploaded_images_are_these(app, demo, tmp_path):
@@ -51,19 +56,69 @@ def test_between_uploaded_images_are_these(app, demo, tmp_path):
         Image.new("L", (30, 20), gray).save(tmp_path / f"{name}.png")
     paths = [str(tmp_path / f"{name}.png") for name in ("black", "white")]
     *_, (picture, _) = app.answer(app.interpolate, demo)(app.IMAGES, 0, 2, 0, 0, *paths, 5, "ddpm", [], 1)
-    pixels = np.asarray(picture)
-    assert (pixels[:, :8] == 0).all() and (pixels[:, -8:] == 255).all()
+    ends = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 8, 8)
+    *_, last = demo.interpolate(ends[:1], ends[1:], 0, 2, demo.read(0, 5, "ddpm"))
+    assert picture == row([ends[0], *last.images, ends[1]], (8, 8))
+
+
+def test_random_seeds_are_sampled_and_shown(app, demo):
+    drawing = app.draw_seeds(app.answer(app.generate, demo), [1])
+    answers = [list(drawing(2, 0, 3, "ddpm", [], 1))[-1] for _ in range(2)]
+    seeds = [answer[-1] for answer in answers]
+    for seed, (images, *_) in zip(seeds, answers, strict=True):
+        *_, last = demo.generate(demo.read(seed, 3, "ddpm"), 2)
+        assert images.tobytes() == sheet(last.images).tobytes()
+    assert len({0, *seeds}) == 3 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+async def visit(view, is_patient):
+    seen = []
+    async for shown in view.show():
+        seen.append(shown)
+        if not is_patient:
+            break
+    return seen
+
+
+def test_the_first_view_is_sampled_once_for_all_visitors(app, demo):
+    started = []
+
+    def sample():
+        started.append(1)
+        return demo.generate(demo.usual, 2)
+
+    view = app.FirstView(sample)
+    assert not started  # before anybody comes
+    asyncio.run(visit(view, is_patient=False))  # the first visitor leaves
+
+    async def visit_together():
+        return await asyncio.gather(*(visit(view, is_patient=True) for _ in range(3)))
+
+    *_, last = demo.generate(demo.usual, 2)
+    for seen in asyncio.run(visit_together()):
+        assert seen[-1][0].tobytes() == sheet(last.images).tobytes()
+        assert seen[-1][1:] == (strip(last), progress_bar(last))
+    assert started == [1]
+
+
+def test_the_first_view_is_what_the_form_requests(app, demo):
+    values = {}
+    for block in app.build(demo).blocks.values():
+        if isinstance(block, app.gr.components.FormComponent):
+            values.setdefault(block.label, block.value)  # the first tab comes first
+    form = [values[label] for label in ("Seed", "Steps (1 to 1000)", "Sampler")]
+    assert demo.usual == demo.read(*form) and demo.usual_images == values["Number of images"]
 
 
 @pytest.mark.parametrize(
     ("name", "typed", "message"),
     [
-        ("generate", (0, 0, 5, "ddpm", [], 1), "count=0 is not allowed: a whole number from 1 to 64"),
-        ("generate", (1, 0.5, 5, "ddpm", [], 1), "seed=0.5 is not allowed"),
-        ("generate", (1, 0, 1001, "ddpm", [], 1), "steps=1001 is not allowed: a whole number from 1 to 1000"),
+        ("generate", (0, 0, 5, "ddpm", [], 1), "count=0: expected a whole number from 1 to 64"),
+        ("generate", (1, 0.5, 5, "ddpm", [], 1), "seed=0.5: expected a whole number"),
+        ("generate", (1, 0, 1001, "ddpm", [], 1), "steps=1001: expected a whole number from 1 to 1000"),
         ("generate", (1, 0, 5, "ddpm", ["7"], 1), "class_labels are not allowed: the network knows no classes"),
-        ("interpolate", ("two images", 5, 2, 0, 1, None, None, 5, "ddpm", [], 1), "first image is not usable"),
-        ("interpolate", ("two seeds", 1000, 2, 0, 1, None, None, 1, "ddpm", [], 1), "t=1000 is not allowed"),
+        ("interpolate", ("Two images", 5, 2, 0, 1, None, None, 5, "ddpm", [], 1), "First image is missing: upload"),
+        ("interpolate", ("Two seeds", 1000, 2, 0, 1, None, None, 1, "ddpm", [], 1), "t=1000: expected a whole number"),
     ],
 )
 def test_what_is_typed_wrong_becomes_a_message(app, demo, name, typed, message):
@@ -80,7 +135,7 @@ def test_what_is_typed_is_no_html_in_a_message(app, demo):
 def test_classes_are_asked_for_where_the_model_knows_them(app, demo):
     def asked(demo):
         blocks = [block for block in app.build(demo).blocks.values() if getattr(block, "label", None)]
-        names = ("classes", "guidance")
+        names = ("Classes", "Guidance")
         return {block.label: block.value for block in blocks if block.visible and block.label.startswith(names)}
 
     assert asked(demo) == {}
@@ -92,11 +147,36 @@ def test_classes_are_asked_for_where_the_model_knows_them(app, demo):
 
 def test_the_model_is_named_by_option_or_environment(app, monkeypatch, tmp_path):
     monkeypatch.delenv("MODEL_ID", raising=False)
-    with pytest.raises(ValueError, match="the following arguments are required: --model"):
-        load_script("space/app").main([])
+    for missing in (None, ""):
+        if missing is not None:
+            monkeypatch.setenv("MODEL_ID", missing)
+        with pytest.raises(ValueError, match="^--model is missing: expected a folder or Hub id, .* variable MODEL_ID$"):
+            load_script("space/app").main([])
     monkeypatch.setenv("MODEL_ID", str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="nothing' cannot be loaded"):
         load_script("space/app").main([])
+
+
+def test_a_model_is_shown_by_name_and_linked_on_the_hub(app, tiny_pipeline, monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr(app, "load_pipeline", lambda model, device: tiny_pipeline)
+    monkeypatch.setattr(app, "serve", lambda demo: shown.append((demo.name, demo.url)))
+    monkeypatch.setattr(app.constants, "ENDPOINT", "https://hub")
+    for model in ("org/ddpm-digits", tmp_path / "mine", tmp_path / "mine" / "checkpoints" / "step-000000100"):
+        app.show(str(model))
+    assert shown == [("org/ddpm-digits", "https://hub/org/ddpm-digits"), ("mine", None), ("mine", None)]
+
+
+def test_a_run_that_has_not_ended_is_shown(app, trained, monkeypatch, tmp_path):
+    run = tmp_path / "stopped"  # without an export
+    (run / "checkpoints").mkdir(parents=True)
+    for checkpoint in (trained / "checkpoints").iterdir():
+        (run / "checkpoints" / checkpoint.name).symlink_to(checkpoint)
+    demos = []
+    monkeypatch.setattr(app, "serve", demos.append)
+    load_script("space/app").main(["--model", str(run)])
+    *_, last = demos[0].generate(demos[0].read(0, 3, "ddpm"), 2)
+    assert demos[0].name == "stopped" and last.images.shape == (2, 1, 8, 8)
 
 
 def test_the_card_of_the_space_is_complete():

@@ -1,5 +1,7 @@
 """The demo as a person sees it, in Chromium; nothing that it shows may come from elsewhere."""
 
+import base64
+import io
 import os
 import re
 import shutil
@@ -16,8 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ddpm.demo.demo import square
-from hf_ddpm.images import GAP
+from hf_ddpm import DDPMPipeline
+from hf_ddpm.demo.demo import Demo
+from hf_ddpm.demo.layout import sheet
 from tests.conftest import load_script
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -28,6 +31,7 @@ FLAGS = [
     *("--disable-background-networking", "--disable-component-update"),
 ]
 PATIENCE = 120  # seconds: gradio alone takes ten to import
+DESKTOP, PHONE = (1280, 800), (390, 844)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +72,10 @@ def address(trained, browser, tmp_path_factory):
 
 
 @pytest.fixture
-def page(browser, address):
-    """The app, opened; no request goes elsewhere."""
-    page, elsewhere = browser.new_page(viewport={"width": 1000, "height": 1000}), []
+def page(browser, address, request):
+    """The app in a window of a size, opened; no request goes elsewhere."""
+    width, height = getattr(request, "param", DESKTOP)
+    page, elsewhere = browser.new_page(viewport={"width": width, "height": height}), []
 
     def route(handled):
         if handled.request.url.startswith((address, "data:", "blob:")):
@@ -88,10 +93,27 @@ def page(browser, address):
     assert elsewhere == []
 
 
-def wait_for(page, line):
-    """Waits until the progress says so."""
+def wait_for(page, pattern):
+    """Waits until the line beside the visible progress bar matches a pattern."""
     page.wait_for_function(
-        "line => [...document.querySelectorAll('textarea, input')].some(box => box.value === line)", arg=line
+        """pattern => [...document.querySelectorAll('.progress')].some(
+            line => line.offsetParent && RegExp('^' + pattern + '$').test(line.innerText.trim()))""",
+        arg=pattern,
+    )
+
+
+def last_line(page):
+    """Waits until the progress stands still, and returns its line: at work it changes three times per second."""
+    return page.evaluate(
+        """async () => {
+            const read = () => [...document.querySelectorAll('.progress')].find(one => one.offsetParent).innerText;
+            let [line, since] = [read(), performance.now()];
+            while (performance.now() - since < 2000) {
+                await new Promise(requestAnimationFrame);
+                if (line !== read()) [line, since] = [read(), performance.now()];
+            }
+            return line.trim();
+        }"""
     )
 
 
@@ -99,67 +121,158 @@ def press(page, name):
     page.get_by_role("button", name=name, exact=True).locator("visible=true").click()
 
 
-def download(page, place):
-    """Returns a picture that is shown, as it is downloaded."""
+def fill(page, label, value):
+    page.get_by_label(label, exact=True).locator("visible=true").fill(str(value))
+
+
+def download(page):
+    """Returns the grid that is shown, as it is downloaded."""
     with page.expect_download() as download:
-        page.get_by_label("Download").locator("visible=true").nth(place).click()
+        page.get_by_label("Download").locator("visible=true").click()
     return np.asarray(Image.open(download.value.path()).convert("L"))
 
 
-def test_images_appear(page, trained, tmp_path):
+def boxes(page, selector):
+    """Returns left, top, right and bottom of what is visible of a selector, in pixels."""
+    return page.evaluate(
+        """selector => [...document.querySelectorAll(selector)].filter(one => one.offsetParent).map(one => {
+            const box = one.getBoundingClientRect(); return [box.left, box.top, box.right, box.bottom]})""",
+        selector,
+    )
+
+
+def check_layout(page, result, rows):
+    """Checks that the result and the buttons are above the fold, and that pictures of a strip wrap into rows."""
+    width, height = page.viewport_size["width"], page.viewport_size["height"]
+    page.evaluate("scrollTo(0, 0)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for selector in (result, ".progress", ".buttons button"):
+        shown = boxes(page, selector)
+        assert shown, selector
+        for left, top, right, bottom in shown:
+            assert 0 <= left and right <= width and 0 <= top and bottom <= height, selector
+    strip = boxes(page, ".strip figure")
+    assert len({round(top) for _, top, _, _ in strip}) == rows
+    assert all(0 <= left and right <= width and right - left > 60 for left, _, right, _ in strip)
+    assert len({round(top) for _, top, _, _ in boxes(page, ".buttons button")}) == 1
+
+
+@pytest.mark.parametrize("page", [DESKTOP, PHONE], indirect=True)
+def test_images_are_there_on_load(page, trained, tmp_path):
+    wait_for(page, "step 50 of 50")
+    words = ["--num_images", "16", "--num_inference_steps", "50"]
+    load_script("sample").main(["--model", str(trained), "--output", str(tmp_path), *words])
+    files = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
+    np.testing.assert_array_equal(download(page), sheet(torch.tensor(np.stack(files)).unsqueeze(1)))
+    check_layout(page, ".picture img", rows=2)
+    assert page.locator(".strip img").locator("visible=true").count() == 8
+    assert len({round(left) for left, *_ in boxes(page, ".strip img")}) == 4  # both rows are full
+    assert page.get_by_text("removes the noise step by step").is_visible()
+    page.screenshot(path=tmp_path / "generate.png", full_page=True)
+
+
+def test_images_form_on_the_way(page, trained, tmp_path):
+    wait_for(page, "step 50 of 50")
     page.evaluate(
         """() => {
-            [window.seen, window.covered] = [new Set(), false];
+            [window.seen, window.bars, window.covered] = [new Set(), new Set(), false];
             const note = () => {
                 window.seen.add(document.querySelector(".picture img")?.src);
+                window.bars.add(document.querySelector(".progress progress")?.position);
                 window.covered ||= !!document.querySelector(".picture [data-testid=status-tracker]:not(.hide)");
             };
             new MutationObserver(note).observe(document.body, {subtree: true, childList: true, attributes: true});
         }"""
     )
-    page.get_by_label("steps").fill("60")
-    page.get_by_label("seed", exact=True).fill("2")
-    page.get_by_label("number input for count").locator("visible=true").fill("4")
+    fill(page, "Steps (1 to 1000)", 60)
+    fill(page, "Seed", 2)
+    page.get_by_label("number input for Number of images").locator("visible=true").fill("4")
     press(page, "Generate")
     wait_for(page, "step 60 of 60")
-    page.wait_for_timeout(500)
-    words = ["--num_images", "4", "--seed", "2", "--num_inference_steps", "60"]
-    load_script("sample").main(["--model", str(trained), "--output", str(tmp_path), *words])
-    files = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
-    np.testing.assert_array_equal(download(page, 0), square(torch.tensor(np.stack(files)).unsqueeze(1)))
+    shown = download(page)
+    np.testing.assert_array_equal(shown, expected_sheet(trained, seed=2, steps=60, count=4))
     assert not page.evaluate("window.covered")  # by what is shown of a wait
+    assert {0, 1} < set(page.evaluate("[...window.bars]"))  # the bar moves
     addresses = [address for address in page.evaluate("[...window.seen]") if address]
     assert len(addresses) >= 3  # two before the last: they hold a checksum
     contents = {page.request.get(address).body() for address in addresses}
     assert len(contents) == len(addresses)
-    assert download(page, 1).shape == (4 * (128 + GAP) + GAP, 8 * (128 + GAP) + GAP)
-    page.screenshot(path=tmp_path / "generate.png", full_page=True)
 
 
-def test_two_seeds_and_two_images_are_interpolated(page, tmp_path):
-    page.get_by_label("steps").fill("5")
+def expected_sheet(model, seed, steps, count=16):
+    demo = Demo(DDPMPipeline.from_pretrained(model), "model")
+    *_, last = demo.generate(demo.read(seed, steps, "ddpm"), count)
+    return np.asarray(sheet(last.images))
+
+
+def test_a_random_seed_is_shown_with_its_images(page, trained):
+    seed = page.get_by_label("Seed", exact=True).locator("visible=true")
+    fill(page, "Steps (1 to 1000)", 7)
+    press(page, "Random seed")
+    wait_for(page, "step 7 of 7")
+    first = int(seed.input_value())
+    np.testing.assert_array_equal(download(page), expected_sheet(trained, first, 7))
+    # Pressed again meanwhile, it keeps the seed of the images that are formed.
+    fill(page, "Steps (1 to 1000)", 500)
+    press(page, "Random seed")
+    wait_for(page, r"step [1-9]\d* of 500")
+    press(page, "Random seed")
+    wait_for(page, "step 500 of 500")
+    second = int(seed.input_value())
+    np.testing.assert_array_equal(download(page), expected_sheet(trained, second, 500))
+    assert len({0, first, second}) == 3
+
+
+def test_a_button_ends_what_the_other_has_started(page, trained):
+    for former, latter in (("Random seed", "Generate"), ("Generate", "Random seed")):
+        fill(page, "Steps (1 to 1000)", 1000)
+        press(page, former)
+        wait_for(page, r"step [1-9]\d* of 1000")
+        fill(page, "Steps (1 to 1000)", 8)
+        press(page, latter)
+        wait_for(page, "step 8 of 8")
+        assert last_line(page) == "step 8 of 8"
+        seed = int(page.get_by_label("Seed", exact=True).locator("visible=true").input_value())
+        np.testing.assert_array_equal(download(page), expected_sheet(trained, seed, 8))
+
+
+def visible_pictures(page):
+    """Returns the pictures of the strip that is visible."""
+    sources = page.evaluate(
+        "[...document.querySelectorAll('.strip img')].filter(one => one.offsetParent).map(one => one.src)"
+    )
+    files = [io.BytesIO(base64.b64decode(source.partition(",")[2])) for source in sources]
+    return [np.asarray(Image.open(file)) for file in files]
+
+
+@pytest.mark.parametrize(("page", "rows"), [(DESKTOP, 1), (PHONE, 3)], indirect=["page"])
+def test_two_seeds_and_two_images_are_interpolated(page, rows, tmp_path):
     page.get_by_role("tab", name="Interpolate").click()
-    page.get_by_label("number input for t:").fill("20")
+    check_layout(page, ".strip .blank", rows)  # the place of the result
+    page.get_by_label("number input for Noise").fill("20")
+    fill(page, "Steps (at most t + 1)", 5)
     press(page, "Interpolate")
-    wait_for(page, "step 21 of 21")
-    page.wait_for_timeout(500)
-    between_seeds = download(page, 0)
+    wait_for(page, "step 5 of 5")
+    page.wait_for_function("[...document.querySelectorAll('.strip img')].filter(one => one.offsetParent).length == 11")
+    between_seeds = visible_pictures(page)
+    check_layout(page, ".strip img", rows)
+    page.screenshot(path=tmp_path / "seeds.png", full_page=True)
 
-    page.get_by_label("two images").check()
+    page.get_by_label("Two images").check()
     for place, gray in enumerate((0, 255)):
         Image.new("L", (20, 20), gray).save(tmp_path / f"{gray}.png")
         page.locator("input[type=file]").nth(place).set_input_files(tmp_path / f"{gray}.png")
     page.get_by_label("Remove Image").nth(1).wait_for()
-    page.get_by_label("number input for t:").fill("10")
+    page.get_by_label("number input for Noise").fill("10")
+    fill(page, "Steps (at most t + 1)", 50)
     press(page, "Interpolate")
-    wait_for(page, "step 11 of 11")
-    page.wait_for_timeout(500)
-    between_images = download(page, 0)
-    page.screenshot(path=tmp_path / "interpolate.png", full_page=True)
-    # 11 images of 8 pixels in 1024: 11 times
-    assert between_seeds.shape == between_images.shape == (88 + 2 * GAP, 11 * (88 + GAP) + GAP)
-    assert (between_images[:, :88] == 0).all() and (between_images[:, -88:] == 255).all()
-    assert not np.array_equal(between_seeds, between_images)
+    wait_for(page, "step 11 of 11")  # t + 1
+    between_images = visible_pictures(page)
+    page.screenshot(path=tmp_path / "images.png", full_page=True)
+    assert len(between_seeds) == len(between_images) == 11
+    inside = np.s_[10:-10, 10:-10]  # without the gap around an image
+    assert (between_images[0][inside] == 0).all() and (between_images[-1][inside] == 255).all()
+    assert not any(map(np.array_equal, between_seeds, between_images))
 
 
 def test_what_is_typed_wrong_is_said(page, tmp_path):
@@ -168,40 +281,31 @@ def test_what_is_typed_wrong_is_said(page, tmp_path):
         page.get_by_text(re.compile(message)).first.wait_for()
         assert page.get_by_text("Traceback").count() == 0
 
-    page.get_by_label("seed", exact=True).fill("1.5")
-    is_said("Generate", "seed=1.5 is not allowed: a whole number from 0")
-    page.get_by_label("steps").fill("5000")
-    page.get_by_label("seed", exact=True).fill("1")
-    is_said("Generate", "steps=5000 is not allowed: a whole number from 1 to 1000")
-    page.get_by_label("steps").fill("5")
+    fill(page, "Seed", 1.5)
+    is_said("Generate", "seed=1.5: expected a whole number from 0")
+    fill(page, "Steps (1 to 1000)", 5000)
+    fill(page, "Seed", 1)
+    is_said("Generate", "steps=5000: expected a whole number from 1 to 1000")
     page.get_by_role("tab", name="Interpolate").click()
-    page.get_by_label("two images").check()
-    is_said("Interpolate", "first image is not usable: there is none")
+    page.get_by_label("Two images").check()
+    is_said("Interpolate", "First image is missing: upload an image")
     Image.new("L", (4, 4)).save(tmp_path / "small.png")
     (tmp_path / "text.png").write_text("no picture")
-    for name, reason in [
-        ("small", "4x4 is smaller than resolution=8"),
-        ("text", "it is no image of a known format"),
-    ]:
+    for name, reason in [("small", "4x4 is smaller than resolution=8"), ("text", "unknown image format")]:
         page.locator("input[type=file]").first.set_input_files(tmp_path / f"{name}.png")
         page.get_by_label("Remove Image").first.wait_for()
-        is_said("Interpolate", f"first image is not usable: {reason}")
+        is_said("Interpolate", f"First image: {reason}")
         page.get_by_label("Remove Image").first.click()
     page.screenshot(path=tmp_path / "wrong.png", full_page=True)
 
 
 def test_a_long_request_is_stopped(page):
-    page.get_by_label("steps").fill("1000")
+    fill(page, "Steps (1 to 1000)", 1000)
     press(page, "Generate")
-    progress = page.get_by_placeholder("progress").locator("visible=true")
-    page.wait_for_function(
-        "[...document.querySelectorAll('textarea, input')].some(box => /step [1-9]\\d* of 1000/.test(box.value))"
-    )
+    wait_for(page, r"step [1-9]\d* of 1000")
     press(page, "Stop")
-    page.wait_for_timeout(1000)
-    stopped = progress.input_value()
-    page.wait_for_timeout(2000)
-    assert progress.input_value() == stopped != "step 1000 of 1000"
-    page.get_by_label("steps").fill("3")
+    line = last_line(page)
+    assert re.fullmatch(r"step \d+ of 1000", line) and line != "step 1000 of 1000"
+    fill(page, "Steps (1 to 1000)", 3)
     press(page, "Generate")
     wait_for(page, "step 3 of 3")

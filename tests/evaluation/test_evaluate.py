@@ -1,14 +1,16 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
 
 from hf_ddpm import DDPMPipeline
+from hf_ddpm.config import Config
 from hf_ddpm.evaluation.evaluate import Reference, evaluate
-from hf_ddpm.evaluation.options import EvaluateConfig
+from hf_ddpm.evaluation.options import EvaluateConfig, training_request
 from hf_ddpm.evaluation.results import scalars
 from hf_ddpm.sampling.options import Sampling
 from tests.evaluation.pixels import Pixels
@@ -82,6 +84,63 @@ def test_processes_share_the_images_of_the_bound(request_of, trained):
     alone, parts = bound(0, 1), [bound(rank, 2) for rank in range(2)]
     assert [part["num_images"] for part in parts] == [3, 3]
     assert sum(part["total_bpd"] for part in parts) / 2 == pytest.approx(alone["total_bpd"], rel=1e-5)
+
+
+def test_evaluations_of_a_run_put_real_images_on_its_background(tmp_path):
+    for split in ("train", "test"):
+        for number in range(2):
+            (tmp_path / split).mkdir(exist_ok=True)
+            Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(tmp_path / split / f"{number}.png")
+    dataset = {"dataset": str(tmp_path), "output_dir": str(tmp_path / "run"), "eval_metrics": "nll", "resolution": 8}
+    network = {"block_out_channels": [32], "attention_resolutions": 0}
+    for background, color in ((None, [255, 127, 127]), ("white", [255, 127, 127]), ("blue", [128, 0, 127])):
+        request = training_request(Config.of(**dataset, **network, background=background))
+        assert request.background == ("blue" if background == "blue" else None)  # white: as in former results
+        found = Reference(request, (3, 8, 8), Accelerator(cpu=True)).held_out[torch.arange(2)]
+        assert (found.float() - torch.tensor(color).view(3, 1, 1)).abs().max() <= 1
+
+
+def test_samples_and_real_images_are_put_on_the_same_background(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * (number + 1))
+        picture.save(tmp_path / "images" / f"{number}.png", transparency=0)
+    paths = {"samples": str(tmp_path / "images"), "dataset": str(tmp_path / "images")}
+    config = EvaluateConfig(metrics="fd", floor=False, extractor="digits", background="#404040", **paths)
+    found = evaluate(config, output=tmp_path / "r.json")
+    assert found["memorization"]["exact_copies"] == 1
+
+
+@pytest.mark.parametrize(
+    ("metrics", "prefix", "remedy"),
+    [
+        ("nll", "", "--split train"),
+        ("nll", "eval_", "--eval_split train"),
+        ("fd,kid", "", "--floor false"),
+        ("fd,nll", "eval_", "--eval_split train --eval_floor false"),
+    ],
+)
+def test_without_held_out_images_the_message_has_the_options_that_work(trained, tmp_path, metrics, prefix, remedy):
+    for number in range(6):
+        Image.new("L", (8, 8), 40 * number).save(tmp_path / f"{number}.png")
+    given = {"model": str(trained), "dataset": str(tmp_path), "extractor": "digits", "steps_per_image": 2}
+    message = f"has no split 'test': one of train; without held-out images add {remedy}$"
+    with pytest.raises(ValueError, match=message):
+        Reference(EvaluateConfig(prefix=prefix, metrics=metrics, **given), (1, 8, 8), Accelerator(cpu=True))
+    words = remedy.replace(f"--{prefix}", "").split()
+    words = {name: False if value == "false" else value for name, value in zip(words[::2], words[1::2], strict=True)}
+    config = EvaluateConfig(prefix=prefix, metrics=metrics, output=str(tmp_path / "r.json"), **given, **words)
+    found = evaluate(config, FEW)
+    assert set(metrics.split(",")) <= set(found)
+    if "nll" in metrics:
+        assert found["nll"]["num_images"] == 6 and found["nll"]["made_by"]["dataset"]["split"] == "train"
+
+
+def test_with_several_splits_the_message_has_no_other_remedy(trained):
+    assert EvaluateConfig(metrics="fd,nll", floor=False, model="m", dataset="d").without_held_out("a") == "--split a"
+    config = EvaluateConfig(model=str(trained), dataset="digits", split="dev")
+    with pytest.raises(ValueError, match="has no split 'dev': one of train, test$"):
+        Reference(config, (1, 8, 8), Accelerator(cpu=True))
 
 
 def test_skipped_images_are_counted(trained, tmp_path):

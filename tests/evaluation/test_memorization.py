@@ -1,7 +1,9 @@
 import numpy as np
 import torch
+from PIL import Image as PILImage
 
 from hf_ddpm.evaluation.memorization import copied_fraction, nearest_picture
+from hf_ddpm.images import grid
 from tests.evaluation.pixels import Pixels
 
 
@@ -26,6 +28,10 @@ def test_the_picture_shows_what_is_nearest_and_its_neighbors():
     sheet = np.asarray(nearest_picture(images, generated, reference, known))
     top = len(sheet) - 6 * 70  # below the labels; 64 pixels, and 6 behind them
     assert sheet.shape[1:] == (6 + 4 * 70, 3) and sheet[:top, :, 0].min() < 100
+
+    blank = [PILImage.new("RGB", (64, 64))] * 4
+    labels = np.asarray(grid(blank, 4, column_labels=("sample", "nearest", "2nd", "3rd")))
+    np.testing.assert_array_equal(sheet[:top], labels[:top])
 
     def tile(row, column):
         return sheet[top + 70 * row :, 6 + 70 * column :][:64, :64].transpose(2, 0, 1)

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+from io import BytesIO
+from zipfile import ZipFile
 
 import pytest
 
@@ -188,7 +190,9 @@ def test_a_hub_that_is_killed_in_the_middle_of_an_upload(hub, folder):
 
 
 def test_a_space_shows_the_model(hub, tmp_path):
-    for name, content in {"app.py": "pass", "requirements.txt": "torch", "README.md": README, "x.pt": ""}.items():
+    wheels = ["x-1-py3-none-any.whl", "x-2-py3-none-any.whl"]
+    contents = {"app.py": "pass", "requirements.txt": "torch", "README.md": README, "x.pt": "", wheels[0]: "1"}
+    for name, content in contents.items():
         (tmp_path / name).write_text(content)
     options = {"folder": tmp_path, "repo_id": "org/demo", "private": True}
     pushed = hub.call("push_space", **options, model_id="org/x")
@@ -196,13 +200,15 @@ def test_a_space_shows_the_model(hub, tmp_path):
     space = hub.repo("org/demo", "spaces")
     assert space["variables"] == {"MODEL_ID": "org/x"} and space["sdk"] == "gradio" and space["private"]
     files = hub.files("org/demo", "spaces")
-    assert set(files) == {".gitattributes", "app.py", "requirements.txt", "README.md"}
+    assert set(files) == {".gitattributes", "app.py", "requirements.txt", "README.md", wheels[0]}
     assert (
         "models:\n- org/x\n" in files["README.md"].decode() and "python_version: '3.11'" in files["README.md"].decode()
     )
     assert (tmp_path / "README.md").read_text() == README
+    (tmp_path / wheels[0]).rename(tmp_path / wheels[1])
     hub.call("push_space", **options, model_id="org/y")
     assert hub.repo("org/demo", "spaces")["variables"] == {"MODEL_ID": "org/y"}
+    assert {name for name in hub.files("org/demo", "spaces") if name.endswith(".whl")} == {wheels[1]}
     (tmp_path / "app.py").unlink()
     assert hub.call("push_space", **options, model_id="org/y")[1].endswith("cannot be pushed: it has no app.py")
 
@@ -235,11 +241,16 @@ def test_a_space_that_costs_is_told_in_a_line(hub, tmp_path):
 def test_the_command_pushes(hub, folder):
     script = ROOT / "scripts" / "push_to_hub.py"
     words = ["--model", folder, "--hub_model_id", "org/x"]
+    space = f"{hub.url}/spaces/org/demo shows it\n"
     (folder / "README.md").unlink()
     for name in ("config.yaml", "status.json", "results.json", "metrics.jsonl"):
         (folder / name).unlink()
-    code, output, _ = hub.run(script, *words, "--private", "--revision_message", "Mine")
-    assert (code, output) == (0, f"{hub.url}/org/x holds {folder}\n")
+    code, output, _ = hub.run(script, *words, "--private", "--revision_message", "Mine", "--space", "org/demo")
+    assert (code, output) == (0, f"{hub.url}/org/x holds {folder}\n{space}")
+    pushed = hub.files("org/demo", "spaces")
+    (wheel,) = [name for name in pushed if name.endswith(".whl")]
+    assert wheel.startswith("hf_ddpm-") and b"\ngradio" in pushed["requirements.txt"]
+    assert "hf_ddpm/demo/app.py" in ZipFile(BytesIO(pushed[wheel])).namelist()
     assert b'from_pretrained("org/x")' in hub.files()["README.md"]
     assert hub.repo()["private"] and hub.repo()["commits"][-1]["title"] == "Mine"
     code, _, errors = hub.run(script, *words, "--private", "false")

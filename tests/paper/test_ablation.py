@@ -126,6 +126,14 @@ def test_figures_of_other_requests_are_not_taken(done):
         assert (found is None) == bool(more or others)
 
 
+def test_figures_of_few_steps_with_the_small_variance_are_taken(train, tmp_path):
+    chosen = options(tmp_path, "variance_type: fixed_large\n", rows=["epsilon-simple"], seeds=[3])
+    ablation(chosen, train)
+    config = parse_config(training(chosen, "epsilon-simple", 3))
+    found = evaluated(chosen, run_folder(chosen, "epsilon-simple", 3), config)
+    assert found is not None and found["fd"]["made_by"]["sampling"]["variance"] == "fixed_small"
+
+
 def test_runs_of_other_options_are_refused(done):
     for other, named in [({"more": "learning_rate: 0.5"}, r"learning_rate=0.5 \(was 0.001\)"),
                          ({"max_train_steps": 1}, r"max_train_steps=1 \(was 2\)")]:  # fmt: skip

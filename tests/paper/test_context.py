@@ -24,11 +24,26 @@ def test_the_data_of_a_run_are_known_and_may_be_others(trained, model):
     assert FigureOptions(model=model).dataset is None
 
 
+def test_the_background_is_that_of_the_run_unless_another_is_given(trained, tmp_path):
+    (tmp_path / "config.yaml").write_text((trained / "config.yaml").read_text() + "\nbackground: blue\n")
+    assert FigureOptions(model=str(tmp_path)).background == "blue"
+    assert FigureOptions(model=str(tmp_path), background="white").background == "white"
+
+
 def test_diffusion_steps_are_quarters_by_default(context):
     assert context.diffused([]) == [5, 10, 15, 20] and context.diffused([9, 3, 9]) == [3, 9]
     for wrong in (0, 21):
         with pytest.raises(ValueError, match=rf"diffused=\[{wrong}\] is not allowed: 1 to 20"):
             context.diffused([wrong])
+
+
+def test_by_default_images_are_diffused_as_far_as_they_are_seen(context):
+    # sqrt(alpha-bar_t) of the model's 20 betas from 0.005 to 0.5 falls below 0.2 at the 15th.
+    betas = np.linspace(5e-3, 0.5, 20)
+    signal = np.cumprod(1 - betas) ** 0.5
+    eighths = [2, 5, 8, 10, 12, 15, 18, 20]
+    assert context.informed([]) == [t for t in eighths if signal[t - 1] >= 0.2] == [2, 5, 8, 10, 12]
+    assert context.informed([20, 3]) == [3, 20]
 
 
 def test_a_figure_says_what_it_is_of(context):

@@ -12,6 +12,7 @@ from hf_ddpm import DDPMScheduler
 from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.images import to_signed
 from hf_ddpm.paper import everything
+from hf_ddpm.paper.context import sheet
 from hf_ddpm.paper.interpolate import interpolate, unlike
 from hf_ddpm.paper.lossy_reconstruct import lossy_reconstruct
 from hf_ddpm.paper.nearest_neighbors import as_points, nearest_neighbors
@@ -40,7 +41,11 @@ from tests.paper.conftest import T
 
 
 def written(context, name):
-    assert "](" in (context.folder / f"{name}.md").read_text()
+    parts = (context.folder / f"{name}.md").read_text().split("\n\n")
+    places = [place for place, part in enumerate(parts) if part.startswith("![")]
+    assert places and all(
+        re.fullmatch(r"\*.+\.\*", parts[place + 1].strip(), re.DOTALL) for place in places
+    )  # captions
     return json.loads((context.folder / f"{name}.json").read_text())
 
 
@@ -51,11 +56,26 @@ def drawn(context, monkeypatch):
 
     def note(path, given, save=save_curves, **options):
         assert path.parent == context.folder
-        curves[path.name] = given
+        curves[path.name] = {**given, **(options.get("levels") or {})}
         return save(path, given, **options)
 
     monkeypatch.setattr("hf_ddpm.paper.context.save_curves", note)
     return curves
+
+
+@pytest.fixture
+def labels(context, monkeypatch):
+    """Labels of the columns of pictures, and titles of the frames of animations, in turn."""
+    noted, animate = [], context.animate
+
+    def note(rows, columns):
+        noted.append(columns)
+        return sheet(rows, columns)
+
+    for module in ("progressive", "interpolate"):
+        monkeypatch.setattr(f"hf_ddpm.paper.{module}.sheet", note)
+    monkeypatch.setattr(context, "animate", lambda *args: [noted.append(args[-1]), animate(*args)])
+    return noted
 
 
 def test_the_progress_ends_with_the_samples_of_the_seed(context, distance, drawn):
@@ -81,7 +101,7 @@ def test_the_progress_ends_with_the_samples_of_the_seed(context, distance, drawn
     evaluations = [T + 1 - moment["t"] for moment in moments]
     assert drawn["progressive_distance.png"] == {
         "estimate": (evaluations, [moment["value"] for moment in moments]),
-        "held-out images": (evaluations, [moment["floor"] for moment in moments]),
+        "held-out images": moments[0]["floor"],
     }
 
 
@@ -93,16 +113,26 @@ def test_progress_needs_no_data(context):
         assert animation.n_frames == 3
 
 
-def test_moments_are_round_and_those_without_signal_are_not_shown(context):
+def test_moments_are_round_and_those_without_signal_are_not_shown(context, labels):
     context.pipe.scheduler = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
     progressive(context, ProgressiveOptions(shown=1, columns=6, frames=11, num_images=0))
     assert [moment["t"] for moment in written(context, "progressive")["moments"]] == [100, 80, 60, 40, 20, 1]
     with Image.open(context.folder / "progressive.gif") as animation:
         assert animation.n_frames == 11  # the noise in place of t = 100, where sqrt(alpha-bar) is 5e-4
     assert Image.open(context.folder / "progressive.png").width == 6 + 6 * 70
+    assert labels[0] == ["x_T", "t = 80", "t = 60", "t = 40", "t = 20", "t = 1"]
+    assert labels[1] == ["x_T, noise", *(f"t = {t}" for t in range(90, 0, -10)), "t = 1"]
 
 
-def test_two_unlike_images_are_interpolated_where_they_can_still_be_seen(context):
+def test_distances_without_signal_are_not_plotted(context, drawn):
+    context.pipe.scheduler = DDPMScheduler(num_train_timesteps=20, beta_schedule="squaredcos_cap_v2")
+    progressive(context, ProgressiveOptions(shown=1, columns=3, frames=3, num_images=4))
+    assert [moment["t"] for moment in written(context, "progressive")["moments"]] == [20, 10, 1]
+    # sqrt(alpha-bar) of t = 20 is 2e-3; at t = 10 the network has been evaluated 11 times.
+    assert drawn["progressive_distance.png"]["estimate"][0] == [11, 20]
+
+
+def test_two_unlike_images_are_interpolated_where_they_can_still_be_seen(context, labels):
     context.pipe.scheduler = DDPMScheduler(num_train_timesteps=80, beta_schedule="squaredcos_cap_v2")
     interpolate(context, InterpolateOptions(weights=[0.5]))
     # sqrt(alpha-bar_t) = cos(pi / 2 (t / T + 0.008) / 1.008): 0.37 at 6/8 of T, 0.19 at 7/8, 0 at T.
@@ -112,6 +142,7 @@ def test_two_unlike_images_are_interpolated_where_they_can_still_be_seen(context
     images = context.reference("nll").held_out[torch.arange(16)].float().flatten(1).numpy()
     distances = np.linalg.norm(images[:, None] - images[None], axis=-1)
     pair = unlike(torch.tensor(images).view(16, 1, 8, 8))
+    assert labels == [["first", "lambda = 0.5", "second"]]
     assert distances[tuple(pair)] == pytest.approx(distances.max()) and pair[0] < pair[1]
     first = np.asarray(Image.open(context.folder / "interpolate.png"))[-70:-6:8, -3 * 70 :]
     assert np.abs(first[:, -70:-6:8] - images[pair[1]].reshape(8, 8)).max() <= 1
@@ -131,6 +162,13 @@ def test_interpolations_end_at_reconstructions(context):
         again = context.pipe.decode(latent[None], 14, source.clone_state(), "pt")
         expected = 255 * ((image + 1) / 2 - again[0]).square().mean().sqrt().item()
         assert rows[1][name] == pytest.approx(expected, rel=1e-3)
+    first, second = (context.pipe.decode(latent[None], 14, source.clone_state(), "pt") for latent in latents)
+    assert rows[1]["between"] == pytest.approx(255 * (first - second).square().mean().sqrt().item(), rel=1e-3)
+
+
+def test_a_process_that_loses_images_at_once_has_a_moment(context):
+    context.pipe.scheduler = DDPMScheduler(num_train_timesteps=20, beta_start=0.98, beta_end=0.99)
+    assert context.informed([]) == [2]
 
 
 def test_two_files_are_interpolated(context, tmp_path):
@@ -142,6 +180,10 @@ def test_two_files_are_interpolated(context, tmp_path):
     sheet = np.asarray(Image.open(context.folder / "interpolate.png"))
     row = sheet[-38, -4 * 70 :]
     assert row[32] == 255 and row[-38] == 0  # the images themselves, on the left and on the right
+    Image.new("LA", (8, 8), (0, 0)).save(tmp_path / "b.png")
+    context.options.background = "#fefefe"
+    interpolate(context, InterpolateOptions(**files, diffused=[1], weights=[0, 1]))
+    assert np.asarray(Image.open(context.folder / "interpolate.png"))[-38, -38] == 254  # black that cannot be seen
     (tmp_path / "b.png").write_text("no image")
     with pytest.raises(ValueError, match="b.png' is no image that can be used: it is no image of a known format"):
         interpolate(context, InterpolateOptions(**files))

@@ -7,7 +7,7 @@ from PIL import Image
 import hf_ddpm.sampling.generate
 from hf_ddpm import DDPMScheduler
 from hf_ddpm.paper.options import StepsOptions
-from hf_ddpm.paper.steps import caution, in_words, steps, walks
+from hf_ddpm.paper.steps import caution, in_words, paragraphs, steps, walks
 from hf_ddpm.sampling.options import Sampling
 from tests.paper.conftest import T
 
@@ -40,7 +40,8 @@ def test_distances_are_those_of_an_evaluation(context, distance):
 def test_the_curves_are_those_of_the_table(context, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
-        "hf_ddpm.paper.context.save_curves", lambda path, curves, **options: drawn.update({path.name: curves})
+        "hf_ddpm.paper.context.save_curves",
+        lambda path, curves, **options: drawn.update({path.name: (curves, options)}),
     )
     steps(context, OPTIONS)
     figures = written(context)
@@ -50,7 +51,9 @@ def test_the_curves_are_those_of_the_table(context, monkeypatch):
         if (points := [point for point in row["points"] if "value" in point])
     }
     full = figures["in_all_steps"]
-    assert drawn["steps.png"] == {**expected, "held-out images": ([2, T], [full["floor"]] * 2)}
+    curves, options = drawn["steps.png"]
+    assert curves == expected and options["levels"] == {"held-out images": full["floor"]}
+    assert options["log_x"] and options["log_y"]
 
 
 def test_the_fewest_steps_are_within_a_tenth_of_all(context):
@@ -77,6 +80,8 @@ def test_all_that_a_figure_needs_is_written(context):
     assert f"score {full['floor']:.4g}" in text
     assert f"{full['value']:.4g} ± {full['standard_error']:.2g}" in text
     Image.open(context.folder / "steps.png").verify()
+    assert "fewer than all steps takes fixed_small, unless `--variance model` keeps" in text
+    assert "fixed_small" not in "".join(paragraphs(figures["rows"][2:], made))  # without rows of both variances
 
 
 def test_a_sampler_that_cannot_walk_gets_a_dash_and_the_reason(context):

@@ -72,6 +72,27 @@ def test_reconstructions_keep_the_less_the_later_they_start(tiny_pipeline, image
         tiny_pipeline.reconstruct(images, 1000)
 
 
+@pytest.mark.parametrize(
+    ("t", "count", "expected"),
+    # Of t + 1 single steps, at the end of each of `count` parts that differ by one at most.
+    [(9, 5, [9, 7, 5, 3, 1]), (9, 3, [9, 5, 2]), (9, 1, [9]), (0, 1, [0]), (4, None, [4, 3, 2, 1, 0])],
+)
+def test_decoding_takes_steps_from_t(short_pipeline, t, count, expected):
+    taken = []
+    short_pipeline.unet.register_forward_pre_hook(lambda module, args: taken.append(int(args[1])))
+    latents = torch.randn(2, 1, 8, 8, generator=seeded())
+    fewer = short_pipeline.decode(latents, t, seeded(1), "pt", num_inference_steps=count)
+    assert taken == expected
+    called = short_pipeline(2, seeded(1), latents=latents, timesteps=expected, output_type="pt").images
+    assert torch.equal(fewer, called)
+
+
+@pytest.mark.parametrize("count", [0, -1, 11])
+def test_decoding_takes_at_most_the_steps_below_t(short_pipeline, count):
+    with pytest.raises(ValueError, match=rf"num_inference_steps={count} from t=9: expected 1 to 10"):
+        short_pipeline.decode(torch.zeros(1, 1, 8, 8), 9, num_inference_steps=count)
+
+
 def test_encodings_have_the_moments_of_the_forward_process(short_pipeline):
     x_t = short_pipeline.encode(torch.full((500, 1, 8, 8), 0.5), 20, seeded())
     assert x_t.mean().item() == pytest.approx(0.5 * np.sqrt(BARS[20]), abs=0.02)

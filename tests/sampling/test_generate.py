@@ -339,6 +339,7 @@ def test_images_of_few_steps_are_those_of_the_small_variance_and_folders_mix_no_
     assert torch.equal(images(folder), expected) and folder.settings["variance"] == "fixed_small"
     own = fill(pipe, tmp_path / "own", 2, replace(FOUR_STEPS, variance="model"))
     assert not torch.equal(images(own), expected)
+    assert "variance" not in fill(pipe, tmp_path / "ddim", 1, replace(FOUR_STEPS, scheduler="ddim")).settings
     # Folders of earlier versions, without the setting, hold images of the model's own variance.
     assert "variance" not in json.loads((tmp_path / "own" / "sampling.json").read_text())
     with pytest.raises(ValueError, match=r": variance='fixed_small' \(was None\)$"):
@@ -395,6 +396,8 @@ def test_pictures_of_others_are_taken_as_they_look_or_refused(tmp_path):
     Image.new("P", (4, 4)).save(tmp_path / "0.png", transparency=0)  # black, and transparent all over
     (palette,) = images(PictureFolder(tmp_path))
     assert palette.shape == (3, 4, 4) and (palette == 255).all()
+    (palette,) = images(open_samples(tmp_path, "#0102ff"))
+    assert palette[:, 0, 0].tolist() == [1, 2, 255]
     Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / "0.png")
     with pytest.raises(ValueError, match=r"0\.png cannot be used: it has more than 8 bits a channel"):
         PictureFolder(tmp_path)

@@ -539,6 +539,7 @@ def rewrite_state(folder, change):
         "adam_beta1",
         "weight_decay",
         "lr_power",
+        "background",
     ],
 )
 def test_a_run_of_an_older_version_lacks_options_and_continues(run_training, trained, tmp_path, option):
@@ -551,10 +552,13 @@ def test_a_run_of_an_older_version_lacks_options_and_continues(run_training, tra
         state["data"].pop("classes")
 
     rewrite_state(folder, change)
-    words = [f"--{option}", str(default_options()[option])] if option == "levels" else []
+    words = [f"--{option}", str(default_options()[option])] if option in ("levels", "background") else []
     if option == "levels":  # of which the preset has another value: compared with the default
         with pytest.raises(ValueError, match=rf"of another run, .*{option}=.* \(was "):
             run_training(folder, "--max_train_steps", "5")
+    if option == "background":
+        with pytest.raises(ValueError, match=r"of another run, .*background='blue' \(was 'white'\)"):
+            run_training(folder, "--max_train_steps", "5", "--background", "blue")
     assert run_training(folder, "--max_train_steps", "5", *words) == 0
 
 

@@ -1,0 +1,86 @@
+import os
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+import hf_ddpm
+from hf_ddpm.demo.wheel import requirements, write_space, write_wheel
+
+PACKAGE = Path(hf_ddpm.__file__).parent
+
+
+def run(*words, folder, **environment):
+    """Returns output and errors of a command that finds no clone of the package."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MODEL_ID")}
+    done = subprocess.run(list(map(str, words)), cwd=folder, env=kept | environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def space(tmp_path):
+    write_space(tmp_path / "space")
+    return tmp_path / "space"
+
+
+def test_a_space_holds_a_wheel_and_installs_what_the_wheel_requires(space):
+    (wheel,) = space.glob("*.whl")
+    assert {file.name for file in space.iterdir()} == {"app.py", "README.md", "requirements.txt", wheel.name}
+    lines = (space / "requirements.txt").read_text().splitlines()
+    assert lines == requirements()
+    names = [re.match(r"[\w-]+", line)[0] for line in lines]
+    assert "hf_ddpm" not in names  # it is not on PyPI
+    assert {"torch", "diffusers", "gradio"} <= set(names) and not {"pytest", "torch-fidelity", "ruff"} & set(names)
+
+
+def test_the_wheel_holds_the_package_and_its_record_fits(tmp_path):
+    wheel = write_wheel(tmp_path)
+    files = {file.relative_to(PACKAGE.parent).as_posix() for file in PACKAGE.rglob("*") if file.is_file()}
+    names = ZipFile(wheel).namelist()
+    assert {name for name in files if "__pycache__" not in name} == {
+        name for name in names if ".dist-info/" not in name
+    }
+    (record,) = [ZipFile(wheel).read(name).decode() for name in names if name.endswith("RECORD")]
+    assert [line.split(",")[0] for line in record.splitlines()] == names
+    assert not any("direct_url" in name for name in names)  # it names a folder of this machine
+
+
+def test_the_same_package_makes_the_same_wheel(tmp_path):
+    (tmp_path / "again").mkdir()
+    wheel, again = write_wheel(tmp_path), write_wheel(tmp_path / "again")
+    assert wheel.read_bytes() == again.read_bytes()
+    assert {entry.date_time for entry in ZipFile(wheel).infolist()} == {(1980, 1, 1, 0, 0, 0)}  # of no file
+
+
+def test_a_package_that_is_not_installed_has_no_wheel(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_ddpm.demo.wheel.NAME", "not_installed")
+    with pytest.raises(ValueError, match="not_installed is not installed: .*; run pip install -e ."):
+        write_space(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_into_a_new_environment(tmp_path):
+    wheel = write_wheel(tmp_path)
+    venv.create(tmp_path / "new", with_pip=True)
+    python = tmp_path / "new" / "bin" / "python"
+    code, output = run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel, folder=tmp_path)
+    assert code == 0, output
+    where = "import hf_ddpm; print(hf_ddpm.__file__, hf_ddpm.__version__)"
+    code, output = run(python, "-c", where, folder=tmp_path)
+    assert output.startswith(str(tmp_path / "new")) and output.split()[1] == hf_ddpm.__version__
+    code, output = run(python, "-m", "pip", "show", "--files", "hf_ddpm", folder=tmp_path)
+    assert code == 0 and "hf_ddpm/demo/space/app.py" in output
+
+
+@pytest.mark.slow
+def test_the_app_of_a_space_runs_the_package_of_its_wheel(space, tmp_path):
+    show = "import runpy; runpy.run_path('app.py'); import hf_ddpm; print(hf_ddpm.__file__)"
+    code, output = run(sys.executable, "-c", show, folder=space, TMPDIR=str(tmp_path))
+    assert code == 0, output
+    assert Path(output.strip()).is_relative_to(tmp_path) and Path(output.strip()).is_file()
+    code, output = run(sys.executable, "app.py", folder=space, MODEL_ID=str(tmp_path / "nothing"))
+    assert code == 2 and "nothing' cannot be loaded" in output
