@@ -4,6 +4,7 @@ No source keeps a place. A run resumes from its step, and processes that share a
 process would have seen alone.
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -68,10 +69,14 @@ class ShuffledImages:
         store: The images.
         seed: Seed of the run.
         batch_size: Images in a global batch.
+        ahead: Whether a thread reads the batch of the next step; by default for a GPU whose memory does not hold all.
     """
 
-    def __init__(self, store: ImageStore, *, seed: int, batch_size: int):
+    def __init__(self, store: ImageStore, *, seed: int, batch_size: int, ahead: bool | None = None):
         self.store, self.seed, self.batch_size = store, seed, batch_size
+        self.ahead = store.device.type == "cuda" and not store.is_resident if ahead is None else ahead
+        self._reader = ThreadPoolExecutor(1) if self.ahead else None
+        self._next: tuple[tuple[int, slice] | None, Future[Batch] | None] = None, None
         self.shape, self.class_names, self.skipped = store.shape, store.class_names, store.skipped
 
     def __len__(self) -> int:
@@ -79,7 +84,15 @@ class ShuffledImages:
         return len(self.store)
 
     def batch(self, step: int, rows: slice) -> Batch:
-        """Returns images of the global batch of a step; see `BatchSource`."""
+        """Return images of the global batch of a step; see `BatchSource`."""
+        if self._reader is None:
+            return self._batch(step, rows)
+        place, future = self._next
+        batch = future.result() if future is not None and place == (step, rows) else self._batch(step, rows)
+        self._next = (step + 1, rows), self._reader.submit(self._batch, step + 1, rows)
+        return batch
+
+    def _batch(self, step: int, rows: slice) -> Batch:
         store = self.store
         indices = batch_indices(self.seed, step, self.batch_size, len(self), store.index_device)[rows]
         labels = None if store.labels is None else store.labels[indices].to(store.device, non_blocking=True)
@@ -88,7 +101,9 @@ class ShuffledImages:
         return Batch(store.cropped(indices, crop_places(self.seed, step, self.batch_size)[rows]), labels)
 
     def close(self) -> None:
-        """Does nothing: there are no threads or processes."""
+        """End the thread, if there is one."""
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
 
 
 def batch_indices(seed: int, step: int, batch: int, size: int, device: torch.device | str = "cpu") -> Tensor:

@@ -14,8 +14,9 @@ from hf_ddpm.data.decoding import BadImage, decode, write_report
 from hf_ddpm.data.sources import choose, open_split
 from hf_ddpm.data.transforms import ImageFormat, crop_at
 
-# Sets up to this size are held in the memory of the device, larger ones stay mapped to the file.
-RESIDENT_BYTES = 2 * 1024**3
+# Sets up to this size, and on a GPU up to this share of its free memory, are held in the memory of the device; larger
+# ones stay mapped to the file.
+RESIDENT_BYTES, RESIDENT_SHARE = 2 * 1024**3, 0.25
 
 
 class ImageStore:
@@ -30,6 +31,7 @@ class ImageStore:
         skipped: Images that were left out.
 
     Attributes:
+        is_resident: Whether all images are in the memory of the device.
         index_device: Device of the indices, and of the labels: no step waits for a copy of them.
     """
 
@@ -48,9 +50,9 @@ class ImageStore:
         self._table = decoded.with_format("arrow")
         size = len(decoded) * int(np.prod(self.shape)) * np.dtype(image_format.dtype).itemsize
         # Images that are cut anew each time are of many sizes: they stay in their table.
-        resident = image_format.crop == "center" and size <= RESIDENT_BYTES
-        self._images = self._read(slice(None)) if resident else None
-        self.index_device = self.device if resident else torch.device("cpu")
+        self.is_resident = image_format.crop == "center" and size <= _resident_bytes(self.device)
+        self._images = self._read(slice(None)) if self.is_resident else None
+        self.index_device = self.device if self.is_resident else torch.device("cpu")
         self.labels = None if labels is None else labels.to(self.index_device)
         if self._images is not None:
             # Not every operation on every device supports unsigned integers of 16 bits; signed ones are supported.
@@ -70,7 +72,7 @@ class ImageStore:
             return images.view(torch.uint16) if self.image_format.deep else images
         if self.image_format.crop == "random":
             return self.cropped(indices, torch.full((len(indices), 2), 0.5))
-        return self._read(indices.tolist()).to(self.device, non_blocking=True)
+        return self._moved(self._read(indices.tolist()))
 
     def cropped(self, indices: Tensor, places: Tensor) -> Tensor:
         """Returns images that were decoded for random crops.
@@ -88,11 +90,22 @@ class ImageStore:
         for image, raw, size, place in zip(images, rows["pixels"], sizes, places.tolist(), strict=True):
             pixels = np.frombuffer(raw.as_buffer(), dtype).reshape(self.shape[0], *size)
             image[:] = crop_at(pixels, self.image_format, place)
-        return torch.from_numpy(images).to(self.device, non_blocking=True)
+        return self._moved(torch.from_numpy(images))
+
+    def _moved(self, pixels: Tensor) -> Tensor:
+        """Return pixels on the device; nothing waits for the copy to a GPU."""
+        pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
+        return pixels.to(self.device, non_blocking=True)
 
     def _read(self, rows: slice | list[int]) -> Tensor:
         raw = bytearray().join(self._table[rows]["pixels"].to_pylist())  # writable, as torch wants its memory
         return torch.from_numpy(np.frombuffer(raw, self.image_format.dtype).reshape(-1, *self.shape))
+
+
+def _resident_bytes(device: torch.device) -> float:
+    """Return the size up to which images are held in the memory of a device."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return max(RESIDENT_BYTES, RESIDENT_SHARE * free)
 
 
 def load_images(

@@ -154,20 +154,29 @@ def generate_images(
     try:
         for start in range(0, len(ids), batch_size):
             chunk = ids[start : start + batch_size]
+            filled = _filled(pipe.unet, chunk)
             with torch.autocast(torch.device(device).type, dtype, enabled=sampling.mixed_precision != "no"):
                 unit = pipe(
-                    batch_size=len(chunk),
-                    generator=[generator(sampling.seed, SAMPLES, i, device=device) for i in chunk],
+                    batch_size=len(filled),
+                    generator=[generator(sampling.seed, SAMPLES, i, device=device) for i in filled],
                     num_inference_steps=sampling.steps(pipe),
                     output_type="pt",
                     eta=sampling.eta,
-                    class_labels=[labels[i % len(labels)] for i in chunk] if labels else None,
+                    class_labels=[labels[i % len(labels)] for i in filled] if labels else None,
                     guidance_scale=sampling.guidance_scale,
                     **call,
                 ).images
-            yield from zip(chunk, to_bytes(unit).cpu(), strict=True)
+            yield from zip(chunk, to_bytes(unit[: len(chunk)]).cpu(), strict=True)
     finally:
         pipe.scheduler = own_scheduler
+
+
+def _filled(unet: nn.Module, chunk: Sequence[int]) -> list[int]:
+    """Repeat an image so that a compiled network, which has code for one batch size, gets the largest one so far."""
+    if getattr(unet, "_compiled_call_impl", None) is None:
+        return list(chunk)
+    unet.compiled_batch = max(len(chunk), getattr(unet, "compiled_batch", 0))
+    return [*chunk, *[chunk[-1]] * (unet.compiled_batch - len(chunk))]
 
 
 def fill_folder(

@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -115,3 +117,29 @@ def test_no_batch_waits_for_a_copy_to_the_device(classes, monkeypatch):
     batches = [source.batch(step, slice(0, 64)) for step in range(15)]  # 898 images: the last batch is of two epochs
     assert copies == [(898,), (898,)] and all(batch.images.device.type == "meta" for batch in batches)
     assert [batch.labels is None for batch in batches] == [classes is None] * 15
+
+
+def test_batches_that_are_read_ahead_are_the_same(wide):
+    plain = ShuffledImages(wide, seed=0, batch_size=8)
+    ahead, calls = ShuffledImages(wide, seed=0, batch_size=8, ahead=True), []
+    read = ahead._batch
+    ahead._batch = lambda step, rows: (calls.append((step, threading.current_thread().name)), read(step, rows))[1]
+    whole, first = slice(0, 8), slice(0, 4)
+    for step, rows in ((0, whole), (1, whole), (2, whole), (2, whole), (7, whole), (8, first)):
+        assert torch.equal(ahead.batch(step, rows).images, plain.batch(step, rows).images)
+    ahead.close()
+    here = [step for step, name in calls if name == threading.current_thread().name]
+    assert here == [0, 2, 7, 8]  # where what was read ahead is something else
+    assert plain.ahead is False
+
+
+def test_a_thread_that_reads_ahead_raises_in_the_step_of_its_images(wide):
+    source = ShuffledImages(wide, seed=0, batch_size=8, ahead=True)
+    source.batch(0, slice(0, 8))
+    source.batch(1, slice(0, 8))
+    source._next[1].result()
+    source._batch = lambda step, rows: 1 / 0
+    source.batch(2, slice(0, 8))
+    with pytest.raises(ZeroDivisionError):
+        source.batch(3, slice(0, 8))
+    source.close()

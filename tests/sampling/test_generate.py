@@ -435,6 +435,23 @@ def test_two_launched_processes_make_the_same_images(trained, tmp_path):
     assert (tmp_path / "a" / "samples.npz").read_bytes() == (tmp_path / "b" / "samples.npz").read_bytes()
 
 
+def test_a_compiled_network_sees_one_batch_size(conditional):
+    expected, sizes = list(generate_images(conditional, range(10), Sampling(0, 2), batch_size=4)), []
+    call = conditional.unet._call_impl
+
+    def compiled(sample, *args, **kwargs):
+        sizes.append(len(sample))
+        return call(sample, *args, **kwargs)
+
+    conditional.unet._compiled_call_impl = compiled
+    for ids in (range(10), range(3)):  # two parts and a remainder; a smaller part of a folder later
+        images = list(generate_images(conditional, ids, Sampling(0, 2), batch_size=4))
+        assert [number for number, _ in images] == list(ids)
+        differences = [(image.int() - expected[i][1].int()).abs().max() for i, (_, image) in enumerate(images)]
+        assert max(differences) <= 1
+    assert set(sizes) == {4}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="nothing compiles here")
 def test_weights_are_constants_of_a_network_that_is_compiled_for_sampling(tiny_unet):
