@@ -117,11 +117,11 @@ def test_every_model_of_the_paper_has_its_size_and_its_steps(name, parameters, s
     digits = 1 if parameters < 100 else 0
     assert round(unet.num_parameters() / 1e6, digits) == parameters
     assert config.training.max_train_steps == steps
-    images = config.training.max_train_steps * config.training.train_batch_size
+    images = config.training.max_train_steps * config.training.global_batch_size(1)
     text = " ".join(preset_path(name).read_text().replace("\n#", "").split())
     assert f"Images seen: {images / 1e6:g}M (" in text and f"{parameters:g}M parameters" in text
     if name != "cifar10":
-        assert (config.training.train_batch_size, config.training.learning_rate) == (64, 2e-5)
+        assert (config.training.global_batch_size(1), config.training.learning_rate) == (64, 2e-5)
         assert config.model.dropout == 0 and config.data.size == (256, 256)
         assert config.data.horizontal_flip is not name.startswith("lsun-bedroom")
 

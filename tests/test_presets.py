@@ -31,6 +31,7 @@ def test_parameters_and_memory_of_a_preset_are_those_that_are_counted(name):
     places = 0 if count > 1e8 else 1
     assert float(re.search(r"([\d.]+)M parameters", text)[1]) == round(count / 1e6, places)
     assert float(re.search(r"Memory: ([\d.]+) GiB", text)[1]) == round(size / 2**30, places)
+    assert size < 80e9  # a GPU
     if name in SMALL:
         assert 3e6 <= count <= 10e6 and size < 6 * 2**30
         assert (config.training.train_batch_size, config.diffusion.variance_type) == (32, "fixed_small")

@@ -81,8 +81,8 @@ def test_the_presets_are_listed_with_a_line_each(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["preset", *preset_names()]
     rows = {line.split()[0]: line.split()[1:] for line in lines}
-    assert rows["cifar10"] == ["32x32", "35.7M", "128", "7.8", "GiB", "800,000"]
-    assert rows["small-32"] == ["32x32", "5.6M", "32", "1.1", "GiB", "auto"]
+    assert rows["cifar10"] == ["32x32", "35.7M", "128", "7.3", "GiB", "800,000"]
+    assert rows["small-32"] == ["32x32", "5.6M", "32", "1.0", "GiB", "auto"]
 
 
 def test_the_time_per_step_of_presets_is_measured_when_asked(capsys, monkeypatch):
