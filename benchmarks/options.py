@@ -36,6 +36,7 @@ class BenchmarkConfig:
     steps_per_turn: int = option("training steps per turn of train_step and training", 10)
     threads: int | None = option("threads of this process (default: torch's choice)", None)
     memory: bool = option("measure memory, too", True)
+    check: bool = option("compare outputs with diffusers' before timing; with --compile, it compiles more often", True)
     growth: Literal["none", "batch", "resolution", "steps", "processes"] = option(
         "repeat the tasks over these values, for a curve per task", "none"
     )

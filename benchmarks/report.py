@@ -18,6 +18,9 @@ Row = dict[str, Any]
 
 PACKAGES = ("accelerate", "datasets", "denoising-diffusion-pytorch", "torchvision")
 
+# The load average before the start, and the spread of the rounds, up to which a machine counts as quiet.
+QUIET_LOAD, QUIET_SPREAD = 0.5, 0.1
+
 HEAD = (
     "task", "subject", "median", "least to most", "images/s", "time / ours", "GFLOP/s", "of matmul",
     "of convolution", "memory",
@@ -138,8 +141,22 @@ def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
             tasks.setdefault(f"{row['subject']}: {note}", {})[row["task"]] = None
     yield from (f"- {note} ({', '.join(where)})." for note, where in tasks.items())
     yield f"- Memory: {report['memory']}."
+    yield from _unrest(report)
     if report["made_by"]["versions"]["torchvision"] is None:
         yield "- torchvision is not installed: the same steps in numpy and PIL replace its transforms."
+
+
+def _unrest(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yields remarks if the machine was not quiet: other work before the start, or rounds that differ."""
+    load = report["made_by"].get("load", 0)
+    if load > QUIET_LOAD:
+        yield f"- The machine was not quiet: its load average was {load:g} before the start."
+    spreads = [
+        (row["seconds"]["most"] / row["seconds"]["least"] - 1, row) for row in report["rows"] if row["error"] is None
+    ]
+    largest, row = max(spreads, key=lambda spread: spread[0], default=(0, None))
+    if row is not None and largest > QUIET_SPREAD:
+        yield f"- The machine was not quiet: rounds of {row['subject']}, {row['task']}, differ by {largest:.0%}."
 
 
 def _cells(row: Row, growth: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -37,7 +38,7 @@ PROGRAM = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 
 def run_benchmark(options: BenchmarkConfig, config: Config, bar: tqdm) -> dict[str, Any]:
     """Times all tasks on the processes of this launch and returns the report."""
-    rates, equality, rows = None, [], []
+    rates, equality, rows, load = None, [], [], round(os.getloadavg()[0], 2)
     for value in growth_values(options, config):
         with TemporaryDirectory(prefix="hf_ddpm-benchmark-") as folder, hidden_output():
             setting = Setting(options, grown(config, options.growth, value), Path(folder))
@@ -47,9 +48,10 @@ def run_benchmark(options: BenchmarkConfig, config: Config, bar: tqdm) -> dict[s
             contenders = [CONTENDERS[name](setting) for name in (Ours.name, *options.others)]
             if config.training.compile:  # an option of train.py and sample.py, not of the others' scripts
                 contenders += [CONTENDERS[name](setting, compiled=False) for name in options.others]
-            bar.set_postfix_str("comparing outputs")
             at = {"at": value or None}
-            equality += [check | at for check in _check(contenders, options)]
+            if options.check:
+                bar.set_postfix_str("comparing outputs")
+                equality += [check | at for check in _check(contenders, options)]
             for task in options.chosen:
                 found = run_task(task, contenders, rates, bar)
                 rows += [row | at for row in found]
@@ -57,7 +59,7 @@ def run_benchmark(options: BenchmarkConfig, config: Config, bar: tqdm) -> dict[s
     size = " x ".join(map(str, setting.shape))
     about = f"Images of {size}, {setting.batch} a process and step, precision {config.training.mixed_precision}."
     return {
-        "made_by": made_by(setting.device) | {"processes": setting.processes},
+        "made_by": made_by(setting.device) | {"processes": setting.processes, "load": load},
         "options": asdict(options) | {"json": Path(options.json).name, "config": config.to_dict()},
         "about": about if options.growth == "none" else f"{about[:-1]}, but for the {options.growth}.",
         "memory": ON_GPU if setting.device.type == "cuda" else ON_CPU,

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks import __main__ as program
+from benchmarks import report as report_module
 from benchmarks import run as benchmark_run
 from benchmarks import stock
 from benchmarks.contender import check_equal, refusal_of
@@ -319,3 +320,24 @@ def test_torchvision_is_replaced_only_where_it_is_missing(monkeypatch):
     before = sys.modules.get("torchvision")
     with stock.importable_torchvision():
         assert sys.modules.get("torchvision") is before
+
+
+def test_a_report_says_if_the_machine_was_not_quiet():
+    def row(task, *seconds):
+        times = {"least": min(seconds), "most": max(seconds)}
+        return {"task": task, "subject": "hf_ddpm", "error": None, "seconds": times}
+
+    failed = {"task": "data", "subject": "hf_ddpm", "error": "no"}
+    quiet = {"made_by": {"load": 0.4}, "rows": [row("forward", 1, 1.09), failed]}
+    assert list(report_module._unrest(quiet)) == []
+    busy = {"made_by": {"load": 1.5}, "rows": [row("forward", 1, 1.09), row("sampling", 2, 2.5), failed]}
+    assert list(report_module._unrest(busy)) == [
+        "- The machine was not quiet: its load average was 1.5 before the start.",
+        "- The machine was not quiet: rounds of hf_ddpm, sampling, differ by 25%.",
+    ]
+
+
+def test_without_a_check_nothing_is_compared(benchmark, monkeypatch):
+    monkeypatch.setattr("benchmarks.run.check_equal", lambda ours, other: 1 / 0)
+    report, _ = benchmark("--tasks", "forward", "--against", "diffusers", "--check", "false")
+    assert report["equality"] == [] and rows_by(report)["forward", "diffusers"]["error"] is None
