@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from hf_ddpm.utils.seeds import GOLDEN, scramble
+from hf_ddpm.utils.seeds import GOLDEN, mix, scramble
 
 
 class Dropout(nn.Dropout):
@@ -29,7 +29,7 @@ def hashed_mask(keys: Tensor, x: Tensor, keep: float) -> Tensor:
     _, channels, height, width = x.shape
     places = torch.arange(channels * height * width, dtype=torch.int32, device=x.device)
     places = places.view(height, width, channels).permute(2, 0, 1)
-    bits = scramble(keys.view(-1, 1, 1, 1) ^ (places * GOLDEN))
+    bits = mix(keys.view(-1, 1, 1, 1) ^ (places * GOLDEN))
     return bits < min(round((keep - 0.5) * 2**32), 2**31 - 1)
 
 

@@ -30,6 +30,11 @@ GOLDEN, FIRST, SECOND = 0x9E3779B9 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32
 def scramble(bits: Tensor) -> Tensor:
     """Hash int32 numbers in place, one to one."""
     bits ^= bits >> 16
+    return mix(bits)
+
+
+def mix(bits: Tensor) -> Tensor:
+    """Hash int32 numbers in place, one to one; enough for numbers that hold the bits of a hash."""
     bits *= FIRST
     bits ^= bits >> 15
     bits *= SECOND

@@ -51,7 +51,7 @@ class Dropout(torch.nn.Module):
         keys = scrambled(rows ^ golden(np.int64(layer + 1)))
         channel, row, column = np.ogrid[: x.shape[1], : x.shape[2], : x.shape[3]]
         place = (row * x.shape[3] + column) * x.shape[1] + channel
-        kept = scrambled(keys[:, None, None, None] ^ golden(place)) < 0.3 * 2**32  # signed: 0.8 - 0.5
+        kept = mixed(keys[:, None, None, None] ^ golden(place)) < 0.3 * 2**32  # signed: 0.8 - 0.5
         return torch.where(torch.from_numpy(kept), x / 0.8, 0)
 
 
@@ -65,7 +65,10 @@ def golden(numbers):
 
 def scrambled(bits):
     """A hash in 64 bits, of which each step keeps the lower 32; its shifts are signed."""
-    bits = signed(bits ^ (bits >> 16))
+    return mixed(signed(bits ^ (bits >> 16)))
+
+
+def mixed(bits):
     bits = signed(bits * 0x7FEB352D)
     bits = signed(bits ^ (bits >> 15))
     return signed(bits * (0x846CA68B - 2**32))
