@@ -181,8 +181,8 @@ class TrainingConfig:
     )
     num_train_epochs: int | None = option("passes over the images, instead of max_train_steps", None)
     train_batch_size: int = option(
-        "batch size per process and forward pass; auto: the largest that fits into memory, dividing the batch per "
-        "process of the preset or default",
+        "batch size per process and forward pass; auto: split that of the preset into as few accumulation steps as fit "
+        "into memory",
         128,
         auto=True,
     )
@@ -240,7 +240,8 @@ class TrainingConfig:
         if isinstance(self.max_train_steps, Auto):
             self.max_train_steps = Auto(AUTO_STEPS[0])  # until images are counted
         either = None in (self.max_train_steps, self.num_train_epochs)
-        require(self, "num_train_epochs", either, f"max_train_steps={self.max_train_steps} is given, too")
+        length = "auto" if isinstance(self.max_train_steps, Auto) else self.max_train_steps
+        require(self, "num_train_epochs", either, f"max_train_steps={length} is given, too")
         counts = ("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps")
         kept = ("log_steps", "checkpointing_steps", "keep_checkpoints", "num_samples", "num_inference_steps")
         require_at_least(self, 1, *counts, *kept, "world_size")
@@ -445,8 +446,8 @@ class Config:
         """Return the options of a run that resumes a stored one: what nobody has chosen keeps its past default."""
         past, now = with_past_defaults(stored), self.to_dict()
         kept = {name: past[name] for name, value in self.defaulted.items() if now[name] == value}
-        if all(now[name] == value for name, value in kept.items() if name not in LENGTHS):
-            kept = {name: value for name, value in kept.items() if name not in LENGTHS}  # the same preset: its length
+        if past["block_out_channels"] == now["block_out_channels"]:  # else the run is older than the chosen preset
+            kept = {name: value for name, value in kept.items() if name not in LENGTHS}
         parts = {}
         for entry in dataclasses.fields(self)[: len(PARTS)]:
             part = getattr(self, entry.name)
@@ -539,12 +540,15 @@ def parse_config(argv: list[str], doc: str | None = None) -> Config:
     """
     sources, _ = parse_first(argv, Sources)
     file = {} if sources.config is None else read_yaml(Path(sources.config), PARTS)
+    if sources.preset is None:  # null undoes values of a preset that is named
+        file = {name: value for name, value in file.items() if value is not None}
     preset, chosen, notes = _preset(sources.preset, file, argv)
     options = _merged(_merged(preset, file), dict.fromkeys(LENGTHS & given_options(argv, PARTS)))
     words = _command_line(options)
     _, *parts = parse_options(words + argv, Sources, *PARTS, doc=doc)
     config = Config(*parts)
     given = {*file, *given_options(argv, PARTS)}
+    chosen |= {"gradient_accumulation_steps"} if "train_batch_size" in chosen else set()  # one divides the other
     chosen -= given | LENGTHS if given & LENGTHS else given
     chosen |= FORMER_DEFAULTS.keys() - given_options(words + argv, PARTS)
     config.defaulted = {name: value for name, value in config.to_dict().items() if name in chosen}

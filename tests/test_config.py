@@ -204,7 +204,7 @@ def test_the_saved_options_make_the_same_run(tmp_path, more):
         ("--nonsense 1", "unknown option --nonsense: see --help"),
         ("--preset cats", "preset='cats' is not allowed: one of celebahq-256, cifar10, digits, lsun-bedroom"),
         ("--config none.yaml", "config 'none.yaml' cannot be read"),
-        ("--max_train_steps many", "argument --max_train_steps: invalid int value: 'many'"),
+        ("--max_train_steps many", "argument --max_train_steps: invalid int or auto value: 'many'"),
         ("--max_train_steps 0", "max_train_steps=0 is not allowed: at least 1"),
         ("--learning_rate -1", "learning_rate=-1.0 is not allowed: more than 0"),
         ("--num_train_epochs 0", "num_train_epochs=0 is not allowed: at least 1"),

@@ -85,10 +85,11 @@ def test_pictures_become_a_model_that_others_see(tmp_path):
         shell = Shell(tmp_path, hub.environment())
         code, output = stop_in_training(shell.start("hf-ddpm train --dataset pictures"))
         assert code == 128 + signal.SIGINT
-        assert output.startswith("no --preset: small-32") and "300 images in train; all files are used" in output
+        assert output.startswith("--preset small-32 (default") and "300 images in train; all files are used" in output
         commands = dict(re.findall(r"^  (resume|end it here|sample|export): +(.*)$", output, re.MULTILINE))
 
         # The stopped run is a model.
+        assert "--num_images 16 --num_inference_steps 100" in commands["sample"]
         shell.run(f"{commands['sample']} --num_images 2 --num_inference_steps 2")
         run = tmp_path / "runs" / "ddpm"
         assert Image.open(run / "images" / "00001.png").size == (32, 32)

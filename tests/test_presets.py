@@ -39,20 +39,28 @@ def test_parameters_and_memory_of_a_preset_are_those_that_are_counted(name):
 
 
 @pytest.mark.parametrize(
-    ("resolution", "name", "line"),
-    [
-        ([], "small-32", "small-32, for resolution 32; --resolution 64 takes small-64;"),
-        (["28"], "small-32", "small-32, for resolution 28;"),
-        (["48"], "small-64", "small-64, for resolution 48;"),
-        (["64", "96"], "small-64", "small-64, for resolution 64x96;"),
-    ],
+    ("resolution", "name"), [([], "small-32"), (["28"], "small-32"), (["48"], "small-64"), (["64", "96"], "small-64")]
 )
-def test_images_without_a_preset_get_the_small_one_of_their_resolution(resolution, name, line):
+def test_images_without_a_preset_get_the_small_one_of_their_resolution(resolution, name):
     words = ["--resolution", *resolution] if resolution else []
-    config = choice(*words)
+    config, other = choice(*words), "" if resolution else "--resolution 64 (small-64), "
     assert config == choice("--preset", name, *words)
-    assert config.notes == [f"no --preset: {line} --preset cifar10 has the paper's network"]
+    assert config.notes == [
+        f"--preset {name} (default at this resolution). Others: {other}--preset cifar10 (the paper's)"
+    ]
     assert choice("--preset", name, *words).notes == []
+
+
+def test_a_model_to_start_from_keeps_its_network_and_says_so():
+    assert choice("--init_from", "a/b").notes == [
+        "--preset small-32 (default at this resolution), with the network of --init_from"
+    ]
+
+
+def test_nulls_of_a_file_are_as_if_they_were_not_given(tmp_path):
+    names = ("resolution", "block_out_channels", "train_batch_size", "max_train_steps")
+    (tmp_path / "a.yaml").write_text("dataset: mine\n" + "".join(f"{name}: null\n" for name in names))
+    assert parse_config(["--config", str(tmp_path / "a.yaml")]) == choice()
 
 
 def test_the_digits_have_their_preset():
@@ -148,3 +156,10 @@ def test_a_run_of_a_chosen_preset_resumes_to_its_length_after_another_one():
     assert isinstance(choice().resumed(past).training.max_train_steps, Auto)
     assert choice("--max_train_steps", "20000").resumed(past).training.max_train_steps == 20_000
     assert choice("--num_train_epochs", "2").resumed(past).training.num_train_epochs == 2
+
+
+def test_a_batch_that_was_divided_stays_divided():
+    past = choice("--train_batch_size", "8", "--gradient_accumulation_steps", "4").to_dict() | {"max_train_steps": 52}
+    training = choice("--num_samples", "3").resumed(past).training
+    assert (training.train_batch_size, training.gradient_accumulation_steps) == (8, 4)
+    assert isinstance(training.max_train_steps, Auto)  # a length that nobody gave is that of the preset

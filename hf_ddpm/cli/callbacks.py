@@ -57,14 +57,12 @@ class SampleGrid(Callback):
         """Draws, and animates the drawings."""
         self.draw(run)
         if run.config.training.sample_at_checkpoints and run.accelerator.is_main_process:
-            pictures = [Image.open(file) for _, file in self._drawings()]
-            alike = [
-                picture
-                for picture in pictures
-                if (picture.size, picture.mode) == (pictures[-1].size, pictures[-1].mode)
-            ]
-            thinned = alike[:: -math.ceil(len(alike) / MOST_FRAMES)][::-1]  # with the last one
-            save_animation(thinned, self.path.with_suffix(".gif"), MILLISECONDS)
+            files = [file for _, file in self._drawings()]
+            thinned = files[:: -math.ceil(len(files) / MOST_FRAMES)][::-1]  # with the last one
+            pictures = [Image.open(file) for file in thinned]
+            kind = (pictures[-1].size, pictures[-1].mode)
+            alike = [picture for picture in pictures if (picture.size, picture.mode) == kind]
+            save_animation(alike, self.path.with_suffix(".gif"), MILLISECONDS)
 
     def draw(self, run: Run) -> None:
         """Draws; each process its share."""

@@ -3,12 +3,14 @@
     hf-ddpm export runs/digits
     hf-ddpm export runs/digits --step 5000 --average 0.999 --output models/digits-5000
 
-The pipeline is in the format of diffusers, of averaged weights; without --output it goes into the run's folder. A run
-that is still going on is exported with --output.
+The pipeline is in the format of diffusers, of averaged weights. Without --output, that of the newest checkpoint goes
+into the run's folder; a run that is being trained, and an older step, need --output.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hf_ddpm.utils.launch import exclusive
 from hf_ddpm.utils.options import option, parse_options, require, require_at_least
@@ -56,22 +58,35 @@ def export_model(
         OSError: If a file cannot be written.
     """
     from hf_ddpm.pipelines.runs import average_name  # takes seconds
-    from hf_ddpm.utils.runs import read_state, run_folder
+    from hf_ddpm.utils.runs import checkpoints, read_state, run_folder, step_of
 
     config = ExportConfig(str(run), step, average, None if output is None else str(output))
     checkpoint = _checkpoint(config)
     state, home = read_state(checkpoint), run_folder(checkpoint)
     name = average_name(state, average)
-    if output is not None:
+    folder = home if name == average_name(state) else home / name
+    if output is not None and Path(output).resolve() != home.resolve():
+        kind = "expected a new or empty folder, or that of an earlier export"
+        require(config, "output", _takes_exports(Path(output)), kind)
         _write(checkpoint, name, Path(output))
         return Path(output), state["step"]
-    folder = home if name == average_name(state) else home / name
+    newest = step_of(checkpoints(home / "checkpoints")[-1])
+    if state["step"] != newest:
+        raise ValueError(f"--step {state['step']}: the run's folder is for its newest step, {newest}; give --output")
     try:
         with exclusive(home, "run"):
             _write(checkpoint, name, folder)
     except ValueError as error:
         raise ValueError(f"{error}; --output takes another folder" if "in use" in str(error) else error) from error
     return folder, state["step"]
+
+
+def _takes_exports(folder: Path) -> bool:
+    """Return whether an export would overwrite nothing but an earlier one."""
+    if not folder.exists():
+        return True
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
+    return not names or ("export.json" in names and not names & {"checkpoints", ".lock"})
 
 
 def _checkpoint(config: ExportConfig) -> Path:
@@ -97,27 +112,44 @@ def _checkpoint(config: ExportConfig) -> Path:
 
 
 def _write(checkpoint: Path, average: str, folder: Path) -> None:
-    """Write the pipeline, its record, the files of the run that its card is made from, and the card."""
-    import shutil
-
+    """Write the pipeline, its record, the files of the run that are about these weights, and the card."""
     from hf_ddpm import DDPMPipeline
     from hf_ddpm.hub.card import write_card
-    from hf_ddpm.pipelines.runs import stock_folder, write_export
+    from hf_ddpm.pipelines.runs import average_name, stock_folder, write_export
     from hf_ddpm.utils.files import make_folder
-    from hf_ddpm.utils.jsonl import cut_lines
-    from hf_ddpm.utils.runs import lengths_of, read_state, run_folder
+    from hf_ddpm.utils.runs import exported_step, lengths_of, read_state, run_folder
 
     state, home = read_state(checkpoint), run_folder(checkpoint)
     step = state["step"]
     with stock_folder(checkpoint, average) as stock:
         pipe = DDPMPipeline.from_pretrained(stock)
     make_folder(folder, "output")
+    is_as_drawn = exported_step(home) == step and (home / "samples.png").exists()
     record = {"step": step, "images": step * state["global_batch_size"], "lengths": lengths_of(state)}
     write_export(pipe, folder, {**record, "hub_ids": state.get("hub_ids", [])})
     if folder.resolve() != home.resolve():
-        for name in ("config.yaml", "metrics.jsonl", "status.json"):
-            if (home / name).exists():
-                shutil.copyfile(home / name, folder / name)
-        cut_lines(folder / "metrics.jsonl", step)
-    (folder / "samples.png").unlink(missing_ok=True)  # of another step
+        _copy_records(home, folder, pipe, step)
+    drawing = home / "samples.png" if is_as_drawn else home / "samples" / f"step-{step:09d}.png"
+    if average != average_name(state) or not drawing.exists():
+        (folder / "samples.png").unlink(missing_ok=True)  # of other weights
+    elif drawing.resolve() != (folder / "samples.png").resolve():
+        shutil.copyfile(drawing, folder / "samples.png")
     write_card(folder, pipe=pipe, model_id=None)
+
+
+def _copy_records(home: Path, folder: Path, pipe: Any, step: int) -> None:
+    """Copy what a card is made from, up to a step, results of these very weights, and the card if a person wrote it."""
+    from hf_ddpm.hub.card import is_generated, read_sources
+    from hf_ddpm.utils.jsonl import cut_lines
+
+    for name in ("config.yaml", "metrics.jsonl", "status.json", "results.json", "results_nearest.png", "README.md"):
+        (folder / name).unlink(missing_ok=True)  # of an earlier export
+        if (home / name).exists():
+            shutil.copyfile(home / name, folder / name)
+    cut_lines(folder / "metrics.jsonl", step)
+    if not read_sources(folder, pipe).results:
+        for name in ("results.json", "results_nearest.png"):
+            (folder / name).unlink(missing_ok=True)
+    card = folder / "README.md"
+    if card.exists() and is_generated(card.read_bytes()):
+        card.unlink()

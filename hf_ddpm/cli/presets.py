@@ -32,12 +32,14 @@ def main(argv: list[str]) -> int:
     """Run the command line; return the exit code."""
     (options,) = parse_options(argv, PresetsConfig, doc=__doc__)
     print(ROW.format("preset", "resolution", "parameters", "batch size", "memory", "steps"))
-    for name in preset_names():
-        config, text = preset_config(name), preset_path(name).read_text(encoding="utf-8")
-        parameters, memory = re.findall(r"([\d.]+M) parameters", text)[0], re.findall(r"Memory: ([\d.]+ GiB)", text)[0]
+    heads = {name: preset_path(name).read_text(encoding="utf-8") for name in preset_names()}
+    sizes = {name: float(re.findall(r"([\d.]+)M parameters", text)[0]) for name, text in heads.items()}
+    for name in sorted(sizes, key=lambda name: sizes[name]):
+        config, parameters = preset_config(name), f"{sizes[name]:g}M"
+        memory = re.findall(r"Memory: ([\d.]+ GiB)", heads[name])[0]
         size, training = "x".join(map(str, config.data.size)), config.training
         steps = "auto" if isinstance(training.max_train_steps, Auto) else f"{training.max_train_steps:,}"
-        measured = f", {seconds_per_step(config):.2g} s per step" if options.measure else ""
+        measured = f", {seconds_per_step(config):,.2f} s per step" if options.measure else ""
         print(ROW.format(name, size, parameters, training.train_batch_size, memory, steps + measured), flush=True)
     return 0
 

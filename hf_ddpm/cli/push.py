@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from hf_ddpm.cli.export import export_model
 from hf_ddpm.utils.launch import exclusive
 from hf_ddpm.utils.options import option, parse_options, require, require_types
-from hf_ddpm.utils.runs import checkpoint_of
+from hf_ddpm.utils.runs import checkpoint_of, run_folder
 
 
 @dataclass
@@ -104,4 +104,4 @@ def _exported(model: str) -> Iterator[Path]:
             yield Path(model)
     else:
         with TemporaryDirectory(prefix="hf_ddpm-") as folder:
-            yield export_model(checkpoint, output=folder)[0]
+            yield export_model(checkpoint, output=Path(folder) / run_folder(checkpoint).resolve().name)[0]

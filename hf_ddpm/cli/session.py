@@ -232,7 +232,8 @@ def commands_of(run: Run) -> list[str]:
     return [
         f"  resume:      {resume}",
         f"  end it here: {resume} --max_train_steps {run.step}",
-        f"  sample:      hf-ddpm sample --model {model} --output {shlex.quote(str(folder / 'images'))}",
+        f"  sample:      hf-ddpm sample --model {model} --output {shlex.quote(str(folder / 'images'))} "
+        f"--num_images 16 --num_inference_steps {min(100, len(run.scheduler))}",
         f"  export:      hf-ddpm export {model}",
     ]
 

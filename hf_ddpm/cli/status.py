@@ -15,7 +15,7 @@ from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.jsonl import read_lines
 from hf_ddpm.utils.launch import exclusive
 from hf_ddpm.utils.options import option, parse_options, require
-from hf_ddpm.utils.runs import checkpoints, step_of
+from hf_ddpm.utils.runs import checkpoints, run_folder, step_of
 
 LOSSES = 5
 
@@ -24,11 +24,13 @@ LOSSES = 5
 class StatusConfig:
     """Status: the run."""
 
-    run: str = option("folder of a run", is_first=True)
+    run: str = option("folder of a run, or of one of its checkpoints", is_first=True)
 
     def __post_init__(self) -> None:
         """Check the values."""
-        require(self, "run", (Path(self.run) / "status.json").is_file(), "it holds no status.json of a run")
+        self.run = str(run_folder(self.run))
+        files = [Path(self.run) / name for name in ("status.json", ".lock")]  # an export has the first one, too
+        require(self, "run", all(file.is_file() for file in files), "expected the folder of a run")
 
 
 def main(argv: list[str]) -> int:
@@ -45,14 +47,15 @@ def describe(folder: Path) -> dict[str, str]:
     step, steps = status["step"], status.get("max_train_steps")
     rate, left = status.get("images_per_second"), status.get("seconds_left")
     is_running = is_alive(folder)
-    losses = [line for line in read_lines(folder / "metrics.jsonl") if isinstance(line.get("loss"), float)][-LOSSES:]
+    metrics = [line for line in read_lines(folder / "metrics.jsonl") if type(line.get("step")) is int]
+    losses = [line for line in metrics if isinstance(line.get("loss"), float)][-LOSSES:]
     kept = [f"{step_of(path):,}" for path in checkpoints(folder / "checkpoints")]
     lines = {
         "status": describe_state(status, is_running),
         "step": f"{step:,}" + (f" of {steps:,} ({step / steps:.0%})" if steps else ""),
         "speed": f"{rate:,.1f} images/s" if rate else "",
         "time left": str(timedelta(seconds=round(left))) if left and is_running else "",
-        "last losses": ", ".join(f"{line['loss']:.4g} (step {line.get('step'):,})" for line in losses),
+        "last losses": ", ".join(f"{line['loss']:.4g} (step {line['step']:,})" for line in losses),
         "checkpoints": ", ".join(kept) or "none yet",
     }
     return {name: line for name, line in lines.items() if line}

@@ -52,8 +52,8 @@ class BadImage:
 
     def refusal(self, column: str) -> ValueError:
         """Returns the error that names it."""
-        larger = "enlarge=true scales small images up, " if "is smaller than resolution" in self.reason else ""
-        return ValueError(f"{self.text(column)} ({larger}skip_bad_images leaves such images out)")
+        larger = "--enlarge true scales small images up, " if "is smaller than resolution" in self.reason else ""
+        return ValueError(f"{self.text(column)} ({larger}--skip_bad_images true leaves such images out)")
 
 
 def decode(

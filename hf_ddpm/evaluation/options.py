@@ -99,7 +99,7 @@ class EvaluateConfig(ReferenceOptions):
                 reason = "it needs real images, --reference_stats holds mean and covariance alone; add --dataset"
                 require_value(f"{self.option_prefix}metrics", metric, metric in ("fd", "is"), reason)
         is_same = self.floor and self.split == self.reference_split and bool(self.distances)
-        allowed = f"the floor is of images that are not the reference, or none: --{self.option_prefix}floor false"
+        allowed = f"no held-out images for the floor; expected another split, or --{self.option_prefix}floor false"
         require_value(f"{self.option_prefix}split", self.split, not is_same, allowed)
 
     @property

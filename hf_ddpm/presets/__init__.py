@@ -20,12 +20,14 @@ class Given:
         resolution: Their height and width, or one number for both.
         block_out_channels: Channels of a network, for which no preset is chosen.
         attention_resolutions: Where it has self-attention.
+        init_from: A model whose network and process replace those of the preset.
     """
 
     dataset: str | None = option("", None)
     resolution: list[int] | None = option("", None)
     block_out_channels: list[int] | None = option("", None)
     attention_resolutions: list[int] | None = option("", None)
+    init_from: str | None = option("", None)
 
 
 def preset_names() -> list[str]:
@@ -43,14 +45,16 @@ def choose_preset(given: Given) -> tuple[str | None, str]:
     """Choose a preset for images, and return its name with a line on the choice; None for a given network."""
     if not given.dataset or given.block_out_channels:
         return None, ""
+    network = ", with the network of --init_from" if given.init_from else ""
     if given.dataset == "digits":
-        return "digits", "no --preset: digits, of this data set"
+        return "digits", f"--preset digits (default for this data set){network}"
     name, sides = "small-32", given.resolution or [32]
     if min(sides) >= 48:
         name = "small-64"
-    more = "" if given.resolution else "; --resolution 64 takes small-64"
-    size = "x".join(map(str, sides))
-    return name, f"no --preset: {name}, for resolution {size}{more}; --preset cifar10 has the paper's network"
+    if network:
+        return name, f"--preset {name} (default at this resolution){network}"
+    other = "" if given.resolution else "--resolution 64 (small-64), "
+    return name, f"--preset {name} (default at this resolution). Others: {other}--preset cifar10 (the paper's)"
 
 
 def fit_preset(name: str, preset: Words, given: Given, of_data: Mapping[str, Any]) -> tuple[Words, str]:

@@ -31,14 +31,14 @@ def describe_length(config: TrainingConfig, step: int, earlier: int) -> str | No
     steps = config.max_train_steps
     if steps == earlier:
         return None
-    line = f"the run ends at step {steps:,}, not at {earlier:,}"
+    line = f"max_train_steps: {earlier:,} -> {steps:,}"
     if config.lr_schedule == "constant":
         return line
     before = learning_rate(dataclasses.replace(config, max_train_steps=earlier, num_train_epochs=None), step)
     if steps == step:
-        return f"{line}: its {config.lr_schedule} learning rate has come to {before:.3g}, not to zero"
+        return f"{line}; the {config.lr_schedule} learning rate ends at {before:.3g} instead of 0"
     rate = learning_rate(config, step)
-    return f"{line}: the {config.lr_schedule} learning rate at step {step:,} is {rate:.3g} (was {before:.3g})"
+    return f"{line}; the {config.lr_schedule} learning rate at step {step:,} is {rate:.3g} (was {before:.3g})"
 
 
 def adam(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

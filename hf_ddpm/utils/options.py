@@ -384,7 +384,7 @@ _READERS: dict[Any, tuple[Any, str]] = {
     bool: (_truth, "true|false"),
 }
 # What argparse calls them in messages.
-_finite.__name__, _whole.__name__, _whole_or_auto.__name__ = "float", "int", "int"
+_finite.__name__, _whole.__name__, _whole_or_auto.__name__ = "float", "int", "int or auto"
 
 
 def _hint(name: str, names: Iterable[str], prefix: str = "") -> str:

@@ -92,6 +92,8 @@ def checkpoint_of(model: str | Path, log: Callable[[str], object]) -> Path | Non
         ValueError: If the checkpoint is damaged, or all of a run without an export are.
     """
     folder = Path(model)
+    if folder.name == "checkpoints" and checkpoints(folder):
+        folder = folder.parent
     if (folder / "manifest.json").exists() and (folder / "state.json").exists():
         damage = verify_checkpoint(folder)
         if damage is not None:
@@ -112,6 +114,8 @@ def checkpoint_of(model: str | Path, log: Callable[[str], object]) -> Path | Non
         if found != checkpoints(folder / "checkpoints"):
             return checkpoint_of(model, log)
         raise ValueError(f"no checkpoint in {folder / 'checkpoints'} is sound")
+    if exported is None and (folder / "status.json").exists():
+        raise ValueError(f"run {str(folder)!r} has no checkpoint yet")
     return None
 
 
@@ -127,8 +131,8 @@ def exported_step(folder: Path) -> int | None:
 
 def run_folder(model: str | Path) -> Path:
     """Return the folder of the run that a model's folder, which may be one of its checkpoints, belongs to."""
-    folder = Path(model)
-    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    whole = Path(model).resolve()
+    return whole.parent.parent if whole.parent.name == "checkpoints" else Path(model)
 
 
 def step_of(checkpoint: Path) -> int:

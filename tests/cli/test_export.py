@@ -40,11 +40,54 @@ def test_diffusers_loads_the_export_of_a_step_and_an_average(run, tmp_path, word
 
 def test_without_an_output_the_run_has_the_export(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
-    assert export.export_model(folder, step=2) == (folder, 2)
-    assert json.loads((folder / "export.json").read_text())["step"] == 2 and not (folder / "samples.png").exists()
+    drawn = (folder / "samples.png").read_bytes()
+    assert export.export_model(folder) == (folder, 4) and (folder / "samples.png").read_bytes() == drawn
     assert export.export_model(folder, average="0.5") == (folder / "ema-0.5", 4)
-    with exclusive(folder), pytest.raises(ValueError, match="in use by another run; --output takes another folder"):
-        export.export_model(folder)
+    assert not (folder / "ema-0.5" / "samples.png").exists()  # the run's is of the first average
+    # An older step would not be what loads: the newest checkpoint is.
+    for again in ({"step": 2}, {"step": 2, "output": folder / ".." / "run"}):
+        with pytest.raises(ValueError, match="--step 2: the run's folder is for its newest step, 4; give --output"):
+            export.export_model(folder, **again)
+    for same in ({}, {"output": folder / ".." / "run"}):
+        with exclusive(folder), pytest.raises(ValueError, match="in use by another run; --output takes another folder"):
+            export.export_model(folder, **same)
+
+
+def test_an_export_overwrites_nothing_but_an_earlier_one(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").touch()
+    for folder in (other, tmp_path / "pictures", tmp_path / "pictures" / "a.png"):
+        before = sorted(path.name for path in folder.rglob("*"))
+        with pytest.raises(ValueError, match="expected a new or empty folder, or that of an earlier export"):
+            export.export_model(run, output=folder)
+        assert sorted(path.name for path in folder.rglob("*")) == before
+    for step in (4, 2):
+        export.export_model(run, step=step, output=tmp_path / "model")
+        assert json.loads((tmp_path / "model" / "export.json").read_text())["step"] == step
+        assert (tmp_path / "model" / "samples.png").exists() is (step == 4)
+
+
+def test_an_export_has_the_results_of_its_weights_and_a_card_of_a_person(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    record = json.loads((folder / "export.json").read_text())
+    (folder / "results.json").write_text(json.dumps({"model": {"name": "x", "checksum": record["checksum"]}}))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nMy model.\n")
+    (folder / "samples").mkdir()
+    (folder / "samples" / "step-000000002.png").write_bytes(b"drawing")
+    for step in (4, 2):
+        model = tmp_path / f"model-{step}"
+        export.export_model(folder, step=step, output=model)
+        assert (model / "README.md").read_text().endswith("My model.\n")
+        assert (model / "results.json").exists() is (step == 4)
+    assert (model / "samples.png").read_bytes() == b"drawing"
+
+
+def test_what_is_no_run_of_this_package_has_no_status(run, tmp_path):
+    export.export_model(run, output=tmp_path / "model")
+    with pytest.raises(ValueError, match="expected the folder of a run"):
+        status.main([str(tmp_path / "model")])
+    assert status.main([str(run / "checkpoints" / "step-000000002")]) == 0
 
 
 @pytest.mark.parametrize(
@@ -95,7 +138,8 @@ def test_the_status_of_a_finished_run(run, capsys):
 
 def test_a_damaged_status_is_one_line(tmp_path):
     (tmp_path / "status.json").write_text("[]")
+    (tmp_path / ".lock").touch()
     with pytest.raises(ValueError, match="status.json cannot be read: status or step is missing"):
         status.main([str(tmp_path)])
-    with pytest.raises(ValueError, match="run='nowhere' is not allowed: it holds no status.json of a run"):
+    with pytest.raises(ValueError, match="run='nowhere' is not allowed: expected the folder of a run"):
         status.main(["nowhere"])

@@ -199,7 +199,7 @@ def test_transparent_gray_of_16_bits_shows_the_background_in_gray(options, gray)
 
 def test_small_images_are_enlarged_only_if_asked(tmp_path):
     folder = str(write_images(tmp_path / "images", size=(4, 4)))
-    with pytest.raises(ValueError, match=r"4x4 is smaller than resolution=8 \(enlarge=true scales small images up"):
+    with pytest.raises(ValueError, match=r"4x4 is smaller than resolution=8 \(--enlarge true scales small images up"):
         load(folder, channels=3)
     assert len(load(folder, channels=3, enlarge=True)) == 3
     flat = {"bytes": encoded("PNG"), "path": None}

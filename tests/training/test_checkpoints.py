@@ -130,7 +130,7 @@ def test_a_run_is_ended_where_it_stands(run_training, tmp_path, capsys):
     before = load_file(newest(tmp_path) / "ema-0.995.safetensors")
     assert run_training(tmp_path, *words, "--max_train_steps", "3") == 0
     rate = 1e-3 * (1 + math.cos(math.pi * 4 / 8)) / 2
-    line = f"the run ends at step 4, not at 8: its cosine learning rate has come to {rate:.3g}, not to zero"
+    line = f"max_train_steps: 8 -> 4; the cosine learning rate ends at {rate:.3g} instead of 0"
     assert line in capsys.readouterr().out
     pipe, status = DDPMPipeline.from_pretrained(tmp_path), json.loads((tmp_path / "status.json").read_text())
     assert (status["status"], status["step"], status["max_train_steps"]) == ("finished", 4, 4)
@@ -144,7 +144,7 @@ def test_a_cosine_run_is_prolonged_along_its_new_schedule(run_training, tmp_path
     run_training(tmp_path, *words, "8")
     rates = [1e-3 * (1 + math.cos(math.pi * step / (4 if step < 4 else 8))) / 2 for step in range(8)]
     assert [line["learning_rate"] for line in metrics(tmp_path)] == pytest.approx(rates)
-    line = "the run ends at step 8, not at 4: the cosine learning rate at step 4 is 0.0005 (was 0)"
+    line = "max_train_steps: 4 -> 8; the cosine learning rate at step 4 is 0.0005 (was 0)"
     assert line in capsys.readouterr().out
     assert json.loads((tmp_path / "export.json").read_text())["lengths"] == [[0, 4], [4, 8]]
     card = (tmp_path / "README.md").read_text()
