@@ -75,7 +75,7 @@ class SampleGrid(Callback):
         images = generate_images(
             pipe,
             range(training.num_samples)[accelerator.process_index :: accelerator.num_processes],
-            Sampling(training.seed, steps, class_labels=list(run.class_names)),
+            _sampling(run, steps),
             batch_size=training.train_batch_size,
             device=accelerator.device,
         )
@@ -170,7 +170,7 @@ class Evaluations(Callback):
 
     def _evaluate(self, run: Run, output: Path) -> Figures:
         options: dict[str, Any] = {"pipe": run.pipeline(), "reference": self.reference, "output": output}
-        figures = scalars(evaluate(self.request, self._sampling(run), **options, log=self.log))
+        figures = scalars(evaluate(self.request, self._sampling(run), **options, bound_precision="no", log=self.log))
         if figures:
             self.log(f"step {run.step}: {summary(figures)}")
         return figures
@@ -195,7 +195,7 @@ class Evaluations(Callback):
 
     def _sampling(self, run: Run) -> Sampling:
         steps = run.config.evaluation.eval_inference_steps or len(run.scheduler)
-        sampling = Sampling(run.config.training.seed, steps, class_labels=list(run.class_names))
+        sampling = _sampling(run, steps)
         # Named, if it is not the model's: figures of earlier versions, whose variance was the model's, are no rivals.
         return replace(sampling, variance=replaced_variance(run.pipeline(), sampling))
 
@@ -272,6 +272,13 @@ class Push(Callback):
     def _start(self, run: Run) -> None:
         write_card(self.folder, pipe=run.pipeline(), model_id=self.model_id)
         self.background.start(f"Upload the model of step {run.step}")
+
+
+def _sampling(run: Run, steps: int) -> Sampling:
+    """Return the sampling of a run's pictures and evaluations: classes in turn, in the precision of the training."""
+    training = run.config.training
+    classes, precision = list(run.class_names), training.mixed_precision
+    return Sampling(training.seed, steps, class_labels=classes, mixed_precision=precision)
 
 
 def _given(request: Any) -> dict[str, Any] | None:

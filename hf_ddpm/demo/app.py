@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -9,6 +10,7 @@ import gradio as gr
 import torch
 
 from hf_ddpm.demo.demo import Demo, row, square, strip
+from hf_ddpm.models.precision import choose_precision
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.sampling.samplers import SCHEDULERS
 from hf_ddpm.utils.markdown import plain
@@ -139,7 +141,12 @@ def serve(demo: Demo, **options: Any) -> str:
     return build(demo).launch(css=CSS, show_error=True, max_file_size=UPLOAD, **options)[1]
 
 
-def show(model: str) -> None:
+def show(model: str, precision: str = "auto") -> None:
     """Loads a model, serves its demo, and returns when that ends."""
     pipe = load_pipeline(model, "cuda" if torch.cuda.is_available() else "cpu")
-    serve(Demo(pipe, strip_local_path(model, hub_ids(model))))
+    demo = Demo(pipe, strip_local_path(model, hub_ids(model)))
+    if precision == "auto":
+        choice = choose_precision(pipe.unet, pipe.image_shape, demo.most_images)
+        print(choice.line, flush=True)
+        precision = choice.precision
+    serve(replace(demo, precision=precision))

@@ -18,6 +18,7 @@ from hf_ddpm.data.decoding import attempt
 from hf_ddpm.data.transforms import ImageFormat
 from hf_ddpm.demo.preview import Moment, watch
 from hf_ddpm.images import grid, to_bytes, to_pictures, to_signed
+from hf_ddpm.models.precision import PRECISION_NAMES, autocast
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.sampling.generate import generate_images
 from hf_ddpm.sampling.options import Sampling
@@ -41,10 +42,12 @@ class Demo:
     Attributes:
         pipe: The pipeline.
         name: Name of the model.
+        precision: Precision of the network's passes: `no`, `bf16` or `fp16`.
     """
 
     pipe: DDPMPipeline
     name: str
+    precision: str = "no"
 
     @property
     def num_train_timesteps(self) -> int:
@@ -65,12 +68,13 @@ class Demo:
     def describe(self) -> str:
         """Return a line of Markdown on the model."""
         channels, height, width = self.pipe.image_shape
+        device = f"{self.pipe.device.type}, {PRECISION_NAMES[self.precision]}"
         facts = [
             f"**{escape(self.name)}**",
             f"{self.pipe.unet.num_parameters():,} parameters",
             f"{height}x{width} pixels of {channels} channel{'s' * (channels > 1)}",
             f"{type(self.pipe.scheduler).__name__}, T = {self.num_train_timesteps}",
-            f"at most {self.most_images} images at a time, on {self.pipe.device.type}",
+            f"at most {self.most_images} images at a time, on {device}",
         ]
         return " · ".join(facts)
 
@@ -84,6 +88,7 @@ class Demo:
             scheduler,
             class_labels=list(classes),
             guidance_scale=guidance,
+            mixed_precision=self.precision,
         )
 
     def read_image(self, name: str, path: str | None) -> Tensor:
@@ -134,17 +139,18 @@ class Demo:
         own = self._own_pipeline()
 
         def work(**options: Any) -> Tensor:
-            unit = own.interpolate(
-                to_signed(first),
-                to_signed(second),
-                t,
-                weights,
-                generator(sampling.seed, FIGURES, device=own.device),
-                output_type="pt",
-                class_labels=sampling.labels(own)[:1] * len(weights) or None,
-                guidance_scale=sampling.guidance_scale,
-                **options,
-            )
+            with autocast(own.device, sampling.mixed_precision):
+                unit = own.interpolate(
+                    to_signed(first),
+                    to_signed(second),
+                    t,
+                    weights,
+                    generator(sampling.seed, FIGURES, device=own.device),
+                    output_type="pt",
+                    class_labels=sampling.labels(own)[:1] * len(weights) or None,
+                    guidance_scale=sampling.guidance_scale,
+                    **options,
+                )
             return to_bytes(unit).cpu()
 
         return watch(work)

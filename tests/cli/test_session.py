@@ -85,7 +85,7 @@ def test_what_is_no_config_is_refused(config):
 def test_kernels_of_a_gpu_are_fast_or_deterministic(monkeypatch, deterministic):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
-        start_accelerator(Config.of(preset="digits", deterministic=deterministic))
+        start_accelerator(Config.of(preset="digits", mixed_precision="no", deterministic=deterministic))
         assert torch.are_deterministic_algorithms_enabled() is deterministic
         assert torch.backends.cudnn.benchmark is not deterministic
         assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
@@ -97,4 +97,4 @@ def test_kernels_of_a_gpu_are_fast_or_deterministic(monkeypatch, deterministic):
 def test_a_launcher_that_shards_weights_is_refused(monkeypatch, kind):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
     with pytest.raises(ValueError, match=f"distributed_type {kind} of the launcher: .*; expected MULTI_GPU"):
-        start_accelerator(Config.of(preset="digits"))
+        start_accelerator(Config.of(preset="digits", mixed_precision="no"))
