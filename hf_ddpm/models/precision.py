@@ -17,7 +17,7 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 PRECISION_NAMES = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
 # Speed of bf16 relative to float32 from which it is chosen: above the noise of a measurement.
 GAIN = 1.15
-# Multiplications and additions of an image below which bf16 is not tried: casts and calls take most of the time.
+# Operations per image below which bf16 is not tried: casts and calls take most of the time.
 FEWEST_FLOPS = 2e8
 # Operations of a measured forward pass: a fraction of a second on a CPU core, more than the calls take on a GPU.
 MEASURED_FLOPS = {"cpu": 1.6e10, "cuda": 2e12}
@@ -56,6 +56,7 @@ def choose_precision(network: Any, shape: Sequence[int], batch: int, training: b
         return Choice("no", f"precision {str(weight.dtype).removeprefix('torch.')}: that of the weights")
     if not has_bf16(weight.device):
         return Choice("no", f"precision float32: no native bf16 on this {weight.device.type.upper()} device")
+    # An upper bound: each weight is multiplied and added at most once per pixel.
     most_flops = 2 * sum(weight.numel() for weight in network.parameters()) * shape[-2] * shape[-1]
     if most_flops < FEWEST_FLOPS:
         return Choice("no", "precision float32: the network is too small for bf16 to pay")
@@ -76,7 +77,7 @@ def has_bf16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return False
-    if not hasattr(torch.cpu, "get_capabilities"):  # torch below 2.10
+    if not hasattr(torch.cpu, "get_capabilities"):  # older versions of torch
         return torch.cpu._is_avx512_bf16_supported()
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
