@@ -74,17 +74,17 @@ def evaluate(
         bound_precision = "no" if sampling.mixed_precision == "auto" else sampling.mixed_precision
     loaded = load_pipeline(config.model, state.device) if pipe is None and config.model is not None else None
     pipe = pipe or loaded
-    if pipe is not None and images is None and config.samples is None and config.compared:
-        folder_of = partial(_samples_folder, pipe, output, state.device)
-        sampling = settle_precision(pipe, sampling, config.batch_size, folder_of, log)
-    if loaded is not None and config.compile:
-        compile_for_sampling(loaded.unet)
     if images is None and config.samples is not None and config.compared:
         images = open_samples(Path(config.samples))
     model, shape = _identify(config, pipe, images)
     if reference is None:
         reference = Reference(config, shape, state, log)
     count = reference.count(None if images is None else len(images))
+    if pipe is not None and images is None and config.compared:
+        folder_of = partial(_samples_folder, pipe, output, state.device)
+        sampling = settle_precision(pipe, sampling, min(config.batch_size, count), folder_of, log)
+    if loaded is not None and config.compile:
+        compile_for_sampling(loaded.unet)
     made_by = {"seed": sampling.seed, "metric_seed": METRIC_SEED, **provenance(state.device)}
     made_by |= {"request": asdict(config), "hub_ids": reference.hub_ids}
     if pipe is not None:

@@ -93,7 +93,7 @@ def on_main_process(compute: Callable[[], T]) -> T:
 
 
 def measure_gain(network: Any, shape: Sequence[int], batch: int, training: bool) -> float:
-    """Return how many times as fast as in float32 a network is in bf16: medians of passes in turn."""
+    """Return how many times as fast as in float32 a network is in bf16."""
     weights, modes = list(network.parameters()), [(module, module.training) for module in network.modules()]
     device = weights[0].device
     inputs = _inputs(network, shape, batch)
@@ -121,16 +121,15 @@ def measure_gain(network: Any, shape: Sequence[int], batch: int, training: bool)
 
 
 def _gain(seconds: Callable[[str], float]) -> float:
-    """Return the ratio of the median times of both precisions; `seconds` takes a pass in one."""
-    times: dict[str, list[float]] = {"no": [], "bf16": []}
-    for precision in times:
-        seconds(precision)  # the first pass is slower
-    for done in range(MOST_PASSES):
-        if done >= FEWEST_PASSES and sum(map(sum, times.values())) >= SECONDS:
-            break
-        for precision, taken in times.items():
-            taken.append(seconds(precision))
-    return statistics.median(times["no"]) / statistics.median(times["bf16"])
+    """Return the median ratio of the times of passes in turn; `seconds` takes a pass in a precision."""
+    seconds("no"), seconds("bf16")  # the first passes are slower
+    ratios: list[float] = []
+    total = 0.0
+    while len(ratios) < FEWEST_PASSES or (total < SECONDS and len(ratios) < MOST_PASSES):
+        exact, half = seconds("no"), seconds("bf16")
+        ratios.append(exact / half)
+        total += exact + half
+    return statistics.median(ratios)
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:

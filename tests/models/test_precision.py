@@ -42,7 +42,7 @@ def test_bf16_is_chosen_if_it_is_clearly_faster(measured, monkeypatch, tiny_unet
 
 
 def test_neither_the_first_passes_nor_a_slow_one_count(measured, monkeypatch, tiny_unet):
-    # The first of each, then three of each, of which one is slow: medians are 2 and 1.
+    # The first of each, then three of each, of which one is slow: the ratios are 2, 2 / 9 and 2.
     set_times(monkeypatch, 1, 9, 2, 1, 2, 9, 2, 1)
     assert choose_precision(tiny_unet, SHAPE, batch=4).line == "precision bf16: 2.0 times as fast as float32 here"
 

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hf_ddpm import DDPMPipeline, UNet2DModel
+from hf_ddpm import DDPMPipeline, UNet2DModel, train
 from hf_ddpm.cli.callbacks import SampleGrid
 from hf_ddpm.config import FORMER_DEFAULTS, TrainingConfig, default_options, parse_config
 from hf_ddpm.training.checkpoints import Checkpoints
@@ -276,6 +276,17 @@ def test_a_run_in_low_precision_resumes_bit_for_bit(run_in, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     with pytest.raises(ValueError, match=r"mixed_precision='no' \(was 'bf16'\)"):
         run_in("no", tmp_path / "parts", *words, "7")
+
+
+@pytest.mark.slow
+def test_the_digits_are_learned_as_well_in_low_precision(tmp_path):
+    few = {"max_train_steps": 150, "log_steps": 25, "num_samples": 1, "num_inference_steps": 1, "eval_metrics": ""}
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(preset="digits", output_dir=tmp_path / precision, mixed_precision=precision, **few)
+    exact, found = losses(tmp_path / "no"), losses(tmp_path / "bf16")
+    assert exact[-1] < exact[0] / 3 and found == pytest.approx(exact, rel=0.02)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def scaler(folder):
