@@ -137,7 +137,7 @@ class Evaluations(Callback):
         read_results(self.folder / "results.json")
         shape = (config.data.channels, *config.data.size)
         self.request = training_request(config)
-        self.reference = Reference(self.request, shape, accelerator, data_log)
+        self.reference = Reference(self.request, shape, accelerator, data_log, bound_precision="no")
         self.reference.count()
 
     def on_start(self, run: Run) -> None:
@@ -170,7 +170,7 @@ class Evaluations(Callback):
 
     def _evaluate(self, run: Run, output: Path) -> Figures:
         options: dict[str, Any] = {"pipe": run.pipeline(), "reference": self.reference, "output": output}
-        figures = scalars(evaluate(self.request, self._sampling(run), **options, bound_precision="no", log=self.log))
+        figures = scalars(evaluate(self.request, self._sampling(run), **options, log=self.log))
         if figures:
             self.log(f"step {run.step}: {summary(figures)}")
         return figures

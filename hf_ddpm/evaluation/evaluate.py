@@ -39,7 +39,6 @@ def evaluate(
     images: Samples | None = None,
     reference: "Reference | None" = None,
     output: Path | None = None,
-    bound_precision: str | None = None,
     on_figures: Callable[[Figures], object] | None = None,
     log: Callable[[str], object] | None = None,
 ) -> Figures:
@@ -47,13 +46,13 @@ def evaluate(
 
     Args:
         config: Model or samples, metrics and real images.
-        sampling: Seed, steps and sampler of the images, unless they exist already.
+        sampling: Seed, steps and sampler of the images, unless they exist already. Its precision is also that of nll,
+            where `auto` is float32.
         pipe: The model, on the device of this process; by default `config.model` is loaded.
         images: Existing samples; by default those of `config.samples`, else the model generates them.
         reference: The real images; by default they are opened.
         output: File of the results, `config.output` by default; each figure is written as soon as it is known.
             Generated images and the picture of the nearest training images are stored in the same folder.
-        bound_precision: Precision of the network's passes for nll; that of `sampling` by default, float32 for `auto`.
         on_figures: Called with the figures of each metric as soon as they are known.
         log: Called with a line on the precision that `auto` stands for, on unused files of the data set and on replaced
             results of another model.
@@ -70,8 +69,6 @@ def evaluate(
     sampling, output, log = sampling or Sampling(), output or Path(config.output), log or (lambda line: None)
     read_results(output)  # a file that cannot be added to is refused before anything is computed
     state = Accelerator(cpu=not torch.cuda.is_available()) if reference is None else reference.state
-    if bound_precision is None:
-        bound_precision = "no" if sampling.mixed_precision == "auto" else sampling.mixed_precision
     loaded = load_pipeline(config.model, state.device) if pipe is None and config.model is not None else None
     pipe = pipe or loaded
     if images is None and config.samples is not None and config.compared:
@@ -80,6 +77,7 @@ def evaluate(
     if reference is None:
         reference = Reference(config, shape, state, log)
     count = reference.count(None if images is None else len(images))
+    precision = sampling.mixed_precision
     if pipe is not None and images is None and config.compared:
         folder_of = partial(_samples_folder, pipe, output, state.device)
         sampling = settle_precision(pipe, sampling, min(config.batch_size, count), folder_of, log)
@@ -92,7 +90,7 @@ def evaluate(
     record = Record(output, model, made_by, on_figures, log)
 
     if "nll" in config.chosen:
-        bound = reference.bound(pipe, sampling.seed, bound_precision)
+        bound = reference.bound(pipe, sampling.seed, precision)
         if state.is_main_process:
             record.add("nll", bound)
     if config.compared:
@@ -132,6 +130,7 @@ class Reference:
         shape: The shape `(C, H, W)` of the images.
         state: The processes.
         log: Called with a line on unused files of the data set, and on damaged caches.
+        bound_precision: Precision of the network's passes for nll; by default that of the sampling, float32 for `auto`.
 
     Attributes:
         images: The reference split; None if it is not needed.
@@ -150,8 +149,9 @@ class Reference:
         shape: tuple[int, ...],
         state: Accelerator,
         log: Callable[[str], object] = lambda line: None,
+        bound_precision: str | None = None,
     ):
-        self.config, self.state = config, state
+        self.config, self.state, self.bound_precision = config, state, bound_precision
         self.stats: Moments | None = None
         if config.compared:
             self.extractor = load_extractor(str(config.extractor), state.device, weights=config.extractor_weights)
@@ -196,7 +196,8 @@ class Reference:
         return RealFeatures(extractor, count, reference, floor, self.stats, {"dataset": data, **made_by})
 
     def bound(self, pipe: Any, seed: int, precision: str = "no") -> dict[str, Any]:
-        """Return the figures of the bound on held-out images. All processes call it."""
+        """Return the figures of the bound on held-out images, in float32 for `auto`. All processes call it."""
+        precision = self.bound_precision or ("no" if precision == "auto" else precision)
         config, state, images = self.config, self.state, self.held_out
         assert images is not None
         if not isinstance(pipe.scheduler, DDPMScheduler):
