@@ -97,7 +97,6 @@ def measure_gain(network: Any, shape: Sequence[int], batch: int, training: bool)
     weights, modes = list(network.parameters()), [(module, module.training) for module in network.modules()]
     device = weights[0].device
     inputs = _inputs(network, shape, batch)
-    seeds = training and hasattr(network, "seed_dropout")
 
     def one_pass(precision: str) -> None:
         with torch.set_grad_enabled(training):
@@ -108,15 +107,15 @@ def measure_gain(network: Any, shape: Sequence[int], batch: int, training: bool)
 
     try:
         network.train(training)
-        if seeds:
-            network.seed_dropout(torch.zeros(len(inputs[0]), dtype=torch.int32, device=device))
+        if training:
+            network.seed_dropout(torch.zeros(len(inputs[0]), dtype=torch.int32, device=device))  # as in a run
         # Weights are cast once in sampling, in every pass in training.
-        with nullcontext() if training else autocast(device, "bf16"), _random_state_kept(device):
+        with nullcontext() if training else autocast(device, "bf16"):
             return _gain(lambda precision: _seconds(lambda: one_pass(precision), device))
     finally:
         for module, mode in modes:
             module.training = mode
-        if seeds:
+        if training:
             network.seed_dropout(None)
 
 
@@ -138,10 +137,6 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def _random_state_kept(device: torch.device) -> Any:
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _inputs(network: Any, shape: Sequence[int], batch: int) -> tuple[Tensor, int, Tensor | None]:

@@ -101,8 +101,9 @@ def stored_precision(folder):
 
 
 def test_a_run_records_the_precision_of_auto_and_keeps_it(run_training, choose, tmp_path, capsys):
-    asked = choose(BF16)
+    asked, state = choose(BF16), torch.get_rng_state()
     run_training(tmp_path / "run", "--max_train_steps", "2", "--dropout", "0.1")
+    assert torch.equal(torch.get_rng_state(), state)
     ((network, shape, batch), options) = asked[0]
     assert (shape, batch, options) == ((1, 8, 8), 8, {"training": True}) and len(asked) == 1
     assert network.config.block_out_channels == (8, 16) and network.config.dropout == 0.1
