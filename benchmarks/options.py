@@ -126,13 +126,15 @@ _SPACING = {"fixed_large": {"timestep_spacing": "leading"}}
 
 
 def _comparable(config: Config) -> Config:
-    """Returns the options of a run without those that not all contenders have."""
+    """Returns the options of a run that all contenders have, with float32 for `auto`."""
     require(config.data, "channels", config.data.channels in (1, 3, 4), "1, 3 or 4, which all contenders read")
+    precision = "no" if config.training.mixed_precision == "auto" else config.training.mixed_precision
+    shared = {"gradient_accumulation_steps": 1, "tracker": "none", "num_samples": 1, "mixed_precision": precision}
     return replace(
         config,
         data=replace(config.data, class_column=None, streaming=False),
         diffusion=replace(config.diffusion, **_SPACING.get(config.diffusion.variance_type, {})),
-        training=replace(config.training, gradient_accumulation_steps=1, tracker="none", num_samples=1),
+        training=replace(config.training, **shared),
         evaluation=EvaluationConfig(),
     )
 

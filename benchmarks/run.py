@@ -22,7 +22,7 @@ from benchmarks.report import Row, made_by, summary, to_row
 from benchmarks.setting import Setting
 from benchmarks.stock import Stock
 from hf_ddpm.config import Config
-from hf_ddpm.sampling.generate import PRECISIONS
+from hf_ddpm.models.precision import PRECISIONS
 
 CONTENDERS: dict[str, type[Contender]] = {kind.name: kind for kind in (Ours, Stock, DenoisingDiffusion)}
 

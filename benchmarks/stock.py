@@ -24,7 +24,7 @@ from benchmarks.contender import Contender, endless, for_worker_counts
 from benchmarks.measure import Workload
 from benchmarks.setting import RandomImages, Setting
 from hf_ddpm.images import to_signed
-from hf_ddpm.sampling.generate import PRECISIONS
+from hf_ddpm.models.precision import PRECISIONS
 
 # The script's defaults.
 ADAM = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}

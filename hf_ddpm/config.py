@@ -203,8 +203,9 @@ class TrainingConfig:
         factory=lambda: [0.9999],
     )
     ema_warmup: bool = option("let decays start small, as min(decay, (1 + step) / (10 + step))", True)
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = option(
-        "precision of the network's forward and backward passes; that of accelerate's launcher by default, else no",
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = option(
+        "precision of the network's forward and backward passes; auto: bf16 if the device has it and is faster with "
+        "it, else no (float32); that of accelerate's launcher by default, else auto",
         None,
     )
     tf32: bool = option("let an NVIDIA GPU round the factors of float32 products to 10 bits", True)
@@ -231,9 +232,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Check the values; take those that are not given from the launcher."""
         if self.mixed_precision is None:
-            self.mixed_precision = launched("MIXED_PRECISION", ("no", "bf16", "fp16"))
+            self.mixed_precision = launched("MIXED_PRECISION", ("no", "bf16", "fp16"), "auto")
         if self.compile is None:
-            self.compile = launched("DYNAMO_BACKEND", ("no", "inductor")) == "inductor"
+            self.compile = launched("DYNAMO_BACKEND", ("no", "inductor"), "no") == "inductor"
         require_types(self)
         if self.max_train_steps is None and self.num_train_epochs is None:
             self.max_train_steps = 800_000
@@ -328,10 +329,10 @@ LENGTHS = {"max_train_steps", "num_train_epochs"}
 LAUNCHED = {"MIXED_PRECISION": "mixed_precision", "DYNAMO_BACKEND": "compile"}
 
 
-def launched(name: str, allowed: tuple[str, ...]) -> Any:
-    """Return what accelerate's launcher says, else `no`; raises a `ValueError` if that is not possible here."""
-    value = os.environ.get(f"ACCELERATE_{name}", "no").lower()
-    if value not in allowed:
+def launched(name: str, allowed: tuple[str, ...], default: str) -> Any:
+    """Return the setting of accelerate's launcher, else a default; raise a `ValueError` if it is not an allowed one."""
+    value = os.environ.get(f"ACCELERATE_{name}", default).lower()
+    if value not in (*allowed, default):
         option, expected = LAUNCHED[name], ", ".join(allowed)
         raise ValueError(f"{name.lower()}={value!r} of the launcher: expected {expected}, or --{option}")
     return value
@@ -446,6 +447,8 @@ class Config:
         """Return the options of a run that resumes a stored one: what nobody has chosen keeps its past default."""
         past, now = with_past_defaults(stored), self.to_dict()
         kept = {name: past[name] for name, value in self.defaulted.items() if now[name] == value}
+        if now["mixed_precision"] == "auto":
+            kept["mixed_precision"] = past["mixed_precision"]
         if past["block_out_channels"] == now["block_out_channels"]:  # else the run is older than the chosen preset
             kept = {name: value for name, value in kept.items() if name not in LENGTHS}
         parts = {}

@@ -73,7 +73,7 @@ class SampleGrid(Callback):
         images = generate_images(
             pipe,
             range(training.num_samples)[accelerator.process_index :: accelerator.num_processes],
-            Sampling(training.seed, steps, class_labels=list(run.class_names)),
+            _sampling(run, steps),
             batch_size=training.train_batch_size,
             device=accelerator.device,
         )
@@ -135,7 +135,7 @@ class Evaluations(Callback):
         read_results(self.folder / "results.json")
         shape = (config.data.channels, *config.data.size)
         self.request = training_request(config)
-        self.reference = Reference(self.request, shape, accelerator, data_log)
+        self.reference = Reference(self.request, shape, accelerator, data_log, bound_precision="no")
         self.reference.count()
 
     def on_start(self, run: Run) -> None:
@@ -193,7 +193,7 @@ class Evaluations(Callback):
 
     def _sampling(self, run: Run) -> Sampling:
         steps = run.config.evaluation.eval_inference_steps or len(run.scheduler)
-        sampling = Sampling(run.config.training.seed, steps, class_labels=list(run.class_names))
+        sampling = _sampling(run, steps)
         # Named, if it is not the model's: figures of earlier versions, whose variance was the model's, are no rivals.
         return replace(sampling, variance=replaced_variance(run.pipeline(), sampling))
 
@@ -270,6 +270,13 @@ class Push(Callback):
     def _start(self, run: Run) -> None:
         write_card(self.folder, pipe=run.pipeline(), model_id=self.model_id)
         self.background.start(f"Upload the model of step {run.step}")
+
+
+def _sampling(run: Run, steps: int) -> Sampling:
+    """Return the sampling of a run's pictures and evaluations: classes in turn, in the precision of the training."""
+    training = run.config.training
+    classes, precision = list(run.class_names), training.mixed_precision
+    return Sampling(training.seed, steps, class_labels=classes, mixed_precision=precision)
 
 
 def _given(request: Any) -> dict[str, Any] | None:

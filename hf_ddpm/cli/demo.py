@@ -7,6 +7,7 @@ In a Space, the variable MODEL_ID names the model. Image i of a seed is that of 
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 from hf_ddpm.utils.options import option, parse_options, require_color
 
@@ -19,6 +20,10 @@ class DemoConfig:
         "folder of a model, of a run or of a checkpoint, or Hub id; the environment variable MODEL_ID by default", None
     )
     background: str = option("color behind transparent pixels of uploaded images", "white")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "precision of the network's passes; auto: bf16 if the device has it and is faster with it, else no (float32)",
+        "auto",
+    )
 
     def __post_init__(self) -> None:
         """Take the model of the environment if none is given, and check the values."""
@@ -33,5 +38,5 @@ def main(argv: list[str]) -> int:
     (config,) = parse_options(argv, DemoConfig, doc=__doc__)
     from hf_ddpm.demo.app import show  # takes seconds
 
-    show(config.model, config.background)
+    show(config.model, config.background, config.mixed_precision)
     return 0

@@ -17,7 +17,14 @@ from hf_ddpm.data import open_images
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.decoding import read_report
 from hf_ddpm.training import loop
-from hf_ddpm.training.build import build_process, build_run, check_same_step, join_processes, start_accelerator
+from hf_ddpm.training.build import (
+    build_process,
+    build_run,
+    check_same_step,
+    join_processes,
+    settle_precision,
+    start_accelerator,
+)
 from hf_ddpm.training.checkpoints import Checkpoints, archive_after, load_checkpoint
 from hf_ddpm.training.dry_run import measure_cost
 from hf_ddpm.training.loop import Callback, Run
@@ -60,6 +67,7 @@ def train(config: Config | None = None, **options: Any) -> Path:
     check_tracker(config.training.tracker)
     folder, state = Path(config.training.output_dir), join_processes(config)
     if config.training.dry_run:
+        config = settle_precision(config, state)
         print_cost(config, start_accelerator(config))
         return folder
 
@@ -70,7 +78,8 @@ def train(config: Config | None = None, **options: Any) -> Path:
             config = config.resumed(stored_options(checkpoint))
         elif state.is_main_process:
             print(*config.notes, sep="\n", end="\n" if config.notes else "")
-        accelerator = start_accelerator(config)  # in the precision of the run
+        config = settle_precision(config, state)
+        accelerator = start_accelerator(config)
         config = fit_memory(config, accelerator, checkpoint)
         log = cache(accelerator.print)  # a data set that is opened twice is described once
         evaluations, pushes = evaluations_and_pushes(config, accelerator, log)

@@ -5,6 +5,7 @@ import html
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -15,6 +16,7 @@ from huggingface_hub import constants
 from hf_ddpm.demo.demo import Demo
 from hf_ddpm.demo.layout import CSS, progress_bar, row, sheet, strip
 from hf_ddpm.demo.preview import PAUSE, Moment
+from hf_ddpm.models.precision import choose_precision
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.sampling.samplers import SCHEDULERS
 from hf_ddpm.utils.markdown import plain
@@ -219,10 +221,15 @@ def serve(demo: Demo, **options: Any) -> str:
     return build(demo).launch(css=CSS, show_error=True, max_file_size=UPLOAD, **options)[1]
 
 
-def show(model: str, background: str = "white") -> None:
+def show(model: str, background: str = "white", precision: str = "auto") -> None:
     """Load a model, serve its demo, and return when that ends."""
     pipe = load_pipeline(model, "cuda" if torch.cuda.is_available() else "cpu")
     if hub_ids(model):
-        serve(Demo(pipe, model, f"{constants.ENDPOINT}/{model}", background))
+        demo = Demo(pipe, model, f"{constants.ENDPOINT}/{model}", background)
     else:
-        serve(Demo(pipe, strip_local_path(str(run_folder(model))), background=background))
+        demo = Demo(pipe, strip_local_path(str(run_folder(model))), background=background)
+    if precision == "auto":
+        choice = choose_precision(pipe.unet, pipe.image_shape, demo.most_images)
+        print(choice.line, flush=True)
+        precision = choice.precision
+    serve(replace(demo, precision=precision))

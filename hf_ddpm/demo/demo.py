@@ -17,6 +17,7 @@ from hf_ddpm.data.decoding import attempt
 from hf_ddpm.data.transforms import ImageFormat
 from hf_ddpm.demo.preview import Moment, watch
 from hf_ddpm.images import to_bytes, to_signed
+from hf_ddpm.models.precision import autocast
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.sampling.generate import generate_images
 from hf_ddpm.sampling.options import Sampling
@@ -41,12 +42,14 @@ class Demo:
         name: Name of the model.
         url: Address of the model's page, if it has one.
         background: Color behind transparent pixels of uploaded images, unless the model has 4 channels.
+        precision: Precision of the network's passes: `no`, `bf16` or `fp16`.
     """
 
     pipe: DDPMPipeline
     name: str
     url: str | None = None
     background: str = "white"
+    precision: str = "no"
 
     @property
     def num_train_timesteps(self) -> int:
@@ -86,12 +89,14 @@ class Demo:
         channels, height, width = self.pipe.image_shape
         colors = {1: "gray", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels} channels")
         name = f"**{escape(self.name)}**"
+        device = "a GPU" if self.pipe.device.type == "cuda" else "a CPU"
+        precision = "" if self.precision == "no" else f" in {self.precision}"
         facts = [
             name if self.url is None else f"[{name}]({self.url})",
             f"{self.pipe.unet.num_parameters():,} parameters",
             f"{height}x{width} pixels, {colors}",
             f"trained with {self.num_train_timesteps:,} steps",
-            f"runs on {'a GPU' if self.pipe.device.type == 'cuda' else 'a CPU'}",
+            f"runs on {device}{precision}",
         ]
         return " · ".join(facts)
 
@@ -105,6 +110,7 @@ class Demo:
             scheduler,
             class_labels=list(classes),
             guidance_scale=guidance,
+            mixed_precision=self.precision,
         )
 
     def read_image(self, name: str, path: str | None) -> Tensor:
@@ -160,18 +166,19 @@ class Demo:
         own.scheduler = find_scheduler(own, sampling.scheduler, self.num_train_timesteps if is_whole else steps)
 
         def work(**options: Any) -> Tensor:
-            unit = own.interpolate(
-                to_signed(first),
-                to_signed(second),
-                t,
-                weights,
-                generator(sampling.seed, FIGURES, device=own.device),
-                output_type="pt",
-                num_inference_steps=steps,
-                class_labels=sampling.labels(own)[:1] * len(weights) or None,
-                guidance_scale=sampling.guidance_scale,
-                **options,
-            )
+            with autocast(own.device, sampling.mixed_precision):
+                unit = own.interpolate(
+                    to_signed(first),
+                    to_signed(second),
+                    t,
+                    weights,
+                    generator(sampling.seed, FIGURES, device=own.device),
+                    output_type="pt",
+                    num_inference_steps=steps,
+                    class_labels=sampling.labels(own)[:1] * len(weights) or None,
+                    guidance_scale=sampling.guidance_scale,
+                    **options,
+                )
             return to_bytes(unit).cpu()
 
         return watch(work)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from hf_ddpm.images import save_picture
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum, provenance
 from hf_ddpm.sampling.folder import SampleFolder, Samples, open_samples
-from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder, folder_name
+from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder, folder_name, settle_precision
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.public import hub_ids, strip_local_path
@@ -45,14 +46,16 @@ def evaluate(
 
     Args:
         config: Model or samples, metrics and real images.
-        sampling: Seed, steps and sampler of the images, unless they exist already.
+        sampling: Seed, steps and sampler of the images, unless they exist already. Its precision is also that of nll,
+            where `auto` is float32.
         pipe: The model, on the device of this process; by default `config.model` is loaded.
         images: Existing samples; by default those of `config.samples`, else the model generates them.
         reference: The real images; by default they are opened.
         output: File of the results, `config.output` by default; each figure is written as soon as it is known.
             Generated images and the picture of the nearest training images are stored in the same folder.
         on_figures: Called with the figures of each metric as soon as they are known.
-        log: Called with a line on unused files of the data set and on replaced results of another model.
+        log: Called with a line on the precision that `auto` stands for, on unused files of the data set and on replaced
+            results of another model.
 
     Returns:
         Figures by metric, with what they were `made_by`; empty on all processes but the first.
@@ -66,16 +69,20 @@ def evaluate(
     sampling, output, log = sampling or Sampling(), output or Path(config.output), log or (lambda line: None)
     read_results(output)  # a file that cannot be added to is refused before anything is computed
     state = Accelerator(cpu=not torch.cuda.is_available()) if reference is None else reference.state
-    if pipe is None and config.model is not None:
-        pipe = load_pipeline(config.model, state.device)
-        if config.compile:
-            compile_for_sampling(pipe.unet)
+    loaded = load_pipeline(config.model, state.device) if pipe is None and config.model is not None else None
+    pipe = pipe or loaded
     if images is None and config.samples is not None and config.compared:
         images = open_samples(Path(config.samples), config.background or "white")
     model, shape = _identify(config, pipe, images)
     if reference is None:
         reference = Reference(config, shape, state, log)
     count = reference.count(None if images is None else len(images))
+    precision = sampling.mixed_precision
+    if pipe is not None and images is None and config.compared:
+        folder_of = partial(_samples_folder, pipe, output, state.device)
+        sampling = settle_precision(pipe, sampling, min(config.batch_size, count), folder_of, log)
+    if loaded is not None and config.compile:
+        compile_for_sampling(loaded.unet)
     made_by = {"seed": sampling.seed, "metric_seed": METRIC_SEED, **provenance(state.device)}
     made_by |= {"request": asdict(config), "hub_ids": reference.hub_ids}
     if pipe is not None:
@@ -83,7 +90,7 @@ def evaluate(
     record = Record(output, model, made_by, on_figures, log)
 
     if "nll" in config.chosen:
-        bound = reference.bound(pipe, sampling.seed)
+        bound = reference.bound(pipe, sampling.seed, precision)
         if state.is_main_process:
             record.add("nll", bound)
     if config.compared:
@@ -123,6 +130,7 @@ class Reference:
         shape: The shape `(C, H, W)` of the images.
         state: The processes.
         log: Called with a line on unused files of the data set, and on damaged caches.
+        bound_precision: Precision of the network's passes for nll; by default that of the sampling, float32 for `auto`.
 
     Attributes:
         images: The reference split; None if it is not needed.
@@ -141,8 +149,9 @@ class Reference:
         shape: tuple[int, ...],
         state: Accelerator,
         log: Callable[[str], object] = lambda line: None,
+        bound_precision: str | None = None,
     ):
-        self.config, self.state = config, state
+        self.config, self.state, self.bound_precision = config, state, bound_precision
         self.stats: Moments | None = None
         if config.compared:
             self.extractor = load_extractor(str(config.extractor), state.device, weights=config.extractor_weights)
@@ -186,8 +195,9 @@ class Reference:
         }
         return RealFeatures(extractor, count, reference, floor, self.stats, {"dataset": data, **made_by})
 
-    def bound(self, pipe: Any, seed: int) -> dict[str, Any]:
-        """Return the figures of the bound on held-out images. All processes call it."""
+    def bound(self, pipe: Any, seed: int, precision: str = "no") -> dict[str, Any]:
+        """Return the figures of the bound on held-out images, in float32 for `auto`. All processes call it."""
+        precision = self.bound_precision or ("no" if precision == "auto" else precision)
         config, state, images = self.config, self.state, self.held_out
         assert images is not None
         if not isinstance(pipe.scheduler, DDPMScheduler):
@@ -204,6 +214,7 @@ class Reference:
                 batch_size=config.batch_size,
                 levels=config.pixel_values,
                 steps_per_image=config.steps_per_image,
+                precision=precision,
                 progress=bar.update,
             )
         data = {
@@ -213,7 +224,7 @@ class Reference:
             "fingerprint": fingerprint(images, indices),
         }
         everywhere = bound.summed(lambda value: state.reduce(value, reduction="sum"))
-        return everywhere.report() | {"made_by": {"dataset": data}}
+        return everywhere.report() | {"made_by": {"dataset": data, "mixed_precision": precision}}
 
     def _read_stats(self, path: Path, shape: tuple[int, ...]) -> None:
         """Read the statistics to compare with, and checks that they fit the extractor."""
@@ -250,13 +261,17 @@ def _sample(pipe: Any, sampling: Sampling, output: Path, count: int, reference: 
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
     return fill_folder(
         pipe,
-        output.with_name(f"{output.stem}_samples") / folder_name(pipe, sampling, state.device),
+        _samples_folder(pipe, output, state.device, sampling),
         count,
         sampling,
         model=str(reference.config.model),
         batch_size=reference.config.batch_size,
         state=state,
     )
+
+
+def _samples_folder(pipe: DDPMPipeline, output: Path, device: torch.device, sampling: Sampling) -> Path:
+    return output.with_name(f"{output.stem}_samples") / folder_name(pipe, sampling, device)
 
 
 def _identify(

@@ -25,6 +25,7 @@ from hf_ddpm.data.store import ImageStore
 from hf_ddpm.diffusion.likelihood import bound_nats, prior_nats
 from hf_ddpm.diffusion.outputs import split_output
 from hf_ddpm.images import to_signed
+from hf_ddpm.models.precision import autocast
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.seeds import BOUND_NOISE, BOUND_STEPS, derived_seed, generator, hashed_keys, normal_noise
@@ -101,6 +102,7 @@ def variational_bound(
     batch_size: int,
     levels: int = 256,
     steps_per_image: int | None = None,
+    precision: str = "no",
     progress: Callable[[int], object] = lambda count: None,
 ) -> Bound:
     """Evaluate the bound on images, :math:`T` network evaluations per image.
@@ -113,6 +115,7 @@ def variational_bound(
         batch_size: Network evaluations at a time, over images and steps alike.
         levels: Number of evenly spaced values that a pixel takes.
         steps_per_image: Number of steps evaluated per image, from 2; all by default. Fewer give an unbiased estimate.
+        precision: Precision of the network's passes: `no`, `bf16` or `fp16`; all else is float32 or float64.
         progress: Called with the number of evaluations after each batch.
 
     Returns:
@@ -143,7 +146,7 @@ def variational_bound(
         places, numbers, t = packed[:, :3].long().unbind(1)
         noise = normal_noise(hashed_keys(derived_seed(seed, BOUND_NOISE), numbers.int(), t.int()), images.shape)
         labels = None if classes is None else classes[indices.to(classes.device)].to(x_start.device)
-        terms, squared_errors = _evaluate(unet, pipe.scheduler, x_start, t, noise, labels, levels)
+        terms, squared_errors = _evaluate(unet, pipe.scheduler, x_start, t, noise, labels, levels, precision)
         weighted = packed[:, 3] * terms.double()
         sums.index_add_(1, t, torch.stack([weighted, squared_errors.double(), torch.ones_like(weighted)]))
         totals.index_add_(0, places, weighted)
@@ -160,11 +163,13 @@ def _evaluate(
     noise: Tensor,
     classes: Tensor | None,
     levels: int,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     diffusion = scheduler.diffusion
     x_t = diffusion.q_sample(x_start, t, noise)
     dtype = next(unet.parameters()).dtype
-    output = unet(x_t.to(dtype), t, classes).sample.float()
+    with autocast(x_t.device, precision):
+        output = unet(x_t.to(dtype), t, classes).sample.float()
     prediction, variance_output = split_output(output, x_start.shape[1])
     kind = scheduler.config["prediction_type"]
     mean, x_start_hat = diffusion.p_mean(prediction, x_t, t, kind, bound=lambda x: x.clamp(-1, 1))

@@ -13,6 +13,7 @@ from hf_ddpm.config import option_types, with_past_defaults
 from hf_ddpm.hub.figures import rows
 from hf_ddpm.hub.push import FURTHER
 from hf_ddpm.hub.snippets import ADDRESS, INSTALL, literal, obstacle, sampling_call
+from hf_ddpm.models.precision import PRECISION_NAMES
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.utils.files import one_line, write_text
@@ -221,7 +222,7 @@ def _about_the_training(sources: Sources) -> dict[str, str]:
         **dropout,
         "weights": f"exponential moving average, decay {options['ema_decay'][0]:g}"
         + (" after a warm-up" if options["ema_warmup"] else ""),
-        "precision": escape({"no": "float32"}.get(options["mixed_precision"], options["mixed_precision"])),
+        "precision": escape(PRECISION_NAMES.get(options["mixed_precision"], options["mixed_precision"])),
         "hardware": escape(status["hardware"]),
         "seed": str(options["seed"]),
     }

@@ -158,4 +158,8 @@ def _of_samples(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, di
 
 def _of_the_bound(figure: Mapping[str, Any], made_by: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     arguments = {name: figure[name] for name in ("evaluations_per_image", "is_estimate")} | {"seed": made_by["seed"]}
-    return f"{figure['evaluations_per_image']} terms per image, seed {made_by['seed']}", arguments
+    words = f"{figure['evaluations_per_image']} terms per image, seed {made_by['seed']}"
+    if (precision := made_by.get("mixed_precision", "no")) != "no":
+        arguments["mixed_precision"] = precision
+        words += f", precision {precision}"
+    return words, arguments

@@ -104,7 +104,9 @@ def training(options: AblationOptions, row: str, seed: int) -> list[str]:
         "max_train_steps": options.max_train_steps,
         "eval_metrics": "",
     }
-    return [*command_line(given), *ROWS[row].words]
+    words = [*command_line(given), *ROWS[row].words]
+    is_auto = parse_config(words).training.mixed_precision == "auto"
+    return [*words, "--mixed_precision", "no"] if is_auto else words  # all rows in one precision
 
 
 def check_same(folder: Path, config: Config) -> None:
@@ -145,6 +147,7 @@ def evaluation(options: AblationOptions, folder: Path, config: Config) -> list[s
         "num_images": options.num_images,
         "num_inference_steps": steps,
         "seed": config.training.seed,
+        "mixed_precision": "no",
     }
     return command_line(given)
 

@@ -20,7 +20,7 @@ from hf_ddpm.paper.options import FigureOptions
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.provenance import model_checksum, provenance
 from hf_ddpm.sampling.folder import SampleFolder
-from hf_ddpm.sampling.generate import fill_folder, folder_name
+from hf_ddpm.sampling.generate import fill_folder, folder_name, settle_precision
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.jsonl import to_json
@@ -73,13 +73,15 @@ class FigureContext:
 
     def samples(self, count: int, sampling: Sampling) -> SampleFolder:
         """Return generated images, which are kept in a folder below `samples/`."""
+        batch_size = min(self.options.batch_size, count)
+        sampling = settle_precision(self.pipe, sampling, batch_size, self._samples_folder, self.log)
         return fill_folder(
             self.pipe,
-            self.folder / "samples" / folder_name(self.pipe, sampling, self.accelerator.device),
+            self._samples_folder(sampling),
             count,
             sampling,
             model=self.options.model,
-            batch_size=min(self.options.batch_size, count),
+            batch_size=batch_size,
             state=self.accelerator,
         )
 
@@ -155,6 +157,9 @@ class FigureContext:
         content = to_json({"model": model, "made_by": {**origin, **made_by}, **numbers}, indent=2) + "\n"
         write_text(self._path(f"{name}.json"), content)
         write_text(self._path(f"{name}.md"), "\n\n".join([f"## {title}", *paragraphs]) + "\n")
+
+    def _samples_folder(self, sampling: Sampling) -> Path:
+        return self.folder / "samples" / folder_name(self.pipe, sampling, self.accelerator.device)
 
     def _path(self, name: str) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)

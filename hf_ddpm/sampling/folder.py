@@ -47,6 +47,12 @@ class SampleFolder:
             raise ValueError(f"{path} holds no samples: shards of {SHARD_SIZE} images and sampling.json are wanted")
         return cls(path, settings)
 
+    @property
+    def stored_precision(self) -> str | None:
+        """The `mixed_precision` of the images that are there; None if there are none."""
+        there = _read_settings(self.path) if any(self.path.glob("shards/*.npy")) else None
+        return None if there is None else there.get("mixed_precision", "no")
+
     def check(self, free: Sequence[str] = ()) -> None:
         """Raises a `ValueError` if the folder holds images of other settings, `free` ones aside, each named."""
         there = _read_settings(self.path)

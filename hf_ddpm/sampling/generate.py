@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_ddpm.images import check_picture, to_bytes
+from hf_ddpm.models.precision import PRECISION_NAMES, Choice, autocast, choose_precision, on_main_process
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.sampling.folder import SampleFolder
@@ -25,8 +26,6 @@ from hf_ddpm.utils.files import make_folder
 from hf_ddpm.utils.launch import exclusive, use_own_cores
 from hf_ddpm.utils.options import require_value
 from hf_ddpm.utils.seeds import SAMPLES, generator
-
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compile_for_sampling(unet: nn.Module) -> None:
@@ -53,6 +52,38 @@ def sampling_settings(pipe: DDPMPipeline, sampling: Sampling, model: str, device
         **({} if replaced is None else {"variance": replaced}),
         **({"sampler_version": VERSION} if is_changed(pipe, sampling) else {}),
     }
+
+
+def settle_precision(
+    pipe: DDPMPipeline,
+    sampling: Sampling,
+    batch_size: int,
+    folder_of: Callable[[Sampling], Path],
+    log: Callable[[str], object] = lambda line: None,
+) -> Sampling:
+    """Returns a sampling with the precision that `auto` stands for; all processes are to call it.
+
+    Args:
+        pipe: The pipeline, on its device, not compiled.
+        sampling: With `auto` or a precision, which is kept.
+        batch_size: Images at a time.
+        folder_of: Returns the folder of the images of a sampling. One that holds images keeps their precision.
+        log: Called with a line on a choice.
+    """
+    if sampling.mixed_precision != "auto":
+        return sampling
+    shape = pipe.image_shape
+    paths = {precision: folder_of(replace(sampling, mixed_precision=precision)) for precision in PRECISION_NAMES}
+
+    def choose() -> Choice:
+        for precision, path in paths.items():
+            if SampleFolder(path, {"shape": shape}).stored_precision == precision:
+                return Choice(precision, f"precision {PRECISION_NAMES[precision]}: that of the images in {path}")
+        return choose_precision(pipe.unet, shape, batch_size)
+
+    choice = on_main_process(choose)
+    log(choice.line)
+    return replace(sampling, mixed_precision=choice.precision)
 
 
 def folder_name(pipe: DDPMPipeline, sampling: Sampling, device: torch.device) -> str:
@@ -100,14 +131,16 @@ def sample_images(
     pipe = load_pipeline(config.model, state.device)
     if config.format == "png":
         check_picture(pipe.image_shape[0], "--format npz writes them as an array")
+    path = Path(config.output)
+    sampling = settle_precision(pipe, sampling or Sampling(), config.batch_size, lambda _: path, state.print)
     if config.compile:
         compile_for_sampling(pipe.unet)
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
     folder = fill_folder(
         pipe,
-        Path(config.output),
+        path,
         config.num_images,
-        sampling or Sampling(),
+        sampling,
         model=config.model,
         batch_size=config.batch_size,
         state=state,
@@ -148,14 +181,16 @@ def generate_images(
         ValueError: If the scheduler cannot walk the pipeline's process in that many steps.
     """
     scheduler = find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe), sampling.variance)
-    labels, dtype = sampling.labels(pipe), PRECISIONS[sampling.mixed_precision]
+    labels, precision = sampling.labels(pipe), sampling.mixed_precision
+    if precision == "auto":
+        precision = choose_precision(pipe.unet, pipe.image_shape, batch_size).precision
     own_scheduler = pipe.scheduler
     pipe.scheduler = scheduler
     try:
         for start in range(0, len(ids), batch_size):
             chunk = ids[start : start + batch_size]
             filled = _filled(pipe.unet, chunk)
-            with torch.autocast(torch.device(device).type, dtype, enabled=sampling.mixed_precision != "no"):
+            with autocast(device, precision):
                 unit = pipe(
                     batch_size=len(filled),
                     generator=[generator(sampling.seed, SAMPLES, i, device=device) for i in filled],
@@ -210,6 +245,7 @@ def fill_folder(
     find_scheduler(
         pipe, sampling.scheduler, sampling.steps(pipe), sampling.variance
     )  # refuses before the folder changes
+    sampling = settle_precision(pipe, sampling, batch_size, lambda _: path)
     _check_space(path, num_images, math.prod(pipe.image_shape))
     folder = SampleFolder(path, sampling_settings(pipe, sampling, model, state.device))
     folder.check(free=["model"])

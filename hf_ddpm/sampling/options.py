@@ -42,7 +42,11 @@ class Sampling:
     eta: float = option("noise of ddim, from 0 for none to 1 for that of ddpm", 0.0)
     class_labels: list[str] = option("names or numbers of classes that the images go through in turn", factory=list)
     guidance_scale: float = option("strength of classifier-free guidance; 1 for none", 1.0)
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("precision of the network's passes", "no")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "precision of the network's passes; auto: bf16 if the device has it and is faster with it, else no (float32); "
+        "for nll, auto is no",
+        "auto",
+    )
     variance: Literal["model", "fixed_small", "fixed_large"] | None = option(
         "variance of the steps of ddpm; by default that of the model, but fixed_small for fixed_large in fewer than "
         "all steps, where the large one leaves grain",

@@ -4,17 +4,19 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
-from hf_ddpm.config import Config
+from hf_ddpm.config import Config, TrainingConfig
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL
 from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.models.blocks import initialize_like_paper
+from hf_ddpm.models.precision import Choice, choose_precision, on_main_process
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
@@ -43,17 +45,52 @@ def join_processes(config: Config) -> PartialState:
     return state
 
 
+def choose_kernels(training: TrainingConfig) -> None:
+    """Set the process's threads, rounding and choice of kernels to the options."""
+    if training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
+    torch.use_deterministic_algorithms(training.deterministic)
+    torch.backends.cudnn.benchmark = not training.deterministic  # shapes are the same in every step
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32
+    use_own_cores()
+
+
+def settle_precision(config: Config, state: PartialState) -> Config:
+    """Return the options with the precision that `auto` stands for, and print it. Every process must call it.
+
+    The main process measures a network like that of the run; all take its choice.
+
+    Raises:
+        ValueError: If `init_from` or the diffusion process is not usable.
+    """
+    training = config.training
+    if training.mixed_precision != "auto":
+        return config
+    choose_kernels(training)
+    options = network_options(config, build_process(config)[1])
+
+    def choose() -> Choice:
+        with torch.random.fork_rng(devices=[]):
+            unet = UNet2DModel(**options | {"dropout": config.model.dropout}).to(state.device)
+        unet.lay_out_kernels()
+        if training.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        shape = (config.data.channels, *config.data.size)
+        return choose_precision(unet, shape, training.train_batch_size, training=True)
+
+    choice = on_main_process(choose)
+    state.print(choice.line)
+    return replace(config, training=replace(training, mixed_precision=choice.precision))
+
+
 def start_accelerator(config: Config) -> Accelerator:
-    """Return the accelerator, and set the process's rounding and choice of kernels to the options.
+    """Return the accelerator; its precision must be settled. Set the process's kernels, see `choose_kernels`.
 
     Raises:
         ValueError: If the launcher accumulates gradients, which is an option of the run, or shards weights.
     """
-    tracker, deterministic = config.training.tracker, config.training.deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = not deterministic  # shapes are the same in every step
+    tracker = config.training.tracker
+    choose_kernels(config.training)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.training.mixed_precision:
         AcceleratorState._reset_state()  # accelerate keeps the precision of an earlier run in this process
     accelerator = Accelerator(
@@ -69,8 +106,6 @@ def start_accelerator(config: Config) -> Accelerator:
         raise ValueError(
             f"distributed_type {kind} of the launcher: each process needs whole weights; expected MULTI_GPU"
         )
-    use_own_cores()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.tf32
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("give gradient_accumulation_steps to the script, not to the launcher")
     return accelerator
@@ -101,6 +136,11 @@ def build_process(config: Config, checkpoint: Path | None = None) -> tuple[DDPMS
         require(part, name, fits, f"at most the {len(scheduler)} of the process")
     _objective(config, scheduler)
     return scheduler, source
+
+
+def network_options(config: Config, source: DDPMPipeline | None) -> dict[str, Any]:
+    """Return the options of the run's network, but for its classes, whose embedding is small."""
+    return config.unet() if source is None else {**source.unet.config, "num_class_embeds": None}
 
 
 def build_run(

@@ -44,7 +44,7 @@ def measure_cost(run: Run, images: BatchSource) -> dict[str, str]:
     seconds = (clock.times[-1] - clock.times[WARM_UP - 1]) / MEASURED
 
     start = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), run.accelerator.autocast():
         batch = min(training.num_samples, training.train_batch_size)
         for _ in range(MEASURED):
             run.emas[0].model(x.expand(batch, -1, -1, -1), 0, classes).sample.sum().item()

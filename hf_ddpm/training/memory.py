@@ -6,7 +6,7 @@ import re
 import weakref
 from bisect import bisect_left
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_ddpm.config import Config, TrainingConfig
+from hf_ddpm.models.precision import autocast
 from hf_ddpm.models.unet_2d import UNet2DModel
-from hf_ddpm.training.build import build_process
+from hf_ddpm.training.build import build_process, network_options
 from hf_ddpm.training.dry_run import count_flops
 from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.launch import is_out_of_memory
@@ -34,7 +35,6 @@ HEAP_BLOCK, HEAP_LOSS = 32 * 2**20, 0.5
 INPUTS = 5
 # Options that save memory, besides smaller batches.
 LESS_MEMORY: dict[str, Any] = {"gradient_checkpointing": True, "mixed_precision": "bf16"}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MEMINFO, CGROUPS, OWN_CGROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -76,9 +76,7 @@ class MemoryPlan:
     """
 
     def __init__(self, config: Config, accelerator: Accelerator, checkpoint: Path | None = None):
-        source = build_process(config, checkpoint)[1]
-        # Classes are not known yet; their embedding is a few kilobytes.
-        self.network = config.unet() if source is None else {**source.unet.config, "num_class_embeds": None}
+        self.network = network_options(config, build_process(config, checkpoint)[1])
         self.config, self.device = config, accelerator.device
         self.processes, self.free = accelerator.num_processes, shared_free_memory(accelerator)
         if isinstance(config.training.train_batch_size, Auto):
@@ -87,6 +85,7 @@ class MemoryPlan:
     def count(self, training: TrainingConfig | None = None) -> Need:
         """Return what a step needs, with other options of training if they are given."""
         training = training or self.config.training
+        precision = "no" if training.mixed_precision == "auto" else training.mixed_precision  # float32 needs the most
         data, passes = self.config.data, training.gradient_accumulation_steps
         batch = training.train_batch_size
         with FakeTensorMode(), torch.device(self.device):
@@ -96,7 +95,7 @@ class MemoryPlan:
                 unet.enable_gradient_checkpointing()
             unet.seed_dropout(torch.zeros(batch, dtype=torch.int32))
             x, t = torch.empty(batch, data.channels, *data.size), torch.zeros(batch, dtype=torch.int64)
-            kept, most, small = count_pass(unet, x, t, training.mixed_precision, keeps_gradients=passes > 1)
+            kept, most, small = count_pass(unet, x, t, precision, keeps_gradients=passes > 1)
         copies = 1 + len(training.ema_decay) + 2 + (passes > 1) + (self.processes > 1)
         size = sum(weight.numel() * weight.element_size() for weight in unet.parameters())
         pixels = data.channels * math.prod(data.size)
@@ -199,10 +198,8 @@ def count_pass(
     if keeps_gradients:
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-    dtype = DTYPES.get(mixed_precision)
-    half = nullcontext() if dtype is None else torch.autocast(x.device.type, dtype)
     with torch.enable_grad(), _LiveBytes([x, t, *network.parameters()]) as live:
-        with half:
+        with autocast(x.device, mixed_precision):
             output = network(x, t)
         output = getattr(output, "sample", output)
         kept = live.bytes - output.untyped_storage().nbytes()

@@ -4,6 +4,7 @@ import shutil
 import signal
 
 import pytest
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from hf_ddpm import DDPMPipeline
@@ -40,6 +41,19 @@ def test_a_run_says_of_its_model_what_evaluate_says(evaluated, tmp_path):
     assert alone["fd"]["value"] == in_training["fd"]["value"]
     assert alone["nll"]["total_bpd"] == pytest.approx(in_training["nll"]["total_bpd"], rel=1e-6)
     assert lines(evaluated)[-1]["fd"]["value"] == alone["fd"]["value"]  # the last step is evaluated in both ways
+
+
+def test_evaluations_of_a_run_sample_in_its_precision_and_take_the_bound_in_float32(run_training, evaluated, tmp_path):
+    run_training(tmp_path, "--max_train_steps", "4", *EVALUATED, "--mixed_precision", "bf16")
+    for folder, precision in ((evaluated, "no"), (tmp_path, "bf16")):
+        results = json.loads((folder / "results.json").read_text())
+        assert results["fd"]["made_by"]["sampling"]["mixed_precision"] == precision
+        assert results["nll"]["made_by"]["mixed_precision"] == "no"
+        assert {line["request"]["mixed_precision"] for line in lines(folder)} == {precision}
+    card = (tmp_path / "README.md").read_text()
+    assert "precision bf16" in next(line for line in card.splitlines() if line.startswith("| Frechet distance"))
+    assert "precision bf16" not in next(line for line in card.splitlines() if line.startswith("| bound on the NLL"))
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_best_model_is_kept_with_its_figures(evaluated):

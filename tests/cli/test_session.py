@@ -1,16 +1,21 @@
 import os
+import re
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 import hf_ddpm
 from hf_ddpm import train
 from hf_ddpm.cli import session
 from hf_ddpm.config import Config, parse_config
+from hf_ddpm.models.precision import Choice
+from hf_ddpm.sampling.generate import generate_images
 from hf_ddpm.training.build import start_accelerator
 from tests.conftest import TINY_RUN, load_script
 
@@ -73,6 +78,77 @@ def test_precisions_may_differ_between_runs_of_a_process(tmp_path):
     assert files[0].read_bytes() == files[2].read_bytes() != files[1].read_bytes()
 
 
+BF16, FLOAT32 = Choice("bf16", "precision bf16: chosen"), Choice("no", "precision float32: chosen")
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """Sets what `auto` stands for; returns a list that gets the arguments of each choice."""
+
+    def set_choice(choice):
+        asked = []
+        monkeypatch.setattr(
+            "hf_ddpm.training.build.choose_precision", lambda *args, **options: asked.append((args, options)) or choice
+        )
+        return asked
+
+    yield set_choice
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def stored_precision(folder):
+    return yaml.safe_load((folder / "config.yaml").read_text())["mixed_precision"]
+
+
+def test_a_run_records_the_precision_of_auto_and_keeps_it(run_training, choose, tmp_path, capsys):
+    asked, state = choose(BF16), torch.get_rng_state()
+    run_training(tmp_path / "run", "--max_train_steps", "2", "--dropout", "0.1")
+    assert torch.equal(torch.get_rng_state(), state)
+    ((network, shape, batch), options) = asked[0]
+    assert (shape, batch, options) == ((1, 8, 8), 8, {"training": True}) and len(asked) == 1
+    assert network.config.block_out_channels == (8, 16) and network.config.dropout == 0.1
+    assert capsys.readouterr().out.count("precision bf16: chosen\n") == 1
+    assert stored_precision(tmp_path / "run") == "bf16"
+    asked = choose(FLOAT32)
+    for steps, words in (("3", []), ("4", ["--mixed_precision", "auto"])):
+        run_training(tmp_path / "run", "--max_train_steps", steps, "--dropout", "0.1", *words)
+    assert asked == [] and stored_precision(tmp_path / "run") == "bf16"
+    assert "| precision | bf16 |" in (tmp_path / "run" / "README.md").read_text()
+    # The same run as one to which the precision was given.
+    given = ["--max_train_steps", "4", "--dropout", "0.1", "--mixed_precision"]
+    run_training(tmp_path / "given", *given, "bf16")
+    weights = Path("unet") / "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "given" / weights).read_bytes()
+
+
+def test_auto_in_float32_is_the_run_without_it(run_training, choose, trained, tmp_path):
+    choose(FLOAT32)
+    run_training(tmp_path, "--max_train_steps", "4", "--mixed_precision", "auto")
+    assert stored_precision(tmp_path) == stored_precision(trained) == "no"
+    weights = Path("unet") / "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / weights).read_bytes() == (trained / weights).read_bytes()
+
+
+def test_samples_of_a_run_are_of_its_precision(run_training, choose, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("hf_ddpm.cli.callbacks.generate_images", lambda pipe, ids, sampling, **options: (
+        drawn.append(sampling.mixed_precision), generate_images(pipe, ids, sampling, **options))[1])  # fmt: skip
+    for choice in (BF16, FLOAT32):
+        choose(choice)
+        run_training(tmp_path / choice.precision, "--max_train_steps", "1")
+    assert drawn == ["bf16", "no"]
+
+
+def test_memory_is_that_of_the_precision_of_auto(run_training, choose, tmp_path, capsys):
+    lines = {}
+    for choice in (BF16, FLOAT32):
+        choose(choice)
+        run_training(tmp_path, "--train_batch_size", "512", "--max_train_steps", "1", "--dry_run")
+        (lines[choice],) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory:")]
+    passes = {choice: int(re.search("([0-9]+) MiB for a pass", line)[1]) for choice, line in lines.items()}
+    assert passes[BF16] < 0.8 * passes[FLOAT32]  # feature maps take half, the images and the mask as much
+
+
 @pytest.mark.parametrize("config", ["runs/a/config.yaml", {"preset": "digits"}])
 def test_what_is_no_config_is_refused(config):
     with pytest.raises(ValueError, match="expected a hf_ddpm.Config"):
@@ -85,7 +161,7 @@ def test_what_is_no_config_is_refused(config):
 def test_kernels_of_a_gpu_are_fast_or_deterministic(monkeypatch, deterministic):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
-        start_accelerator(Config.of(preset="digits", deterministic=deterministic))
+        start_accelerator(Config.of(preset="digits", mixed_precision="no", deterministic=deterministic))
         assert torch.are_deterministic_algorithms_enabled() is deterministic
         assert torch.backends.cudnn.benchmark is not deterministic
         assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
@@ -97,4 +173,4 @@ def test_kernels_of_a_gpu_are_fast_or_deterministic(monkeypatch, deterministic):
 def test_a_launcher_that_shards_weights_is_refused(monkeypatch, kind):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
     with pytest.raises(ValueError, match=f"distributed_type {kind} of the launcher: .*; expected MULTI_GPU"):
-        start_accelerator(Config.of(preset="digits"))
+        start_accelerator(Config.of(preset="digits", mixed_precision="no"))

@@ -348,3 +348,16 @@ def test_fewer_pixels_than_the_bound_are_decoded(demo, tmp_path, monkeypatch):
     (tmp_path / "large.bmp").write_bytes(bitmap(7071, 7071))  # 7071^2 = 49,999,041
     with pytest.raises(ValueError, match="decoded"):
         demo.read_image("First image", str(tmp_path / "large.bmp"))
+
+
+def test_images_and_interpolations_are_of_the_precision_of_the_demo(demo):
+    types = []
+    demo.pipe.unet.conv_in.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    half, ends = Demo(demo.pipe, "half", precision="bf16"), torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    for one, expected in ((demo, torch.float32), (half, torch.bfloat16)):
+        del types[:]
+        sampling = one.read(0, 2, "ddpm")
+        end(one.generate(sampling, 2))
+        end(one.interpolate(ends, ends, 1, 2, sampling))
+        assert len(types) == 4 and set(types) == {expected}
+    assert demo.describe().endswith("runs on a CPU") and half.describe().endswith("runs on a CPU in bf16")

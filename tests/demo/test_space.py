@@ -11,6 +11,7 @@ from PIL import Image
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hf_ddpm.demo.demo import Demo
 from hf_ddpm.demo.layout import progress_bar, row, sheet, strip
+from hf_ddpm.models.precision import Choice
 from tests.conftest import LIMIT, TINY_UNET, load_script
 
 ROOT = Path(__file__).parents[2]
@@ -223,3 +224,13 @@ def test_uploads_and_waiting_requests_are_limited(app, tiny_pipeline, monkeypatc
     finally:
         gate.set()
         app.gr.close_all()
+
+
+@pytest.mark.parametrize(("words", "precision"), [([], "bf16"), (["--mixed_precision", "no"], "no")])
+def test_the_demo_has_the_precision_that_pays_or_is_given(app, trained, monkeypatch, capsys, words, precision):
+    served, choice = [], Choice("bf16", "precision bf16: chosen")
+    monkeypatch.setattr(app, "choose_precision", lambda network, shape, batch: choice)
+    monkeypatch.setattr(app, "serve", served.append)
+    load_script("app").main(["--model", str(trained), *words])
+    assert [demo.precision for demo in served] == [precision]
+    assert capsys.readouterr().out == ("" if words else "precision bf16: chosen\n")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,8 @@ from hf_ddpm.config import Config
 from hf_ddpm.evaluation.evaluate import Reference, evaluate
 from hf_ddpm.evaluation.options import EvaluateConfig, training_request
 from hf_ddpm.evaluation.results import scalars
+from hf_ddpm.models.precision import PRECISIONS, Choice
+from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.sampling.options import Sampling
 from tests.evaluation.pixels import Pixels
 
@@ -151,3 +154,50 @@ def test_skipped_images_are_counted(trained, tmp_path):
     config = EvaluateConfig(model=str(trained), dataset=str(tmp_path), metrics="fd", num_images=2, **options)
     real = Reference(config, (1, 8, 8), Accelerator(cpu=True)).features()
     assert len(real.reference) == 3 and real.made_by["dataset"]["reference_skipped"] == 1
+
+
+def note_types(monkeypatch):
+    """Returns a list that gets the types in which networks of pipelines work."""
+    types = []
+
+    def load(model, device):
+        pipe = load_pipeline(model, device)
+        pipe.unet.conv_in.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+        return pipe
+
+    monkeypatch.setattr("hf_ddpm.evaluation.evaluate.load_pipeline", load)
+    return types
+
+
+@pytest.mark.parametrize("metrics", ["fd,nll", "nll"])
+def test_auto_is_for_the_images_and_not_for_the_bound(request_of, tmp_path, monkeypatch, metrics):
+    asked, lines, types = [], [], note_types(monkeypatch)
+    monkeypatch.setattr("hf_ddpm.sampling.generate.choose_precision", lambda *args: (
+        asked.append(args), Choice("bf16", "precision bf16: chosen"))[1])  # fmt: skip
+    config = request_of(metrics=metrics, steps_per_image=2, output=str(tmp_path / "r.json"))
+    found = evaluate(config, FEW, log=lines.append)
+    assert found["nll"]["made_by"]["mixed_precision"] == "no" and types[0] == torch.float32
+    if metrics == "nll":
+        assert asked == lines == [] and set(types) == {torch.float32}
+        return
+    assert len(asked) == 1 and lines == ["precision bf16: chosen"] and types[-1] == torch.bfloat16
+    assert found["fd"]["made_by"]["sampling"]["mixed_precision"] == "bf16"
+    assert "mixed_precision" not in found["fd"]["made_by"]  # which would be that of nll
+    # Once more: the images are there.
+    del types[:]
+    again = evaluate(request_of(metrics="fd", output=str(tmp_path / "r.json")), FEW, log=lines.append)
+    assert types == [] and len(asked) == 1 and again["fd"]["value"] == found["fd"]["value"]
+    assert lines[1].startswith("precision bf16: that of the images in ")
+
+
+def test_a_given_precision_is_for_the_bound_too(request_of, tmp_path, monkeypatch):
+    types, bounds = note_types(monkeypatch), {}
+    for precision in ("no", "bf16"):
+        config = request_of(metrics="nll", steps_per_image=2, output=str(tmp_path / f"{precision}.json"))
+        (bounds[precision],) = evaluate(config, replace(FEW, mixed_precision=precision)).values()
+        assert set(types) == {PRECISIONS[precision]}
+        del types[:]
+        written = json.loads((tmp_path / f"{precision}.json").read_text())["nll"]
+        assert written["made_by"]["mixed_precision"] == precision
+    exact, found = (bounds[precision]["total_bpd"] for precision in ("no", "bf16"))
+    assert found == pytest.approx(exact, rel=0.01) and found != exact

@@ -385,6 +385,17 @@ def test_foreign_names_are_text_in_a_card(copied, name):
     assert f"org/{name}" in strings and name in strings
 
 
+def test_a_card_names_the_precision_of_a_bound_that_is_not_in_float32(copied):
+    results = json.loads((copied / "results.json").read_text())
+    for precision, words in (("no", ""), ("bf16", ", precision bf16")):
+        results["nll"]["made_by"]["mixed_precision"] = precision
+        (copied / "results.json").write_text(json.dumps(results))
+        card = ModelCard.load(write_card(copied))
+        assert f"2 terms per image, seed 0{words}; " in card.text
+        bound = next(result for result in card.data.eval_results if result.metric_type == "bits_per_dim")
+        assert bound.metric_args.get("mixed_precision", "no") == precision
+
+
 def test_files_of_an_older_version_or_with_odd_entries_make_a_card(copied, caplog):
     options = yaml.safe_load((copied / "config.yaml").read_text())
     for name in ("ema_warmup", "horizontal_flip", "init_from"):

@@ -18,8 +18,10 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+import hf_ddpm
 import hf_ddpm.sampling.folder
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm.models.precision import Choice
 from hf_ddpm.sampling.folder import PictureFolder, SampleFolder, open_samples
 from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder, generate_images
 from hf_ddpm.sampling.options import Sampling
@@ -466,3 +468,53 @@ def test_weights_are_constants_of_a_network_that_is_compiled_for_sampling(tiny_u
         unet.conv_out.weight.zero_()
         assert torch.equal(unet(x, t).sample, before)
     torch.compiler.reset()
+
+
+def choose(monkeypatch, precision):
+    """Sets what `auto` stands for; returns a list that gets an entry per choice."""
+    asked = []
+    monkeypatch.setattr("hf_ddpm.sampling.generate.choose_precision", lambda network, shape, batch: (
+        asked.append((shape, batch)), Choice(precision, f"precision {precision}: chosen"))[1])  # fmt: skip
+    return asked
+
+
+def stored(folder):
+    return json.loads((folder / "sampling.json").read_text())["mixed_precision"]
+
+
+@pytest.mark.parametrize(("first", "second"), [("bf16", "no"), ("no", "bf16")])
+def test_a_folder_keeps_the_precision_that_auto_stood_for(trained, tmp_path, monkeypatch, capsys, first, second):
+    asked = choose(monkeypatch, first)
+    words = ["--model", str(trained), "--num_inference_steps", "2", "--batch_size", "3"]
+    sample = load_script("sample").main
+    sample([*words, "--output", str(tmp_path / "auto"), "--num_images", "6"])
+    assert asked == [((1, 8, 8), 3)] and stored(tmp_path / "auto") == first
+    assert capsys.readouterr().out == f"precision {first}: chosen\n"
+    asked = choose(monkeypatch, second)
+    sample([*words, "--output", str(tmp_path / "auto"), "--num_images", "9"])
+    assert asked == [] and stored(tmp_path / "auto") == first
+    line = f"precision {first.replace('no', 'float32')}: that of the images in {tmp_path / 'auto'}\n"
+    assert capsys.readouterr().out == line
+    sample([*words, "--output", str(tmp_path / "given"), "--num_images", "9", "--mixed_precision", first])
+    found, expected = (images(SampleFolder.read(tmp_path / name)) for name in ("auto", "given"))
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match=f"mixed_precision='{second}' .was '{first}'"):
+        sample([*words, "--output", str(tmp_path / "auto"), "--num_images", "9", "--mixed_precision", second])
+
+
+def test_auto_is_chosen_before_the_network_is_compiled(trained, tmp_path, monkeypatch):
+    order = []
+    asked = choose(monkeypatch, "no")
+    monkeypatch.setattr("hf_ddpm.sampling.generate.compile_for_sampling", lambda unet: order.append(len(asked)))
+    sampling = Sampling(num_inference_steps=2)
+    hf_ddpm.sample_images(trained, tmp_path, 2, sampling, compile=True)
+    assert order == [1] and sampling.mixed_precision == "auto"
+
+
+def test_images_without_a_folder_are_of_the_precision_that_auto_stands_for(pipe, monkeypatch):
+    asked = choose(monkeypatch, "bf16")
+    found, expected = (
+        [image for _, image in generate_images(pipe, range(4), Sampling(0, 2, mixed_precision=name), batch_size=4)]
+        for name in ("auto", "bf16")
+    )
+    assert asked == [((1, 8, 8), 4)] and torch.equal(torch.stack(found), torch.stack(expected))

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hf_ddpm import DDPMPipeline, UNet2DModel
+from hf_ddpm import DDPMPipeline, UNet2DModel, train
 from hf_ddpm.cli.callbacks import SampleGrid
 from hf_ddpm.config import FORMER_DEFAULTS, TrainingConfig, default_options, parse_config
 from hf_ddpm.training.checkpoints import Checkpoints
@@ -207,6 +207,16 @@ def test_accumulation_is_the_same_run(run_training, tmp_path, batch, passes):
     assert_same_gradients(tmp_path / "one", tmp_path / "two")
 
 
+def test_accumulation_in_low_precision_is_the_same_run_but_for_its_rounding(run_in, tmp_path):
+    words = [*UNCLIPPED, "--train_batch_size"]
+    run_in("bf16", tmp_path / "one", *words, "8")
+    run_in("bf16", tmp_path / "two", *words, "4", "--gradient_accumulation_steps", "2")
+    # Gradients of weights are sums over the images, of which each pass rounds its own to 8 bits.
+    for name, error in (("loss", 2**-9), ("grad_norm", 2**-7)):
+        mine, yours = ([line[name] for line in metrics(folder)] for folder in (tmp_path / "one", tmp_path / "two"))
+        assert len(mine) == 6 and mine == pytest.approx(yours, rel=error), name
+
+
 def note_inputs(monkeypatch):
     """Returns lists that get the input of each training pass, and the type that its first convolution works in."""
     inputs, types, forward = [], set(), UNet2DModel.forward
@@ -266,6 +276,17 @@ def test_a_run_in_low_precision_resumes_bit_for_bit(run_in, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     with pytest.raises(ValueError, match=r"mixed_precision='no' \(was 'bf16'\)"):
         run_in("no", tmp_path / "parts", *words, "7")
+
+
+@pytest.mark.slow
+def test_the_digits_are_learned_as_well_in_low_precision(tmp_path):
+    few = {"max_train_steps": 150, "log_steps": 25, "num_samples": 1, "num_inference_steps": 1, "eval_metrics": ""}
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(preset="digits", output_dir=tmp_path / precision, mixed_precision=precision, **few)
+    exact, found = losses(tmp_path / "no"), losses(tmp_path / "bf16")
+    assert exact[-1] < exact[0] / 3 and found == pytest.approx(exact, rel=0.02)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def scaler(folder):
@@ -457,6 +478,37 @@ def test_two_processes_and_two_machines_are_the_same_run(run_training, tmp_path)
         assert "2 x cpu" in outputs[0]
         assert_same_gradients(tmp_path / "one", tmp_path / name)
         assert (tmp_path / name / "samples.png").read_bytes() == (tmp_path / "one" / "samples.png").read_bytes()
+
+
+# Only the main process finds that bf16 pays; in the other one the measurement fails.
+CHOOSING = """
+import importlib, os, sys
+from hf_ddpm.models import precision
+
+precision.FEWEST_FLOPS = 0
+precision.has_bf16 = lambda device: True
+precision.measure_gain = lambda *args: {"0": 2.0}[os.environ["RANK"]]
+importlib.import_module("hf_ddpm.cli." + sys.argv[1]).main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_take_the_precision_of_the_main_one(tmp_path):
+    program = tmp_path / "choosing.py"
+    program.write_text(CHOOSING)
+    launcher = [*LAUNCH, "--num_machines", "1", "--main_process_port", "0"]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    images, auto = str(tmp_path / "run" / "images"), ["--mixed_precision", "auto"]
+    training = ["train", *TINY_RUN, "--output_dir", str(tmp_path / "run"), "--max_train_steps", "2"]
+    sampling = ["sample", "--model", str(tmp_path / "run"), "--output", images, "--num_images", "4"]
+    for words in (training, [*sampling, "--num_inference_steps", "2"]):
+        command = [*launcher, str(program), *words, *auto]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=LIMIT)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("precision bf16: 2.0 times as fast as float32 here") == 1
+    assert json.loads((newest(tmp_path / "run") / "state.json").read_text())["config"]["mixed_precision"] == "bf16"
+    settings = json.loads(Path(images, "sampling.json").read_text())
+    assert settings["mixed_precision"] == "bf16"
 
 
 def test_a_signal_during_a_checkpoint_stops_what_follows_it(run_training, tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ def test_weights_are_counted_in_all_their_copies():
 
 
 def test_only_what_does_not_fit_is_refused(monkeypatch):
-    need, config = plan().count().total, parse_config(TINY_RUN)
+    need, config = plan().count().total, parse_config([*TINY_RUN, "--mixed_precision", "no"])
     set_free(monkeypatch, need)
     assert fit_memory(config, Accelerator(cpu=True)) is config
     set_free(monkeypatch, need - 1)

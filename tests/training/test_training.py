@@ -335,7 +335,7 @@ def test_another_number_of_processes_than_was_asked_for_is_refused(run_training,
 
 def test_the_launcher_decides_precision_and_compiling_unless_an_option_does(monkeypatch):
     words = ["--preset", "digits"]
-    assert chosen(words) == ("no", False)
+    assert chosen(words) == ("auto", False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     assert chosen(words) == ("bf16", True)
@@ -346,6 +346,10 @@ def test_the_launcher_decides_precision_and_compiling_unless_an_option_does(monk
     assert parse_config(words).resumed(stored).training.compile is True
     given = parse_config([*words, "--mixed_precision", "no"])
     assert given.resumed(stored).training.mixed_precision == "no"  # and is refused, see test_checkpoints.py
+    auto = parse_config([*words, "--mixed_precision", "auto"])
+    assert auto.training.mixed_precision == "auto" and auto.resumed(stored).training.mixed_precision == "fp16"
+    del stored["mixed_precision"]  # of a version without the option
+    assert parse_config(words).resumed(stored).training.mixed_precision == "no"
 
 
 def chosen(words):

@@ -1,0 +1,155 @@
+from itertools import cycle
+
+import pytest
+import torch
+
+from hf_ddpm import UNet2DModel
+from hf_ddpm.config import Config
+from hf_ddpm.models import precision
+from hf_ddpm.models.precision import Choice, choose_precision, has_bf16, on_main_process
+from hf_ddpm.training.dry_run import count_flops
+from tests.conftest import TINY_UNET
+
+SHAPE = (1, 8, 8)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Lets tiny networks be measured, on any machine."""
+    monkeypatch.setattr(precision, "FEWEST_FLOPS", 0)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+
+
+def set_times(monkeypatch, *times):
+    """Sets the seconds of the passes in their order: float32, bf16, float32, ..."""
+    taken = cycle(times)
+    monkeypatch.setattr(precision, "_seconds", lambda work, device: next(taken))
+
+
+@pytest.mark.parametrize(
+    ("times", "choice"),
+    [
+        ((1.4, 1.0), Choice("bf16", "precision bf16: 1.4 times as fast as float32 here")),
+        ((1.15, 1.0), Choice("bf16", "precision bf16: 1.1 times as fast as float32 here")),
+        ((1.14, 1.0), Choice("no", "precision float32: bf16 is only 1.1 times as fast here")),
+        ((0.8, 1.0), Choice("no", "precision float32: bf16 is only 0.8 times as fast here")),
+    ],
+)
+def test_bf16_is_chosen_if_it_is_clearly_faster(measured, monkeypatch, tiny_unet, times, choice):
+    set_times(monkeypatch, *times)
+    assert choose_precision(tiny_unet, SHAPE, batch=4) == choice
+
+
+def test_neither_the_first_passes_nor_a_slow_one_count(measured, monkeypatch, tiny_unet):
+    # The first of each, then three of each, of which one is slow: the ratios are 2, 2 / 9 and 2.
+    set_times(monkeypatch, 1, 9, 2, 1, 2, 9, 2, 1)
+    assert choose_precision(tiny_unet, SHAPE, batch=4).line == "precision bf16: 2.0 times as fast as float32 here"
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_measurement_leaves_no_trace(measured, training):
+    torch.manual_seed(0)
+    unet = UNet2DModel(**TINY_UNET, num_class_embeds=3).train(not training)
+    unet.mid_block.train(training)
+    unet.conv_out.weight.grad = torch.ones_like(unet.conv_out.weight)
+    weights = {name: value.clone() for name, value in unet.state_dict().items()}
+    modes, state = [module.training for module in unet.modules()], torch.get_rng_state()
+    assert choose_precision(unet, SHAPE, batch=4, training=training).precision in ("no", "bf16")
+    assert all(torch.equal(value, weights[name]) for name, value in unet.state_dict().items())
+    assert [name for name, value in unet.named_parameters() if value.grad is not None] == ["conv_out.weight"]
+    assert bool((unet.conv_out.weight.grad == 1).all())
+    assert [module.training for module in unet.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    assert all(
+        getattr(module, "keys", None) is None for module in unet.modules() if isinstance(module, torch.nn.Dropout)
+    )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_both_precisions_are_measured_as_they_are_used(measured, monkeypatch, tiny_unet, training):
+    """In turn; with gradients and dropout in training, without either in sampling."""
+    seen = []
+
+    def note(module, inputs, output):
+        seen.append((output.dtype, torch.is_grad_enabled(), module.training))
+
+    tiny_unet.conv_in.register_forward_hook(note)
+    choose_precision(tiny_unet, SHAPE, batch=4, training=training)
+    assert seen[:4] == [(dtype, training, training) for dtype in (torch.float32, torch.bfloat16)] * 2
+
+
+def fail(*args):
+    pytest.fail("is measured")
+
+
+def test_what_cannot_pay_is_not_measured(monkeypatch, tiny_unet):
+    monkeypatch.setattr(precision, "measure_gain", fail)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    small = "precision float32: the network is too small for bf16 to pay"
+    assert choose_precision(tiny_unet, SHAPE, batch=4) == Choice("no", small)
+    digits = UNet2DModel(**Config.of(preset="digits").unet())
+    assert choose_precision(digits, SHAPE, batch=64, training=True) == Choice("no", small)
+    half = UNet2DModel(**TINY_UNET).bfloat16()
+    assert choose_precision(half, SHAPE, 4) == Choice("no", "precision bfloat16: that of the weights")
+    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
+    line = "precision float32: no native bf16 on this CPU device"
+    assert choose_precision(tiny_unet, SHAPE, batch=4) == Choice("no", line)
+
+
+def test_the_presets_of_color_images_are_measured(monkeypatch):
+    monkeypatch.setattr(precision, "measure_gain", lambda *args: 1.5)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    for preset in ("small-32", "small-64"):
+        config = Config.of(preset=preset, dataset="images")
+        unet = UNet2DModel(**config.unet())
+        assert choose_precision(unet, (3, *config.data.size), batch=8).precision == "bf16"
+
+
+def test_bf16_is_taken_if_float32_does_not_fit(measured, monkeypatch, tiny_unet):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(precision, "measure_gain", out_of_memory)
+    assert choose_precision(tiny_unet, SHAPE, batch=4).precision == "bf16"
+
+
+def test_devices_with_bf16_are_known(monkeypatch):
+    for capability, known in (((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert has_bf16(torch.device("cuda")) is known
+    for flags, known in (({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True, "avx512_bf16": False}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=flags: found, raising=False)
+        assert has_bf16(CPU) is known
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert has_bf16(CPU) and not has_bf16(torch.device("mps"))
+
+
+def test_a_pass_has_few_operations(monkeypatch, tiny_unet):
+    """As many images as fit into the operations, at most the batch; one of fewer pixels if an image is too large."""
+    each, _ = count_flops(tiny_unet, torch.zeros(1, *SHAPE), 0)
+
+    def shape(most):
+        monkeypatch.setattr(precision, "MEASURED_FLOPS", {"cpu": most})
+        return tuple(precision._inputs(tiny_unet, SHAPE, batch=4)[0].shape)
+
+    assert shape(3.5 * each) == (3, *SHAPE) and shape(100 * each) == (4, *SHAPE)
+    # Halved, of sides that the network can halve once more: a quarter of the operations, or fewer with attention.
+    assert shape(0.9 * each) == (3, 1, 4, 4)
+    assert shape(1) == (1, 1, 2, 2)
+
+
+def test_other_processes_take_what_the_main_process_finds(monkeypatch):
+    """The second of two processes."""
+
+    def broadcast(values, src):
+        assert src == 0
+        values[0] = Choice("bf16", "measured there")
+
+    assert on_main_process(lambda: 1) == 1  # alone
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    assert on_main_process(fail).precision == "bf16"
