@@ -104,7 +104,7 @@ def train(run: Path, words: tuple[str, ...]) -> str:
 
 def train_images(run: Path, words: tuple[str, ...]) -> str:
     """Trains a new run for a step on the folder `images`."""
-    return train(run, ("--dataset", str(run / "images"), *words))
+    return train(run, ("--dataset", str(run / "images"), "--channels", "1", "--levels", "17", *words))
 
 
 def train_config(run: Path, words: tuple[str, ...]) -> str:

@@ -124,9 +124,10 @@ def exported_step(folder: Path) -> int | None:
     if not (folder / "model_index.json").exists():
         return None
     try:
-        return int(json.loads((folder / "export.json").read_text(encoding="utf-8"))["step"])
+        step = json.loads((folder / "export.json").read_text(encoding="utf-8"))["step"]
     except (OSError, ValueError, TypeError, KeyError):
         return sys.maxsize
+    return step if type(step) is int else sys.maxsize
 
 
 def run_folder(model: str | Path) -> Path:
