@@ -39,9 +39,9 @@ def write_wheel(folder: Path) -> Path:
     info = f"{stem}.dist-info"
     package = Path(hf_ddpm.__file__).parent
     files = {f"{NAME}/{file.relative_to(package).as_posix()}": file.read_bytes() for file in _files(package)}
-    for name in ("METADATA", "entry_points.txt", "licenses/LICENSE"):
-        if (text := distribution.read_text(name)) is not None:
-            files[f"{info}/{name}"] = text.encode()
+    texts = {name: distribution.read_text(name) for name in ("METADATA", "entry_points.txt", "licenses/LICENSE")}
+    texts["METADATA"] = texts["METADATA"] or distribution.read_text("PKG-INFO")  # in the egg-info of a clone
+    files |= {f"{info}/{name}": text.encode() for name, text in texts.items() if text}
     files[f"{info}/WHEEL"] = WHEEL.encode()
     record = [f"{name},sha256={_checksum(content)},{len(content)}" for name, content in files.items()]
     files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,\n"]).encode()

@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 import venv
+from importlib import metadata
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -54,6 +55,15 @@ def test_the_same_package_makes_the_same_wheel(tmp_path):
     wheel, again = write_wheel(tmp_path), write_wheel(tmp_path / "again")
     assert wheel.read_bytes() == again.read_bytes()
     assert {entry.date_time for entry in ZipFile(wheel).infolist()} == {(1980, 1, 1, 0, 0, 0)}  # of no file
+
+
+def test_a_clone_is_described_by_its_egg_info(tmp_path, monkeypatch):
+    folder = tmp_path / "hf_ddpm.egg-info"
+    folder.mkdir()
+    (folder / "PKG-INFO").write_text("Metadata-Version: 2.4\nName: hf_ddpm\nVersion: 7.8\n")
+    monkeypatch.setattr("hf_ddpm.demo.wheel._distribution", lambda: metadata.PathDistribution(folder))
+    wheel = ZipFile(write_wheel(tmp_path))
+    assert wheel.read("hf_ddpm-7.8.dist-info/METADATA") == (folder / "PKG-INFO").read_bytes()
 
 
 def test_a_package_that_is_not_installed_has_no_wheel(tmp_path, monkeypatch):
