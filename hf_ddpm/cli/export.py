@@ -99,12 +99,11 @@ def _checkpoint(config: ExportConfig) -> Path:
         steps = {step_of(path): path for path in kept}
         require(config, "step", config.step in steps, f"checkpoints are kept of {', '.join(map(str, steps)) or 'none'}")
         folder = steps[config.step]
-    elif (folder / "state.json").exists():
-        pass
-    else:
-        newest, _ = find_checkpoint(folder / "checkpoints", "latest")
-        require(config, "run", newest is not None, "it holds no checkpoint")
-        folder = newest or folder
+    elif not (folder / "state.json").exists():
+        newest, _ = find_checkpoint(folder / "checkpoints", "latest")  # which verifies it
+        if newest is not None:
+            return newest
+        require(config, "run", False, "it holds no checkpoint")
     damage = verify_checkpoint(folder)
     if damage is not None:
         raise ValueError(f"checkpoint {str(folder)!r}: {damage}")
