@@ -17,9 +17,8 @@ from hf_ddpm.data.decoding import attempt
 from hf_ddpm.data.transforms import ImageFormat
 from hf_ddpm.demo.preview import Moment, watch
 from hf_ddpm.images import to_bytes, to_signed
-from hf_ddpm.models.precision import autocast
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
-from hf_ddpm.sampling.generate import generate_images
+from hf_ddpm.sampling.generate import generate_images, in_precision
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import find_scheduler
 from hf_ddpm.utils.markdown import escape
@@ -166,7 +165,7 @@ class Demo:
         own.scheduler = find_scheduler(own, sampling.scheduler, self.num_train_timesteps if is_whole else steps)
 
         def work(**options: Any) -> Tensor:
-            with autocast(own.device, sampling.mixed_precision):
+            with in_precision(own, sampling.mixed_precision):
                 unit = own.interpolate(
                     to_signed(first),
                     to_signed(second),

@@ -80,7 +80,8 @@ def evaluate(
     precision = sampling.mixed_precision
     if pipe is not None and images is None and config.compared:
         folder_of = partial(_samples_folder, pipe, output, state.device)
-        sampling = settle_precision(pipe, sampling, min(config.batch_size, count), folder_of, log)
+        batch_size, compiled = min(config.batch_size, count), loaded is not None and config.compile
+        sampling = settle_precision(pipe, sampling, batch_size, folder_of, log, compiled)
     if loaded is not None and config.compile:
         compile_for_sampling(loaded.unet)
     made_by = {"seed": sampling.seed, "metric_seed": METRIC_SEED, **provenance(state.device)}

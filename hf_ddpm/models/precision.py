@@ -1,9 +1,9 @@
 """Precision of a network's passes: autocast, and a choice by measurement."""
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -40,7 +40,17 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "no")
 
 
-def choose_precision(network: Any, shape: Sequence[int], batch: int, training: bool = False) -> Choice:
+def cast_copy(network: Any, precision: str) -> Any:
+    """Return a copy of a network with weights in `bf16` or `fp16`, for inference: autocast casts them in every pass."""
+    half = copy.deepcopy(network).to(PRECISIONS[precision])
+    for weight in half.parameters():
+        weight.grad = None
+    return half
+
+
+def choose_precision(
+    network: Any, shape: Sequence[int], batch: int, training: bool = False, compiled: bool = False
+) -> Choice:
     """Choose `bf16` if the device has it and the network is at least `GAIN` times as fast in it, else `no`.
 
     Weights, gradients, mode and random state stay as they are. It takes two or three seconds on a CPU.
@@ -50,12 +60,16 @@ def choose_precision(network: Any, shape: Sequence[int], batch: int, training: b
         shape: Shape of an image, `(C, H, W)`.
         batch: Batch size of a pass; on a CPU fewer images, and smaller ones, are measured.
         training: Whether to measure a forward and a backward pass instead of one without gradients.
+        compiled: Whether it is for sampling with a compiled network: `bf16` without a measurement, since fused casts
+            cost nothing.
     """
     weight = next(network.parameters())
     if weight.dtype != torch.float32:
         return Choice("no", f"precision {str(weight.dtype).removeprefix('torch.')}: that of the weights")
     if not has_bf16(weight.device):
         return Choice("no", f"precision float32: no native bf16 on this {weight.device.type.upper()} device")
+    if compiled:
+        return Choice("bf16", "precision bf16: faster in compiled networks on this device")
     # An upper bound: each weight is multiplied and added at most once per pixel.
     most_flops = 2 * sum(weight.numel() for weight in network.parameters()) * shape[-2] * shape[-1]
     if most_flops < FEWEST_FLOPS:
@@ -96,22 +110,25 @@ def measure_gain(network: Any, shape: Sequence[int], batch: int, training: bool)
     """Return how many times as fast as in float32 a network is in bf16."""
     weights, modes = list(network.parameters()), [(module, module.training) for module in network.modules()]
     device = weights[0].device
-    inputs = _inputs(network, shape, batch)
+    x, *conditions = _inputs(network, shape, batch)
 
-    def one_pass(precision: str) -> None:
-        with torch.set_grad_enabled(training):
-            with autocast(device, precision):
-                output = network(*inputs).sample
-            if training:
-                torch.autograd.grad(output.float().square().mean(), weights, allow_unused=True)
+    def train(precision: str) -> None:
+        with autocast(device, precision):
+            output = network(x, *conditions).sample
+        torch.autograd.grad(output.float().square().mean(), weights, allow_unused=True)
+
+    @torch.no_grad()
+    def sample(precision: str) -> None:
+        networks[precision](x.to(PRECISIONS[precision]), *conditions)
 
     try:
         network.train(training)
         if training:
-            network.seed_dropout(torch.zeros(len(inputs[0]), dtype=torch.int32, device=device))  # as in a run
-        # Weights are cast once in sampling, in every pass in training.
-        with nullcontext() if training else autocast(device, "bf16"):
-            return _gain(lambda precision: _seconds(lambda: one_pass(precision), device))
+            network.seed_dropout(torch.zeros(len(x), dtype=torch.int32, device=device))  # as in a run
+        else:
+            networks = {"no": network, "bf16": cast_copy(network, "bf16")}
+        one_pass = train if training else sample
+        return _gain(lambda precision: _seconds(lambda: one_pass(precision), device))
     finally:
         for module, mode in modes:
             module.training = mode

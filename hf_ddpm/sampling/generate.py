@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_ddpm.images import check_picture, to_bytes
-from hf_ddpm.models.precision import PRECISION_NAMES, Choice, autocast, choose_precision, on_main_process
+from hf_ddpm.models.precision import PRECISION_NAMES, Choice, cast_copy, choose_precision, on_main_process
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.sampling.folder import SampleFolder
@@ -37,6 +37,30 @@ def compile_for_sampling(unet: nn.Module) -> None:
 
     config.freezing = True  # as an option of the compiler the tracer would not see it
     unet.compile(dynamic=False, options={"triton.cudagraphs": True})
+
+
+@contextmanager
+def in_precision(pipe: DDPMPipeline, precision: str) -> Iterator[None]:
+    """Let a pipeline work with a copy of its network in `bf16` or `fp16`, compiled if the network is.
+
+    Nothing is copied for `no`, or if the weights are in half precision already.
+    """
+    own = pipe.unet
+    if precision == "no" or own.dtype != torch.float32:
+        yield
+        return
+    pipe.unet = cast_copy(own, precision)
+    if is_compiled(own):
+        compile_for_sampling(pipe.unet)
+    try:
+        yield
+    finally:
+        pipe.unet = own
+
+
+def is_compiled(unet: nn.Module) -> bool:
+    """Return whether a network was compiled in place."""
+    return getattr(unet, "_compiled_call_impl", None) is not None
 
 
 def sampling_settings(pipe: DDPMPipeline, sampling: Sampling, model: str, device: torch.device) -> dict[str, Any]:
@@ -60,8 +84,9 @@ def settle_precision(
     batch_size: int,
     folder_of: Callable[[Sampling], Path],
     log: Callable[[str], object] = lambda line: None,
+    compile: bool = False,
 ) -> Sampling:
-    """Returns a sampling with the precision that `auto` stands for; all processes are to call it.
+    """Return a sampling with the precision that `auto` stands for; every process must call it.
 
     Args:
         pipe: The pipeline, on its device, not compiled.
@@ -69,6 +94,7 @@ def settle_precision(
         batch_size: Images at a time.
         folder_of: Returns the folder of the images of a sampling. One that holds images keeps their precision.
         log: Called with a line on a choice.
+        compile: Whether the network will be compiled.
     """
     if sampling.mixed_precision != "auto":
         return sampling
@@ -79,7 +105,7 @@ def settle_precision(
         for precision, path in paths.items():
             if SampleFolder(path, {"shape": shape}).stored_precision == precision:
                 return Choice(precision, f"precision {PRECISION_NAMES[precision]}: that of the images in {path}")
-        return choose_precision(pipe.unet, shape, batch_size)
+        return choose_precision(pipe.unet, shape, batch_size, compiled=compile)
 
     choice = on_main_process(choose)
     log(choice.line)
@@ -132,7 +158,9 @@ def sample_images(
     if config.format == "png":
         check_picture(pipe.image_shape[0], "--format npz writes them as an array")
     path = Path(config.output)
-    sampling = settle_precision(pipe, sampling or Sampling(), config.batch_size, lambda _: path, state.print)
+    sampling = settle_precision(
+        pipe, sampling or Sampling(), config.batch_size, lambda _: path, state.print, config.compile
+    )
     if config.compile:
         compile_for_sampling(pipe.unet)
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
@@ -183,14 +211,15 @@ def generate_images(
     scheduler = find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe), sampling.variance)
     labels, precision = sampling.labels(pipe), sampling.mixed_precision
     if precision == "auto":
-        precision = choose_precision(pipe.unet, pipe.image_shape, batch_size).precision
+        choice = choose_precision(pipe.unet, pipe.image_shape, batch_size, compiled=is_compiled(pipe.unet))
+        precision = choice.precision
     own_scheduler = pipe.scheduler
     pipe.scheduler = scheduler
     try:
-        for start in range(0, len(ids), batch_size):
-            chunk = ids[start : start + batch_size]
-            filled = _filled(pipe.unet, chunk)
-            with autocast(device, precision):
+        with in_precision(pipe, precision):
+            for start in range(0, len(ids), batch_size):
+                chunk = ids[start : start + batch_size]
+                filled = _filled(pipe.unet, chunk)
                 unit = pipe(
                     batch_size=len(filled),
                     generator=[generator(sampling.seed, SAMPLES, i, device=device) for i in filled],
@@ -201,14 +230,14 @@ def generate_images(
                     guidance_scale=sampling.guidance_scale,
                     **call,
                 ).images
-            yield from zip(chunk, to_bytes(unit[: len(chunk)]).cpu(), strict=True)
+                yield from zip(chunk, to_bytes(unit[: len(chunk)]).cpu(), strict=True)
     finally:
         pipe.scheduler = own_scheduler
 
 
 def _filled(unet: nn.Module, chunk: Sequence[int]) -> list[int]:
     """Repeat an image so that a compiled network, which has code for one batch size, gets the largest one so far."""
-    if getattr(unet, "_compiled_call_impl", None) is None:
+    if not is_compiled(unet):
         return list(chunk)
     unet.compiled_batch = max(len(chunk), getattr(unet, "compiled_batch", 0))
     return [*chunk, *[chunk[-1]] * (unet.compiled_batch - len(chunk))]
@@ -287,9 +316,10 @@ def make_parts(
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Generates the images of some of a folder's missing parts, and adds each part when it is whole."""
-    for numbers in parts:
-        images = []
-        for _, image in generate_images(pipe, numbers, sampling, batch_size=batch_size, device=device):
-            images.append(image)
-            progress(1)
-        folder.add(numbers, torch.stack(images))
+    with in_precision(pipe, sampling.mixed_precision):
+        for numbers in parts:
+            images = []
+            for _, image in generate_images(pipe, numbers, sampling, batch_size=batch_size, device=device):
+                images.append(image)
+                progress(1)
+            folder.add(numbers, torch.stack(images))

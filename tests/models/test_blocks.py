@@ -57,3 +57,38 @@ def test_statistics_in_half_precision_are_those_of_float32(monkeypatch, mixed):
     expected = torch.nn.functional.group_norm(x.bfloat16().double(), 4)
     # A bfloat16 has 8 bits of mantissa: the outputs, of variance 1, are rounded by 2^-9 of up to 4.
     assert (norm(x.bfloat16()) - expected).abs().max() < 4 * 2**-8
+
+
+# Batch, heads, positions and channels of a head: fewer entries and more positions than plain products take, and others.
+@pytest.mark.parametrize("shape", [(1, 1, 16, 64), (4, 1, 2048, 8), (16, 1, 16, 64), (8, 4, 64, 16), (3, 2, 1024, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("half", [False, True])
+def test_attention_is_that_of_the_formula(shape, dtype, half):
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
+    gradient = torch.randn(shape).to(dtype)
+    q, k, v = (value.detach().double().requires_grad_() for value in inputs)
+    expected = ((q @ k.mT) / math.sqrt(shape[-1])).softmax(dim=-1) @ v
+    exact = [expected, *torch.autograd.grad(expected, (q, k, v), gradient.double())]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        output = blocks.attend(*inputs)
+    found = [output, *torch.autograd.grad(output, inputs, gradient.to(output.dtype))]
+    limit = 1e-5 if dtype == torch.float32 and not half else 0.01
+    for one, right in zip(found, exact, strict=True):
+        assert (one - right).norm() < limit * right.norm()
+
+
+def test_attention_in_half_precision_on_a_cpu_is_of_plain_products(monkeypatch):
+    fused = []
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention", lambda q, k, v: (fused.append(q.dtype), q)[1]
+    )
+    for dtype, shape in (
+        (torch.float32, (16, 1, 64, 64)),
+        (torch.bfloat16, (16, 1, 64, 64)),
+        (torch.bfloat16, (1, 1, 64, 64)),
+    ):
+        q = torch.zeros(shape, dtype=dtype)
+        blocks.attend(q, q, q)
+    assert fused == [torch.float32, torch.bfloat16]

@@ -98,6 +98,13 @@ def test_what_cannot_pay_is_not_measured(monkeypatch, tiny_unet):
     assert choose_precision(tiny_unet, SHAPE, batch=4) == Choice("no", line)
 
 
+def test_bf16_is_taken_for_a_compiled_network_where_the_device_has_it(monkeypatch, tiny_unet):
+    monkeypatch.setattr(precision, "measure_gain", fail)
+    for has, expected in ((True, "bf16"), (False, "no")):
+        monkeypatch.setattr(precision, "has_bf16", lambda device, found=has: found)
+        assert choose_precision(tiny_unet, SHAPE, batch=4, compiled=True).precision == expected
+
+
 def test_the_presets_of_color_images_are_measured(monkeypatch):
     monkeypatch.setattr(precision, "measure_gain", lambda *args: 1.5)
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)

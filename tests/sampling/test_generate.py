@@ -21,7 +21,8 @@ from PIL import Image
 import hf_ddpm
 import hf_ddpm.sampling.folder
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
-from hf_ddpm.models.precision import Choice
+from hf_ddpm.models.precision import Choice, cast_copy
+from hf_ddpm.provenance import model_checksum
 from hf_ddpm.sampling.folder import PictureFolder, SampleFolder, open_samples
 from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder, generate_images
 from hf_ddpm.sampling.options import Sampling
@@ -473,7 +474,7 @@ def test_weights_are_constants_of_a_network_that_is_compiled_for_sampling(tiny_u
 def choose(monkeypatch, precision):
     """Sets what `auto` stands for; returns a list that gets an entry per choice."""
     asked = []
-    monkeypatch.setattr("hf_ddpm.sampling.generate.choose_precision", lambda network, shape, batch: (
+    monkeypatch.setattr("hf_ddpm.sampling.generate.choose_precision", lambda network, shape, batch, compiled: (
         asked.append((shape, batch)), Choice(precision, f"precision {precision}: chosen"))[1])  # fmt: skip
     return asked
 
@@ -509,6 +510,36 @@ def test_auto_is_chosen_before_the_network_is_compiled(trained, tmp_path, monkey
     sampling = Sampling(num_inference_steps=2)
     hf_ddpm.sample_images(trained, tmp_path, 2, sampling, compile=True)
     assert order == [1] and sampling.mixed_precision == "auto"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_are_cast_once_for_all_images(pipe, tmp_path, monkeypatch, compiled):
+    """And the network stays as it was, compiled or not, in whatever way the sampling ends."""
+    casts, compilations, seen = [], [], []
+
+    def compile_copy(unet):
+        compilations.append(unet.dtype)
+        unet._compiled_call_impl = unet._call_impl
+
+    monkeypatch.setattr("hf_ddpm.sampling.generate.compile_for_sampling", compile_copy)
+    monkeypatch.setattr(
+        "hf_ddpm.sampling.generate.cast_copy", lambda *args: (casts.append(args[1]), cast_copy(*args))[1]
+    )
+    own, weights = pipe.unet, copy.deepcopy(pipe.unet.state_dict())
+    if compiled:
+        own._compiled_call_impl = own._call_impl
+    handle = own.conv_in.register_forward_hook(lambda module, args, out: seen.append((out.dtype, module.weight.dtype)))
+    sampling = Sampling(0, 2, mixed_precision="bf16")
+    folder = fill(pipe, tmp_path, 10, sampling, batch_size=2)  # three shards
+    assert casts == ["bf16"] and set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert compilations == [torch.bfloat16] * compiled
+    assert pipe.unet is own and all(torch.equal(value, weights[name]) for name, value in own.state_dict().items())
+    assert folder.settings["model_checksum"] == model_checksum(pipe)
+    handle.remove()
+    pipe.unet.register_forward_hook(lambda *args: pytest.fail("stopped"))
+    with pytest.raises(pytest.fail.Exception):
+        list(generate_images(pipe, range(2), sampling, batch_size=2))
+    assert pipe.unet is own
 
 
 def test_images_without_a_folder_are_of_the_precision_that_auto_stands_for(pipe, monkeypatch):
