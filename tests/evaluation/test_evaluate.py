@@ -172,7 +172,7 @@ def note_types(monkeypatch):
 @pytest.mark.parametrize("metrics", ["fd,nll", "nll"])
 def test_auto_is_for_the_images_and_not_for_the_bound(request_of, tmp_path, monkeypatch, metrics):
     asked, lines, types = [], [], note_types(monkeypatch)
-    monkeypatch.setattr("hf_ddpm.sampling.generate.choose_precision", lambda *args: (
+    monkeypatch.setattr("hf_ddpm.sampling.generate.choose_precision", lambda *args, **more: (
         asked.append(args), Choice("bf16", "precision bf16: chosen"))[1])  # fmt: skip
     config = request_of(metrics=metrics, steps_per_image=2, output=str(tmp_path / "r.json"))
     found = evaluate(config, FEW, log=lines.append)
