@@ -1,10 +1,12 @@
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from hf_ddpm import UNet2DModel
+from hf_ddpm.training import compiling
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -24,3 +26,31 @@ def test_a_run_compiles_one_graph_once(run_training, tmp_path, monkeypatch, prec
     convolutions = [node for node in graphs[0].graph.nodes if "conv2d" in str(node.target)]
     network = UNet2DModel.from_pretrained(tmp_path, subfolder="unet")
     assert len(convolutions) == sum(isinstance(module, torch.nn.Conv2d) for module in network.modules())
+
+
+class RoundedGradient(torch.autograd.Function):
+    """Rounds gradients to fp16 as if the loss were a mean over 4,096 times as many images."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient / 4096).half().float() * 4096
+
+
+@pytest.mark.parametrize("scale", [compiling.SCALE, 1.0])
+def test_gradients_that_underflow_in_fp16_are_not_taken_for_wrong(monkeypatch, tiny_unet, scale):
+    """Eager passes round between layers, a compiled network rounds less; without the scale they differ by far."""
+    convolutions = [module for module in tiny_unet.modules() if isinstance(module, torch.nn.Conv2d)]
+    hooks = [module.register_forward_hook(lambda _, x, y: RoundedGradient.apply(y)) for module in convolutions]
+    monkeypatch.setattr(UNet2DModel, "compile", lambda unet: [hook.remove() for hook in hooks])
+    monkeypatch.setattr(compiling, "SCALE", scale)
+    accelerator = SimpleNamespace(mixed_precision="fp16", device=torch.device("cpu"))
+    torch.manual_seed(0)
+    if scale > 1:
+        compiling.compile_network(tiny_unet, accelerator, 2, (1, 8, 8))
+    else:
+        with pytest.raises(FloatingPointError, match="wrong gradients"):
+            compiling.compile_network(tiny_unet, accelerator, 2, (1, 8, 8))
