@@ -29,14 +29,16 @@ from hf_ddpm.utils.seeds import SAMPLES, generator
 
 
 def compile_for_sampling(unet: nn.Module) -> None:
-    """Compiles a network in place for many passes of one size without gradients: its weights must not change any more.
+    """Compile a network in place for many passes of one size without gradients: its weights must not change any more.
 
-    They are constants of the compiled code, laid out once as it likes them; on a GPU a pass is a CUDA graph.
+    They are constants of the compiled code, laid out once for its kernels. On a GPU a pass is a CUDA graph, on a CPU
+    one call of C++ code.
     """
     from torch._inductor import config  # takes seconds
 
     config.freezing = True  # as an option of the compiler the tracer would not see it
-    unet.compile(dynamic=False, options={"triton.cudagraphs": True})
+    on_cpu = next(unet.parameters()).device.type == "cpu"
+    unet.compile(dynamic=False, options={"cpp_wrapper": True} if on_cpu else {"triton.cudagraphs": True})
 
 
 @contextmanager
