@@ -15,7 +15,7 @@ if [ -n "${WHEELS:-}" ] && ! [ -d "$WORK/site" ]; then
 fi
 if [ -n "${DRY:-}" ]; then
   NET="--block_out_channels 32 32 --attention_resolutions 16 --norm_num_groups 8 --max_train_samples 512"
-  BATCH=8; PRECISION=no; ROUNDS=1; SECONDS_OF_TRAINING=60; IMAGES=64; SLOWER=4
+  BATCH=16; PRECISION=no; ROUNDS=1; SECONDS_OF_TRAINING=60; IMAGES=64; SLOWER=4
   SAMPLES="--num_samples 16 --num_inference_steps 20"; SPLITS="--reference_split test --split train"
 else
   NET=""; BATCH=128; PRECISION=bf16; ROUNDS=3; SECONDS_OF_TRAINING=${TRAIN_SECONDS:-210}; IMAGES=5000; SLOWER=1
