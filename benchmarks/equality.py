@@ -88,7 +88,7 @@ def check_as_timed(contender: Contender, tasks: Sequence[str]) -> dict[str, Chec
     Returns:
         As `check_equal`, for `passes as timed` and `gradients as timed`, if they are of the tasks.
     """
-    checks, passes = {}, set(tasks) & {*NETWORK_TASKS, "nll"} - set(STEPS)
+    checks, passes = {}, set(tasks) & set(NETWORK_TASKS) - set(STEPS)
     precision = contender.precision(contender.setting.batch)
     if passes and (contender.compiled or precision != "no"):
         found = _first(contender, False, lambda: contender.predictor()().float())
@@ -139,7 +139,9 @@ def _predictions(contender: Contender) -> Tensor:
 @torch.no_grad()
 def _pass_in_float32(contender: Contender) -> Tensor:
     x, t = contender.setting.inputs(contender.setting.batch)
-    output = contender.plain_network().eval()(x, contender.times(t))
+    network = contender.plain_network().eval()
+    network.load_state_dict(contender.network.state_dict())  # not all contenders have our weights
+    output = network(x, contender.times(t))
     return getattr(output, "sample", output)
 
 

@@ -53,7 +53,7 @@ def run_benchmark(options: BenchmarkConfig, config: Config, bar: tqdm) -> dict[s
             if config.training.compile:  # an option of train.py and sample.py, not of the others' scripts
                 contenders += [CONTENDERS[name](setting, compiled=False) for name in options.others]
             at = {"at": value or None}
-            if options.check and set(options.chosen) & {*NETWORK_TASKS, "nll"}:
+            if options.check and set(options.chosen) & set(NETWORK_TASKS):
                 bar.set_postfix_str("comparing outputs")
                 equality += [check | at for check in compare(contenders, options.chosen)]
             for task in options.chosen:

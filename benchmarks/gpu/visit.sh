@@ -42,7 +42,7 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', torc
   stage compiled 150 "$PYTHON" -m benchmarks $COMMON $COMPILED --tasks train_step --profile "$WORK/compiled-trace.json.gz" --json "$WORK/compiled.json"
   stage compiled-sampling 150 "$PYTHON" -m benchmarks $COMMON $COMPILED --tasks forward,sampling --profile "$WORK/compiled-trace.json.gz" --json "$WORK/compiled-sampling.json"
   cp "$WORK"/*.json "$WORK"/*.md "$WORK"/*.json.gz "$OUT"/ 2>/dev/null
-  tar czf "$OUT/logs.tgz" -C "$WORK" --exclude=./site --exclude=./inductor . ;;
+  tar czf "$OUT/logs.tgz" -C "$WORK" --exclude=./site --exclude=./inductor --exclude='*.json.gz' . ;;
 train)
   rm -rf "$WORK/run" "$WORK/extractor"
   stage extractor 60 "$PYTHON" "$HERE/features.py" "$DATA" "$WORK/extractor" ${DRY:+2}
@@ -68,7 +68,7 @@ PY
     --batch_size 256 --output "$WORK/run/results.json"
   stage pack 30 "$PYTHON" "$HERE/weights_in_parts.py" pack "$WORK/run/unet" "$OUT"
   cp "$WORK/run/samples.png" "$OUT"/; rm -rf "$WORK/run/checkpoints" "$WORK/run/unet"
-  tar czf "$OUT/run.tgz" -C "$WORK" --exclude='*.npy' --exclude=./extractor --exclude=./site --exclude=./inductor . ;;
+  tar czf "$OUT/run.tgz" -C "$WORK" --exclude='*.npy' --exclude='*.json.gz' --exclude=./extractor --exclude=./site --exclude=./inductor . ;;
 *) sed -n '2,5p' "$0"; exit 2 ;;
 esac
 ls -la "$OUT"

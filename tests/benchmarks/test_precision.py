@@ -88,12 +88,21 @@ def test_passes_in_half_precision_are_compared_with_float32(benchmark, tmp_path,
     assert f"- hf_ddpm beside itself in float32, not compiled, {said}" in printed
     assert "both in float32 and not compiled: network by" in printed
 
-    class Wrong(Ours):
+    class Unlike(Ours):
+        def plain_network(self):
+            return UNet2DModel(**self.setting.config.unet())  # random weights, as other libraries have
+
+    class Wrong(Unlike):
         def predictor(self):
             right = super().predictor()
             return lambda: 1.06 * right()
 
-    checks = check_as_timed(Wrong(Setting(*parse_benchmark([*WORDS, *words]), tmp_path)), ["forward"])
+    setting = Setting(*parse_benchmark([*WORDS, *words]), tmp_path)
+    checks = check_as_timed(Unlike(setting), ["forward"])
+    assert refusal_of(checks) is None and checks["passes as timed"]["difference"] == pytest.approx(
+        timed["difference"], rel=0.1
+    )
+    checks = check_as_timed(Wrong(setting), ["forward"])
     assert checks["passes as timed"]["difference"] == pytest.approx(0.06, abs=0.02)
     assert refusal_of(checks).startswith("not compared: its passes as timed differ by 0.0")
 
