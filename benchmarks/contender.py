@@ -158,8 +158,9 @@ class Contender:
     def predictor(self) -> Callable[[], Tensor]:
         """Returns a function that does a pass of a batch, as timed."""
         network, batch = self.network.eval(), self.setting.batch
-        x, t = self.setting.inputs(batch)
-        t = self.times(t)
+        with self.passes(batch):  # where a reverse process makes its own
+            x, t = self.setting.inputs(batch)
+            t = self.times(t)
 
         def run() -> Tensor:
             with torch.no_grad(), self.passes(batch):

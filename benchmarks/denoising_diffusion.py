@@ -1,5 +1,7 @@
 """denoising-diffusion-pytorch: its own network of similar size, its process and its trainer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
@@ -55,6 +57,12 @@ class DenoisingDiffusion(Contender):
         if self.compiled:
             network.compile()
         return network
+
+    @contextmanager
+    def passes(self, batch: int) -> Iterator[None]:
+        """The context of passes without gradients, in inference mode as in its reverse process."""
+        with torch.inference_mode(), super().passes(batch):
+            yield
 
     def times(self, t: Tensor) -> Tensor:
         """Returns times as its reverse process passes them."""
