@@ -42,14 +42,14 @@ def trace_of(file: str, task: str) -> Path:
 def _per_step(events: Sequence[Any], on_gpu: bool, steps: int) -> dict[str, float]:
     """Returns launches and kernels on a GPU, operators that no other operator calls on a CPU."""
     if on_gpu:
-        kernels = [event for event in events if event.device_type == DeviceType.CUDA and not _is_copy(event.name)]
+        kernels = [event for event in events if _is_on_gpu(event) and not event.name.startswith(("Memcpy", "Memset"))]
         launches = [event for event in events if event.name in LAUNCHES]
         return {"launches": len(launches) / steps, "kernels": len(kernels) / steps}
     return {"operators": sum(_is_outermost(event) for event in events) / steps}
 
 
-def _is_copy(name: str) -> bool:
-    return name.startswith(("Memcpy", "Memset"))
+def _is_on_gpu(event: Any) -> bool:
+    return event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
 
 
 def _is_outermost(event: Any) -> bool:
@@ -64,7 +64,7 @@ def _is_outermost(event: Any) -> bool:
 def _longest(averages: Sequence[Any], on_gpu: bool) -> list[dict[str, Any]]:
     """Returns the kernels or, on a CPU, operators that take longest; `share` is that of the time of all."""
     if on_gpu:
-        averages = [entry for entry in averages if entry.device_type == DeviceType.CUDA]
+        averages = [entry for entry in averages if _is_on_gpu(entry)]
     times = [entry.self_device_time_total if on_gpu else entry.self_cpu_time_total for entry in averages]
     whole = sum(times) or 1
     rows = [

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from benchmarks import machine
+from benchmarks import machine, profiling
 from benchmarks import report as report_module
 from benchmarks.measure import Workload
 from benchmarks.profiling import profiled, trace_of
@@ -107,6 +108,23 @@ def test_a_profile_counts_operators_per_step(tmp_path):
     assert work.profile["trace"] == "profile_forward.json.gz"
     names = [event.get("name") for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]]
     assert names.count("aten::mm") == 6
+
+
+def test_a_profile_of_a_gpu_counts_launches_and_kernels():
+    def event(name, device=DeviceType.CPU, time=0, note=False):
+        return SimpleNamespace(
+            name=name, key=name, device_type=device, is_user_annotation=note, self_device_time_total=time, count=1
+        )
+
+    gpu = DeviceType.CUDA
+    events = [
+        *[event("aten::mm"), event("cudaLaunchKernel"), event("cuLaunchKernelEx"), event("cudaGraphLaunch")],
+        *[event("gemm", gpu, 30), event("norm", gpu, 60), event("in a graph", gpu, 10), event("also", gpu, 0)],
+        *[event("Memcpy DtoD", gpu, 100), event("Memset", gpu), event("Optimizer.step", gpu, 1000, note=True)],
+    ]
+    assert profiling._per_step(events, True, 2) == {"launches": 1.5, "kernels": 2}
+    longest = profiling._longest(events, True)
+    assert [(row["name"], row["share"]) for row in longest[:3]] == [("Memcpy DtoD", 0.5), ("norm", 0.3), ("gemm", 0.15)]
 
 
 def test_each_of_our_tasks_is_profiled(benchmark, tmp_path):
