@@ -1,13 +1,14 @@
 """Times this package beside diffusers and denoising-diffusion-pytorch: the same work, in turns, in one process.
 
     python -m benchmarks --preset digits --threads 1 --json digits.json
-    python -m benchmarks --preset cifar10 --mixed_precision bf16 --tasks forward,train_step --json cifar10.json
+    python -m benchmarks --preset cifar10 --mixed_precision auto --others_precision no --json cifar10.json
     python -m benchmarks --tasks sampling --growth steps --json steps.json
 
 Tasks: `forward`, the network without gradients; `train_step`, a training step; `training`, the loop with its data;
 `sampling`, the reverse process of a batch and of one image; `data`, images from memory and from JPEG; `import`, of the
 pipeline and of a model; `nll`, the likelihood bound beside the network alone. Contenders whose outputs differ are not
-compared. Options of train.py, such as `--train_batch_size` and `--compile`, set the network, data and precision.
+compared. With `--compile`, a contender is compiled once per batch size without gradients, and once for training.
+Options of train.py, such as `--train_batch_size` and `--compile`, set the network, data and precision.
 """
 
 import os

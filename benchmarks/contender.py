@@ -4,31 +4,32 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from benchmarks.measure import Workload, hidden_output, peak_memory, reason
-from benchmarks.options import BenchmarkConfig
-from benchmarks.setting import SEED, Setting
+from benchmarks.options import STEPS, BenchmarkConfig
+from benchmarks.setting import SEED, Setting, new_accelerator
 from hf_ddpm.config import Config
 from hf_ddpm.data.streaming.stream import MOST_WORKERS
+from hf_ddpm.models.precision import autocast
 from hf_ddpm.sampling.generate import compile_for_sampling
 from hf_ddpm.training.dry_run import count_flops
 
 # Tasks that are compared only if outputs are equal.
 NETWORK_TASKS = ("forward", "train_step", "training", "sampling", "sampling_1")
 
-# Of outputs relative to the largest entry; of images in [0, 1], after a few steps, absolute. The tables of diffusers
-# have float32 errors of about 1e-4 at the last steps.
-TOLERANCES = {"network": 1e-4, "gradients": 1e-4, "images": 1e-3}
-STEPS = 10
+# Steps of a reverse process that is profiled.
+PROFILED_STEPS = 5
 
 
 class Contender:
@@ -44,6 +45,7 @@ class Contender:
         network_class: Its network, which takes our options and weights.
         pipeline_class: Its pipeline, which loads our files.
         refusal: Why its networks are not compared, if so.
+        spent: Seconds of first passes before timing, by whether they are training.
     """
 
     name: str
@@ -53,8 +55,8 @@ class Contender:
     refusal: str | None = None
 
     def __init__(self, setting: Setting, compiled: bool = True):
-        self.setting, self.is_second = setting, not compiled
-        self.compiled = compiled and setting.config.training.compile
+        self.setting, self.is_second, self.spent = setting, not compiled, dict[bool, float]()
+        self.compiled = bool(compiled and setting.config.training.compile)
         if self.is_second:
             self.name += ", not compiled"
 
@@ -70,13 +72,25 @@ class Contender:
         except Exception as error:  # whatever others raise
             return [Workload(self.name, error=reason(error))]
 
+    def precision(self, batch: int, training: bool = False) -> str:
+        """Returns the precision of its passes: `no`, `bf16` or `fp16`."""
+        asked = self.setting.options.others_precision
+        return self.setting.precision(batch, training) if asked == "same" else asked
+
+    def passes(self, batch: int) -> AbstractContextManager[Any]:
+        """Returns the context of passes without gradients, in its precision."""
+        return autocast(self.setting.device, self.precision(batch))
+
     def memory(self, task: str) -> dict[str, Any]:
-        """Returns the entries of a row on the peak memory of a short run of a task.
+        """Returns the entries of a row on the peak memory of a short run of a task, not compiled.
 
         On a CPU it runs in a process of its own: memory that was used before cannot be told from that of the task.
         """
-        options = replace(self.setting.options, rounds=1, steps_per_turn=1)
-        training = replace(self.setting.config.training, num_inference_steps=2, compile=self.compiled)
+        if self.compiled:  # it would be compiled again
+            return {}
+        options = replace(self.setting.options, rounds=1, steps_per_turn=1, others_precision="same", profile=None)
+        changes = {"mixed_precision": self.precision(self.setting.batch, task in STEPS), "compile": False}
+        training = replace(self.setting.config.training, num_inference_steps=2, **changes)
         arguments = type(self), task, options, replace(self.setting.config, training=training)
         try:
             _ = self.parameters  # fails at once if the library is not installed
@@ -87,34 +101,47 @@ class Contender:
         except Exception as error:
             return {"memory_error": reason(error)}
 
-    def network(self, trained: bool = False) -> Any:
-        """Returns the network, for inference or to be trained, compiled if the options say so."""
-        network = self.plain_network().to(self.setting.device)
-        if self.compiled:
-            if trained:
-                network.compile()
-            else:
-                compile_for_sampling(network)
-        return network
-
     def plain_network(self) -> Any:
-        """Returns the network on the CPU, not compiled."""
+        """Returns a new network, on the device, not compiled."""
         network = self.network_class(**self.setting.config.unet())
         network.load_state_dict(self.setting.weights)
-        return network
+        return network.to(self.setting.device)
 
+    def plain_pipeline(self) -> Any:
+        """Returns a new pipeline, not compiled."""
+        return self.pipeline_class.from_pretrained(self.setting.model).to(self.setting.device)
+
+    @cached_property
     def pipeline(self) -> Any:
-        """Returns the pipeline, compiled if the options say so."""
-        pipe = self.pipeline_class.from_pretrained(self.setting.model).to(self.setting.device)
+        """The pipeline of all tasks, compiled if the options say so."""
+        pipe = self.plain_pipeline()
         pipe.set_progress_bar_config(disable=True)
         if self.compiled:
             compile_for_sampling(pipe.unet)
         return pipe
 
+    @property
+    def network(self) -> Any:
+        """The network of all tasks without gradients."""
+        return self.pipeline.unet
+
+    def times(self, t: Tensor) -> Tensor:
+        """Returns times, shape `(B,)`, in the form in which the reverse process has the same one for all images."""
+        return t[0].cpu()
+
+    @cached_property
+    def _accelerator(self) -> Accelerator:
+        return new_accelerator(self.precision(self.setting.batch, training=True), self.setting.device)
+
+    def accelerator(self) -> Accelerator:
+        """Returns the accelerator of all tasks with gradients, without the optimizer of an earlier task."""
+        self._accelerator.free_memory()
+        return self._accelerator
+
     @cached_property
     def flops(self) -> tuple[float, float]:
         """Operations per image: forward, and forward and backward."""
-        network = self.plain_network().to(self.setting.device).eval()
+        network = self.plain_network().eval()
         return count_flops(network, *self.setting.inputs(1))
 
     @cached_property
@@ -123,15 +150,24 @@ class Contender:
         return sum(parameter.numel() for parameter in self.plain_network().parameters())
 
     def forward(self) -> list[Workload]:
-        """The network without gradients."""
-        setting, network = self.setting, self.network().eval()
-        inputs = setting.inputs(setting.batch)
+        """The network without gradients, with one time for all images, as in sampling."""
+        batch = self.setting.batch
+        predict = self.predictor()
+        return [self.work(predict, batch, self.flops[0], unit="pass", precision=self.precision(batch))]
 
-        def run() -> None:
-            with torch.no_grad(), setting.autocast():
-                network(*inputs)
+    def predictor(self) -> Callable[[], Tensor]:
+        """Returns a function that does a pass of a batch, as timed."""
+        network, batch = self.network.eval(), self.setting.batch
+        with self.passes(batch):  # where a reverse process makes its own
+            x, t = self.setting.inputs(batch)
+            t = self.times(t)
 
-        return [self.work(run, setting.batch, self.flops[0], unit="pass")]
+        def run() -> Tensor:
+            with torch.no_grad(), self.passes(batch):
+                output = network(x, t)
+            return getattr(output, "sample", output)
+
+        return run
 
     def sampling(self) -> list[Workload]:
         """The reverse process of a batch."""
@@ -143,14 +179,21 @@ class Contender:
 
     def chain(self, batch: int) -> Workload:
         """Returns the whole reverse process of a batch."""
-        setting, pipe = self.setting, self.pipeline()
-        source = torch.Generator(setting.device).manual_seed(SEED)
+        pipe, source = self.pipeline, torch.Generator(self.setting.device).manual_seed(SEED)
 
-        def run() -> None:
-            with setting.autocast():
-                pipe(batch_size=batch, generator=source, num_inference_steps=setting.steps, output_type="np")
+        def run(steps: int) -> None:
+            with self.passes(batch):
+                pipe(batch_size=batch, generator=source, num_inference_steps=steps, output_type="np")
 
-        return self.work(run, batch, self.flops[0] * setting.steps, unit="chain", at_once=True)
+        return self.chain_work(run, batch)
+
+    def chain_work(self, run: Callable[[int], object], batch: int, **more: Any) -> Workload:
+        """Returns the workload of a reverse process; `run` takes its number of steps."""
+        steps = self.setting.steps
+        few = min(steps, PROFILED_STEPS)
+        more |= {"unit": "chain", "at_once": True, "precision": self.precision(batch)}
+        more |= {"brief": partial(run, few), "brief_steps": few}
+        return self.work(partial(run, steps), batch, self.flops[0] * steps, **more)
 
     def import_time(self) -> list[Workload]:
         """A new Python that imports the pipeline."""
@@ -170,6 +213,7 @@ class Contender:
     def steps(self, run: Callable[[], object], **more: Any) -> Workload:
         """Returns the workload of training; `run` does all steps of a turn."""
         more |= {"unit": "step", "count": self.setting.options.steps_per_turn, "at_once": True}
+        more["precision"] = self.precision(self.setting.batch, training=True)
         return self.work(run, self.setting.global_batch, self.flops[1], **more)
 
     def _python(self, code: str) -> Workload:
@@ -195,55 +239,6 @@ def endless(loader: Any) -> Iterator[Any]:
     """Yields the batches of a data loader again and again."""
     while True:
         yield from loader
-
-
-def check_equal(ours: Contender, theirs: Contender) -> dict[str, dict[str, Any]]:
-    """Compares networks and gradients on the same input, and images of the same seed after a few steps, in float32.
-
-    Returns:
-        For `network`, `gradients` and `images`: the largest `difference`, its `tolerance` and whether they are `equal`.
-    """
-    checks = {}
-    theirs.setting.allow_tf32(False)
-    try:
-        for name, outputs in {"network": _predictions, "gradients": _gradients, "images": _images}.items():
-            right, found = outputs(ours), outputs(theirs)
-            scale = 1.0 if name == "images" else right.abs().max().item()
-            difference = (found - right).abs().max().item() / scale
-            tolerance = TOLERANCES[name]
-            equal = difference <= tolerance  # false for NaN
-            checks[name] = {"difference": difference, "tolerance": tolerance, "equal": equal}
-    finally:
-        theirs.setting.allow_tf32(theirs.setting.config.training.tf32)
-    return checks
-
-
-def refusal_of(checks: dict[str, dict[str, Any]]) -> str | None:
-    """Returns why outputs are not equal, or None."""
-    for name, check in checks.items():
-        if not check["equal"]:
-            return f"not compared: its {name} differ by {check['difference']:.2g}, {check['tolerance']:g} is allowed"
-    return None
-
-
-@torch.no_grad()
-def _predictions(contender: Contender) -> Tensor:
-    return contender.network().eval()(*contender.setting.inputs(2)).sample.clone()  # a CUDA graph reuses its output
-
-
-def _gradients(contender: Contender) -> Tensor:
-    """Returns the gradients of a loss as one vector; zeros where a compiler has lost one."""
-    network = contender.network(trained=True).eval()
-    network(*contender.setting.inputs(2)).sample.square().mean().backward()
-    zero = torch.zeros(1, device=contender.setting.device)
-    by_name = sorted(network.named_parameters())
-    return torch.cat([zero.expand(p.numel()) if p.grad is None else p.grad.flatten() for _, p in by_name])
-
-
-def _images(contender: Contender) -> Tensor:
-    setting, source = contender.setting, torch.Generator(contender.setting.device).manual_seed(SEED)
-    pipe, steps = contender.pipeline(), min(STEPS, setting.steps)
-    return torch.from_numpy(pipe(batch_size=2, generator=source, num_inference_steps=steps, output_type="np").images)
 
 
 def _peak_of_task(kind: type[Contender], task: str, options: BenchmarkConfig, config: Config) -> int:

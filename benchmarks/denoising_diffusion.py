@@ -1,5 +1,7 @@
 """denoising-diffusion-pytorch: its own network of similar size, its process and its trainer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
@@ -8,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.contender import Contender
 from benchmarks.measure import Workload
-from benchmarks.setting import RandomImages
+from benchmarks.setting import RandomImages, keep_state, own_precision
 from benchmarks.stock import importable_torchvision
 from hf_ddpm.images import save_picture, to_pil
+from hf_ddpm.sampling.generate import compile_for_sampling
 
 MODULE = "denoising_diffusion_pytorch"
 
@@ -36,7 +40,33 @@ class DenoisingDiffusion(Contender):
 
     def plain_network(self) -> Any:
         """Returns its network with about as many parameters as ours."""
-        return self.module.Unet(**self._options)
+        return self.module.Unet(**self._options).to(self.setting.device)
+
+    @cached_property
+    def network(self) -> Any:  # type: ignore[override]
+        """The network of all tasks without gradients; it has no pipeline."""
+        network = self.plain_network()
+        if self.compiled:
+            compile_for_sampling(network)
+        return network
+
+    @cached_property
+    def trained(self) -> Any:
+        """The network of all tasks with gradients."""
+        network = self.plain_network()
+        if self.compiled:
+            network.compile()
+        return network
+
+    @contextmanager
+    def passes(self, batch: int) -> Iterator[None]:
+        """The context of passes without gradients, in inference mode as in its reverse process."""
+        with torch.inference_mode(), super().passes(batch):
+            yield
+
+    def times(self, t: Tensor) -> Tensor:
+        """Returns times as its reverse process passes them."""
+        return t[:1].expand(len(t)).contiguous()
 
     def train_step(self) -> list[Workload]:
         """Steps of its trainer, on a constant batch."""
@@ -55,14 +85,16 @@ class DenoisingDiffusion(Contender):
 
     def chain(self, batch: int) -> Workload:
         """Returns the whole reverse process of a batch."""
-        setting, diffusion = self.setting, self._diffusion(self.network()).eval()
+        diffusion = self._diffusion(self.network).eval()
 
-        def run() -> None:
-            with setting.autocast():
+        def run(steps: int) -> None:
+            diffusion.sampling_timesteps = steps
+            diffusion.is_ddim_sampling = steps < diffusion.num_timesteps
+            with self.passes(batch):
                 diffusion.sample(batch_size=batch).cpu()
 
         notes = ("fewer steps by DDIM with eta 1, its only way",) if diffusion.is_ddim_sampling else ()
-        return self.work(run, batch, self.flops[0] * setting.steps, unit="chain", at_once=True, notes=notes)
+        return self.chain_work(run, batch, notes=notes)
 
     def work(self, *args: Any, **more: Any) -> Workload:
         """Returns a workload, as in `Contender`."""
@@ -102,19 +134,23 @@ class DenoisingDiffusion(Contender):
         return diffusion.to(setting.device)
 
     def _trainer(self, folder: Path) -> Any:
-        setting, precision = self.setting, self.setting.config.training.mixed_precision
-        return self.module.Trainer(
-            self._diffusion(self.network(trained=True)),
-            folder,
-            train_batch_size=setting.global_batch,
-            augment_horizontal_flip=setting.config.data.horizontal_flip,
-            train_num_steps=0,
-            save_and_sample_every=10**9,
-            results_folder=str(setting.folder / "results"),
-            amp=precision != "no",
-            mixed_precision_type=precision,
-            calculate_fid=False,
-        )
+        setting = self.setting
+        precision = self.precision(setting.batch, training=True)
+        with own_precision():
+            trainer = self.module.Trainer(
+                self._diffusion(self.trained),
+                folder,
+                train_batch_size=setting.global_batch,
+                augment_horizontal_flip=setting.config.data.horizontal_flip,
+                train_num_steps=0,
+                save_and_sample_every=10**9,
+                results_folder=str(setting.folder / "results"),
+                amp=precision != "no",
+                mixed_precision_type=precision,
+                calculate_fid=False,
+            )
+        keep_state(trainer.accelerator)
+        return trainer
 
     def _training(self, trainer: Any, *notes: str) -> Workload:
         def run() -> None:

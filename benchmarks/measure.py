@@ -4,10 +4,11 @@ import gc
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,13 @@ class Workload:
         lead: Does all turns in one call, instead of `run`: a loop that calls its argument before the first turn and
             after each one.
         close: Ends background work.
+        precision: Precision of the network's passes: `no`, `bf16` or `fp16`.
+        brief: What a profile is of, instead of `run`; one unit in the case of `lead`.
+        brief_steps: Steps or passes of the network in that.
         error: Why the work failed, if it did.
+        first: Seconds from building the workload to the end of its first run, with all that is compiled for it.
         seconds: Seconds per unit, one number per round.
+        profile: The profile, if there is one.
     """
 
     subject: str
@@ -58,8 +64,13 @@ class Workload:
     at_once: bool = False
     lead: Callable[[Callable[[], None]], None] | None = None
     close: Callable[[], object] = _nothing
+    precision: str | None = None
+    brief: Callable[[], object] | None = None
+    brief_steps: int = 1
     error: str | None = None
+    first: float = 0.0
     seconds: list[float] = field(default_factory=list)
+    profile: dict[str, Any] | None = None
 
     def attempt(self, run: Callable[[], object], times: int = 1) -> None:
         """Runs a function; an error is kept and ends this workload's part in the comparison."""
@@ -88,33 +99,48 @@ def reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def time_in_turns(works: Sequence[Workload], rounds: int, clock: Clock, log: Callable[[str], object]) -> None:
+def time_in_turns(
+    works: Sequence[Workload],
+    rounds: int,
+    clock: Clock,
+    log: Callable[[str], object],
+    profiled: Callable[[Workload], AbstractContextManager[None] | None] = lambda work: None,
+) -> None:
     """Times workloads A, B as A B A B ..., so that what slows the machine down slows all of them.
 
     The first round warms up and does not count. A workload that fails takes no further turns.
 
     Args:
-        works: The workloads, at most one with `lead`; `seconds` and `error` are set.
+        works: The workloads, at most one with `lead`; `seconds`, `error` are set, `first` grows by the first run.
         rounds: Rounds that count.
         clock: Returns the time once all work that was started is done.
         log: Gets the name of each turn.
+        profiled: Returns a context for a last brief turn of a workload, which is not timed; None for no such turn.
     """
     leader = next((i for i, work in enumerate(works) if work.lead is not None), None)
-    repeats = [1 if leader is not None or work.at_once else _repeats(work, clock) for work in works]
-    turns = _turns(rounds + 1, clock, works)
+    one_run = [leader is not None or work.at_once for work in works]
+    repeats = [1 if once else _repeats(work, clock) for work, once in zip(works, one_run, strict=True)]
+    turns, starts = _turns(rounds + 1, clock, works, profiled), [clock()]
 
     def others() -> None:
         """Gives turns to the others until it is the leader's."""
+        if leader is not None and starts:
+            works[leader].first += clock() - starts.pop()
         for i in turns:
-            log(f"{works[i].subject}, round {len(works[i].seconds)} of {rounds}")
+            done = len(works[i].seconds)
+            log(f"{works[i].subject}, round {done} of {rounds}" if done <= rounds else f"{works[i].subject}, profile")
             if i == leader and works[i].error is None:
                 return
-            works[i].attempt(works[i].run, repeats[i])
+            if done <= rounds:
+                works[i].attempt(works[i].run, repeats[i])
+            else:
+                works[i].attempt(works[i].brief or works[i].run)
 
     if leader is not None:
         works[leader].attempt(lambda: works[leader].lead(others))  # type: ignore[misc]
     others()
-    for work, times in zip(works, repeats, strict=True):
+    for work, times, once in zip(works, repeats, one_run, strict=True):
+        work.first += work.seconds[0] if once else 0
         work.seconds = [] if work.error else [seconds / (times * work.count) for seconds in work.seconds[1:]]
 
 
@@ -180,18 +206,30 @@ def _resident(name: str) -> int:
     return int(lines[name].split()[0]) * 1024
 
 
-def _turns(rounds: int, clock: Clock, works: Sequence[Workload]) -> Iterator[int]:
+def _turns(
+    rounds: int,
+    clock: Clock,
+    works: Sequence[Workload],
+    profiled: Callable[[Workload], AbstractContextManager[None] | None],
+) -> Iterator[int]:
     """Yields the index of each turn's workload and notes the seconds until the next turn is requested."""
     for _ in range(rounds):
         for i, work in enumerate(works):
             start = clock()
             yield i
             work.seconds.append(clock() - start)
+    for i, work in enumerate(works):
+        context = None if work.error else profiled(work)
+        if context is not None:
+            with context:
+                yield i
 
 
 def _repeats(work: Workload, clock: Clock) -> int:
     """Returns the number of runs per turn."""
+    start = clock()
     work.attempt(work.run)
+    work.first += clock() - start
     start = clock()
     work.attempt(work.run)
     return max(1, min(MOST_REPEATS, math.ceil(LEAST_SECONDS / max(clock() - start, 1e-9))))

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hf_ddpm.config import PARTS, Config, EvaluationConfig, Sources, parse_config
-from hf_ddpm.utils.options import option, parse_first, parse_options, require, require_at_least
+from hf_ddpm.utils.options import given_options, option, parse_first, parse_options, require, require_at_least
 
 # The values of --tasks, and the tasks of each.
 TASKS = {
@@ -36,7 +36,19 @@ class BenchmarkConfig:
     steps_per_turn: int = option("training steps per turn of train_step and training", 10)
     threads: int | None = option("threads of this process (default: torch's choice)", None)
     memory: bool = option("measure memory, too", True)
-    check: bool = option("compare outputs with diffusers' before timing; with --compile, it compiles more often", True)
+    check: bool = option(
+        "before timing, compare outputs in float32 with diffusers', and passes as timed with those in float32; with "
+        "--compile and dropout, diffusers is compiled once more",
+        True,
+    )
+    others_precision: Literal["same", "no", "bf16", "fp16"] = option(
+        "precision of all but hf_ddpm, which runs in --mixed_precision", "same"
+    )
+    profile: str | None = option(
+        "Chrome trace of a step, pass or short chain of each of our tasks: FILE.json or FILE.json.gz becomes "
+        "FILE_TASK.json...; the report lists the kernels that take longest",
+        None,
+    )
     growth: Literal["none", "batch", "resolution", "steps", "processes"] = option(
         "repeat the tasks over these values, for a curve per task", "none"
     )
@@ -62,6 +74,8 @@ class BenchmarkConfig:
 
             require(self, "device", torch.cuda.is_available(), "cpu, since torch sees no GPU here")
         require(self, "json", self.json.endswith(".json") and not Path(self.json).is_dir(), "a file that ends in .json")
+        traced = self.profile is None or self.profile.endswith((".json", ".json.gz"))
+        require(self, "profile", traced, "a file that ends in .json or .json.gz")
 
     @property
     def chosen(self) -> list[str]:
@@ -85,7 +99,7 @@ def parse_benchmark(argv: list[str], doc: str | None = None) -> tuple[BenchmarkC
     options, rest = parse_first(argv, BenchmarkConfig)
     if not {"--preset", "--config", "--dataset"} & {word.split("=")[0] for word in rest}:
         rest = ["--preset", "digits", *rest]
-    return options, _comparable(parse_config(rest))
+    return options, _comparable(parse_config(rest), given_options(rest, PARTS))
 
 
 def grown(config: Config, over: str, value: int) -> Config:
@@ -125,11 +139,12 @@ def growth_values(options: BenchmarkConfig, config: Config) -> list[int]:
 _SPACING = {"fixed_large": {"timestep_spacing": "leading"}}
 
 
-def _comparable(config: Config) -> Config:
-    """Returns the options of a run that all contenders have, with float32 for `auto`."""
+def _comparable(config: Config, given: set[str]) -> Config:
+    """Returns the options of a run that all contenders have, with float32 for an `auto` that was not given."""
     require(config.data, "channels", config.data.channels in (1, 3, 4), "1, 3 or 4, which all contenders read")
-    precision = "no" if config.training.mixed_precision == "auto" else config.training.mixed_precision
-    shared = {"gradient_accumulation_steps": 1, "tracker": "none", "num_samples": 1, "mixed_precision": precision}
+    shared: dict[str, Any] = {"gradient_accumulation_steps": 1, "tracker": "none", "num_samples": 1}
+    if config.training.mixed_precision == "auto" and "mixed_precision" not in given:
+        shared["mixed_precision"] = "no"
     return replace(
         config,
         data=replace(config.data, class_column=None, streaming=False),

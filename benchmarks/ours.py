@@ -3,17 +3,21 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from benchmarks.contender import Contender, for_worker_counts
 from benchmarks.measure import Workload
 from benchmarks.setting import SEED, RandomImages
-from hf_ddpm.config import DataConfig
+from hf_ddpm.config import Config, DataConfig
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.streaming.stream import open_stream
 from hf_ddpm.evaluation.nll import variational_bound
 from hf_ddpm.images import to_signed
 from hf_ddpm.models.unet_2d import UNet2DModel
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.training.build import build_run
 from hf_ddpm.training.loop import Callback, Run, train
@@ -31,6 +35,19 @@ class Ours(Contender):
     statement = "from hf_ddpm import DDPMPipeline"
     network_class = UNet2DModel
     pipeline_class = DDPMPipeline
+    _last: Run | None = None  # of the task before
+
+    def precision(self, batch: int, training: bool = False) -> str:
+        """Returns the precision of its passes; for `auto`, the one that the package chooses."""
+        return self.setting.precision(batch, training)
+
+    def plain_pipeline(self) -> Any:
+        """Returns a new pipeline, loaded as the commands do."""
+        return load_pipeline(str(self.setting.model), self.setting.device)
+
+    def times(self, t: Tensor) -> Tensor:
+        """Returns times as the reverse process passes them."""
+        return t[:1]
 
     def train_step(self) -> list[Workload]:
         """Steps of the training loop on a constant batch."""
@@ -59,46 +76,61 @@ class Ours(Contender):
 
     def nll(self) -> list[Workload]:
         """The likelihood bound, and beside it the network alone."""
-        setting, pipe, images = self.setting, self.pipeline(), RandomImages(self.setting.batch, self.setting)
-        steps = min(BOUND_STEPS, len(pipe.scheduler))
+        setting, pipe, images = self.setting, self.pipeline, RandomImages(self.setting.batch, self.setting)
+        steps, precision = min(BOUND_STEPS, len(pipe.scheduler)), self.precision(self.setting.batch)
 
         def run() -> None:
-            with setting.autocast():
-                variational_bound(
-                    pipe,
-                    images,  # type: ignore[arg-type]
-                    range(setting.batch),
-                    seed=SEED,
-                    batch_size=setting.batch,
-                    levels=setting.config.data.levels,
-                    steps_per_image=steps,
-                )
+            variational_bound(
+                pipe,
+                images,  # type: ignore[arg-type]
+                range(setting.batch),
+                seed=SEED,
+                batch_size=setting.batch,
+                levels=setting.config.data.levels,
+                steps_per_image=steps,
+                precision=precision,
+            )
 
+        more = {"count": steps, "brief_steps": steps, "precision": precision}
         notes = ("images are evaluations of the network",)
-        bound = self.work(run, setting.batch, self.flops[0], unit="batch", count=steps, notes=notes)
+        bound = self.work(run, setting.batch, self.flops[0], unit="batch", notes=notes, **more)
         return [bound, replace(self.forward()[0], subject=f"{self.name}, forward alone", unit="batch")]
 
     def _training(self, images: BatchSource, callbacks: Sequence[Callback]) -> Workload:
         setting, steps = self.setting, self.setting.options.steps_per_turn
-        total = (setting.options.rounds + 1) * steps
+        total = (setting.options.rounds + 1) * steps + (setting.options.profile is not None)
         training = replace(
             setting.config.training,
+            mixed_precision=self.precision(setting.batch, training=True),
+            compile=self.compiled,
             max_train_steps=total,
             checkpointing_steps=total,
             log_steps=steps,
             output_dir=str(setting.folder),
         )
-        config = replace(setting.config, training=training)
-        run = build_run(config, setting.accelerator(), DDPMScheduler(**config.scheduler()), None, images)
+        run = self._run(replace(setting.config, training=training), images)
         for network in (run.unet, *(ema.model for ema in run.emas)):
             network.load_state_dict(setting.weights)
 
         def lead(others: Callable[[], None]) -> None:
-            train(run, images, [*callbacks, _Turns(steps, others)])
+            torch.backends.cudnn.benchmark = True  # as in a run of the package
+            try:
+                train(run, images, [*callbacks, _Turns(steps, others)])
+            finally:
+                torch.backends.cudnn.benchmark = False
             if run.stopped_by is not None:
                 raise Interrupted(run.stopped_by)
 
         return self.steps(lambda: lead(lambda: None), lead=lead, close=images.close)
+
+    def _run(self, config: Config, images: BatchSource) -> Run:
+        """Returns a run at step 0; in one process its network is that of the task before, which is compiled already."""
+        accelerator = self.accelerator()
+        if self._last is None or self.setting.processes > 1:
+            self._last = build_run(config, accelerator, DDPMScheduler(**config.scheduler()), None, images)
+        else:
+            self._last = replace(self._last, config=config, num_images=len(images), step=0)
+        return self._last
 
     def _batches(self, images: BatchSource, levels: int) -> Workload:
         steps, rows = count(), slice(0, self.setting.batch)
@@ -110,14 +142,19 @@ class Ours(Contender):
 
 
 class _Turns(Callback):
-    """Gives the others their turns before the first step and after each turn of our own."""
+    """Gives the others their turns before the first step and after each turn of our own, and after the last step."""
 
     def __init__(self, steps: int, others: Callable[[], None]):
         self.steps, self.others = steps, others
 
     def on_start(self, run: Run) -> None:
-        self.others()
+        self._give()
 
     def on_step(self, run: Run) -> None:
-        if run.step % self.steps == 0:
-            self.others()
+        if run.step % self.steps == 0 or run.step == run.config.training.max_train_steps:
+            self._give()
+
+    def _give(self) -> None:
+        torch.backends.cudnn.benchmark = False  # as in the others' scripts
+        self.others()
+        torch.backends.cudnn.benchmark = True

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Rates, Workload
+from hf_ddpm.models.precision import PRECISION_NAMES
 from hf_ddpm.provenance import provenance
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.jsonl import to_json
@@ -18,12 +19,12 @@ Row = dict[str, Any]
 
 PACKAGES = ("accelerate", "datasets", "denoising-diffusion-pytorch", "torchvision")
 
-# The load average before the start, and the spread of the rounds, up to which a machine counts as quiet.
-QUIET_LOAD, QUIET_SPREAD = 0.5, 0.1
+# The cores that other processes keep busy, and the spread of the rounds, up to which a machine counts as quiet.
+QUIET_OTHERS, QUIET_SPREAD = 0.1, 0.1
 
 HEAD = (
-    "task", "subject", "median", "least to most", "images/s", "time / ours", "GFLOP/s", "of matmul",
-    "of convolution", "memory",
+    "task", "subject", "precision", "median", "least to most", "images/s", "time / ours", "GFLOP/s", "of matmul",
+    "of convolution", "first run", "memory",
 )  # fmt: skip
 
 
@@ -53,6 +54,7 @@ def to_row(task: str, work: Workload, ours: Workload | None, rates: Rates) -> Ro
         "task": task,
         "subject": work.subject,
         "error": None,
+        "precision": work.precision,
         "unit": work.unit,
         "images": work.images,
         "seconds": seconds,
@@ -62,7 +64,9 @@ def to_row(task: str, work: Workload, ours: Workload | None, rates: Rates) -> Ro
         "beside_ours_most": max(ratios, default=None),
         "flops_per_second": flops,
         "parameters": work.parameters,
+        "first_run_seconds": work.first,
         "memory_bytes": None,
+        "profile": work.profile,
         "notes": list(work.notes),
     } | {f"of_{name}": flops / rate for name, rate in rates.items() if flops is not None}
 
@@ -104,33 +108,81 @@ def write_report(path: Path, report: Mapping[str, Any]) -> str:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Returns a report as a table with the remarks that a reader needs."""
-    made, rates, growth = report["made_by"], report["rates"], report["options"]["growth"]
+    made, rows, growth = report["made_by"], report["rows"], report["options"]["growth"]
     versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in made["versions"].items())
-    head = list(HEAD) if growth == "none" else [growth, *HEAD]
-    ruler = ["---:" if name not in ("task", "subject") else "---" for name in head]
-    lines = [f"| {' | '.join(line)} |" for line in (head, ruler, *(_cells(row, growth) for row in report["rows"]))]
+    left_out = {"precision"} if len({row.get("precision") for row in rows} - {None}) < 2 else set()
+    columns = [name for name in HEAD if name not in left_out]
+    head = columns if growth == "none" else [growth, *columns]
+    ruler = ["---" if name in ("task", "subject", "precision") else "---:" for name in head]
+    lines = [f"| {' | '.join(line)} |" for line in (head, ruler, *(_cells(row, growth, columns) for row in rows))]
     return "\n".join(
         [
             f"# Speed on {made['device']}",
             "",
-            f"{made['date']}, revision {made['revision']}; {versions}. {report['about']}",
+            f"{made['date']}, revision {made['revision']}; {versions}. {_hardware(made)}",
             "",
-            f"Alone, a large matrix product reaches {rates['matmul'] / 1e9:.4g} GFLOP/s here, a large 3x3 convolution "
-            f'{rates["convolution"] / 1e9:.4g}. Times are per step, pass or chain; "time / ours" is the time per image '
-            "divided by ours, the median over the rounds (least to most of one).",
+            f"{report['about']} {_precisions(report)}{_alone(report)}Times are per step, pass or chain; "
+            '"time / ours" is the time per image divided by ours, the median over the rounds (least to most of one); '
+            '"first run" is the time from building the workload to the end of its first run (of training: its first '
+            "turn), with what is compiled for it; later tasks reuse that.",
             "",
             *lines,
             "",
             *dict.fromkeys(_remarks(report)),
             "",
+            *_profiles(rows),
         ]
     )
 
 
+def _hardware(made: Mapping[str, Any]) -> str:
+    """Returns a sentence on the CPU, the driver and the clocks."""
+    cpu, gpu = made.get("cpu", {}), made.get("gpu", {})
+    parts = [f"CPU {cpu['name']} ({', '.join(cpu['flags'])})"] if cpu.get("name") else []
+    parts += [", ".join(f"{name} {value}" for name, value in gpu.items())] if gpu else []
+    return f"{'; '.join(parts)}." if parts else ""
+
+
+def _precisions(report: Mapping[str, Any]) -> str:
+    """Returns a sentence on the precision of each contender, and on the choice of `auto`."""
+    found: dict[str, dict[str, None]] = {}
+    for row in report["rows"]:
+        if row.get("precision"):
+            found.setdefault(row["subject"].partition(",")[0], {})[PRECISION_NAMES[row["precision"]]] = None
+    if len({tuple(names) for names in found.values()}) == 1:
+        found = {"all contenders": next(iter(found.values()))}
+    said = [f"{subject} in {' and '.join(names)}" for subject, names in found.items()]
+    choices = "".join(f" (auto: {line})" for line in report["precision_choices"])
+    return f"Passes of {'; '.join([said[0] + choices, *said[1:]])}. " if said else ""
+
+
+def _alone(report: Mapping[str, Any]) -> str:
+    """Returns a sentence on the rates of the device."""
+    said = "; ".join(
+        f"{rates['matmul'] / 1e9:.4g} GFLOP/s and {rates['convolution'] / 1e9:.4g} in {PRECISION_NAMES[name]}"
+        for name, rates in report["rates"].items()
+    )
+    return f"Alone, a large matrix product and a large 3x3 convolution reach {said}. " if said else ""
+
+
+def _profiles(rows: Sequence[Row]) -> Iterator[str]:
+    """Yields the tables of the profiles."""
+    for row in rows:
+        profile = row.get("profile")
+        if profile is None:
+            continue
+        counts = ", ".join(f"{count:,.4g} {what}" for what, count in profile["per_step"].items())
+        yield f"## {row['subject']}, {row['task']}: {counts} per step; trace in {profile['trace']}"
+        yield from ("", "| longest | calls | time | share |", "| --- | ---: | ---: | ---: |")
+        for entry in profile["longest"]:
+            name = entry["name"].replace("|", "/")[:80]
+            yield f"| {name} | {entry['calls']} | {_duration(entry['seconds'])} | {entry['share']:.0%} |"
+        yield ""
+
+
 def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
     for check in report["equality"]:
-        said = ", ".join(f"{what} by {found['difference']:.2g}" for what, found in check["outputs"].items())
-        yield f"- Before timing, {check['subject']} differed from ours with the same weights: {said}."
+        yield from _differences(check)
     tasks: dict[str, dict[str, None]] = {}
     for row in report["rows"]:
         if row.get("parameters"):
@@ -140,17 +192,32 @@ def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
         for note in row.get("notes", ()):
             tasks.setdefault(f"{row['subject']}: {note}", {})[row["task"]] = None
     yield from (f"- {note} ({', '.join(where)})." for note, where in tasks.items())
-    yield f"- Memory: {report['memory']}."
+    compiled = report["options"]["config"]["compile"]
+    yield f"- Memory: {report['memory']}{'; not of compiled networks' if compiled else ''}."
     yield from _unrest(report)
     if report["made_by"]["versions"]["torchvision"] is None:
         yield "- torchvision is not installed: the same steps in numpy and PIL replace its transforms."
 
 
+def _differences(check: Mapping[str, Any]) -> Iterator[str]:
+    """Yields remarks on the outputs that were compared before timing."""
+    plain = [f"{what} by {found['difference']:.2g}" for what, found in check["outputs"].items() if "timed" not in what]
+    timed = [f"{what} by {found['difference']:.2g}" for what, found in check["outputs"].items() if "timed" in what]
+    if plain:
+        yield (
+            f"- Before timing, {check['subject']} differed from ours with the same weights, both in float32 and not "
+            f"compiled: {', '.join(plain)}."
+        )
+    if timed:
+        yield f"- {check['subject']} beside itself in float32, not compiled, relative error: {', '.join(timed)}."
+
+
 def _unrest(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yields remarks if the machine was not quiet: other work before the start, or rounds that differ."""
-    load = report["made_by"].get("load", 0)
-    if load > QUIET_LOAD:
-        yield f"- The machine was not quiet: its load average was {load:g} before the start."
+    """Yields remarks if the machine was not quiet: other processes in the meantime, or rounds that differ."""
+    busy = [(row["busy_others"], row["task"]) for row in report["rows"] if row.get("busy_others") is not None]
+    most, task = max(busy, default=(0, None))
+    if most > QUIET_OTHERS:
+        yield f"- The machine was not quiet: other processes kept {most:.2g} of its cores busy during {task}."
     spreads = [
         (row["seconds"]["most"] / row["seconds"]["least"] - 1, row) for row in report["rows"] if row["error"] is None
     ]
@@ -159,24 +226,26 @@ def _unrest(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"- The machine was not quiet: rounds of {row['subject']}, {row['task']}, differ by {largest:.0%}."
 
 
-def _cells(row: Row, growth: str) -> list[str]:
+def _cells(row: Row, growth: str, columns: Sequence[str]) -> list[str]:
     first = [] if growth == "none" else [str(row["at"])]
     if row["error"] is not None:
-        return [*first, row["task"], row["subject"], row["error"].replace("|", "/"), *[""] * (len(HEAD) - 3)]
+        return [*first, row["task"], row["subject"], row["error"].replace("|", "/"), *[""] * (len(columns) - 3)]
     seconds = row["seconds"]
-    return [
-        *first,
-        row["task"],
-        row["subject"],
-        _duration(seconds["median"]),
-        f"{_duration(seconds['least'])} to {_duration(seconds['most'])}",
-        _known(row["images_per_second"], "{:.4g}"),
-        _ratio(row),
-        _known(row["flops_per_second"], "{:.4g}", 1e-9),
-        _known(row.get("of_matmul"), "{:.0%}"),
-        _known(row.get("of_convolution"), "{:.0%}"),
-        _known(row["memory_bytes"], "{:,.0f} MiB", 2**-20),
-    ]
+    cells = {
+        "task": row["task"],
+        "subject": row["subject"],
+        "precision": PRECISION_NAMES.get(row.get("precision"), ""),
+        "median": _duration(seconds["median"]),
+        "least to most": f"{_duration(seconds['least'])} to {_duration(seconds['most'])}",
+        "images/s": _known(row["images_per_second"], "{:.4g}"),
+        "time / ours": _ratio(row),
+        "GFLOP/s": _known(row["flops_per_second"], "{:.4g}", 1e-9),
+        "of matmul": _known(row.get("of_matmul"), "{:.0%}"),
+        "of convolution": _known(row.get("of_convolution"), "{:.0%}"),
+        "first run": _duration(row["first_run_seconds"]),
+        "memory": _known(row["memory_bytes"], "{:,.0f} MiB", 2**-20),
+    }
+    return [*first, *(cells[name] for name in columns)]
 
 
 def _ratio(row: Row) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,11 +14,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.contender import NETWORK_TASKS, Contender, check_equal, refusal_of
+from benchmarks.contender import NETWORK_TASKS, Contender
 from benchmarks.denoising_diffusion import DenoisingDiffusion
-from benchmarks.measure import Rates, clock_of, hidden_output, measure_rates, reason, time_in_turns
-from benchmarks.options import BenchmarkConfig, grown, growth_values
+from benchmarks.equality import compare
+from benchmarks.machine import busy_others, describe
+from benchmarks.measure import Rates, Workload, clock_of, hidden_output, measure_rates, time_in_turns
+from benchmarks.options import STEPS, BenchmarkConfig, grown, growth_values
 from benchmarks.ours import Ours
+from benchmarks.profiling import profiled, trace_of
 from benchmarks.report import Row, made_by, summary, to_row
 from benchmarks.setting import Setting
 from benchmarks.stock import Stock
@@ -38,30 +42,32 @@ PROGRAM = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 
 def run_benchmark(options: BenchmarkConfig, config: Config, bar: tqdm) -> dict[str, Any]:
     """Times all tasks on the processes of this launch and returns the report."""
-    rates, equality, rows, load = None, [], [], round(os.getloadavg()[0], 2)
+    rates: dict[str, Rates] = {}
+    equality, rows, machine, load = [], [], {}, round(os.getloadavg()[0], 2)
     for value in growth_values(options, config):
         with TemporaryDirectory(prefix="hf_ddpm-benchmark-") as folder, hidden_output():
             setting = Setting(options, grown(config, options.growth, value), Path(folder))
-            if rates is None:
-                bar.set_postfix_str("measuring the device")
-                rates = measure_rates(setting.device, PRECISIONS[config.training.mixed_precision])
+            if config.training.compile:
+                torch.compiler.reset()  # compiled networks that are gone count towards the limit of compilations
             contenders = [CONTENDERS[name](setting) for name in (Ours.name, *options.others)]
             if config.training.compile:  # an option of train.py and sample.py, not of the others' scripts
                 contenders += [CONTENDERS[name](setting, compiled=False) for name in options.others]
             at = {"at": value or None}
-            if options.check:
+            if options.check and set(options.chosen) & set(NETWORK_TASKS):
                 bar.set_postfix_str("comparing outputs")
-                equality += [check | at for check in _check(contenders, options)]
+                equality += [check | at for check in compare(contenders, options.chosen)]
             for task in options.chosen:
                 found = run_task(task, contenders, rates, bar)
+                machine = machine or describe(setting.device)  # with the clocks of a GPU that works
                 rows += [row | at for row in found]
                 _finish(found, bar)
     size = " x ".join(map(str, setting.shape))
-    about = f"Images of {size}, {setting.batch} a process and step, precision {config.training.mixed_precision}."
+    varied = "" if options.growth == "none" else f", but for the {options.growth}"
     return {
-        "made_by": made_by(setting.device) | {"processes": setting.processes, "load": load},
+        "made_by": made_by(setting.device) | machine | {"processes": setting.processes, "load": load},
         "options": asdict(options) | {"json": Path(options.json).name, "config": config.to_dict()},
-        "about": about if options.growth == "none" else f"{about[:-1]}, but for the {options.growth}.",
+        "about": f"Images of {size}, {setting.batch} a process and step{varied}.",
+        "precision_choices": list(dict.fromkeys(choice.line for choice in setting.choices.values())),
         "memory": ON_GPU if setting.device.type == "cuda" else ON_CPU,
         "rates": rates,
         "equality": equality,
@@ -69,13 +75,18 @@ def run_benchmark(options: BenchmarkConfig, config: Config, bar: tqdm) -> dict[s
     }
 
 
-def run_task(task: str, contenders: list[Contender], rates: Rates, bar: tqdm) -> list[Row]:
-    """Times a task and returns its rows; the first contender is this package."""
+def run_task(task: str, contenders: list[Contender], rates: dict[str, Rates], bar: tqdm) -> list[Row]:
+    """Times a task and returns its rows.
+
+    Args:
+        task: The task.
+        contenders: The contenders; the first is this package.
+        rates: Rates of the device by precision; those that are missing are measured.
+        bar: Shows what is being done.
+    """
     setting = contenders[0].setting
-    if setting.config.training.compile:
-        torch.compiler.reset()  # compiled networks that are gone count towards the limit of compilations
     gc.collect()  # leftovers of the task before would count as memory of this one
-    memory, works = {}, []
+    memory, works, clock = {}, [], clock_of(setting.device)
     if setting.options.memory and task in MEMORY_TASKS and setting.processes == 1:
         for contender in contenders:
             if not contender.refusal:
@@ -83,16 +94,33 @@ def run_task(task: str, contenders: list[Contender], rates: Rates, bar: tqdm) ->
                 memory[contender.name] = contender.memory(task)
     for contender in contenders:
         bar.set_postfix_str(f"{task}: {contender.name}")
-        works += contender.workloads(task)
-    clock = clock_of(setting.device)
-    time_in_turns(works, setting.options.rounds, clock, lambda turn: bar.set_postfix_str(f"{task}: {turn}"))
+        start = clock()
+        made = contender.workloads(task)
+        seconds = clock() - start
+        if task in NETWORK_TASKS:
+            seconds += contender.spent.pop(task in STEPS, 0.0)
+        for work in made:
+            work.first = seconds
+        works += made
+
+    def profile_of(work: Workload) -> AbstractContextManager[None] | None:
+        if setting.options.profile is None or work.subject != Ours.name or not setting.is_main_process:
+            return None
+        return profiled(work, trace_of(setting.options.profile, task), setting.device)
+
+    others = busy_others()
+    log = lambda turn: bar.set_postfix_str(f"{task}: {turn}")  # noqa: E731
+    time_in_turns(works, setting.options.rounds, clock, log, profile_of)
+    busy = others()
     ours = next((work for work in works if work.subject == Ours.name and work.error is None), None)
-    rates = {name: rate * setting.processes for name, rate in rates.items()}
     rows = []
     for work in works:
         work.close()
-        row = to_row(task, work, ours, rates)
-        rows.append(row if work.error else row | memory.get(work.subject, {}))
+        if work.precision is not None and work.precision not in rates:
+            rates[work.precision] = measure_rates(setting.device, PRECISIONS[work.precision])
+        alone = rates.get(work.precision or "", {})
+        row = to_row(task, work, ours, {name: rate * setting.processes for name, rate in alone.items()})
+        rows.append(row if work.error else row | {"busy_others": busy} | memory.get(work.subject, {}))
     return rows
 
 
@@ -127,22 +155,6 @@ def run_processes(argv: list[str], options: BenchmarkConfig, counts: list[int], 
     if report is None:
         raise OSError(f"no launch succeeded: {error}")
     return report | {"options": report["options"] | asdict(options), "rows": rows}
-
-
-def _check(contenders: list[Contender], options: BenchmarkConfig) -> list[dict[str, Any]]:
-    """Compares the outputs of contenders that have our weights; refuses a comparison of times if they differ."""
-    checks = []
-    ours, *others = contenders
-    for other in others:
-        if isinstance(other, Stock) and set(options.chosen) & set(NETWORK_TASKS):
-            try:
-                outputs = check_equal(ours, other)
-            except Exception as error:  # whatever others raise
-                other.refusal = f"not compared: {reason(error)}"
-            else:
-                other.refusal = refusal_of(outputs)
-                checks.append({"subject": other.name, "outputs": outputs})
-    return checks
 
 
 def _finish(task: list[Row], bar: tqdm) -> None:

@@ -1,15 +1,16 @@
 """The settings that all contenders share: weights, batches, images, precision and device."""
 
 import io
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from datasets import Dataset, Features
 from PIL import Image
 from torch import Tensor
@@ -21,6 +22,7 @@ from hf_ddpm.data.batches import Batch, BatchSource
 from hf_ddpm.data.columns import find_image_column
 from hf_ddpm.data.sources import choose, open_split
 from hf_ddpm.images import MODES
+from hf_ddpm.models.precision import Choice, choose_precision, on_main_process
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
@@ -48,8 +50,9 @@ class Setting:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.allow_tf32(config.training.tf32)
-        self._accelerator = self.accelerator()
-        self.device, self.processes = self._accelerator.device, self._accelerator.num_processes
+        state = PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available())
+        self.device, self.processes, self.is_main_process = state.device, state.num_processes, state.is_main_process
+        self.choices: dict[tuple[int, bool], Choice] = {}
         self.global_batch = self.batch * self.processes
         torch.manual_seed(SEED)
         # Not the paper's initialization, whose last layer is zero: outputs are compared.
@@ -59,14 +62,18 @@ class Setting:
         """Lets a GPU round the factors of float32 products, or not."""
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
-    def accelerator(self) -> Accelerator:
-        """Returns a new accelerator: it keeps what it prepares, so each contender that trains has its own."""
-        on_cpu = self.options.device == "cpu" or not torch.cuda.is_available()
-        return Accelerator(cpu=on_cpu, mixed_precision=self.config.training.mixed_precision)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Returns the context of forward passes."""
-        return self._accelerator.autocast()
+    def precision(self, batch: int, training: bool) -> str:
+        """Returns the precision of this package's passes; for `auto`, the one that the package measures and chooses."""
+        asked = self.config.training.mixed_precision
+        if asked != "auto":
+            return str(asked)
+        if (batch, training) not in self.choices:
+            network = UNet2DModel(**self.config.unet()).to(self.device)
+            network.lay_out_kernels()
+            self.choices[batch, training] = on_main_process(
+                lambda: choose_precision(network, self.shape, batch, training=training)
+            )
+        return self.choices[batch, training].precision
 
     def inputs(self, count: int) -> tuple[Tensor, Tensor]:
         """Returns noise, shape `(count, C, H, W)`, and timesteps, int64, shape `(count,)`."""
@@ -138,6 +145,31 @@ class Setting:
         dataset = Dataset.from_dict({"image": rows}, Features({"image": datasets.Image()}))
         dataset.to_parquet(self.folder / "jpegs.parquet", batch_size=JPEG_GROUP)
         return self.folder / "jpegs.parquet"
+
+
+def new_accelerator(precision: str, device: torch.device) -> Accelerator:
+    """Returns an accelerator of any precision, whatever the earlier ones have."""
+    with own_precision():
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    keep_state(accelerator)
+    return accelerator
+
+
+@contextmanager
+def own_precision() -> Iterator[None]:
+    """Lets an accelerator be made in another precision than earlier ones, see `keep_state`."""
+    before = dict(AcceleratorState._shared_state)
+    AcceleratorState._reset_state()
+    try:
+        yield
+    finally:
+        if not AcceleratorState._shared_state:  # none was made
+            AcceleratorState._shared_state.update(before)
+
+
+def keep_state(accelerator: Accelerator) -> None:
+    """Lets an accelerator keep its precision, which accelerate shares among all of a process."""
+    accelerator.state.__dict__ = dict(accelerator.state.__dict__)
 
 
 class RandomImages:

@@ -4,8 +4,9 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from datasets import Dataset
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -22,7 +24,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.contender import Contender, endless, for_worker_counts
 from benchmarks.measure import Workload
-from benchmarks.setting import RandomImages, Setting
+from benchmarks.setting import RandomImages
 from hf_ddpm.images import to_signed
 from hf_ddpm.models.precision import PRECISIONS
 
@@ -39,6 +41,19 @@ class Stock(Contender):
     statement = "from diffusers import DDPMPipeline"
     network_class = diffusers.UNet2DModel
     pipeline_class = diffusers.DDPMPipeline
+
+    @cached_property
+    def trained(self) -> Any:
+        """The network of all tasks with gradients, prepared and then compiled, as accelerate's launcher does it."""
+        model = self.accelerator().prepare_model(self.plain_network())
+        if self.compiled:
+            model.compile()
+        return model
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the images in training."""
+        return PRECISIONS[self.precision(self.setting.batch, training=True)]
 
     def train_step(self) -> list[Workload]:
         """Steps of the script's loop on a constant batch."""
@@ -59,7 +74,8 @@ class Stock(Contender):
         return for_worker_counts(lambda workers: self._batches(self._loader(dataset, workers)))
 
     def _script(self, batches: Any) -> Workload:
-        loop = script_loop(self.setting, self.network(trained=True), batches)
+        model = self.trained
+        loop = script_loop(self.accelerator(), model, batches, self.setting.model / "scheduler")
         steps = self.setting.options.steps_per_turn
 
         def run() -> None:
@@ -85,17 +101,20 @@ class Stock(Contender):
         return self.work(lambda: next(batches)["input"].to(device), self.setting.batch, unit="batch")
 
 
-def script_loop(setting: Setting, model: Any, batches: Any) -> Iterator[None]:
-    """Runs the loop of diffusers' `train_unconditional.py` with its defaults; yields after each step."""
-    accelerator = setting.accelerator()
+def script_loop(accelerator: Accelerator, model: Any, batches: Any, scheduler: Path) -> Iterator[None]:
+    """Runs the loop of diffusers' `train_unconditional.py` with its defaults; yields after each step.
+
+    The model has been prepared by the accelerator.
+    """
     weight_dtype = PRECISIONS[accelerator.mixed_precision]
-    noise_scheduler = diffusers.DDPMScheduler.from_pretrained(setting.model / "scheduler")
+    noise_scheduler = diffusers.DDPMScheduler.from_pretrained(scheduler)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     lr_scheduler = get_scheduler(
         "cosine", optimizer, num_warmup_steps=WARMUP_STEPS, num_training_steps=EPOCHS * len(batches)
     )
-    ema_model = EMAModel(model.parameters(), **EMA, model_cls=type(model), model_config=model.config)
-    model, optimizer, batches, lr_scheduler = accelerator.prepare(model, optimizer, batches, lr_scheduler)
+    network = accelerator.unwrap_model(model)
+    ema_model = EMAModel(model.parameters(), **EMA, model_cls=type(network), model_config=network.config)
+    optimizer, batches, lr_scheduler = accelerator.prepare(optimizer, batches, lr_scheduler)
     ema_model.to(accelerator.device)
     global_step = 0
     while True:

@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -11,11 +10,9 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import __main__ as program
-from benchmarks import report as report_module
 from benchmarks import run as benchmark_run
 from benchmarks import stock
-from benchmarks.contender import check_equal, refusal_of
+from benchmarks.equality import check_equal, refusal_of
 from benchmarks.measure import Workload, measure_rates, peak_memory
 from benchmarks.options import grown, growth_values, parse_benchmark
 from benchmarks.ours import Ours
@@ -23,38 +20,7 @@ from benchmarks.setting import Setting
 from benchmarks.stock import Stock
 from hf_ddpm.images import to_signed
 from hf_ddpm.training.dry_run import count_flops
-from tests.conftest import TINY_RUN
-
-WORDS = [
-    *TINY_RUN, "--device", "cpu", "--threads", "1", "--rounds", "1", "--steps_per_turn", "1", "--memory", "false",
-]  # fmt: skip
-
-
-@pytest.fixture
-def setting(tmp_path):
-    return Setting(*parse_benchmark(WORDS), tmp_path)
-
-
-@pytest.fixture
-def benchmark(tmp_path, capsys, monkeypatch):
-    """Runs the program on a tiny network; returns its report and what it printed."""
-    monkeypatch.setattr("benchmarks.measure.TRIALS", 1)
-    monkeypatch.setattr("benchmarks.measure.LEAST_SECONDS", 0.01)
-    monkeypatch.setattr("benchmarks.setting.JPEGS", 32)
-
-    def run(*words):
-        file = tmp_path / "new" / "report.json"
-        assert program.main([*WORDS, "--json", str(file), *words]) == 0
-        captured = capsys.readouterr()
-        printed = captured.err + captured.out
-        assert file.with_suffix(".md").read_text() in printed
-        return json.loads(file.read_text()), printed
-
-    return run
-
-
-def rows_by(report):
-    return {(row["task"], row["subject"]): row for row in report["rows"]}
+from tests.benchmarks.conftest import WORDS, rows_by
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
@@ -77,7 +43,7 @@ def test_a_report_holds_all_that_is_needed_to_read_it(benchmark):
         assert subject != "hf_ddpm" or row["beside_ours"] == 1
     forward, sampling = rows["forward", "hf_ddpm"], rows["sampling", "hf_ddpm"]
     assert forward["images"] == sampling["images"] == 8 and rows["sampling_1", "diffusers"]["images"] == 1
-    assert forward["of_matmul"] == pytest.approx(forward["flops_per_second"] / report["rates"]["matmul"])
+    assert forward["of_matmul"] == pytest.approx(forward["flops_per_second"] / report["rates"]["no"]["matmul"])
     operations = [row["flops_per_second"] * row["seconds"]["median"] for row in (forward, sampling)]
     assert operations[1] == pytest.approx(2 * operations[0])  # a chain of two steps
     assert rows["data_memory", "hf_ddpm"]["flops_per_second"] is None
@@ -110,8 +76,9 @@ def test_others_are_also_timed_without_compilation(benchmark, monkeypatch):
     subjects = ("hf_ddpm", "diffusers", "diffusers, not compiled")
     network = {(task, subject) for task in ("forward", "train_step") for subject in subjects}
     assert set(rows_by(report)) - network == {(t, s) for t in ("data_memory", "data_jpeg") for s in subjects[:2]}
+    assert {row: rows_by(report)[row]["error"] for row in network} == dict.fromkeys(network)
     assert all(rows_by(report)[row]["beside_ours"] > 0 for row in network)
-    assert [check["subject"] for check in report["equality"]] == list(subjects[1:])
+    assert [check["subject"] for check in report["equality"]] == list(subjects)
     assert set(compiled) == {Ours.network_class, Stock.network_class}
 
 
@@ -143,8 +110,8 @@ def test_other_weights_are_not_compared(setting, tmp_path, benchmark, monkeypatc
     assert refusal_of(different).startswith("not compared: its network differ")
 
     class Lossy(Stock):
-        def network(self, trained=False):
-            network = super().network(trained)
+        def plain_network(self):
+            network = super().plain_network()
             network.conv_in.weight.requires_grad_(False)  # as if a compiler had lost it
             return network
 
@@ -322,22 +289,19 @@ def test_torchvision_is_replaced_only_where_it_is_missing(monkeypatch):
         assert sys.modules.get("torchvision") is before
 
 
-def test_a_report_says_if_the_machine_was_not_quiet():
-    def row(task, *seconds):
-        times = {"least": min(seconds), "most": max(seconds)}
-        return {"task": task, "subject": "hf_ddpm", "error": None, "seconds": times}
-
-    failed = {"task": "data", "subject": "hf_ddpm", "error": "no"}
-    quiet = {"made_by": {"load": 0.4}, "rows": [row("forward", 1, 1.09), failed]}
-    assert list(report_module._unrest(quiet)) == []
-    busy = {"made_by": {"load": 1.5}, "rows": [row("forward", 1, 1.09), row("sampling", 2, 2.5), failed]}
-    assert list(report_module._unrest(busy)) == [
-        "- The machine was not quiet: its load average was 1.5 before the start.",
-        "- The machine was not quiet: rounds of hf_ddpm, sampling, differ by 25%.",
-    ]
-
-
 def test_without_a_check_nothing_is_compared(benchmark, monkeypatch):
-    monkeypatch.setattr("benchmarks.run.check_equal", lambda ours, other: 1 / 0)
+    monkeypatch.setattr("benchmarks.run.compare", lambda contenders, tasks: 1 / 0)
     report, _ = benchmark("--tasks", "forward", "--against", "diffusers", "--check", "false")
     assert report["equality"] == [] and rows_by(report)["forward", "diffusers"]["error"] is None
+
+
+def test_images_of_a_folder_need_no_network(benchmark, tmp_path):
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    for i in range(8):
+        Image.new("L", (8, 8), 30 * i).save(tmp_path / f"{i}.png")
+    words = ("--dataset", str(tmp_path), "--channels", "1", "--resolution", "8", "--tasks", "training")
+    report, _ = benchmark(*words, "--against", "diffusers")
+    assert {subject: row["error"] for (_, subject), row in rows_by(report).items()} == {
+        "hf_ddpm": None,
+        "diffusers": None,
+    }

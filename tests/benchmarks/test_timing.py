@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+from dataclasses import replace
 from statistics import median
 
 import pytest
@@ -37,8 +39,8 @@ class Stage:
         return Workload(subject, lambda: None, images=8, unit="step", lead=lead, **more)
 
 
-def time_all(stage, works, rounds):
-    time_in_turns(works, rounds, stage.clock, lambda turn: None)
+def time_all(stage, works, rounds, **more):
+    time_in_turns(works, rounds, stage.clock, lambda turn: None, **more)
     return [work.seconds for work in works]
 
 
@@ -92,6 +94,44 @@ def test_a_leader_that_fails_leaves_the_others_their_turns():
     works = [stage.work("a", [9, 2, 3]), Workload("l", images=8, unit="step", lead=lead)]
     assert time_all(stage, works, 2) == [[2, 3], []]
     assert [work.error for work in works] == [None, "MemoryError: out of memory"]
+
+
+def test_the_first_run_is_counted_from_the_building_of_the_workload():
+    stage = Stage()
+    works = [stage.work("a", [99, 3]), stage.leader("l", [77, 10]), stage.work("b", [88, 5])]
+    for work in works:
+        work.first = 7  # built in seven seconds
+    time_all(stage, works, 1)
+    assert [work.first for work in works] == [7 + 99, 7 + 1000 + 77, 7 + 88]  # the leader prepares for 1000 seconds
+    work = stage.work("c", [50, *[LEAST_SECONDS / 4] * 100], at_once=False)
+    time_all(stage, [work], 1)
+    assert work.first == 50
+    assert to_row("forward", replace(work, first=8.0), None, {})["first_run_seconds"] == 8
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_profiled_workloads_have_a_last_turn_that_is_not_timed(at):
+    stage, inside = Stage(), []
+
+    @contextmanager
+    def profiled(work):
+        before = len(stage.order)
+        yield
+        inside.extend(stage.order[before:])
+
+    def profile_of(work):
+        return profiled(work) if work.subject in ("a", "l") else None
+
+    works = [stage.work("a", [9, 3], brief=lambda: stage.order.append("brief")), stage.work("b", [9, 4])]
+    assert time_all(stage, works, 1, profiled=profile_of) == [[3], [4]]
+    assert inside == ["brief"] and stage.order == ["a", "b", "a", "b", "brief"]
+
+    stage.order.clear(), inside.clear()
+    works = [stage.work("b", [9, 4])]
+    works.insert(at, stage.leader("l", [9, 5, 1]))  # one step more
+    seconds = time_all(stage, works, 1, profiled=profile_of)
+    assert seconds.pop(at) == [5] and seconds == [[4]]
+    assert inside == ["l"] and stage.order[-1] == "l"
 
 
 def test_a_row_is_medians_and_shares():

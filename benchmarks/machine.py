@@ -1,0 +1,74 @@
+"""The hardware, and how busy other processes keep it."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import psutil
+import torch
+
+# Instructions of a CPU that decide on its speed in float32 and bf16.
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+# What nvidia-smi knows of a GPU: the driver; clocks in MHz, now and at most; the limit of power in W.
+GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Returns the CPU and, for a GPU, its driver, clocks and limit of power, if nvidia-smi is installed."""
+    return {"cpu": _cpu()} | ({"gpu": _gpu(device)} if device.type == "cuda" else {})
+
+
+def busy_others() -> Callable[[], float]:
+    """Returns a function: the number of cores that other processes have kept busy since, on average.
+
+    Of the cores that this process may use. The processes of this launch are no others.
+    """
+    start, before = perf_counter(), _others_seconds()
+    return lambda: max(0.0, (_others_seconds() - before) / (perf_counter() - start))
+
+
+def _others_seconds() -> float:
+    cores = psutil.cpu_times(percpu=True)
+    names = ("user", "nice", "system", "irq", "softirq", "steal")  # guests are part of user
+    busy = sum(getattr(cores[i], name, 0.0) for i in os.sched_getaffinity(0) if i < len(cores) for name in names)
+    return busy - _own_seconds()
+
+
+def _own_seconds() -> float:
+    """Returns the CPU time of this process and its descendants, with several processes of all of the launch."""
+    root = psutil.Process()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        root = root.parent() or root
+    total = 0.0
+    for process in (root, *root.children(recursive=True)):
+        try:
+            total += sum(process.cpu_times()[:4])  # user and system, own and of children that have ended
+        except psutil.NoSuchProcess:
+            continue  # has ended meanwhile
+    return total
+
+
+def _cpu() -> dict[str, Any]:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    entries = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    flags = entries.get("flags", "").split()
+    return {
+        "name": entries.get("model name"),
+        "cores": os.cpu_count(),
+        "flags": [flag for flag in FLAGS if flag in flags],
+    }
+
+
+def _gpu(device: torch.device) -> dict[str, str]:
+    identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}".replace("GPU-GPU-", "GPU-")
+    words = ["nvidia-smi", f"--id={identity}", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(GPU_FIELDS, (value.strip() for value in said.stdout.split(",")), strict=False))

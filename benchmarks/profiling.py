@@ -1,0 +1,74 @@
+"""Profiles: a trace per task, launches per step, and the kernels that take longest."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.measure import Workload
+
+# Kernels in the table of a task.
+TOP = 8
+
+# Calls of CUDA that start a kernel, or a graph of kernels.
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+
+
+@contextmanager
+def profiled(work: Workload, file: Path, device: torch.device) -> Iterator[None]:
+    """Profiles what is done in its context: the trace becomes a file, the rest `work.profile`."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as found:
+        yield
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found.export_chrome_trace(str(file))
+    events = found.events() or []
+    top = _longest(found.key_averages(), on_gpu)
+    work.profile = {"trace": file.name, "per_step": _per_step(events, on_gpu, work.brief_steps), "longest": top}
+
+
+def trace_of(file: str, task: str) -> Path:
+    """Returns the file of a task's trace."""
+    path = Path(file)
+    return path.with_name(path.name.replace(".json", f"_{task}.json", 1))
+
+
+def _per_step(events: Sequence[Any], on_gpu: bool, steps: int) -> dict[str, float]:
+    """Returns launches and kernels on a GPU, operators that no other operator calls on a CPU."""
+    if on_gpu:
+        kernels = [event for event in events if _is_on_gpu(event) and not event.name.startswith(("Memcpy", "Memset"))]
+        launches = [event for event in events if event.name in LAUNCHES]
+        return {"launches": len(launches) / steps, "kernels": len(kernels) / steps}
+    return {"operators": sum(_is_outermost(event) for event in events) / steps}
+
+
+def _is_on_gpu(event: Any) -> bool:
+    return event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+
+
+def _is_outermost(event: Any) -> bool:
+    if not event.name.startswith("aten::"):
+        return False
+    parent = event.cpu_parent
+    while parent is not None and not parent.name.startswith("aten::"):
+        parent = parent.cpu_parent
+    return parent is None
+
+
+def _longest(averages: Sequence[Any], on_gpu: bool) -> list[dict[str, Any]]:
+    """Returns the kernels or, on a CPU, operators that take longest; `share` is that of the time of all."""
+    if on_gpu:
+        averages = [entry for entry in averages if _is_on_gpu(entry)]
+    times = [entry.self_device_time_total if on_gpu else entry.self_cpu_time_total for entry in averages]
+    whole = sum(times) or 1
+    rows = [
+        {"name": entry.key, "calls": entry.count, "seconds": time / 1e6, "share": time / whole}
+        for entry, time in zip(averages, times, strict=True)
+    ]
+    return sorted(rows, key=lambda row: row["seconds"], reverse=True)[:TOP]
