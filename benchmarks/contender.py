@@ -125,6 +125,14 @@ class Contender:
         """The network of all tasks without gradients."""
         return self.pipeline.unet
 
+    def network_of(self, batch: int) -> Any:
+        """Returns the network of the passes of a batch."""
+        return self.network
+
+    def sampler(self, batch: int) -> Any:
+        """Returns the pipeline of the reverse process of a batch."""
+        return self.pipeline
+
     def times(self, t: Tensor) -> Tensor:
         """Returns times, shape `(B,)`, in the form in which the reverse process has the same one for all images."""
         return t[0].cpu()
@@ -157,10 +165,11 @@ class Contender:
 
     def predictor(self) -> Callable[[], Tensor]:
         """Returns a function that does a pass of a batch, as timed."""
-        network, batch = self.network.eval(), self.setting.batch
+        batch = self.setting.batch
+        network = self.network_of(batch).eval()
         with self.passes(batch):  # where a reverse process makes its own
             x, t = self.setting.inputs(batch)
-            t = self.times(t)
+            x, t = x.to(next(network.parameters()).dtype), self.times(t)
 
         def run() -> Tensor:
             with torch.no_grad(), self.passes(batch):
@@ -179,7 +188,7 @@ class Contender:
 
     def chain(self, batch: int) -> Workload:
         """Returns the whole reverse process of a batch."""
-        pipe, source = self.pipeline, torch.Generator(self.setting.device).manual_seed(SEED)
+        pipe, source = self.sampler(batch), torch.Generator(self.setting.device).manual_seed(SEED)
 
         def run(steps: int) -> None:
             with self.passes(batch):

@@ -1,7 +1,9 @@
 """This package, as it is used."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -16,8 +18,10 @@ from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.streaming.stream import open_stream
 from hf_ddpm.evaluation.nll import variational_bound
 from hf_ddpm.images import to_signed
+from hf_ddpm.models.precision import cast_copy
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.sampling.generate import compile_for_sampling
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.training.build import build_run
 from hf_ddpm.training.loop import Callback, Run, train
@@ -44,6 +48,29 @@ class Ours(Contender):
     def plain_pipeline(self) -> Any:
         """Returns a new pipeline, loaded as the commands do."""
         return load_pipeline(str(self.setting.model), self.setting.device)
+
+    def network_of(self, batch: int) -> Any:
+        """Returns the network of the passes of a batch."""
+        return self.sampler(batch).unet
+
+    def sampler(self, batch: int) -> Any:
+        """Returns the pipeline of the reverse process of a batch, with weights cast once as in sampling."""
+        precision = self.precision(batch)
+        if precision not in self._samplers:
+            self._samplers[precision] = pipe = self.plain_pipeline()
+            pipe.set_progress_bar_config(disable=True)
+            pipe.unet = cast_copy(pipe.unet, precision)
+            if self.compiled:
+                compile_for_sampling(pipe.unet)
+        return self._samplers[precision]
+
+    def passes(self, batch: int) -> AbstractContextManager[Any]:
+        """Returns the context of passes: none, the weights have their precision."""
+        return nullcontext()
+
+    @cached_property
+    def _samplers(self) -> dict[str, Any]:
+        return {"no": self.pipeline}
 
     def times(self, t: Tensor) -> Tensor:
         """Returns times as the reverse process passes them."""

@@ -71,7 +71,9 @@ class Setting:
             network = UNet2DModel(**self.config.unet()).to(self.device)
             network.lay_out_kernels()
             self.choices[batch, training] = on_main_process(
-                lambda: choose_precision(network, self.shape, batch, training=training)
+                lambda: choose_precision(
+                    network, self.shape, batch, training, self.config.training.compile and not training
+                )
             )
         return self.choices[batch, training].precision
 
