@@ -49,13 +49,15 @@ def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | Inve
         ValueError: If the model, a picture or a mask cannot be used, or an option is not allowed.
         OSError: If a file cannot be written.
     """
+    files = find_pictures("images", Path(config.images))
+    if isinstance(options, InpaintConfig):
+        find_pictures("masks", Path(options.masks))  # before anything that takes long
     state = PartialState(cpu=not torch.cuda.is_available())
     use_own_cores()
     pipe = load_pipeline(config.model, state.device)
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
     channels, *size = pipe.image_shape
     check_picture(channels, "edit them in Python, by the methods of the pipeline")
-    files = find_pictures("images", Path(config.images))
     pixels = read_pictures(files, pipe.image_shape, config.background)
     masks = None
     if isinstance(options, InpaintConfig):
@@ -143,6 +145,7 @@ def find_pictures(option: str, path: Path) -> list[Path]:
 
     The name `grid` is taken: `grid.png` shows all results.
     """
+    require_value(option, str(path), path.exists(), "there is no such file or folder")
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in image_suffixes() and file.is_file())

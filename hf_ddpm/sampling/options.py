@@ -105,7 +105,6 @@ class EditConfig:
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "batch_size")
         require_color(self, "background")
-        require(self, "images", Path(self.images).exists(), "there is no such file or folder")
         path = Path(self.output)
         is_free = not path.is_file() and not (path.is_dir() and any(path.iterdir()))
         require(self, "output", is_free, "a new or empty folder is wanted")
@@ -127,7 +126,6 @@ class InpaintConfig:
         """Checks the values."""
         require_types(self)
         require_at_least(self, 1, "num_inference_steps", "jump_length", "jump_n_sample")
-        require(self, "masks", Path(self.masks).exists(), "there is no such file or folder")
 
 
 @dataclass

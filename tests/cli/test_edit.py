@@ -20,11 +20,11 @@ def main():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of pictures, and one of a mask for each: a half, a pixel, none."""
+    """A folder of pictures, and one of a mask for each: the lower half, none, the upper half."""
     path = tmp_path_factory.mktemp("pictures")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
     masks = np.zeros((3, 8, 8), np.uint8)
-    masks[0, 4:], masks[1, 2, 3] = 255, 255
+    masks[0, 4:], masks[2, :4] = 255, 255
     for name, images in (("pictures", pixels), ("masks", masks)):
         (path / name).mkdir()
         for letter, image in zip("abc", images, strict=True):
