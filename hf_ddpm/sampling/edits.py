@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.data.decoding import attempt
 from hf_ddpm.data.pictures import open_picture
-from hf_ddpm.data.scan import image_suffixes
+from hf_ddpm.data.scan import image_suffixes, sort_out
 from hf_ddpm.data.transforms import ImageFormat
 from hf_ddpm.images import check_picture, grid, read_masks, save_picture, to_bytes, to_pil, to_signed
 from hf_ddpm.models.precision import autocast, choose_precision, on_main_process
@@ -21,13 +21,14 @@ from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum, provenance
 from hf_ddpm.sampling.options import EditConfig, InpaintConfig, InvertConfig, Sampling, VaryConfig
 from hf_ddpm.sampling.samplers import find_scheduler
+from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.utils.files import atomic_write, make_folder, one_line, write_text
 from hf_ddpm.utils.jsonl import to_json
 from hf_ddpm.utils.launch import use_own_cores
 from hf_ddpm.utils.options import require_value
 from hf_ddpm.utils.seeds import SAMPLES, generator
 
-# Rows of the grid.
+# Pictures in the grid.
 SHOWN = 8
 GRAY = 128
 
@@ -112,7 +113,9 @@ def prepared(pipe: DDPMPipeline, options: InpaintConfig | VaryConfig | InvertCon
     total = pipe.scheduler.config.num_train_timesteps
     if isinstance(options, InvertConfig):
         steps = options.num_inference_steps
-        pipe.scheduler = find_scheduler(pipe, "ddim", steps)
+        # Not `trailing`: at T the signal may be so small that a step from there cannot be undone.
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+        pipe.scheduler.set_timesteps(steps)  # refuses before the folder is made
 
         def invert(rows: list[int], images: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
             del call["generator"]  # nothing is random
@@ -143,12 +146,13 @@ def prepared(pipe: DDPMPipeline, options: InpaintConfig | VaryConfig | InvertCon
 def find_pictures(option: str, path: Path) -> list[Path]:
     """Returns a file, or the picture files of a folder by name; a `ValueError` if there are none, or two of a name.
 
-    The name `grid` is taken: `grid.png` shows all results.
+    `grid.png`, as `hf-ddpm sample` writes it beside its samples, is left out.
     """
     require_value(option, str(path), path.exists(), "there is no such file or folder")
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in image_suffixes() and file.is_file())
+        names, _ = sort_out([file.name for file in path.iterdir() if file.is_file()], image_suffixes())
+        files = [path / name for name in sorted(names) if name != "grid.png"]
         require_value(option, str(path), bool(files), "there are no pictures in it")
     by_name: dict[str, Path] = {"grid": Path("grid.png")}  # of all results
     for file in files:
@@ -203,8 +207,8 @@ def save_array(array: np.ndarray, path: Path) -> None:
 
 def before_and_after(pixels: Tensor, masks: Tensor | None, edited: Tensor) -> Any:
     """Draws the first pictures, bytes: as they were, with their masks in gray, if there are any, and edited."""
-    columns = {"picture": pixels, "edited": edited}
+    rows = {"picture": pixels, "edited": edited}
     if masks is not None:
-        columns = {"picture": pixels, "masked": torch.where(masks, GRAY, pixels), "filled": edited}
-    rows = torch.stack([column[:SHOWN] for column in columns.values()], dim=1).flatten(0, 1)
-    return grid(to_pil(rows), len(columns), column_labels=list(columns))
+        rows = {"picture": pixels, "masked": torch.where(masks, GRAY, pixels), "filled": edited}
+    shown = torch.cat([images[:SHOWN] for images in rows.values()])
+    return grid(to_pil(shown), min(SHOWN, len(pixels)), row_labels=list(rows))
