@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -15,7 +16,7 @@ from hf_ddpm.data.decoding import attempt
 from hf_ddpm.data.pictures import open_picture
 from hf_ddpm.data.scan import image_suffixes, sort_out
 from hf_ddpm.data.transforms import ImageFormat
-from hf_ddpm.images import check_picture, grid, read_masks, save_picture, to_bytes, to_pil, to_signed
+from hf_ddpm.images import check_picture, grid, read_masks, save_picture, to_bytes, to_pil, to_signed, to_unit
 from hf_ddpm.models.precision import autocast, choose_precision, on_main_process
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum, provenance
@@ -92,14 +93,20 @@ def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | Inve
             bar.update(len(rows))
     state.wait_for_everyone()
     if state.is_main_process:
-        settings = {"edit": type(options).__name__.removesuffix("Config").lower(), **asdict(config), **asdict(options)}
-        record = {**settings, "mixed_precision": precision, "model_checksum": model_checksum(pipe)}
-        write_text(output / "edit.json", to_json({**record, **provenance(state.device)}, indent=2) + "\n")
+        settings = {**asdict(config), **asdict(options), "mixed_precision": precision}
+        origin = {"model_checksum": model_checksum(pipe), **provenance(state.device)}
+        record = {"edit": type(options).__name__.removesuffix("Config").lower(), **settings, **origin}
+        write_text(output / "edit.json", to_json(record, indent=2) + "\n")
         edited = read_pictures([output / f"{file.stem}.png" for file in files], pipe.image_shape)
-        save_picture(before_and_after(pixels, masks, edited), output / "grid.png")
+        rows_of_grid = {"picture": pixels}
+        if masks is not None:
+            rows_of_grid["masked"] = torch.where(masks, GRAY, pixels)
         if isinstance(options, InvertConfig):
+            noise = np.stack([np.load(output / f"{file.stem}.npy") for file in files[:SHOWN]])
+            rows_of_grid["noise"] = to_bytes(to_unit(torch.from_numpy(noise)))
             error = (edited.float() - pixels.float()).square().mean().sqrt().item()
             print(f"pictures of the noise are within {error:.3g} of the pictures: RMSE on the scale [0, 255]")
+        save_picture(before_and_after({**rows_of_grid, "result": edited}), output / "grid.png")
     state.wait_for_everyone()
     return output
 
@@ -205,10 +212,7 @@ def save_array(array: np.ndarray, path: Path) -> None:
         np.save(file, array)
 
 
-def before_and_after(pixels: Tensor, masks: Tensor | None, edited: Tensor) -> Any:
-    """Draws the first pictures, bytes: as they were, with their masks in gray, if there are any, and edited."""
-    rows = {"picture": pixels, "edited": edited}
-    if masks is not None:
-        rows = {"picture": pixels, "masked": torch.where(masks, GRAY, pixels), "filled": edited}
+def before_and_after(rows: dict[str, Tensor]) -> Image.Image:
+    """Draws the first of several rows of pictures, bytes, below each other."""
     shown = torch.cat([images[:SHOWN] for images in rows.values()])
-    return grid(to_pil(shown), min(SHOWN, len(pixels)), row_labels=list(rows))
+    return grid(to_pil(shown), len(shown) // len(rows), row_labels=list(rows))

@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from hf_ddpm import DDIMScheduler, DDPMPipeline
-from hf_ddpm.sampling.edits import before_and_after
 from hf_ddpm.utils.seeds import SAMPLES, generator
 from tests.conftest import load_script
 
@@ -54,6 +53,9 @@ def test_pictures_are_filled_where_their_masks_are_white(main, trained, folder, 
     record = json.loads((tmp_path / "all" / "edit.json").read_text())
     assert record["edit"] == "inpaint" and record["seed"] == 3 and record["num_inference_steps"] == 3
     assert Image.open(tmp_path / "all" / "grid.png").size[1] == 6 + 3 * 70
+    page = np.asarray(Image.open(tmp_path / "all" / "grid.png"))[-3 * 70 :, -3 * 70 :]  # a row of tiles each
+    tiles = page.reshape(3, 70, 3, 70).transpose(0, 2, 1, 3)[:, :, :64:8, :64:8]
+    assert np.array_equal(tiles, [pixels, np.where(is_filled, 128, pixels), found])
 
 
 def test_one_mask_serves_all_pictures_and_one_picture_needs_no_folder(main, trained, folder, tmp_path):
@@ -83,21 +85,16 @@ def test_the_noise_of_a_picture_makes_it_again(main, trained, folder, tmp_path, 
     pipe = DDPMPipeline.from_pretrained(trained)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    page = np.asarray(Image.open(tmp_path / "out" / "grid.png"))[-2 * 70 : -70, -3 * 70 :]
     noise = torch.tensor(np.stack([np.load(tmp_path / "out" / f"{name}.npy") for name in "abc"]))
     assert noise.dtype == torch.float32 and noise.shape == (3, 1, 8, 8)
+    drawn = page.reshape(70, 3, 70).transpose(1, 0, 2)[:, :64:8, :64:8]
+    assert np.abs(drawn - (noise[:, 0] / 2 + 0.5).clamp(0, 1).numpy() * 255).max() <= 1
     found = loaded(tmp_path / "out")
     made = pipe(3, latents=noise, num_inference_steps=5).images
     assert np.abs(np.stack([np.asarray(picture) for picture in made]).astype(int) - found).max() <= 1
     error = np.sqrt(np.square(found.astype(float) - loaded(folder / "pictures")).mean())
     assert f"are within {error:.3g} of the pictures" in capsys.readouterr().out
-
-
-def test_the_grid_shows_what_is_hidden():
-    pixels, masks = torch.full((9, 1, 8, 8), 200, dtype=torch.uint8), torch.zeros(9, 1, 8, 8, dtype=torch.bool)
-    masks[:, :, 4:] = True
-    page = np.asarray(before_and_after(pixels, masks, pixels // 2))
-    tiles = page[-3 * 70 :, -8 * 70 :]  # a row of the first 8 each
-    assert [tiles[row * 70 + place * 8, 0] for row in range(3) for place in (0, 7)] == [200, 200, 200, 128, 100, 100]
 
 
 @pytest.mark.parametrize(
