@@ -74,8 +74,38 @@ def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | Inve
         choice = on_main_process(lambda: choose_precision(pipe.unet, pipe.image_shape, config.batch_size))
         state.print(choice.line)
         precision = choice.precision
-    mine = list(range(len(files)))[state.process_index :: state.num_processes]
-    labels = Sampling(class_labels=config.class_labels).labels(pipe)
+    with autocast(state.device, precision):
+        edit_batches(config, edit, files, pixels, Sampling(class_labels=config.class_labels).labels(pipe), state)
+    if state.is_main_process:
+        settings = {**asdict(config), **asdict(options), "mixed_precision": precision}
+        origin = {"model_checksum": model_checksum(pipe), **provenance(state.device)}
+        record = {"edit": type(options).__name__.removesuffix("Config").lower(), **settings, **origin}
+        write_text(output / "edit.json", to_json(record, indent=2) + "\n")
+        rows = {"picture": pixels}
+        if masks is not None:
+            rows["masked"] = torch.where(masks, GRAY, pixels)
+        if isinstance(options, InvertConfig):
+            noise = np.stack([np.load(output / f"{file.stem}.npy") for file in files[:SHOWN]])
+            rows["noise"] = to_bytes(to_unit(torch.from_numpy(noise)))
+        rows["result"] = read_pictures([output / f"{file.stem}.png" for file in files], pipe.image_shape)
+        save_picture(before_and_after(rows), output / "grid.png")
+        if isinstance(options, InvertConfig):
+            error = (rows["result"].float() - pixels.float()).square().mean().sqrt().item()
+            print(f"pictures of the noise are within {error:.3g} of the pictures: RMSE on the scale [0, 255]")
+    state.wait_for_everyone()
+    return output
+
+
+def edit_batches(
+    config: EditConfig,
+    edit: Edit,
+    files: Sequence[Path],
+    pixels: Tensor,
+    labels: Sequence[int | str],
+    state: PartialState,
+) -> None:
+    """Edits this process's share of pictures, bytes, and writes each result; returns when all processes have."""
+    output, mine = Path(config.output), list(range(len(files)))[state.process_index :: state.num_processes]
     with tqdm(total=len(mine), desc="Pictures", unit="picture", disable=not state.is_main_process) as bar:
         for start in range(0, len(mine), config.batch_size):
             rows = mine[start : start + config.batch_size]
@@ -84,31 +114,13 @@ def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | Inve
                 "class_labels": [labels[row % len(labels)] for row in rows] if labels else None,
                 "guidance_scale": config.guidance_scale,
             }
-            with autocast(state.device, precision):
-                edited, noise = edit(rows, to_signed(pixels[rows]), call)
+            edited, noise = edit(rows, to_signed(pixels[rows]), call)
             for i, (row, picture) in enumerate(zip(rows, to_pil(to_bytes(edited).cpu()), strict=True)):
                 save_picture(picture, output / f"{files[row].stem}.png")
                 if noise is not None:
                     save_array(noise[i].cpu().numpy(), output / f"{files[row].stem}.npy")
             bar.update(len(rows))
     state.wait_for_everyone()
-    if state.is_main_process:
-        settings = {**asdict(config), **asdict(options), "mixed_precision": precision}
-        origin = {"model_checksum": model_checksum(pipe), **provenance(state.device)}
-        record = {"edit": type(options).__name__.removesuffix("Config").lower(), **settings, **origin}
-        write_text(output / "edit.json", to_json(record, indent=2) + "\n")
-        edited = read_pictures([output / f"{file.stem}.png" for file in files], pipe.image_shape)
-        rows_of_grid = {"picture": pixels}
-        if masks is not None:
-            rows_of_grid["masked"] = torch.where(masks, GRAY, pixels)
-        if isinstance(options, InvertConfig):
-            noise = np.stack([np.load(output / f"{file.stem}.npy") for file in files[:SHOWN]])
-            rows_of_grid["noise"] = to_bytes(to_unit(torch.from_numpy(noise)))
-            error = (edited.float() - pixels.float()).square().mean().sqrt().item()
-            print(f"pictures of the noise are within {error:.3g} of the pictures: RMSE on the scale [0, 255]")
-        save_picture(before_and_after({**rows_of_grid, "result": edited}), output / "grid.png")
-    state.wait_for_everyone()
-    return output
 
 
 def prepared(pipe: DDPMPipeline, options: InpaintConfig | VaryConfig | InvertConfig, masks: Tensor | None) -> Edit:
