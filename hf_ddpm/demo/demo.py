@@ -22,6 +22,7 @@ from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.sampling.generate import generate_images
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import find_scheduler
+from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.markdown import escape
 from hf_ddpm.utils.seeds import FIGURES, SAMPLES, generator
 
@@ -137,12 +138,10 @@ class Demo:
         """
         if image is None:
             raise ValueError("image is missing: upload one, or sample one")
-        pixels = self._fitted("image", image, self.pipe.image_shape[0]).unsqueeze(0)
+        pixels = self._fitted("image", self._reduced("image", image), self.pipe.image_shape[0]).unsqueeze(0)
         is_painted = torch.zeros(self.pipe.image_shape[1:], dtype=torch.bool)
         for layer in layers:
-            with Image.open(io.BytesIO(_checked_upload("layer", layer))) as painted, io.BytesIO() as file:
-                painted.convert("RGBA").getchannel("A").save(file, format="PNG")
-                is_painted |= self._fitted("layer", file.getvalue(), 1)[0] >= 64
+            is_painted |= self._fitted("layer", self._reduced("layer", layer, "A"), 1)[0] >= 64
         if not bool(is_painted.any()):
             raise ValueError("nothing is painted: paint over the part to fill")
         return pixels, is_painted
@@ -241,6 +240,21 @@ class Demo:
             return to_bytes(unit).cpu()
 
         return watch(work)
+
+    def _reduced(self, name: str, content: bytes, channel: str | None = None) -> bytes:
+        """Return an image file, or one channel, as PNG; one enlarged by a whole number has its pixels back exactly."""
+        width, height = self.size
+        checked = _checked_upload(name, content)
+        try:
+            with Image.open(io.BytesIO(checked)) as opened, io.BytesIO() as file:
+                image = opened.convert("RGBA")
+                factor = image.width // width
+                if factor > 0 and image.size == (factor * width, factor * height):
+                    image = image.reduce(factor)
+                (image if channel is None else image.getchannel(channel)).save(file, format="PNG")
+                return file.getvalue()
+        except Exception as error:  # decoders raise anything
+            raise ValueError(f"{name}: {one_line(error)}") from error
 
     def _fitted(self, name: str, content: bytes, channels: int) -> Tensor:
         """Return an image file, resized as for training, as bytes of shape `(channels, H, W)`."""
