@@ -197,13 +197,13 @@ def inpaint_tab(demo: Demo) -> None:
         with gr.Column(scale=3, min_width=320):
             drawing = editor(demo)
             sample = gr.Button("Sample an image", size="sm")
+            pressed = buttons("Inpaint", "Random seed")
         with gr.Column(scale=2, min_width=320):
             images = gr.Image(label="Images", format="png", buttons=["download", "fullscreen"], elem_classes="picture")
             progress = gr.HTML(progress_bar())
-            pressed = buttons("Inpaint", "Random seed")
             with gr.Row():
                 count = gr.Slider(1, demo.most_images, min(4, demo.most_images), step=1, label="Number of fills")
-                passes = gr.Slider(1, MOST_PASSES, 5, step=1, label="Passes per part (1: no jumps)")
+                passes = gr.Slider(1, MOST_PASSES, 5, step=1, label="Passes (1: no jumps)")
             seed = gr.Number(0, label="Seed")
             chosen = settings(demo, f"Steps (1 to {demo.num_train_timesteps})", ["ddpm"])
     waiting = {"concurrency_limit": AT_ONCE, "concurrency_id": "sampling", "show_progress_on": progress}
@@ -223,7 +223,7 @@ def editor(demo: Demo) -> gr.ImageEditor:
     """Return an image to paint on, whose files are passed on unread, as in `upload`."""
     brush = gr.Brush(default_size=CANVAS // 8, colors=["#e04040"], color_mode="fixed")
     place = gr.ImageEditor(
-        label="Image: paint over the part to fill",
+        label="Paint what to fill",
         sources=["upload"],
         brush=brush,
         layers=False,
