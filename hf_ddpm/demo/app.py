@@ -212,6 +212,16 @@ def inpaint_tab(demo: Demo) -> None:
     connect(pressed, answer(inpaint, demo), inputs, [images, progress], [seed], [sampled])
 
 
+class Recent(dict):
+    """The newest `WAITING` drawings: those that a page has sent, and then not requested a fill of, are dropped."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Add a drawing, and drop the oldest ones."""
+        super().__setitem__(key, value)
+        while len(self) > WAITING:
+            del self[next(iter(self))]
+
+
 def canvas(demo: Demo) -> tuple[int, int]:
     """Return width and height of the canvas: images are enlarged to be painted on."""
     width, height = demo.size
@@ -233,6 +243,8 @@ def editor(demo: Demo) -> gr.ImageEditor:
         buttons=[],
         elem_classes="editor",
     )
+
+    place.blob_storage = Recent()
 
     def read(payload: Any) -> tuple[bytes | None, list[bytes]]:
         files = payload if payload is None or payload.id is None else place.blob_storage.pop(payload.id, None)

@@ -80,6 +80,10 @@ def test_a_sampled_image_is_painted_on_and_filled(app, demo):
     sent = SimpleNamespace(id="1", background=None, layers=[])
     drawing = editor.preprocess(sent)
     assert drawing == (files[0], [files[1]]) and editor.blob_storage == {}
+    for place in range(100):
+        editor.blob_storage[f"{place}"] = sent
+    assert list(editor.blob_storage) == [f"{place}" for place in range(100 - app.WAITING, 100)]
+    editor.blob_storage.clear()
     assert editor.preprocess(None) == editor.preprocess(sent) == (None, [])
 
     *_, (images, progress) = app.answer(app.inpaint, demo)(drawing, 2, 1, 0, 5, "ddpm", [], 1)
