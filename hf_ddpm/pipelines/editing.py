@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
@@ -40,7 +41,7 @@ class EditingMethods(LatentMethods):
         images: Any,
         masks: Any,
         generator: Generators = None,
-        num_inference_steps: int = 250,
+        num_inference_steps: int | None = 250,
         jump_length: int = 10,
         jump_n_sample: int = 10,
         class_labels: Tensor | list[int | str] | None = None,
@@ -78,7 +79,7 @@ class EditingMethods(LatentMethods):
             generator: Source of the noise; a list gives each image its own, and the image is then the same in any
                 batch.
             num_inference_steps: Number of steps of the reverse process, at least 1; all of the network's if it has
-                fewer.
+                fewer, or if None.
             jump_length: Steps that a jump diffuses by, :math:`j`, at least 1.
             jump_n_sample: How often each part of `jump_length` steps is walked, at least 1; 1 for no jumps. Together
                 the network is evaluated about `num_inference_steps * jump_n_sample` times.
@@ -101,7 +102,8 @@ class EditingMethods(LatentMethods):
         is_filled = read_masks(masks, len(x_start), self.image_shape[1:]).to(x_start.device)
         self._check_arguments(x_start.shape, generator, output_type, None, callback_on_step_end_tensor_inputs)
         total = len(self.scheduler)
-        self._set_timesteps(min(num_inference_steps or total, total), None, from_noise=True)
+        steps = total if num_inference_steps is None else min(num_inference_steps, total)
+        self._set_timesteps(steps, None, from_noise=True)
         plain = list(reversed(range(len(self.scheduler.timesteps))))
         path = resampled(len(plain), jump_length, jump_n_sample)
         if jump_n_sample > 1 and path == plain:
@@ -241,7 +243,7 @@ def resampled(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]
         [4, 3, 4, 3, 2, 1, 2, 1, 0]
     """
     for name, value in (("jump_length", jump_length), ("jump_n_sample", jump_n_sample)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"{name}={value!r} is not allowed: a whole number, at least 1")
     jumps = dict.fromkeys(range(0, num_steps - jump_length, jump_length), jump_n_sample - 1)
     states, state = [], num_steps - 1

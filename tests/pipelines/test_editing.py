@@ -281,6 +281,7 @@ ONE, MASK = torch.zeros(1, 8, 8), torch.ones(8, 8)
         (lambda pipe: pipe.inpaint(ONE, MASK, [seeded()] * 2), "2 generators for batch_size=1"),
         (lambda pipe: pipe.inpaint(ONE, MASK, jump_length=0), "jump_length=0 is not allowed: a whole number, at least"),
         (lambda pipe: pipe.inpaint(ONE, MASK, jump_n_sample=1.5), "jump_n_sample=1.5 is not allowed: a whole number"),
+        (lambda pipe: pipe.inpaint(ONE, MASK, None, 0), "num_inference_steps=0 is not allowed: 1 to 12"),
         (lambda pipe: pipe.inpaint(ONE, MASK, None, -1), "num_inference_steps=-1 is not allowed: 1 to 12"),
         (lambda pipe: pipe.inpaint(ONE, MASK, output_type="jpg"), "output_type='jpg' is not allowed: one of pil, np"),
         (lambda pipe: pipe.inpaint(ONE, MASK, class_labels=[1]), "class_labels are not allowed"),
