@@ -150,6 +150,57 @@ def _in_range(images: Tensor, kind: str, lowest: int) -> Tensor:
     return images.float()
 
 
+def read_masks(masks: Any, count: int, size: tuple[int, int]) -> Tensor:
+    """Returns masks, in whatever form they come, as truth values: true where they are white, or 1.
+
+    Args:
+        masks: One, or a list, of: opaque pictures of PIL, of which the brightness counts; arrays or tensors of truth
+            values, floats in [0, 1] or integers, either 0 and 1 or up to 255; shapes `(H, W)`, `(N, H, W)`,
+            `(N, 1, H, W)`, of arrays also `(H, W, 1)` and `(N, H, W, 1)`. Gray is white from one half of the range on.
+        count: Number of images: there must be as many masks, or one for all.
+        size: Height and width that they must have.
+
+    Returns:
+        The masks, bool, shape `(count, 1, H, W)`.
+
+    Raises:
+        ValueError: If there is none, or one has another form, size or range.
+    """
+    parts = [_read_masks(part, size) for part in (masks if isinstance(masks, list | tuple) else [masks])]
+    total = sum(map(len, parts))
+    if total not in (1, count) or total == 0:
+        raise ValueError(f"{total} masks for {count} images are not allowed: one for all, or one per image")
+    return torch.cat(parts).expand(count, 1, *size)
+
+
+def _read_masks(masks: Any, size: tuple[int, int]) -> Tensor:
+    if isinstance(masks, Image.Image):
+        if masks.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+            raise ValueError(f"a mask of mode {masks.mode} is not allowed: a picture of mode 1, L, P or RGB")
+        if masks.convert("RGBA").getextrema()[3] != (255, 255):
+            raise ValueError("a mask with transparent pixels is not allowed: white where to fill, else black")
+        masks = np.asarray(masks.convert("L"))
+    is_array = isinstance(masks, np.ndarray) and masks.dtype.kind in "biuf"
+    if not is_array and not (isinstance(masks, Tensor) and not masks.is_complex()):
+        kind = f"{type(masks).__name__} of {masks.dtype}" if hasattr(masks, "dtype") else type(masks).__name__
+        raise ValueError(f"masks as {kind} are not allowed: pictures of PIL, arrays or tensors of numbers")
+    values = torch.tensor(masks) if is_array else masks.detach()
+    if is_array and values.ndim in (3, 4) and values.shape[-3:] == (*size, 1):
+        values = values[..., 0]
+    elif values.ndim == 4 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim not in (2, 3) or values.shape[-2:] != size:
+        raise ValueError(f"masks of shape {tuple(masks.shape)} are not allowed: (N, 1, H, W) with (H, W) = {size}")
+    values = values.reshape(-1, 1, *size)
+    if not values.is_floating_point():
+        values = values.to(torch.int64)  # of unsigned integers not every kind knows its largest
+    top = 1 if values.is_floating_point() or not values.numel() or values.max() <= 1 else 255
+    if not bool(((values >= 0) & (values <= top)).all()):
+        kind = str(masks.dtype).removeprefix("torch.")
+        raise ValueError(f"masks of {kind} with values outside [0, {top}] are not allowed: floats in [0, 1] or bytes")
+    return values >= top / 2
+
+
 def grid(
     images: list[Image.Image],
     columns: int | None = None,

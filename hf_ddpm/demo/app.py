@@ -1,4 +1,4 @@
-"""The demo of a model in the browser: images form out of noise, and interpolations between two of them."""
+"""The demo of a model in the browser: images form out of noise, between two of them, or around what is kept of one."""
 
 import asyncio
 import html
@@ -7,15 +7,18 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
 from huggingface_hub import constants
+from PIL import Image
 
-from hf_ddpm.demo.demo import Demo
+from hf_ddpm.demo.demo import MOST_PASSES, Demo
 from hf_ddpm.demo.layout import CSS, progress_bar, row, sheet, strip
 from hf_ddpm.demo.preview import PAUSE, Moment
+from hf_ddpm.images import to_pictures
 from hf_ddpm.models.precision import choose_precision
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.sampling.samplers import SCHEDULERS
@@ -27,6 +30,7 @@ INTRODUCTION = "This model makes new images: it starts from random noise and rem
 BETWEEN = SEEDS, IMAGES = "Two seeds", "Two images"
 UPLOADS = "First image", "Second image"
 BACK_FROM_LATENTS = ("ddpm", "ddim")  # samplers that start from a noised image
+CANVAS = 480  # largest side of an image to paint on, in pixels
 UPLOAD = "32mb"  # largest uploaded file
 WAITING = 32  # requests in the queue; further ones are refused
 AT_ONCE = 2  # requests that sample at the same time
@@ -56,6 +60,23 @@ def interpolate(demo: Demo, between: str, t: float, count: float, *typed: Any) -
         first, second = ends
     for moment in demo.interpolate(first, second, t, count, samplings[0]):
         yield row([*first, *moment.images, *second], demo.size), progress_bar(moment)
+
+
+def sample_background(demo: Demo, seed: float, *settings: Any) -> Iterator[tuple]:
+    """Yield an image to paint on, and the progress, at the end: an update on the way would replace the editor."""
+    *_, moment = demo.generate(demo.read(seed, *settings), 1)
+    (image,) = to_pictures(moment.images)
+    yield image.resize(canvas(demo), Image.Resampling.NEAREST), progress_bar(moment)
+
+
+def inpaint(
+    demo: Demo, drawing: tuple[bytes | None, list[bytes]], count: float, passes: float, seed: float, *settings: Any
+) -> Iterator[tuple]:
+    """Yield fills of the painted part of an image, and the progress."""
+    image, mask = demo.read_drawing(*drawing)
+    sampling = demo.read(seed, *settings)
+    for moment in demo.inpaint(image, mask, count, passes, sampling):
+        yield sheet(moment.images), progress_bar(moment)
 
 
 def answer(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[..., Iterator[tuple]]:
@@ -121,6 +142,8 @@ def build(demo: Demo) -> gr.Blocks:
             generate_tab(demo, app)
         with gr.Tab("Interpolate"):
             interpolate_tab(demo)
+        with gr.Tab("Inpaint"):
+            inpaint_tab(demo)
     return app.queue(max_size=WAITING)
 
 
@@ -166,6 +189,75 @@ def interpolate_tab(demo: Demo) -> None:
     between.change(lambda kind: [gr.Row(visible=kind == own) for own in BETWEEN], between, [seeds, images])
     inputs = [between, t, count, *ends, *chosen]
     connect(pressed, answer(interpolate, demo), inputs, [path, progress], ends[:2], [])
+
+
+def inpaint_tab(demo: Demo) -> None:
+    """Lay out the inpainting of an image, uploaded or sampled, with a brush."""
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            drawing = editor(demo)
+            sample = gr.Button("Sample an image", size="sm")
+            pressed = buttons("Inpaint", "Random seed")
+        with gr.Column(scale=2, min_width=320):
+            images = gr.Image(label="Images", format="png", buttons=["download", "fullscreen"], elem_classes="picture")
+            progress = gr.HTML(progress_bar())
+            with gr.Row():
+                count = gr.Slider(1, demo.most_images, min(4, demo.most_images), step=1, label="Number of fills")
+                passes = gr.Slider(1, MOST_PASSES, 5, step=1, label="Passes (1: no jumps)")
+            seed = gr.Number(0, label="Seed")
+            chosen = settings(demo, f"Steps (1 to {demo.num_train_timesteps})", ["ddpm"])
+    waiting = {"concurrency_limit": AT_ONCE, "concurrency_id": "sampling", "show_progress_on": progress}
+    sampled = sample.click(answer(sample_background, demo), [seed, *chosen], [drawing, progress], **waiting)
+    inputs = [drawing, count, passes, seed, *chosen]
+    connect(pressed, answer(inpaint, demo), inputs, [images, progress], [seed], [sampled])
+
+
+class Recent(dict):
+    """The newest `WAITING` drawings: those that a page has sent, and then not requested a fill of, are dropped."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Add a drawing, and drop the oldest ones."""
+        super().__setitem__(key, value)
+        while len(self) > WAITING:
+            del self[next(iter(self))]
+
+
+def canvas(demo: Demo) -> tuple[int, int]:
+    """Return width and height of the canvas: images are enlarged to be painted on."""
+    width, height = demo.size
+    scale = max(1, CANVAS // max(width, height))
+    return width * scale, height * scale
+
+
+def editor(demo: Demo) -> gr.ImageEditor:
+    """Return an image to paint on, whose files are passed on unread, as in `upload`."""
+    brush = gr.Brush(default_size=CANVAS // 8, colors=["#e04040"], color_mode="fixed")
+    place = gr.ImageEditor(
+        label="Paint what to fill",
+        sources=["upload"],
+        brush=brush,
+        layers=False,
+        transforms=[],
+        canvas_size=canvas(demo),
+        fixed_canvas=True,
+        buttons=[],
+        elem_classes="editor",
+    )
+
+    place.blob_storage = Recent()
+
+    def read(payload: Any) -> tuple[bytes | None, list[bytes]]:
+        files = payload if payload is None or payload.id is None else place.blob_storage.pop(payload.id, None)
+        if files is None:
+            return None, []
+        first, *layers = (
+            file if file is None or isinstance(file, bytes) else Path(file.path).read_bytes()
+            for file in (files.background, *files.layers)
+        )
+        return first, [layer for layer in layers if layer is not None]
+
+    place.preprocess = read
+    return place
 
 
 def settings(demo: Demo, steps: str, schedulers: list[str]) -> list:

@@ -1,4 +1,4 @@
-"""Requests to a demo: check the input, sample or interpolate."""
+"""Requests to a demo: check the input, sample, interpolate or inpaint."""
 
 import copy
 import io
@@ -21,11 +21,14 @@ from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.sampling.generate import generate_images, in_precision
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import find_scheduler
+from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.markdown import escape
-from hf_ddpm.utils.seeds import FIGURES, generator
+from hf_ddpm.utils.seeds import FIGURES, SAMPLES, generator
 
 # Pixels sampled at a time, which bounds memory: 64 images of 64x64, 4 of 256x256.
 PIXELS = 64 * 64 * 64
+# Of each part of the process, in inpainting.
+MOST_PASSES = 20
 # Of an uploaded image: more than of cameras, and few enough to decode.
 UPLOADED_PIXELS = 50_000_000
 # Formats that PIL decodes by itself; EPS, for one, would be handed to Ghostscript.
@@ -114,14 +117,33 @@ class Demo:
 
     def read_image(self, name: str, path: str | None) -> Tensor:
         """Return an image file, resized as for training, as bytes of shape `(1, C, H, W)`."""
-        channels, height, width = self.pipe.image_shape
         if path is None:
             raise ValueError(f"{name} is missing: upload an image")
-        row = {"bytes": _checked_upload(name, Path(path)), "path": None}
-        pixels = attempt(row, ImageFormat(height, width, channels, background=self.background))
-        if isinstance(pixels, str):
-            raise ValueError(f"{name}: {pixels}")
-        return torch.tensor(pixels).unsqueeze(0)
+        return self._fitted(name, Path(path).read_bytes(), self.pipe.image_shape[0]).unsqueeze(0)
+
+    def read_drawing(self, image: bytes | None, layers: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+        """Return an image and the part of it that is painted over, resized as for training.
+
+        Args:
+            image: Content of an image file.
+            layers: Contents of image files of the same size, transparent where nothing is painted.
+
+        Returns:
+            The image, bytes, shape `(1, C, H, W)`, and a mask, bool, shape `(H, W)`: pixels that are covered by at
+            least a quarter.
+
+        Raises:
+            ValueError: If there is no image, a file cannot be used, or nothing is painted.
+        """
+        if image is None:
+            raise ValueError("image is missing: upload one, or sample one")
+        pixels = self._fitted("image", self._reduced("image", image), self.pipe.image_shape[0]).unsqueeze(0)
+        is_painted = torch.zeros(self.pipe.image_shape[1:], dtype=torch.bool)
+        for layer in layers:
+            is_painted |= self._fitted("layer", self._reduced("layer", layer, "A"), 1)[0] >= 64
+        if not bool(is_painted.any()):
+            raise ValueError("nothing is painted: paint over the part to fill")
+        return pixels, is_painted
 
     def generate(self, sampling: Sampling, count: float) -> Iterator[Moment]:
         """Generate the first images of a `Sampling`, the same as those of `hf-ddpm sample`.
@@ -182,6 +204,66 @@ class Demo:
 
         return watch(work)
 
+    def inpaint(self, image: Tensor, mask: Tensor, count: float, passes: float, sampling: Sampling) -> Iterator[Moment]:
+        """Fill a part of an image several times, by RePaint.
+
+        Args:
+            image: The image, bytes, shape `(1, C, H, W)`.
+            mask: True where to fill, shape `(H, W)`.
+            count: Number of fills, in [1, `most_images`].
+            passes: How often each part of the process is walked, in [1, `MOST_PASSES`].
+            sampling: Seed, steps and classes.
+
+        Returns:
+            Moments, see `watch`.
+        """
+        fills, walked = whole("count", count, 1, self.most_images), whole("passes", passes, 1, MOST_PASSES)
+        own, labels = self._own_pipeline(), sampling.labels(self.pipe)
+        steps = sampling.steps(own)
+        own.scheduler = find_scheduler(own, "ddpm", steps)
+
+        def work(**options: Any) -> Tensor:
+            with autocast(own.device, sampling.mixed_precision):
+                unit = own.inpaint(
+                    to_signed(image).expand(fills, -1, -1, -1),
+                    mask,
+                    [generator(sampling.seed, SAMPLES, i, device=own.device) for i in range(fills)],
+                    steps,
+                    jump_length=max(1, min(10, steps // 5)),
+                    jump_n_sample=walked,
+                    class_labels=[labels[i % len(labels)] for i in range(fills)] if labels else None,
+                    guidance_scale=sampling.guidance_scale,
+                    output_type="pt",
+                    **options,
+                ).images
+            return to_bytes(unit).cpu()
+
+        return watch(work)
+
+    def _reduced(self, name: str, content: bytes, channel: str | None = None) -> bytes:
+        """Return an image file, or one channel, as PNG; one enlarged by a whole number has its pixels back exactly."""
+        width, height = self.size
+        checked = _checked_upload(name, content)
+        try:
+            with Image.open(io.BytesIO(checked)) as opened, io.BytesIO() as file:
+                image = opened.convert("RGBA")
+                factor = image.width // width
+                if factor > 0 and image.size == (factor * width, factor * height):
+                    image = image.reduce(factor)
+                (image if channel is None else image.getchannel(channel)).save(file, format="PNG")
+                return file.getvalue()
+        except Exception as error:  # decoders raise anything
+            raise ValueError(f"{name}: {one_line(error)}") from error
+
+    def _fitted(self, name: str, content: bytes, channels: int) -> Tensor:
+        """Return an image file, resized as for training, as bytes of shape `(channels, H, W)`."""
+        _, height, width = self.pipe.image_shape
+        row = {"bytes": _checked_upload(name, content), "path": None}
+        pixels = attempt(row, ImageFormat(height, width, channels, background=self.background))
+        if isinstance(pixels, str):
+            raise ValueError(f"{name}: {pixels}")
+        return torch.tensor(pixels)
+
     def _own_pipeline(self) -> DDPMPipeline:
         """Return a pipeline of the same network with a scheduler of its own."""
         own = DDPMPipeline(self.pipe.unet, copy.deepcopy(self.pipe.scheduler), self.pipe.config.get("id2label"))
@@ -189,9 +271,8 @@ class Demo:
         return own
 
 
-def _checked_upload(name: str, path: Path) -> bytes:
-    """Return the bytes of an image file, after its header was checked for a safe format and size."""
-    content = path.read_bytes()
+def _checked_upload(name: str, content: bytes) -> bytes:
+    """Return the content of an image file, after its header was checked for a safe format and size."""
     Image.init()
     formats = [known for known in UPLOADED_FORMATS if known in Image.OPEN]
     try:

@@ -57,7 +57,7 @@ def watch(work: Callable[..., Tensor]) -> Iterator[Moment]:
 
         def on_step(pipe: DDPMPipeline, i: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
             nonlocal steps, x_t
-            steps = len(pipe.scheduler.timesteps)
+            steps = pipe.num_timesteps
             emit((i, steps, _estimate(pipe, t, x_t, tensors)))
             x_t = tensors["latents"]
 

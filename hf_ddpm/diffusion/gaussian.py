@@ -134,6 +134,29 @@ class GaussianDiffusion:
         """
         return self._at("signal", t, x_start) * x_start + self._at("noise", t, x_start) * noise
 
+    def q_jump(self, x_s: Tensor, s: int, t: int, noise: Tensor) -> Tensor:
+        r"""Diffuses images from step `s` on to a later step `t` at once.
+
+        .. math:: x_t = \sqrt{\bar\alpha_t / \bar\alpha_s} \, x_s + \sqrt{1 - \bar\alpha_t / \bar\alpha_s} \, \epsilon
+            \sim q(x_t \mid x_s)
+
+        which is Eq. 2 for each of the steps in between, and Eq. 4 for `s = -1`, the images themselves.
+
+        Args:
+            x_s: Images at step `s`, shape `(B, C, H, W)`.
+            s: Step in [-1, t).
+            t: Step in [0, T), the same for all images.
+            noise: Standard normal :math:`\epsilon`, same shape.
+
+        Returns:
+            :math:`x_t`, same shape.
+
+        Raises:
+            ValueError: If a step is not in its range.
+        """
+        ratio = self._alpha_bar(t, s) / self._alpha_bar(s)
+        return math.sqrt(ratio) * x_s + math.sqrt(1 - ratio) * noise
+
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, float | Tensor]:
         r"""Returns mean and log-variance of the forward posterior :math:`q(x_{t-1} \mid x_t, x_0)`.
 
@@ -309,10 +332,35 @@ class GaussianDiffusion:
         Returns:
             The mean, same shape, and :math:`\sigma_t`, which is 0 at `t = 0`.
         """
-        before = self.alphas_cumprod[t - 1].item() if t > 0 else 1.0
+        before = self._alpha_bar(t - 1)
         std = eta * math.sqrt(self.betas[t].item() * (1 - before) / (1 - self.alphas_cumprod[t].item()))
         eps = self.predict_eps(x_start, x_t, t)
         return math.sqrt(before) * x_start + math.sqrt(max(1 - before - std**2, 0.0)) * eps, std
+
+    def ddim_inverse(self, eps: Tensor, x_s: Tensor, s: int, t: int) -> Tensor:
+        r"""Returns the :math:`x_t` from which a DDIM step with the noise `eps` leads to :math:`x_s`.
+
+        .. math:: x_t = \sqrt{\bar\alpha_t} \;
+            \frac{x_s - \sqrt{1 - \bar\alpha_s} \, \hat\epsilon}{\sqrt{\bar\alpha_s}}
+            + \sqrt{1 - \bar\alpha_t} \, \hat\epsilon
+
+        It is `ddim_posterior` at :math:`\eta = 0`, solved for :math:`x_t` (Song et al. 2021, Eq. 13 backwards).
+
+        Args:
+            eps: :math:`\hat\epsilon`, the noise predicted at :math:`x_t`, shape `(B, C, H, W)`.
+            x_s: Images at step `s`, same shape.
+            s: Step in [-1, t); -1 stands for the images themselves.
+            t: Step in [0, T), the same for all images.
+
+        Returns:
+            :math:`x_t`, same shape.
+
+        Raises:
+            ValueError: If a step is not in its range.
+        """
+        before, after = self._alpha_bar(s), self._alpha_bar(t, s)
+        x_start = (x_s - math.sqrt(1 - before) * eps) / math.sqrt(before)
+        return math.sqrt(after) * x_start + math.sqrt(1 - after) * eps
 
     def predict_eps(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         r"""Returns the noise that leads from `x_start` to `x_t`, the inverse of Eq. 4.
@@ -366,6 +414,12 @@ class GaussianDiffusion:
     def _is_single(self, t: int | Tensor, like: Tensor) -> Tensor:
         """Returns whether steps lead to the next time of the whole process, broadcastable to `like`."""
         return torch.as_tensor(self._at("is_single", t, like), device=like.device) > 0
+
+    def _alpha_bar(self, t: int, above: int = -2) -> float:
+        r"""Returns :math:`\bar\alpha_t` as a number, 1 at -1; a `ValueError` unless `t` is a step above another one."""
+        if not above < t < len(self):
+            raise ValueError(f"t={t} is not in [{above + 1}, {len(self)})")
+        return self.alphas_cumprod[t].item() if t >= 0 else 1.0
 
     def _at(self, name: str, t: int | Tensor, like: Tensor) -> float | Tensor:
         """Gathers a coefficient at `t`: a number, or one an image, shaped to multiply `like`."""

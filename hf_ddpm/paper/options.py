@@ -149,6 +149,22 @@ class LossyReconstructOptions(InformedOptions):
 
 
 @dataclass
+class InpaintingOptions:
+    """Held-out images with four masks, filled several times each (RePaint)."""
+
+    num_images: int = option("held-out images", 2)
+    fills: int = option("fills per image and mask, at least 2", 4)
+    num_inference_steps: int = option("steps of the reverse process; all if there are fewer", 250)
+    jump_length: int = option("steps that a jump goes back", 10)
+    jump_n_sample: int = option("how often each part is walked", 10)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require_at_least(self, 1, "num_images", "num_inference_steps", "jump_length", "jump_n_sample")
+        require_at_least(self, 2, "fills")
+
+
+@dataclass
 class NearestNeighborsOptions(DistanceOptions):
     """The samples that are nearest to a training image, by pixels and by features (Figs. 12, 15)."""
 
@@ -220,6 +236,7 @@ FIGURES: dict[str, type] = {
     "interpolate": InterpolateOptions,
     "rate-distortion": RateDistortionOptions,
     "lossy-reconstruct": LossyReconstructOptions,
+    "inpainting": InpaintingOptions,
     "nearest-neighbors": NearestNeighborsOptions,
     "steps": StepsOptions,
     "schedules": SchedulesOptions,

@@ -100,10 +100,7 @@ class LatentMethods:
             ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
         """
         self._check_step(t)
-        count = t + 1 if num_inference_steps is None else num_inference_steps
-        if not 1 <= count <= t + 1:
-            raise ValueError(f"num_inference_steps={count} from t={t}: expected 1 to {t + 1}")
-        steps = [(count - i) * (t + 1) // count - 1 for i in range(count)]
+        steps = steps_from(t, num_inference_steps)
         return self(  # type: ignore[operator]
             len(latents), generator, output_type=output_type, latents=latents, timesteps=steps, **options
         ).images
@@ -330,6 +327,14 @@ class LatentMethods:
             raise ValueError(f"going back from a latent needs a DDPMScheduler, not a {type(self.scheduler).__name__}")
         if isinstance(t, bool) or not isinstance(t, int | np.integer) or not 0 <= t < len(self.scheduler):
             raise ValueError(f"t={t} is not in [0, {len(self.scheduler)})")
+
+
+def steps_from(t: int, count: int | None) -> list[int]:
+    """Returns so many steps, evenly spread from `t` down, all by default; a `ValueError` unless there are as many."""
+    count = t + 1 if count is None else count
+    if not 1 <= count <= t + 1:
+        raise ValueError(f"num_inference_steps={count} from t={t}: expected 1 to {t + 1}")
+    return [(count - i) * (t + 1) // count - 1 for i in range(count)]
 
 
 def check_generators(generator: Generators, batch_size: int) -> None:

@@ -4,7 +4,8 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Union
 
@@ -20,7 +21,8 @@ from hf_ddpm.diffusion.outputs import split_output
 from hf_ddpm.diffusion.schedules import check_one_of
 from hf_ddpm.images import OUTPUT_TYPES, as_output, check_picture, to_unit
 from hf_ddpm.models.unet_2d import UNet2DModel
-from hf_ddpm.pipelines.latents import Generators, LatentMethods, check_generators
+from hf_ddpm.pipelines.editing import EditingMethods, StepCallback
+from hf_ddpm.pipelines.latents import Generators, check_generators
 from hf_ddpm.pipelines.runs import stock_folder
 from hf_ddpm.pipelines.sharing import SharingMethods
 from hf_ddpm.provenance import model_checksum
@@ -43,7 +45,7 @@ OURS = {
 }
 
 
-class DDPMPipeline(LatentMethods, SharingMethods):
+class DDPMPipeline(EditingMethods, SharingMethods):
     """Generates images with a denoising diffusion probabilistic model (Ho et al. 2020).
 
     `from_pretrained` reads every DDPM repository of diffusers, and `save_pretrained` writes one: weights and
@@ -81,6 +83,7 @@ class DDPMPipeline(LatentMethods, SharingMethods):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        self._num_timesteps = 0
         self._alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)  # of the process that the network is for
         if id2label is not None:
             self.register_to_config(id2label=id2label)
@@ -101,6 +104,11 @@ class DDPMPipeline(LatentMethods, SharingMethods):
         return [id2label[str(number)] for number in range(len(id2label))]  # files sort the numbers as text
 
     @property
+    def num_timesteps(self) -> int:
+        """The number of steps of the present or last call, each a pass of the network."""
+        return self._num_timesteps
+
+    @property
     def null_class(self) -> int | None:
         """The number that stands for no class, if the network was trained with one."""
         embeddings, names = self.unet.config.num_class_embeds, self.class_names
@@ -115,7 +123,7 @@ class DDPMPipeline(LatentMethods, SharingMethods):
         output_type: str = "pil",
         return_dict: bool = True,
         latents: Tensor | None = None,
-        callback_on_step_end: Callable[["DDPMPipeline", int, Tensor, dict[str, Tensor]], dict | None] | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         class_labels: Tensor | list[int | str] | None = None,
         guidance_scale: float = 1.0,
@@ -157,40 +165,23 @@ class DDPMPipeline(LatentMethods, SharingMethods):
         shape = (batch_size, *self.image_shape)
         self._check_arguments(shape, generator, output_type, latents, callback_on_step_end_tensor_inputs)
         device = self._execution_device
-        unet, was_training = self.unet, self.unet.training
-        dtype = unet.dtype  # diffusers looks at every weight to tell it: not in every step
 
         self._set_timesteps(num_inference_steps, timesteps, from_noise=latents is None)
         # The chain stays in float32; only the network works in its own dtype.
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         x_t = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
-        step_options = self._step_options(generator, eta)
-        takes_variance = isinstance(self.scheduler, DDPMScheduler | diffusers.DDPMScheduler)
+        step = partial(self.scheduler.step, **self._step_options(generator, eta))
         classes = self._classes(class_labels, batch_size, guidance_scale)
-        sums = []
-
-        try:
-            unet.eval()  # dropout is for training
-            for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-                x_in = self.scheduler.scale_model_input(x_t, t).to(dtype)
-                # A copy: where the network is a CUDA graph, it writes its next output in the same place.
-                prediction = self._predict(x_in, t, classes, guidance_scale).to(torch.float32, copy=True)
-                sums.append(prediction.sum())
-                if not takes_variance:
-                    prediction, _ = split_output(prediction, x_t.shape[1])
-                output = self.scheduler.step(prediction, t, x_t, **step_options)
-                x_t = output.prev_sample
-                if callback_on_step_end is not None:
-                    x_start = getattr(output, "pred_original_sample", None)
-                    tensors = {"latents": x_t, "pred_original_sample": x_start, "model_output": prediction}
-                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    x_t = (callback_on_step_end(self, i, t, wanted) or {}).get("latents", x_t)
-            self._check_finite([*sums, x_t.sum()])
-        finally:
-            unet.train(was_training)
-            self.maybe_free_model_hooks()
-
+        x_t = self._walk(
+            x_t,
+            self.scheduler.timesteps,
+            step,
+            classes,
+            guidance_scale,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
         images = as_output(to_unit(x_t), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -342,6 +333,45 @@ class DDPMPipeline(LatentMethods, SharingMethods):
         if len(labels) != batch_size or not bool(((labels >= 0) & (labels < count)).all()):
             raise ValueError(f"class_labels={labels.tolist()} are not allowed: {batch_size} numbers, 0 to {count - 1}")
         return labels.to(self._execution_device, torch.int64)
+
+    def _walk(
+        self,
+        x_t: Tensor,
+        timesteps: Tensor,
+        step: Callable[[Tensor, Tensor, Tensor], Any],
+        classes: Tensor | None,
+        guidance_scale: float,
+        callback: StepCallback | None = None,
+        tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Tensor:
+        """Takes a step, a function of prediction, `t` and `x_t`, at each of some timesteps; returns the last result."""
+        unet, was_training = self.unet, self.unet.training
+        dtype = unet.dtype  # diffusers looks at every weight to tell it: not in every step
+        takes_variance = isinstance(self.scheduler, DDPMScheduler | diffusers.DDPMScheduler)
+        self._num_timesteps = len(timesteps)
+        sums = []
+
+        try:
+            unet.eval()  # dropout is for training
+            for i, t in enumerate(self.progress_bar(timesteps)):
+                x_in = self.scheduler.scale_model_input(x_t, t).to(dtype)
+                # A copy: where the network is a CUDA graph, it writes its next output in the same place.
+                prediction = self._predict(x_in, t, classes, guidance_scale).to(torch.float32, copy=True)
+                sums.append(prediction.sum())
+                if not takes_variance:
+                    prediction, _ = split_output(prediction, x_t.shape[1])
+                output = step(prediction, t, x_t)
+                x_t = output.prev_sample
+                if callback is not None:
+                    x_start = getattr(output, "pred_original_sample", None)
+                    tensors = {"latents": x_t, "pred_original_sample": x_start, "model_output": prediction}
+                    wanted = {name: tensors[name] for name in tensor_inputs}
+                    x_t = (callback(self, i, t, wanted) or {}).get("latents", x_t)
+            self._check_finite([*sums, x_t.sum()])
+        finally:
+            unet.train(was_training)
+            self.maybe_free_model_hooks()
+        return x_t
 
     def _predict(self, x_t: Tensor, t: Tensor, classes: Tensor | None, guidance_scale: float) -> Tensor:
         # A number filled in on the device: no copy, no wait; and a compiled network sees a tensor, no new number.

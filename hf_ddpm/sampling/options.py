@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_ddpm.utils.options import option, require, require_at_least, require_types
+from hf_ddpm.utils.options import option, require, require_at_least, require_color, require_types
 
 # Images per shard, whatever the batch size and the number of processes: a kill costs each process at most these.
 SHARD_SIZE = 256
@@ -83,3 +83,73 @@ class Sampling:
         If classes have names, a number is one of the names or wrong: "2" must never mean both a name and an index.
         """
         return [label if pipe.class_names or not label.isdecimal() else int(label) for label in self.class_labels]
+
+
+@dataclass(kw_only=True)
+class EditConfig:
+    """Edits: of which pictures, with which model, where to."""
+
+    model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
+    images: str = option("file of a picture, or folder of pictures; larger ones are resized and cropped")
+    output: str = option("folder of the results, new or empty")
+    seed: int = option("random seed; picture i of a folder, by name, gets the noise of sample i", 0)
+    class_labels: list[str] = option("names or numbers of classes that the pictures go through in turn", factory=list)
+    guidance_scale: float = option("strength of classifier-free guidance; 1 for none", 1.0)
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option("precision of the network, as of sample", "auto")
+    background: str = option("color behind transparent pixels, unless the model has 4 channels", "white")
+    batch_size: int = option("batch size per process", 64)
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require_types(self)
+        require_at_least(self, 0, "seed")
+        require_at_least(self, 1, "batch_size")
+        require_color(self, "background")
+        path = Path(self.output)
+        is_free = not path.is_file() and not (path.is_dir() and any(path.iterdir()))
+        require(self, "output", is_free, "a new or empty folder is wanted")
+
+
+@dataclass(kw_only=True)
+class InpaintConfig:
+    """Fill a part of pictures; the other pixels are kept exactly (RePaint)."""
+
+    masks: str = option(
+        "file of a mask for all, or folder of one per picture, named as the picture; of the model's size, white "
+        "where to fill"
+    )
+    num_inference_steps: int | None = option("steps of the reverse process; 250, or all if there are fewer", None)
+    jump_length: int = option("steps that a jump goes back", 10)
+    jump_n_sample: int = option("how often each part is walked; 1 for no jumps", 10)
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require_types(self)
+        require_at_least(self, 1, "num_inference_steps", "jump_length", "jump_n_sample")
+
+
+@dataclass
+class VaryConfig:
+    """Make variations of pictures: add noise, and remove it again (SDEdit)."""
+
+    strength: float = option("share of the noise, above 0, at most 1: near 0 a picture is kept, at 1 nothing is", 0.5)
+    num_inference_steps: int | None = option("steps back; by default all of that share", None)
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require_types(self)
+        require(self, "strength", 0 < self.strength <= 1, "above 0, at most 1")
+        require_at_least(self, 1, "num_inference_steps")
+
+
+@dataclass
+class InvertConfig:
+    """Find the noise from which ddim makes pictures, and make them of it."""
+
+    num_inference_steps: int = option("steps in each direction", 100)
+    num_iterations: int = option("passes of the network per step of the way to the noise", 3)
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        require_types(self)
+        require_at_least(self, 1, "num_inference_steps", "num_iterations")

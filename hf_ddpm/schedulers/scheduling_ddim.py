@@ -61,3 +61,25 @@ class DDIMScheduler(DDPMScheduler):
         if eta == 1:
             mean = ddpm_mean  # the same, but for predictions of type `mean`
         return self._result(mean, std, x_start, model_output.dtype, sample, generator, return_dict)
+
+    def step_back(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, below: Tensor) -> Tensor:
+        r"""Takes a deterministic step in the other direction, up to `timestep`: see `GaussianDiffusion.ddim_inverse`.
+
+        The noise that it needs is that of the result itself: repeated with the result as `sample`, the step converges
+        to the :math:`x_t` from which `step` leads to `below`.
+
+        Args:
+            model_output: Prediction of the network for `sample` at `timestep`, shape `(B, C, H, W)`.
+            timestep: One of `self.timesteps`.
+            sample: An estimate of :math:`x_t`, such as `below`, same shape.
+            below: The images at the timestep below, or :math:`x_0` below the last one, same shape.
+
+        Returns:
+            A better estimate of :math:`x_t`, float32.
+
+        Raises:
+            ValueError: As of `DDPMScheduler.step`.
+        """
+        t, x_t, prediction, _ = self._read(model_output, timestep, sample)
+        _, x_start = self._estimate(prediction, x_t, t)
+        return self._chain.ddim_inverse(self._chain.predict_eps(x_start, x_t, t), below, t - 1, t)

@@ -50,7 +50,10 @@ def test_help_is_printed_before_anything_slow_is_imported(command):
         ("reproduce step", "hf-ddpm reproduce: error: unknown command 'step': did you mean steps?"),
         ("reproduce steps --modle m", "hf-ddpm reproduce: error: unknown option --modle: did you mean --model?"),
         ("trian", "hf-ddpm: error: unknown command 'trian': did you mean train?"),
-        ("frobnicate", "hf-ddpm: error: unknown command 'frobnicate': expected one of train, sample, evaluate, push"),
+        (
+            "frobnicate",
+            "hf-ddpm: error: unknown command 'frobnicate': expected one of train, sample, edit, evaluate, push",
+        ),
     ],
 )
 def test_a_wrong_word_is_one_line_before_anything_slow_is_imported(words, error):

@@ -1,3 +1,4 @@
+import io
 import math
 import struct
 import threading
@@ -174,6 +175,69 @@ def test_the_noise_between_images_is_a_stream_of_its_own_seed(tiny_unet):
             to_signed(first), to_signed(second), 10, [0.0, 1.0], generator(0, SAMPLES, 0), output_type="pt"
         )
     assert not torch.equal((of_the_samples * 255).round().to(torch.uint8), between(0))
+
+
+def png(image):
+    with io.BytesIO() as file:
+        image.save(file, format="PNG")
+        return file.getvalue()
+
+
+def painted(mask, scale):
+    """Returns a layer on which pixels are painted, as the editor gives it."""
+    layer = np.zeros((*mask.shape, 4), np.uint8)
+    layer[mask.numpy()] = 224, 64, 64, 255
+    return png(Image.fromarray(layer).resize((8 * scale, 8 * scale), Image.Resampling.NEAREST))
+
+
+@pytest.mark.parametrize("scale", [1, 60])
+def test_a_drawing_is_the_image_and_what_is_painted(demo, scale):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    background = Image.fromarray(pixels).resize((8 * scale, 8 * scale), Image.Resampling.NEAREST).convert("RGBA")
+    first, second = torch.zeros(2, 8, 8, dtype=torch.bool)
+    first[5:], second[0, 3] = True, True
+    image, mask = demo.read_drawing(png(background), [painted(first, scale), painted(second, scale)])
+    assert np.array_equal(image[0, 0], pixels) and torch.equal(mask, first | second)
+
+
+def test_what_cannot_be_inpainted_is_said(demo):
+    image, layer = png(Image.new("RGB", (8, 8))), painted(torch.ones(8, 8, dtype=torch.bool), 1)
+    noise = png(Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200), np.uint8)))
+    for drawing, message in [
+        ((None, [layer]), "image is missing: upload one, or sample one"),
+        ((image, []), "nothing is painted: paint over the part to fill"),
+        ((image, [painted(torch.zeros(8, 8, dtype=torch.bool), 1)]), "nothing is painted"),
+        ((b"no image", [layer]), "image: unknown image format"),
+        ((image, [b"no image"]), "layer: unknown image format"),
+        ((noise[: len(noise) // 2], [layer]), "image: image file is truncated"),
+        ((png(Image.new("RGB", (4, 4))), [layer]), "image: 4x4 is smaller than resolution=8"),
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            demo.read_drawing(*drawing)
+        assert "\n" not in str(caught.value)
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    for count, passes, message in [
+        (0, 5, "count=0: expected"),
+        (1, 21, "passes=21: expected a whole number from 1 to"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            demo.inpaint(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), mask, count, passes, demo.read(0, 5, "ddpm"))
+
+
+def test_fills_are_those_of_the_pipeline_and_keep_the_rest(class_demo):
+    image = torch.randint(256, (1, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[4:] = True
+    moments = list(class_demo.inpaint(image, mask, 3, 2, class_demo.read(7, 10, "ddpm", ["two", "zero"], 2.0)))
+    # Jumps of a fifth of 10 steps: from 0, 2, 4 and 6.
+    assert moments[-1].steps == 10 + 4 * 2 and moments[-1].step == moments[-1].steps
+    fills = moments[-1].images
+    assert torch.equal(fills[..., ~mask], image[..., ~mask].expand(3, -1, -1))
+    expected = class_demo.pipe.inpaint(
+        to_signed(image).expand(3, -1, -1, -1), mask, [generator(7, SAMPLES, i) for i in range(3)], 10,
+        jump_length=2, jump_n_sample=2, class_labels=["two", "zero", "two"], guidance_scale=2.0, output_type="pt",
+    ).images  # fmt: skip
+    assert torch.equal(fills, to_bytes(expected))
 
 
 def test_classes_go_by_name_and_in_turn(class_demo):

@@ -57,8 +57,7 @@ def test_frames_are_spread_from_the_first_step_to_the_images(steps, monkeypatch)
     monkeypatch.setattr("hf_ddpm.demo.preview.PAUSE", float("inf"))
 
     class Chain:
-        class scheduler:
-            timesteps = range(steps)
+        num_timesteps = steps
 
     def work(callback_on_step_end, callback_on_step_end_tensor_inputs):
         assert {"latents", "pred_original_sample"} <= set(callback_on_step_end_tensor_inputs)

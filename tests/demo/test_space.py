@@ -1,7 +1,9 @@
 import asyncio
+import io
 import threading
 from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +62,36 @@ def test_between_uploaded_images_are_these(app, demo, tmp_path):
     ends = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 8, 8)
     *_, last = demo.interpolate(ends[:1], ends[1:], 0, 2, demo.read(0, 5, "ddpm"))
     assert picture == row([ends[0], *last.images, ends[1]], (8, 8))
+
+
+def test_a_sampled_image_is_painted_on_and_filled(app, demo):
+    ((background, progress),) = app.answer(app.sample_background, demo)(4, 5, "ddpm", [], 1)
+    *_, sampled = demo.generate(demo.read(4, 5, "ddpm"), 1)
+    assert background.size == app.canvas(demo) == (480, 480) and "step 5 of 5" in progress
+    layer = Image.new("RGBA", (480, 480))
+    layer.paste("red", (0, 240, 480, 480))
+    # What the browser sends: files, or blobs by an id.
+    editor, files = app.editor(demo), []
+    for image in (background, layer):
+        with io.BytesIO() as file:
+            image.save(file, format="PNG")
+            files.append(file.getvalue())
+    editor.blob_storage["1"] = SimpleNamespace(background=files[0], layers=[None, files[1]])
+    sent = SimpleNamespace(id="1", background=None, layers=[])
+    drawing = editor.preprocess(sent)
+    assert drawing == (files[0], [files[1]]) and editor.blob_storage == {}
+    for place in range(100):
+        editor.blob_storage[f"{place}"] = sent
+    assert list(editor.blob_storage) == [f"{place}" for place in range(100 - app.WAITING, 100)]
+    editor.blob_storage.clear()
+    assert editor.preprocess(None) == editor.preprocess(sent) == (None, [])
+
+    *_, (images, progress) = app.answer(app.inpaint, demo)(drawing, 2, 1, 0, 5, "ddpm", [], 1)
+    mask = torch.arange(8).view(8, 1).expand(8, 8) >= 4
+    *_, last = demo.inpaint(sampled.images, mask, 2, 1, demo.read(0, 5, "ddpm"))
+    assert images.tobytes() == sheet(last.images).tobytes() and progress == progress_bar(last)
+    with pytest.raises(app.gr.Error, match="image is missing: upload one, or sample one"):
+        list(app.answer(app.inpaint, demo)((None, []), 2, 1, 0, 5, "ddpm", [], 1))
 
 
 def test_random_seeds_are_sampled_and_shown(app, demo):

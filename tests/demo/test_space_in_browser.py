@@ -275,6 +275,37 @@ def test_two_seeds_and_two_images_are_interpolated(page, rows, tmp_path):
     assert not any(map(np.array_equal, between_seeds, between_images))
 
 
+@pytest.mark.parametrize("page", [DESKTOP, PHONE], indirect=True)
+def test_what_is_painted_over_is_filled(page, trained, tmp_path):
+    page.get_by_role("tab", name="Inpaint").click()
+    press(page, "Inpaint")
+    page.get_by_text("image is missing: upload one, or sample one").first.wait_for()
+    fill(page, "Steps (1 to 1000)", 5)
+    press(page, "Sample an image")
+    wait_for(page, "step 5 of 5")
+    page.locator(".editor").get_by_label("Brush", exact=True).click()
+    left, top, right, bottom = boxes(page, ".editor canvas")[0]
+    page.mouse.move((left + right) / 2, (top + bottom) / 2)
+    page.mouse.down()
+    page.mouse.move((left + right) / 2 + 20, (top + bottom) / 2, steps=10)
+    page.mouse.up()
+    press(page, "Inpaint")
+    # The stroke reaches the server some time after the mouse is up: until then, nothing is painted.
+    page.wait_for_function("[...document.querySelectorAll('.picture img')].some(one => one.offsetParent)")
+    wait_for(page, "step 21 of 21")
+    page.screenshot(path=tmp_path / "inpaint.png", full_page=True)
+    grid = download(page)
+    scale = 768 // 16
+    tiles = [grid[6 + y * (8 * scale + 6) :, 6 + x * (8 * scale + 6) :][: 8 * scale : scale, : 8 * scale : scale]
+             for y in (0, 1) for x in (0, 1)]  # fmt: skip
+    demo = Demo(DDPMPipeline.from_pretrained(trained), "model")
+    *_, sampled = demo.generate(demo.read(0, 5, "ddpm"), 1)
+    is_kept = np.all([tile == tiles[0] for tile in tiles], axis=0)
+    assert is_kept[[0, -1]].all() and is_kept[:, [0, -1]].all() and not is_kept[3:5, 3:5].any()
+    # The browser blends the border of the canvas with what is behind it.
+    assert np.abs(tiles[0].astype(int) - sampled.images[0, 0].numpy())[is_kept].max() <= 8
+
+
 def test_what_is_typed_wrong_is_said(page, tmp_path):
     def is_said(button, message):
         press(page, button)

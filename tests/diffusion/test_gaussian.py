@@ -40,6 +40,27 @@ def test_q_sample_is_the_composition_of_single_steps(process):
         torch.testing.assert_close(diffusion.q_sample(0 * ONE, t, ONE) ** 2, variance * ONE, rtol=1e-9, atol=0)
 
 
+def test_a_jump_is_the_composition_of_the_steps_in_between(process):
+    diffusion, alpha_bars = process
+    betas, _ = single_steps(alpha_bars)
+    for first in (-1, 0, 2, len(diffusion) - 2):
+        mean, variance = 1.0, 0.0
+        for t in range(first + 1, len(diffusion)):
+            mean = mean * (1 - betas[t]).sqrt()
+            variance = (1 - betas[t]) * variance + betas[t]
+            torch.testing.assert_close(diffusion.q_jump(ONE, first, t, 0 * ONE), mean * ONE, rtol=1e-9, atol=0)
+            torch.testing.assert_close(diffusion.q_jump(0 * ONE, first, t, ONE) ** 2, variance * ONE, rtol=1e-9, atol=0)
+
+
+def test_inverse_ddim_steps_are_undone_by_ddim_steps(process):
+    diffusion, _ = process
+    x_s, eps = 0.3 * ONE, -1.2 * ONE
+    for t in (0, 1, len(diffusion) - 1):
+        x_t = diffusion.ddim_inverse(eps, x_s, t - 1, t)
+        x_start = diffusion.predict_start(eps, x_t, t)
+        torch.testing.assert_close(diffusion.ddim_posterior(x_start, x_t, t, 0.0)[0], x_s, rtol=1e-9, atol=0)
+
+
 def test_q_posterior_is_bayes(process):
     # q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0): precisions add, and so do
     # precision-weighted means. At t = 0 the second factor is a point.
@@ -178,6 +199,11 @@ def test_wrong_arguments_are_refused():
         diffusion.predict_start(ONE, ONE, 0, "eps")
     with pytest.raises(ValueError, match="variance_type='learnt' is not allowed: one of fixed_small"):
         diffusion.log_var(0, ONE, "learnt")
+    for s, t, message in ((3, 3, r"t=3 is not in \[4, "), (-2, 3, r"t=-2 is not in \[-1, "), (0, 1000, r"t=1000 is")):
+        with pytest.raises(ValueError, match=message):
+            diffusion.q_jump(ONE, s, t, ONE)
+        with pytest.raises(ValueError, match=message):
+            diffusion.ddim_inverse(ONE, ONE, s, t)
     with pytest.raises(ValueError, match="variance_type='learned' needs a network with twice the channels"):
         diffusion.log_var(0, ONE, "learned")
 

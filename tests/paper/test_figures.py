@@ -9,16 +9,20 @@ import torch
 from PIL import Image
 
 from hf_ddpm import DDPMScheduler
+from hf_ddpm.data.sources import choose
 from hf_ddpm.evaluation.precision_recall import nearest
+from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.images import to_signed
 from hf_ddpm.paper import everything
 from hf_ddpm.paper.context import sheet
+from hf_ddpm.paper.inpainting import hidden_parts, inpainting
 from hf_ddpm.paper.interpolate import interpolate, unlike
 from hf_ddpm.paper.lossy_reconstruct import lossy_reconstruct
 from hf_ddpm.paper.nearest_neighbors import as_points, nearest_neighbors
 from hf_ddpm.paper.options import (
     FIGURES,
     AllOptions,
+    InpaintingOptions,
     InterpolateOptions,
     LossyReconstructOptions,
     NearestNeighborsOptions,
@@ -35,6 +39,7 @@ from hf_ddpm.paper.shared_latent import shared_latent
 from hf_ddpm.paper.steps import steps
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.plots import save_curves
+from hf_ddpm.utils.seeds import FIGURES as FIGURE_NOISE
 from hf_ddpm.utils.seeds import SAMPLES, generator
 from tests.conftest import load_script
 from tests.paper.conftest import T
@@ -242,6 +247,40 @@ def test_lossy_reconstructions_have_the_distortions_of_their_moment(knowing):
     assert early["rmse_of_estimates"] == pytest.approx(bound["distortion"][1], rel=0.2)
 
 
+def test_fills_keep_the_known_pixels_and_their_distances_are_those_of_the_pipeline(knowing):
+    short = {"jump_length": 2, "jump_n_sample": 3}
+    inpainting(knowing, InpaintingOptions(num_images=2, fills=3, **short))
+    found = {row["mask"]: row for row in written(knowing, "inpainting")["masks"]}
+    assert [row["filled"] for row in found.values()] == [0.5, 0.25, 0.5, 0.75]
+    # 8 rows of 6 tiles: the image, what is known, 3 fills, and one without jumps.
+    page = np.asarray(Image.open(knowing.folder / "inpainting.png"))
+    tiles = page[-8 * 70 :, -6 * 70 :].reshape(8, 70, 6, 70).transpose(0, 2, 1, 3)[:, :, :64:8, :64:8].astype(int)
+    for place, mask in enumerate(hidden_parts(8, 8).values()):
+        for row in tiles[2 * place : 2 * place + 2]:
+            image, masked, fills = row[0], row[1], row[2:]
+            assert (masked[mask] == 128).all() and (masked[~mask] == image[~mask]).all()
+            assert (fills[:, ~mask] == image[~mask]).all() and (fills[0] != fills[1])[mask].mean() > 0.5
+    chosen = torch.tensor(choose(899, 2, METRIC_SEED))
+    images = to_signed(knowing.reference("nll").held_out[chosen], 17)
+    mask = hidden_parts(8, 8)["square"]
+    sources = [generator(0, FIGURE_NOISE, i) for i in range(6)]
+    fills = knowing.pipe.inpaint(
+        images.repeat_interleave(3, 0), mask, sources, T, **short, output_type="pt"
+    ).images  # fmt: skip
+    parts = fills.view(2, 3, 1, 8, 8)[..., mask].double().numpy()
+    real = (images[:, None, :, mask].double().numpy() + 1) / 2
+    pairs = [np.square(parts[:, i] - parts[:, j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert found["square"]["rmse"] == pytest.approx(255 * np.sqrt(np.square(parts - real).mean()), rel=1e-4)
+    assert found["square"]["rmse_between_fills"] == pytest.approx(255 * np.sqrt(np.mean(pairs)), rel=1e-4)
+    assert found["square"]["rmse_without_jumps"] != found["square"]["rmse"]
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 7), (32, 24)])
+def test_masks_fit_any_size(size):
+    for mask in hidden_parts(*size).values():
+        assert mask.shape == size and mask.dtype == torch.bool and 0 < mask.sum() < mask.numel()
+
+
 def test_neighbors_are_those_of_the_training_images(context):
     nearest_neighbors(context, NearestNeighborsOptions(num_images=6))
     figures = written(context, "nearest-neighbors")
@@ -341,6 +380,8 @@ def test_one_report_holds_all_figures(context):
             lambda: LossyReconstructOptions(num_images=900),
             "num_images=900 is not allowed: at most the 899",
         ),
+        (inpainting, lambda: InpaintingOptions(fills=1), "fills=1 is not allowed: at least 2"),
+        (inpainting, lambda: InpaintingOptions(jump_length=0), "jump_length=0 is not allowed: at least 1"),
         (nearest_neighbors, lambda: NearestNeighborsOptions(num_images=1), "num_images=1 is not allowed: at least 2"),
         (
             schedules,
@@ -360,6 +401,7 @@ def test_other_schedulers_are_refused_by_name(context):
 
     context.pipe.scheduler = diffusers.DDIMScheduler.from_config(context.pipe.scheduler.config)
     for make, options in [(interpolate, InterpolateOptions()), (shared_latent, SharedLatentOptions()),
+                          (inpainting, InpaintingOptions()),
                           (rate_distortion, RateDistortionOptions()), (schedules, SchedulesOptions())]:  # fmt: skip
         with pytest.raises(ValueError, match="needs a DDPMScheduler, not (a|the) DDIMScheduler"):
             make(context, options)

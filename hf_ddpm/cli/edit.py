@@ -1,0 +1,27 @@
+"""Edit pictures with a model: fill a part of them, vary them, or find their noise.
+
+    hf-ddpm edit inpaint --model runs/digits --images photos --masks mask.png --output out
+    hf-ddpm edit vary --model org/name --images photo.png --strength 0.4 --output out
+    hf-ddpm edit invert --model org/name --images photos --num_inference_steps 250 --output out
+
+The folder gets a PNG per picture, with its name, grid.png of the first ones before and after, and edit.json with the
+settings; invert adds the noise of each picture as .npy. Under accelerate launch, processes share the pictures.
+"""
+
+from hf_ddpm.sampling.options import EditConfig, InpaintConfig, InvertConfig, VaryConfig
+from hf_ddpm.utils.options import parse_command
+
+COMMANDS: dict[str, tuple[type, ...]] = {
+    "inpaint": (EditConfig, InpaintConfig),
+    "vary": (EditConfig, VaryConfig),
+    "invert": (EditConfig, InvertConfig),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; return the exit code."""
+    _, (config, options) = parse_command(argv, COMMANDS, doc=__doc__)
+    from hf_ddpm.sampling.edits import edit_pictures  # takes seconds
+
+    edit_pictures(config, options)
+    return 0

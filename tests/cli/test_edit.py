@@ -1,0 +1,138 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_ddpm import DDIMScheduler, DDPMPipeline
+from hf_ddpm.utils.seeds import SAMPLES, generator
+from tests.conftest import load_script
+
+SHORT = ["--jump_length", "1", "--jump_n_sample", "2", "--num_inference_steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def main():
+    return load_script("edit").main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of pictures, and one of a mask for each: the lower half, none, the upper half."""
+    path = tmp_path_factory.mktemp("pictures")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
+    masks = np.zeros((3, 8, 8), np.uint8)
+    masks[0, 4:], masks[2, :4] = 255, 255
+    for name, images in (("pictures", pixels), ("masks", masks)):
+        (path / name).mkdir()
+        for letter, image in zip("abc", images, strict=True):
+            Image.fromarray(image).save(path / name / f"{letter}.png")
+    return path
+
+
+def loaded(folder, names="abc"):
+    return np.stack([np.asarray(Image.open(folder / f"{name}.png")) for name in names])
+
+
+def test_pictures_are_filled_where_their_masks_are_white(main, trained, folder, tmp_path):
+    words = ["inpaint", "--model", str(trained), "--images", str(folder / "pictures"), "--seed", "3", *SHORT]
+    assert main([*words, "--masks", str(folder / "masks"), "--output", str(tmp_path / "all")]) == 0
+    found, pixels, is_filled = loaded(tmp_path / "all"), loaded(folder / "pictures"), loaded(folder / "masks") > 0
+    assert np.array_equal(found[~is_filled], pixels[~is_filled]) and (found != pixels)[is_filled].mean() > 0.9
+
+    pipe = DDPMPipeline.from_pretrained(trained)
+    pipe.set_progress_bar_config(disable=True)
+    sources = [generator(3, SAMPLES, i) for i in range(3)]
+    pictures = [Image.fromarray(image) for image in pixels]
+    expected = pipe.inpaint(pictures, is_filled, sources, 3, jump_length=1, jump_n_sample=2).images
+    assert np.array_equal(found, np.stack([np.asarray(picture) for picture in expected]))
+
+    assert main([*words, "--masks", str(folder / "masks"), "--output", str(tmp_path / "b"), "--batch_size", "2"]) == 0
+    assert np.array_equal(loaded(tmp_path / "b"), found)
+    record = json.loads((tmp_path / "all" / "edit.json").read_text())
+    assert record["edit"] == "inpaint" and record["seed"] == 3 and record["num_inference_steps"] == 3
+    assert Image.open(tmp_path / "all" / "grid.png").size[1] == 6 + 3 * 70
+    page = np.asarray(Image.open(tmp_path / "all" / "grid.png"))[-3 * 70 :, -3 * 70 :]  # a row of tiles each
+    tiles = page.reshape(3, 70, 3, 70).transpose(0, 2, 1, 3)[:, :, :64:8, :64:8]
+    assert np.array_equal(tiles, [pixels, np.where(is_filled, 128, pixels), found])
+
+
+def test_one_mask_serves_all_pictures_and_one_picture_needs_no_folder(main, trained, folder, tmp_path):
+    mask = folder / "masks" / "a.png"
+    words = ["inpaint", "--model", str(trained), "--masks", str(mask), *SHORT]
+    main([*words, "--images", str(folder / "pictures"), "--output", str(tmp_path / "all")])
+    main([*words, "--images", str(folder / "pictures" / "a.png"), "--output", str(tmp_path / "one")])
+    found, pixels = loaded(tmp_path / "all"), loaded(folder / "pictures")
+    assert np.array_equal(found[:, :4], pixels[:, :4]) and all((found != pixels)[:, 4:].mean((1, 2)) > 0.9)
+    assert np.array_equal(loaded(tmp_path / "one", "a"), found[:1])
+
+
+def test_variations_are_those_of_the_pipeline(main, trained, folder, tmp_path):
+    words = ["--model", str(trained), "--images", str(folder / "pictures"), "--output", str(tmp_path / "out")]
+    main(["vary", *words, "--strength", "0.01", "--num_inference_steps", "4"])
+    pipe = DDPMPipeline.from_pretrained(trained)
+    pipe.set_progress_bar_config(disable=True)
+    pictures = [Image.open(folder / "pictures" / f"{name}.png") for name in "abc"]
+    sources = [generator(0, SAMPLES, i) for i in range(3)]
+    expected = pipe.vary(pictures, 0.01, sources, num_inference_steps=4)
+    assert np.array_equal(loaded(tmp_path / "out"), np.stack([np.asarray(picture) for picture in expected]))
+
+
+def test_the_noise_of_a_picture_makes_it_again(main, trained, folder, tmp_path, capsys):
+    words = ["--model", str(trained), "--images", str(folder / "pictures"), "--output", str(tmp_path / "out")]
+    main(["invert", *words, "--num_inference_steps", "5", "--num_iterations", "1"])
+    pipe = DDPMPipeline.from_pretrained(trained)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    page = np.asarray(Image.open(tmp_path / "out" / "grid.png"))[-2 * 70 : -70, -3 * 70 :]
+    noise = torch.tensor(np.stack([np.load(tmp_path / "out" / f"{name}.npy") for name in "abc"]))
+    assert noise.dtype == torch.float32 and noise.shape == (3, 1, 8, 8)
+    drawn = page.reshape(70, 3, 70).transpose(1, 0, 2)[:, :64:8, :64:8]
+    assert np.abs(drawn - (noise[:, 0] / 2 + 0.5).clamp(0, 1).numpy() * 255).max() <= 1
+    found = loaded(tmp_path / "out")
+    made = pipe(3, latents=noise, num_inference_steps=5).images
+    assert np.abs(np.stack([np.asarray(picture) for picture in made]).astype(int) - found).max() <= 1
+    error = np.sqrt(np.square(found.astype(float) - loaded(folder / "pictures")).mean())
+    assert f"are within {error:.3g} of the pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "the following arguments are required: command"),
+        ("inpant --model m", "unknown command 'inpant': did you mean inpaint?"),
+        ("vary --model m", "the following arguments are required: --images, --output"),
+        ("inpaint --model m --images pictures --output o", "the following arguments are required: --masks"),
+        ("vary --model m --images nowhere --output o", "images='nowhere' is not allowed: there is no such file"),
+        ("vary --model m --images pictures --output masks", "output='masks' is not allowed: a new or empty folder"),
+        ("vary --model m --images pictures --output o --strength 0", "strength=0.0 is not allowed: above 0, at most 1"),
+        ("vary --model m --images pictures --output o --masks masks", "unknown option --masks"),
+        ("inpaint --model m --images pictures --output o --masks no", "masks='no' is not allowed: there is no such"),
+        ("inpaint --model MODEL --images pictures --output o --masks large.png",
+         r"large.png cannot be used: masks of shape \(9, 9\) are not allowed"),
+        ("inpaint --model MODEL --images pictures --output o --masks few", "there is no mask b.png for pictures/b.png"),
+        ("inpaint --model MODEL --images pictures --output o --masks text.png", "text.png cannot be used: it is no im"),
+        ("inpaint --model MODEL --images text.png --output o --masks masks", "text.png cannot be used: it is no image"),
+        ("vary --model MODEL --images empty --output o", "images='empty' is not allowed: there are no pictures in it"),
+        ("vary --model MODEL --images twice --output o", "a.jpg and a.png have the same name"),
+        ("vary --model MODEL --images pictures --output o --strength 0.01 --num_inference_steps 11",
+         "num_inference_steps=11 is not allowed: at most the 10 steps of strength=0.01"),
+        ("invert --model MODEL --images pictures --output o --num_inference_steps 1001",
+         "num_inference_steps=1001 is not allowed: 1 to 1000"),
+    ],
+)  # fmt: skip
+def test_wrong_requests_are_one_line(main, trained, folder, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pictures", "masks"):
+        (tmp_path / name).symlink_to(folder / name)
+    for name in ("few", "empty", "twice"):
+        (tmp_path / name).mkdir()
+    one = Image.open(folder / "masks" / "a.png")
+    for file in ("few/a.png", "twice/a.png", "twice/a.jpg", "empty/grid.png", "empty/.a.png"):
+        one.save(file)
+    Image.new("L", (9, 9)).save("large.png")
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match=message) as caught:
+        main(words.replace("MODEL", str(trained)).split())
+    assert "\n" not in str(caught.value) and not (tmp_path / "o").exists()
