@@ -25,7 +25,8 @@ def passes(monkeypatch):
         original = kind.forward
 
         def forward(self, *args, **more):
-            bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+            cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+            bf16 = cast or self.conv_in.weight.dtype == torch.bfloat16
             found.add((kind, torch.is_grad_enabled(), bf16))
             return original(self, *args, **more)
 
@@ -60,8 +61,8 @@ def test_all_have_one_precision_by_default(benchmark, passes):
 
 
 def test_auto_is_what_the_package_chooses(benchmark, monkeypatch):
-    def choose(network, shape, batch, training):
-        assert type(network) is UNet2DModel and shape == (1, 8, 8)
+    def choose(network, shape, batch, training, compiled):
+        assert type(network) is UNet2DModel and shape == (1, 8, 8) and not compiled
         bf16 = training or batch == 1
         return Choice("bf16", "bf16 pays") if bf16 else Choice("no", "float32 is faster")
 
