@@ -223,7 +223,7 @@ class Demo:
         own.scheduler = find_scheduler(own, "ddpm", steps)
 
         def work(**options: Any) -> Tensor:
-            with autocast(own.device, sampling.mixed_precision):
+            with in_precision(own, sampling.mixed_precision):
                 unit = own.inpaint(
                     to_signed(image).expand(fills, -1, -1, -1),
                     mask,
