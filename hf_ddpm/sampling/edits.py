@@ -17,9 +17,10 @@ from hf_ddpm.data.pictures import open_picture
 from hf_ddpm.data.scan import image_suffixes, sort_out
 from hf_ddpm.data.transforms import ImageFormat
 from hf_ddpm.images import check_picture, grid, read_masks, save_picture, to_bytes, to_pil, to_signed, to_unit
-from hf_ddpm.models.precision import autocast, choose_precision, on_main_process
+from hf_ddpm.models.precision import choose_precision, on_main_process
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum, provenance
+from hf_ddpm.sampling.generate import in_precision
 from hf_ddpm.sampling.options import EditConfig, InpaintConfig, InvertConfig, Sampling, VaryConfig
 from hf_ddpm.sampling.samplers import find_scheduler
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
@@ -74,7 +75,7 @@ def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | Inve
         choice = on_main_process(lambda: choose_precision(pipe.unet, pipe.image_shape, config.batch_size))
         state.print(choice.line)
         precision = choice.precision
-    with autocast(state.device, precision):
+    with in_precision(pipe, precision):
         edit_batches(config, edit, files, pixels, Sampling(class_labels=config.class_labels).labels(pipe), state)
     if state.is_main_process:
         settings = {**asdict(config), **asdict(options), "mixed_precision": precision}
