@@ -17,7 +17,8 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 PRECISION_NAMES = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
 # Speed of bf16 relative to float32 from which it is chosen: above the noise of a measurement.
 GAIN = 1.15
-# Operations per image below which bf16 is not tried: casts and calls take most of the time.
+# Operations per image, of compiled networks per pass, below which bf16 is not tried: casts and calls take most of the
+# time.
 FEWEST_FLOPS = 2e8
 # Operations of a measured forward pass: a fraction of a second on a CPU core, more than the calls take on a GPU.
 MEASURED_FLOPS = {"cpu": 1.6e10, "cuda": 2e12}
@@ -61,19 +62,19 @@ def choose_precision(
         batch: Batch size of a pass; on a CPU fewer images, and smaller ones, are measured.
         training: Whether to measure a forward and a backward pass instead of one without gradients.
         compiled: Whether it is for sampling with a compiled network: `bf16` without a measurement, since fused casts
-            cost nothing.
+            cost nothing, unless a pass is tiny.
     """
     weight = next(network.parameters())
     if weight.dtype != torch.float32:
         return Choice("no", f"precision {str(weight.dtype).removeprefix('torch.')}: that of the weights")
     if not has_bf16(weight.device):
         return Choice("no", f"precision float32: no native bf16 on this {weight.device.type.upper()} device")
-    if compiled:
-        return Choice("bf16", "precision bf16: faster in compiled networks on this device")
     # An upper bound: each weight is multiplied and added at most once per pixel.
     most_flops = 2 * sum(weight.numel() for weight in network.parameters()) * shape[-2] * shape[-1]
-    if most_flops < FEWEST_FLOPS:
+    if most_flops * (batch if compiled else 1) < FEWEST_FLOPS:
         return Choice("no", "precision float32: the network is too small for bf16 to pay")
+    if compiled:
+        return Choice("bf16", "precision bf16: faster in compiled networks on this device")
     try:
         gain = measure_gain(network, shape, batch, training)
     except RuntimeError as error:

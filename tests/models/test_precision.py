@@ -98,11 +98,12 @@ def test_what_cannot_pay_is_not_measured(monkeypatch, tiny_unet):
     assert choose_precision(tiny_unet, SHAPE, batch=4) == Choice("no", line)
 
 
-def test_bf16_is_taken_for_a_compiled_network_where_the_device_has_it(monkeypatch, tiny_unet):
+def test_bf16_is_taken_for_a_compiled_network_where_the_device_has_it(monkeypatch):
     monkeypatch.setattr(precision, "measure_gain", fail)
-    for has, expected in ((True, "bf16"), (False, "no")):
+    digits = UNet2DModel(**Config.of(preset="digits").unet())
+    for has, batch, expected in ((True, 64, "bf16"), (True, 1, "no"), (False, 64, "no")):
         monkeypatch.setattr(precision, "has_bf16", lambda device, found=has: found)
-        assert choose_precision(tiny_unet, SHAPE, batch=4, compiled=True).precision == expected
+        assert choose_precision(digits, SHAPE, batch, compiled=True).precision == expected
 
 
 def test_the_presets_of_color_images_are_measured(monkeypatch):
