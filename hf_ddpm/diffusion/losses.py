@@ -67,7 +67,14 @@ class Objective:
             raise ValueError("objective='min_snr' is not allowed with prediction_type='mean'")
 
     def __call__(
-        self, diffusion: GaussianDiffusion, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor, x_t: Tensor
+        self,
+        diffusion: GaussianDiffusion,
+        output: Tensor,
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        x_t: Tensor,
+        classes: Tensor | None = None,
     ) -> Tensor:
         """Evaluates the objective.
 
@@ -78,6 +85,7 @@ class Objective:
             t: Their steps, int64, shape `(B,)`.
             noise: What they were diffused with, shape of `x_start`.
             x_t: The diffused images, same shape.
+            classes: Not used; `Distillation` has the same arguments.
 
         Returns:
             The loss of each image, float32, shape `(B,)`.

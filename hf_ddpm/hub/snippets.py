@@ -18,9 +18,10 @@ STOCK_STEPS = 1000  # of diffusers.DDPMPipeline, whatever the model's T
 def obstacle(pipe: Any) -> str | None:
     """Return why `diffusers.DDPMPipeline` cannot sample from a model as `hf_ddpm` does, None if it can."""
     scheduler, config = pipe.scheduler, pipe.scheduler.config
-    if type(scheduler) not in (DDPMScheduler, diffusers.DDPMScheduler):
+    is_distilled = type(scheduler) is diffusers.DDIMScheduler and pipe.config.get("num_inference_steps")
+    if not is_distilled and type(scheduler) not in (DDPMScheduler, diffusers.DDPMScheduler):
         return f"it does not sample with the {type(scheduler).__name__} of this model"
-    if config.variance_type == "learned":
+    if config.get("variance_type") == "learned":
         return "it does not support a learned variance"
     if config.prediction_type == "mean":
         return "it does not support predictions of the mean"
@@ -45,7 +46,7 @@ def sampling_call(pipe: Any, stock: bool) -> str:
             arguments.append("guidance_scale=2.0")
     else:
         arguments = ["batch_size=4"]
-    steps = pipe.scheduler.config.num_train_timesteps
+    steps = pipe.default_steps
     if stock and steps != STOCK_STEPS:
         arguments.append(f"num_inference_steps={steps}")
     if pipe.unet.config.in_channels not in MODES:
