@@ -10,7 +10,10 @@ from typing import NoReturn
 import hf_ddpm
 from hf_ddpm.utils.launch import end_quietly, run_script
 
-COMMANDS = ("train", "distill", "sample", "evaluate", "push", "export", "status", "convert", "reproduce", "demo", "presets")
+COMMANDS = (
+    *("train", "distill", "sample", "evaluate", "push", "export", "status", "convert", "reproduce", "demo"),
+    "presets",
+)
 
 
 def run(command: str) -> NoReturn:

@@ -5,8 +5,8 @@
     accelerate launch -m hf_ddpm distill --model runs/classes --guidance_scale 2 --steps 4 --output runs/classes-4
 
 A stage per halving of the steps is a training run in a folder of its own, such as 64-steps/ in the output; its teacher
-is the stage before. The same command resumes. Options of hf-ddpm train count for each stage, --max_train_steps too; data,
-batch size and learning rate are those of the run of the model by default.
+is the stage before. The same command resumes. Options of hf-ddpm train are those of each stage, --max_train_steps too;
+data, batch size and learning rate are those of the run of the model by default.
 """
 
 from dataclasses import dataclass

@@ -15,8 +15,17 @@ from datasets import ClassLabel, Dataset, Features, Image
 from hf_ddpm.cli.distill import DistillConfig
 from hf_ddpm.cli.export import write_model
 from hf_ddpm.cli.session import print_end, train_session
-from hf_ddpm.config import PARTS, Config, DataConfig, DiffusionConfig, DistillationConfig, ModelConfig
-from hf_ddpm.config import Sources, parse_config, words_of
+from hf_ddpm.config import (
+    PARTS,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    DistillationConfig,
+    ModelConfig,
+    Sources,
+    parse_config,
+    words_of,
+)
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.pipelines.runs import average_name
 from hf_ddpm.sampling.generate import fill_folder

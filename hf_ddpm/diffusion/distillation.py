@@ -33,8 +33,10 @@ def halved(diffusion: GaussianDiffusion, steps: int) -> tuple[GaussianDiffusion,
     total = len(diffusion)
     if not 1 <= 2 * steps <= total:
         raise ValueError(f"student_steps={steps} is not allowed: 1 to {total // 2}, half of the {total} of the process")
-    student, teacher = (diffusion.respaced(trailing_timesteps(total, count)) for count in (steps, 2 * steps))
-    return student, teacher
+    student, teacher = (trailing_timesteps(total, count) for count in (steps, 2 * steps))
+    if teacher[::2] != student:  # by rounding
+        raise ValueError(f"student_steps={steps} is not allowed: a divisor of {total}, times 1, 2, 4, ...")
+    return diffusion.respaced(student), diffusion.respaced(teacher)
 
 
 def truncated_snr(diffusion: GaussianDiffusion, t: Tensor, like: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def trailing_timesteps(total: int, count: int) -> list[int]:
 
     .. math:: \tau_i = \operatorname{round}(T - i \, T / S) - 1, \quad i = 0, \dots, S - 1
 
-    Every second of `2 * count` timesteps is one of `count`.
+    If `count` is a divisor of `total` times a power of two, every second of `2 * count` timesteps is one of `count`.
 
     Args:
         total: Number :math:`T` of diffusion steps.

@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from hf_ddpm.config import option_types, with_past_defaults
 from hf_ddpm.hub.figures import rows
 from hf_ddpm.hub.push import FURTHER
-from hf_ddpm.hub.stages import stages_of
 from hf_ddpm.hub.snippets import ADDRESS, INSTALL, literal, obstacle, sampling_call
+from hf_ddpm.hub.stages import stages_of
 from hf_ddpm.models.precision import PRECISION_NAMES
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum
