@@ -187,7 +187,7 @@ class TrainingConfig:
         auto=True,
     )
     gradient_accumulation_steps: int = option("forward passes per optimizer step", 1)
-    objective: Literal["simple", "vlb", "hybrid", "min_snr"] = option("training objective", "simple")
+    objective: Literal["simple", "vlb", "hybrid", "min_snr", "truncated_snr"] = option("training objective", "simple")
     learning_rate: float = option("learning rate of Adam after the warm-up", 2e-4)
     lr_schedule: Literal["constant", "cosine", "linear", "polynomial"] = option(
         "learning rate after the warm-up; all but constant end at zero", "constant"
@@ -308,7 +308,12 @@ class DistillationConfig:
     """Distillation: a student that takes one step for two of its teacher; `hf-ddpm distill` sets these."""
 
     teacher: str | None = option("folder or Hub id of the DDPM pipeline to distill, whose weights start the run", None)
-    student_steps: int | None = option("steps of the student; the teacher takes twice as many", None)
+    student_steps: int | None = option("steps of the student", None)
+    student_target: Literal["teacher", "images"] = option(
+        "what a step of the student learns: two steps of the teacher, or the images, which converts the weights of the "
+        "teacher to another prediction",
+        "teacher",
+    )
     teacher_guidance: float = option("guidance scale of the teacher, which the student learns; 1 for none", 1.0)
 
     def __post_init__(self) -> None:

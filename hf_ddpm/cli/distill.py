@@ -4,9 +4,10 @@
     hf-ddpm distill --model org/name --dataset my_folder --steps 8 --max_train_steps 20000 --output runs/mine-8
     accelerate launch -m hf_ddpm distill --model runs/classes --guidance_scale 2 --steps 4 --output runs/classes-4
 
-A stage per halving of the steps is a training run in a folder of its own, such as 64-steps/ in the output; its teacher
-is the stage before. The same command resumes. Options of hf-ddpm train are those of each stage, --max_train_steps too;
-data, batch size and learning rate are those of the run of the model by default.
+Each stage is a training run in a folder of its own: 128-steps/ teaches a model that predicts the noise to predict v, on
+the images; 64-steps/, 32-steps/, ... each halve the steps of the stage before. The same command resumes. Options of
+hf-ddpm train are those of each stage, --max_train_steps too; data, batch size and learning rate are those of the run of
+the model by default.
 """
 
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class DistillConfig:
         "steps of the first stage, --steps times a power of two; by default the largest up to 64", None
     )
     prediction_type: Literal["v_prediction", "sample"] = option("what the distilled model predicts", "v_prediction")
+    convert: bool | None = option(
+        "begin with a stage that learns the new prediction from the images; by default for models that predict the "
+        "noise or the mean",
+        None,
+    )
     guidance_scale: float = option("strength of classifier-free guidance that is distilled in; 1 for none", 1.0)
     data_free: bool = option("train on samples of the model instead of a data set", False)
     free_images: int = option("number of those samples", 4096)

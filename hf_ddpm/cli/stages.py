@@ -87,13 +87,13 @@ def run_stages(options: DistillConfig, words: list[str]) -> Path:
         words: Options of the training runs, as on a command line.
     """
     pipe = load_pipeline(options.model, "cpu")
-    counts = stage_steps(options, pipe)
-    configs = [stage_config(options, words, pipe, counts, number) for number in range(len(counts))]
+    stages = plan_stages(options, pipe)
+    configs = [stage_config(options, words, pipe, stages, number) for number in range(len(stages))]
     folder, state = Path(options.output), join_processes(configs[0])
     make_folder(folder, "output")
     with exclusive(folder, "output") if state.is_main_process else nullcontext():
         if options.data_free:
-            draw_images(options, pipe, configs[0], state)
+            draw_images(options, pipe, configs, state)
         for number, config in enumerate(configs, start=1):
             teacher = config.distillation.teacher
             state.print(f"stage {number} of {len(configs)}: {config.distillation.student_steps} steps, from {teacher}")
@@ -114,31 +114,33 @@ def run_stages(options: DistillConfig, words: list[str]) -> Path:
     return folder
 
 
-def stage_steps(options: DistillConfig, pipe: DDPMPipeline) -> list[int]:
-    """Return the steps of each stage, descending to those of the distilled model.
+def plan_stages(options: DistillConfig, pipe: DDPMPipeline) -> list[tuple[int, str]]:
+    """Return the steps and the target of each stage, descending to the steps of the distilled model.
 
     Raises:
         ValueError: If the model does not have so many steps, or they do not divide.
     """
     total = int(pipe.scheduler.config.num_train_timesteps)
     # A model that is itself distilled is good at its own steps only.
-    most = pipe.default_steps // 2
+    most, is_distilled = pipe.default_steps // 2, pipe.default_steps < total
     require(options, "steps", total % options.steps == 0, f"a divisor of the {total} diffusion steps of the model")
     require(options, "steps", options.steps <= most, f"at most {most}, half of the steps of the model")
     start = options.start_steps
     if start is None:
-        allowed = most if most < total // 2 else min(most, FIRST_STAGE)
-        start = options.steps
-        while 2 * start <= allowed:
+        start, largest = options.steps, most if is_distilled else min(most, FIRST_STAGE)
+        while 2 * start <= largest:
             start *= 2
+    allowed = f"{most}, half of the steps that the model was distilled to"
+    require_value("start_steps", start, start == most or not is_distilled, allowed)
     require_value("start_steps", start, start <= most, f"at most {most}, half of the steps of the model")
-    if most < total // 2:
-        require_value("start_steps", start, start == most, f"{most}, half of the steps that the model was distilled to")
-    return [start >> halving for halving in range((start // options.steps).bit_length())]
+    kind = pipe.scheduler.config.prediction_type
+    converts = kind in ("epsilon", "mean") if options.convert is None else options.convert
+    halvings = [(start >> halving, "teacher") for halving in range((start // options.steps).bit_length())]
+    return [*([(2 * start, "images")] if converts else []), *halvings]
 
 
 def stage_config(
-    options: DistillConfig, words: list[str], pipe: DDPMPipeline, counts: list[int], number: int
+    options: DistillConfig, words: list[str], pipe: DDPMPipeline, stages: list[tuple[int, str]], number: int
 ) -> Config:
     """Return the options of the training run of a stage, counted from 0.
 
@@ -151,12 +153,14 @@ def stage_config(
     base = base_options(options, pipe)
     if "num_train_epochs" in given:
         del base["max_train_steps"]
-    folder = Path(options.output)
+    folder, (steps, target) = Path(options.output), stages[number]
+    is_first_halving = target == "teacher" and (number == 0 or stages[number - 1][1] == "images")
     decided = {
-        "output_dir": folder / f"{counts[number]}-steps",
-        "teacher": options.model if number == 0 else folder / f"{counts[number - 1]}-steps",
-        "student_steps": counts[number],
-        "teacher_guidance": options.guidance_scale if number == 0 else 1.0,
+        "output_dir": folder / f"{steps}-steps",
+        "teacher": options.model if number == 0 else folder / f"{stages[number - 1][0]}-steps",
+        "student_steps": steps,
+        "student_target": target,
+        "teacher_guidance": options.guidance_scale if is_first_halving else 1.0,
         "prediction_type": options.prediction_type,
     }
     if options.data_free:
@@ -201,14 +205,13 @@ def base_options(options: DistillConfig, pipe: DDPMPipeline) -> dict[str, Any]:
     }
 
 
-def draw_images(options: DistillConfig, pipe: DDPMPipeline, config: Config, state: PartialState) -> None:
+def draw_images(options: DistillConfig, pipe: DDPMPipeline, configs: list[Config], state: PartialState) -> None:
     """Sample images of the model, and store them as a data set with their classes; what exists is kept."""
     folder, count = Path(options.output), options.free_images
     classes: list[str] = pipe.class_names or [str(i) for i in range(pipe.unet.config.num_class_embeds or 0)]
-    steps = 2 * int(config.distillation.student_steps or 1)
-    sampling = Sampling(
-        config.training.seed, steps, class_labels=classes, guidance_scale=options.guidance_scale, mixed_precision="no"
-    )
+    halvings = [config.distillation for config in configs if config.distillation.student_target == "teacher"]
+    steps, seed = 2 * int(halvings[0].student_steps or 1), configs[0].training.seed
+    sampling = Sampling(seed, steps, class_labels=classes, guidance_scale=options.guidance_scale, mixed_precision="no")
     pipe = pipe.to(state.device)
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
     samples = fill_folder(

@@ -3,10 +3,10 @@ r"""Progressive distillation: the objective of a student that takes one step for
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hf_ddpm.diffusion.gaussian import GaussianDiffusion
+from hf_ddpm.diffusion.losses import truncated_snr
 from hf_ddpm.diffusion.schedules import check_one_of, trailing_timesteps
 
 STUDENT_PREDICTIONS = ("v_prediction", "sample")
@@ -37,23 +37,6 @@ def halved(diffusion: GaussianDiffusion, steps: int) -> tuple[GaussianDiffusion,
     if teacher[::2] != student:  # by rounding
         raise ValueError(f"student_steps={steps} is not allowed: a divisor of {total}, times 1, 2, 4, ...")
     return diffusion.respaced(student), diffusion.respaced(teacher)
-
-
-def truncated_snr(diffusion: GaussianDiffusion, t: Tensor, like: Tensor) -> Tensor:
-    r"""Returns the weight of an error of the image (Salimans & Ho 2022, Section 4 and Eq. 9).
-
-    .. math:: \max\Big( \frac{\bar\alpha_t}{1 - \bar\alpha_t}, 1 \Big), \quad \text{so that} \quad
-        w_t \| x_0 - \hat x_0 \|^2 = \max\big( \| x_0 - \hat x_0 \|^2, \| \epsilon - \hat\epsilon \|^2 \big)
-
-    Args:
-        diffusion: The process.
-        t: Steps in [0, T), int64, shape `(B,)`.
-        like: A tensor of the dtype and device of the result, shape `(B, ...)`.
-
-    Returns:
-        The weights, shape `(B,)`.
-    """
-    return torch.as_tensor(diffusion.snr(t, like)).flatten().clamp(min=1)
 
 
 @dataclass(frozen=True)

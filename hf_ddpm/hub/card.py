@@ -218,7 +218,8 @@ def _about_the_training(sources: Sources) -> dict[str, str]:
         guided = options["teacher_guidance"]
         start["teacher"] = code(strip_local_path(options["teacher"], hub_ids))
         start["teacher"] += f", guidance scale {guided:g}" if guided != 1 else ""
-        objective = "progressive distillation ([Salimans & Ho 2022](https://arxiv.org/abs/2202.00512))"
+        objective = "truncated SNR, from the weights of the teacher" if options["student_target"] == "images" else ""
+        objective = objective or "progressive distillation ([Salimans & Ho 2022](https://arxiv.org/abs/2202.00512))"
     decay = options["weight_decay"]
     optimizer = f"AdamW, weight decay {decay:g}" if decay else "Adam"
     data = f"{_describe_data(options['dataset'], hub_ids)}, split {escape(options['split'])}"

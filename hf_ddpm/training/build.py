@@ -136,8 +136,7 @@ def build_process(config: Config, checkpoint: Path | None = None) -> tuple[Any, 
         fits = (getattr(part, name) or 1) <= len(scheduler)
         require(part, name, fits, f"at most the {len(scheduler)} of the process")
     if config.distillation.student_steps is not None:
-        student = config.distillation.student_steps, config.diffusion.prediction_type
-        return student_scheduler(scheduler, *student), source
+        return student_scheduler(scheduler, config), source
     _objective(config, scheduler)
     return scheduler, source
 

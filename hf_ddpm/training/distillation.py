@@ -10,12 +10,14 @@ from torch import Tensor
 from hf_ddpm.config import Config
 from hf_ddpm.diffusion.distillation import Distillation, halved
 from hf_ddpm.diffusion.gaussian import GaussianDiffusion
+from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.diffusion.outputs import split_output
+from hf_ddpm.diffusion.schedules import trailing_timesteps
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
-from hf_ddpm.utils.options import require
+from hf_ddpm.utils.options import require, require_value
 
 # What a student has in common with its teacher's process.
 KEPT = (
@@ -52,7 +54,7 @@ class Teacher:
         return self.scheduler.bound(self.process.predict_start(prediction, x_t, t, kind))
 
 
-def open_teacher(config: Config, accelerator: Accelerator) -> tuple[GaussianDiffusion, Distillation, str]:
+def open_teacher(config: Config, accelerator: Accelerator) -> tuple[GaussianDiffusion, Distillation | Objective, str]:
     """Return the process of a student, its objective, and the checksum of its teacher.
 
     Raises:
@@ -63,13 +65,16 @@ def open_teacher(config: Config, accelerator: Accelerator) -> tuple[GaussianDiff
     pipe = load_pipeline(options.teacher, accelerator.device)
     is_guided = options.teacher_guidance != 1
     require(options, "teacher_guidance", not is_guided or pipe.null_class is not None, "the teacher has learned none")
-    process = DDPMScheduler.from_config(pipe.scheduler.config).diffusion
+    process, kind = DDPMScheduler.from_config(pipe.scheduler.config).diffusion, config.diffusion.prediction_type
+    if options.student_target == "images":
+        student = process.respaced(trailing_timesteps(len(process), options.student_steps))
+        return student, Objective("truncated_snr", kind), model_checksum(pipe)
     student, halves = halved(process, options.student_steps)
     estimate = Teacher(pipe, halves, accelerator, options.teacher_guidance)
-    return student, Distillation(estimate, halves, config.diffusion.prediction_type), model_checksum(pipe)
+    return student, Distillation(estimate, halves, kind), model_checksum(pipe)
 
 
-def student_scheduler(scheduler: DDPMScheduler, steps: int, prediction_type: str) -> Any:
+def student_scheduler(scheduler: DDPMScheduler, config: Config) -> Any:
     """Return the sampler of a student: the one of diffusers, if its steps are then those of the student.
 
     The steps of diffusers lead from :math:`t` to :math:`t - T / S`: if `S` does not divide `T`, it is that of this
@@ -77,16 +82,18 @@ def student_scheduler(scheduler: DDPMScheduler, steps: int, prediction_type: str
 
     Args:
         scheduler: The process of the teacher.
-        steps: Number `S` of steps of the student.
-        prediction_type: What the student predicts.
+        config: Steps and prediction of the student.
 
     Raises:
-        ValueError: If the teacher cannot take twice as many steps.
+        ValueError: If the process does not have so many steps, or the teacher cannot take twice as many.
     """
-    halved(scheduler.diffusion, steps)
+    total, steps = len(scheduler), config.distillation.student_steps or len(scheduler)
+    require_value("student_steps", steps, steps <= total, f"at most the {total} of the process")
+    if config.distillation.student_target == "teacher":
+        halved(scheduler.diffusion, steps)
     kept = {name: scheduler.config[name] for name in KEPT}
     if kept["trained_betas"] is None and kept["beta_schedule"] not in STOCK_SCHEDULES:
         betas = scheduler.diffusion.betas.tolist()
         kept |= {"beta_schedule": "linear", "trained_betas": betas, "rescale_betas_zero_snr": False}
-    kind = DDIMScheduler if len(scheduler) % steps else diffusers.DDIMScheduler
-    return kind(**kept, prediction_type=prediction_type, timestep_spacing="trailing")
+    kind = DDIMScheduler if total % steps else diffusers.DDIMScheduler
+    return kind(**kept, prediction_type=config.diffusion.prediction_type, timestep_spacing="trailing")

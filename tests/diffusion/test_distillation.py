@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hf_ddpm import GaussianDiffusion
-from hf_ddpm.diffusion.distillation import Distillation, halved, truncated_snr
+from hf_ddpm.diffusion.distillation import Distillation, halved
+from hf_ddpm.diffusion.losses import truncated_snr
 from hf_ddpm.diffusion.schedules import beta_schedule, trailing_timesteps
 
 FULL = GaussianDiffusion(beta_schedule("squaredcos_cap_v2", 1000))
