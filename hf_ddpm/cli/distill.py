@@ -44,10 +44,6 @@ class DistillConfig:
         require_types(self)
         require_at_least(self, 1, "steps", "start_steps", "free_images")
         require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
-        if self.start_steps is not None:
-            factor, rest = divmod(self.start_steps, self.steps)
-            is_power = not rest and factor & (factor - 1) == 0 and factor > 0
-            require(self, "start_steps", is_power, f"steps={self.steps} times 1, 2, 4, ...")
 
 
 def main(argv: list[str]) -> int:

@@ -130,9 +130,13 @@ def plan_stages(options: DistillConfig, pipe: DDPMPipeline) -> list[tuple[int, s
         start, largest = options.steps, most if is_distilled else min(most, FIRST_STAGE)
         while 2 * start <= largest:
             start *= 2
+    powers = [options.steps << halvings for halvings in range(most.bit_length())]
+    require_value("start_steps", start, start in powers, f"steps={options.steps} times 1, 2, 4, ...")
     allowed = f"{most}, half of the steps that the model was distilled to"
     require_value("start_steps", start, start == most or not is_distilled, allowed)
     require_value("start_steps", start, start <= most, f"at most {most}, half of the steps of the model")
+    is_learned = options.guidance_scale == 1 or pipe.null_class is not None
+    require(options, "guidance_scale", is_learned, "the model was trained without it")
     kind = pipe.scheduler.config.prediction_type
     converts = kind in ("epsilon", "mean") if options.convert is None else options.convert
     halvings = [(start >> halving, "teacher") for halving in range((start // options.steps).bit_length())]
