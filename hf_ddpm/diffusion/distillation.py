@@ -1,4 +1,4 @@
-r"""Progressive distillation: the objective of a student that takes one step for two of its teacher."""
+"""Progressive distillation: the objective of a student that takes one step for two of its teacher."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +62,7 @@ class Distillation:
     Example:
         A teacher that knows the image, and a student that is wrong by 1/2, where the weight is 1.
 
+        >>> import torch
         >>> full = GaussianDiffusion(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
         >>> student, teacher = halved(full, 4)
         >>> x_start, noise, t = torch.zeros(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([2, 3])
