@@ -34,8 +34,13 @@ class Stage:
 
 def stages_of(folder: Path) -> list[Stage]:
     """Return the stages of a distilled model, in their order; none for other models."""
+    return [_stage(steps, path) for steps, path in stage_folders(folder).items()]
+
+
+def stage_folders(folder: Path) -> dict[int, Path]:
+    """Return the folders of the stages below a distilled model by their steps, most steps first."""
     found = {int(path.name.removesuffix("-steps")): path for path in folder.glob("*-steps") if _is_stage(path)}
-    return [_stage(steps, found[steps]) for steps in sorted(found, reverse=True)]
+    return dict(sorted(found.items(), reverse=True))
 
 
 def _is_stage(path: Path) -> bool:
