@@ -1,6 +1,7 @@
 """The stages of a distillation, each a training run, and the export of the last one."""
 
 import io
+import json
 import shutil
 from contextlib import nullcontext
 from dataclasses import fields
@@ -36,8 +37,8 @@ from hf_ddpm.utils.launch import Interrupted, exclusive
 from hf_ddpm.utils.options import given_options, require, require_value
 from hf_ddpm.utils.runs import find_checkpoint, read_state, run_folder
 
-# The most steps of the first stage by default, and of the optimizer in each stage.
-FIRST_STAGE, STAGE_LENGTH = 64, 50_000
+# The most steps of the first halving by default, and of the optimizer on the images; each halving takes half of them.
+FIRST_STAGE, STAGE_LENGTH = 64, 100_000
 # Options of the run of the model that hold for its distillation, beside those of its images.
 INHERITED = (
     *("seed", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1", "adam_beta2"),
@@ -155,9 +156,11 @@ def stage_config(
     for name in sorted(given & DECIDED.keys() - {"dropout"}):
         raise ValueError(f"--{name} is not an option of distill: {DECIDED[name]}")
     base = base_options(options, pipe)
+    folder, (steps, target) = Path(options.output), stages[number]
+    if target == "teacher":
+        base["max_train_steps"] = max(1, base["max_train_steps"] // 2)
     if "num_train_epochs" in given:
         del base["max_train_steps"]
-    folder, (steps, target) = Path(options.output), stages[number]
     is_first_halving = target == "teacher" and (number == 0 or stages[number - 1][1] == "images")
     decided = {
         "output_dir": folder / f"{steps}-steps",
@@ -196,7 +199,7 @@ def base_options(options: DistillConfig, pipe: DDPMPipeline) -> dict[str, Any]:
         base |= {name: run[name] for name in (*names, *INHERITED)}
         metrics = [metric for metric in run["eval_metrics"].split(",") if metric not in ("", "nll")]
         base["eval_metrics"] = ",".join(metrics) if metrics and not options.data_free else None
-        base["max_train_steps"] = min(run["max_train_steps"] or STAGE_LENGTH, STAGE_LENGTH)
+        base["max_train_steps"] = min(run["max_train_steps"] or length_of(path.parent), STAGE_LENGTH)
     return base | {
         "resolution": [height, width],
         "channels": channels,
@@ -207,6 +210,14 @@ def base_options(options: DistillConfig, pipe: DDPMPipeline) -> dict[str, Any]:
         "lr_schedule": "cosine",
         "warmup_steps": 0,
     }
+
+
+def length_of(folder: Path) -> int:
+    """Return the optimizer steps of a run whose options give passes over its images instead; many if unknown."""
+    try:
+        return int(json.loads((folder / "status.json").read_text(encoding="utf-8"))["max_train_steps"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return STAGE_LENGTH
 
 
 def draw_images(options: DistillConfig, pipe: DDPMPipeline, configs: list[Config], state: PartialState) -> None:

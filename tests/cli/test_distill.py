@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import hf_ddpm
 from hf_ddpm import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import distill
-from hf_ddpm.cli.stages import plan_stages
+from hf_ddpm.cli.stages import plan_stages, stage_config
 from hf_ddpm.data.store import load_images
 from hf_ddpm.sampling.generate import sample_images
 from hf_ddpm.training.checkpoints import Checkpoints
@@ -266,6 +266,23 @@ def test_samples_of_a_model_with_classes_have_theirs(conditional, tmp_path):
     assert images["label"] == [*range(10), 0, 1] and images.features["label"].names == [
         str(digit) for digit in range(10)
     ]
+
+
+@pytest.mark.parametrize(("words", "length"), [(["--max_train_steps", "3"], 3), (["--num_train_epochs", "1"], 2)])
+def test_a_halving_is_half_as_long_as_the_run_of_the_model(run_training, tmp_path, words, length):
+    run_training(tmp_path / "run", *words, "--max_train_samples", "16")
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "run")
+    options = distill.DistillConfig(str(tmp_path / "run"), 4, str(tmp_path / "model"))
+    stages = [(8, "images"), (4, "teacher")]
+    for number, expected in enumerate((length, length // 2)):
+        assert stage_config(options, [], pipe, stages, number).training.max_train_steps == expected
+        given = stage_config(options, ["--max_train_steps", "7"], pipe, stages, number).training
+        assert given.max_train_steps == 7
+        given = stage_config(options, ["--num_train_epochs", "7"], pipe, stages, number).training
+        assert (given.max_train_steps, given.num_train_epochs) == (None, 7)
+    config = stage_config(options, [], pipe, stages, 1)
+    assert (config.data.max_train_samples, config.training.train_batch_size, config.training.seed) == (16, 8, 0)
+    assert (config.training.lr_schedule, config.model.dropout, config.training.warmup_steps) == ("cosine", 0.0, 0)
 
 
 def plan(scheduler=None, steps=4, default_steps=1000, **options):
