@@ -10,13 +10,38 @@ hf-ddpm train are those of each stage. By default data, batch size and learning 
 the first stage is as long as that, at most 100,000 steps, and each halving half as long.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from hf_ddpm.config import DataConfig, EvaluationConfig, TrainingConfig
+from hf_ddpm.config import (
+    PARTS,
+    DataConfig,
+    DiffusionConfig,
+    DistillationConfig,
+    EvaluationConfig,
+    ModelConfig,
+    Sources,
+    TrainingConfig,
+)
 from hf_ddpm.utils.launch import Interrupted
-from hf_ddpm.utils.options import option, parse_first, parse_options, require, require_at_least, require_types
+from hf_ddpm.utils.options import (
+    given_options,
+    option,
+    parse_first,
+    parse_options,
+    require,
+    require_at_least,
+    require_types,
+)
+
+# Options of a training run that a distillation decides itself, with the reason.
+DECIDED = {
+    **{field.name: "that of the model" for part in (ModelConfig, DiffusionConfig) for field in fields(part)},
+    **{field.name: "that of the stage" for field in fields(DistillationConfig)},
+    **{"output_dir": "--output is the folder", "push_to_hub": "hf-ddpm push does it afterwards"},
+    **{field.name: "the options of the run of the model hold" for field in fields(Sources)},
+}
 
 
 @dataclass
@@ -46,11 +71,29 @@ class DistillConfig:
         require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
 
 
+def parse_distill(argv: list[str], doc: str | None = None) -> tuple[DistillConfig, list[str]]:
+    """Read the options of a distillation, and return the words that are options of its training runs.
+
+    Raises:
+        ValueError: If an option is unknown or its value not allowed; one line.
+    """
+    if {"-h", "--help"} & set(argv):
+        parse_options(argv, DistillConfig, DataConfig, TrainingConfig, EvaluationConfig, doc=doc)
+    options, words = parse_first(argv, DistillConfig)
+    check_words(words)
+    return options, words
+
+
+def check_words(words: list[str]) -> None:
+    """Raise a `ValueError` if an option of a stage is unknown, decided by the distillation, or not allowed."""
+    for name in sorted(given_options(words, (*PARTS, Sources)) & DECIDED.keys() - {"dropout"}):
+        raise ValueError(f"--{name} is not an option of distill: {DECIDED[name]}")
+    parse_options(["--dataset=that_of_the_run", *words], *PARTS)
+
+
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit code."""
-    if {"-h", "--help"} & set(argv):
-        parse_options(argv, DistillConfig, DataConfig, TrainingConfig, EvaluationConfig, doc=__doc__)
-    options, words = parse_first(argv, DistillConfig)
+    options, words = parse_distill(argv, doc=__doc__)
     from hf_ddpm.cli.stages import run_stages  # takes seconds
 
     try:

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Features, Image
 
-from hf_ddpm.cli.distill import DistillConfig
+from hf_ddpm.cli.distill import DistillConfig, check_words
 from hf_ddpm.cli.export import write_model
 from hf_ddpm.cli.session import print_end, train_session
 from hf_ddpm.config import (
@@ -21,7 +21,6 @@ from hf_ddpm.config import (
     Config,
     DataConfig,
     DiffusionConfig,
-    DistillationConfig,
     ModelConfig,
     Sources,
     parse_config,
@@ -46,13 +45,6 @@ INHERITED = (
     *("checkpointing_steps", "log_steps", "num_samples"),
     *("eval_split", "eval_floor", "eval_extractor", "eval_num_images", "license"),
 )
-# Options of a training run that a distillation decides itself.
-DECIDED = {
-    **{field.name: "that of the model" for part in (ModelConfig, DiffusionConfig) for field in fields(part)},
-    **{field.name: "that of the stage" for field in fields(DistillationConfig)},
-    **{"output_dir": "--output is the folder", "push_to_hub": "hf-ddpm push does it afterwards"},
-    **{field.name: "the options of the run of the model hold" for field in fields(Sources)},
-}
 
 
 def distill(model: Path | str, steps: int, output: Path | str, **options: Any) -> Path:
@@ -87,6 +79,7 @@ def run_stages(options: DistillConfig, words: list[str]) -> Path:
         options: Model, steps and folder.
         words: Options of the training runs, as on a command line.
     """
+    check_words(words)
     pipe = load_pipeline(options.model, "cpu")
     stages = plan_stages(options, pipe)
     configs = [stage_config(options, words, pipe, stages, number) for number in range(len(stages))]
@@ -150,11 +143,9 @@ def stage_config(
     """Return the options of the training run of a stage, counted from 0.
 
     Raises:
-        ValueError: If an option is unknown, decided by the distillation, or its value not allowed.
+        ValueError: If the images are not known, or the value of an option is not allowed.
     """
     given = given_options(words, (*PARTS, Sources))
-    for name in sorted(given & DECIDED.keys() - {"dropout"}):
-        raise ValueError(f"--{name} is not an option of distill: {DECIDED[name]}")
     base = base_options(options, pipe)
     folder, (steps, target) = Path(options.output), stages[number]
     if target == "teacher":
