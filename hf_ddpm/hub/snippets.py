@@ -30,6 +30,11 @@ def obstacle(pipe: Any) -> str | None:
     return None
 
 
+def is_guided(pipe: Any) -> bool:
+    """Return whether a model is sampled with guidance; that of a distilled one is part of it."""
+    return pipe.null_class is not None and not pipe.config.get("num_inference_steps")
+
+
 def sampling_call(pipe: Any, stock: bool) -> str:
     """Return the arguments of a call that samples from a model, as Python code.
 
@@ -42,7 +47,7 @@ def sampling_call(pipe: Any, stock: bool) -> str:
         real = count - (pipe.null_class is not None)
         labels: list[Any] = pipe.class_names[:2] or list(range(min(real, 2)))
         arguments = [f"batch_size={len(labels)}", f"class_labels=[{', '.join(map(literal, labels))}]"]
-        if pipe.null_class is not None:
+        if is_guided(pipe):
             arguments.append("guidance_scale=2.0")
     else:
         arguments = ["batch_size=4"]

@@ -257,6 +257,7 @@ def test_the_guidance_of_the_teacher_is_distilled_once_with_classes(conditional,
     assert pipe.class_names == [str(digit) for digit in range(10)] and pipe.null_class == 10
     assert pipe(2, class_labels=["3", "7"], output_type="pt").images.shape == (2, 1, 8, 8)
     assert "`16-steps`, guidance scale 3" in (folder / "8-steps" / "README.md").read_text()
+    assert "guidance_scale" not in (folder / "README.md").read_text()  # which is not guided any more
 
 
 @pytest.mark.slow
