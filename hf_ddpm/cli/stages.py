@@ -36,8 +36,10 @@ from hf_ddpm.utils.launch import Interrupted, exclusive
 from hf_ddpm.utils.options import given_options, require, require_value
 from hf_ddpm.utils.runs import find_checkpoint, read_state, run_folder
 
-# The most steps of the first halving by default, and of the optimizer on the images; each halving takes half of them.
-FIRST_STAGE, STAGE_LENGTH = 64, 100_000
+# The most steps of the first halving by default.
+FIRST_STAGE = 64
+# Length of a stage by its target, beside that of the run of the model or, at most, so many optimizer steps.
+LENGTHS, RUN_LENGTH = {"images": 2, "teacher": 1 / 4}, 100_000
 # Options of the run of the model that hold for its distillation, beside those of its images.
 INHERITED = (
     *("seed", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1", "adam_beta2"),
@@ -148,8 +150,7 @@ def stage_config(
     given = given_options(words, (*PARTS, Sources))
     base = base_options(options, pipe)
     folder, (steps, target) = Path(options.output), stages[number]
-    if target == "teacher":
-        base["max_train_steps"] = max(1, base["max_train_steps"] // 2)
+    base["max_train_steps"] = max(1, int(LENGTHS[target] * base["max_train_steps"]))
     if "num_train_epochs" in given:
         del base["max_train_steps"]
     is_first_halving = target == "teacher" and (number == 0 or stages[number - 1][1] == "images")
@@ -181,7 +182,7 @@ def base_options(options: DistillConfig, pipe: DDPMPipeline) -> dict[str, Any]:
         "block_out_channels": list(unet.block_out_channels),
         "norm_num_groups": unet.norm_num_groups,
         "class_dropout": 0.1 if pipe.null_class is not None else 0.0,
-        "max_train_steps": STAGE_LENGTH,
+        "max_train_steps": RUN_LENGTH,
     }
     path = run_folder(options.model) / "config.yaml"
     if path.is_file():
@@ -190,7 +191,7 @@ def base_options(options: DistillConfig, pipe: DDPMPipeline) -> dict[str, Any]:
         base |= {name: run[name] for name in (*names, *INHERITED)}
         metrics = [metric for metric in run["eval_metrics"].split(",") if metric not in ("", "nll")]
         base["eval_metrics"] = ",".join(metrics) if metrics and not options.data_free else None
-        base["max_train_steps"] = min(run["max_train_steps"] or length_of(path.parent), STAGE_LENGTH)
+        base["max_train_steps"] = min(run["max_train_steps"] or length_of(path.parent), RUN_LENGTH)
     return base | {
         "resolution": [height, width],
         "channels": channels,
@@ -208,7 +209,7 @@ def length_of(folder: Path) -> int:
     try:
         return int(json.loads((folder / "status.json").read_text(encoding="utf-8"))["max_train_steps"])
     except (OSError, ValueError, TypeError, KeyError):
-        return STAGE_LENGTH
+        return RUN_LENGTH
 
 
 def draw_images(options: DistillConfig, pipe: DDPMPipeline, configs: list[Config], state: PartialState) -> None:
