@@ -39,7 +39,7 @@ from hf_ddpm.utils.runs import find_checkpoint, read_state, run_folder
 # The most steps of the first halving by default.
 FIRST_STAGE = 64
 # Length of a stage by its target, beside that of the run of the model or, at most, so many optimizer steps.
-LENGTHS, RUN_LENGTH = {"images": 2, "teacher": 1 / 2}, 100_000
+LENGTHS, RUN_LENGTH = {"images": 2, "teacher": 1 / 4}, 100_000
 # Options of the run of the model that hold for its distillation, beside those of its images.
 INHERITED = (
     *("seed", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1", "adam_beta2"),

@@ -270,12 +270,12 @@ def test_samples_of_a_model_with_classes_have_theirs(conditional, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "length"), [(["--max_train_steps", "5"], 5), (["--num_train_epochs", "2"], 4)])
-def test_a_halving_is_half_as_long_as_the_run_of_the_model(run_training, tmp_path, words, length):
+def test_a_halving_is_a_quarter_as_long_as_the_run_of_the_model(run_training, tmp_path, words, length):
     run_training(tmp_path / "run", *words, "--max_train_samples", "16")
     pipe = DDPMPipeline.from_pretrained(tmp_path / "run")
     options = distill.DistillConfig(str(tmp_path / "run"), 4, str(tmp_path / "model"))
     stages = [(8, "images"), (4, "teacher")]
-    for number, expected in enumerate((2 * length, length // 2)):
+    for number, expected in enumerate((2 * length, length // 4)):
         assert stage_config(options, [], pipe, stages, number).training.max_train_steps == expected
         given = stage_config(options, ["--max_train_steps", "7"], pipe, stages, number).training
         assert given.max_train_steps == 7
