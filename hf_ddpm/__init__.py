@@ -24,6 +24,7 @@ _HOME = {
     "Sampling": "hf_ddpm.sampling.options",
     "SchedulerMixin": "diffusers",
     "UNet2DModel": "hf_ddpm.models.unet_2d",
+    "distill": "hf_ddpm.cli.stages",
     "evaluate": "hf_ddpm.evaluation.evaluate",
     "find_scheduler": "hf_ddpm.sampling.samplers",
     "push_pipeline": "hf_ddpm.hub.share",  # not public: pipelines find it here, as imports go from hub to pipelines
@@ -43,6 +44,7 @@ __all__ = [
     "Sampling",
     "SchedulerMixin",
     "UNet2DModel",
+    "distill",
     "evaluate",
     "find_scheduler",
     "push_to_hub",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 
     from hf_ddpm.cli.push import push_to_hub
     from hf_ddpm.cli.session import train
+    from hf_ddpm.cli.stages import distill
     from hf_ddpm.config import Config
     from hf_ddpm.diffusion import GaussianDiffusion
     from hf_ddpm.evaluation.evaluate import evaluate

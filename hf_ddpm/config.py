@@ -187,7 +187,7 @@ class TrainingConfig:
         auto=True,
     )
     gradient_accumulation_steps: int = option("forward passes per optimizer step", 1)
-    objective: Literal["simple", "vlb", "hybrid", "min_snr"] = option("training objective", "simple")
+    objective: Literal["simple", "vlb", "hybrid", "min_snr", "truncated_snr"] = option("training objective", "simple")
     learning_rate: float = option("learning rate of Adam after the warm-up", 2e-4)
     lr_schedule: Literal["constant", "cosine", "linear", "polynomial"] = option(
         "learning rate after the warm-up; all but constant end at zero", "constant"
@@ -304,6 +304,29 @@ class EvaluationConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """Distillation: a student that takes one step for two of its teacher; `hf-ddpm distill` sets these."""
+
+    teacher: str | None = option("folder or Hub id of the DDPM pipeline to distill, whose weights start the run", None)
+    student_steps: int | None = option("steps of the student", None)
+    student_target: Literal["teacher", "images"] = option(
+        "what a step of the student learns: two steps of the teacher, or the images, which converts the weights of the "
+        "teacher to another prediction",
+        "teacher",
+    )
+    teacher_guidance: float = option("guidance scale of the teacher, which the student learns; 1 for none", 1.0)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require_types(self)
+        require_at_least(self, 1, "student_steps")
+        require(self, "teacher", (self.teacher is None) == (self.student_steps is None), "student_steps goes with it")
+        is_guided = self.teacher_guidance != 1
+        require(self, "teacher_guidance", math.isfinite(self.teacher_guidance), "a finite number")
+        require(self, "teacher_guidance", not (is_guided and self.teacher is None), "there is no teacher")
+
+
+@dataclass
 class HubConfig:
     """Hub: where the model is shared, and its license."""
 
@@ -353,7 +376,10 @@ FORMER_DEFAULTS: dict[str, Any] = {
 # Parts that describe a data set, not a model: those of a preset are for its own.
 OF_DATA = (DataConfig, EvaluationConfig, HubConfig)
 
-PARTS = (DataConfig, ModelConfig, DiffusionConfig, TrainingConfig, EvaluationConfig, HubConfig)
+PARTS = (
+    *(DataConfig, ModelConfig, DiffusionConfig, TrainingConfig, EvaluationConfig, HubConfig),
+    DistillationConfig,
+)
 
 
 @dataclass
@@ -371,6 +397,7 @@ class Config:
     training: TrainingConfig
     evaluation: EvaluationConfig
     hub: HubConfig
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     defaulted: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     notes: list[str] = field(default_factory=list, repr=False, compare=False)
 
@@ -385,15 +412,9 @@ class Config:
             >>> Config.of(preset="digits", resolution=[8, 16], num_train_epochs=3).data.size
             (8, 16)
         """
-        argv = []
         if "help" in options:
             raise ValueError("unknown option help: hf-ddpm train --help lists the options")
-        for name, value in options.items():
-            if isinstance(value, list | tuple):
-                argv += [f"--{name}", *map(str, value)]
-            elif value is not None:
-                argv.append(f"--{name}={value}")
-        return parse_config(argv)
+        return parse_config(words_of(options))
 
     def __post_init__(self) -> None:
         """Check what concerns more than one part."""
@@ -401,14 +422,29 @@ class Config:
         require_memory(self.data, "resolution", 4 * pixels)
         require_memory(self.training, "train_batch_size", 4 * pixels * self.training.train_batch_size)
         require_memory(self.training, "num_samples", 4 * pixels * self.training.num_samples)
-        if self.model.init_from is None:
+        if self.start_from is None:
             self._check_architecture()
+        self._check_distillation()
         streams = self.data.streaming and self.evaluation.eval_metrics
         require(self.evaluation, "eval_metrics", not streams, "with streaming evaluate by hf-ddpm evaluate, afterwards")
         between, asked = self.training.checkpointing_steps, self.evaluation.eval_steps
         # A kill during an evaluation must not cost the steps before it.
         fits = (asked or 0) % between == 0
         require(self.evaluation, "eval_steps", fits, f"a multiple of checkpointing_steps={between}")
+
+    def _check_distillation(self) -> None:
+        if self.distillation.teacher is None:
+            return
+        require(self.model, "init_from", self.model.init_from is None, "a distillation starts from its teacher")
+        predicts = self.diffusion.prediction_type in ("v_prediction", "sample")
+        require(self.diffusion, "prediction_type", predicts, "v_prediction or sample for a student")
+        metrics = self.evaluation.eval_metrics
+        require(self.evaluation, "eval_metrics", "nll" not in metrics.split(","), "a student has no bound on the nll")
+
+    @property
+    def start_from(self) -> str | None:
+        """The pipeline whose weights and process the run starts from; None to start anew."""
+        return self.model.init_from or self.distillation.teacher
 
     def _check_architecture(self) -> None:
         multiple = 2 ** (len(self.model.block_out_channels) - 1)
@@ -526,6 +562,17 @@ def option_types() -> dict[str, Any]:
 def with_past_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return stored options; those that did not exist when they were stored have the default of that time."""
     return {**default_options(), **FORMER_DEFAULTS, **stored}
+
+
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """Return values of options by name as the words of a command line; None is left out."""
+    argv = []
+    for name, value in options.items():
+        if isinstance(value, list | tuple):
+            argv += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            argv.append(f"--{name}={value}")
+    return argv
 
 
 def parse_config(argv: list[str], doc: str | None = None) -> Config:

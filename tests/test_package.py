@@ -10,6 +10,7 @@ import hf_ddpm
 # A change of these is one of the public interface.
 SIGNATURES = {
     "train": "(config: Config | None = None, **options: Any) -> Path",
+    "distill": "(model: Path | str, steps: int, output: Path | str, **options: Any) -> Path",
     "sample_images": "(model: Path | str, output: Path | str, num_images: int = 64, sampling: Sampling | None = None, "
     "*, format: str = png, batch_size: int = 64, compile: bool = False) -> Path",
     "evaluate": "(config: EvaluateConfig, sampling: Sampling | None = None, *, pipe: DDPMPipeline | None = None, "

@@ -36,7 +36,7 @@ def test_the_page_names_scripts_presets_and_figures_that_are_there():
     assert all((ROOT / name.split()[0]).exists() for name in QUOTED if name.startswith("scripts/"))
     presets = [name.split()[1] for name in QUOTED if name.startswith("--preset")]
     assert {*preset_names()} - {"digits", "small-32", "small-64"} == {*presets}
-    commands = {*FIGURES, "all", "ablation"}
+    commands = {*FIGURES, "distillation", "all", "ablation"}
     assert {name for name in QUOTED if re.fullmatch(r"[a-z-]+", name)} - {"vlb", "simple"} == commands
 
 

@@ -59,7 +59,7 @@ def test_all_commands_are_said():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_that_are_said_are_understood(command, tmp_path, monkeypatch):
     program, words = find_program(command)
-    for name in ("runs/digits", "out"):
+    for name in ("runs/digits", "runs/digits-4", "out"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
 
@@ -70,7 +70,7 @@ def test_the_commands_that_are_said_are_understood(command, tmp_path, monkeypatc
 
         return understands
 
-    for name in ("parse_options", "parse_config", "parse_command", "parse_benchmark"):
+    for name in ("parse_options", "parse_config", "parse_command", "parse_benchmark", "parse_distill"):
         if hasattr(program, name):
             monkeypatch.setattr(program, name, parsing(getattr(program, name)))
     with pytest.raises(Understood):

@@ -11,16 +11,7 @@ import hf_ddpm
 from hf_ddpm.utils.launch import end_quietly, run_script
 
 COMMANDS = (
-    "train",
-    "sample",
-    "edit",
-    "evaluate",
-    "push",
-    "export",
-    "status",
-    "convert",
-    "reproduce",
-    "demo",
+    *("train", "distill", "sample", "edit", "evaluate", "push", "export", "status", "convert", "reproduce", "demo"),
     "presets",
 )
 

@@ -69,7 +69,7 @@ class SampleGrid(Callback):
         training, accelerator = run.config.training, run.accelerator
         pipe = run.pipeline()
         pipe.set_progress_bar_config(desc="Sampling", leave=False, disable=not accelerator.is_main_process)
-        steps = training.num_inference_steps or len(run.scheduler)
+        steps = training.num_inference_steps or pipe.default_steps
         images = generate_images(
             pipe,
             range(training.num_samples)[accelerator.process_index :: accelerator.num_processes],
@@ -192,10 +192,10 @@ class Evaluations(Callback):
         run.accelerator.log(numbers, step=run.step)
 
     def _sampling(self, run: Run) -> Sampling:
-        steps = run.config.evaluation.eval_inference_steps or len(run.scheduler)
-        sampling = _sampling(run, steps)
+        pipe = run.pipeline()
+        sampling = _sampling(run, run.config.evaluation.eval_inference_steps or pipe.default_steps)
         # Named, if it is not the model's: figures of earlier versions, whose variance was the model's, are no rivals.
-        return replace(sampling, variance=replaced_variance(run.pipeline(), sampling))
+        return replace(sampling, variance=replaced_variance(pipe, sampling))
 
     def _is_as_good(self, line: dict[str, Any], other: dict[str, Any]) -> bool:
         metric = self.request.chosen[0]

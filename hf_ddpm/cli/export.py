@@ -68,14 +68,14 @@ def export_model(
     if output is not None and Path(output).resolve() != home.resolve():
         kind = "expected a new or empty folder, or that of an earlier export"
         require(config, "output", _takes_exports(Path(output)), kind)
-        _write(checkpoint, name, Path(output))
+        write_model(checkpoint, name, Path(output))
         return Path(output), state["step"]
     newest = step_of(checkpoints(home / "checkpoints")[-1])
     if state["step"] != newest:
         raise ValueError(f"--step {state['step']}: the run's folder is for its newest step, {newest}; give --output")
     try:
         with exclusive(home, "run"):
-            _write(checkpoint, name, folder)
+            write_model(checkpoint, name, folder)
     except ValueError as error:
         raise ValueError(f"{error}; --output takes another folder" if "in use" in str(error) else error) from error
     return folder, state["step"]
@@ -110,7 +110,7 @@ def _checkpoint(config: ExportConfig) -> Path:
     return folder
 
 
-def _write(checkpoint: Path, average: str, folder: Path) -> None:
+def write_model(checkpoint: Path, average: str, folder: Path) -> None:
     """Write the pipeline, its record, the files of the run that are about these weights, and the card."""
     from hf_ddpm import DDPMPipeline
     from hf_ddpm.hub.card import write_card

@@ -4,6 +4,7 @@
     hf-ddpm reproduce interpolate --model org/name --first a.png --second b.png --diffused 500
     accelerate launch -m hf_ddpm reproduce steps --model org/name --dataset uoft-cs/cifar10 --num_images 10000
     hf-ddpm reproduce ablation --preset digits --output figures
+    hf-ddpm reproduce distillation --model runs/digits --distilled runs/digits-4 --num_images 899
 
 The same command resumes after an interruption: sampled images stay below samples/ in the output, runs of the ablation
 below ablation/.
@@ -16,12 +17,13 @@ from functools import cache
 from pathlib import Path
 
 from hf_ddpm.paper import figure
-from hf_ddpm.paper.options import FIGURES, AblationOptions, AllOptions, FigureOptions
+from hf_ddpm.paper.options import FIGURES, AblationOptions, AllOptions, DistillationOptions, FigureOptions
 from hf_ddpm.utils.launch import use_own_cores
 from hf_ddpm.utils.options import parse_command
 
 COMMANDS: dict[str, tuple[type, ...]] = {
     **{name: (FigureOptions, options) for name, options in FIGURES.items()},
+    "distillation": (FigureOptions, DistillationOptions),
     "all": (FigureOptions, AllOptions),
     "ablation": (AblationOptions,),
 }

@@ -64,13 +64,27 @@ def train(config: Config | None = None, **options: Any) -> Path:
         raise ValueError(f"options {', '.join(options)} are given beside a config: expected one of both")
     if not isinstance(config, Config):
         raise ValueError(f"config={config!r}: expected a hf_ddpm.Config, such as Config.of(config='file.yaml')")
+    if config.training.dry_run:
+        check_tracker(config.training.tracker)
+        config = settle_precision(config, join_processes(config))
+        print_cost(config, start_accelerator(config))
+        return Path(config.training.output_dir)
+    run = train_session(config)
+    run.accelerator.end_training()
+    print_end(run)
+    if run.stopped_by is not None:
+        raise Interrupted(run.stopped_by)
+    return Path(config.training.output_dir)
+
+
+def train_session(config: Config) -> Run:
+    """Train to the end or to a signal, which `stopped_by` of the run then names; the processes stay together.
+
+    Raises:
+        ValueError, OSError, FloatingPointError: As `train` does.
+    """
     check_tracker(config.training.tracker)
     folder, state = Path(config.training.output_dir), join_processes(config)
-    if config.training.dry_run:
-        config = settle_precision(config, state)
-        print_cost(config, start_accelerator(config))
-        return folder
-
     make_folder(folder, "output_dir")
     with exclusive(folder) if state.is_main_process else nullcontext():
         checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
@@ -89,11 +103,7 @@ def train(config: Config | None = None, **options: Any) -> Path:
             print_start(run, len(images), checkpoint, complaints)
             print_length(run, checkpoint)
             take_steps(run, images, callbacks_of(config, evaluations, pushes))
-        accelerator.end_training()
-    print_end(run)
-    if run.stopped_by is not None:
-        raise Interrupted(run.stopped_by)
-    return folder
+    return run
 
 
 def print_cost(config: Config, accelerator: Accelerator) -> None:
@@ -238,11 +248,13 @@ def commands_of(run: Run) -> list[str]:
     latest = "" if run.config.training.resume == "latest" else " --resume latest"
     resume = f"{program} train --config {shlex.quote(str(folder / 'config.yaml'))}{latest}"
     model = shlex.quote(str(folder))
+    if run.config.distillation.teacher is not None:
+        return ["  resume:      the same command of hf-ddpm distill", f"  export:      hf-ddpm export {model}"]
     return [
         f"  resume:      {resume}",
         f"  end it here: {resume} --max_train_steps {run.step}",
         f"  sample:      hf-ddpm sample --model {model} --output {shlex.quote(str(folder / 'images'))} "
-        f"--num_images 16 --num_inference_steps {min(100, len(run.scheduler))}",
+        f"--num_images 16 --num_inference_steps {min(100, run.pipeline().default_steps)}",
         f"  export:      hf-ddpm export {model}",
     ]
 

@@ -82,9 +82,9 @@ class Demo:
 
     @property
     def usual(self) -> Sampling:
-        """What is sampled unless another request is made: at most 50 steps; the first class if one is required."""
+        """The default request: at most 50 steps, or those of a distilled model; the first class if one is required."""
         is_required = self.pipe.null_class is None
-        return self.read(0, min(50, self.num_train_timesteps), "ddpm", self.classes[:1] if is_required else [])
+        return self.read(0, min(50, self.pipe.default_steps), "ddpm", self.classes[:1] if is_required else [])
 
     def describe(self) -> str:
         """Return a line of Markdown on the model, with a link to its page."""

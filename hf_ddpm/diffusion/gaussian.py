@@ -62,6 +62,7 @@ class GaussianDiffusion:
         self.timesteps = torch.arange(len(self.betas))
 
         before = shift_right(self.alphas_cumprod)
+        noise_ratio = ((1 - before) / (1 - self.alphas_cumprod)).sqrt()
         posterior_var = self.betas * (1 - before) / (1 - self.alphas_cumprod)
         # The posterior of the first step is a point. Its log-variance would be -inf: the paper's likelihood takes
         # that of the second step instead, and for both choices of the variance.
@@ -75,6 +76,8 @@ class GaussianDiffusion:
             "fixed_large": torch.cat([first, self.betas[1:]]).log(),
             "log_beta": self.betas.log(),
             "snr": self.alphas_cumprod / (1 - self.alphas_cumprod),
+            "ddim_x_t": noise_ratio,
+            "ddim_start": before.sqrt() - noise_ratio * self.alphas_cumprod.sqrt(),
         }
         # What a network was trained for is a single step of the whole process: respaced processes keep these.
         self._tables |= {
@@ -361,6 +364,41 @@ class GaussianDiffusion:
         before, after = self._alpha_bar(s), self._alpha_bar(t, s)
         x_start = (x_s - math.sqrt(1 - before) * eps) / math.sqrt(before)
         return math.sqrt(after) * x_start + math.sqrt(1 - after) * eps
+
+    def ddim_step(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
+        r"""Takes a deterministic step of DDIM (Song et al. 2021, Eq. 12; Salimans & Ho 2022, Eq. 8).
+
+        .. math:: x_{t-1} = \sqrt{\bar\alpha_{t-1}} \, x_0 + \frac{\sqrt{1 - \bar\alpha_{t-1}}}{\sqrt{1 - \bar\alpha_t}}
+            \big( x_t - \sqrt{\bar\alpha_t} \, x_0 \big)
+
+        It is the mean of `ddim_posterior` at :math:`\eta = 0`; here every image may have a step of its own.
+
+        Args:
+            x_start: :math:`x_0`, or an estimate, shape `(B, C, H, W)`.
+            x_t: The diffused images, same shape.
+            t: Step in [0, T).
+
+        Returns:
+            :math:`x_{t-1}`, same shape; `x_start` itself at `t = 0`.
+        """
+        return self._at("ddim_start", t, x_t) * x_start + self._at("ddim_x_t", t, x_t) * x_t
+
+    def ddim_start(self, x_prev: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
+        r"""Returns the image for which `ddim_step` leads from `x_t` to `x_prev` (Salimans & Ho 2022, Algorithm 2).
+
+        .. math:: \tilde x_0 = \frac{x_{t-1} - (\sigma_{t-1} / \sigma_t) \, x_t}
+            {\alpha_{t-1} - (\sigma_{t-1} / \sigma_t) \, \alpha_t}, \quad
+            \alpha_t = \sqrt{\bar\alpha_t}, \; \sigma_t = \sqrt{1 - \bar\alpha_t}
+
+        Args:
+            x_prev: :math:`x_{t-1}`, shape `(B, C, H, W)`.
+            x_t: The diffused images, same shape.
+            t: Step in [0, T).
+
+        Returns:
+            :math:`\tilde x_0`, same shape; `x_prev` itself at `t = 0`.
+        """
+        return (x_prev - self._at("ddim_x_t", t, x_t) * x_t) / self._at("ddim_start", t, x_t)
 
     def predict_eps(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         r"""Returns the noise that leads from `x_start` to `x_t`, the inverse of Eq. 4.

@@ -11,13 +11,30 @@ from hf_ddpm.diffusion.likelihood import bound_nats
 from hf_ddpm.diffusion.outputs import split_output
 from hf_ddpm.diffusion.schedules import check_one_of
 
-OBJECTIVES = ("simple", "vlb", "hybrid", "min_snr")
+OBJECTIVES = ("simple", "vlb", "hybrid", "min_snr", "truncated_snr")
 
 # Weight of the bound beside the simple objective (Nichol & Dhariwal 2021, Eq. 16): 0.001, for a bound in bits as in
 # their code. Ours is in nats.
 BOUND_WEIGHT = 0.001 / math.log(2)
 # Cap of the signal-to-noise ratio (Hang et al. 2023).
 SNR_CAP = 5.0
+
+
+def truncated_snr(diffusion: GaussianDiffusion, t: Tensor, like: Tensor) -> Tensor:
+    r"""Returns the weight of an error of the image (Salimans & Ho 2022, Section 4).
+
+    .. math:: \max\Big( \frac{\bar\alpha_t}{1 - \bar\alpha_t}, 1 \Big), \quad \text{so that} \quad
+        w_t \| x_0 - \hat x_0 \|^2 = \max\big( \| x_0 - \hat x_0 \|^2, \| \epsilon - \hat\epsilon \|^2 \big)
+
+    Args:
+        diffusion: The process.
+        t: Steps in [0, T), int64, shape `(B,)`.
+        like: A tensor of the dtype and device of the result, shape `(B, ...)`.
+
+    Returns:
+        The weights, shape `(B,)`.
+    """
+    return torch.as_tensor(diffusion.snr(t, like)).flatten().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -31,6 +48,7 @@ class Objective:
     - `hybrid`: `simple` for the mean and, with a small weight, `vlb` for the variance alone.
     - `min_snr`: `simple`, with the weight of a noise error limited to that of an image error of
       :math:`\text{SNR} \le 5` (Hang et al. 2023).
+    - `truncated_snr`: the larger of the errors of image and noise, see `truncated_snr`.
 
     Args:
         name: One of `OBJECTIVES`.
@@ -57,17 +75,25 @@ class Objective:
     def __post_init__(self) -> None:
         """Checks the combination."""
         check_one_of("objective", self.name, OBJECTIVES)
-        allowed = ("vlb", "hybrid") if self.variance_type in LEARNED else ("simple", "vlb", "min_snr")
+        fixed = ("simple", "vlb", "min_snr", "truncated_snr")
+        allowed = ("vlb", "hybrid") if self.variance_type in LEARNED else fixed
         if self.name not in allowed:
             raise ValueError(
                 f"objective={self.name!r} is not allowed with variance_type={self.variance_type!r}: "
                 f"one of {', '.join(allowed)}"
             )
-        if self.name == "min_snr" and self.prediction_type == "mean":
-            raise ValueError("objective='min_snr' is not allowed with prediction_type='mean'")
+        if self.name.endswith("snr") and self.prediction_type == "mean":
+            raise ValueError(f"objective={self.name!r} is not allowed with prediction_type='mean'")
 
     def __call__(
-        self, diffusion: GaussianDiffusion, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor, x_t: Tensor
+        self,
+        diffusion: GaussianDiffusion,
+        output: Tensor,
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        x_t: Tensor,
+        classes: Tensor | None = None,
     ) -> Tensor:
         """Evaluates the objective.
 
@@ -78,6 +104,7 @@ class Objective:
             t: Their steps, int64, shape `(B,)`.
             noise: What they were diffused with, shape of `x_start`.
             x_t: The diffused images, same shape.
+            classes: Not used; `Distillation` has the same arguments.
 
         Returns:
             The loss of each image, float32, shape `(B,)`.
@@ -87,11 +114,14 @@ class Objective:
             return self._bound(diffusion, prediction, variance_output, x_start, t, x_t)
         target = diffusion.target(x_start, t, noise, self.prediction_type)
         simple = (prediction - target).square().flatten(1).mean(dim=1)
-        if self.name == "min_snr":
+        if self.name.endswith("snr"):
             snr = torch.as_tensor(diffusion.snr(t, x_start)).flatten()
-            capped = snr.clamp(max=SNR_CAP)
             # The weight of an error of the image, in terms of the errors that it means for the noise and for v.
-            weights = {"sample": capped, "epsilon": (SNR_CAP / snr).clamp(max=1), "v_prediction": capped / (snr + 1)}
+            if self.name == "min_snr":
+                weight, of_noise = snr.clamp(max=SNR_CAP), (SNR_CAP / snr).clamp(max=1)
+            else:
+                weight, of_noise = truncated_snr(diffusion, t, x_start), (1 / snr).clamp(min=1)
+            weights = {"sample": weight, "epsilon": of_noise, "v_prediction": weight / (snr + 1)}
             return simple * weights[self.prediction_type]
         if self.name == "hybrid":
             bound = self._bound(diffusion, prediction.detach(), variance_output, x_start, t, x_t)

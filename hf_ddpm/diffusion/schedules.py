@@ -6,6 +6,7 @@ Time is 0-based everywhere in this package: index `t` is the paper's :math:`t + 
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +75,29 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 def shift_right(alphas_cumprod: Tensor) -> Tensor:
     r"""Returns :math:`\bar\alpha_{t-1}`, where nothing has been diffused before the first step: 1 at `t = 0`."""
     return torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+
+
+def trailing_timesteps(total: int, count: int) -> list[int]:
+    r"""Returns `count` of `total` timesteps, evenly spaced and descending from the last one (Lin et al. 2023, Table 2).
+
+    .. math:: \tau_i = \operatorname{round}(T - i \, T / S) - 1, \quad i = 0, \dots, S - 1
+
+    If `count` is a divisor of `total` times a power of two, every second of `2 * count` timesteps is one of `count`.
+
+    Args:
+        total: Number :math:`T` of diffusion steps.
+        count: Number :math:`S` of steps, in [1, T].
+
+    Returns:
+        The timesteps in [0, T).
+
+    Example:
+        >>> trailing_timesteps(1000, 4)
+        [999, 749, 499, 249]
+    """
+    # Cut to length: rounding makes the range one too long for counts such as 61.
+    steps = np.round(np.arange(total, 0, -total / count))[:count] - 1
+    return [int(t) for t in steps]
 
 
 def check_one_of(name: str, value: str, allowed: Sequence[str]) -> None:

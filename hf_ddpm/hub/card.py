@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from hf_ddpm.config import option_types, with_past_defaults
 from hf_ddpm.hub.figures import rows
 from hf_ddpm.hub.push import FURTHER
-from hf_ddpm.hub.snippets import ADDRESS, INSTALL, literal, obstacle, sampling_call
+from hf_ddpm.hub.snippets import ADDRESS, INSTALL, is_guided, literal, obstacle, sampling_call
+from hf_ddpm.hub.stages import stages_of
 from hf_ddpm.models.precision import PRECISION_NAMES
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum
@@ -151,11 +152,12 @@ def model_card(folder: Path, sources: Sources, model_id: str, license: str | Non
         stock_call=sampling_call(pipe, stock=True),
         call=sampling_call(pipe, stock=False),
         class_names=pipe.class_names,
-        guided=pipe.null_class is not None,
+        guided=is_guided(pipe),
         other_weights=[f"`{name}/`" for name in others],
         other_unet=f"{others[0]}/unet" if others else None,
         model=_about_the_model(pipe),
         training=_about_the_training(sources),
+        stages=stages_of(folder),
         samples=_about_the_samples(options, pipe),
         num_classes=pipe.unet.config.num_class_embeds,
         figures=figures,
@@ -180,12 +182,16 @@ def _about_the_model(pipe: DDPMPipeline) -> dict[str, str]:
     ]
     where = _list(attended) or "the lowest resolution only"
     classes = {"classes": ", ".join(map(escape, pipe.class_names))} if pipe.class_names else {}
+    variance = f", variance {scheduler.variance_type}" if "variance_type" in scheduler else ""
+    steps = pipe.config.get("num_inference_steps")
+    sampler = {} if steps is None else {"sampler": f"{type(pipe.scheduler).__name__}, made for {_count(steps, 'step')}"}
     return {
         "network": f"U-Net, {pipe.unet.num_parameters():,} parameters; channels {_list(unet.block_out_channels)}; "
         f"blocks per resolution: {unet.layers_per_block}; attention at {where}",
         **classes,
         "noise schedule": _describe_schedule(pipe.scheduler),
-        "prediction": f"{scheduler.prediction_type}, variance {scheduler.variance_type}",
+        "prediction": f"{scheduler.prediction_type}{variance}",
+        **sampler,
     }
 
 
@@ -207,6 +213,13 @@ def _about_the_training(sources: Sources) -> dict[str, str]:
         return {}
     steps, seen = metrics[-1]["step"], metrics[-1]["images"]
     start = {"started from": code(strip_local_path(options["init_from"], hub_ids))} if options["init_from"] else {}
+    objective = escape(options["objective"])
+    if options["teacher"]:
+        guided = options["teacher_guidance"]
+        start["teacher"] = code(strip_local_path(options["teacher"], hub_ids))
+        start["teacher"] += f", guidance scale {guided:g}" if guided != 1 else ""
+        objective = "truncated SNR, from the weights of the teacher" if options["student_target"] == "images" else ""
+        objective = objective or "progressive distillation ([Salimans & Ho 2022](https://arxiv.org/abs/2202.00512))"
     decay = options["weight_decay"]
     optimizer = f"AdamW, weight decay {decay:g}" if decay else "Adam"
     data = f"{_describe_data(options['dataset'], hub_ids)}, split {escape(options['split'])}"
@@ -216,7 +229,7 @@ def _about_the_training(sources: Sources) -> dict[str, str]:
         + (", random horizontal flips" if options["horizontal_flip"] else ""),
         **start,
         "steps": f"{steps:,}, batch size {seen // steps:,}: {seen:,} images seen",
-        "objective": escape(options["objective"]),
+        "objective": objective,
         "optimizer": f"{optimizer}, gradient norm clipped to {options['max_grad_norm']:g}",
         "learning rate": _describe_rate(options) + _lengths(sources, steps),
         **dropout,
@@ -254,8 +267,12 @@ def _describe_rate(options: dict[str, Any]) -> str:
 def _about_the_samples(options: dict[str, Any], pipe: DDPMPipeline) -> str:
     if not options:
         return ""
-    steps = options["num_inference_steps"] or len(pipe.scheduler)
-    return f"{options['num_samples']} images of seed {options['seed']}, in {steps} steps; not cherry-picked."
+    steps = _count(options["num_inference_steps"] or pipe.default_steps, "step")
+    return f"{options['num_samples']} images of seed {options['seed']}, in {steps}; not cherry-picked."
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
 
 
 def _list(items: Any) -> str:

@@ -18,15 +18,21 @@ STOCK_STEPS = 1000  # of diffusers.DDPMPipeline, whatever the model's T
 def obstacle(pipe: Any) -> str | None:
     """Return why `diffusers.DDPMPipeline` cannot sample from a model as `hf_ddpm` does, None if it can."""
     scheduler, config = pipe.scheduler, pipe.scheduler.config
-    if type(scheduler) not in (DDPMScheduler, diffusers.DDPMScheduler):
+    is_distilled = type(scheduler) is diffusers.DDIMScheduler and pipe.config.get("num_inference_steps")
+    if not is_distilled and type(scheduler) not in (DDPMScheduler, diffusers.DDPMScheduler):
         return f"it does not sample with the {type(scheduler).__name__} of this model"
-    if config.variance_type == "learned":
+    if config.get("variance_type") == "learned":
         return "it does not support a learned variance"
     if config.prediction_type == "mean":
         return "it does not support predictions of the mean"
     if pipe.unet.config.num_class_embeds:
         return "it has no class labels"
     return None
+
+
+def is_guided(pipe: Any) -> bool:
+    """Return whether a model is sampled with guidance; that of a distilled one is part of it."""
+    return pipe.null_class is not None and not pipe.config.get("num_inference_steps")
 
 
 def sampling_call(pipe: Any, stock: bool) -> str:
@@ -41,11 +47,11 @@ def sampling_call(pipe: Any, stock: bool) -> str:
         real = count - (pipe.null_class is not None)
         labels: list[Any] = pipe.class_names[:2] or list(range(min(real, 2)))
         arguments = [f"batch_size={len(labels)}", f"class_labels=[{', '.join(map(literal, labels))}]"]
-        if pipe.null_class is not None:
+        if is_guided(pipe):
             arguments.append("guidance_scale=2.0")
     else:
         arguments = ["batch_size=4"]
-    steps = pipe.scheduler.config.num_train_timesteps
+    steps = pipe.default_steps
     if stock and steps != STOCK_STEPS:
         arguments.append(f"num_inference_steps={steps}")
     if pipe.unet.config.in_channels not in MODES:

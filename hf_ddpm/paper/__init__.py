@@ -30,6 +30,6 @@ def everything(context: "FigureContext", options: AllOptions) -> None:
         has_distances = issubclass(kind, DistanceOptions) or name == "progressive"
         figure(name)(context, kind(num_images=options.num_images) if has_distances else kind())
     if context.accelerator.is_main_process:
-        sections = [context.folder / f"{name}.md" for name in (*FIGURES, "ablation")]
+        sections = [context.folder / f"{name}.md" for name in (*FIGURES, "distillation", "ablation")]
         texts = [section.read_text(encoding="utf-8") for section in sections if section.exists()]
         write_text(context.folder / "report.md", "\n".join([f"# Figures of {context.options.model}", *texts]))

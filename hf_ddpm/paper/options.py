@@ -188,6 +188,24 @@ class StepsOptions(DistanceOptions):
 
 
 @dataclass
+class DistillationOptions(DistanceOptions):
+    """Distance of a model and of what it is distilled to against the number of steps, and samples from one noise."""
+
+    distilled: str = option("folder that hf-ddpm distill made from the model", "")
+    steps: list[int] = option("numbers of steps of the model; those of the stages and all by default", factory=list)
+    within: float = option("factor of the best distance of the model that counts as reached", 1.5)
+    shown: int = option("images of each in the picture", 12)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        require(self, "distilled", Path(self.distilled).is_dir() and bool(self.distilled), "the folder of --output")
+        require(self, "steps", min(self.steps, default=1) >= 1, "at least 1")
+        require(self, "within", self.within >= 1, "at least 1")
+        require_at_least(self, 1, "shown")
+
+
+@dataclass
 class SchedulesOptions:
     """Loss and bits by timestep of one network with several schedules, by default linear and cosine."""
 

@@ -57,6 +57,8 @@ class DDPMPipeline(EditingMethods, SharingMethods):
             `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`.
         id2label: Names of the classes of a conditioned network by number, which JSON has as text. If the network has
             one embedding more, that one stands for no class.
+        num_inference_steps: Steps that a call takes by default; those of the process by default. A distilled model is
+            made for so many.
 
     Example:
         Of a network that is not trained, in two steps; `from_pretrained` loads one that is.
@@ -80,6 +82,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         unet: Union[UNet2DModel, diffusers.UNet2DModel],  # noqa: UP007
         scheduler: Union[DDPMScheduler, SchedulerMixin],  # noqa: UP007
         id2label: dict[str, str] | None = None,
+        num_inference_steps: int | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -87,6 +90,8 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         self._alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)  # of the process that the network is for
         if id2label is not None:
             self.register_to_config(id2label=id2label)
+        if num_inference_steps is not None:
+            self.register_to_config(num_inference_steps=num_inference_steps)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -96,6 +101,11 @@ class DDPMPipeline(EditingMethods, SharingMethods):
             raise ValueError("the U-Net's sample_size is None: which size of images it was trained for is not known")
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
+
+    @property
+    def default_steps(self) -> int:
+        """The number of steps that a call takes by default."""
+        return self.config.get("num_inference_steps") or int(self.scheduler.config.num_train_timesteps)
 
     @property
     def class_names(self) -> list[str]:
@@ -135,7 +145,8 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         Args:
             batch_size: Number of images.
             generator: Source of the noise; a list of `batch_size` gives each image its own.
-            num_inference_steps: Number of steps of the reverse process; all of the network's by default.
+            num_inference_steps: Number of steps of the reverse process; by default all of the network's, or those that
+                the model was distilled to.
             output_type: `pil`, `np` or `numpy` (NHWC in [0, 1]) or `pt` (NCHW in [0, 1]).
             return_dict: Whether to wrap the result.
             latents: :math:`x_T` to start from, shape `(batch_size, C, H, W)`; drawn by default.
@@ -231,10 +242,9 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         index = json.loads(self.to_json_string())
         index.pop("_name_or_path", None)
         for name, component in self.components.items():
-            kind = type(getattr(component, "_orig_mod", component))  # look through torch.compile
-            if any(kind is own for own in OURS.values()):
-                learned = kind is DDPMScheduler and component.config.variance_type == "learned"
-                index[name] = ["diffusers", f"HF{kind.__name__}" if learned or kind is DDIMScheduler else kind.__name__]
+            component = getattr(component, "_orig_mod", component)  # look through torch.compile
+            if any(type(component) is own for own in OURS.values()):
+                index[name] = ["diffusers", stored_class(component)]
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _check_arguments(
@@ -262,7 +272,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         if isinstance(scheduler, DDPMScheduler):
             scheduler.start_signal = start_signal(pixels)
         if timesteps is None:
-            count = scheduler.config.num_train_timesteps if count is None else count
+            count = self.default_steps if count is None else count
             scheduler.set_timesteps(count)
         elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
             scheduler.set_timesteps(timesteps=timesteps)
@@ -356,7 +366,9 @@ class DDPMPipeline(EditingMethods, SharingMethods):
             for i, t in enumerate(self.progress_bar(timesteps)):
                 x_in = self.scheduler.scale_model_input(x_t, t).to(dtype)
                 # A copy: where the network is a CUDA graph, it writes its next output in the same place.
-                prediction = self._predict(x_in, t, classes, guidance_scale).to(torch.float32, copy=True)
+                # A number filled in on the device: no copy, no wait; a compiled network sees a tensor, no new number.
+                time = torch.full((1,), t.item(), dtype=t.dtype, device=x_t.device)
+                prediction = self.predict(x_in, time, classes, guidance_scale).to(torch.float32, copy=True)
                 sums.append(prediction.sum())
                 if not takes_variance:
                     prediction, _ = split_output(prediction, x_t.shape[1])
@@ -373,15 +385,24 @@ class DDPMPipeline(EditingMethods, SharingMethods):
             self.maybe_free_model_hooks()
         return x_t
 
-    def _predict(self, x_t: Tensor, t: Tensor, classes: Tensor | None, guidance_scale: float) -> Tensor:
-        # A number filled in on the device: no copy, no wait; and a compiled network sees a tensor, no new number.
-        t = torch.full((1,), t.item(), dtype=t.dtype, device=x_t.device)
+    def predict(self, x_t: Tensor, t: Tensor, classes: Tensor | None = None, guidance_scale: float = 1.0) -> Tensor:
+        """Return the network's output, guided.
+
+        Args:
+            x_t: Diffused images, shape `(B, C, H, W)`, in the dtype of the network.
+            t: Their timesteps, shape `(B,)`, or one for all, shape `(1,)`.
+            classes: Their classes as numbers, shape `(B,)`, for a network that has any.
+            guidance_scale: As of a call.
+
+        Returns:
+            The output, shape `(B, C, H, W)`, or `(B, 2 C, H, W)` with a learned variance, which is not guided.
+        """
         if guidance_scale == 1:
             return self.unet(x_t, t, class_labels=classes).sample
         assert classes is not None and self.null_class is not None
         both = torch.cat([classes, torch.full_like(classes, self.null_class)])
-        conditional, unconditional = self.unet(torch.cat([x_t, x_t]), t, class_labels=both).sample.chunk(2)
-        # What the network says about the variance is not guided.
+        times = t if len(t) == 1 else torch.cat([t, t])
+        conditional, unconditional = self.unet(torch.cat([x_t, x_t]), times, class_labels=both).sample.chunk(2)
         channels = x_t.shape[1]
         guided = unconditional + guidance_scale * (conditional - unconditional)
         return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
@@ -394,6 +415,13 @@ class DDPMPipeline(EditingMethods, SharingMethods):
                 f"eta={eta} is not allowed with a {type(self.scheduler).__name__}: with a DDIMScheduler it is"
             )
         return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in known}
+
+
+def stored_class(component: Any) -> str:
+    """Return the name of the class that a network or scheduler goes by on disk."""
+    kind = type(component)
+    learned = kind is DDPMScheduler and component.config.variance_type == "learned"
+    return f"HF{kind.__name__}" if learned or kind is DDIMScheduler else kind.__name__
 
 
 def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
@@ -463,6 +491,9 @@ def _check_index(index: Any) -> None:
     labels = index.get("id2label")
     if labels is not None and not conforms(labels, dict[str, str]):
         raise ValueError(f"id2label={labels!r}: expected an object of text")
+    steps = index.get("num_inference_steps")
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise ValueError(f"num_inference_steps={steps!r}: expected a number of steps, at least 1")
     missing = [str(number) for number in range(len(labels or ())) if str(number) not in labels]
     if missing:
         raise ValueError(f"id2label={labels!r}: class {missing[0]} is missing")

@@ -40,12 +40,14 @@ def stock_folder(checkpoint: Path, average: str | None = None) -> Iterator[str]:
     weights = checkpoint / f"{average_name(state, average)}.safetensors"
     unet, scheduler = components(state, checkpoint)
     index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
-    index |= {"scheduler": ["diffusers", "DDPMScheduler"]}
+    sampler = state.get("sampler", "DDPMScheduler")
+    index |= {"scheduler": ["diffusers", sampler]}
+    index |= {"num_inference_steps": state["num_inference_steps"]} if "num_inference_steps" in state else {}
     labels = labels_by_number(state["data"].get("classes") or ())
     contents = {
         "model_index.json": index | ({} if labels is None else {"id2label": labels}),
         "unet/config.json": {"_class_name": "UNet2DModel", **unet},
-        "scheduler/scheduler_config.json": {"_class_name": "DDPMScheduler", **scheduler},
+        "scheduler/scheduler_config.json": {"_class_name": sampler, **scheduler},
     }
     with TemporaryDirectory(prefix="hf_ddpm-") as folder:
         for name, content in contents.items():

@@ -66,7 +66,7 @@ class Sampling:
 
     def steps(self, pipe: Any) -> int:
         """Returns the number of steps of a pipeline's process."""
-        return self.num_inference_steps or int(pipe.scheduler.config.num_train_timesteps)
+        return self.num_inference_steps or int(pipe.default_steps)
 
     def replaced_variance(self, own: str, total: int) -> str | None:
         """Returns the variance type that replaces a model's own in its process of `total` steps; None to keep it."""

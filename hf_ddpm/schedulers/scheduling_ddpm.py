@@ -15,7 +15,12 @@ from torch import Tensor
 
 from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL, PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion, is_noise
 from hf_ddpm.diffusion.outputs import dynamic_threshold, output_channels, split_output
-from hf_ddpm.diffusion.schedules import BETA_SCHEDULES, check_one_of, rescale_zero_terminal_snr
+from hf_ddpm.diffusion.schedules import (
+    BETA_SCHEDULES,
+    check_one_of,
+    rescale_zero_terminal_snr,
+    trailing_timesteps,
+)
 from hf_ddpm.diffusion.schedules import beta_schedule as named_beta_schedule
 from hf_ddpm.utils.schema import CheckedConfig, check_range
 
@@ -262,7 +267,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         def bound(x_start: Tensor) -> Tensor:
             if kind == "epsilon" and self._chain.alphas_cumprod[t] == 0:
                 x_start = self._without_signal(x_start, self._chain.timesteps[t])
-            return self._bound(x_start)
+            return self.bound(x_start)
 
         return self._chain.p_mean(prediction, x_t, t, kind, bound)
 
@@ -301,8 +306,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         from_noise = steps[0] < total and is_noise(self.diffusion.alphas_cumprod, int(steps[0]), self.start_signal)
         if self.timestep_spacing == "trailing" or not from_noise:
             self.timestep_spacing = "trailing"
-            # Cut to length: rounding makes the range one too long for counts such as 61.
-            steps = np.round(np.arange(total, 0, -total / count))[:count] - 1
+            return trailing_timesteps(total, count)
         return [int(t) for t in steps]
 
     def _set_chain(self, descending: list[int], device: str | torch.device | None) -> None:
@@ -319,8 +323,8 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
             )
         return x_start.nan_to_num(0.0, torch.inf, -torch.inf)
 
-    def _bound(self, x_start: Tensor) -> Tensor:
-        """Keeps the estimate of the image within the range of images, as the configuration says."""
+    def bound(self, x_start: Tensor) -> Tensor:
+        """Returns estimates of images, shape `(B, C, H, W)`, within the range that the configuration allows."""
         config = self.config
         if config.thresholding:
             return dynamic_threshold(x_start, config.dynamic_thresholding_ratio, config.sample_max_value)

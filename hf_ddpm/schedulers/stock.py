@@ -27,7 +27,7 @@ LEAST = {"HeunDiscreteScheduler": 10, "KDPM2AncestralDiscreteScheduler": 20, "SA
 CLIP_SAMPLE = (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler, diffusers.DDPMScheduler)
 
 # How much larger the signal may become in the first step where estimates of the image are not clipped: the error of the
-# network's first prediction grows with it.
+# noise that is predicted first grows with it.
 LARGEST_GAIN = 30
 
 # Their steps lead from t to t - T // S, whatever the spacing says.
@@ -72,7 +72,7 @@ def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: 
         isinstance(scheduler, CLIP_SAMPLE) and scheduler.config.clip_sample
     )
     gain = _first_gain(alphas_cumprod, steps)
-    if from_noise and not clips and gain > LARGEST_GAIN:
+    if from_noise and not clips and predicted in (None, "epsilon") and gain > LARGEST_GAIN:
         raise ValueError(
             f"{setting}: x_T holds so little of the image that the first step multiplies the network's error by "
             f"{gain:.0f}; use hf_ddpm.DDIMScheduler, which clips, or a solver with "

@@ -20,6 +20,7 @@ from hf_ddpm.models.precision import Choice, choose_precision, on_main_process
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+from hf_ddpm.training.distillation import open_teacher, student_scheduler
 from hf_ddpm.training.loop import Run
 from hf_ddpm.training.optim import EMA, adam
 from hf_ddpm.utils.launch import use_own_cores
@@ -111,7 +112,7 @@ def start_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def build_process(config: Config, checkpoint: Path | None = None) -> tuple[DDPMScheduler, DDPMPipeline | None]:
+def build_process(config: Config, checkpoint: Path | None = None) -> tuple[Any, DDPMPipeline | None]:
     """Returns the diffusion process and, with `init_from`, the pipeline that it is of.
 
     Args:
@@ -122,10 +123,10 @@ def build_process(config: Config, checkpoint: Path | None = None) -> tuple[DDPMS
         ValueError: If the pipeline cannot be loaded or is none of such images, or an option does not fit.
     """
     source, scheduler = None, DDPMScheduler(**config.scheduler())
-    if config.model.init_from is None and checkpoint is None:
+    if config.start_from is None and checkpoint is None:
         _check_terminal_signal(config, scheduler)
-    if config.model.init_from is not None:
-        source = load_pipeline(config.model.init_from if checkpoint is None else str(checkpoint), "cpu")
+    if config.start_from is not None:
+        source = load_pipeline(config.start_from if checkpoint is None else str(checkpoint), "cpu")
         _check_source(source, config)
         scheduler = DDPMScheduler.from_config(source.scheduler.config)
     options = [(config.training, "num_inference_steps")]
@@ -134,19 +135,27 @@ def build_process(config: Config, checkpoint: Path | None = None) -> tuple[DDPMS
     for part, name in options:
         fits = (getattr(part, name) or 1) <= len(scheduler)
         require(part, name, fits, f"at most the {len(scheduler)} of the process")
+    if config.distillation.student_steps is not None:
+        return student_scheduler(scheduler, config), source
     _objective(config, scheduler)
     return scheduler, source
 
 
 def network_options(config: Config, source: DDPMPipeline | None) -> dict[str, Any]:
     """Return the options of the run's network, but for its classes, whose embedding is small."""
-    return config.unet() if source is None else {**source.unet.config, "num_class_embeds": None}
+    return config.unet() if source is None else {**_unet_of(source, config), "num_class_embeds": None}
+
+
+def _unet_of(source: DDPMPipeline, config: Config) -> dict[str, Any]:
+    """Return the options of a network that starts from another one; a student learns no variance."""
+    options = {**source.unet.config, "dropout": config.model.dropout}
+    return options if config.distillation.teacher is None else options | {"out_channels": options["in_channels"]}
 
 
 def build_run(
     config: Config,
     accelerator: Accelerator,
-    scheduler: DDPMScheduler,
+    scheduler: Any,
     source: DDPMPipeline | None,
     images: BatchSource,
 ) -> Run:
@@ -159,12 +168,19 @@ def build_run(
             initialize_like_paper(unet)
     else:
         _check_classes(source, config, images.class_names)
-        unet = UNet2DModel.from_config({**source.unet.config, "dropout": config.model.dropout})
-        unet.load_state_dict(source.unet.state_dict())
+        unet = UNet2DModel.from_config(_unet_of(source, config))
+        weights = source.unet.state_dict()
+        for name in ("conv_out.weight", "conv_out.bias"):  # of a student, without those of a learned variance
+            weights[name] = weights[name][: unet.config.out_channels]
+        unet.load_state_dict(weights)
     unet.to(accelerator.device)
     unet.lay_out_kernels()  # before averages, the optimizer and DDP copy the layout
     if config.training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if config.distillation.teacher is None:
+        diffusion, objective, teacher = scheduler.diffusion, _objective(config, scheduler), None
+    else:
+        diffusion, objective, teacher = open_teacher(config, accelerator)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -172,10 +188,12 @@ def build_run(
         emas=[EMA(unet, decay, config.training.ema_warmup) for decay in config.training.ema_decay],
         optimizer=adam(unet, config.training),
         scheduler=scheduler,
-        objective=_objective(config, scheduler),
+        diffusion=diffusion,
+        objective=objective,
         class_names=images.class_names,
         num_images=len(images),
-        hub_ids=hub_ids(config.data.dataset, config.model.init_from, config.evaluation.eval_extractor),
+        hub_ids=hub_ids(config.data.dataset, config.start_from, config.evaluation.eval_extractor),
+        teacher=teacher,
         lengths=[(0, config.training.max_train_steps)],
     )
 
@@ -202,29 +220,35 @@ def _check_terminal_signal(config: Config, scheduler: DDPMScheduler) -> None:
         )
 
 
+def _start(config: Config) -> tuple[str, str | None]:
+    """Return the option that names the pipeline to start from, and its value."""
+    option = "init_from" if config.distillation.teacher is None else "teacher"
+    return option, config.start_from
+
+
 def _check_source(source: DDPMPipeline, config: Config) -> None:
     """Raises a `ValueError` unless the pipeline to go on from makes images like those of the run."""
-    name = config.model.init_from
+    option, name = _start(config)
     if type(source.unet) is not UNet2DModel:
-        raise ValueError(f"init_from={name!r} is not allowed: its U-Net is a {type(source.unet).__name__} of diffusers")
+        raise ValueError(f"{option}={name!r} is not allowed: its U-Net is a {type(source.unet).__name__} of diffusers")
     channels, *size = source.image_shape
     if tuple(size) != config.data.size:
-        raise ValueError(f"resolution={config.data.resolution} is not allowed: init_from={name!r} is for {size}")
+        raise ValueError(f"resolution={config.data.resolution} is not allowed: {option}={name!r} is for {size}")
     if channels != config.data.channels:
-        raise ValueError(f"channels={config.data.channels} is not allowed: init_from={name!r} has {channels}")
+        raise ValueError(f"channels={config.data.channels} is not allowed: {option}={name!r} has {channels}")
 
 
 def _check_classes(source: DDPMPipeline, config: Config, class_names: tuple[str, ...]) -> None:
     """Raises a `ValueError` unless the embeddings of the pipeline are those of the classes of the run."""
-    name, has = config.model.init_from, source.unet.config.num_class_embeds
+    (option, name), has = _start(config), source.unet.config.num_class_embeds
     needs = config.num_class_embeds(len(class_names))
     if has != needs:
         raise ValueError(
-            f"init_from={name!r} has num_class_embeds={has}, but {len(class_names)} classes with "
+            f"{option}={name!r} has num_class_embeds={has}, but {len(class_names)} classes with "
             f"class_dropout={config.data.class_dropout} need {needs}"
         )
     if source.class_names and source.class_names != list(class_names):
-        raise ValueError(f"init_from={name!r} knows the classes {source.class_names}, the data {list(class_names)}")
+        raise ValueError(f"{option}={name!r} knows the classes {source.class_names}, the data {list(class_names)}")
 
 
 def check_same_step(run: Run) -> None:

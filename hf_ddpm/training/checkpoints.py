@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_ddpm.config import BESIDE_TRAINING, with_past_defaults
+from hf_ddpm.pipelines.pipeline_ddpm import stored_class
 from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.utils.files import flush, flush_entry
 from hf_ddpm.utils.runs import checkpoints, lengths_of, read_state, sha256, step_of
@@ -29,7 +30,7 @@ FREE_OPTIONS = {
     "output_dir", "max_train_steps", "num_train_epochs", "log_steps", "checkpointing_steps", "keep_checkpoints",
     "resume", "train_batch_size", "gradient_accumulation_steps", "sample_at_checkpoints", "num_samples",
     "num_inference_steps", "tf32", "deterministic", "gradient_checkpointing", "compile", "tracker", "world_size",
-    "dry_run", "allow_terminal_signal", "check_memory",
+    "dry_run", "allow_terminal_signal", "check_memory", "teacher",
     *BESIDE_TRAINING,
 }  # fmt: skip
 
@@ -88,10 +89,19 @@ def _write(run: Run, folder: Path) -> None:
         # What `init_from` may no longer say.
         "unet": dict(run.unet.config),
         "scheduler": dict(run.scheduler.config),
+        **_of_student(run),
     }
     (folder / "state.json").write_text(json.dumps(state, indent=2))
     manifest = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in folder.iterdir()}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+
+
+def _of_student(run: Run) -> dict[str, Any]:
+    """Return what makes the checkpoint of a distillation a pipeline of its steps, and its teacher."""
+    if run.teacher is None:
+        return {}
+    steps = run.config.distillation.student_steps
+    return {"sampler": stored_class(run.scheduler), "num_inference_steps": steps, "teacher": run.teacher}
 
 
 def load_checkpoint(run: Run, path: Path) -> None:
@@ -115,7 +125,7 @@ def load_checkpoint(run: Run, path: Path) -> None:
     run.step = state["step"]
     _set_length(run, lengths_of(state))
     # Only the first session has opened it: by now a folder may be gone, and look like a Hub id.
-    init_from, then = run.config.model.init_from, state.get("hub_ids", [])
+    init_from, then = run.config.start_from, state.get("hub_ids", [])
     run.hub_ids = [name for name in run.hub_ids if name != init_from or name in then]
 
 
@@ -138,6 +148,8 @@ def _check_same_run(run: Run, state: dict[str, Any], path: Path) -> None:
     changed = [f"{k}={now[k]!r} (was {then[k]!r})" for k in now if k not in FREE_OPTIONS and now[k] != then[k]]
     if run.global_batch_size != state["global_batch_size"]:
         changed.append(f"images a step: {run.global_batch_size} (was {state['global_batch_size']})")
+    if run.teacher != state.get("teacher"):
+        changed.append(f"teacher={run.config.distillation.teacher!r} (its weights were others)")
     data = _data(run) | state["data"]  # an older version recorded less
     changed += [f"{k}={v!r} (was {data[k]!r})" for k, v in _data(run).items() if v != data[k]]
     if changed:

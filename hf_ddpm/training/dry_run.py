@@ -49,7 +49,7 @@ def measure_cost(run: Run, images: BatchSource) -> dict[str, str]:
         for _ in range(MEASURED):
             run.emas[0].model(x.expand(batch, -1, -1, -1), 0, classes).sample.sum().item()
     a_sample = (time.perf_counter() - start) / MEASURED / batch
-    sampling = a_sample * training.num_samples * (training.num_inference_steps or len(run.scheduler))
+    sampling = a_sample * training.num_samples * (training.num_inference_steps or run.pipeline().default_steps)
 
     return {
         "images": f"{len(images):,} of {' x '.join(map(str, images.shape))}",

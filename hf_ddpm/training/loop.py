@@ -12,12 +12,13 @@ from torch import Tensor
 
 from hf_ddpm.config import Config
 from hf_ddpm.data.batches import BatchSource
+from hf_ddpm.diffusion.distillation import Distillation
+from hf_ddpm.diffusion.gaussian import GaussianDiffusion
 from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.images import to_signed
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.pipelines.runs import labels_by_number
-from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.training.compiling import compile_network
 from hf_ddpm.training.optim import EMA, learning_rate
 from hf_ddpm.training.randomness import draw, dropout_keys
@@ -32,10 +33,13 @@ class Run:
     """A training run: what it consists of, and where it stands.
 
     Attributes:
+        scheduler: The sampler of the model: a `DDPMScheduler`, or that of a student.
+        diffusion: The process whose steps are drawn in training: that of the scheduler, or the steps of a student.
         emas: Averages of the weights; the first is the one that counts.
         class_names: Names of the classes; empty for a network without.
         num_images: Images of an epoch.
         hub_ids: Names in the options that are Hub ids, and no paths.
+        teacher: Checksum of the teacher of a distillation.
         lengths: The lengths it has had: the step from which each counts, and its `max_train_steps`.
         step: Optimizer steps done.
         losses: Losses of the last step, an image of this process each, on the device.
@@ -50,11 +54,13 @@ class Run:
     unet: UNet2DModel
     emas: list[EMA]
     optimizer: torch.optim.Optimizer
-    scheduler: DDPMScheduler
-    objective: Objective
+    scheduler: Any
+    diffusion: GaussianDiffusion
+    objective: Objective | Distillation
     class_names: tuple[str, ...] = ()
     num_images: int = 0
     hub_ids: list[str] = field(default_factory=list)
+    teacher: str | None = None
     lengths: list[tuple[int, int]] = field(default_factory=list)
     step: int = 0
     losses: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -98,7 +104,12 @@ class Run:
 
     def pipeline(self, number: int = 0) -> DDPMPipeline:
         """Return the pipeline of one of the averages."""
-        return DDPMPipeline(self.emas[number].model, self.scheduler, labels_by_number(self.class_names))
+        return DDPMPipeline(
+            self.emas[number].model,
+            self.scheduler,
+            labels_by_number(self.class_names),
+            self.config.distillation.student_steps,
+        )
 
 
 class Callback:
@@ -131,12 +142,8 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
         images: The training images.
         callbacks: Called in this order.
     """
-    config, data, accelerator, diffusion = (
-        run.config.training,
-        run.config.data,
-        run.accelerator,
-        run.scheduler.diffusion,
-    )
+    config, data, accelerator, diffusion = run.config.training, run.config.data, run.accelerator, run.diffusion
+    times = diffusion.timesteps.to(accelerator.device)  # what the network sees of a step
     network, optimizer = accelerator.prepare(run.unet, run.optimizer)
     if config.compile:  # what has been prepared, so that it is compiled once
         compile_network(run.unet, accelerator, config.train_batch_size, images.shape)
@@ -173,8 +180,10 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
                 run.unet.seed_dropout(dropout_keys(config.seed, step, mine[part], accelerator.device))
                 is_last = part.stop == share
                 with nullcontext() if is_last else accelerator.no_sync(network):
-                    output = network(x_t[part], draws.t[part], None if classes is None else classes[part]).sample
-                    loss = run.objective(diffusion, output, x_start[part], draws.t[part], draws.noise[part], x_t[part])
+                    labels = None if classes is None else classes[part]
+                    output = network(x_t[part], times[draws.t[part]], labels).sample
+                    inputs = x_start[part], draws.t[part], draws.noise[part], x_t[part], labels
+                    loss = run.objective(diffusion, output, *inputs)
                     accelerator.backward(loss.mean() / config.gradient_accumulation_steps)
                 losses.append(loss.detach())
             run.grad_norm = accelerator.clip_grad_norm_(weights, config.max_grad_norm)

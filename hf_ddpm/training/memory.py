@@ -96,7 +96,8 @@ class MemoryPlan:
             unet.seed_dropout(torch.zeros(batch, dtype=torch.int32))
             x, t = torch.empty(batch, data.channels, *data.size), torch.zeros(batch, dtype=torch.int64)
             kept, most, small = count_pass(unet, x, t, precision, keeps_gradients=passes > 1)
-        copies = 1 + len(training.ema_decay) + 2 + (passes > 1) + (self.processes > 1)
+        has_teacher = self.config.distillation.teacher is not None
+        copies = 1 + len(training.ema_decay) + 2 + (passes > 1) + (self.processes > 1) + has_teacher
         size = sum(weight.numel() * weight.element_size() for weight in unet.parameters())
         pixels = data.channels * math.prod(data.size)
         lost = round(HEAP_LOSS * small) if self.device.type == "cpu" else 0

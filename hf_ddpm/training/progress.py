@@ -82,7 +82,7 @@ class Progress(Callback):
     def _line(self, run: Run) -> dict[str, float | None]:
         """Return what there is to say of the steps since the last line; every process must ask."""
         losses, t = torch.cat(self._losses), torch.cat(self._t)
-        quarter = t * 4 // len(run.scheduler)
+        quarter = t * 4 // len(run.diffusion)
         sums = losses.new_zeros(2, 4).index_add_(1, quarter, torch.stack([losses, torch.ones_like(losses)]))
         totals, counts = run.accelerator.reduce(sums, reduction="sum").tolist()
         self._measure(run)

@@ -19,6 +19,9 @@ LATER_STATE = {
     "hub_ids": list[str],
     "unet": dict[str, Any],
     "scheduler": dict[str, Any],
+    "sampler": str,
+    "num_inference_steps": int,
+    "teacher": str,
 }
 
 

@@ -52,7 +52,7 @@ def test_help_is_printed_before_anything_slow_is_imported(command):
         ("trian", "hf-ddpm: error: unknown command 'trian': did you mean train?"),
         (
             "frobnicate",
-            "hf-ddpm: error: unknown command 'frobnicate': expected one of train, sample, edit, evaluate, push",
+            "hf-ddpm: error: unknown command 'frobnicate': expected one of train, distill, sample, edit, evaluate",
         ),
     ],
 )
@@ -107,7 +107,7 @@ def help_of(command, capsys, *words):
 def test_the_help_of_training_has_groups_defaults_presets_and_examples(capsys):
     text = help_of("train", capsys)
     titles = re.findall(r"^(\w+): ", text, re.M)[1:]
-    assert titles == ["Sources", "Data", "Model", "Process", "Training", "Evaluation", "Hub"]
+    assert titles == ["Sources", "Data", "Model", "Process", "Training", "Evaluation", "Hub", "Distillation"]
     groups = dict(zip(titles, re.split(r"^\w+: .*:$", text, flags=re.M)[1:], strict=True))
     for title, part in zip(titles[1:], PARTS, strict=True):
         options = re.findall(r"^  --(\w+)", groups[title], re.M)

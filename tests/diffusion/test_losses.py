@@ -52,6 +52,19 @@ def test_min_snr_is_one_objective_whatever_is_predicted(batch, prediction_type):
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_truncated_snr_is_the_larger_error_of_image_and_noise_whatever_is_predicted(batch, prediction_type):
+    inputs, output, _ = batch
+    a = DIFFUSION.alphas_cumprod[inputs["t"]].float().view(-1, 1, 1, 1)
+    assert (a > 0.5).any() and (a < 0.5).any()
+    x_hat = DIFFUSION.predict_start(output, inputs["x_t"], inputs["t"], prediction_type)
+    noise_hat = (inputs["x_t"] - a.sqrt() * x_hat) / (1 - a).sqrt()
+    errors = [(x_hat - inputs["x_start"]) ** 2, (noise_hat - inputs["noise"]) ** 2]
+    expected = torch.maximum(*(error.flatten(1).mean(dim=1) for error in errors))
+    found = evaluate(Objective("truncated_snr", prediction_type), inputs, output)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_min_snr_is_finite_where_there_is_no_signal():
     diffusion = GaussianDiffusion([0.1, 0.5, 1.0])
     x, t = torch.randn(1, 1, 2, 2), torch.tensor([2])
@@ -112,6 +125,7 @@ def test_learned_range_runs_between_the_two_fixed_variances():
         (("simple", "epsilon", "learned"), "'simple' is not allowed with variance_type='learned': one of vlb, hybrid"),
         (("hybrid", "epsilon", "fixed_small"), "'hybrid' is not allowed with variance_type='fixed_small'"),
         (("min_snr", "mean"), "'min_snr' is not allowed with prediction_type='mean'"),
+        (("truncated_snr", "mean"), "'truncated_snr' is not allowed with prediction_type='mean'"),
     ],
 )
 def test_combinations_that_train_nothing_are_refused(arguments, message):

@@ -1,0 +1,70 @@
+"""The stages of a distillation, for a card: from the folders below that of the distilled model."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_ddpm.hub.figures import rows
+from hf_ddpm.utils.markdown import code
+from hf_ddpm.utils.public import strip_local_path
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table of a card; what is not known is empty.
+
+    Attributes:
+        steps: Steps that its model samples in.
+        teacher: Name of its teacher.
+        length: Optimizer steps.
+        distance: Frechet distance of its samples.
+        count: Number of them.
+    """
+
+    steps: int
+    teacher: str
+    length: str = ""
+    distance: str = ""
+    count: str = ""
+
+
+def stages_of(folder: Path) -> list[Stage]:
+    """Return the stages of a distilled model, in their order; none for other models."""
+    return [_stage(steps, path) for steps, path in stage_folders(folder).items()]
+
+
+def stage_folders(folder: Path) -> dict[int, Path]:
+    """Return the folders of the stages below a distilled model by their steps, most steps first."""
+    found = {int(path.name.removesuffix("-steps")): path for path in folder.glob("*-steps") if _is_stage(path)}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def _is_stage(path: Path) -> bool:
+    return re.fullmatch(r"\d+-steps", path.name) is not None and (path / "export.json").is_file()
+
+
+def _stage(steps: int, path: Path) -> Stage:
+    options, exported = _read(path / "config.yaml"), _read(path / "export.json")
+    length = exported.get("step")
+    figures = {row.type: row for row in rows(_read(path / "results.json"))}
+    row = figures.get("fid") or figures.get("frechet_distance")
+    return Stage(
+        steps,
+        code(strip_local_path(str(options.get("teacher", "")), exported.get("hub_ids", ()))),
+        f"{length:,}" if isinstance(length, int) else "",
+        *(("", "") if row is None else (f"{row.value:.4g}{row.error}", f"{row.count:,}")),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the contents of a file; nothing if it is missing or damaged."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}

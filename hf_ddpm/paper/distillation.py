@@ -1,0 +1,119 @@
+"""Frechet distance against the number of steps, a model beside what it is distilled to, and samples from one noise.
+
+Progressive distillation (Salimans & Ho 2022) halves the steps of a deterministic sampler again and again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ddpm.evaluation.results import RealFeatures
+from hf_ddpm.hub.stages import stage_folders
+from hf_ddpm.paper.context import FigureContext, captioned, sheet, table, what_was_compared
+from hf_ddpm.paper.options import DistillationOptions
+from hf_ddpm.paper.steps import caution, in_words
+from hf_ddpm.sampling.folder import SampleFolder
+from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.utils.options import require
+
+# Samplers of the teacher: its own, in fewer steps with the small variance, and the one that is distilled.
+SAMPLERS = ("ddpm", "ddim")
+
+
+def distillation(context: FigureContext, options: DistillationOptions) -> None:
+    """Measure the students and the samplers of their teacher; an interrupted call can be repeated."""
+    folders = stage_folders(Path(options.distilled))
+    require(options, "distilled", bool(folders), "expected the output of hf-ddpm distill, with folders such as 8-steps")
+    total = len(context.pipe.scheduler)
+    chosen = options.steps or [*(number for number in folders if number < total), total]
+    require(options, "steps", 1 <= min(chosen) <= max(chosen) <= total, f"1 to the {total} of the process")
+    real = context.reference("fd", options.num_images).features()
+    rows, samples = [], {}
+    for sampler in SAMPLERS:
+        points = []
+        for number in sorted({*chosen}):
+            if sampler == "ddim" and number == total > max(folders):
+                continue
+            images, point = measure(context, real, Sampling(context.options.seed, number, sampler))
+            samples[sampler, number] = images
+            points.append(point)
+        rows.append({"model": f"teacher, {sampler}", "points": points})
+    points = []
+    for number, folder in sorted(folders.items()):
+        student = FigureContext(replace(context.options, model=str(folder)), context.accelerator, context.log)
+        images, point = measure(student, real, Sampling(context.options.seed, number))
+        samples["student", number] = images
+        points.append(point)
+    rows.append({"model": "distilled", "points": points})
+    draw(context, options, samples, rows)
+    report(context, options, rows, real.made_by)
+
+
+def measure(context: FigureContext, real: RealFeatures, sampling: Sampling) -> tuple[SampleFolder, dict[str, Any]]:
+    """Return images of a model, and their distance."""
+    images = context.samples(real.count, sampling)
+    return images, {"steps": sampling.steps(context.pipe), **context.distance(real, images)}
+
+
+def draw(
+    context: FigureContext,
+    options: DistillationOptions,
+    samples: dict[tuple[str, int], SampleFolder],
+    rows: Sequence[dict[str, Any]],
+) -> None:
+    """Draw curves, and the first images of each student and of the teacher: the same noise in a column."""
+    held_out = rows[0]["points"][0].get("floor")
+    curves = {row["model"]: ([p["steps"] for p in row["points"]], [p["value"] for p in row["points"]]) for row in rows}
+    levels = {} if held_out is None else {"held-out images": held_out}
+    drawing = {"log_x": True, "log_y": True, "markers": True, "levels": levels}
+    context.plot("distillation.png", curves, x_label="steps", y_label="Frechet distance", **drawing)
+
+    students = sorted((number for model, number in samples if model == "student"), reverse=True)
+    shown = [("distilled", "student", number) for number in students]
+    few = [number for number in students if ("ddim", number) in samples and number <= 4]
+    shown = [*shown, *(("teacher, DDIM", "ddim", number) for number in few)]
+    indices = torch.arange(min(options.shown, options.num_images))
+    pictures: list[tuple[str, Tensor]] = [
+        (f"{name}, {number} steps" if number > 1 else f"{name}, 1 step", samples[model, number][indices].float() / 255)
+        for name, model, number in shown
+    ]
+    if context.accelerator.is_main_process:
+        context.draw("distillation-samples.png", sheet(pictures, [""] * len(indices)))
+
+
+def report(
+    context: FigureContext, options: DistillationOptions, rows: Sequence[dict[str, Any]], made_by: dict[str, Any]
+) -> None:
+    """Write the numbers and the text."""
+    columns = sorted({point["steps"] for row in rows for point in row["points"]}, reverse=True)
+    cells = []
+    for row in rows:
+        points = {point["steps"]: point for point in row["points"]}
+        cells.append([row["model"], *(in_words(points[number]) if number in points else "" for number in columns)])
+    teacher = min((point for row in rows[:-1] for point in row["points"]), key=lambda point: point["value"])
+    factors = {point["steps"]: point["value"] / teacher["value"] for point in rows[-1]["points"]}
+    fewest = min((steps for steps, factor in factors.items() if factor <= options.within), default=None)
+    reached = "no number of steps" if fewest is None else f"{fewest} step{'' if fewest == 1 else 's'}"
+    paragraphs = [
+        table(["", *columns], cells),
+        f"{what_was_compared(teacher, made_by)} The best distance of the teacher is {teacher['value']:.4g}, in "
+        f"{teacher['steps']} steps; distilled, it is at most {options.within:g} times that in {reached}. "
+        f"{caution(teacher)}",
+        captioned("distillation.png", "Distance against the number of steps", "The distances of the table."),
+        captioned(
+            "distillation-samples.png",
+            "Samples from the same noise",
+            "A column has the same noise. Each stage learns to take one step for two of the one above it, so that its "
+            "samples should be those above.",
+        ),
+    ]
+    numbers = {
+        "best_of_teacher": teacher,
+        "ratios": {str(steps): factor for steps, factor in factors.items()},
+        "rows": rows,
+    }
+    context.write("distillation", "Progressive distillation", paragraphs, numbers, options, made_by)

@@ -1,0 +1,99 @@
+"""A stage of a distillation as a training run: its teacher, its objective, and the sampler of its student."""
+
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from hf_ddpm.config import Config
+from hf_ddpm.diffusion.distillation import Distillation, halved
+from hf_ddpm.diffusion.gaussian import GaussianDiffusion
+from hf_ddpm.diffusion.losses import Objective
+from hf_ddpm.diffusion.outputs import split_output
+from hf_ddpm.diffusion.schedules import trailing_timesteps
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.provenance import model_checksum
+from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
+from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
+from hf_ddpm.utils.options import require, require_value
+
+# What a student has in common with its teacher's process.
+KEPT = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    *("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
+)
+# Of named schedules, those that the scheduler of diffusers knows.
+STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+class Teacher:
+    """The estimate of a frozen network, guided and bounded as its sampler does it: an `Estimate`.
+
+    Args:
+        pipe: The pipeline, on the device.
+        process: The steps that it takes, see `halved`.
+        accelerator: Its precision is that of the passes.
+        guidance_scale: Of classifier-free guidance; 1 for none.
+    """
+
+    def __init__(self, pipe: DDPMPipeline, process: GaussianDiffusion, accelerator: Accelerator, guidance_scale: float):
+        self.pipe, self.process, self.accelerator, self.guidance_scale = pipe, process, accelerator, guidance_scale
+        self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.times = process.timesteps.to(accelerator.device)
+        pipe.unet.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, x_t: Tensor, t: Tensor, classes: Tensor | None) -> Tensor:
+        """Return the estimate of `x_0`, float32, shape of `x_t`."""
+        with self.accelerator.autocast():
+            output = self.pipe.predict(x_t, self.times[t], classes, self.guidance_scale)
+        prediction, _ = split_output(output.float(), x_t.shape[1])
+        kind = self.scheduler.config.prediction_type
+        return self.scheduler.bound(self.process.predict_start(prediction, x_t, t, kind))
+
+
+def open_teacher(config: Config, accelerator: Accelerator) -> tuple[GaussianDiffusion, Distillation | Objective, str]:
+    """Return the process of a student, its objective, and the checksum of its teacher.
+
+    Raises:
+        ValueError: If the teacher cannot be loaded, or an option does not fit it.
+    """
+    options = config.distillation
+    assert options.teacher is not None and options.student_steps is not None
+    pipe = load_pipeline(options.teacher, accelerator.device)
+    is_guided = options.teacher_guidance != 1
+    require(options, "teacher_guidance", not is_guided or pipe.null_class is not None, "the teacher has learned none")
+    process, kind = DDPMScheduler.from_config(pipe.scheduler.config).diffusion, config.diffusion.prediction_type
+    if options.student_target == "images":
+        student = process.respaced(trailing_timesteps(len(process), options.student_steps))
+        return student, Objective("truncated_snr", kind), model_checksum(pipe)
+    student, halves = halved(process, options.student_steps)
+    estimate = Teacher(pipe, halves, accelerator, options.teacher_guidance)
+    return student, Distillation(estimate, halves, kind), model_checksum(pipe)
+
+
+def student_scheduler(scheduler: DDPMScheduler, config: Config) -> Any:
+    """Return the sampler of a student: the one of diffusers, if its steps are then those of the student.
+
+    The steps of diffusers lead from :math:`t` to :math:`t - T / S`: if `S` does not divide `T`, it is that of this
+    package, which diffusers refuses to load.
+
+    Args:
+        scheduler: The process of the teacher.
+        config: Steps and prediction of the student.
+
+    Raises:
+        ValueError: If the process does not have so many steps, or the teacher cannot take twice as many.
+    """
+    total, steps = len(scheduler), config.distillation.student_steps or len(scheduler)
+    require_value("student_steps", steps, steps <= total, f"at most the {total} of the process")
+    if config.distillation.student_target == "teacher":
+        halved(scheduler.diffusion, steps)
+    kept = {name: scheduler.config[name] for name in KEPT}
+    if kept["trained_betas"] is None and kept["beta_schedule"] not in STOCK_SCHEDULES:
+        betas = scheduler.diffusion.betas.tolist()
+        kept |= {"beta_schedule": "linear", "trained_betas": betas, "rescale_betas_zero_snr": False}
+    kind = DDIMScheduler if total % steps else diffusers.DDIMScheduler
+    return kind(**kept, prediction_type=config.diffusion.prediction_type, timestep_spacing="trailing")

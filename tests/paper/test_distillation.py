@@ -1,0 +1,55 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import hf_ddpm
+from hf_ddpm.paper.distillation import distillation
+from hf_ddpm.paper.options import DistillationOptions
+from hf_ddpm.sampling.options import Sampling
+from tests.paper.conftest import T
+
+
+@pytest.fixture(scope="module")
+def distilled(model, tmp_path_factory):
+    few = {"max_train_steps": 2, "train_batch_size": 8, "num_samples": 2, "start_steps": 5, "levels": 17}
+    return hf_ddpm.distill(model, 5, tmp_path_factory.mktemp("figure") / "distilled", dataset="digits", **few)
+
+
+def test_distances_are_those_of_an_evaluation_and_columns_have_the_same_noise(context, distance, distilled):
+    options = DistillationOptions(num_images=8, distilled=str(distilled), shown=3, steps=[5, T])
+    distillation(context, options)
+    figures = json.loads((context.folder / "distillation.json").read_text())
+    rows = {row["model"]: {point["steps"]: point["value"] for point in row["points"]} for row in figures["rows"]}
+    assert {name: list(points) for name, points in rows.items()} == {
+        "teacher, ddpm": [5, T],
+        "teacher, ddim": [5],
+        "distilled": [5, 10],
+    }
+    for sampler in ("ddpm", "ddim"):
+        found = distance(8, Sampling(num_inference_steps=5, scheduler=sampler))["value"]
+        assert rows[f"teacher, {sampler}"][5] == pytest.approx(found, rel=1e-6)
+    student = hf_ddpm.DDPMPipeline.from_pretrained(distilled / "5-steps")
+    context.pipe.unet, context.pipe.scheduler = student.unet, student.scheduler
+    assert rows["distilled"][5] == pytest.approx(distance(8, Sampling(num_inference_steps=5))["value"], rel=1e-6)
+    best = min(value for name in ("teacher, ddpm", "teacher, ddim") for value in rows[name].values())
+    assert figures["best_of_teacher"]["value"] == best
+    assert figures["ratios"] == {str(n): value / best for n, value in rows["distilled"].items()}
+    text = (context.folder / "distillation.md").read_text()
+    assert "distillation.png" in text and "distilled, it is at most 1.5 times that in" in text
+    assert np.asarray(Image.open(context.folder / "distillation-samples.png")).std() > 0
+    assert (context.folder / "distillation.png").exists()
+
+
+def test_the_folder_must_hold_stages(context, tmp_path):
+    with pytest.raises(ValueError, match="distilled='nowhere' is not allowed: the folder of --output"):
+        DistillationOptions(distilled="nowhere")
+    with pytest.raises(ValueError, match="distilled=.* is not allowed: expected the output of hf-ddpm distill"):
+        distillation(context, DistillationOptions(distilled=str(tmp_path)))
+
+
+def test_the_steps_are_those_of_the_process(context, distilled):
+    for steps in ([0], [T + 1]):
+        with pytest.raises(ValueError, match=r"steps=\[\d+\] is not allowed"):
+            distillation(context, DistillationOptions(distilled=str(distilled), steps=steps))
