@@ -7,7 +7,7 @@
 Each stage is a training run in a folder of its own: 128-steps/ teaches a model that predicts the noise to predict v, on
 the images; 64-steps/, 32-steps/, ... each halve the steps of the stage before. The same command resumes. Options of
 hf-ddpm train are those of each stage. By default data, batch size and learning rate are those of the run of the model;
-the first stage is twice as long as that (or as 100,000 steps), each halving half as long.
+the first stage is twice as long as that (or as 100,000 steps), and each halving a quarter as long.
 """
 
 from dataclasses import dataclass, fields
