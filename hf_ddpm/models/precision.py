@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_ddpm.utils.launch import is_out_of_memory
@@ -43,7 +43,7 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 
 def cast_copy(network: Any, precision: str) -> Any:
     """Return a copy of a network with weights in `bf16` or `fp16`, for inference: autocast casts them in every pass."""
-    half = copy.deepcopy(network).to(PRECISIONS[precision])
+    half = nn.Module.to(copy.deepcopy(network), PRECISIONS[precision])  # the method of diffusers logs a false warning
     for weight in half.parameters():
         weight.grad = None
     return half
