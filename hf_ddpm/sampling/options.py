@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_ddpm.utils.files import is_free
 from hf_ddpm.utils.options import option, require, require_at_least, require_color, require_types
 
 # Images per shard, whatever the batch size and the number of processes: a kill costs each process at most these.
@@ -105,9 +106,7 @@ class EditConfig:
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "batch_size")
         require_color(self, "background")
-        path = Path(self.output)
-        is_free = not path.is_file() and not (path.is_dir() and any(path.iterdir()))
-        require(self, "output", is_free, "a new or empty folder is wanted")
+        require(self, "output", is_free(Path(self.output)), "expected a new or empty folder")
 
 
 @dataclass(kw_only=True)

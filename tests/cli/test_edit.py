@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 
 from hf_ddpm import DDIMScheduler, DDPMPipeline
+from hf_ddpm.sampling import edits
+from hf_ddpm.utils.launch import exclusive
 from hf_ddpm.utils.seeds import SAMPLES, generator
 from tests.conftest import load_script
 
@@ -94,7 +96,27 @@ def test_the_noise_of_a_picture_makes_it_again(main, trained, folder, tmp_path, 
     made = pipe(3, latents=noise, num_inference_steps=5).images
     assert np.abs(np.stack([np.asarray(picture) for picture in made]).astype(int) - found).max() <= 1
     error = np.sqrt(np.square(found.astype(float) - loaded(folder / "pictures")).mean())
-    assert f"are within {error:.3g} of the pictures" in capsys.readouterr().out
+    assert f"made of their noise: {error:.3g}, on the scale [0, 255]" in capsys.readouterr().out
+
+
+def test_a_second_run_never_writes_into_the_folder_of_a_first(main, trained, folder, tmp_path, monkeypatch):
+    words = ["vary", "--model", str(trained), "--images", str(folder / "pictures"), "--output", str(tmp_path)]
+    short = ["--strength", "0.01", "--num_inference_steps", "1"]
+    with exclusive(tmp_path), pytest.raises(ValueError, match="output=.* is in use by another run"):
+        main([*words, *short])
+    load = edits.load_pipeline
+
+    def meanwhile(*args):
+        (tmp_path / "a.png").write_text("of another run, since the check")
+        return load(*args)
+
+    monkeypatch.setattr(edits, "load_pipeline", meanwhile)
+    with pytest.raises(ValueError, match="output=.* is not allowed: expected a new or empty folder"):
+        main([*words, *short])
+    assert (tmp_path / "a.png").read_text() == "of another run, since the check"
+    (tmp_path / "a.png").unlink()
+    monkeypatch.setattr(edits, "load_pipeline", load)
+    assert main([*words, *short]) == 0  # the lock of a run that was refused is no obstacle
 
 
 @pytest.mark.parametrize(
@@ -105,7 +127,7 @@ def test_the_noise_of_a_picture_makes_it_again(main, trained, folder, tmp_path, 
         ("vary --model m", "the following arguments are required: --images, --output"),
         ("inpaint --model m --images pictures --output o", "the following arguments are required: --masks"),
         ("vary --model m --images nowhere --output o", "images='nowhere' is not allowed: there is no such file"),
-        ("vary --model m --images pictures --output masks", "output='masks' is not allowed: a new or empty folder"),
+        ("vary --model m --images pictures --output masks", "output='masks' is not allowed: expected a new or empty"),
         ("vary --model m --images pictures --output o --strength 0", "strength=0.0 is not allowed: above 0, at most 1"),
         ("vary --model m --images pictures --output o --masks masks", "unknown option --masks"),
         ("inpaint --model m --images pictures --output o --masks no", "masks='no' is not allowed: there is no such"),
