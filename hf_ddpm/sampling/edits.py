@@ -54,6 +54,8 @@ def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | Inve
         OSError: If a file cannot be written.
     """
     files = find_pictures("images", Path(config.images))
+    is_free_name = all(file.stem != "grid" for file in files)
+    require_value("images", config.images, is_free_name, "the results of a picture named grid would replace grid.png")
     if isinstance(options, InpaintConfig):
         find_pictures("masks", Path(options.masks))  # before anything that takes long
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -174,17 +176,23 @@ def prepared(pipe: DDPMPipeline, options: InpaintConfig | VaryConfig | InvertCon
 
 
 def find_pictures(option: str, path: Path) -> list[Path]:
-    """Returns a file, or the picture files of a folder by name; a `ValueError` if there are none, or two of a name.
+    """Returns a file, or the picture files of a folder by name.
 
-    `grid.png`, as `hf-ddpm sample` writes it beside its samples, is left out.
+    `grid.png`, as `hf-ddpm sample` writes it beside its samples, is left out of a folder.
+
+    Raises:
+        ValueError: If there are none, two have the same name, or the folder cannot be read.
     """
-    require_value(option, str(path), path.exists(), "there is no such file or folder")
-    files = [path]
-    if path.is_dir():
+    try:
+        require_value(option, str(path), path.exists(), "there is no such file or folder")
+        if not path.is_dir():
+            return [path]
         names, _ = sort_out([file.name for file in path.iterdir() if file.is_file()], image_suffixes())
-        files = [path / name for name in sorted(names) if name != "grid.png"]
-        require_value(option, str(path), bool(files), "there are no pictures in it")
-    by_name: dict[str, Path] = {"grid": Path("grid.png")}  # of all results
+    except OSError as error:
+        raise ValueError(f"{option}={str(path)!r} cannot be read: {error.strerror}") from error
+    files = [path / name for name in sorted(names) if name != "grid.png"]
+    require_value(option, str(path), bool(files), "there are no pictures in it")
+    by_name: dict[str, Path] = {}
     for file in files:
         other = by_name.setdefault(file.stem, file)
         allowed = f"{other.name} and {file.name} have the same name: expected names that differ before the suffix"
