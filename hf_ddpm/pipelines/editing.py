@@ -204,8 +204,7 @@ class EditingMethods(LatentMethods):
             FloatingPointError: If the network's output is not finite.
         """
         self._check_step(0 if t is None else t)
-        if num_iterations < 1:
-            raise ValueError(f"num_iterations={num_iterations} is not allowed: at least 1")
+        _check_counts(num_iterations=num_iterations)
         x_start = read_signed(images, self.image_shape).to(self._execution_device)
         steps = None if t is None else steps_from(t, num_inference_steps)
         self._set_timesteps(num_inference_steps, steps, from_noise=False)
@@ -242,9 +241,7 @@ def resampled(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]
         >>> resampled(5, jump_length=2, jump_n_sample=2)
         [4, 3, 4, 3, 2, 1, 2, 1, 0]
     """
-    for name, value in (("jump_length", jump_length), ("jump_n_sample", jump_n_sample)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name}={value!r} is not allowed: a whole number, at least 1")
+    _check_counts(jump_length=jump_length, jump_n_sample=jump_n_sample)
     jumps = dict.fromkeys(range(0, num_steps - jump_length, jump_length), jump_n_sample - 1)
     states, state = [], num_steps - 1
     while state >= 0:
@@ -254,6 +251,13 @@ def resampled(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]
             jumps[state] -= 1
             state += jump_length
     return states
+
+
+def _check_counts(**counts: Any) -> None:
+    """Raises a `ValueError` unless each is a whole number, at least 1."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name}={value!r} is not allowed: a whole number, at least 1")
 
 
 def _keeping(
