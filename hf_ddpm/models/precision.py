@@ -17,8 +17,8 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 PRECISION_NAMES = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
 # Speed of bf16 relative to float32 from which it is chosen: above the noise of a measurement.
 GAIN = 1.15
-# Operations per image, of compiled networks per pass, below which bf16 is not tried: casts and calls take most of the
-# time.
+# Operations below which bf16 is not tried, since casts and calls take most of the time: per image, or per pass of a
+# compiled network.
 FEWEST_FLOPS = 2e8
 # Operations of a measured forward pass: a fraction of a second on a CPU core, more than the calls take on a GPU.
 MEASURED_FLOPS = {"cpu": 1.6e10, "cuda": 2e12}
