@@ -40,7 +40,7 @@ def inpainting(context: FigureContext, options: InpaintingOptions) -> None:
         captioned("inpainting.png", "Inpainted images", caption),
         table(head, [list(row.values()) for row in measured]),
         f"Distance of the filled pixels from those of the image and from each other, RMSE on the scale [0, 255], over "
-        f"{len(images)} images. Both distances are equal if the image itself is as likely as any fill.",
+        f"{len(images)} images. Both distances agree if the image and its fills have the same distribution.",
     ]
     context.write("inpainting", "Inpainting (RePaint)", paragraphs, {"masks": measured}, options, {})
 

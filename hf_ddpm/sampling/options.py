@@ -120,9 +120,7 @@ class InpaintConfig:
         "file of one mask for all pictures, or folder of masks with the names of the pictures; of the model's size, "
         "white where to fill"
     )
-    num_inference_steps: int | None = option(
-        "steps of the reverse process; by default 250, or all if the model has fewer", None
-    )
+    num_inference_steps: int | None = option("steps of the reverse process; by default 250, or all if fewer", None)
     jump_length: int = option("steps that a jump goes back", 10)
     jump_n_sample: int = option("passes through each part of jump_length steps; 1 for no jumps", 10)
 
@@ -136,9 +134,7 @@ class InpaintConfig:
 class VaryConfig:
     """Make variations of pictures: add noise, and remove it again (SDEdit)."""
 
-    strength: float = option(
-        "share of the noise, above 0, at most 1: near 0 keeps a picture, 1 keeps nothing of it", 0.5
-    )
+    strength: float = option("share of the noise, above 0, at most 1: near 0 keeps a picture, 1 keeps nothing", 0.5)
     num_inference_steps: int | None = option("steps of the reverse process; by default all of that share", None)
 
     def __post_init__(self) -> None:
