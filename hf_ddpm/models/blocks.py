@@ -164,8 +164,8 @@ class Attention(nn.Module):
         return _divide(h + x, self.scale)
 
 
-# Sizes between which plain products are faster than torch's fused kernel on a CPU in half precision: entries of the
-# queries, and positions, whose square is what they keep.
+# On a CPU in half precision, plain products are faster than torch's fused kernel with more entries of the queries than
+# this, and up to this many positions, whose square is the size of the scores.
 FEWEST_ENTRIES, MOST_POSITIONS = 2**13, 2**10
 
 

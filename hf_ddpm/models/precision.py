@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_ddpm.utils.launch import is_out_of_memory
@@ -17,8 +17,8 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 PRECISION_NAMES = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
 # Speed of bf16 relative to float32 from which it is chosen: above the noise of a measurement.
 GAIN = 1.15
-# Operations per image, of compiled networks per pass, below which bf16 is not tried: casts and calls take most of the
-# time.
+# Operations below which bf16 is not tried, since casts and calls take most of the time: per image, or per pass of a
+# compiled network.
 FEWEST_FLOPS = 2e8
 # Operations of a measured forward pass: a fraction of a second on a CPU core, more than the calls take on a GPU.
 MEASURED_FLOPS = {"cpu": 1.6e10, "cuda": 2e12}
@@ -43,7 +43,7 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 
 def cast_copy(network: Any, precision: str) -> Any:
     """Return a copy of a network with weights in `bf16` or `fp16`, for inference: autocast casts them in every pass."""
-    half = copy.deepcopy(network).to(PRECISIONS[precision])
+    half = nn.Module.to(copy.deepcopy(network), PRECISIONS[precision])  # the method of diffusers logs a false warning
     for weight in half.parameters():
         weight.grad = None
     return half

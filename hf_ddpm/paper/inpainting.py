@@ -40,8 +40,7 @@ def inpainting(context: FigureContext, options: InpaintingOptions) -> None:
         captioned("inpainting.png", "Inpainted images", caption),
         table(head, [list(row.values()) for row in measured]),
         f"Distance of the filled pixels from those of the image and from each other, RMSE on the scale [0, 255], over "
-        f"{len(images)} images. Equal distances are those of fills as unlike the image as they are unlike each other: "
-        "as it should be, if the image itself is one of the possible fills.",
+        f"{len(images)} images. Both distances agree if the image and its fills have the same distribution.",
     ]
     context.write("inpainting", "Inpainting (RePaint)", paragraphs, {"masks": measured}, options, {})
 

@@ -156,7 +156,7 @@ class InpaintingOptions:
     fills: int = option("fills per image and mask, at least 2", 4)
     num_inference_steps: int = option("steps of the reverse process; all if there are fewer", 250)
     jump_length: int = option("steps that a jump goes back", 10)
-    jump_n_sample: int = option("how often each part is walked", 10)
+    jump_n_sample: int = option("passes through each part of jump_length steps", 10)
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -1,4 +1,4 @@
-r"""Edits of images by a model that was trained for none of them: inpainting, variation, inversion.
+r"""Image editing without further training: inpainting, variation, inversion.
 
 Time `t` is 0-based, and images are given as in `hf_ddpm.pipelines.latents`.
 """
@@ -61,15 +61,15 @@ class EditingMethods(LatentMethods):
 
         Then, at every `jump_length`-th step :math:`s`, the images are diffused again,
         :math:`x_{s+j} \sim q(x_{s+j} \mid x_s)`, and come back, so that both parts fit together (Section 4.2).
-        Where line 5 of Algorithm 1 prints :math:`\bar\alpha_t`, this is :math:`\bar\alpha_{t-1}`, as
-        :math:`q(x_{t-1} \mid x_0)` has it.
+        Line 5 of Algorithm 1 prints :math:`\bar\alpha_t`; here it is :math:`\bar\alpha_{t-1}`, that of
+        :math:`q(x_{t-1} \mid x_0)`.
 
         The fills are not exactly distributed as :math:`p_\theta` given the known pixels: each step sees these with
         fresh noise, so the fills depend too little on them. The error falls with more jumps, shorter ones and more
         steps, not to zero. For Gaussian data with neighbors correlated by 0.9, the mean is off by 0.65 standard
         deviations without jumps, by 0.15 with 5 passes and by 0.07 with 20 (`tests/pipelines/test_editing.py`).
 
-        An image without pixels to fill is returned as it is. One to be filled everywhere is sampled as in a call.
+        An image with an empty mask is returned unchanged; one with a full mask is sampled as in a call.
 
         Args:
             images: :math:`x_0`: pictures of PIL, arrays or tensors, see `hf_ddpm.images.read_signed`.
@@ -107,7 +107,7 @@ class EditingMethods(LatentMethods):
         plain = list(reversed(range(len(self.scheduler.timesteps))))
         path = resampled(len(plain), jump_length, jump_n_sample)
         if jump_n_sample > 1 and path == plain:
-            logger.warning(f"jump_length={jump_length} of {len(plain)} steps: these are too few for a jump")
+            logger.warning(f"jump_length={jump_length}: no jumps in {len(plain)} steps; expected more steps")
         classes = self._classes(class_labels, len(x_start), guidance_scale)
 
         x_0 = randn_tensor(x_start.shape, generator=generator, device=x_start.device, dtype=torch.float32)
@@ -204,8 +204,7 @@ class EditingMethods(LatentMethods):
             FloatingPointError: If the network's output is not finite.
         """
         self._check_step(0 if t is None else t)
-        if num_iterations < 1:
-            raise ValueError(f"num_iterations={num_iterations} is not allowed: at least 1")
+        _check_counts(num_iterations=num_iterations)
         x_start = read_signed(images, self.image_shape).to(self._execution_device)
         steps = None if t is None else steps_from(t, num_inference_steps)
         self._set_timesteps(num_inference_steps, steps, from_noise=False)
@@ -225,9 +224,9 @@ class EditingMethods(LatentMethods):
 
 
 def resampled(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
-    """Returns the steps of RePaint in order (Lugmayr et al. 2022, Fig. 9): each number leads to the one below.
+    """Returns the steps of RePaint in order (Lugmayr et al. 2022, Fig. 9): each is a step to the number below.
 
-    Where the next number is larger, the images are diffused up to it. The steps to 0, `jump_length`,
+    If the next number is larger, the images are diffused up to it. The steps to 0, `jump_length`,
     `2 * jump_length`, ... (if a jump from there stays below the start) are followed by `jump_n_sample - 1` jumps each.
 
     Args:
@@ -242,9 +241,7 @@ def resampled(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]
         >>> resampled(5, jump_length=2, jump_n_sample=2)
         [4, 3, 4, 3, 2, 1, 2, 1, 0]
     """
-    for name, value in (("jump_length", jump_length), ("jump_n_sample", jump_n_sample)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name}={value!r} is not allowed: a whole number, at least 1")
+    _check_counts(jump_length=jump_length, jump_n_sample=jump_n_sample)
     jumps = dict.fromkeys(range(0, num_steps - jump_length, jump_length), jump_n_sample - 1)
     states, state = [], num_steps - 1
     while state >= 0:
@@ -254,6 +251,13 @@ def resampled(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]
             jumps[state] -= 1
             state += jump_length
     return states
+
+
+def _check_counts(**counts: Any) -> None:
+    """Raises a `ValueError` unless each is a whole number, at least 1."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name}={value!r} is not allowed: a whole number, at least 1")
 
 
 def _keeping(

@@ -324,7 +324,11 @@ class LatentMethods:
 
     def _check_step(self, t: int) -> None:
         if not isinstance(self.scheduler, DDPMScheduler):
-            raise ValueError(f"going back from a latent needs a DDPMScheduler, not a {type(self.scheduler).__name__}")
+            library, name = type(self.scheduler).__module__.split(".")[0], type(self.scheduler).__name__
+            raise ValueError(
+                f"scheduler={library}.{name} is not allowed: expected a DDPMScheduler of hf_ddpm, "
+                "pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)"
+            )
         if isinstance(t, bool) or not isinstance(t, int | np.integer) or not 0 <= t < len(self.scheduler):
             raise ValueError(f"t={t} is not in [0, {len(self.scheduler)})")
 

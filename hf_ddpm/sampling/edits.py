@@ -1,6 +1,7 @@
 """Edits of picture files: read pictures and masks, edit them in batches, write the results beside a grid."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from hf_ddpm.sampling.generate import in_precision
 from hf_ddpm.sampling.options import EditConfig, InpaintConfig, InvertConfig, Sampling, VaryConfig
 from hf_ddpm.sampling.samplers import find_scheduler
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
-from hf_ddpm.utils.files import atomic_write, make_folder, one_line, write_text
+from hf_ddpm.utils.files import atomic_write, is_free, make_folder, one_line, write_text
 from hf_ddpm.utils.jsonl import to_json
-from hf_ddpm.utils.launch import use_own_cores
+from hf_ddpm.utils.launch import exclusive, use_own_cores
 from hf_ddpm.utils.options import require_value
 from hf_ddpm.utils.seeds import SAMPLES, generator
 
@@ -53,6 +54,8 @@ def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | Inve
         OSError: If a file cannot be written.
     """
     files = find_pictures("images", Path(config.images))
+    is_free_name = all(file.stem != "grid" for file in files)
+    require_value("images", config.images, is_free_name, "the results of a picture named grid would replace grid.png")
     if isinstance(options, InpaintConfig):
         find_pictures("masks", Path(options.masks))  # before anything that takes long
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -70,31 +73,40 @@ def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | Inve
     output = Path(config.output)
     state.wait_for_everyone()  # all have seen that it is empty
     make_folder(output, "output")
-    precision = config.mixed_precision
-    if precision == "auto":
-        choice = on_main_process(lambda: choose_precision(pipe.unet, pipe.image_shape, config.batch_size))
-        state.print(choice.line)
-        precision = choice.precision
-    with in_precision(pipe, precision):
-        edit_batches(config, edit, files, pixels, Sampling(class_labels=config.class_labels).labels(pipe), state)
-    if state.is_main_process:
-        settings = {**asdict(config), **asdict(options), "mixed_precision": precision}
-        origin = {"model_checksum": model_checksum(pipe), **provenance(state.device)}
-        record = {"edit": type(options).__name__.removesuffix("Config").lower(), **settings, **origin}
-        write_text(output / "edit.json", to_json(record, indent=2) + "\n")
-        rows = {"picture": pixels}
-        if masks is not None:
-            rows["masked"] = torch.where(masks, GRAY, pixels)
-        if isinstance(options, InvertConfig):
-            noise = np.stack([np.load(output / f"{file.stem}.npy") for file in files[:SHOWN]])
-            rows["noise"] = to_bytes(to_unit(torch.from_numpy(noise)))
-        rows["result"] = read_pictures([output / f"{file.stem}.png" for file in files], pipe.image_shape)
-        save_picture(before_and_after(rows), output / "grid.png")
-        if isinstance(options, InvertConfig):
-            error = (rows["result"].float() - pixels.float()).square().mean().sqrt().item()
-            print(f"pictures of the noise are within {error:.3g} of the pictures: RMSE on the scale [0, 255]")
+    with exclusive(output, "output") if state.is_main_process else nullcontext():
+        if state.is_main_process:  # another run may have come between
+            require_value("output", config.output, is_free(output), "expected a new or empty folder")
+        state.wait_for_everyone()
+        precision = config.mixed_precision
+        if precision == "auto":
+            choice = on_main_process(lambda: choose_precision(pipe.unet, pipe.image_shape, config.batch_size))
+            state.print(choice.line)
+            precision = choice.precision
+        with in_precision(pipe, precision):
+            edit_batches(config, edit, files, pixels, Sampling(class_labels=config.class_labels).labels(pipe), state)
+        if state.is_main_process:
+            settings = {**asdict(config), **asdict(options), "mixed_precision": precision}
+            origin = {"model_checksum": model_checksum(pipe), **provenance(state.device)}
+            record = {"edit": type(options).__name__.removesuffix("Config").lower(), **settings, **origin}
+            write_text(output / "edit.json", to_json(record, indent=2) + "\n")
+            draw_grid(output, files, pixels, masks, is_inverted=isinstance(options, InvertConfig))
     state.wait_for_everyone()
     return output
+
+
+def draw_grid(output: Path, files: Sequence[Path], pixels: Tensor, masks: Tensor | None, is_inverted: bool) -> None:
+    """Writes the first pictures before and after as `grid.png`; prints the error of pictures made of their noise."""
+    rows = {"picture": pixels}
+    if masks is not None:
+        rows["masked"] = torch.where(masks, GRAY, pixels)
+    if is_inverted:
+        noise = np.stack([np.load(output / f"{file.stem}.npy") for file in files[:SHOWN]])
+        rows["noise"] = to_bytes(to_unit(torch.from_numpy(noise)))
+    rows["result"] = read_pictures([output / f"{file.stem}.png" for file in files], tuple(pixels.shape[1:]))
+    save_picture(before_and_after(rows), output / "grid.png")
+    if is_inverted:
+        error = (rows["result"].float() - pixels.float()).square().mean().sqrt().item()
+        print(f"RMSE between the pictures and those made of their noise: {error:.3g}, on the scale [0, 255]")
 
 
 def edit_batches(
@@ -164,17 +176,23 @@ def prepared(pipe: DDPMPipeline, options: InpaintConfig | VaryConfig | InvertCon
 
 
 def find_pictures(option: str, path: Path) -> list[Path]:
-    """Returns a file, or the picture files of a folder by name; a `ValueError` if there are none, or two of a name.
+    """Returns a file, or the picture files of a folder by name.
 
-    `grid.png`, as `hf-ddpm sample` writes it beside its samples, is left out.
+    `grid.png`, as `hf-ddpm sample` writes it beside its samples, is left out of a folder.
+
+    Raises:
+        ValueError: If there are none, two have the same name, or the folder cannot be read.
     """
-    require_value(option, str(path), path.exists(), "there is no such file or folder")
-    files = [path]
-    if path.is_dir():
+    try:
+        require_value(option, str(path), path.exists(), "there is no such file or folder")
+        if not path.is_dir():
+            return [path]
         names, _ = sort_out([file.name for file in path.iterdir() if file.is_file()], image_suffixes())
-        files = [path / name for name in sorted(names) if name != "grid.png"]
-        require_value(option, str(path), bool(files), "there are no pictures in it")
-    by_name: dict[str, Path] = {"grid": Path("grid.png")}  # of all results
+    except OSError as error:
+        raise ValueError(f"{option}={str(path)!r} cannot be read: {error.strerror}") from error
+    files = [path / name for name in sorted(names) if name != "grid.png"]
+    require_value(option, str(path), bool(files), "there are no pictures in it")
+    by_name: dict[str, Path] = {}
     for file in files:
         other = by_name.setdefault(file.stem, file)
         allowed = f"{other.name} and {file.name} have the same name: expected names that differ before the suffix"

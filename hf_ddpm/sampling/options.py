@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_ddpm.utils.files import is_free
 from hf_ddpm.utils.options import option, require, require_at_least, require_color, require_types
 
 # Images per shard, whatever the batch size and the number of processes: a kill costs each process at most these.
@@ -87,15 +88,18 @@ class Sampling:
 
 @dataclass(kw_only=True)
 class EditConfig:
-    """Edits: of which pictures, with which model, where to."""
+    """Model, pictures and output of an edit."""
 
     model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
     images: str = option("file of a picture, or folder of pictures; larger ones are resized and cropped")
     output: str = option("folder of the results, new or empty")
-    seed: int = option("random seed; picture i of a folder, by name, gets the noise of sample i", 0)
+    seed: int = option("random seed; picture i of a folder, sorted by name, gets the noise of sample i", 0)
     class_labels: list[str] = option("names or numbers of classes that the pictures go through in turn", factory=list)
     guidance_scale: float = option("strength of classifier-free guidance; 1 for none", 1.0)
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option("precision of the network, as of sample", "auto")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "precision of the network's passes; auto: bf16 if the device has it and is faster with it, else no (float32)",
+        "auto",
+    )
     background: str = option("color behind transparent pixels, unless the model has 4 channels", "white")
     batch_size: int = option("batch size per process", 64)
 
@@ -105,9 +109,7 @@ class EditConfig:
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "batch_size")
         require_color(self, "background")
-        path = Path(self.output)
-        is_free = not path.is_file() and not (path.is_dir() and any(path.iterdir()))
-        require(self, "output", is_free, "a new or empty folder is wanted")
+        require(self, "output", is_free(Path(self.output)), "expected a new or empty folder")
 
 
 @dataclass(kw_only=True)
@@ -115,12 +117,12 @@ class InpaintConfig:
     """Fill a part of pictures; the other pixels are kept exactly (RePaint)."""
 
     masks: str = option(
-        "file of a mask for all, or folder of one per picture, named as the picture; of the model's size, white "
-        "where to fill"
+        "file of one mask for all pictures, or folder of masks with the names of the pictures; of the model's size, "
+        "white where to fill"
     )
-    num_inference_steps: int | None = option("steps of the reverse process; 250, or all if there are fewer", None)
+    num_inference_steps: int | None = option("steps of the reverse process; by default 250, or all if fewer", None)
     jump_length: int = option("steps that a jump goes back", 10)
-    jump_n_sample: int = option("how often each part is walked; 1 for no jumps", 10)
+    jump_n_sample: int = option("passes through each part of jump_length steps; 1 for no jumps", 10)
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -132,8 +134,8 @@ class InpaintConfig:
 class VaryConfig:
     """Make variations of pictures: add noise, and remove it again (SDEdit)."""
 
-    strength: float = option("share of the noise, above 0, at most 1: near 0 a picture is kept, at 1 nothing is", 0.5)
-    num_inference_steps: int | None = option("steps back; by default all of that share", None)
+    strength: float = option("share of the noise, above 0, at most 1: near 0 keeps a picture, 1 keeps nothing", 0.5)
+    num_inference_steps: int | None = option("steps of the reverse process; by default all of that share", None)
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -144,10 +146,10 @@ class VaryConfig:
 
 @dataclass
 class InvertConfig:
-    """Find the noise from which ddim makes pictures, and make them of it."""
+    """Find the noise of pictures, and make them from it again (DDIM inversion)."""
 
     num_inference_steps: int = option("steps in each direction", 100)
-    num_iterations: int = option("passes of the network per step of the way to the noise", 3)
+    num_iterations: int = option("passes of the network per step towards the noise", 3)
 
     def __post_init__(self) -> None:
         """Checks the values."""

@@ -103,6 +103,11 @@ def make_folder(folder: Path, option: str) -> None:
         raise ValueError(f"{option}: folder {str(folder)!r} cannot be written to: {error.strerror}") from error
 
 
+def is_free(folder: Path) -> bool:
+    """Returns whether a folder is new, or empty but for the lock of a run."""
+    return not folder.is_file() and not (folder.is_dir() and any(file.name != ".lock" for file in folder.iterdir()))
+
+
 def one_line(error: object) -> str:
     """Returns the message of an error without line breaks."""
     return " ".join(str(error).split())

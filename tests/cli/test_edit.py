@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 
 from hf_ddpm import DDIMScheduler, DDPMPipeline
+from hf_ddpm.sampling import edits
+from hf_ddpm.utils.launch import exclusive
 from hf_ddpm.utils.seeds import SAMPLES, generator
 from tests.conftest import load_script
 
@@ -68,6 +70,22 @@ def test_one_mask_serves_all_pictures_and_one_picture_needs_no_folder(main, trai
     assert np.array_equal(loaded(tmp_path / "one", "a"), found[:1])
 
 
+def test_a_mask_may_have_any_name(folder, tmp_path):
+    mask = tmp_path / "grid.png"
+    Image.open(folder / "masks" / "a.png").save(mask)
+    found = edits.read_mask_files(mask, [folder / "pictures" / f"{name}.png" for name in "abc"], (8, 8))
+    assert found.shape == (3, 1, 8, 8) and found[:, :, 4:].all() and not found[:, :, :4].any()
+
+
+def test_folders_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
+    def iterdir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(edits.Path, "iterdir", iterdir)
+    with pytest.raises(ValueError, match="^masks=.* cannot be read: Permission denied$"):
+        edits.find_pictures("masks", tmp_path)
+
+
 def test_variations_are_those_of_the_pipeline(main, trained, folder, tmp_path):
     words = ["--model", str(trained), "--images", str(folder / "pictures"), "--output", str(tmp_path / "out")]
     main(["vary", *words, "--strength", "0.01", "--num_inference_steps", "4"])
@@ -94,7 +112,27 @@ def test_the_noise_of_a_picture_makes_it_again(main, trained, folder, tmp_path, 
     made = pipe(3, latents=noise, num_inference_steps=5).images
     assert np.abs(np.stack([np.asarray(picture) for picture in made]).astype(int) - found).max() <= 1
     error = np.sqrt(np.square(found.astype(float) - loaded(folder / "pictures")).mean())
-    assert f"are within {error:.3g} of the pictures" in capsys.readouterr().out
+    assert f"made of their noise: {error:.3g}, on the scale [0, 255]" in capsys.readouterr().out
+
+
+def test_a_second_run_never_writes_into_the_folder_of_a_first(main, trained, folder, tmp_path, monkeypatch):
+    words = ["vary", "--model", str(trained), "--images", str(folder / "pictures"), "--output", str(tmp_path)]
+    short = ["--strength", "0.01", "--num_inference_steps", "1"]
+    with exclusive(tmp_path), pytest.raises(ValueError, match="output=.* is in use by another run"):
+        main([*words, *short])
+    load = edits.load_pipeline
+
+    def meanwhile(*args):
+        (tmp_path / "a.png").write_text("of another run, since the check")
+        return load(*args)
+
+    monkeypatch.setattr(edits, "load_pipeline", meanwhile)
+    with pytest.raises(ValueError, match="output=.* is not allowed: expected a new or empty folder"):
+        main([*words, *short])
+    assert (tmp_path / "a.png").read_text() == "of another run, since the check"
+    (tmp_path / "a.png").unlink()
+    monkeypatch.setattr(edits, "load_pipeline", load)
+    assert main([*words, *short]) == 0  # the lock of a run that was refused is no obstacle
 
 
 @pytest.mark.parametrize(
@@ -105,7 +143,7 @@ def test_the_noise_of_a_picture_makes_it_again(main, trained, folder, tmp_path, 
         ("vary --model m", "the following arguments are required: --images, --output"),
         ("inpaint --model m --images pictures --output o", "the following arguments are required: --masks"),
         ("vary --model m --images nowhere --output o", "images='nowhere' is not allowed: there is no such file"),
-        ("vary --model m --images pictures --output masks", "output='masks' is not allowed: a new or empty folder"),
+        ("vary --model m --images pictures --output masks", "output='masks' is not allowed: expected a new or empty"),
         ("vary --model m --images pictures --output o --strength 0", "strength=0.0 is not allowed: above 0, at most 1"),
         ("vary --model m --images pictures --output o --masks masks", "unknown option --masks"),
         ("inpaint --model m --images pictures --output o --masks no", "masks='no' is not allowed: there is no such"),
@@ -116,6 +154,8 @@ def test_the_noise_of_a_picture_makes_it_again(main, trained, folder, tmp_path, 
         ("inpaint --model MODEL --images text.png --output o --masks masks", "text.png cannot be used: it is no image"),
         ("vary --model MODEL --images empty --output o", "images='empty' is not allowed: there are no pictures in it"),
         ("vary --model MODEL --images twice --output o", "a.jpg and a.png have the same name"),
+        ("vary --model m --images grid.png --output o", "results of a picture named grid would replace grid.png"),
+        ("vary --model m --images grids --output o", "results of a picture named grid would replace grid.png"),
         ("vary --model MODEL --images pictures --output o --strength 0.01 --num_inference_steps 11",
          "num_inference_steps=11 is not allowed: at most the 10 steps of strength=0.01"),
         ("invert --model MODEL --images pictures --output o --num_inference_steps 1001",
@@ -126,10 +166,10 @@ def test_wrong_requests_are_one_line(main, trained, folder, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for name in ("pictures", "masks"):
         (tmp_path / name).symlink_to(folder / name)
-    for name in ("few", "empty", "twice"):
+    for name in ("few", "empty", "twice", "grids"):
         (tmp_path / name).mkdir()
     one = Image.open(folder / "masks" / "a.png")
-    for file in ("few/a.png", "twice/a.png", "twice/a.jpg", "empty/grid.png", "empty/.a.png"):
+    for file in "few/a.png twice/a.png twice/a.jpg empty/grid.png empty/.a.png grid.png grids/grid.jpg".split():
         one.save(file)
     Image.new("L", (9, 9)).save("large.png")
     (tmp_path / "text.png").write_text("no picture")

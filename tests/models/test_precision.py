@@ -2,11 +2,12 @@ from itertools import cycle
 
 import pytest
 import torch
+from diffusers.models import modeling_utils
 
 from hf_ddpm import UNet2DModel
 from hf_ddpm.config import Config
 from hf_ddpm.models import precision
-from hf_ddpm.models.precision import Choice, choose_precision, has_bf16, on_main_process
+from hf_ddpm.models.precision import Choice, cast_copy, choose_precision, has_bf16, on_main_process
 from hf_ddpm.training.dry_run import count_flops
 from tests.conftest import TINY_UNET
 
@@ -39,6 +40,14 @@ def set_times(monkeypatch, *times):
 def test_bf16_is_chosen_if_it_is_clearly_faster(measured, monkeypatch, tiny_unet, times, choice):
     set_times(monkeypatch, *times)
     assert choose_precision(tiny_unet, SHAPE, batch=4) == choice
+
+
+def test_a_copy_in_half_precision_is_made_without_a_warning(monkeypatch, tiny_unet):
+    logged = []
+    monkeypatch.setattr(modeling_utils.logger, "warning", logged.append)
+    half = cast_copy(tiny_unet, "bf16")
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16} and logged == []
+    assert {weight.dtype for weight in tiny_unet.parameters()} == {torch.float32}
 
 
 def test_neither_the_first_passes_nor_a_slow_one_count(measured, monkeypatch, tiny_unet):

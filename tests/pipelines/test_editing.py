@@ -287,7 +287,9 @@ ONE, MASK = torch.zeros(1, 8, 8), torch.ones(8, 8)
         (lambda pipe: pipe.inpaint(ONE, MASK, class_labels=[1]), "class_labels are not allowed"),
         (lambda pipe: pipe.vary(ONE, 0), "strength=0 is not allowed: above 0, at most 1"),
         (lambda pipe: pipe.vary(ONE, float("nan")), "strength=nan is not allowed: above 0, at most 1"),
-        (lambda pipe: pipe.invert(ONE, num_iterations=0), "num_iterations=0 is not allowed: at least 1"),
+        (lambda pipe: pipe.invert(ONE, num_iterations=0), "num_iterations=0 is not allowed: a whole number"),
+        (lambda pipe: pipe.invert(ONE, num_iterations=2.5), "num_iterations=2.5 is not allowed: a whole number, at"),
+        (lambda pipe: pipe.invert(ONE, num_iterations=True), "num_iterations=True is not allowed: a whole number, at"),
         (lambda pipe: pipe.invert(ONE, t=12), r"t=12 is not in \[0, 12\)"),
         (lambda pipe: pipe.invert(ONE, 5, t=3), "num_inference_steps=5 from t=3: expected 1 to 4"),
     ],
@@ -299,10 +301,11 @@ def test_wrong_arguments_are_one_line(short_pipeline, call, message):
 
 
 def test_other_schedulers_are_refused(short_pipeline):
-    short_pipeline.scheduler = diffusers.DDIMScheduler.from_config(short_pipeline.scheduler.config)
-    for call in (lambda: short_pipeline.inpaint(ONE, MASK), lambda: short_pipeline.invert(ONE)):
-        with pytest.raises(ValueError, match="needs a DDPMScheduler, not a DDIMScheduler"):
-            call()
+    for name in ("DDPMScheduler", "DDIMScheduler"):
+        short_pipeline.scheduler = getattr(diffusers, name).from_config(short_pipeline.scheduler.config)
+        for call in (lambda: short_pipeline.inpaint(ONE, MASK), lambda: short_pipeline.invert(ONE)):
+            with pytest.raises(ValueError, match=f"scheduler=diffusers.{name} is not allowed: .* of hf_ddpm"):
+                call()
 
 
 def test_networks_of_diffusers_and_classes_do(images, masks):
