@@ -106,7 +106,7 @@ def run_stages(options: DistillConfig, words: list[str]) -> Path:
             write_model(checkpoint, average_name(read_state(checkpoint)), folder)
         state.wait_for_everyone()
     run.accelerator.end_training()
-    state.print(f"DDPMPipeline.from_pretrained({str(folder)!r}) loads the model of {options.steps} steps")
+    state.print(f"DDPMPipeline.from_pretrained({str(folder)!r}) loads the distilled model")
     return folder
 
 
