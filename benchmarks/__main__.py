@@ -16,12 +16,16 @@ import sys
 from pathlib import Path
 
 from benchmarks.options import growth_values, parse_benchmark
+from hf_ddpm.utils.files import make_folder
 from hf_ddpm.utils.launch import end_quietly, run_script, use_own_cores
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line and returns the exit code."""
     options, config = parse_benchmark(argv, __doc__)
+    for name, file in (("json", options.json), ("profile", options.profile)):
+        if file is not None:
+            make_folder(Path(file).parent, name)
 
     from tqdm import tqdm  # these imports take seconds
 

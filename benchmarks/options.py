@@ -76,6 +76,7 @@ class BenchmarkConfig:
         require(self, "json", self.json.endswith(".json") and not Path(self.json).is_dir(), "a file that ends in .json")
         traced = self.profile is None or self.profile.endswith((".json", ".json.gz"))
         require(self, "profile", traced, "a file that ends in .json or .json.gz")
+        require(self, "profile", self.profile is None or self.growth == "none", "expected no profile with growth")
 
     @property
     def chosen(self) -> list[str]:

@@ -164,15 +164,15 @@ class Attention(nn.Module):
         return _divide(h + x, self.scale)
 
 
-# On a CPU in half precision, plain products are faster than torch's fused kernel with more entries of the queries than
+# On a CPU in bf16, plain products are faster than torch's fused kernel with more entries of the queries than
 # this, and up to this many positions, whose square is the size of the scores.
 FEWEST_ENTRIES, MOST_POSITIONS = 2**13, 2**10
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     r"""Return :math:`\text{softmax}(q k^T / \sqrt{d}) v`, shape `(B, heads, positions, d)`."""
-    is_half = q.dtype != torch.float32
-    if q.device.type == "cpu" and is_half and q.numel() > FEWEST_ENTRIES and q.shape[-2] <= MOST_POSITIONS:
+    is_bf16 = q.dtype == torch.bfloat16  # scores may exceed the range of float16
+    if q.device.type == "cpu" and is_bf16 and q.numel() > FEWEST_ENTRIES and q.shape[-2] <= MOST_POSITIONS:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return scores.softmax(dim=-1).to(v.dtype) @ v  # autocast leaves the softmax in float32
     return F.scaled_dot_product_attention(q, k, v)

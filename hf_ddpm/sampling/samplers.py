@@ -100,6 +100,8 @@ def replaced_variance(pipe: Any, sampling: Sampling) -> str | None:
 
 def is_changed(pipe: Any, sampling: Sampling) -> bool:
     """Returns whether earlier versions sampled other images with these options: a folder must not mix both."""
+    if sampling.mixed_precision in ("bf16", "fp16"):
+        return True
     if sampling.scheduler != "ddpm" or pipe.scheduler.config.prediction_type == "mean":
         return True
     own = DDPMScheduler.from_config(pipe.scheduler.config)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from benchmarks import run as benchmark_run
 from benchmarks import stock
+from benchmarks.__main__ import main
 from benchmarks.equality import check_equal, refusal_of
 from benchmarks.measure import Workload, measure_rates, peak_memory
 from benchmarks.options import grown, growth_values, parse_benchmark
@@ -305,3 +306,13 @@ def test_images_of_a_folder_need_no_network(benchmark, tmp_path):
         "hf_ddpm": None,
         "diffusers": None,
     }
+
+
+@pytest.mark.parametrize("option", ["json", "profile"])
+def test_folders_of_results_are_checked_before_hours_of_work(tmp_path, monkeypatch, option):
+    monkeypatch.setattr(
+        benchmark_run, "run_benchmark", lambda *arguments: pytest.fail("timed before the folder was checked")
+    )
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"^{option}: folder .* cannot be written to"):
+        main(["--json", str(tmp_path / "a.json"), f"--{option}", str(tmp_path / "file" / "b.json")])

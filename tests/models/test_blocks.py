@@ -79,7 +79,7 @@ def test_attention_is_that_of_the_formula(shape, dtype, half):
         assert (one - right).norm() < limit * right.norm()
 
 
-def test_attention_in_half_precision_on_a_cpu_is_of_plain_products(monkeypatch):
+def test_attention_in_bf16_on_a_cpu_is_of_plain_products(monkeypatch):
     fused = []
     monkeypatch.setattr(
         "torch.nn.functional.scaled_dot_product_attention", lambda q, k, v: (fused.append(q.dtype), q)[1]
