@@ -284,7 +284,7 @@ def test_a_kill_within_a_shard_costs_that_shard_alone(pipe, ten, tmp_path, monke
         ),
         ({"class_labels": ["1"]}, "class_labels=['1'] (was [])"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0 (was 1.0)"),
-        ({"mixed_precision": "bf16"}, "mixed_precision='bf16' (was 'no')"),
+        ({"mixed_precision": "bf16"}, "mixed_precision='bf16' (was 'no'), sampler_version=2 (was None)"),
     ],
 )
 def test_images_of_other_settings_are_refused_by_name(pipe, tmp_path, other, named):
