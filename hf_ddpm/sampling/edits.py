@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from hf_ddpm.data.decoding import attempt
 from hf_ddpm.data.pictures import open_picture
 from hf_ddpm.data.scan import image_suffixes, sort_out
-from hf_ddpm.data.transforms import ImageFormat
+from hf_ddpm.data.transforms import ImageFormat, fit
 from hf_ddpm.images import check_picture, grid, read_masks, save_picture, to_bytes, to_pil, to_signed, to_unit
 from hf_ddpm.models.precision import choose_precision, on_main_process
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
@@ -205,8 +205,7 @@ def read_pictures(files: Sequence[Path], shape: tuple[int, int, int], background
     channels, height, width = shape
     images = []
     for file in files:
-        row = {"bytes": None, "path": str(file)}
-        pixels = attempt(row, ImageFormat(height, width, channels, background=background))
+        pixels = attempt(_row(file), ImageFormat(height, width, channels, background=background))
         if isinstance(pixels, str):
             raise ValueError(f"{file} cannot be used: {pixels}")
         images.append(torch.tensor(pixels))
@@ -215,6 +214,8 @@ def read_pictures(files: Sequence[Path], shape: tuple[int, int, int], background
 
 def read_mask_files(path: Path, files: Sequence[Path], size: tuple[int, int]) -> Tensor:
     """Returns the masks of pictures, bool, shape `(len(files), 1, H, W)`.
+
+    A mask may have the size of its picture, too: it is resized and cropped as that is.
 
     Args:
         path: File of a mask for all, or folder of masks that are named as the pictures, up to the suffix.
@@ -231,10 +232,20 @@ def read_mask_files(path: Path, files: Sequence[Path], size: tuple[int, int]) ->
         if file is None:
             raise ValueError(f"masks={str(path)!r} is not allowed: there is no mask {picture.stem}.png for {picture}")
         try:
-            masks.append(read_masks(open_picture({"bytes": None, "path": str(file)}), 1, size))
+            mask = open_picture(_row(file))
+            own_size = mask.height, mask.width
+            sizes = {open_picture(_row(one)).size for one in (files if path.is_file() else [picture])}
+            if own_size != size and sizes == {mask.size}:
+                read_masks(mask, 1, own_size)  # refuses what is no mask
+                mask = Image.fromarray(fit(_row(file), ImageFormat(*size, 1))[0])
+            masks.append(read_masks(mask, 1, size))
         except Exception as error:  # decoders raise anything
             raise ValueError(f"{file} cannot be used: {one_line(error)}") from error
     return torch.cat(masks).expand(len(files), 1, *size)
+
+
+def _row(file: Path) -> dict[str, Any]:
+    return {"bytes": None, "path": str(file)}
 
 
 def save_array(array: np.ndarray, path: Path) -> None:

@@ -117,8 +117,8 @@ class InpaintConfig:
     """Fill a part of pictures; the other pixels are kept exactly (RePaint)."""
 
     masks: str = option(
-        "file of one mask for all pictures, or folder of masks with the names of the pictures; of the model's size, "
-        "white where to fill"
+        "file of one mask for all pictures, or folder of masks with the names of the pictures; of the size of the "
+        "model or of the pictures, white where to fill"
     )
     num_inference_steps: int | None = option("steps of the reverse process; by default 250, or all if fewer", None)
     jump_length: int = option("steps that a jump goes back", 10)

@@ -70,6 +70,21 @@ def test_one_mask_serves_all_pictures_and_one_picture_needs_no_folder(main, trai
     assert np.array_equal(loaded(tmp_path / "one", "a"), found[:1])
 
 
+def test_masks_of_the_size_of_their_pictures_are_fitted_as_these(tmp_path):
+    """32x16 pixels become 8x8: the square in the middle, each pixel of which is two by two."""
+    pattern = np.random.default_rng(0).integers(0, 2, (8, 8)).astype(np.uint8) * 255
+    wide = np.full((16, 32), 255, np.uint8)
+    wide[:, 8:24] = pattern.repeat(2, axis=0).repeat(2, axis=1)
+    mask, picture, other = (tmp_path / f"{name}.png" for name in ("mask", "picture", "other"))
+    Image.fromarray(wide).save(mask)
+    Image.fromarray(wide).convert("RGB").save(picture)
+    Image.new("L", (16, 32)).save(other)
+    assert np.array_equal(edits.read_mask_files(mask, [picture], (8, 8))[0, 0], pattern > 0)
+    for files in ([other], [picture, other]):
+        with pytest.raises(ValueError, match="mask.png cannot be used: masks of shape .16, 32. are not allowed"):
+            edits.read_mask_files(mask, files, (8, 8))
+
+
 def test_a_mask_may_have_any_name(folder, tmp_path):
     mask = tmp_path / "grid.png"
     Image.open(folder / "masks" / "a.png").save(mask)
