@@ -4,8 +4,9 @@ from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hf_ddpm.config import Config, ImageOptions
+from hf_ddpm.config import Config, ImageOptions, parse_config
 from hf_ddpm.utils.options import option, require, require_at_least, require_types, require_value
+from hf_ddpm.utils.runs import run_folder
 
 # Each with the fewest images, generated and real, that it can be computed from.
 METRICS = {"fd": 2, "kid": 2, "is": 1, "pr": 4, "nll": 1}
@@ -19,8 +20,12 @@ NOT_OF_FIGURES = ("model", "samples", "batch_size", "compile", "output", "save_r
 class ReferenceOptions(ImageOptions):
     """Options of the real images that generated ones are compared with, and of the comparison."""
 
-    reference_split: str = option("split that generated images are compared with", "train")
-    split: str = option("held-out split: the floor of distances, and the images of nll", "test")
+    reference_split: str = option(
+        "split that generated images are compared with; by default that of the run, else train", ""
+    )
+    split: str = option(
+        "held-out split: the floor of distances, and the images of nll; by default that of the run, else test", ""
+    )
     floor: bool = option("compare as many held-out images, too", True)
     extractor: str | None = option(
         "digits, inception (needs hf_ddpm[inception]), or a folder or Hub id of an image model; by default digits for "
@@ -63,6 +68,7 @@ class EvaluateConfig(ReferenceOptions):
         require_types(self)
         self.option_prefix = prefix
         super().__post_init__()
+        take_from_run(self, self.model if self.reference_stats is None else None)
         for metric in self.metrics.split(","):
             known = SYNONYMS.get(metric, metric) in METRICS
             require_value(f"{prefix}metrics", metric, known, f"any of {', '.join(METRICS)}, with commas")
@@ -94,7 +100,10 @@ class EvaluateConfig(ReferenceOptions):
         require(self, "save_reference_stats", target is None or bool(self.compared), "needs fd, kid, is or pr")
         if self.dataset is None:
             if stats is None or target is not None:
-                raise ValueError("dataset is missing: only fd and is can do without, with --reference_stats FILE.npz")
+                raise ValueError(
+                    "dataset is missing: expected --dataset NAME, or the folder of a run as --model; fd and is need "
+                    "none with --reference_stats FILE.npz"
+                )
             for metric in self.chosen:
                 reason = "it needs real images, --reference_stats holds mean and covariance alone; add --dataset"
                 require_value(f"{self.option_prefix}metrics", metric, metric in ("fd", "is"), reason)
@@ -163,6 +172,17 @@ class EvaluateConfig(ReferenceOptions):
             if metric in self.distances and reference is not None and reference < METRICS[metric]:
                 raise ValueError(f"{reference} images in split {self.reference_split!r} are too few for {metric}")
         return count
+
+
+def take_from_run(options: ReferenceOptions, model: str | None) -> None:
+    """Complete options without a data set by those of the run of a model, and splits by their usual names."""
+    run = None if model is None or options.dataset is not None else run_folder(model) / "config.yaml"
+    if run is not None and run.is_file():
+        of_run = real_images(parse_config(["--config", str(run)]))
+        options.floor = of_run.pop("floor") and options.floor
+        for name, value in of_run.items():
+            setattr(options, name, getattr(options, name) or value)
+    options.split, options.reference_split = options.split or "test", options.reference_split or "train"
 
 
 def training_request(config: Config) -> EvaluateConfig:

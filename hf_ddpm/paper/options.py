@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
-from hf_ddpm.config import DiffusionConfig, parse_config
-from hf_ddpm.evaluation.options import ReferenceOptions, real_images
+from hf_ddpm.config import DiffusionConfig
+from hf_ddpm.evaluation.options import ReferenceOptions, take_from_run
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.options import option, require, require_at_least, require_distinct
-from hf_ddpm.utils.runs import run_folder
 
 SCHEDULES = get_args(get_type_hints(DiffusionConfig)["beta_schedule"])
 SAMPLERS = [name for name in get_args(get_type_hints(Sampling)["scheduler"]) if name != "ddpm"]
@@ -22,10 +21,6 @@ class FigureOptions(ReferenceOptions):
 
     model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
     output: str = option("folder of the figures", "figures")
-    split: str | None = option("held-out split; that of the run, else test by default", None)
-    reference_split: str | None = option(
-        "split that generated images are compared with; that of the run, else train by default", None
-    )
     seed: int = option("random seed", 0)
 
     def __post_init__(self) -> None:
@@ -36,13 +31,7 @@ class FigureOptions(ReferenceOptions):
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "batch_size")
         super().__post_init__()
-        run = run_folder(self.model) / "config.yaml"
-        if self.dataset is None and run.is_file():
-            of_run = real_images(parse_config(["--config", str(run)]))
-            self.floor = of_run.pop("floor") and self.floor
-            for name, value in of_run.items():
-                setattr(self, name, getattr(self, name) or value)
-        self.split, self.reference_split = self.split or "test", self.reference_split or "train"
+        take_from_run(self, self.model)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import AutoConfig, AutoModel
 
@@ -20,6 +21,7 @@ from hf_ddpm.data.sources import choose
 from hf_ddpm.data.store import load_images
 from hf_ddpm.evaluation.features import load_extractor
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
+from hf_ddpm.evaluation.options import EvaluateConfig
 from hf_ddpm.hub.figures import rows
 from hf_ddpm.sampling.folder import SampleFolder
 from tests.conftest import load_script
@@ -229,7 +231,7 @@ def test_statistics_that_do_not_fit_are_refused(main, words, evaluated, tmp_path
             ValueError, match=f"metrics='{metric}' is not allowed: it needs real images, --reference_st"
         ):
             main([*common, f"fd,{metric}"])
-    with pytest.raises(ValueError, match="dataset is missing: only fd and is can do without"):
+    with pytest.raises(ValueError, match="dataset is missing: expected --dataset NAME"):
         main(["--samples", str(samples), "--metrics", "fd", *output])
     with pytest.raises(ValueError, match="num_images is missing: without a data set"):
         main([*words[:2], *common[2:], "fd"])
@@ -362,3 +364,19 @@ def test_two_launched_processes_find_the_same_figures(main, words, evaluated, tm
     assert nll["num_images"] == alone["num_images"] == 40
     assert nll["total_bpd"] == pytest.approx(alone["total_bpd"], rel=1e-6)
     assert found == figures(json.loads((evaluated / "results.json").read_text()))
+
+
+def test_a_run_is_evaluated_on_its_own_data(trained, tmp_path):
+    """Data set, levels, splits and extractor are those of its config.yaml; what is given comes first."""
+    config = EvaluateConfig(model=str(trained), metrics="fd")
+    assert (config.dataset, config.levels, config.extractor) == ("digits", 17, "digits")
+    assert (config.split, config.reference_split, config.floor) == ("test", "train", True)
+    assert EvaluateConfig(model=str(trained), metrics="fd", split="train", floor=False).split == "train"
+    run = tmp_path / "run"
+    run.mkdir()
+    options = yaml.safe_load((trained / "config.yaml").read_text()) | {"split": "test", "eval_split": "train"}
+    (run / "config.yaml").write_text(yaml.safe_dump(options))
+    config = EvaluateConfig(model=str(run), metrics="fd")
+    assert (config.split, config.reference_split) == ("train", "test")
+    config = EvaluateConfig(model=str(run), metrics="fd", dataset="other", extractor="digits")
+    assert (config.dataset, config.split, config.reference_split, config.levels) == ("other", "test", "train", 256)
