@@ -59,7 +59,7 @@ def test_all_commands_are_said():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_that_are_said_are_understood(command, tmp_path, monkeypatch):
     program, words = find_program(command)
-    for name in ("runs/digits", "runs/digits-4", "out"):
+    for name in ("runs/digits", "runs/digits-4", "runs/digits-1", "out"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
 
