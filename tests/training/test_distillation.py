@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from hf_ddpm import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -23,6 +24,7 @@ STEPS, BATCH, LR, COUNT = 3, 8, 1e-3, 8
 def teacher_of(scheduler, guidance_scale=1.0, **options):
     """Returns a pipeline of a tiny network, and the objective of a student of `COUNT` steps."""
     torch.manual_seed(0)
+    AcceleratorState._reset_state()  # it may have the precision of an earlier test
     unet = UNet2DModel(**TINY_UNET | {"dropout": 0.5, **options})
     names = {"0": "a", "1": "b"} if unet.config.num_class_embeds else None
     pipe = DDPMPipeline(unet, scheduler, names)
