@@ -236,7 +236,7 @@ def test_what_is_done_between_steps_is_no_time_of_a_step(tmp_path, monkeypatch):
     training = SimpleNamespace(max_train_steps=8, log_steps=4)
     run = SimpleNamespace(
         config=SimpleNamespace(training=training), step=0, losses=torch.ones(8), t=torch.zeros(8, dtype=torch.int64),
-        scheduler=range(10), global_batch_size=8, grad_norm=1.0, stopped_by=None, accelerator=Accelerator(cpu=True),
+        diffusion=range(10), global_batch_size=8, grad_norm=1.0, stopped_by=None, accelerator=Accelerator(cpu=True),
         optimizer=SimpleNamespace(param_groups=[{"lr": 1.0}]), check_finite=lambda: None,
         logs_now=False, images_per_second=None,
     )  # fmt: skip
