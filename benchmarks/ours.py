@@ -18,10 +18,9 @@ from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.streaming.stream import open_stream
 from hf_ddpm.evaluation.nll import variational_bound
 from hf_ddpm.images import to_signed
-from hf_ddpm.models.precision import cast_copy
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
-from hf_ddpm.sampling.generate import compile_for_sampling
+from hf_ddpm.sampling.generate import cast_for_sampling
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.training.build import build_run
 from hf_ddpm.training.loop import Callback, Run, train
@@ -59,9 +58,7 @@ class Ours(Contender):
         if precision not in self._samplers:
             self._samplers[precision] = pipe = self.plain_pipeline()
             pipe.set_progress_bar_config(disable=True)
-            pipe.unet = cast_copy(pipe.unet, precision)
-            if self.compiled:
-                compile_for_sampling(pipe.unet)
+            pipe.unet = cast_for_sampling(self.network, precision)
         return self._samplers[precision]
 
     def passes(self, batch: int) -> AbstractContextManager[Any]:

@@ -70,17 +70,21 @@ def tiny_pipeline(tiny_unet):
     return pipe
 
 
+def load_file(path):
+    """Returns the module of a file that is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def load_script(name):
     """Returns the module of a file of scripts/."""
     name = name.removeprefix("space/")
     if name == "benchmark":
         return importlib.import_module("benchmarks.__main__")
     if name == "train_digits_classifier":
-        path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"scripts_{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return load_file(Path(__file__).parents[1] / "scripts" / f"{name}.py")
     command = {"push_to_hub": "push", "app": "demo"}.get(name, name)
     return importlib.import_module(f"hf_ddpm.cli.{command}")
 

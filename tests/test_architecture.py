@@ -1,11 +1,12 @@
 """The picture and the map of docs/architecture.md are those of the package as it is."""
 
-import importlib.util
 import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
+from tests.conftest import load_file
 
 ROOT = Path(__file__).parents[1]
 PAGE, PICTURE = ROOT / "docs" / "architecture.md", ROOT / "docs" / "architecture.svg"
@@ -14,10 +15,7 @@ REMEDY = "run python docs/architecture.py"
 
 @pytest.fixture(scope="module")
 def architecture():
-    spec = importlib.util.spec_from_file_location("architecture", ROOT / "docs" / "architecture.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROOT / "docs" / "architecture.py")
 
 
 def test_picture_and_page_are_up_to_date(architecture):

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -6,15 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import load_file
+
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def learn():
-    spec = importlib.util.spec_from_file_location("learn", ROOT / "docs" / "learn.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROOT / "docs" / "learn.py")
 
 
 def code_of(learn):

@@ -233,9 +233,8 @@ def read_mask_files(path: Path, files: Sequence[Path], size: tuple[int, int]) ->
             raise ValueError(f"masks={str(path)!r} is not allowed: there is no mask {picture.stem}.png for {picture}")
         try:
             mask = open_picture(_row(file))
-            own_size = mask.height, mask.width
-            sizes = {open_picture(_row(one)).size for one in (files if path.is_file() else [picture])}
-            if own_size != size and sizes == {mask.size}:
+            own_size, masked = (mask.height, mask.width), files if path.is_file() else [picture]
+            if own_size != size and all(open_picture(_row(one)).size == mask.size for one in masked):
                 read_masks(mask, 1, own_size)  # refuses what is no mask
                 mask = Image.fromarray(fit(_row(file), ImageFormat(*size, 1))[0])
             masks.append(read_masks(mask, 1, size))

@@ -41,19 +41,24 @@ def compile_for_sampling(unet: nn.Module) -> None:
     unet.compile(dynamic=False, options={"cpp_wrapper": True} if on_cpu else {"triton.cudagraphs": True})
 
 
+def cast_for_sampling(unet: Any, precision: str) -> Any:
+    """Return a copy of a network in `bf16` or `fp16`, compiled if the network is.
+
+    It is the network itself for `no`, or if the weights are in half precision already.
+    """
+    if precision == "no" or unet.dtype != torch.float32:
+        return unet
+    half = cast_copy(unet, precision)
+    if is_compiled(unet):
+        compile_for_sampling(half)
+    return half
+
+
 @contextmanager
 def in_precision(pipe: DDPMPipeline, precision: str) -> Iterator[None]:
-    """Let a pipeline work with a copy of its network in `bf16` or `fp16`, compiled if the network is.
-
-    Nothing is copied for `no`, or if the weights are in half precision already.
-    """
+    """Let a pipeline work with its network in another precision, see `cast_for_sampling`."""
     own = pipe.unet
-    if precision == "no" or own.dtype != torch.float32:
-        yield
-        return
-    pipe.unet = cast_copy(own, precision)
-    if is_compiled(own):
-        compile_for_sampling(pipe.unet)
+    pipe.unet = cast_for_sampling(own, precision)
     try:
         yield
     finally:
