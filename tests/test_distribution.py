@@ -16,7 +16,7 @@ from tests.conftest import TINY_RUN
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("hf_ddpm", "tests", "benchmarks", "docs", "scripts", "model_cards")
+FOLDERS = ("hf_ddpm", "tests", "benchmarks", "docs", "scripts", "model_cards", "notebooks")
 
 
 def run(words, folder, path=None):
