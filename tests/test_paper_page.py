@@ -9,7 +9,7 @@ from hf_ddpm.presets import preset_names
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "paper.md").read_text()
-QUOTED = re.findall(r"`([^`]+)`", PAGE[PAGE.index("## Equations") : PAGE.index("## What came out")])
+QUOTED = re.findall(r"`([^`]+)`", PAGE[PAGE.index("## Equations") : PAGE.index("## Results")])
 
 
 def found(name):
