@@ -27,6 +27,7 @@ PROGRAM = r"(?<=[ `\n])(?:scripts/[\w/]+\.py|(?:hf-ddpm|-m hf_ddpm) [a-z]\w*|-m 
 COMMANDS = [
     command
     for file in [*DOCUMENTS, ROOT / "benchmarks" / "__main__.py", *SOURCES]
+    if file.name != "CHANGELOG.md"  # which abbreviates them
     for command in re.findall(rf"{PROGRAM} [^`\n]*--[^`\n]*", file.read_text().replace("\\\n", ""))
     if not re.search(r"\||--help|\{", command)  # alternatives, help, and templates are not commands
 ]
