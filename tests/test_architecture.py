@@ -25,8 +25,8 @@ def test_picture_and_pages_are_up_to_date(architecture):
     assert page == architecture.write_page(page), REMEDY
 
 
-def test_the_picture_shows_the_imports():
-    """Reads the imports by other means than the script: text, not syntax trees."""
+def test_picture_shows_the_imports():
+    """Read the imports from text, unlike the script, which reads syntax trees."""
     imported = {}
     for file in (ROOT / "hf_ddpm").rglob("*.py"):
         component = file.relative_to(ROOT / "hf_ddpm").parts[0].removesuffix(".py")
@@ -45,19 +45,19 @@ def test_the_picture_shows_the_imports():
         assert others <= shown[component] <= others | {other for name, other in by_name if name == component}
 
 
-def test_arrows_are_left_out_only_if_others_imply_them(architecture):
+def test_only_implied_arrows_are_left_out(architecture):
     pairs = {("a", "b"), ("b", "c"), ("a", "c"), ("c", "d"), ("a", "d"), ("a", "e")}
     assert architecture.reduce_arrows(pairs) == {("a", "b"), ("b", "c"), ("c", "d"), ("a", "e")}
 
 
-def test_the_list_of_modules_names_each_file_once():
+def test_list_of_modules_names_each_file_once():
     text = MODULES.read_text()
     named = [name + "__init__.py" * name.endswith("/") for name in re.findall(r"\]\(\.\./hf_ddpm/([^)]*)\)", text)]
     assert len(named) == len(set(named))
     assert set(named) == {str(file.relative_to(ROOT / "hf_ddpm")) for file in (ROOT / "hf_ddpm").rglob("*.py")}
 
 
-def test_the_numbered_lists_name_existing_definitions():
+def test_numbered_lists_name_existing_definitions():
     lists = re.split(r"\n## ", PAGE.read_text())[1:4]
     for text in lists:
         lines = re.findall(r"^\d+\. \[(.*?)\]\((.*?)\) `(.*?)`", text, re.MULTILINE)
