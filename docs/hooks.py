@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the changelog as a page, links to files outside of docs/, and formulas as MathML."""
+"""Hooks of mkdocs: the changelog as a page, links to files outside of docs/, formulas as MathML, unbroken options."""
 
 import html
 import logging
@@ -15,10 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 CHANGELOG = ROOT / "CHANGELOG.md"
 LOG = logging.getLogger("mkdocs.hooks")
 
-# A block of code, which stays as it is, or a link; the part of a Markdown file that a formula takes in HTML.
+# In Markdown: a block of code, which is not changed, or a link.
 CODE_OR_LINK = re.compile(
     r"(^```.*?^```)|(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]+)(#[^)\s]*)?\)", re.DOTALL | re.MULTILINE
 )
+# In HTML: an option in the text, not inside a tag; a formula.
+OPTION = re.compile(r"(?<![\w-])--\w+(?=[^<>]*<)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -53,9 +55,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Convert the formulas of a page to MathML, which browsers display without scripts."""
+    """Convert formulas to MathML, which browsers display without scripts; keep lines from breaking inside options."""
 
     def formula(match: re.Match[str]) -> str:
         return convert(html.unescape(match[2]), display="inline" if match[1] == "span" else "block")
 
-    return FORMULA.sub(formula, content)
+    return OPTION.sub(r'<span class="option">\g<0></span>', FORMULA.sub(formula, content))
