@@ -1,8 +1,10 @@
 """Show a model in the browser: its images form out of noise.
 
     hf-ddpm demo --model runs/digits
+    hf-ddpm demo --model runs/digits --distilled runs/digits-4
 
-In a Space, the variable MODEL_ID names the model. Image i of a seed is that of `hf-ddpm sample`.
+In a Space, the variables MODEL_ID and DISTILLED_MODEL_ID name the models. Image i of a seed is that of
+`hf-ddpm sample`.
 """
 
 import os
@@ -19,6 +21,11 @@ class DemoConfig:
     model: str | None = option(
         "folder of a model, of a run or of a checkpoint, or Hub id; the environment variable MODEL_ID by default", None
     )
+    distilled: str | None = option(
+        "folder or Hub id of a model distilled from it, whose images are shown next to the model's; the environment "
+        "variable DISTILLED_MODEL_ID by default",
+        None,
+    )
     background: str = option("color behind transparent pixels of uploaded images", "white")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "precision of the network's passes; auto: bf16 if the device has it and is faster with it, else no (float32)",
@@ -29,6 +36,7 @@ class DemoConfig:
         """Take the model of the environment if none is given, and check the values."""
         require_color(self, "background")
         self.model = self.model or os.environ.get("MODEL_ID")
+        self.distilled = self.distilled or os.environ.get("DISTILLED_MODEL_ID")
         if not self.model:
             raise ValueError("--model is missing: expected a folder or Hub id, here or in the variable MODEL_ID")
 
@@ -38,5 +46,5 @@ def main(argv: list[str]) -> int:
     (config,) = parse_options(argv, DemoConfig, doc=__doc__)
     from hf_ddpm.demo.app import show  # takes seconds
 
-    show(config.model, config.background, config.mixed_precision)
+    show(config.model, config.background, config.mixed_precision, config.distilled)
     return 0

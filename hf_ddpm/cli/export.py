@@ -10,7 +10,7 @@ into the run's folder; a run that is being trained, and an older step, need --ou
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_ddpm.utils.launch import exclusive
 from hf_ddpm.utils.options import option, parse_options, require, require_at_least
@@ -24,6 +24,9 @@ class ExportConfig:
     step: int | None = option("step of the checkpoint; the newest by default", None)
     average: str | None = option("average of the weights, by its decay; the run's first by default", None)
     output: str | None = option("folder of the pipeline; that of the run by default", None)
+    dtype: Literal["float32", "float16"] = option(
+        "type of the stored weights; float16 halves the file and rounds the weights (needs --output)", "float32"
+    )
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -40,7 +43,11 @@ def main(argv: list[str]) -> int:
 
 
 def export_model(
-    run: Path | str, step: int | None = None, average: str | None = None, output: Path | str | None = None
+    run: Path | str,
+    step: int | None = None,
+    average: str | None = None,
+    output: Path | str | None = None,
+    dtype: str = "float32",
 ) -> tuple[Path, int]:
     """Export the model of a run at one of its checkpoints: `hf-ddpm export` in Python.
 
@@ -49,6 +56,7 @@ def export_model(
         step: Step of the checkpoint; the newest sound one by default.
         average: Which average of the weights, by its decay; the first of the run by default.
         output: Folder of the pipeline; by default that of the run, and below it for further averages.
+        dtype: Type of the stored weights, `float32` or `float16`; the latter with an `output`.
 
     Returns:
         The folder and the step.
@@ -60,7 +68,7 @@ def export_model(
     from hf_ddpm.pipelines.runs import average_name  # takes seconds
     from hf_ddpm.utils.runs import checkpoints, read_state, run_folder, step_of
 
-    config = ExportConfig(str(run), step, average, None if output is None else str(output))
+    config = ExportConfig(str(run), step, average, None if output is None else str(output), dtype)
     checkpoint = _checkpoint(config)
     state, home = read_state(checkpoint), run_folder(checkpoint)
     name = average_name(state, average)
@@ -68,8 +76,11 @@ def export_model(
     if output is not None and Path(output).resolve() != home.resolve():
         kind = "expected a new or empty folder, or that of an earlier export"
         require(config, "output", _takes_exports(Path(output)), kind)
-        write_model(checkpoint, name, Path(output))
+        write_model(checkpoint, name, Path(output), dtype)
         return Path(output), state["step"]
+    require(
+        config, "dtype", dtype == "float32", "the run's folder keeps float32; expected --output with another folder"
+    )
     newest = step_of(checkpoints(home / "checkpoints")[-1])
     if state["step"] != newest:
         raise ValueError(f"--step {state['step']}: the run's folder is for its newest step, {newest}; give --output")
@@ -110,8 +121,10 @@ def _checkpoint(config: ExportConfig) -> Path:
     return folder
 
 
-def write_model(checkpoint: Path, average: str, folder: Path) -> None:
+def write_model(checkpoint: Path, average: str, folder: Path, dtype: str = "float32") -> None:
     """Write the pipeline, its record, the files of the run that are about these weights, and the card."""
+    import torch
+
     from hf_ddpm import DDPMPipeline
     from hf_ddpm.hub.card import write_card
     from hf_ddpm.pipelines.runs import average_name, stock_folder, write_export
@@ -125,11 +138,11 @@ def write_model(checkpoint: Path, average: str, folder: Path) -> None:
     make_folder(folder, "output")
     is_as_drawn = exported_step(home) == step and (home / "samples.png").exists()
     record = {"step": step, "images": step * state["global_batch_size"], "lengths": lengths_of(state)}
-    write_export(pipe, folder, {**record, "hub_ids": state.get("hub_ids", [])})
+    write_export(pipe, folder, {**record, "hub_ids": state.get("hub_ids", [])}, getattr(torch, dtype))
     if folder.resolve() != home.resolve():
         _copy_records(home, folder, pipe, step)
     drawing = home / "samples.png" if is_as_drawn else home / "samples" / f"step-{step:09d}.png"
-    if average != average_name(state) or not drawing.exists():
+    if average != average_name(state) or dtype != "float32" or not drawing.exists():
         (folder / "samples.png").unlink(missing_ok=True)  # of other weights
     elif drawing.resolve() != (folder / "samples.png").resolve():
         shutil.copyfile(drawing, folder / "samples.png")
