@@ -68,7 +68,7 @@ def test_numbers_that_are_not_finite_are_never_json(tmp_path, value):
 
 @pytest.fixture
 def trace(monkeypatch):
-    """Records what reaches the disk, in order."""
+    """Records flushes and renames in order."""
     calls, fsync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(
         os, "fsync", lambda fd: (calls.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
@@ -96,12 +96,12 @@ def test_errors_of_a_full_disk_name_the_file(tmp_path):
         lambda path: path.symlink_to(full) or path.write_text("x" * 100_000),
         lambda path: save_file({"a": torch.zeros(10)}, path / "no" / "folder"),
     ):
-        with pytest.raises(OSError, match=rf"^{tmp_path}/file cannot be written: ") as caught:
+        with pytest.raises(OSError, match=rf"^{tmp_path}/file: file cannot be written: ") as caught:
             with atomic_write(tmp_path / "file") as partial:
                 write(partial)
         assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
     (tmp_path / "lines.jsonl").symlink_to(full)
-    with pytest.raises(OSError, match="lines.jsonl cannot be written: No space left on device") as caught:
+    with pytest.raises(OSError, match="lines.jsonl: file cannot be written: No space left on device") as caught:
         append_line(tmp_path / "lines.jsonl", {"step": 1})
     assert caught.value.errno == errno.ENOSPC
 
@@ -110,5 +110,5 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_its_option(tmp_path):
     make_folder(tmp_path / "a" / "b", "output")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="output: folder '.*file/c' cannot be written to: Not a directory"):
+    with pytest.raises(ValueError, match="--output .*file/c: folder is not writable: Not a directory"):
         make_folder(tmp_path / "file" / "c", "output")

@@ -1,4 +1,4 @@
-"""Signals: one flag, that no lost exception clears."""
+"""Signals set one flag, which a lost exception does not clear."""
 
 import os
 import signal
@@ -154,7 +154,7 @@ def command(script, folder, trained):
 
 
 def start(script, words):
-    # Each import is a line: the moments at which signals are sent are counted in these, not in seconds.
+    # Each import prints a line: signals are sent after a number of lines, not of seconds.
     return subprocess.Popen(
         [sys.executable, "-X", "importtime", str(ROOT / "scripts" / f"{script}.py"), *words],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

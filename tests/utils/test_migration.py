@@ -16,23 +16,23 @@ OPTIONS = option_names([*PARTS, Sources])
 def test_the_page_has_the_table_of_the_code(title, table):
     section = re.search(rf"\n## {title}\n(.*?)(?=\n## |\Z)", PAGE.read_text(), re.DOTALL)[1]
     rows = [[cell.strip(" `") for cell in line.split(" | ")] for line in section.splitlines() if line.startswith("| `")]
-    written = {name.strip("| `").removeprefix("--"): there.strip("| ").replace("`", "") for name, there in rows}
-    assert written == {name: there.replace("`", "") for name, there in table.items()}
+    written = {name.strip("| `").removeprefix("--"): entry.strip("| ").replace("`", "") for name, entry in rows}
+    assert written == {name: entry.replace("`", "") for name, entry in table.items()}
 
 
-@pytest.mark.parametrize(("name", "there"), MIGRATION.items())
-def test_a_word_of_another_package_is_answered_by_what_takes_its_place(name, there):
-    assert name not in OPTIONS  # else it would not be answered
-    assert set(re.findall(r"--(\w+)", there)) <= set(OPTIONS)
+@pytest.mark.parametrize(("name", "entry"), MIGRATION.items())
+def test_a_word_of_another_package_is_answered_by_what_takes_its_place(name, entry):
+    assert name not in OPTIONS  # otherwise there would be no error
+    assert set(re.findall(r"--(\w+)", entry)) <= set(OPTIONS)
     with pytest.raises(ValueError, match=f"^unknown option --{name}: ") as caught:
         Config.of(preset="digits", **{name: "x"})
     answer = str(caught.value).partition(": ")[2]
-    assert answer == (f"did you mean {there}?" if there.startswith("--") else there)
+    assert answer == (f"did you mean {entry}?" if entry.startswith("--") else entry)
 
 
 def test_options_that_are_named_take_the_value_that_is_named():
-    for there in MIGRATION.values():
-        for name, value in re.findall(r"^--(\w+) (\w+)$", there):
+    for entry in MIGRATION.values():
+        for name, value in re.findall(r"^--(\w+) (\w+)$", entry):
             Config.of(preset="digits", **{name: value})
 
 

@@ -12,7 +12,7 @@ from hf_ddpm.utils.options import option, parse_command, parse_first, parse_opti
 
 @dataclass
 class Common:
-    """What all have."""
+    """Common options."""
 
     seed: int = option("a seed", 0)
 
@@ -21,7 +21,7 @@ class Common:
 class Draw:
     """Draws.
 
-    More of it.
+    A second paragraph.
     """
 
     size: int = option("a size", 1)
@@ -85,7 +85,7 @@ def test_floats_of_every_option_are_finite(part):
 @pytest.mark.parametrize("text", ["", " "])
 def test_an_empty_text_is_refused_unless_it_is_the_default(text):
     for words in (["--output", text, "--model", "m"], ["--model", text, "--output", "o"]):
-        with pytest.raises(ValueError, match=f"argument {words[0]}: '{text}' is not allowed"):
+        with pytest.raises(ValueError, match=f"argument {words[0]}: '{text}': expected a text that is not empty"):
             parse_options(words, FigureOptions)
     with pytest.raises(ValueError, match="argument --eval_split: "):
         parse_options(["--eval_split", text], EvaluationConfig)
@@ -112,9 +112,9 @@ def test_small_negative_numbers_are_values():
 
 def test_false_options_may_be_switched_off_and_stray_words_are_named_first():
     assert not parse_config(["--preset", "digits", "--no-streaming"]).data.streaming
-    with pytest.raises(ValueError, match="unexpected word 'x': expected"):
+    with pytest.raises(ValueError, match="unexpected argument 'x': expected"):
         parse_config(["x"])
-    with pytest.raises(ValueError, match="unexpected word '0' after --value_range=1: expected"):
+    with pytest.raises(ValueError, match="unexpected argument '0' after --value_range=1: expected"):
         parse_config(["--preset", "digits", "--value_range=1", "0"])
 
 

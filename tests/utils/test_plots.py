@@ -8,7 +8,7 @@ from hf_ddpm.utils.plots import log_limits, save_curves
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are saved."""
+    """Records the saved figures."""
     figures, save = [], Figure.savefig
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))
@@ -58,10 +58,10 @@ def test_a_logarithmic_axis_leaves_out_lone_extremes_and_nothing_else(figures, t
         limits = log_limits(values.tolist())
         save_curves(tmp_path / "curve.png", {"": (x, values)}, x_label="x", y_label="y", log_y=True)
         bottom, top = figures[-1].axes[0].get_ylim()
-        # A hundredth of the points at either end of three decades: 1.07 times.
+        # 1% of the points at each end of three decades is a factor of 1.07.
         assert 0.5e-3 < bottom < 1.1e-3 and 0.9 < top < 2
         assert (limits is None) == (shown is None)
-    assert log_limits([1.0, 1e-9, 2.0]) is None  # of few points each counts
+    assert log_limits([1.0, 1e-9, 2.0]) is None  # with few points, none is an outlier
     assert log_limits([]) is None and log_limits([0.0]) is None and log_limits([2.0] * 300) is None
 
 
@@ -71,6 +71,6 @@ def test_curves_are_drawn_where_their_points_are(tmp_path):
         save_curves(tmp_path / "curve.png", {"": ([0, 1], y)}, x_label="x", y_label="y")
         with Image.open(tmp_path / "curve.png") as picture:
             pixels = np.asarray(picture.convert("RGB")).astype(int)
-        rows, columns = (pixels[..., 2] - pixels[..., 0] > 60).nonzero()  # the curve is blue, all else gray
+        rows, columns = (pixels[..., 2] - pixels[..., 0] > 60).nonzero()  # the curve is blue, everything else is gray
         slopes.append(np.corrcoef(rows, columns)[0, 1])
-    assert slopes[0] < -0.9 and slopes[1] > 0.9  # rows count downward
+    assert slopes[0] < -0.9 and slopes[1] > 0.9  # rows are counted from the top

@@ -6,7 +6,7 @@ from hf_ddpm.utils.seeds import derived_seed, generator, hashed_keys, normal_noi
 
 
 def test_no_two_places_share_a_stream():
-    # numpy's SeedSequence pads with zeros: mixed naively, (0, 1) and (0, 1, 0) would be one place.
+    # numpy's SeedSequence pads with zeros: without a spawn key, (0, 1) and (0, 1, 0) would give the same seed.
     small = range(4)
     places = [p for length in (2, 3, 4) for p in itertools.product(small, repeat=length)]
     places += [(2**32, 1), (0, 2**31)]
@@ -24,7 +24,7 @@ def test_keys_of_places_differ_and_are_those_of_a_hash_by_hand():
     assert len(keys.unique()) == 12_000 and keys.dtype == torch.int32
     assert not torch.equal(keys, hashed_keys(derived_seed(1, 1), images, steps.repeat_interleave(300)))
 
-    def scrambled(bits):  # with signed shifts, as of C
+    def scrambled(bits):  # with signed shifts, as in C
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
             bits = (bits ^ ((bits - (bits >> 31 << 32)) >> shift)) * factor % 2**32
         return bits
