@@ -36,7 +36,7 @@ def newest(folder):
 
 
 def assert_same_run(one, other):
-    """Weights, averages and optimizer bit for bit, and every line of the metrics but the speed."""
+    """Check that two runs agree bit for bit: weights, averages, optimizer, and all metrics except the speed."""
     assert newest(one).name == newest(other).name
     for name in FILES:
         mine, yours = load_file(newest(one) / name), load_file(newest(other) / name)
@@ -75,9 +75,9 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(run_training, uninterrupted
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    (tmp_path / "metrics.jsonl").open("a").write('{"step": 8, "los')  # as a kill leaves it
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 8, "los')  # as after a kill
     run_training(tmp_path, "--max_train_steps", "12", "--checkpointing_steps", "4")
-    assert "step-000000008 is passed over: unet.safetensors differs from its checksum" in capsys.readouterr().out
+    assert "step-000000008 is skipped: unet.safetensors does not match its checksum" in capsys.readouterr().out
     assert_same_run(uninterrupted, tmp_path)
 
 
@@ -91,7 +91,7 @@ def names(folder):
 
 
 def test_new_checkpoints_survive_rotation_after_a_fall_back(run_training, tmp_path):
-    # Sorted by step, the damaged one would be the newest for ever.
+    # Without renaming, the damaged checkpoint would remain the newest one by step.
     words = ["--checkpointing_steps", "2", "--keep_checkpoints", "2"]
     run_training(tmp_path, "--max_train_steps", "8", *words)
     damage(newest(tmp_path))
@@ -102,8 +102,8 @@ def test_new_checkpoints_survive_rotation_after_a_fall_back(run_training, tmp_pa
 
 def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(run_training, tmp_path):
     run_training(tmp_path, "--max_train_steps", "6", "--checkpointing_steps", "2", "--keep_checkpoints", "3")
-    (tmp_path / "checkpoints" / "step-best").mkdir()  # the user's own
-    (tmp_path / "checkpoints" / ".step-000000009.partial").mkdir()  # what a kill leaves
+    (tmp_path / "checkpoints" / "step-best").mkdir()  # a folder of the user
+    (tmp_path / "checkpoints" / ".step-000000009.partial").mkdir()  # left by a kill
     (tmp_path / "checkpoints" / ".trash-step-000000001").mkdir()
     old = str(tmp_path / "checkpoints" / "step-000000002")
     for _ in range(2):
@@ -115,7 +115,7 @@ def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(run_trainin
 
 
 def test_a_folder_has_one_run(run_training, trained, tmp_path):
-    with exclusive(tmp_path), pytest.raises(ValueError, match="output_dir=.* is in use by another run"):
+    with exclusive(tmp_path), pytest.raises(ValueError, match="--output_dir .*: folder is in use by another run"):
         run_training(tmp_path)
     for _ in range(2):
         with exclusive(tmp_path):
@@ -125,7 +125,7 @@ def test_a_folder_has_one_run(run_training, trained, tmp_path):
 def test_a_run_is_ended_where_it_stands(run_training, tmp_path, capsys):
     words = ["--lr_schedule", "cosine", "--warmup_steps", "0", "--checkpointing_steps", "4", "--log_steps", "1"]
     run_training(tmp_path, *words, "--max_train_steps", "8")
-    shutil.rmtree(newest(tmp_path))  # it was killed after step 4: the export of step 8 cannot be its end
+    shutil.rmtree(newest(tmp_path))  # as if killed after step 4, without an export
     (tmp_path / "model_index.json").unlink()
     before = load_file(newest(tmp_path) / "ema-0.995.safetensors")
     assert run_training(tmp_path, *words, "--max_train_steps", "3") == 0
@@ -154,16 +154,16 @@ def test_a_cosine_run_is_prolonged_along_its_new_schedule(run_training, tmp_path
 def test_half_a_checkpoint_is_none(trained, tmp_path):
     for name in ("step-000000001", ".step-000000002.partial", ".trash-step-000000003"):
         (tmp_path / name).mkdir()
-    assert "no whole checkpoint" in verify_checkpoint(tmp_path / "step-000000001")
-    with pytest.raises(ValueError, match="no checkpoint in .* is sound: step-000000001 is passed over"):
+    assert "incomplete or not a checkpoint" in verify_checkpoint(tmp_path / "step-000000001")
+    with pytest.raises(ValueError, match="all checkpoints are damaged: step-000000001 is skipped: incomplete"):
         find_checkpoint(tmp_path, "latest")
-    with pytest.raises(ValueError, match="resume=.*step-000000001' is not allowed"):
+    with pytest.raises(ValueError, match="--resume .*step-000000001: incomplete or not a checkpoint"):
         find_checkpoint(tmp_path, str(tmp_path / "step-000000001"))
     assert find_checkpoint(tmp_path / "nothing", "latest") == (None, [])
 
 
 def test_starting_anew_loses_nothing(run_training, trained):
-    with pytest.raises(ValueError, match="resume=never, but .* holds checkpoints"):
+    with pytest.raises(ValueError, match="--resume never: checkpoints exist in .*; choose another --output_dir"):
         run_training(trained, "--resume", "never")
 
 
@@ -173,7 +173,7 @@ def test_starting_anew_loses_nothing(run_training, trained):
         ("--learning_rate 0.5", r"learning_rate=0.5 \(was 0.0"),
         ("--seed 5", r"seed=5 \(was 0\)"),
         ("--block_out_channels 8 24", r"block_out_channels=\[8, 24\]"),
-        ("--train_batch_size 16", r"images a step: 16 \(was 8\)"),
+        ("--train_batch_size 16", r"images per step: 16 \(was 8\)"),
         ("--lr_schedule cosine", r"lr_schedule='cosine' \(was 'constant'\)"),
     ],
 )
@@ -182,12 +182,12 @@ def test_a_run_is_not_continued_as_another_one(run_training, trained, words, mes
         run_training(trained, "--max_train_steps", "6", *words.split())
 
 
-# Clipping hides the scale of gradients as Adam does: out of reach here.
+# Clipping and Adam hide the scale of gradients: a large limit switches clipping off.
 UNCLIPPED = ["--max_train_steps", "6", "--dropout", "0.1", "--log_steps", "1", "--max_grad_norm", "1e6"]
 
 
 def assert_same_gradients(one, other):
-    """Losses, gradient norms and Adam's moments but for rounding: steps of Adam do not see the scale of a gradient."""
+    """Check losses, gradient norms and Adam's moments up to rounding; weights would not show the scale of gradients."""
     for name in ("loss", "grad_norm"):
         mine, yours = ([line[name] for line in metrics(folder)] for folder in (one, other))
         assert len(mine) == 6 and mine == pytest.approx(yours, rel=1e-4), name
@@ -195,7 +195,7 @@ def assert_same_gradients(one, other):
     for moment in ("exp_avg", "exp_avg_sq"):
         largest = max(value.norm() for name, value in mine.items() if name.endswith(f".{moment}"))
         for name in (name for name in mine if name.endswith(f".{moment}")):
-            # Gradients that are rounding, such as those of the keys' biases, have no relative error.
+            # Gradients that are zero but for rounding, such as of the keys' biases, have no useful relative error.
             assert (mine[name] - yours[name]).norm() <= 1e-3 * mine[name].norm() + 1e-5 * largest, name
 
 
@@ -211,18 +211,18 @@ def test_accumulation_in_low_precision_is_the_same_run_but_for_its_rounding(run_
     words = [*UNCLIPPED, "--train_batch_size"]
     run_in("bf16", tmp_path / "one", *words, "8")
     run_in("bf16", tmp_path / "two", *words, "4", "--gradient_accumulation_steps", "2")
-    # Gradients of weights are sums over the images, of which each pass rounds its own to 8 bits.
+    # Gradients are sums over images, and each pass rounds its part of the sum to 8 bits.
     for name, error in (("loss", 2**-9), ("grad_norm", 2**-7)):
         mine, yours = ([line[name] for line in metrics(folder)] for folder in (tmp_path / "one", tmp_path / "two"))
         assert len(mine) == 6 and mine == pytest.approx(yours, rel=error), name
 
 
 def note_inputs(monkeypatch):
-    """Returns lists that get the input of each training pass, and the type that its first convolution works in."""
+    """Returns a list of the inputs of all training passes, and a set of the dtypes of the first convolution."""
     inputs, types, forward = [], set(), UNet2DModel.forward
 
     def note(self, sample, *args, **kwargs):
-        is_noted = self.training and not isinstance(sample, FakeTensor)  # which only count memory
+        is_noted = self.training and not isinstance(sample, FakeTensor)  # fake tensors only count memory
         if is_noted:
             inputs.append(sample.clone())
             hook = self.conv_in.register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
@@ -237,7 +237,7 @@ def note_inputs(monkeypatch):
 
 @pytest.fixture
 def run_in(run_training):
-    """Trains in a precision, of which a process has one only, unless accelerate forgets it."""
+    """Trains in a given precision, after resetting accelerate, which allows one precision per process."""
 
     def run(precision, folder, *words):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -255,7 +255,7 @@ def test_low_precision_is_for_the_passes_of_the_network_alone(run_in, tmp_path, 
         run_in(precision, tmp_path / precision, *words)
         assert types == {torch.float32 if precision == "no" else torch.bfloat16}
         monkeypatch.undo()
-    # The same x_t bit for bit: rounded to bfloat16, it would hold no noise at all at small t.
+    # x_t is identical bit for bit. Rounded to bfloat16, it would contain no noise at small t.
     assert len(seen["no"]) == len(seen["bf16"]) == 6
     assert all(torch.equal(exact, found) for exact, found in zip(seen["no"], seen["bf16"], strict=True))
     exact, found = losses(tmp_path / "no"), losses(tmp_path / "bf16")
@@ -263,7 +263,7 @@ def test_low_precision_is_for_the_passes_of_the_network_alone(run_in, tmp_path, 
     for name in FILES:
         values = load_file(newest(tmp_path / "bf16") / name)
         assert {value.dtype for value in values.values()} == {torch.float32}, name
-        # Sums of many small steps, too: no value is one that bfloat16 could hold.
+        # The stored values are not rounded to bfloat16.
         assert not all(torch.equal(value, value.bfloat16().float()) for value in values.values()), name
     assert next(DDPMPipeline.from_pretrained(tmp_path / "bf16").unet.parameters()).dtype == torch.float32
 
@@ -294,7 +294,7 @@ def scaler(folder):
 
 
 def test_the_scale_of_losses_is_part_of_a_checkpoint(run_training, tmp_path, monkeypatch):
-    # As float16 needs it. Here it doubles every second step: resumed at step 3, it does so at step 4 and not at 5.
+    # A loss scale as in float16, which doubles every second step: after resuming at step 3, at step 4 and not at 5.
     def with_scaler(*args, **kwargs):
         accelerator = Accelerator(*args, **kwargs)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
@@ -335,14 +335,14 @@ def test_a_run_in_float16_resumes_bit_for_bit_with_its_scale(run_in, tmp_path, m
 
 
 def test_a_failed_run_says_so(run_training, tmp_path):
-    with pytest.raises(FloatingPointError, match="loss (nan|inf) and gradient norm .* at step"):
+    with pytest.raises(FloatingPointError, match="the run has diverged: loss (nan|inf) and gradient norm .* at step"):
         run_training(tmp_path, "--learning_rate", "1e30", "--max_train_steps", "20", "--warmup_steps", "0")
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["status"] == "failed" and "FloatingPointError" in status["error"]
 
 
 def test_weights_that_are_not_finite_are_never_saved(run_training, tmp_path):
-    # The loss of the only step is finite, the weights after it are not, and no line of metrics is due before the end.
+    # The loss of the first step is finite, but the weights after it are not, and no metrics are written before the end.
     with pytest.raises(FloatingPointError):
         run_training(tmp_path, "--learning_rate", "1e38", "--max_train_steps", "4", "--checkpointing_steps", "1",
                      "--log_steps", "50", "--warmup_steps", "0")  # fmt: skip
@@ -355,7 +355,7 @@ def test_a_full_disk_costs_no_checkpoint(run_training, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("hf_ddpm.training.checkpoints.flush", flush)
-    with pytest.raises(OSError, match="checkpoint .*4 cannot be written, the last one is .*2: .*No space left"):
+    with pytest.raises(OSError, match="4: checkpoint cannot be written: .*No space left.*; the newest .* is .*2$"):
         run_training(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "2")
     assert names(tmp_path) == ["step-000000002"] and verify_checkpoint(newest(tmp_path)) is None
     assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
@@ -373,26 +373,26 @@ def start(folder, *words, launcher=(), **environment):
 
 
 def wait_until(is_so, process):
-    """Waits until something is so; fails if the process ends before, or is stuck."""
+    """Waits until a condition is true; fails if the process ends first, or after `LIMIT` seconds."""
     end = time.monotonic() + LIMIT
     while not is_so():
         assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < end, "nothing happens any more"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.05)
 
 
 def wait_for_step(folder, step, process):
-    def is_there():
-        # The last line may be half written.
+    def has_step():
+        # The last line may be incomplete.
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return any(json.loads(line)["step"] >= step for line in lines if line.endswith("\n"))
 
-    wait_until(is_there, process)
+    wait_until(has_step, process)
 
 
 def wait_for_output(text, process):
-    """Waits until a process has printed something."""
+    """Waits until a process has printed a text."""
     output, guard = "", threading.Timer(LIMIT, process.kill)
     guard.daemon = True
     guard.start()
@@ -404,7 +404,7 @@ def wait_for_output(text, process):
 
 
 def end(process):
-    """Returns what a process that was sent a signal has printed, once it has ended."""
+    """Waits for the end of a process, and returns its output."""
     output, _ = process.communicate(timeout=LIMIT)
     return output
 
@@ -414,7 +414,7 @@ def test_signals_and_kills_lose_nothing(run_training, tmp_path):
     words = ["--checkpointing_steps", "50", "--log_steps", "1", "--max_train_steps"]
     folder = tmp_path / "interrupted"
     for number, status in [(signal.SIGTERM, "preempted"), (signal.SIGKILL, "running")]:
-        process = start(folder, *words, "1000000")  # so that it cannot end by itself
+        process = start(folder, *words, "1000000")  # too many steps to finish
         wait_for_step(folder, 60 if status == "preempted" else 120, process)
         process.send_signal(number)
         output = end(process)
@@ -480,7 +480,7 @@ def test_two_processes_and_two_machines_are_the_same_run(run_training, tmp_path)
         assert (tmp_path / name / "samples.png").read_bytes() == (tmp_path / "one" / "samples.png").read_bytes()
 
 
-# Only the main process finds that bf16 pays; in the other one the measurement fails.
+# Only the main process measures that bf16 is faster; in the other process the measurement fails.
 CHOOSING = """
 import importlib, os, sys
 from hf_ddpm.models import precision
@@ -568,7 +568,7 @@ def test_a_manifest_that_is_not_whole_is_damage(trained, tmp_path, spoil):
 
 
 def rewrite_state(folder, change):
-    """Changes `state.json` of the newest checkpoint, and its manifest, as another version would have written them."""
+    """Changes `state.json` of the newest checkpoint and its manifest, as if written by another version."""
     path = newest(folder)
     state = json.loads((path / "state.json").read_text())
     change(state)
@@ -605,11 +605,11 @@ def test_a_run_of_an_older_version_lacks_options_and_continues(run_training, tra
 
     rewrite_state(folder, change)
     words = [f"--{option}", str(default_options()[option])] if option in ("levels", "background") else []
-    if option == "levels":  # of which the preset has another value: compared with the default
-        with pytest.raises(ValueError, match=rf"of another run, .*{option}=.* \(was "):
+    if option == "levels":  # the preset's value differs from the default, which the old run used
+        with pytest.raises(ValueError, match=rf"checkpoint of a run with other options: .*{option}=.* \(was "):
             run_training(folder, "--max_train_steps", "5")
     if option == "background":
-        with pytest.raises(ValueError, match=r"of another run, .*background='blue' \(was 'white'\)"):
+        with pytest.raises(ValueError, match=r"of a run with other options: .*background='blue' \(was 'white'\)"):
             run_training(folder, "--max_train_steps", "5", "--background", "blue")
     assert run_training(folder, "--max_train_steps", "5", *words) == 0
 
@@ -618,7 +618,7 @@ def test_a_changed_default_is_that_of_the_runs_beginning(run_training, tmp_path,
     words = ["--max_train_steps", "1"]
     assert run_training(tmp_path, *words) == 0
     stored = json.loads((newest(tmp_path) / "state.json").read_text())["config"]["learning_rate"]
-    # As if the default had been what the run has, and were another one now.
+    # Simulate a changed default: the run used 0.999, the default is now 0.95.
     monkeypatch.setitem(FORMER_DEFAULTS, "adam_beta2", 0.999)
     monkeypatch.setattr(TrainingConfig.__dataclass_fields__["adam_beta2"], "default", 0.95)
     assert parse_config(["--preset", "digits"]).training.adam_beta2 == 0.95

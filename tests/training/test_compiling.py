@@ -29,7 +29,7 @@ def test_a_run_compiles_one_graph_once(run_training, tmp_path, monkeypatch, prec
 
 
 class RoundedGradient(torch.autograd.Function):
-    """Rounds gradients to fp16 as if the loss were a mean over 4,096 times as many images."""
+    """Rounds gradients to fp16, at the scale of a loss that is a mean over 4,096 times as many images."""
 
     @staticmethod
     def forward(ctx, x):
@@ -42,7 +42,7 @@ class RoundedGradient(torch.autograd.Function):
 
 @pytest.mark.parametrize("scale", [compiling.SCALE, 1.0])
 def test_gradients_that_underflow_in_fp16_are_not_taken_for_wrong(monkeypatch, tiny_unet, scale):
-    """Eager passes round between layers, a compiled network rounds less; without the scale they differ by far."""
+    """Eager passes round between layers, compiled ones less; without a loss scale their gradients differ widely."""
     convolutions = [module for module in tiny_unet.modules() if isinstance(module, torch.nn.Conv2d)]
     hooks = [module.register_forward_hook(lambda _, x, y: RoundedGradient.apply(y)) for module in convolutions]
     monkeypatch.setattr(UNet2DModel, "compile", lambda unet: [hook.remove() for hook in hooks])

@@ -26,7 +26,7 @@ def plan(*words):
 
 
 def kept_by_autograd(unet, x, t, precision):
-    """Return the bytes of real tensors that autograd saves, and that recomputed blocks keep as their inputs."""
+    """Return the bytes that autograd saves for the backward pass, including the inputs of recomputed blocks."""
     weights = {parameter.data_ptr() for parameter in unet.parameters()}
     sizes, alive = {}, []
 
@@ -43,7 +43,7 @@ def kept_by_autograd(unet, x, t, precision):
     half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     with half, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         unet(x, t)
-    sizes.pop(x.data_ptr(), None)  # it is counted with the images
+    sizes.pop(x.data_ptr(), None)  # counted with the images
     return sum(sizes.values())
 
 
@@ -61,7 +61,7 @@ def test_what_a_pass_keeps_is_counted_exactly(precision, checkpointing):
         if checkpointing:
             fake.enable_gradient_checkpointing()
         counted, most, _ = count_pass(fake, torch.empty(B, 1, 8, 8), torch.zeros(B, dtype=torch.int64), precision)
-    # Mean and reciprocal deviation of each group are float32 in CPU kernels; fake ones have the dtype of their input.
+    # CPU kernels keep the mean and reciprocal deviation of each group in float32, fake tensors in the input's dtype.
     norms = sum(isinstance(part, torch.nn.GroupNorm) and ".resnets" not in name * checkpointing
                 for name, part in unet.named_modules())  # fmt: skip
     fewer = norms * B * TINY_UNET["norm_num_groups"] * 2 * (4 - 2) if precision == "bf16" else 0
@@ -69,7 +69,7 @@ def test_what_a_pass_keeps_is_counted_exactly(precision, checkpointing):
 
 
 def test_a_convolution_keeps_its_input():
-    # y = conv(2 x): 2 x lives until the backward pass; x and the weights are counted elsewhere.
+    # y = conv(2 x): 2 x is kept until the backward pass; x and the weights are counted elsewhere.
     network = torch.nn.Conv2d(4, 4, 3, padding=1)
     kept, most, small = count_pass(lambda_network(network), torch.ones(4, 4, 8, 8), torch.zeros(4))
     assert kept == 4 * 4 * 4 * 64 and most == small > kept
@@ -81,7 +81,7 @@ def lambda_network(network):
 
 
 def test_weights_are_counted_in_all_their_copies():
-    # The weights, an average and two moments; with several passes gradients outlive a pass; another average is a copy.
+    # Weights, an average and two moments; plus gradients with several passes, and plus one copy per further average.
     weights = 4 * UNet2DModel(**parse_config(TINY_RUN).unet()).num_parameters()
     assert plan().count().weights == 4 * weights
     assert plan("--gradient_accumulation_steps", "2").count().weights == 5 * weights
@@ -150,8 +150,8 @@ def test_an_unresolved_auto_is_saved_as_its_number(tmp_path):
 def test_a_dry_run_that_does_not_fit_prints_the_count(run_training, monkeypatch, tmp_path, capsys):
     set_free(monkeypatch, 1000)
     assert run_training(tmp_path / "run", "--dry_run") == 0
-    said = capsys.readouterr().out
-    assert "parameters:" in said and "memory:" in said and "not measured:   --train_batch_size 8" in said
+    output = capsys.readouterr().out
+    assert "parameters:" in output and "memory:" in output and "not measured:   --train_batch_size 8" in output
 
 
 def test_a_lack_of_memory_in_training_is_one_line(monkeypatch, capsys):
