@@ -145,45 +145,47 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         Args:
             batch_size: Number of images.
             generator: Source of the noise; a list of `batch_size` gives each image its own.
-            num_inference_steps: Number of steps of the reverse process; by default all of the network's, or those that
-                the model was distilled to.
+            num_inference_steps: Number of steps of the reverse process; by default all steps of the model, or the steps
+                that it was distilled to.
             output_type: `pil`, `np` or `numpy` (NHWC in [0, 1]) or `pt` (NCHW in [0, 1]).
-            return_dict: Whether to wrap the result.
-            latents: :math:`x_T` to start from, shape `(batch_size, C, H, W)`; drawn by default.
-            callback_on_step_end: Called as `f(pipe, i, t, tensors)` after step `i`; `tensors` holds those asked for,
-                and a returned `latents` takes the place of :math:`x_{t-1}`.
+            return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
+            latents: :math:`x_T` to start from, shape `(batch_size, C, H, W)`; by default drawn from N(0, I).
+            callback_on_step_end: Called as `f(pipe, i, t, tensors)` after step `i`, with a dictionary of the tensors
+                named by `callback_on_step_end_tensor_inputs`. If it returns a dictionary with `latents`, they replace
+                :math:`x_{t-1}`.
             callback_on_step_end_tensor_inputs: Any of `latents` (:math:`x_{t-1}`), `pred_original_sample`
-                (:math:`\hat x_0`, with schedulers that give it) and `model_output`.
-            class_labels: Classes of a conditioned network, `batch_size` numbers or names; none by default, where the
-                network knows what no class is.
+                (:math:`\hat x_0`, if the scheduler returns it) and `model_output`.
+            class_labels: Classes for a conditional network, `batch_size` indices or names; by default no class, if the
+                network was trained with class dropout.
             guidance_scale: :math:`s` of classifier-free guidance (Ho & Salimans 2022),
                 :math:`\hat\epsilon = \epsilon_\theta(x_t) + s (\epsilon_\theta(x_t, c) - \epsilon_\theta(x_t))`; 1 for
                 none.
-            timesteps: The steps to take, descending, in place of `num_inference_steps`; with `latents`, a chain may
-                start anywhere.
-            eta: Noise of a DDIM scheduler, from 0 (none) to 1 (that of DDPM).
+            timesteps: Timesteps in descending order, instead of `num_inference_steps`; with `latents`, they may start
+                at any timestep.
+            eta: Noise of a DDIM scheduler, from 0 (deterministic) to 1 (as in DDPM).
 
         Returns:
             The images, as `.images` or in a tuple.
 
         Raises:
-            ValueError: If an argument is not allowed, or the scheduler is one of diffusers in a setting in which its
-                images are wrong.
-            FloatingPointError: If the network's output is not finite; the step and the reason are named.
+            ValueError: If an argument is invalid, or a scheduler of diffusers has settings that give wrong images.
+            FloatingPointError: If the network's output is not finite; the message contains the step and the reason.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is not allowed: at least 1")
+            raise ValueError(f"batch_size={batch_size}: expected at least 1")
         shape = (batch_size, *self.image_shape)
         self._check_arguments(shape, generator, output_type, latents, callback_on_step_end_tensor_inputs)
         device = self._execution_device
 
         self._set_timesteps(num_inference_steps, timesteps, from_noise=latents is None)
-        # The chain stays in float32; only the network works in its own dtype.
+        # Algorithm 2, line 1: x_T ~ N(0, I), in float32; only the network runs in its own dtype.
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         x_t = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        # Line 3: z ~ N(0, I) if t > 1, else z = 0. Line 4: x_{t-1} = mu_theta(x_t, t) + sigma_t z.
         step = partial(self.scheduler.step, **self._step_options(generator, eta))
         classes = self._classes(class_labels, batch_size, guidance_scale)
+        # Lines 2 to 5: for t = T, ..., 1, evaluate the network and call `step`.
         x_t = self._walk(
             x_t,
             self.scheduler.timesteps,
@@ -193,6 +195,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
+        # Line 6: return x_0, scaled from [-1, 1] to [0, 1].
         images = as_output(to_unit(x_t), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
