@@ -65,7 +65,7 @@ def ten(trained, tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_a_folder_holds_the_images_of_the_row_for_any_batch_size(pipe, ten, tmp_path, batch_size):
+def test_the_images_of_a_folder_do_not_depend_on_the_batch_size(pipe, ten, tmp_path, batch_size):
     folder = fill(pipe, tmp_path, 10, batch_size=batch_size)
     assert len(folder) == 10 and torch.equal(images(folder), ten)
     assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["000000.npy", "000001.npy", "000002.npy"]
@@ -104,7 +104,7 @@ def by_hand(pipe, count, sampling):
 
 @pytest.mark.parametrize("words", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_image_i_has_its_noise_and_its_class_in_any_batch(conditional, tmp_path, words, batch_size):
+def test_noise_and_class_of_image_i_do_not_depend_on_the_batch(conditional, tmp_path, words, batch_size):
     sampling = Sampling(seed=5, num_inference_steps=4, **words)
     expected = by_hand(conditional, 7, sampling)
     assert len({image.numpy().tobytes() for image in expected}) == 7
@@ -128,7 +128,7 @@ class Rank:
 
 @pytest.mark.parametrize("words", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("world", [2, 5])
-def test_processes_share_the_work_and_make_the_images_of_one(conditional, tmp_path, monkeypatch, world, words):
+def test_several_processes_make_the_same_images_as_one(conditional, tmp_path, monkeypatch, world, words):
     sampling, barrier, made = Sampling(seed=5, num_inference_steps=4, **words), threading.Barrier(world), []
     monkeypatch.setattr(SampleFolder, "add", lambda self, indices, images, add=SampleFolder.add: (
         made.append((threading.current_thread(), indices)), add(self, indices, images)))  # fmt: skip
@@ -153,7 +153,7 @@ def test_processes_share_the_work_and_make_the_images_of_one(conditional, tmp_pa
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_all_numbers_of_steps_make_images_or_are_refused(tiny_unet, tmp_path, name, spacing):
+def test_all_numbers_of_steps_make_images_or_are_rejected(tiny_unet, tmp_path, name, spacing):
     # Without our checks, samplers of diffusers would raise internal errors or return NaN for some numbers of steps.
     pipe = DDPMPipeline(tiny_unet, DDPMScheduler(num_train_timesteps=20, beta_end=0.4, timestep_spacing=spacing))
     pipe.set_progress_bar_config(disable=True)
@@ -176,7 +176,7 @@ def test_all_numbers_of_steps_make_images_or_are_refused(tiny_unet, tmp_path, na
     assert not (tmp_path / "out").exists()
 
 
-def test_samplers_that_do_not_clip_are_refused_where_they_would_blow_up_errors(tiny_unet):
+def test_samplers_without_clipping_are_rejected_if_they_amplify_errors(tiny_unet):
     # The cosine schedule ends at alpha_bar = 2.4e-9: the image is divided by 5e-5. On the digits, whose samples score a
     # Frechet distance of 0.6 to 1, euler made images of distance 22 with trailing steps.
     pipe = DDPMPipeline(tiny_unet, DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
@@ -190,13 +190,13 @@ def test_samplers_that_do_not_clip_are_refused_where_they_would_blow_up_errors(t
     assert not find_scheduler(unclipped, "dpmsolver++", 20).config.thresholding
 
 
-def test_more_images_than_the_disk_holds_are_refused(pipe, tmp_path):
+def test_more_images_than_the_disk_can_store_are_rejected(pipe, tmp_path):
     with pytest.raises(ValueError, match="--num_images 1000000000000: the images need 59,605 GiB"):
         fill(pipe, tmp_path / "out", 10**12)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pipeline_keeps_its_scheduler_even_if_drawing_is_left(pipe):
+def test_a_pipeline_keeps_its_scheduler_if_sampling_is_stopped_early(pipe):
     own, sampling = pipe.scheduler, Sampling(num_inference_steps=2, scheduler="ddim")
     drawing = generate_images(pipe, range(4), sampling, batch_size=2)
     assert next(drawing)[0] == 0 and type(pipe.scheduler).__name__ == "DDIMScheduler"
@@ -206,7 +206,7 @@ def test_a_pipeline_keeps_its_scheduler_even_if_drawing_is_left(pipe):
     assert pipe.scheduler is own
 
 
-def test_low_precision_is_for_the_network_alone(pipe, ten):
+def test_only_the_network_runs_in_low_precision(pipe, ten):
     seen = []
     pipe.unet.conv_out.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     sampling = Sampling(num_inference_steps=4, mixed_precision="bf16")
@@ -219,7 +219,7 @@ def test_low_precision_is_for_the_network_alone(pipe, ten):
     assert 0 < difference.max() and difference.mean() < 3
 
 
-def test_only_what_is_missing_or_damaged_is_made(pipe, ten, tmp_path, monkeypatch):
+def test_only_missing_or_damaged_shards_are_made(pipe, ten, tmp_path, monkeypatch):
     fill(pipe, tmp_path, 10)
     first, second, third = sorted((tmp_path / "shards").iterdir())
     kept = first.stat().st_mtime_ns
@@ -235,7 +235,7 @@ def test_only_what_is_missing_or_damaged_is_made(pipe, ten, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("content", [b"", b"no array", "float", "other shape", "too many"])
-def test_what_is_no_shard_of_the_folder_counts_as_missing(pipe, ten, tmp_path, content):
+def test_invalid_shards_count_as_missing(pipe, ten, tmp_path, content):
     fill(pipe, tmp_path, 4)
     path = tmp_path / "shards" / "000000.npy"
     arrays = {"float": np.zeros((4, 1, 8, 8)), "other shape": np.zeros((4, 1, 8, 9), np.uint8)}
@@ -255,7 +255,7 @@ def test_more_images_continue_the_last_shard(pipe, ten, tmp_path, monkeypatch):
     assert len(fill(pipe, tmp_path, 3)) == 10  # a smaller number removes nothing
 
 
-def test_a_kill_within_a_shard_costs_that_shard_alone(pipe, ten, tmp_path, monkeypatch):
+def test_a_kill_loses_only_the_current_shard(pipe, ten, tmp_path, monkeypatch):
     calls = []
 
     def killed(self, indices, images, add=SampleFolder.add):
@@ -288,14 +288,14 @@ def test_a_kill_within_a_shard_costs_that_shard_alone(pipe, ten, tmp_path, monke
         ({"mixed_precision": "bf16"}, "mixed_precision='bf16' (was 'no'), sampler_version=2 (was None)"),
     ],
 )
-def test_images_of_other_settings_are_refused_by_name(pipe, tmp_path, other, named):
+def test_images_of_other_settings_are_rejected(pipe, tmp_path, other, named):
     fill(pipe, tmp_path, 2)
     message = f"{tmp_path}: folder contains images of other settings: {named}; choose another folder"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         fill(pipe, tmp_path, 2, Sampling(**{"num_inference_steps": 4, **other}))
 
 
-def test_images_of_another_model_are_refused_and_of_its_copy_are_not(pipe, trained, tmp_path):
+def test_images_of_another_model_are_rejected_but_not_of_a_copy(pipe, trained, tmp_path):
     fill(pipe, tmp_path, 2)
     fill_folder(
         DDPMPipeline.from_pretrained(trained), tmp_path, 3, FOUR_STEPS, model="a copy", batch_size=1,
@@ -310,7 +310,7 @@ def test_images_of_another_model_are_refused_and_of_its_copy_are_not(pipe, train
         fill(pipe, tmp_path, 2)
 
 
-def test_fewer_steps_take_the_small_variance_unless_the_model_has_learned_it(pipe):
+def test_fewer_steps_use_fixed_small_unless_the_variance_is_learned(pipe):
     def used(own, steps, **options):
         pipe.scheduler = DDPMScheduler(num_train_timesteps=20, variance_type=own)
         return find_scheduler(pipe, "ddpm", steps, **options).variance_type
@@ -332,7 +332,7 @@ def test_fewer_steps_take_the_small_variance_unless_the_model_has_learned_it(pip
         find_scheduler(pipe, "ddpm", 5, "fixed_small")
 
 
-def test_images_of_few_steps_are_those_of_the_small_variance_and_folders_mix_no_two(pipe, tmp_path):
+def test_fewer_steps_sample_with_fixed_small_and_folders_do_not_mix_variances(pipe, tmp_path):
     small, large = (
         DDPMScheduler.from_config(pipe.scheduler.config, variance_type=f"fixed_{size}") for size in ("small", "large")
     )
@@ -355,14 +355,14 @@ def test_images_of_few_steps_are_those_of_the_small_variance_and_folders_mix_no_
     assert not torch.equal(pipe(2, generators[1], 4, "pt").images, stock)
 
 
-def test_settings_bind_only_with_the_first_shard(pipe, tmp_path):
+def test_settings_are_fixed_by_the_first_shard(pipe, tmp_path):
     with pytest.raises(ValueError, match="guidance_scale=2.0 is not allowed"):
         fill(pipe, tmp_path, 2, Sampling(num_inference_steps=4, guidance_scale=2.0))
     assert len(fill(pipe, tmp_path, 2)) == 2
     assert json.loads((tmp_path / "sampling.json").read_text())["guidance_scale"] == 1.0
 
 
-def test_folders_of_unknown_origin_or_in_use_are_refused(pipe, tmp_path):
+def test_folders_of_unknown_origin_or_in_use_are_rejected(pipe, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "00000.png")
     with pytest.raises(ValueError, match="contains images of unknown settings; choose another folder"):
         fill(pipe, tmp_path, 1)
@@ -377,7 +377,7 @@ def test_folders_of_unknown_origin_or_in_use_are_refused(pipe, tmp_path):
         open_samples(tmp_path)
 
 
-def test_the_script_writes_pictures_or_one_array(trained, ten, tmp_path):
+def test_the_script_writes_png_files_or_one_array(trained, ten, tmp_path):
     main = load_script("sample").main
     words = ["--model", str(trained), "--num_inference_steps", "4", "--output", str(tmp_path)]
     main([*words, "--num_images", "5"])
@@ -396,7 +396,7 @@ def test_the_script_writes_pictures_or_one_array(trained, ten, tmp_path):
         main([*words, "--output", str(tmp_path / "grid.png")])
 
 
-def test_pictures_of_others_are_taken_as_they_look_or_refused(tmp_path):
+def test_png_files_of_other_modes_are_converted_or_rejected(tmp_path):
     Image.new("P", (4, 4)).save(tmp_path / "0.png", transparency=0)  # black and fully transparent
     (palette,) = images(PictureFolder(tmp_path))
     assert palette.shape == (3, 4, 4) and (palette == 255).all()
@@ -408,7 +408,7 @@ def test_pictures_of_others_are_taken_as_they_look_or_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_ends_sampling_with_one_line_and_the_same_command_goes_on(trained, tmp_path):
+def test_sampling_resumes_after_a_signal(trained, tmp_path):
     words = ["--model", str(trained), "--output", str(tmp_path), "--num_images", "1500", "--num_inference_steps", "20"]
     command = [sys.executable, str(ROOT / "scripts" / "sample.py"), *words, "--batch_size", "256"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -428,7 +428,7 @@ def test_a_signal_ends_sampling_with_one_line_and_the_same_command_goes_on(train
 
 
 @pytest.mark.slow
-def test_two_launched_processes_make_the_same_images(trained, tmp_path):
+def test_two_launched_processes_write_the_same_images(trained, tmp_path):
     words = ["--model", str(trained), "--num_images", "300", "--num_inference_steps", "4", "--format", "npz"]
     script = str(ROOT / "scripts" / "sample.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -440,7 +440,7 @@ def test_two_launched_processes_make_the_same_images(trained, tmp_path):
     assert (tmp_path / "a" / "samples.npz").read_bytes() == (tmp_path / "b" / "samples.npz").read_bytes()
 
 
-def test_a_compiled_network_sees_one_batch_size(conditional):
+def test_a_compiled_network_runs_with_one_batch_size(conditional):
     sampling, sizes = Sampling(0, 2, mixed_precision="no"), []
     expected = list(generate_images(conditional, range(10), sampling, batch_size=4))
     call = conditional.unet._call_impl
@@ -460,7 +460,7 @@ def test_a_compiled_network_sees_one_batch_size(conditional):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="nothing compiles here")
-def test_weights_are_constants_of_a_network_that_is_compiled_for_sampling(tiny_unet):
+def test_weights_are_constants_after_compiling_for_sampling(tiny_unet):
     from torch._inductor import config
 
     unet, plain = tiny_unet.eval(), copy.deepcopy(tiny_unet).eval()
@@ -487,7 +487,7 @@ def stored(folder):
 
 
 @pytest.mark.parametrize(("first", "second"), [("bf16", "no"), ("no", "bf16")])
-def test_a_folder_keeps_the_precision_that_auto_stood_for(trained, tmp_path, monkeypatch, capsys, first, second):
+def test_a_folder_keeps_the_precision_chosen_by_auto(trained, tmp_path, monkeypatch, capsys, first, second):
     choices = choose(monkeypatch, first)
     words = ["--model", str(trained), "--num_inference_steps", "2", "--batch_size", "3"]
     sample = load_script("sample").main
@@ -506,7 +506,7 @@ def test_a_folder_keeps_the_precision_that_auto_stood_for(trained, tmp_path, mon
         sample([*words, "--output", str(tmp_path / "auto"), "--num_images", "9", "--mixed_precision", second])
 
 
-def test_auto_is_chosen_before_the_network_is_compiled(trained, tmp_path, monkeypatch):
+def test_auto_chooses_before_the_network_is_compiled(trained, tmp_path, monkeypatch):
     order = []
     choices = choose(monkeypatch, "no")
     monkeypatch.setattr("hf_ddpm.sampling.generate.compile_for_sampling", lambda unet: order.append(len(choices)))
@@ -545,7 +545,7 @@ def test_weights_are_cast_once_for_all_images(pipe, tmp_path, monkeypatch, compi
     assert pipe.unet is own
 
 
-def test_images_without_a_folder_are_of_the_precision_that_auto_stands_for(pipe, monkeypatch):
+def test_generate_images_uses_the_precision_chosen_by_auto(pipe, monkeypatch):
     choices = choose(monkeypatch, "bf16")
     found, expected = (
         [image for _, image in generate_images(pipe, range(4), Sampling(0, 2, mixed_precision=name), batch_size=4)]

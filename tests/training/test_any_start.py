@@ -24,7 +24,7 @@ from tests.data.files import numbered, shards
 from tests.training.test_checkpoints import assert_same_run, end, losses, newest, start, wait_for_step
 
 
-def test_a_streamed_run_resumes_where_it_stood(run_training, tmp_path):
+def test_a_streamed_run_resumes_with_identical_results(run_training, tmp_path):
     data = shards(tmp_path / "data", [numbered(i) for i in range(45)])
     words = ["--dataset", str(data), "--streaming", "--levels", "256", "--log_steps", "1", "--checkpointing_steps", "4"]
     run_training(tmp_path / "whole", *words, "--max_train_steps", "12")  # more than two epochs
@@ -33,7 +33,7 @@ def test_a_streamed_run_resumes_where_it_stood(run_training, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_bad_images_are_counted_listed_and_left_out(run_training, tmp_path, capsys):
+def test_bad_images_are_counted_listed_and_skipped(run_training, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for number in range(9):
         Image.fromarray(np.full((8, 8), number, np.uint8)).save(tmp_path / "images" / f"{number}.png")
@@ -45,7 +45,7 @@ def test_bad_images_are_counted_listed_and_left_out(run_training, tmp_path, caps
     assert json.loads(line)["file"].endswith("bad.png")
 
 
-def test_deep_images_keep_their_depth(run_training, tmp_path, monkeypatch):
+def test_16_bit_images_keep_their_depth(run_training, tmp_path, monkeypatch):
     # Two values that differ by 1/65535 and would be equal in 8 bits.
     (tmp_path / "images").mkdir()
     for number, value in enumerate([1000, 1001]):
@@ -61,7 +61,7 @@ def test_deep_images_keep_their_depth(run_training, tmp_path, monkeypatch):
     assert sorted(seen) == pytest.approx([2 * 1000 / 65535 - 1, 2 * 1001 / 65535 - 1], abs=1e-7)
 
 
-def test_images_need_not_be_square(run_training, tmp_path):
+def test_images_may_be_rectangular(run_training, tmp_path):
     run_training(tmp_path, "--resolution", "8", "4", "--max_train_steps", "2")
     pipe = DDPMPipeline.from_pretrained(tmp_path)
     assert pipe(batch_size=2, num_inference_steps=2, output_type="pt").images.shape == (2, 1, 8, 4)
@@ -74,7 +74,7 @@ def conditional(run_training, tmp_path_factory):
     return folder
 
 
-def test_the_network_learns_classes_and_none(run_training, tmp_path, monkeypatch):
+def test_class_dropout_replaces_labels_by_the_null_class(run_training, tmp_path, monkeypatch):
     seen = []
     forward = UNet2DModel.forward
 
@@ -95,7 +95,7 @@ def test_the_network_learns_classes_and_none(run_training, tmp_path, monkeypatch
     assert np.abs(found.numpy() - share).max() < 5 * (0.1 * 0.9 / 240) ** 0.5
 
 
-def test_a_conditional_model_is_sampled_by_name(conditional, tmp_path):
+def test_a_conditional_model_is_sampled_by_class_name(conditional, tmp_path):
     pipe = DDPMPipeline.from_pretrained(conditional)
     assert pipe.class_names == [str(digit) for digit in range(10)] and pipe.null_class == 10
     assert type(diffusers.DDPMPipeline.from_pretrained(conditional).unet) is diffusers.UNet2DModel
@@ -113,7 +113,7 @@ def test_a_conditional_model_is_sampled_by_name(conditional, tmp_path):
         sample([*common, "--output", str(tmp_path / "x"), "--class_labels", "cat"])
 
 
-def test_the_bound_of_a_conditional_model_is_given_the_classes(conditional, tmp_path, monkeypatch):
+def test_the_likelihood_bound_of_a_conditional_model_uses_the_classes(conditional, tmp_path, monkeypatch):
     seen, forward = [], UNet2DModel.forward
 
     def note(self, sample, timestep, class_labels=None, return_dict=True):
@@ -143,7 +143,7 @@ def test_the_bound_of_a_conditional_model_is_given_the_classes(conditional, tmp_
     assert found["classes"] != found["none"] and all(np.isfinite(value) for value in found.values())
 
 
-def test_guidance_needs_a_network_that_was_trained_without_classes_too(run_training, tmp_path):
+def test_guidance_needs_a_network_with_a_null_class(run_training, tmp_path):
     run_training(tmp_path, "--class_column", "label", "--class_dropout", "0", "--max_train_steps", "2")
     pipe = DDPMPipeline.from_pretrained(tmp_path)
     assert pipe.null_class is None and pipe.unet.config.num_class_embeds == 10
@@ -190,7 +190,7 @@ def test_fine_tuning_starts_from_the_loss_of_the_model(run_training, learned, tm
         ("--objective hybrid", "objective='hybrid'.*variance_type='fixed_small'"),
     ],
 )
-def test_a_model_that_does_not_fit_is_refused_by_name(run_training, learned, tmp_path, words, message):
+def test_init_from_rejects_a_model_that_does_not_fit(run_training, learned, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         run_training(tmp_path, "--init_from", str(learned / "ours"), *words.split())
     with pytest.raises(ValueError, match="model 'nowhere' cannot be loaded"):
@@ -208,7 +208,7 @@ def twelve_classes(folder, names, shuffle):
     return str(folder)
 
 
-def test_a_class_keeps_its_number_from_the_data_to_the_sample_and_the_bound(run_training, tmp_path, monkeypatch):
+def test_a_class_keeps_its_index_in_data_samples_and_likelihood_bound(run_training, tmp_path, monkeypatch):
     # Twelve classes: as text, 10 comes before 2. The evaluated split lacks the first classes, so its indices differ.
     names = [f"c{number:02d}" for number in range(12)]
     words = ["--class_column", "label", "--levels", "256", "--max_train_steps", "2"]
@@ -239,7 +239,7 @@ def test_a_class_keeps_its_number_from_the_data_to_the_sample_and_the_bound(run_
                                       "--class_column", "label", "--output", str(tmp_path / "x.json")])  # fmt: skip
 
 
-def test_a_run_does_not_go_on_with_other_data(run_training, tmp_path):
+def test_a_run_does_not_resume_with_other_data(run_training, tmp_path):
     data = twelve_classes(tmp_path / "data", ["a", "b", "c"], 0)
     words = ["--dataset", data, "--class_column", "label", "--levels", "256"]
     run_training(tmp_path / "run", *words, "--max_train_steps", "2")
@@ -252,7 +252,7 @@ def test_a_run_does_not_go_on_with_other_data(run_training, tmp_path):
         run_training(tmp_path / "run", *words, "--max_train_steps", "4")
 
 
-def test_a_tuned_run_goes_on_without_its_source(run_training, learned, tmp_path):
+def test_a_fine_tuned_run_resumes_without_its_source(run_training, learned, tmp_path):
     source = tmp_path / "source"
     DDPMPipeline.from_pretrained(learned / "ours").save_pretrained(source)
     words = ["--init_from", str(source), "--checkpointing_steps", "2", "--dropout", "0.3"]
@@ -265,7 +265,7 @@ def test_a_tuned_run_goes_on_without_its_source(run_training, learned, tmp_path)
     assert pipe.scheduler.config.prediction_type == "v_prediction" and pipe.unet.config.dropout == 0.3
 
 
-def test_more_sampling_steps_than_the_source_has_are_refused_before_training(run_training, learned, tmp_path):
+def test_too_many_sampling_steps_are_rejected_before_training(run_training, learned, tmp_path):
     with pytest.raises(ValueError, match="--num_inference_steps 1000: expected at most 20, the number of diffusion"):
         run_training(tmp_path / "short", "--num_train_timesteps", "20", "--max_train_steps", "2")
         run_training(tmp_path, "--init_from", str(tmp_path / "short"), "--num_inference_steps", "1000")
@@ -273,7 +273,7 @@ def test_more_sampling_steps_than_the_source_has_are_refused_before_training(run
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_whole_group_of_a_streamed_run_loses_nothing(tmp_path):
+def test_a_streamed_run_handles_a_signal_to_its_process_group(tmp_path):
     # `timeout` and batch systems signal the whole process group, including the decoding processes.
     data = shards(tmp_path / "data", [numbered(i) for i in range(45)])
     words = ["--dataset", str(data), "--streaming", "--levels", "256", "--max_train_steps", "100000"]

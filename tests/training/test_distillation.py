@@ -59,7 +59,7 @@ def test_the_teacher_takes_two_steps_of_its_own_sampler(kind, variance, schedule
         assert clipped or index < COUNT - 1 or kind != "epsilon"  # with little signal, everything is clipped
 
 
-def test_the_teacher_is_guided_and_what_it_says_of_variance_is_not_used():
+def test_the_teacher_is_guided_and_its_variance_is_ignored():
     scheduler = DDPMScheduler(variance_type="learned_range", clip_sample=False)
     pipe, student, objective = teacher_of(scheduler, 3.0, out_channels=2, num_class_embeds=3)
     x_t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -136,7 +136,7 @@ def train_by_hand(folder):
     return student.state_dict(), lines
 
 
-def test_a_stage_is_algorithm_2(run_training, trained, tmp_path):
+def test_a_stage_matches_algorithm_2(run_training, trained, tmp_path):
     words = ["--teacher", str(trained), "--student_steps", str(COUNT), "--prediction_type", "v_prediction"]
     words += ["--max_train_steps", str(STEPS), "--log_steps", "1", "--levels", "256", "--max_grad_norm", "1e9"]
     run_training(tmp_path, *words, "--warmup_steps", "0", "--learning_rate", str(LR), "--dropout", "0")
