@@ -265,7 +265,7 @@ def open_samples(path: Path, background: str = "white") -> Samples:
         The images.
 
     Raises:
-        ValueError: If the path is none of these.
+        ValueError: If the path has another format, or contains no images.
     """
     if path.is_file():
         return SampleFile(path)

@@ -216,7 +216,7 @@ def generate_images(
         call: Further arguments of the pipeline's call, such as `callback_on_step_end`.
 
     Yields:
-        The index of an image and the image, uint8, shape `(C, H, W)`, on the CPU.
+        Pairs of index and image; images are uint8, shape `(C, H, W)`, on the CPU.
 
     Raises:
         ValueError: If the scheduler does not support the number of steps.

@@ -224,7 +224,7 @@ def _objective(config: Config, scheduler: DDPMScheduler) -> Objective:
 
 
 def _check_terminal_signal(config: Config, scheduler: DDPMScheduler) -> None:
-    """Raises a `ValueError` if x_T still contains signal (sampling starts from pure noise) and this is not allowed."""
+    """Raises a `ValueError` if x_T still contains signal, unless `allow_terminal_signal` is set."""
     options, signal = config.diffusion, scheduler.diffusion.alphas_cumprod[-1].item()
     if signal > NOISE_SIGNAL and not options.allow_terminal_signal:
         prior_bits = -0.5 * math.log2(1 - signal)
@@ -262,8 +262,8 @@ def _check_classes(source: DDPMPipeline, config: Config, class_names: tuple[str,
     needs = config.num_class_embeds(len(class_names))
     if has != needs:
         raise ValueError(
-            f"--{option} {name}: num_class_embeds is {has}; expected {needs} for {len(class_names)} classes with "
-            f"--class_dropout {config.data.class_dropout}"
+            f"--{option} {name}: model has num_class_embeds={has}; expected {needs} for {len(class_names)} classes "
+            f"with --class_dropout {config.data.class_dropout}"
         )
     if source.class_names and source.class_names != list(class_names):
         raise ValueError(

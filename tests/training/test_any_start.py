@@ -186,7 +186,7 @@ def test_fine_tuning_starts_from_the_loss_of_the_model(run_training, learned, tm
     [
         ("--resolution 16", r"--resolution 16: expected 8 8, as in --init_from "),
         ("--dataset digits --channels 3 --levels 256", "--channels 3: expected 1, as in --init_from "),
-        ("--class_column label", "num_class_embeds is None; expected 11 for 10 classes with --class_dropout 0.1"),
+        ("--class_column label", "num_class_embeds=None; expected 11 for 10 classes with --class_dropout 0.1"),
         ("--objective hybrid", "objective='hybrid'.*variance_type='fixed_small'"),
     ],
 )
