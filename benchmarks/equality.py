@@ -72,9 +72,9 @@ def check_equal(ours: Contender, theirs: Contender) -> dict[str, Check]:
     theirs.setting.allow_tf32(False)
     try:
         for name, outputs in {"network": _predictions, "gradients": _gradients, "images": _images}.items():
-            right, found = outputs(ours), outputs(theirs)
-            scale = 1.0 if name == "images" else right.abs().max().item()
-            checks[name] = _check((found - right).abs().max().item() / scale, TOLERANCES[name])
+            expected, actual = outputs(ours), outputs(theirs)
+            scale = 1.0 if name == "images" else expected.abs().max().item()
+            checks[name] = _check((actual - expected).abs().max().item() / scale, TOLERANCES[name])
     finally:
         theirs.setting.allow_tf32(theirs.setting.config.training.tf32)
     return checks
@@ -91,14 +91,14 @@ def check_as_timed(contender: Contender, tasks: Sequence[str]) -> dict[str, Chec
     checks, passes = {}, set(tasks) & set(NETWORK_TASKS) - set(STEPS)
     precision = contender.precision(contender.setting.batch)
     if passes and (contender.compiled or precision != "no"):
-        found = _first(contender, False, lambda: contender.predictor()().float())
-        right = _pass_in_float32(contender)
-        difference = ((found - right).norm() / right.norm()).item()
+        actual = _first(contender, False, lambda: contender.predictor()().float())
+        expected = _pass_in_float32(contender)
+        difference = ((actual - expected).norm() / expected.norm()).item()
         checks["passes as timed"] = _check(difference, _tolerance(contender, PASSES, precision))
     if set(tasks) & set(STEPS) and contender.compiled and isinstance(contender, Stock):
-        right = _gradients(contender, contender.setting.batch)
-        found = _first(contender, True, lambda: _compiled_gradients(contender))
-        difference = ((found - right).abs().max() / right.abs().max()).item()
+        expected = _gradients(contender, contender.setting.batch)
+        actual = _first(contender, True, lambda: _compiled_gradients(contender))
+        difference = ((actual - expected).abs().max() / expected.abs().max()).item()
         precision = contender.precision(contender.setting.batch, training=True)
         checks["gradients as timed"] = _check(difference, _tolerance(contender, COMPILED, precision))
     return checks
@@ -117,9 +117,9 @@ def _first(contender: Contender, training: bool, compute: Callable[[], Tensor]) 
     """Returns the result of `compute`, and records its time, which is mostly compilation."""
     clock = clock_of(contender.setting.device)
     start = clock()
-    found = compute()
+    result = compute()
     contender.spent[training] = clock() - start
-    return found
+    return result
 
 
 def _check(difference: float, tolerance: float) -> Check:
@@ -163,9 +163,9 @@ def _flat(network: torch.nn.Module, output: Tensor) -> Tensor:
     """Returns the gradients of a loss as one vector, with zeros for gradients that a compiler has dropped."""
     (output.float().square().mean() * SCALE).backward()
     weights = [parameter for _, parameter in sorted(network.named_parameters())]
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
     network.zero_grad()
-    return torch.cat([gradient.flatten().float() for gradient in found])
+    return torch.cat([gradient.flatten().float() for gradient in gradients])
 
 
 def _images(contender: Contender) -> Tensor:

@@ -107,8 +107,8 @@ class SampleFolder:
         before = self._read(shard)
         if shard * SHARD_SIZE + len(before) != indices.start:
             expected = indices.start - shard * SHARD_SIZE
-            found = f"file contains {len(before)} images; expected {expected}"
-            raise OSError(f"{self._file(shard)}: {found}; has another run changed it?")
+            reason = f"file contains {len(before)} images; expected {expected}"
+            raise OSError(f"{self._file(shard)}: {reason}; has another run changed it?")
         with atomic_write(self._file(shard)) as partial, partial.open("wb") as file:
             np.save(file, np.concatenate([before, images.numpy()]))
             file.flush()

@@ -160,11 +160,11 @@ class MemoryPlan:
                 changed = replace(changed, **{name: value})
                 alone.append((f"--{name} {str(value).lower()}", replace(training, **{name: value})))
         divided = self.largest(training)
-        found = [] if divided is None else [f"{_division(divided)} (the same run)"]
-        found += [word for word, options in alone if self.fits(options)]
-        if not found and (divided := self.largest(changed)) is not None:
-            found = [" ".join([_division(divided), *(word for word, _ in alone)])]
-        return ", or ".join(found) or "a smaller network or resolution"
+        fitting = [] if divided is None else [f"{_division(divided)} (the same run)"]
+        fitting += [word for word, options in alone if self.fits(options)]
+        if not fitting and (divided := self.largest(changed)) is not None:
+            fitting = [" ".join([_division(divided), *(word for word, _ in alone)])]
+        return ", or ".join(fitting) or "a smaller network or resolution"
 
 
 def fit_memory(config: Config, accelerator: Accelerator, checkpoint: Path | None = None) -> Config:

@@ -49,7 +49,7 @@ def test_a_report_contains_rows_checks_and_versions(benchmark):
     assert operations[1] == pytest.approx(2 * operations[0])  # a chain has two steps
     assert rows["data_memory", "hf_ddpm"]["flops_per_second"] is None
     (check,) = report["equality"]
-    assert check["subject"] == "diffusers" and all(found["equal"] for found in check["outputs"].values())
+    assert check["subject"] == "diffusers" and all(entry["equal"] for entry in check["outputs"].values())
     made = report["made_by"]
     assert {"versions", "revision", "device", "date", "threads", "processes"} <= made.keys()
     assert made["threads"] == 1 and made["versions"]["torch"] == torch.__version__

@@ -19,7 +19,7 @@ TASKS = ("--tasks", "forward,sampling,train_step", "--against", "diffusers")
 @pytest.fixture
 def passes(monkeypatch):
     """Records for all passes: class of the network, whether with gradients, and whether in bf16."""
-    found = set()
+    seen = set()
 
     def watch(kind):
         original = kind.forward
@@ -27,7 +27,7 @@ def passes(monkeypatch):
         def forward(self, *args, **more):
             cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
             bf16 = cast or self.conv_in.weight.dtype == torch.bfloat16
-            found.add((kind, torch.is_grad_enabled(), bf16))
+            seen.add((kind, torch.is_grad_enabled(), bf16))
             return original(self, *args, **more)
 
         monkeypatch.setattr(kind, "forward", forward)
@@ -35,7 +35,7 @@ def passes(monkeypatch):
     watch(UNet2DModel)
     watch(diffusers.UNet2DModel)
     monkeypatch.setattr("benchmarks.contender.count_flops", lambda network, *inputs: (1.0, 3.0))
-    return found
+    return seen
 
 
 def test_ours_in_bf16_compared_with_others_in_float32(benchmark, passes):
@@ -69,8 +69,8 @@ def test_auto_uses_the_choice_of_the_package(benchmark, monkeypatch):
     monkeypatch.setattr("benchmarks.setting.choose_precision", choose)
     words = ("--mixed_precision", "auto", "--check", "false", "--others_precision", "no")
     report, printed = benchmark(*TASKS, *words)
-    found = {task: row["precision"] for (task, subject), row in rows_by(report).items() if subject == "hf_ddpm"}
-    assert found == {"forward": "no", "sampling": "no", "sampling_1": "bf16", "train_step": "bf16"}
+    actual = {task: row["precision"] for (task, subject), row in rows_by(report).items() if subject == "hf_ddpm"}
+    assert actual == {"forward": "no", "sampling": "no", "sampling_1": "bf16", "train_step": "bf16"}
     assert report["precision_choices"] == ["float32 is faster", "bf16 pays"]
     line = "Precision: hf_ddpm in float32 and bf16 (auto: float32 is faster) (auto: bf16 pays); diffusers in float32. "
     assert line in printed
@@ -141,5 +141,5 @@ def test_a_contender_is_compiled_once_for_all_tasks(dropout, benchmark, monkeypa
     # A graph without gradients for the batch and one for a single image, one with gradients.
     expected = [(kind, grad, batch) for kind in both for grad, batch in ((False, 8), (False, 1), (True, 8))]
     expected += [(Stock.network_class, True, 8)] * (dropout != "0")  # to check its gradients
-    found = [(kind, grad, 8 if batch > 1 else 1) for kind, grad, batch in compiled]
-    assert sorted(found, key=str) == sorted(expected, key=str)
+    actual = [(kind, grad, 8 if batch > 1 else 1) for kind, grad, batch in compiled]
+    assert sorted(actual, key=str) == sorted(expected, key=str)

@@ -15,7 +15,7 @@ from tests.conftest import load_script
 def device():
     name = os.environ.get("HF_DDPM_GPU_TESTS_ON", "cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
+        pytest.skip("no GPU")
     return torch.device(name)
 
 
@@ -23,7 +23,7 @@ def device():
 def cuda(device):
     """The device of tests that require CUDA."""
     if device.type != "cuda":
-        pytest.skip("there is no GPU")
+        pytest.skip("no GPU")
     return device
 
 

@@ -144,9 +144,9 @@ def test_several_processes_make_the_same_images_as_one(conditional, tmp_path, mo
             raise
 
     with ThreadPoolExecutor(world) as pool:
-        found = list(pool.map(work, range(world)))
+        actual = list(pool.map(work, range(world)))
     expected = by_hand(conditional, 10, sampling)
-    assert all(torch.equal(each, expected) for each in found)
+    assert all(torch.equal(each, expected) for each in actual)
     assert sorted((indices for _, indices in made), key=str) == [range(0, 4), range(4, 8), range(8, 10)]
     assert len({thread for thread, _ in made}) == min(world, 3)  # each process made its own part
 
@@ -210,12 +210,12 @@ def test_only_the_network_runs_in_low_precision(pipe, ten):
     seen = []
     pipe.unet.conv_out.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     sampling = Sampling(num_inference_steps=4, mixed_precision="bf16")
-    found = []
+    actual = []
     for _, image in generate_images(pipe, range(10), sampling, batch_size=4):
         assert not torch.is_autocast_enabled("cpu")  # the caller's own computations keep their precision
-        found.append(image)
+        actual.append(image)
     assert set(seen) == {torch.bfloat16} and pipe.unet.dtype == torch.float32
-    difference = (torch.stack(found).float() - ten.float()).abs()
+    difference = (torch.stack(actual).float() - ten.float()).abs()
     assert 0 < difference.max() and difference.mean() < 3
 
 
@@ -500,8 +500,8 @@ def test_a_folder_keeps_the_precision_chosen_by_auto(trained, tmp_path, monkeypa
     line = f"precision {first.replace('no', 'float32')}, as of the existing images in {tmp_path / 'auto'}\n"
     assert capsys.readouterr().out == line
     sample([*words, "--output", str(tmp_path / "given"), "--num_images", "9", "--mixed_precision", first])
-    found, expected = (images(SampleFolder.read(tmp_path / name)) for name in ("auto", "given"))
-    assert torch.equal(found, expected)
+    actual, expected = (images(SampleFolder.read(tmp_path / name)) for name in ("auto", "given"))
+    assert torch.equal(actual, expected)
     with pytest.raises(ValueError, match=f"mixed_precision='{second}' .was '{first}'"):
         sample([*words, "--output", str(tmp_path / "auto"), "--num_images", "9", "--mixed_precision", second])
 
@@ -547,8 +547,8 @@ def test_weights_are_cast_once_for_all_images(pipe, tmp_path, monkeypatch, compi
 
 def test_generate_images_uses_the_precision_chosen_by_auto(pipe, monkeypatch):
     choices = choose(monkeypatch, "bf16")
-    found, expected = (
+    actual, expected = (
         [image for _, image in generate_images(pipe, range(4), Sampling(0, 2, mixed_precision=name), batch_size=4)]
         for name in ("auto", "bf16")
     )
-    assert choices == [((1, 8, 8), 4)] and torch.equal(torch.stack(found), torch.stack(expected))
+    assert choices == [((1, 8, 8), 4)] and torch.equal(torch.stack(actual), torch.stack(expected))

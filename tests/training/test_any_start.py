@@ -91,8 +91,8 @@ def test_class_dropout_replaces_labels_by_the_null_class(run_training, tmp_path,
     hidden = torch.cat([draw(0, step, range(8), (1, 8, 8), 1000, "cpu").hide < 0.25 for step in range(40)])
     assert torch.equal(labels == 10, hidden)
     share = np.bincount(open_split(DataConfig("digits"))[0]["label"], minlength=10) / 898
-    found = torch.bincount(labels[labels < 10], minlength=10) / (labels < 10).sum()
-    assert np.abs(found.numpy() - share).max() < 5 * (0.1 * 0.9 / 240) ** 0.5
+    actual = torch.bincount(labels[labels < 10], minlength=10) / (labels < 10).sum()
+    assert np.abs(actual.numpy() - share).max() < 5 * (0.1 * 0.9 / 240) ** 0.5
 
 
 def test_a_conditional_model_is_sampled_by_class_name(conditional, tmp_path):
@@ -127,11 +127,11 @@ def test_the_likelihood_bound_of_a_conditional_model_uses_the_classes(conditiona
         load_images(DataConfig("digits", split="test", resolution=[8], channels=1))[torch.arange(899)], 17
     )
     classes = torch.tensor(open_split(DataConfig("digits", split="test"))[0]["label"])
-    found = {}
+    bounds = {}
     for name, words in {"classes": ["--class_column", "label"], "none": []}.items():
         seen.clear()
         evaluate([*common, *words, "--output", str(tmp_path / f"{name}.json")])
-        found[name] = json.loads((tmp_path / f"{name}.json").read_text())["nll"]["total_bpd"]
+        bounds[name] = json.loads((tmp_path / f"{name}.json").read_text())["nll"]["total_bpd"]
         samples, t, labels = map(torch.cat, zip(*seen, strict=True))
         if name == "none":
             assert set(labels.tolist()) == {10}
@@ -140,7 +140,7 @@ def test_the_likelihood_bound_of_a_conditional_model_uses_the_classes(conditiona
         nearest = torch.cdist(samples[t == 0].flatten(1), images.flatten(1)).argmin(dim=1)
         assert len(nearest.unique()) == 40 and torch.equal(labels[t == 0], classes[nearest])
         assert torch.equal(torch.bincount(labels), 5 * torch.bincount(classes[nearest]))
-    assert found["classes"] != found["none"] and all(np.isfinite(value) for value in found.values())
+    assert bounds["classes"] != bounds["none"] and all(np.isfinite(value) for value in bounds.values())
 
 
 def test_guidance_needs_a_network_with_a_null_class(run_training, tmp_path):

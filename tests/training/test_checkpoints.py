@@ -257,9 +257,9 @@ def test_only_network_passes_use_low_precision(run_in, tmp_path, monkeypatch):
         monkeypatch.undo()
     # x_t is identical bit for bit. Rounded to bfloat16, it would contain no noise at small t.
     assert len(seen["no"]) == len(seen["bf16"]) == 6
-    assert all(torch.equal(exact, found) for exact, found in zip(seen["no"], seen["bf16"], strict=True))
-    exact, found = losses(tmp_path / "no"), losses(tmp_path / "bf16")
-    assert found == pytest.approx(exact, rel=1e-2) and found != exact
+    assert all(torch.equal(exact, actual) for exact, actual in zip(seen["no"], seen["bf16"], strict=True))
+    exact, actual = losses(tmp_path / "no"), losses(tmp_path / "bf16")
+    assert actual == pytest.approx(exact, rel=1e-2) and actual != exact
     for name in FILES:
         values = load_file(newest(tmp_path / "bf16") / name)
         assert {value.dtype for value in values.values()} == {torch.float32}, name
@@ -284,8 +284,8 @@ def test_digits_are_learned_equally_well_in_bf16(tmp_path):
     for precision in ("no", "bf16"):
         AcceleratorState._reset_state(reset_partial_state=True)
         train(preset="digits", output_dir=tmp_path / precision, mixed_precision=precision, **few)
-    exact, found = losses(tmp_path / "no"), losses(tmp_path / "bf16")
-    assert exact[-1] < exact[0] / 3 and found == pytest.approx(exact, rel=0.02)
+    exact, actual = losses(tmp_path / "no"), losses(tmp_path / "bf16")
+    assert exact[-1] < exact[0] / 3 and actual == pytest.approx(exact, rel=0.02)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -321,8 +321,8 @@ def test_a_float16_run_resumes_bit_for_bit_with_its_loss_scale(run_in, tmp_path,
     run_in("fp16", tmp_path / "whole", *words, "6")
     assert types == {torch.float16} and {x_t.dtype for x_t in inputs} == {torch.float32}
     run_in("no", tmp_path / "exact", *words, "6")
-    found, exact = losses(tmp_path / "whole"), losses(tmp_path / "exact")
-    assert found == pytest.approx(exact, rel=5e-2) and found != exact  # the first steps may be skipped
+    actual, exact = losses(tmp_path / "whole"), losses(tmp_path / "exact")
+    assert actual == pytest.approx(exact, rel=5e-2) and actual != exact  # the first steps may be skipped
     for name in FILES:
         assert {value.dtype for value in load_file(newest(tmp_path / "whole") / name).values()} == {torch.float32}
     run_in("fp16", tmp_path / "parts", *words, "3")
@@ -460,15 +460,15 @@ def losses(folder):
 def test_two_processes_or_machines_give_the_same_run(run_training, tmp_path):
     run_training(tmp_path / "one", *UNCLIPPED)
 
-    here = [*LAUNCH, "--num_machines", "1", "--main_process_port", "0"]
+    local = [*LAUNCH, "--num_machines", "1", "--main_process_port", "0"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    there = [*LAUNCH, "--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    remote = [*LAUNCH, "--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
     for name, launchers, passes in [
-        ("processes", [here], 1),
-        ("processes and passes", [here], 2),
-        ("machines", [[*there, "--machine_rank", rank] for rank in ("0", "1")], 1),
+        ("processes", [local], 1),
+        ("processes and passes", [local], 2),
+        ("machines", [[*remote, "--machine_rank", rank] for rank in ("0", "1")], 1),
     ]:
         divided = ["--train_batch_size", str(4 // passes), "--gradient_accumulation_steps", str(passes)]
         options = [*UNCLIPPED, *divided]

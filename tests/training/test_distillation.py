@@ -54,8 +54,8 @@ def test_the_teacher_takes_two_steps_of_its_own_sampler(kind, variance, schedule
             for time in sampler.timesteps[2 * (COUNT - 1 - index) :][:2]:
                 step = sampler.step(pipe.unet(z, time).sample, time, z)
                 z, clipped = step.prev_sample, clipped or bool((step.pred_original_sample.abs() == 1).any())
-        found = student.ddim_step(target[index : index + 1], x_t[index : index + 1], index)
-        torch.testing.assert_close(found, z, rtol=1e-4, atol=1e-4)
+        actual = student.ddim_step(target[index : index + 1], x_t[index : index + 1], index)
+        torch.testing.assert_close(actual, z, rtol=1e-4, atol=1e-4)
         assert clipped or index < COUNT - 1 or kind != "epsilon"  # with little signal, everything is clipped
 
 
@@ -64,13 +64,13 @@ def test_the_teacher_is_guided_and_its_variance_is_ignored():
     pipe, student, objective = teacher_of(scheduler, 3.0, out_channels=2, num_class_embeds=3)
     x_t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     t, classes = torch.tensor([5, 9]), torch.tensor([1, 0])
-    found = objective.estimate(x_t, t, classes)
+    actual = objective.estimate(x_t, t, classes)
     time = objective.teacher.timesteps[t]
     with torch.no_grad():
         given, none = (pipe.unet(x_t, time, labels).sample[:, :1] for labels in (classes, torch.tensor([2, 2])))
     eps = none + 3 * (given - none)
     bars = scheduler.diffusion.alphas_cumprod[time].float().view(-1, 1, 1, 1)
-    torch.testing.assert_close(found, (x_t - (1 - bars).sqrt() * eps) / bars.sqrt(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, (x_t - (1 - bars).sqrt() * eps) / bars.sqrt(), rtol=1e-4, atol=1e-4)
 
 
 def student_of(steps, target="teacher"):
@@ -141,8 +141,8 @@ def test_a_stage_matches_algorithm_2(run_training, trained, tmp_path):
     words += ["--max_train_steps", str(STEPS), "--log_steps", "1", "--levels", "256", "--max_grad_norm", "1e9"]
     run_training(tmp_path, *words, "--warmup_steps", "0", "--learning_rate", str(LR), "--dropout", "0")
     weights, lines = train_by_hand(trained)
-    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    for mine, expected in zip(found, lines, strict=True):
+    actual = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for mine, expected in zip(actual, lines, strict=True):
         assert {name: mine[name] for name in expected} == pytest.approx(expected, rel=1e-3)
     start = load_file(trained / "unet" / "diffusion_pytorch_model.safetensors")
     for name, value in load_file(tmp_path / "checkpoints" / f"step-{STEPS:09d}" / "unet.safetensors").items():

@@ -118,8 +118,8 @@ def test_the_loop_matches_algorithm_1(run_training, tmp_path, prediction_type):
     weights, averages, lines = train_by_hand(prediction_type)
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert max(line["grad_norm"] for line in lines) > CLIP  # gradients are clipped
-    for found, expected in zip(metrics, lines, strict=True):
-        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    for actual, expected in zip(metrics, lines, strict=True):
+        assert {name: actual[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     checkpoint = tmp_path / "checkpoints" / f"step-{STEPS:09d}"
     for file, expected in [("unet", weights), *((f"ema-{decay}", average) for decay, average in averages.items())]:
         for name, value in load_file(checkpoint / f"{file}.safetensors").items():
