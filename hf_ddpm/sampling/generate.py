@@ -150,7 +150,7 @@ def sample_images(
         num_images: Number of images, at least 1.
         sampling: Seed, steps, sampler and classes; by default seed 0 and all steps of the model's own sampler.
         format: `png` for one file per image, `npz` for one array of all images.
-        batch_size: Batch size per process; at most 256 are used.
+        batch_size: Batch size per process; values above 256 act like 256.
         compile: Whether to compile the network first, which is faster for many images.
 
     Returns:
@@ -274,7 +274,7 @@ def fill_folder(
         num_images: Number of images that the folder contains afterwards.
         sampling: The sampling options.
         model: Folder or Hub id of the pipeline, stored in `sampling.json`.
-        batch_size: Batch size per process; at most the images of a shard are used.
+        batch_size: Batch size per process; values above the size of a shard act like it.
         state: State of the processes.
 
     Returns:

@@ -21,7 +21,7 @@ class SampleConfig:
     format: Literal["png", "npz"] = option(
         "png: one file per image (1, 3 or 4 channels); npz: all images in one array (any channels)", "png"
     )
-    batch_size: int = option(f"batch size per process; at most {SHARD_SIZE} are used", 64)
+    batch_size: int = option(f"batch size per process; values above {SHARD_SIZE} act like {SHARD_SIZE}", 64)
     compile: bool = option("compile the network first; faster for many images", False)
 
     def __post_init__(self) -> None:

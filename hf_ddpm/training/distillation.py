@@ -64,8 +64,8 @@ def open_teacher(config: Config, accelerator: Accelerator) -> tuple[GaussianDiff
     assert options.teacher is not None and options.student_steps is not None
     pipe = load_pipeline(options.teacher, accelerator.device)
     is_guided = options.teacher_guidance != 1
-    has_guidance = not is_guided or pipe.null_class is not None
-    require(options, "teacher_guidance", has_guidance, "1, because the teacher was not trained for guidance")
+    is_supported = not is_guided or pipe.null_class is not None
+    require(options, "teacher_guidance", is_supported, "1, because the teacher was not trained for guidance")
     process, kind = DDPMScheduler.from_config(pipe.scheduler.config).diffusion, config.diffusion.prediction_type
     if options.student_target == "images":
         student = process.respaced(trailing_timesteps(len(process), options.student_steps))
