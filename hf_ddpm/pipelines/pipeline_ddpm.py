@@ -145,31 +145,31 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         Args:
             batch_size: Number of images.
             generator: Source of the noise; a list of `batch_size` gives each image its own.
-            num_inference_steps: Number of steps of the reverse process; by default all steps of the model, or the steps
-                that it was distilled to.
+            num_inference_steps: Number of steps of the reverse process; by default all of the network's, or those that
+                the model was distilled to.
             output_type: `pil`, `np` or `numpy` (NHWC in [0, 1]) or `pt` (NCHW in [0, 1]).
-            return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
-            latents: :math:`x_T` to start from, shape `(batch_size, C, H, W)`; by default drawn from N(0, I).
-            callback_on_step_end: Called as `f(pipe, i, t, tensors)` after step `i`, with a dictionary of the tensors
-                named by `callback_on_step_end_tensor_inputs`. If it returns a dictionary with `latents`, they replace
-                :math:`x_{t-1}`.
+            return_dict: Whether to wrap the result.
+            latents: :math:`x_T` to start from, shape `(batch_size, C, H, W)`; drawn by default.
+            callback_on_step_end: Called as `f(pipe, i, t, tensors)` after step `i`; `tensors` holds those asked for,
+                and a returned `latents` takes the place of :math:`x_{t-1}`.
             callback_on_step_end_tensor_inputs: Any of `latents` (:math:`x_{t-1}`), `pred_original_sample`
-                (:math:`\hat x_0`, if the scheduler returns it) and `model_output`.
-            class_labels: Classes for a conditional network, `batch_size` indices or names; by default no class, if the
-                network was trained with class dropout.
+                (:math:`\hat x_0`, with schedulers that give it) and `model_output`.
+            class_labels: Classes of a conditioned network, `batch_size` numbers or names; none by default, where the
+                network knows what no class is.
             guidance_scale: :math:`s` of classifier-free guidance (Ho & Salimans 2022),
                 :math:`\hat\epsilon = \epsilon_\theta(x_t) + s (\epsilon_\theta(x_t, c) - \epsilon_\theta(x_t))`; 1 for
                 none.
-            timesteps: Timesteps in descending order, instead of `num_inference_steps`; with `latents`, they may start
-                at any timestep.
-            eta: Noise of a DDIM scheduler, from 0 (deterministic) to 1 (as in DDPM).
+            timesteps: The steps to take, descending, in place of `num_inference_steps`; with `latents`, a chain may
+                start anywhere.
+            eta: Noise of a DDIM scheduler, from 0 (none) to 1 (that of DDPM).
 
         Returns:
             The images, as `.images` or in a tuple.
 
         Raises:
-            ValueError: If an argument is invalid, or a scheduler of diffusers has settings that give wrong images.
-            FloatingPointError: If the network's output is not finite; the message contains the step and the reason.
+            ValueError: If an argument is not allowed, or the scheduler is one of diffusers in a setting in which its
+                images are wrong.
+            FloatingPointError: If the network's output is not finite; the step and the reason are named.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1")
