@@ -1,8 +1,10 @@
 """Open a demo of a model in the browser.
 
     hf-ddpm demo --model runs/digits
+    hf-ddpm demo --model runs/digits --distilled runs/digits-4
 
-In a Space, the environment variable MODEL_ID sets the model. Image i of a seed is the same as in `hf-ddpm sample`.
+In a Space, the environment variables MODEL_ID and DISTILLED_MODEL_ID set the models. Image i of a seed is the same as
+in `hf-ddpm sample`.
 """
 
 import os
@@ -19,6 +21,11 @@ class DemoConfig:
     model: str | None = option(
         "folder of a model, a run or a checkpoint, or a Hub id; by default the environment variable MODEL_ID", None
     )
+    distilled: str | None = option(
+        "folder or Hub id of a model distilled from --model, to compare both; by default the environment variable "
+        "DISTILLED_MODEL_ID",
+        None,
+    )
     background: str = option("color behind transparent pixels of uploaded images", "white")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "precision of the network; auto: bf16 if the device supports it and is faster with it, else no (float32)",
@@ -29,6 +36,7 @@ class DemoConfig:
         """Take the model from the environment if it is not given, and check the values."""
         require_color(self, "background")
         self.model = self.model or os.environ.get("MODEL_ID")
+        self.distilled = self.distilled or os.environ.get("DISTILLED_MODEL_ID")
         if not self.model:
             raise ValueError("--model is missing: expected a folder or Hub id, or the environment variable MODEL_ID")
 
@@ -38,5 +46,5 @@ def main(argv: list[str]) -> int:
     (config,) = parse_options(argv, DemoConfig, doc=__doc__)
     from hf_ddpm.demo.app import show  # slow import
 
-    show(config.model, config.background, config.mixed_precision)
+    show(config.model, config.background, config.mixed_precision, config.distilled)
     return 0

@@ -10,7 +10,7 @@ the folder of its run. --output is required for older checkpoints and while the 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_ddpm.utils.launch import exclusive
 from hf_ddpm.utils.options import option, parse_options, require, require_at_least
@@ -24,6 +24,9 @@ class ExportConfig:
     step: int | None = option("step of the checkpoint; the newest by default", None)
     average: str | None = option("decay of the averaged weights to export; the run's first one by default", None)
     output: str | None = option("folder for the pipeline; the folder of the run by default", None)
+    dtype: Literal["float32", "float16"] = option(
+        "type of the exported weights; float16 halves the file size and rounds the weights (needs --output)", "float32"
+    )
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -40,7 +43,11 @@ def main(argv: list[str]) -> int:
 
 
 def export_model(
-    run: Path | str, step: int | None = None, average: str | None = None, output: Path | str | None = None
+    run: Path | str,
+    step: int | None = None,
+    average: str | None = None,
+    output: Path | str | None = None,
+    dtype: str = "float32",
 ) -> tuple[Path, int]:
     """Export a checkpoint of a run as a pipeline with a model card: `hf-ddpm export` in Python.
 
@@ -49,6 +56,7 @@ def export_model(
         step: Step of the checkpoint; the newest undamaged one by default.
         average: Decay of the averaged weights to export; the first one of the run by default.
         output: Folder for the pipeline; by default the folder of the run, or a subfolder for further averages.
+        dtype: Type of the exported weights, `float32` or `float16`; `float16` needs `output`.
 
     Returns:
         The folder and the step.
@@ -61,7 +69,7 @@ def export_model(
     from hf_ddpm.pipelines.runs import average_name  # slow import
     from hf_ddpm.utils.runs import checkpoints, read_state, run_folder, step_of
 
-    config = ExportConfig(str(run), step, average, None if output is None else str(output))
+    config = ExportConfig(str(run), step, average, None if output is None else str(output), dtype)
     checkpoint = _checkpoint(config)
     state, home = read_state(checkpoint), run_folder(checkpoint)
     name = average_name(state, average)
@@ -69,8 +77,9 @@ def export_model(
     if output is not None and Path(output).resolve() != home.resolve():
         allowed = "a new or empty folder, or the folder of an earlier export"
         require(config, "output", _is_free(Path(output)), allowed)
-        write_model(checkpoint, name, Path(output))
+        write_model(checkpoint, name, Path(output), dtype)
         return Path(output), state["step"]
+    require(config, "dtype", dtype == "float32", "the folder of a run is always float32; expected another --output")
     newest = step_of(checkpoints(home / "checkpoints")[-1])
     if state["step"] != newest:
         raise ValueError(
@@ -116,8 +125,10 @@ def _checkpoint(config: ExportConfig) -> Path:
     return folder
 
 
-def write_model(checkpoint: Path, average: str, folder: Path) -> None:
-    """Write the pipeline, its record, the run's files about these weights, and the model card."""
+def write_model(checkpoint: Path, average: str, folder: Path, dtype: str = "float32") -> None:
+    """Write the pipeline, its record, the files of the run about these weights, and the model card."""
+    import torch
+
     from hf_ddpm import DDPMPipeline
     from hf_ddpm.hub.card import write_card
     from hf_ddpm.pipelines.runs import average_name, stock_folder, write_export
@@ -131,11 +142,11 @@ def write_model(checkpoint: Path, average: str, folder: Path) -> None:
     make_folder(folder, "output")
     is_current = exported_step(home) == step and (home / "samples.png").exists()
     record = {"step": step, "images": step * state["global_batch_size"], "lengths": lengths_of(state)}
-    write_export(pipe, folder, {**record, "hub_ids": state.get("hub_ids", [])})
+    write_export(pipe, folder, {**record, "hub_ids": state.get("hub_ids", [])}, getattr(torch, dtype))
     if folder.resolve() != home.resolve():
         _copy_records(home, folder, pipe, step)
     grid = home / "samples.png" if is_current else home / "samples" / f"step-{step:09d}.png"
-    if average != average_name(state) or not grid.exists():
+    if average != average_name(state) or dtype != "float32" or not grid.exists():
         (folder / "samples.png").unlink(missing_ok=True)  # of other weights
     elif grid.resolve() != (folder / "samples.png").resolve():
         shutil.copyfile(grid, folder / "samples.png")

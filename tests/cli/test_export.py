@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import hf_ddpm
 from hf_ddpm.cli import export, status
+from hf_ddpm.provenance import model_checksum
 from hf_ddpm.utils.launch import exclusive
 from tests.conftest import LIMIT, TINY_RUN
 
@@ -36,6 +38,20 @@ def test_diffusers_loads_the_export_of_a_step_and_an_average(run, tmp_path, word
     card, record = (tmp_path / "model" / "README.md").read_text(), json.loads((run / "export.json").read_text())
     assert "2, batch size 8: 16 images seen" in card  # of the checkpoint, not of the run
     assert record["step"] == 4  # the run is as it was
+
+
+def test_an_export_in_float16_loads_in_float32_with_rounded_weights(run, tmp_path):
+    folder, _ = export.export_model(run, output=tmp_path / "half", dtype="float16")
+    stored = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    kept = load_file(run / "checkpoints" / "step-000000004" / "ema-0.995.safetensors")
+    assert all(torch.equal(stored[key], kept[key].half()) for key in kept)
+    pipe = hf_ddpm.DDPMPipeline.from_pretrained(folder)
+    assert pipe.unet.dtype == torch.float32 and not (folder / "samples.png").exists()  # drawn with other weights
+    assert json.loads((folder / "export.json").read_text())["checksum"] == model_checksum(pipe)
+    weights = diffusers.DDPMPipeline.from_pretrained(folder).unet.state_dict()
+    assert all(torch.equal(weights[key], stored[key].float()) for key in stored)
+    with pytest.raises(ValueError, match="--dtype float16: the folder of a run is always float32; expected"):
+        export.export_model(run, dtype="float16")
 
 
 def test_without_an_output_the_run_has_the_export(run, tmp_path):
