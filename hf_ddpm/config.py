@@ -92,7 +92,7 @@ class DataConfig(ImageOptions):
         sides = self.resolution
         require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
         require_at_least(self, 1, "channels", "max_train_samples")
-        require(self, "class_dropout", 0 <= self.class_dropout < 1, "in [0, 1)")
+        require(self, "class_dropout", 0 <= self.class_dropout < 1, "a value in [0, 1)")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -120,7 +120,7 @@ class ModelConfig:
         """Check the values."""
         require_types(self)
         require_at_least(self, 1, "norm_num_groups", "attention_head_dim", "layers_per_block")
-        require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        require(self, "dropout", 0 <= self.dropout < 1, "a value in [0, 1)")
         require(self, "block_out_channels", self.block_out_channels[0] >= 4, "at least 4 at the highest resolution")
         for width in self.block_out_channels:
             groups_fit = width >= 1 and width % self.norm_num_groups == 0
@@ -161,8 +161,8 @@ class DiffusionConfig:
             self.beta_start = min(0.1 / self.num_train_timesteps, LARGEST_BETA)
         if self.beta_end is None:
             self.beta_end = min(20 / self.num_train_timesteps, LARGEST_BETA)
-        require(self, "beta_start", 0 < self.beta_start < 1, "in (0, 1)")
-        require(self, "beta_end", 0 < self.beta_end < 1, "in (0, 1)")
+        require(self, "beta_start", 0 < self.beta_start < 1, "a value in (0, 1)")
+        require(self, "beta_end", 0 < self.beta_end < 1, "a value in (0, 1)")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "--rescale_betas_zero_snr true with --prediction_type epsilon: x_T is pure noise, so its noise does "
@@ -258,9 +258,9 @@ class TrainingConfig:
             require(self, name, bool(getattr(self, name)), "a path")
         require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "at least 0")
         for name in ("adam_beta1", "adam_beta2"):
-            require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+            require(self, name, 0 <= getattr(self, name) < 1, "a value in [0, 1)")
         decays = self.ema_decay
-        require(self, "ema_decay", all(0 <= decay < 1 for decay in decays), "in [0, 1)")
+        require(self, "ema_decay", all(0 <= decay < 1 for decay in decays), "a value in [0, 1)")
         require_distinct(self, "ema_decay")
 
     def global_batch_size(self, processes: int) -> int:

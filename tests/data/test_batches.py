@@ -80,9 +80,9 @@ def test_max_train_samples_draws_by_seed(tmp_path):
     assert len(set(first)) == 10 and first == sorted(first) and first != list(range(10))
     assert values(max_train_samples=10, seed=0) == first != values(max_train_samples=10, seed=1)
     assert values(max_train_samples=100) == list(range(40))
-    with pytest.raises(ValueError, match="max_train_samples=0 is not allowed: at least 1"):
+    with pytest.raises(ValueError, match="--max_train_samples 0: expected at least 1"):
         values(max_train_samples=0)
-    with pytest.raises(ValueError, match="max_samples=0 is not allowed: at least 1"):
+    with pytest.raises(ValueError, match="--max_samples 0: expected at least 1"):
         choose(40, 0, seed=0)
 
 
