@@ -20,7 +20,8 @@ from hf_ddpm.demo.layout import CSS, progress_bar, row, sheet, strip
 from hf_ddpm.demo.preview import PAUSE, Moment
 from hf_ddpm.images import to_pictures
 from hf_ddpm.models.precision import choose_precision
-from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import SCHEDULERS
 from hf_ddpm.utils.markdown import plain
 from hf_ddpm.utils.public import hub_ids, strip_local_path
@@ -37,12 +38,23 @@ AT_ONCE = 2  # requests that sample at the same time
 
 
 def generate(demo: Demo, count: float, seed: float, *settings: Any) -> Iterator[tuple]:
-    """Yield images, their strip when it has a new frame, and the progress."""
+    """Yield images, their strip when it has a new frame, the images of a distilled model, and the progress."""
     sampling, frames = demo.read(seed, *settings), 0
+    few = show_shortcut(demo.shortcut(sampling, count), sampling)
     for moment in demo.generate(sampling, count):
         frames, before = len(moment.frames), frames
         images = sheet(moment.images, sampling.class_labels)
-        yield images, strip(moment) if frames > before else gr.skip(), progress_bar(moment)
+        yield images, strip(moment) if frames > before else gr.skip(), few, progress_bar(moment)
+        few = gr.skip()
+
+
+def show_shortcut(moment: Moment | None, sampling: Sampling) -> Any:
+    """Return the update that shows the images of a distilled model with their steps and time, or nothing."""
+    if moment is None:
+        return gr.skip()
+    steps = "1 step" if moment.steps == 1 else f"{moment.steps} steps"
+    label = f"Distilled: {steps}, {moment.seconds:.1f} s"
+    return gr.update(value=sheet(moment.images, sampling.class_labels), label=label)
 
 
 def interpolate(demo: Demo, between: str, t: float, count: float, *typed: Any) -> Iterator[tuple]:
@@ -107,17 +119,18 @@ class FirstView:
     """Images for the first view: sampled once, when the first visitor comes, and shown to all.
 
     Args:
-        sample: Starts the process, and returns its moments.
+        demo: The demo; its default request is sampled.
     """
 
-    def __init__(self, sample: Callable[[], Iterator[Moment]]):
-        self.sample = sample
+    def __init__(self, demo: Demo):
+        self.demo = demo
         self.moment: Moment | None = None
+        self.shortcut: Moment | None = None
         self.worker = threading.Thread(target=self._run, daemon=True)
         self.starting = threading.Lock()
 
     async def show(self) -> AsyncIterator[tuple]:
-        """Yield images, strip and progress until the images are complete."""
+        """Yield images, strip, images of a distilled model, and progress until the images are complete."""
         with self.starting:
             if self.worker.ident is None:
                 self.worker.start()
@@ -125,12 +138,15 @@ class FirstView:
         while is_running:
             is_running = self.worker.is_alive()
             if (moment := self.moment) is not shown and moment is not None:
-                yield sheet(moment.images), strip(moment), progress_bar(moment)
+                few = show_shortcut(self.shortcut, self.demo.usual)
+                yield sheet(moment.images), strip(moment), few, progress_bar(moment)
                 shown = moment
             await asyncio.sleep(PAUSE if is_running else 0)
 
     def _run(self) -> None:
-        for moment in self.sample():
+        count = self.demo.usual_images
+        self.shortcut = self.demo.shortcut(self.demo.usual, count)
+        for moment in self.demo.generate(self.demo.usual, count):
             self.moment = moment
 
 
@@ -151,7 +167,9 @@ def generate_tab(demo: Demo, app: gr.Blocks) -> None:
     """Lay out the generation of images of a seed, with images for the first view."""
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            images = gr.Image(label="Images", format="png", buttons=["download", "fullscreen"], elem_classes="picture")
+            with gr.Row():
+                images, few = (picture(label) for label in ("Images", "Distilled"))
+                few.visible = demo.distilled is not None
             progress = gr.HTML(progress_bar())
         with gr.Column(scale=2, min_width=320):
             pressed = buttons("Generate", "Random seed")
@@ -161,8 +179,8 @@ def generate_tab(demo: Demo, app: gr.Blocks) -> None:
             chosen = settings(demo, f"Steps (1 to {demo.num_train_timesteps})", list(SCHEDULERS))
             gr.Markdown("The first images, step by step:")
             frames = gr.HTML(elem_classes="frames")
-    first_view = FirstView(lambda: demo.generate(demo.usual, demo.usual_images))
-    outputs = [images, frames, progress]
+    first_view = FirstView(demo)
+    outputs = [images, frames, few, progress]
     view = app.load(
         first_view.show, None, outputs, show_progress="hidden", concurrency_limit=None, api_visibility="private"
     )
@@ -199,7 +217,7 @@ def inpaint_tab(demo: Demo) -> None:
             sample = gr.Button("Sample an image", size="sm")
             pressed = buttons("Inpaint", "Random seed")
         with gr.Column(scale=2, min_width=320):
-            images = gr.Image(label="Images", format="png", buttons=["download", "fullscreen"], elem_classes="picture")
+            images = picture("Images")
             progress = gr.HTML(progress_bar())
             with gr.Row():
                 count = gr.Slider(1, demo.most_images, min(4, demo.most_images), step=1, label="Number of fills")
@@ -277,6 +295,13 @@ def upload(label: str) -> gr.Image:
     return place
 
 
+def picture(label: str) -> gr.Image:
+    """Return a place for images, to be downloaded and enlarged."""
+    return gr.Image(
+        label=label, format="png", min_width=240, buttons=["download", "fullscreen"], elem_classes="picture"
+    )
+
+
 def buttons(start: str, random: str) -> list[gr.Button]:
     """Lay out buttons to start, to start with random seeds, and to stop."""
     kinds = {start: "primary", random: "secondary", "Stop": "secondary"}
@@ -313,13 +338,26 @@ def serve(demo: Demo, **options: Any) -> str:
     return build(demo).launch(css=CSS, show_error=True, max_file_size=UPLOAD, **options)[1]
 
 
-def show(model: str, background: str = "white", precision: str = "auto") -> None:
-    """Load a model, serve its demo, and return when that ends."""
-    pipe = load_pipeline(model, "cuda" if torch.cuda.is_available() else "cpu")
+def describe_images(pipe: DDPMPipeline) -> str:
+    """Return a line on the images that a model draws: size, channels, classes."""
+    channels, height, width = pipe.image_shape
+    embeddings = pipe.unet.config.num_class_embeds or 0
+    classes = ", ".join(pipe.class_names) or (f"{embeddings} numbers" if embeddings else "none")
+    return f"images of {height}x{width} pixels with {channels} channels, classes: {classes}"
+
+
+def show(model: str, background: str = "white", precision: str = "auto", distilled: str | None = None) -> None:
+    """Load a model and one distilled from it, serve their demo, and return when that ends."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = load_pipeline(model, device)
     if hub_ids(model):
         demo = Demo(pipe, model, f"{constants.ENDPOINT}/{model}", background)
     else:
         demo = Demo(pipe, strip_local_path(str(run_folder(model))), background=background)
+    if distilled:
+        demo.distilled = load_pipeline(distilled, device)
+        if (found := describe_images(demo.distilled)) != (expected := describe_images(pipe)):
+            raise ValueError(f"--distilled {distilled}: draws {found}; expected {expected}, like the model")
     if precision == "auto":
         choice = choose_precision(pipe.unet, pipe.image_shape, demo.most_images)
         print(choice.line, flush=True)

@@ -4,7 +4,7 @@ import copy
 import io
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Demo:
         url: Address of the model's page, if it has one.
         background: Color behind transparent pixels of uploaded images, unless the model has 4 channels.
         precision: Precision of the network's passes: `no`, `bf16` or `fp16`.
+        distilled: A model distilled from this one, which samples the same noise in a few steps; None for none.
     """
 
     pipe: DDPMPipeline
@@ -52,6 +53,7 @@ class Demo:
     url: str | None = None
     background: str = "white"
     precision: str = "no"
+    distilled: DDPMPipeline | None = None
 
     @property
     def num_train_timesteps(self) -> int:
@@ -155,14 +157,19 @@ class Demo:
         Returns:
             Moments, see `watch`.
         """
-        numbers = range(whole("count", count, 1, self.most_images))
-        own = self._own_pipeline()
+        return self._generate(self._own_pipeline(), sampling, count)
 
-        def work(**options: Any) -> Tensor:
-            images = generate_images(own, numbers, sampling, batch_size=len(numbers), device=own.device, **options)
-            return torch.stack([image for _, image in images])
+    def shortcut(self, sampling: Sampling, count: float) -> Moment | None:
+        """Generate the images of the distilled model from the same noise, in its own steps; None without one.
 
-        return watch(work)
+        The guidance is part of that model.
+        """
+        if self.distilled is None:
+            return None
+        own = self.distilled
+        few = replace(sampling, scheduler="ddpm", num_inference_steps=own.default_steps, guidance_scale=1.0)
+        *_, moment = self._generate(_copied(own), few, count)
+        return moment
 
     def interpolate(
         self, first: Tensor, second: Tensor, t: float, count: float, sampling: Sampling
@@ -264,11 +271,24 @@ class Demo:
             raise ValueError(f"{name}: {pixels}")
         return torch.tensor(pixels)
 
+    def _generate(self, own: DDPMPipeline, sampling: Sampling, count: float) -> Iterator[Moment]:
+        numbers = range(whole("count", count, 1, self.most_images))
+
+        def work(**options: Any) -> Tensor:
+            images = generate_images(own, numbers, sampling, batch_size=len(numbers), device=own.device, **options)
+            return torch.stack([image for _, image in images])
+
+        return watch(work)
+
     def _own_pipeline(self) -> DDPMPipeline:
-        """Return a pipeline of the same network with a scheduler of its own."""
-        own = DDPMPipeline(self.pipe.unet, copy.deepcopy(self.pipe.scheduler), self.pipe.config.get("id2label"))
-        own.set_progress_bar_config(disable=True)
-        return own
+        return _copied(self.pipe)
+
+
+def _copied(pipe: DDPMPipeline) -> DDPMPipeline:
+    """Return a pipeline of the same network with a scheduler of its own."""
+    own = DDPMPipeline(pipe.unet, copy.deepcopy(pipe.scheduler), pipe.config.get("id2label"))
+    own.set_progress_bar_config(disable=True)
+    return own
 
 
 def _checked_upload(name: str, content: bytes) -> bytes:

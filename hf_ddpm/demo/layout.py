@@ -64,7 +64,7 @@ def row(images: Sequence[Tensor | None], size: tuple[int, int]) -> str:
 def progress_bar(moment: Moment | None = None, task: str = "") -> str:
     """Return HTML of a progress bar with the step."""
     step, steps = (0, 1) if moment is None else (moment.step, moment.steps)
-    line = "Ready" if moment is None else f"{task}step {step} of {steps}"
+    line = "Ready" if moment is None else f"{task}step {step} of {steps}, {moment.seconds:.1f} s"
     return f'<div class="progress"><progress value="{step}" max="{steps}"></progress><span>{line}</span></div>'
 
 

@@ -29,12 +29,14 @@ class Moment:
         steps: Number of all steps.
         images: :math:`\hat x_0` at that step, at the end the images; bytes, shape `(B, C, H, W)`.
         frames: The same of the evenly spread moments from the first to this one.
+        seconds: Time since the start.
     """
 
     step: int
     steps: int
     images: Tensor
     frames: tuple[Tensor, ...]
+    seconds: float = 0.0
 
     @property
     def frame_steps(self) -> list[int]:
@@ -66,7 +68,7 @@ def watch(work: Callable[..., Tensor]) -> Iterator[Moment]:
         emit((steps, steps, to_signed(images)))
 
     frames: tuple[Tensor, ...] = ()
-    last = 0.0
+    start, last = time.monotonic(), 0.0
     for step, steps, signed in in_background(run):
         is_frame = step in _frame_steps(steps)
         if not is_frame and time.monotonic() - last < PAUSE:
@@ -74,7 +76,8 @@ def watch(work: Callable[..., Tensor]) -> Iterator[Moment]:
         images = to_bytes(to_unit(signed)).cpu()
         if is_frame:
             frames = (*frames, images)
-        yield Moment(step, steps, images, frames)
+        last = time.monotonic()
+        yield Moment(step, steps, images, frames, last - start)
         last = time.monotonic()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 
 from hf_ddpm.config import PARTS, Config, with_past_defaults
@@ -91,10 +92,13 @@ def components(state: Mapping[str, Any], checkpoint: Path) -> tuple[dict[str, An
     return config.unet(len(state["data"].get("classes") or ())), config.scheduler()
 
 
-def write_export(pipe: DiffusionPipeline, folder: Path, record: Mapping[str, Any]) -> None:
+def write_export(
+    pipe: DiffusionPipeline, folder: Path, record: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> None:
     """Write a pipeline, file by file, and `export.json`: a record with the pipeline's checksum.
 
-    A reader always finds a whole model, if any.
+    A reader always finds a whole model, if any. Weights are stored in `dtype`: those of the pipeline are rounded to it,
+    and the checksum is of the rounded weights in float32, as they are loaded.
 
     Raises:
         OSError: If it cannot be written.
@@ -103,7 +107,9 @@ def write_export(pipe: DiffusionPipeline, folder: Path, record: Mapping[str, Any
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with naming(folder):
+            pipe.unet.to(dtype)
             pipe.save_pretrained(partial)
+            pipe.unet.to(torch.float32)
             content = {**record, "checksum": model_checksum(pipe)}
             (partial / "export.json").write_text(json.dumps(content) + "\n")
             flush(partial)

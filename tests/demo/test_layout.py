@@ -78,7 +78,7 @@ def test_a_blank_has_the_shape_of_an_image():
 
 
 def test_the_progress_is_a_bar():
-    moment = Moment(7, 50, torch.zeros(1, 1, 8, 8, dtype=torch.uint8), ())
-    assert '<progress value="7" max="50">' in progress_bar(moment) and ">step 7 of 50<" in progress_bar(moment)
-    assert ">seed 3: step 7 of 50<" in progress_bar(moment, "seed 3: ")
+    moment = Moment(7, 50, torch.zeros(1, 1, 8, 8, dtype=torch.uint8), (), 1.23)
+    assert '<progress value="7" max="50">' in progress_bar(moment) and ">step 7 of 50, 1.2 s<" in progress_bar(moment)
+    assert ">seed 3: step 7 of 50, 1.2 s<" in progress_bar(moment, "seed 3: ")
     assert '<progress value="0" max="1">' in progress_bar() and ">Ready<" in progress_bar()

@@ -1,5 +1,6 @@
 import asyncio
 import io
+import re
 import threading
 from concurrent.futures import as_completed
 from itertools import islice
@@ -38,12 +39,40 @@ def test_generating_answers_with_images_their_strip_and_progress(app, demo):
     answers = list(app.answer(app.generate, demo)(3, 0, 20, "ddpm", [], 1))
     *_, last = demo.generate(demo.read(0, 20, "ddpm"), 3)
     assert answers[-1][0].tobytes() == sheet(last.images).tobytes()
-    assert answers[-1][1:] == (strip(last), progress_bar(last))
-    assert "step 0 of 20" in answers[0][2] and "step 20 of 20" in answers[-1][2]
-    shown = {picture.tobytes() for picture, _, _ in answers[:-1]}
+    assert answers[-1][1] == strip(last) and answers[-1][2] == app.gr.skip()
+    assert re.search(r"step 0 of 20, 0\.\d s<", answers[0][3]) and "step 20 of 20, " in answers[-1][3]
+    shown = {picture.tobytes() for picture, *_ in answers[:-1]}
     assert len(shown) >= 2 and answers[-1][0].tobytes() not in shown
-    strips = [frames for _, frames, _ in answers if isinstance(frames, str)]
+    strips = [frames for _, frames, *_ in answers if isinstance(frames, str)]
     assert len(strips) == len(set(strips)) == 8  # sent when it has changed
+
+
+def test_a_distilled_model_draws_the_same_noise_in_its_own_steps(app, tiny_pipeline):
+    few = DDPMPipeline(tiny_pipeline.unet, DDPMScheduler(prediction_type="sample"), num_inference_steps=4)
+    demo = Demo(tiny_pipeline, "tiny", distilled=few)
+    answers = list(app.answer(app.generate, demo)(3, 7, 20, "ddim", [], 1))
+    *_, expected = Demo(few, "few").generate(demo.read(7, 4, "ddpm"), 3)
+    first, *later = [answer[2] for answer in answers]
+    assert first["value"].tobytes() == sheet(expected.images).tobytes()
+    assert re.fullmatch(r"Distilled: 4 steps, \d+\.\d s", first["label"])
+    assert later and all(update == app.gr.skip() for update in later)
+    seen = asyncio.run(visit(app.FirstView(demo), is_patient=True))  # seed 0, 50 steps, 16 images
+    *_, expected = Demo(few, "few").generate(demo.read(0, 4, "ddpm"), 16)
+    assert seen[-1][2]["value"].tobytes() == sheet(expected.images).tobytes()
+
+
+def test_a_distilled_model_of_other_images_is_rejected(app, tiny_pipeline, monkeypatch, tmp_path):
+    other = DDPMPipeline(UNet2DModel(**{**TINY_UNET, "sample_size": 16}), DDPMScheduler())
+    pipes = {"model": tiny_pipeline, "other": other}
+    monkeypatch.setattr(app, "load_pipeline", lambda model, device: pipes[model])
+    expected = r"--distilled other: draws images of 16x16 pixels .*; expected images of 8x8 pixels .*, like the model"
+    with pytest.raises(ValueError, match=expected):
+        load_script("app").main(["--model", "model", "--distilled", "other", "--mixed_precision", "no"])
+    served = []
+    monkeypatch.setattr(app, "serve", served.append)
+    monkeypatch.setenv("DISTILLED_MODEL_ID", "model")
+    load_script("app").main(["--model", "model", "--mixed_precision", "no"])
+    assert served[0].distilled is tiny_pipeline
 
 
 def test_between_seeds_are_the_images_of_these_seeds(app, demo):
@@ -115,23 +144,24 @@ async def visit(view, is_patient):
 
 
 def test_the_first_view_is_sampled_once_for_all_visitors(app, demo):
-    started = []
+    started, generate = [], demo.generate
 
-    def sample():
+    def sample(*request):
         started.append(1)
-        return demo.generate(demo.usual, 2)
+        return generate(*request)
 
-    view = app.FirstView(sample)
+    demo.generate = sample
+    view = app.FirstView(demo)
     assert not started  # before anybody comes
     asyncio.run(visit(view, is_patient=False))  # the first visitor leaves
 
     async def visit_together():
         return await asyncio.gather(*(visit(view, is_patient=True) for _ in range(3)))
 
-    *_, last = demo.generate(demo.usual, 2)
+    *_, last = generate(demo.usual, demo.usual_images)
     for seen in asyncio.run(visit_together()):
         assert seen[-1][0].tobytes() == sheet(last.images).tobytes()
-        assert seen[-1][1:] == (strip(last), progress_bar(last))
+        assert seen[-1][1] == strip(last) and "step 50 of 50, " in seen[-1][3]
     assert started == [1]
 
 

@@ -94,17 +94,17 @@ def page(browser, address, request):
 
 
 def wait_for(page, pattern):
-    """Waits until the line beside the visible progress bar matches a pattern."""
+    """Wait until the line next to the visible progress bar matches a pattern, up to the time."""
     page.wait_for_function(
         """pattern => [...document.querySelectorAll('.progress')].some(
-            line => line.offsetParent && RegExp('^' + pattern + '$').test(line.innerText.trim()))""",
+            line => line.offsetParent && RegExp('^' + pattern + '(, [0-9.]+ s)?$').test(line.innerText.trim()))""",
         arg=pattern,
     )
 
 
 def last_line(page):
-    """Waits until the progress stands still, and returns its line: at work it changes three times per second."""
-    return page.evaluate(
+    """Wait until the progress stands still, and return its line without the time."""
+    line = page.evaluate(
         """async () => {
             const read = () => [...document.querySelectorAll('.progress')].find(one => one.offsetParent).innerText;
             let [line, since] = [read(), performance.now()];
@@ -115,6 +115,7 @@ def last_line(page):
             return line.trim();
         }"""
     )
+    return line.split(",")[0]
 
 
 def press(page, name):
