@@ -160,8 +160,8 @@ def test_a_results_file_of_another_format_is_an_error_before_training(run_traini
         ),
         ("--eval_metrics fd --eval_steps 3", "--eval_steps 3: expected a multiple of --checkpointing_steps 2"),
         ("--eval_metrics fd --eval_inference_steps 0", "--eval_inference_steps 0: expected at least 1"),
-        ("--eval_metrics fd --eval_inference_steps 1001", "--eval_inference_steps 1001: expected at most the 1000"),
-        ("--num_inference_steps 2000", "--num_inference_steps 2000: expected at most the 1000 of the process"),
+        ("--eval_metrics fd --eval_inference_steps 1001", "--eval_inference_steps 1001: expected at most 1000"),
+        ("--num_inference_steps 2000", "--num_inference_steps 2000: expected at most 1000, the number of diff"),
         ("--eval_metrics nll --eval_steps_per_image 1", "--eval_steps_per_image 1: expected at least 2"),
     ],
 )
