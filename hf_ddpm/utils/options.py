@@ -91,21 +91,21 @@ def require_distinct(config: Any, *names: str) -> None:
 
 
 def require_range(config: Any, name: str) -> None:
-    """Raise a `ValueError` unless an option is None or a pair of finite numbers, the smaller one first."""
+    """Raise a `ValueError` unless an option, if given, is a pair of finite numbers, the smaller one first."""
     values = getattr(config, name)
     holds = values is None or (len(values) == 2 and -math.inf < values[0] < values[1] < math.inf)
     require(config, name, holds, "two finite numbers LOW HIGH, LOW < HIGH")
 
 
 def require_color(config: Any, name: str) -> None:
-    """Raise a `ValueError` unless an option is None or an opaque color that PIL can parse."""
+    """Raise a `ValueError` unless an option, if given, is an opaque color that PIL can parse."""
     value = getattr(config, name)
     holds = value is None or value == "white" or _is_opaque_color(value)
     require(config, name, holds, "an opaque color such as white, #336699 or rgb(51, 102, 153)")
 
 
 def require_at_least(config: Any, least: int, *names: str) -> None:
-    """Raise a `ValueError` unless each option is None or at least `least`."""
+    """Raise a `ValueError` unless each of the given options is at least `least`."""
     for name in names:
         require(config, name, getattr(config, name) is None or getattr(config, name) >= least, f"at least {least}")
 

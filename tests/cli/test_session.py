@@ -145,7 +145,7 @@ def test_memory_is_estimated_for_the_precision_of_auto(run_training, choose, tmp
         choose(choice)
         run_training(tmp_path, "--train_batch_size", "512", "--max_train_steps", "1", "--dry_run")
         (lines[choice],) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory:")]
-    passes = {choice: int(re.search("([0-9]+) MiB for a pass", line)[1]) for choice, line in lines.items()}
+    passes = {choice: int(re.search("([0-9]+) MiB for a forward", line)[1]) for choice, line in lines.items()}
     assert passes[BF16] < 0.8 * passes[FLOAT32]  # feature maps need half the memory, images and masks the same
 
 

@@ -187,7 +187,7 @@ def test_auto_is_for_the_images_and_not_for_the_bound(request_of, tmp_path, monk
     del types[:]
     again = evaluate(request_of(metrics="fd", output=str(tmp_path / "r.json")), FEW, log=lines.append)
     assert types == [] and len(asked) == 1 and again["fd"]["value"] == found["fd"]["value"]
-    assert lines[1].startswith("precision bf16: that of the images in ")
+    assert lines[1].startswith("precision bf16, as of the existing images in ")
 
 
 def test_a_given_precision_is_for_the_bound_too(request_of, tmp_path, monkeypatch):

@@ -308,7 +308,7 @@ def test_schedulers_that_scale_get_scaled_noise(spacing):
 
 def test_wrong_arguments_are_refused(tiny_pipeline):
     for arguments, message in [
-        ({"batch_size": 0}, "batch_size=0 is not allowed"),
+        ({"batch_size": 0}, "batch_size=0: expected at least 1"),
         ({"output_type": "jpg"}, "output_type='jpg' is not allowed: one of pil, np, pt, numpy"),
         ({"generator": [seeded()], "batch_size": 2}, "1 generators for batch_size=2"),
         ({"latents": torch.zeros(1, 1, 4, 4)}, r"latents of shape \(1, 1, 4, 4\)"),

@@ -33,7 +33,7 @@ def cells(text):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_name_is_seen_as_it_is_in_every_place(name):
+def test_a_name_is_rendered_unchanged_everywhere(name):
     (_, row) = cells(f"| a | b | c |\n| --- | --- | --- |\n| {escape(name)} | {code(name)} | x, {escape(name)} |")
     assert row == [plain(name), plain(name), f"x, {plain(name)}"]
     opening, inline, closing, *more = parse(f"# x {escape(name)} y")
@@ -42,7 +42,7 @@ def test_a_name_is_seen_as_it_is_in_every_place(name):
     assert inline.children[0].content == f"x {plain(name)} y"
 
 
-def test_a_plain_name_is_one_line_and_keeps_its_characters():
+def test_plain_returns_one_line_and_keeps_characters():
     assert plain("a\r\n\tb\u2029c\x07 ") == "a b c" and plain("Zoë 🐱 👩‍🚀 a|b") == "Zoë 🐱 👩‍🚀 a|b"
 
 
