@@ -46,7 +46,7 @@ class Hints:
         """Raise a `ValueError` if a hint is given that does not apply to checkpoints of the layout."""
         for hint in fields(self):
             holds = hint.name in KNOWN[layout] or getattr(self, hint.name) is None
-            require(self, hint.name, holds, f"does not apply to {layout} checkpoints")
+            require(self, hint.name, holds, f"does not apply to {layout} checkpoints; expected no value")
 
     def assumptions(self, layout: str) -> list[str]:
         """Return a line that lists the options left at their defaults; no line if there are none."""
@@ -75,5 +75,5 @@ class Hints:
         is_learned = outputs == 2 * channels
         allowed = ("learned", "learned_range") if is_learned else ("fixed_small", "fixed_large")
         fits = self.variance_type is None or self.variance_type in allowed
-        require(self, "variance_type", fits, f"{' or '.join(allowed)}, as the network has {outputs} output channels")
+        require(self, "variance_type", fits, f"{' or '.join(allowed)}, since the network has {outputs} output channels")
         return self.variance_type or (learned if is_learned else fixed)

@@ -91,11 +91,15 @@ def _layout(tensors: Mapping[str, Tensor], hints: Hints) -> tuple[Callable[[str]
     """Return a function that maps names of the port to names in the file, the ignored names, and notes."""
     scopes = [match[1] for match in map(re.compile(rf"(.*/)?conv_in/W({AVERAGED})?").fullmatch, tensors) if match]
     if not scopes:
-        require(hints, "weights", hints.weights is None, "a PyTorch file contains only one kind of weights")
+        require(
+            hints, "weights", hints.weights is None, "a PyTorch file has only one kind of weights; expected no value"
+        )
         return unchanged, [], ["weights: as stored; the file does not record whether they are averaged"]
     scope = scopes[0] or ""
     is_averaged = any(name.endswith(AVERAGED) for name in tensors)
-    require(hints, "weights", hints.weights != "ema" or is_averaged, "the file contains no averaged weights")
+    require(
+        hints, "weights", hints.weights != "ema" or is_averaged, "the file contains no averaged weights; expected raw"
+    )
     suffix = AVERAGED if is_averaged and hints.weights != "raw" else ""
 
     def is_aside(name: str) -> bool:

@@ -202,7 +202,8 @@ def _architecture(tensors: Mapping[str, Tensor], structure: Structure, heads: Ca
 def _heads(structure: Structure, hints: Hints, notes: list[str]) -> Callable[[int], int]:
     """Return the number of attention heads as a function of channels."""
     count, size = hints.num_heads, hints.num_head_channels
-    require(hints, "num_head_channels", count is None or size is None, "cannot be combined with num_heads")
+    is_unique = count is None or size is None
+    require(hints, "num_head_channels", is_unique, "cannot be combined with --num_heads; expected only one of them")
     widths = structure.attended
     if size is not None:
         require(hints, "num_head_channels", all(w % size == 0 for w in widths), f"a divisor of {widths}")
@@ -211,11 +212,11 @@ def _heads(structure: Structure, hints: Hints, notes: list[str]) -> Callable[[in
         count = 4
         notes.append("heads: 4, the default of the repositories (override with --num_heads)")
     if any(width % count for width in widths):
-        raise ValueError(f"num_heads={count}: expected a divisor of {widths}")
+        raise ValueError(f"--num_heads {count}: expected a divisor of {widths}")
     if count > 1 and len(widths) > 1:
         raise ValueError(
-            f"num_heads={count}: attention at {widths} channels would have heads of different sizes, which is not "
-            "supported"
+            f"--num_heads {count}: heads of different sizes at {widths} channels are not supported; expected 1, or "
+            "--num_head_channels"
         )
     return lambda width: count
 
@@ -240,8 +241,8 @@ def _scheduler(options: dict[str, Any], hints: Hints, notes: list[str]) -> DDPMS
         "beta_end": 0.02 * SCALE / steps,
     }
     if hints.rescale_timesteps is not False and steps != SCALE:
-        only = f"a multiple of {SCALE}, or with rescale_timesteps=False"
-        require(hints, "num_train_timesteps", steps % SCALE == 0, only)
+        allowed = f"a multiple of {SCALE}, or --rescale_timesteps false"
+        require(hints, "num_train_timesteps", steps % SCALE == 0, allowed)
         betas = beta_schedule(schedule, steps, process["beta_start"], process["beta_end"])
         kept = GaussianDiffusion(betas).respaced(range(0, steps, steps // SCALE))
         process = {"num_train_timesteps": SCALE, "trained_betas": kept.betas.tolist()}

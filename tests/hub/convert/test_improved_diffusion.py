@@ -112,20 +112,23 @@ def test_half_precision_is_converted_to_float32(convert, tmp_path):
 UNSUPPORTED = {
     "heads of different sizes": (
         {"attends": (0, 1)},
-        r"num_heads=4: attention at \[32, 64\] channels .* not supported",
+        r"--num_heads 4: heads of different sizes at \[32, 64\] channels are not supported; expected 1",
     ),
-    "fractional head size": ({"num_heads": 3}, r"num_heads=3: expected a divisor of \[64\]"),
+    "fractional head size": ({"num_heads": 3}, r"--num_heads 3: expected a divisor of \[64\]"),
     "resampling blocks": ({"resblock_updown": True}, "resblock_updown"),
     "upsampling": ({"in_channels": 6}, "6 input channels are not supported, nor are super-resolution networks"),
     "first resolution": ({"channel_mult": (2, 2)}, r"channel_mult\[0\]"),
     "image size": ({}, r"--resolution is missing: cannot be inferred from the channels \(32, 64\)"),
-    "odd image size": ({"resolution": 33}, "resolution=33.*: .*a multiple of 2"),
-    "variance": ({"variance_type": "learned"}, "variance_type='learned'.*: .*fixed_small or fixed_large"),
-    "steps": ({"num_train_timesteps": 1500}, "num_train_timesteps=1500.*: .*a multiple of 1000"),
-    "schedule": ({"beta_schedule": "quad"}, "beta_schedule='quad'.*: .*linear or squaredcos_cap_v2"),
-    "prediction": ({"prediction_type": "mean"}, "prediction_type='mean'.*: .*epsilon or sample"),
-    "weights": ({"weights": "ema"}, "weights='ema'.*: does not apply to improved-diffusion checkpoints"),
-    "two kinds": ({"num_heads": 2, "num_head_channels": 16}, "num_head_channels=16.*: cannot be combined with num_hea"),
+    "odd image size": ({"resolution": 33}, "resolution.33.*: .*a multiple of 2"),
+    "variance": ({"variance_type": "learned"}, "variance_type.*learned.*: .*fixed_small or fixed_large"),
+    "steps": ({"num_train_timesteps": 1500}, "num_train_timesteps.1500.*: .*a multiple of 1000"),
+    "schedule": ({"beta_schedule": "quad"}, "beta_schedule.*quad.*: .*linear or squaredcos_cap_v2"),
+    "prediction": ({"prediction_type": "mean"}, "prediction_type.*mean.*: .*epsilon or sample"),
+    "weights": ({"weights": "ema"}, "weights.*ema.*: does not apply to improved-diffusion checkpoints"),
+    "two options": (
+        {"num_heads": 2, "num_head_channels": 16},
+        "num_head_channels.16.*: cannot be combined with --num_h",
+    ),
 }
 
 
