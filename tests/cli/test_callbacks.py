@@ -137,7 +137,7 @@ def test_a_run_goes_on_from_an_evaluation_when_it_is_told_to_stop(run_training, 
 @pytest.mark.parametrize("content", ["mine", '{"model": "resnet"}', '{"accuracy": 0.93}', "[1]"])
 def test_results_of_something_else_are_left_alone_and_told_before_the_training(run_training, tmp_path, content):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ValueError, match="what is there is no results.json"):
+    with pytest.raises(ValueError, match="results.json: not a results file.*; move it, or choose another path"):
         run_training(tmp_path, "--max_train_steps", "4", *EVALUATED)
     assert (tmp_path / "results.json").read_text() == content and not (tmp_path / "metrics.jsonl").exists()
 

@@ -49,7 +49,7 @@ class Hints:
             require(self, hint.name, holds, f"does not apply to {layout} checkpoints; expected no value")
 
     def assumptions(self, layout: str) -> list[str]:
-        """Return a line that lists the options left at their defaults; no line if there are none."""
+        """Return a line that lists the options left at their defaults, if any."""
         defaults = [name for name in KNOWN[layout] if getattr(self, name) is None]
         return [f"defaults used, not stored in the file: {', '.join(defaults)} (see --help)"] if defaults else []
 
