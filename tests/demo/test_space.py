@@ -35,6 +35,10 @@ def demo(tiny_pipeline):
     return Demo(tiny_pipeline, "tiny")
 
 
+def without_time(progress):
+    return re.sub(r", \d+\.\d s<", "<", progress)
+
+
 def test_generate_yields_images_strip_and_progress(app, demo):
     outputs = list(app.with_errors(app.generate, demo)(3, 0, 20, "ddpm", [], 1))
     *_, last = demo.generate(demo.read(0, 20, "ddpm"), 3)
@@ -81,7 +85,9 @@ def test_interpolation_between_seeds(app, demo):
     assert outputs[0][0] == app.gr.skip() and "seed 4: step 0 of 5" in outputs[0][1]
     ends = [list(demo.generate(demo.read(seed, 5, "ddim"), 1))[-1].images for seed in (4, 9)]
     *_, last = demo.interpolate(*ends, 20, 3, demo.read(4, 5, "ddim"))
-    assert outputs[-1] == (row([*ends[0], *last.images, *ends[1]], (8, 8)), progress_bar(last))
+    path, progress = outputs[-1]
+    assert path == row([*ends[0], *last.images, *ends[1]], (8, 8))
+    assert without_time(progress) == without_time(progress_bar(last))
 
 
 def test_interpolation_between_uploaded_images(app, demo, tmp_path):
@@ -119,7 +125,8 @@ def test_inpainting_of_a_sampled_image(app, demo):
     *_, (images, progress) = app.with_errors(app.inpaint, demo)(drawing, 2, 1, 0, 5, "ddpm", [], 1)
     mask = torch.arange(8).view(8, 1).expand(8, 8) >= 4
     *_, last = demo.inpaint(sampled.images, mask, 2, 1, demo.read(0, 5, "ddpm"))
-    assert images.tobytes() == sheet(last.images).tobytes() and progress == progress_bar(last)
+    assert images.tobytes() == sheet(last.images).tobytes()
+    assert without_time(progress) == without_time(progress_bar(last))
     with pytest.raises(app.gr.Error, match="image is missing: upload or sample an image"):
         list(app.with_errors(app.inpaint, demo)((None, []), 2, 1, 0, 5, "ddpm", [], 1))
 
