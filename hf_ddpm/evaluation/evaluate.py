@@ -204,10 +204,7 @@ class Reference:
         assert images is not None
         if not isinstance(pipe.scheduler, DDPMScheduler):
             scheduler = type(pipe.scheduler).__name__
-            raise ValueError(
-                f"--{config.option_prefix}metrics nll: model {config.model!r} has a {scheduler}; expected a "
-                "DDPMScheduler, or another metric"
-            )
+            raise ValueError(f"nll: model {config.model!r} has a {scheduler}; expected a DDPMScheduler")
         indices = choose(len(images), config.num_images, METRIC_SEED)
         mine = indices[state.process_index :: state.num_processes]
         total = len(mine) * (config.steps_per_image or len(pipe.scheduler.diffusion))

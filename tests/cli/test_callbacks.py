@@ -147,7 +147,10 @@ def test_results_of_something_else_are_left_alone_and_told_before_the_training(r
     [
         ("--eval_metrics fd --eval_split validation", "dataset 'digits' has no split 'validation'"),
         ("--eval_metrics fd --eval_num_images 2000", "eval_num_images=2000 is not allowed: at most the 899"),
-        ("--eval_metrics fd --eval_split train", "eval_split=.train. is not allowed: no held-out images for the floor"),
+        (
+            "--eval_metrics fd --eval_split train",
+            "eval_split.*train.*: equals the reference split, .*--eval_floor false",
+        ),
         ("--eval_metrics fd --streaming true", "eval_metrics='fd' is not allowed: with streaming evaluate by"),
         ("--eval_metrics fd,speed", "eval_metrics='speed' is not allowed: any of fd, kid, is, pr, nll"),
         (
