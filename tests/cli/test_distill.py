@@ -87,7 +87,7 @@ def test_the_folder_has_the_last_stage_and_a_card_of_all_stages(distilled):
     for steps, teacher, distance in rows:
         assert f"| {steps} | `{teacher}` | 4 | {distance:.4g} | 8 |" in card
     assert "num_inference_steps=4).images" in card and "progressive distillation" in card
-    assert "images of seed 0, in 4 steps" in card
+    assert "images, seed 0, 4 steps; not cherry-picked" in card
 
 
 @pytest.mark.parametrize("pipeline", [diffusers.DDPMPipeline, diffusers.DDIMPipeline])
