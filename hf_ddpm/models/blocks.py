@@ -16,14 +16,16 @@ from hf_ddpm.models.dropout import Dropout
 def sinusoidal(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
     r"""Returns the Transformer sinusoidal position embedding (Vaswani et al. 2017) of the time.
 
-    .. math:: (\sin(\omega_0 t), \dots, \cos(\omega_0 t), \dots), \quad
-        \omega_k = 10000^{-k / (d/2 - s)}
+    $$
+    (\sin(\omega_0 t), \dots, \cos(\omega_0 t), \dots), \quad
+    \omega_k = 10000^{-k / (d/2 - s)}
+    $$
 
     Args:
         t: Times, shape `(B,)`.
-        dim: Size :math:`d` of the embedding; an odd one is padded with a zero.
+        dim: Size $d$ of the embedding; an odd one is padded with a zero.
         flip_sin_to_cos: Whether the cosines come first. The paper's code has them last.
-        freq_shift: The :math:`s` above: 1 in the paper's code.
+        freq_shift: The $s$ above: 1 in the paper's code.
 
     Returns:
         The embedding, float32, shape `(B, dim)`.
@@ -66,13 +68,15 @@ class GroupNorm(nn.GroupNorm):
 class ResnetBlock(nn.Module):
     r"""The residual block of the paper's Appendix B, with the time embedding added between its two convolutions.
 
-    .. math:: h = \text{conv}_1(\text{silu}(\text{norm}_1(x))) + W \, \text{silu}(e_t), \quad
-        y = \text{shortcut}(x) + \text{conv}_2(\text{dropout}(\text{silu}(\text{norm}_2(h))))
+    $$
+    h = \text{conv}_1(\text{silu}(\text{norm}_1(x))) + W \, \text{silu}(e_t), \quad
+    y = \text{shortcut}(x) + \text{conv}_2(\text{dropout}(\text{silu}(\text{norm}_2(h))))
+    $$
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        time_dim: Channels of the activated time embedding :math:`\text{silu}(e_t)`.
+        time_dim: Channels of the activated time embedding $\text{silu}(e_t)$.
         groups: Groups of the normalizations.
         eps: Their epsilon.
         dropout: Probability in [0, 1).
@@ -127,7 +131,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    r"""Self-attention over the :math:`HW` positions of a feature map, around a residual.
+    r"""Self-attention over the $HW$ positions of a feature map, around a residual.
 
     Args:
         channels: Channels of the input and the output.
@@ -170,7 +174,7 @@ FEWEST_ENTRIES, MOST_POSITIONS = 2**13, 2**10
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    r"""Return :math:`\text{softmax}(q k^T / \sqrt{d}) v`, shape `(B, heads, positions, d)`."""
+    r"""Return $\text{softmax}(q k^T / \sqrt{d}) v$, shape `(B, heads, positions, d)`."""
     is_bf16 = q.dtype == torch.bfloat16  # scores may exceed the range of float16
     if q.device.type == "cpu" and is_bf16 and q.numel() > FEWEST_ENTRIES and q.shape[-2] <= MOST_POSITIONS:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -218,7 +222,7 @@ ZERO = ("conv2", "to_out.0", "conv_out")
 def initialize_like_paper(unet: nn.Module) -> None:
     r"""Initializes a U-Net in place, as Ho et al. do.
 
-    Convolutions and linear layers get uniform weights of variance :math:`2 / (n_\text{in} + n_\text{out})` and zero
+    Convolutions and linear layers get uniform weights of variance $2 / (n_\text{in} + n_\text{out})$ and zero
     biases; the last layer of each residual block, of each attention and of the network gets zero weights. The
     constructor itself starts as diffusers does, whose checkpoints need no other.
 

@@ -38,7 +38,7 @@ class _EqualToStock(type):
 
 
 class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStock):
-    r"""Predicts from :math:`x_t` and `t`, at every pixel, the noise (or what else it was trained for).
+    r"""Predicts from $x_t$ and `t`, at every pixel, the noise (or what else it was trained for).
 
     The network of Ho et al. 2020, Appendix B: a U-Net of residual blocks with group normalization, a sinusoidal time
     embedding added in each block, and self-attention at chosen resolutions. Configuration and state dict are those of
@@ -77,7 +77,7 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
     Raises:
         ValueError: If an option asks for an architecture other than the above.
 
-    Example:
+    Examples:
         >>> unet = UNet2DModel(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8,
         ...                    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         ...                    up_block_types=("AttnUpBlock2D", "UpBlock2D"))
@@ -199,7 +199,7 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
         r"""Predicts.
 
         Args:
-            sample: :math:`x_t`, shape `(B, C, H, W)`; `H` and `W` are multiples of `size_multiple`.
+            sample: $x_t$, shape `(B, C, H, W)`; `H` and `W` are multiples of `size_multiple`.
             timestep: `t` in [0, T), one number or shape `(B,)`.
             class_labels: Classes in [0, `num_class_embeds`), int64, shape `(B,)`, for a conditioned network.
             return_dict: Whether to wrap the result.

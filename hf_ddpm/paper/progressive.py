@@ -1,4 +1,4 @@
-r"""Progressive generation (Section 4.3, Figs. 6 and 10): estimates :math:`\hat x_0` during the reverse process."""
+r"""Progressive generation (Section 4.3, Figs. 6 and 10): estimates $\hat x_0$ during the reverse process."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 r"""Schedules side by side: the signal, the loss and the bits of each timestep, of one network.
 
-The prediction of a network about :math:`x_t` depends on the noise in it, not on the index `t`. So a network that was
+The prediction of a network about $x_t$ depends on the noise in it, not on the index `t`. So a network that was
 trained with one schedule serves another: its input is the time, fractional if need be, at which its own schedule has
 the same signal-to-noise ratio.
 """

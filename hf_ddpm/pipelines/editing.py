@@ -53,18 +53,20 @@ class EditingMethods(LatentMethods):
     ) -> ImagePipelineOutput | tuple:
         r"""Fills a part of images by RePaint (Lugmayr et al. 2022, Algorithm 1); the other pixels are kept exactly.
 
-        With the mask :math:`m`, 1 where an image is known, each step of the reverse process is
+        With the mask $m$, 1 where an image is known, each step of the reverse process is
 
-        .. math:: x_{t-1} = m \odot x_{t-1}^\text{known} + (1 - m) \odot x_{t-1}^\text{unknown}, \quad
-            x_{t-1}^\text{known} \sim q(x_{t-1} \mid x_0), \; x_{t-1}^\text{unknown} \sim p_\theta(x_{t-1} \mid x_t)
-            \tag{8}
+        $$
+        x_{t-1} = m \odot x_{t-1}^\text{known} + (1 - m) \odot x_{t-1}^\text{unknown}, \quad
+        x_{t-1}^\text{known} \sim q(x_{t-1} \mid x_0), \; x_{t-1}^\text{unknown} \sim p_\theta(x_{t-1} \mid x_t)
+        \tag{8}
+        $$
 
-        Then, at every `jump_length`-th step :math:`s`, the images are diffused again,
-        :math:`x_{s+j} \sim q(x_{s+j} \mid x_s)`, and come back, so that both parts fit together (Section 4.2).
-        Line 5 of Algorithm 1 prints :math:`\bar\alpha_t`; here it is :math:`\bar\alpha_{t-1}`, that of
-        :math:`q(x_{t-1} \mid x_0)`.
+        Then, at every `jump_length`-th step $s$, the images are diffused again,
+        $x_{s+j} \sim q(x_{s+j} \mid x_s)$, and come back, so that both parts fit together (Section 4.2).
+        Line 5 of Algorithm 1 prints $\bar\alpha_t$; here it is $\bar\alpha_{t-1}$, that of
+        $q(x_{t-1} \mid x_0)$.
 
-        The fills are not exactly distributed as :math:`p_\theta` given the known pixels: each step sees these with
+        The fills are not exactly distributed as $p_\theta$ given the known pixels: each step sees these with
         fresh noise, so the fills depend too little on them. The error falls with more jumps, shorter ones and more
         steps, not to zero. For Gaussian data with neighbors correlated by 0.9, the mean is off by 0.65 standard
         deviations without jumps, by 0.15 with 5 passes and by 0.07 with 20 (`tests/pipelines/test_editing.py`).
@@ -72,7 +74,7 @@ class EditingMethods(LatentMethods):
         An image with an empty mask is returned unchanged; one with a full mask is sampled as in a call.
 
         Args:
-            images: :math:`x_0`: pictures of PIL, arrays or tensors, see `hf_ddpm.images.read_signed`.
+            images: $x_0$: pictures of PIL, arrays or tensors, see `hf_ddpm.images.read_signed`.
             masks: White, or 1, where to fill; gray is white from one half on. One mask for all images, or one per
                 image: pictures of PIL, arrays or tensors of the images' height and width, see
                 `hf_ddpm.images.read_masks`.
@@ -80,7 +82,7 @@ class EditingMethods(LatentMethods):
                 batch.
             num_inference_steps: Number of steps of the reverse process, at least 1; all of the network's if it has
                 fewer, or if None.
-            jump_length: Steps that a jump diffuses by, :math:`j`, at least 1.
+            jump_length: Steps that a jump diffuses by, $j$, at least 1.
             jump_n_sample: How often each part of `jump_length` steps is walked, at least 1; 1 for no jumps. Together
                 the network is evaluated about `num_inference_steps * jump_n_sample` times.
             class_labels: As in a call, one per image.
@@ -138,13 +140,15 @@ class EditingMethods(LatentMethods):
     ) -> Any:
         r"""Makes variations of images by SDEdit (Meng et al. 2022, Algorithm 1): `reconstruct` by a share of the steps.
 
-        .. math:: x_t \sim q(x_t \mid x_0), \quad \bar x_0 \sim p_\theta(x_0 \mid x_t), \quad t + 1 = s \, T
+        $$
+        x_t \sim q(x_t \mid x_0), \quad \bar x_0 \sim p_\theta(x_0 \mid x_t), \quad t + 1 = s \, T
+        $$
 
         It also makes an image of a rough drawing: what is lost in the noise comes back as the model's images have it.
 
         Args:
-            images: :math:`x_0`.
-            strength: :math:`s` in (0, 1]: near 0 all of an image is kept, at 1 nothing.
+            images: $x_0$.
+            strength: $s$ in (0, 1]: near 0 all of an image is kept, at 1 nothing.
             generator: Source of the noise, in both directions; a list gives each image its own.
             output_type: As in a call.
             options: `num_inference_steps`, by default all from `t` on; `class_labels` and `guidance_scale`, as in a
@@ -174,11 +178,13 @@ class EditingMethods(LatentMethods):
     ) -> Tensor:
         r"""Finds the latents from which DDIM makes images, by its steps backwards (Song et al. 2021, Section 5.4).
 
-        .. math:: x_t = \sqrt{\bar\alpha_t / \bar\alpha_{t-1}} \left(x_{t-1}
-            - \sqrt{1 - \bar\alpha_{t-1}} \, \epsilon_\theta(x_t, t)\right)
-            + \sqrt{1 - \bar\alpha_t} \, \epsilon_\theta(x_t, t)
+        $$
+        x_t = \sqrt{\bar\alpha_t / \bar\alpha_{t-1}} \left(x_{t-1}
+        - \sqrt{1 - \bar\alpha_{t-1}} \, \epsilon_\theta(x_t, t)\right)
+        + \sqrt{1 - \bar\alpha_t} \, \epsilon_\theta(x_t, t)
+        $$
 
-        an equation for :math:`x_t` that is solved by iteration from :math:`x_{t-1}` (Pan et al. 2023). Nothing is
+        an equation for $x_t$ that is solved by iteration from $x_{t-1}$ (Pan et al. 2023). Nothing is
         random. A `DDIMScheduler` of this package leads back, with the same steps::
 
             pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -188,11 +194,11 @@ class EditingMethods(LatentMethods):
         and with `t`, `pipe.decode(latents, t, num_inference_steps=100)`. What is lost shrinks with more steps.
 
         Args:
-            images: :math:`x_0`.
+            images: $x_0$.
             num_inference_steps: Number of steps; all by default.
             t: Step in [0, T) to stop at, whose steps are those of `decode`; by default the steps are those of a call.
             num_iterations: Passes of the network per step, at least 1; 1 takes the noise predicted at
-                :math:`x_{t-1}` for that at :math:`x_t`.
+                $x_{t-1}$ for that at $x_t$.
             class_labels: As in a call, one per image.
             guidance_scale: As in a call.
 
@@ -237,7 +243,7 @@ def resampled(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]
     Raises:
         ValueError: If an argument is not allowed.
 
-    Example:
+    Examples:
         >>> resampled(5, jump_length=2, jump_n_sample=2)
         [4, 3, 4, 3, 2, 1, 2, 1, 0]
     """

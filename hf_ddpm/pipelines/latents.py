@@ -1,6 +1,6 @@
-r"""What the paper does with latents, the :math:`x_t` of an image: its figures as methods of the pipeline.
+r"""What the paper does with latents, the $x_t$ of an image: its figures as methods of the pipeline.
 
-Time `t` is 0-based, as everywhere in this package: `t` is the paper's :math:`t` minus 1, and an image at `t` has been
+Time `t` is 0-based, as everywhere in this package: `t` is the paper's $t$ minus 1, and an image at `t` has been
 diffused by `t + 1` steps. Images are given as pictures of PIL, arrays or tensors, see `hf_ddpm.images.read_signed`.
 """
 
@@ -22,8 +22,8 @@ class Frames(NamedTuple):
     r"""Estimates along a reverse process.
 
     Attributes:
-        images: :math:`\hat x_0` of each frame in turn, in the output type asked for: the images of a batch.
-        timesteps: The `t` of each frame, descending: what :math:`x_t` the estimate was made from.
+        images: $\hat x_0$ of each frame in turn, in the output type asked for: the images of a batch.
+        timesteps: The `t` of each frame, descending: what $x_t$ the estimate was made from.
     """
 
     images: list[Any]
@@ -34,7 +34,7 @@ class Trace(NamedTuple):
     """What reverse processes pass through.
 
     Attributes:
-        latents: By step `t`, the :math:`x_t`, float32, shape `(batch_size, C, H, W)`.
+        latents: By step `t`, the $x_t$, float32, shape `(batch_size, C, H, W)`.
         images: The images that the processes end with, in the output type asked for.
     """
 
@@ -53,15 +53,17 @@ class LatentMethods:
     def encode(self, images: Any, t: int, generator: Generators = None) -> Tensor:
         r"""Diffuses images to step `t`, by the stochastic encoder of Section 4.4.
 
-        .. math:: x_t \sim q(x_t \mid x_0) \tag{4}
+        $$
+        x_t \sim q(x_t \mid x_0) \tag{4}
+        $$
 
         Args:
-            images: :math:`x_0`.
+            images: $x_0$.
             t: Step in [0, T).
             generator: Source of the noise; a list gives each image its own.
 
         Returns:
-            :math:`x_t`, float32, shape `(B, C, H, W)`.
+            $x_t$, float32, shape `(B, C, H, W)`.
 
         Raises:
             ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
@@ -83,10 +85,12 @@ class LatentMethods:
     ) -> Any:
         r"""Takes the reverse process from step `t` to its end, step by step.
 
-        .. math:: x_0 \sim p_\theta(x_0 \mid x_t)
+        $$
+        x_0 \sim p_\theta(x_0 \mid x_t)
+        $$
 
         Args:
-            latents: :math:`x_t`, shape `(B, C, H, W)`.
+            latents: $x_t$, shape `(B, C, H, W)`.
             t: Step in [0, T).
             generator: Source of the noise; a list gives each image its own.
             output_type: As in a call.
@@ -110,12 +114,14 @@ class LatentMethods:
     ) -> Any:
         r"""Diffuses images to step `t` and takes the reverse process back from there: `encode`, then `decode`.
 
-        .. math:: x_t \sim q(x_t \mid x_0), \quad \bar x_0 \sim p_\theta(x_0 \mid x_t)
+        $$
+        x_t \sim q(x_t \mid x_0), \quad \bar x_0 \sim p_\theta(x_0 \mid x_t)
+        $$
 
         The later the step the less of an image is kept: near 0 all, near `T` nothing (Section 4.3).
 
         Args:
-            images: :math:`x_0`.
+            images: $x_0$.
             t: Step in [0, T).
             generator: Source of the noise, in both directions; a list gives each image its own.
             output_type: As in a call.
@@ -141,18 +147,20 @@ class LatentMethods:
     ) -> Any:
         r"""Mixes two images where they have been diffused to, and comes back (Section 4.4, Figs. 8 and 9).
 
-        .. math:: x_t \sim q(x_t \mid x_0), \; x'_t \sim q(x_t \mid x'_0), \quad
-            \bar x_0 \sim p_\theta(x_0 \mid \bar x_t), \; \bar x_t = (1 - \lambda) \, x_t + \lambda \, x'_t
+        $$
+        x_t \sim q(x_t \mid x_0), \; x'_t \sim q(x_t \mid x'_0), \quad
+        \bar x_0 \sim p_\theta(x_0 \mid \bar x_t), \; \bar x_t = (1 - \lambda) \, x_t + \lambda \, x'_t
+        $$
 
-        All that is drawn is the same for all weights: :math:`x_t`, then :math:`x'_t`, as `encode([first, second], t,
+        All that is drawn is the same for all weights: $x_t$, then $x'_t$, as `encode([first, second], t,
         generator)` draws them, then the noise of the reverse steps. So the images at the weights 0 and 1 are
         reconstructions, `decode` of either latent with the generator as `encode` has left it.
 
         Args:
-            first: An image :math:`x_0`.
-            second: Another one, :math:`x'_0`.
+            first: An image $x_0$.
+            second: Another one, $x'_0$.
             t: Step in [0, T).
-            weights: The :math:`\lambda`, in [0, 1].
+            weights: The $\lambda$, in [0, 1].
             generator: Source of the noise.
             output_type: As in a call.
             options: `num_inference_steps` of `decode`; `class_labels`, one per weight, and `guidance_scale`, as in a
@@ -190,7 +198,9 @@ class LatentMethods:
     ) -> Frames:
         r"""Samples images and shows what is known of them on the way (Section 4.3, Fig. 6).
 
-        .. math:: \hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t} \, \epsilon_\theta(x_t)) / \sqrt{\bar\alpha_t} \tag{15}
+        $$
+        \hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t} \, \epsilon_\theta(x_t)) / \sqrt{\bar\alpha_t} \tag{15}
+        $$
 
         as the scheduler keeps it within the range of images. With a `DDPMScheduler` the last frame is the images.
 
@@ -246,10 +256,10 @@ class LatentMethods:
         output_type: str = "pil",
         **options: Any,
     ) -> Trace:
-        r"""Samples images and keeps some of the latents on the way, :math:`x_t \sim p_\theta(x_t)`.
+        r"""Samples images and keeps some of the latents on the way, $x_t \sim p_\theta(x_t)$.
 
         Args:
-            timesteps: Which, in [0, T); at `T - 1` it is :math:`x_T`, that the process starts from.
+            timesteps: Which, in [0, T); at `T - 1` it is $x_T$, that the process starts from.
             batch_size: Number of images.
             generator: Source of the noise, as in a call of all steps: the same images come out.
             output_type: As in a call.
@@ -294,7 +304,9 @@ class LatentMethods:
     ) -> Any:
         r"""Samples several images from each of some latents (Section 4.3, Fig. 7).
 
-        .. math:: x_0^{(1)}, x_0^{(2)}, \dots \sim p_\theta(x_0 \mid x_t)
+        $$
+        x_0^{(1)}, x_0^{(2)}, \dots \sim p_\theta(x_0 \mid x_t)
+        $$
 
         The smaller `t`, the more the images of a latent have in common.
 
@@ -303,7 +315,7 @@ class LatentMethods:
             num_images: Images of each latent.
             generator: Source of the noise.
             output_type: As in a call.
-            latents: The :math:`x_t`, shape `(B, C, H, W)`; by default one, of the `trace` of the same generator.
+            latents: The $x_t$, shape `(B, C, H, W)`; by default one, of the `trace` of the same generator.
             options: `class_labels`, one a latent, and `guidance_scale`, as in a call.
 
         Returns:

@@ -60,7 +60,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         num_inference_steps: Steps that a call takes by default; those of the process by default. A distilled model is
             made for so many.
 
-    Example:
+    Examples:
         Of a network that is not trained, in two steps; `from_pretrained` loads one that is.
 
         >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 16), norm_num_groups=4,
@@ -149,15 +149,15 @@ class DDPMPipeline(EditingMethods, SharingMethods):
                 the model was distilled to.
             output_type: `pil`, `np` or `numpy` (NHWC in [0, 1]) or `pt` (NCHW in [0, 1]).
             return_dict: Whether to wrap the result.
-            latents: :math:`x_T` to start from, shape `(batch_size, C, H, W)`; drawn by default.
+            latents: $x_T$ to start from, shape `(batch_size, C, H, W)`; drawn by default.
             callback_on_step_end: Called as `f(pipe, i, t, tensors)` after step `i`; `tensors` holds those asked for,
-                and a returned `latents` takes the place of :math:`x_{t-1}`.
-            callback_on_step_end_tensor_inputs: Any of `latents` (:math:`x_{t-1}`), `pred_original_sample`
-                (:math:`\hat x_0`, with schedulers that give it) and `model_output`.
+                and a returned `latents` takes the place of $x_{t-1}$.
+            callback_on_step_end_tensor_inputs: Any of `latents` ($x_{t-1}$), `pred_original_sample`
+                ($\hat x_0$, with schedulers that give it) and `model_output`.
             class_labels: Classes of a conditioned network, `batch_size` numbers or names; none by default, where the
                 network knows what no class is.
-            guidance_scale: :math:`s` of classifier-free guidance (Ho & Salimans 2022),
-                :math:`\hat\epsilon = \epsilon_\theta(x_t) + s (\epsilon_\theta(x_t, c) - \epsilon_\theta(x_t))`; 1 for
+            guidance_scale: $s$ of classifier-free guidance (Ho & Salimans 2022),
+                $\hat\epsilon = \epsilon_\theta(x_t) + s (\epsilon_\theta(x_t, c) - \epsilon_\theta(x_t))$; 1 for
                 none.
             timesteps: The steps to take, descending, in place of `num_inference_steps`; with `latents`, a chain may
                 start anywhere.
