@@ -100,7 +100,7 @@ class Objective:
         x_t: Tensor,
         classes: Tensor | None = None,
     ) -> Tensor:
-        """Evaluates the objective.
+        r"""Evaluates the objective.
 
         Args:
             diffusion: The diffusion process.
