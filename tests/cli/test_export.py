@@ -94,7 +94,7 @@ def test_what_is_no_run_of_this_package_has_no_status(run, tmp_path):
     ("words", "message"),
     [
         (("--step", "3"), "step=3 is not allowed: checkpoints are kept of 2, 4"),
-        (("--average", "0.9"), "average='0.9' is not allowed: the run has ema-0.995, ema-0.5"),
+        (("--average", "0.9"), "average='0.9': expected an average of the run: ema-0.995, ema-0.5"),
     ],
 )
 def test_what_a_run_does_not_have_is_refused(run, tmp_path, words, message):

@@ -376,7 +376,7 @@ def test_samples_can_be_drawn_at_checkpoints(run_training, tmp_path, monkeypatch
 
 
 def test_variants_that_make_no_sense_are_refused(run_training, tmp_path):
-    with pytest.raises(ValueError, match="objective='simple' is not allowed with variance_type='learned'"):
+    with pytest.raises(ValueError, match="objective='simple': not supported with variance_type='learned'"):
         run_training(tmp_path, "--variance_type", "learned")
     with pytest.raises(ValueError, match="rescale_betas_zero_snr=True is not allowed with prediction_type='epsilon'"):
         run_training(tmp_path, "--rescale_betas_zero_snr", "true")

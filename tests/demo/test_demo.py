@@ -274,7 +274,7 @@ def test_classes_without_names_are_numbers():
         ({"count": 65.0}, "count=65: expected a whole number"),
         ({"scheduler": "heun"}, "scheduler='heun': expected one of"),
         ({"scheduler": "pndm", "steps": 3}, "num_inference_steps=3 is not allowed: 4 to 1000 with this model"),
-        ({"classes": ["three"]}, "class_labels: 'three' is not allowed: one of \\['zero', 'one', 'two'\\]"),
+        ({"classes": ["three"]}, "class_labels: unknown class 'three'; expected one of \\['zero', 'one', 'two'\\]"),
     ],
 )
 def test_what_is_typed_wrong_is_one_line(class_demo, wrong, message):
