@@ -12,7 +12,7 @@ def output_channels(channels: int, variance_type: str) -> int:
 
 
 def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """Splits a network's output into prediction and variance output, which is None without extra channels."""
+    """Splits a network's output into prediction and variance output; without extra channels, the latter is missing."""
     if output.shape[1] == channels:
         return output, None
     prediction, variance_output = output.chunk(2, dim=1)

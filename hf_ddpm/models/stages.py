@@ -42,7 +42,9 @@ class DownStage(Stage):
         head_dim: Channels per attention head; None for no attention.
         downsample: `conv`, `resnet`, or None at the lowest resolution.
         padding: Padding of the downsampling convolution.
-        time_dim, groups, eps, dropout, scale_shift: As in `ResnetBlock`.
+        groups: Number of groups of the normalizations.
+        eps: Epsilon of the normalizations.
+        **resnet: `time_dim`, `dropout` and `scale_shift` of `ResnetBlock`.
     """
 
     def __init__(
@@ -91,7 +93,9 @@ class MidStage(Stage):
         channels: Channels of the input and the output.
         head_dim: Channels per attention head; None for no attention.
         attn_groups: Number of groups of the attention's normalization; None for no normalization.
-        time_dim, groups, eps, dropout, scale_shift, scale: As in `ResnetBlock`.
+        eps: Epsilon of the normalizations.
+        scale: Divisor of the outputs of residual blocks and attention.
+        **resnet: `time_dim`, `groups`, `dropout` and `scale_shift` of `ResnetBlock`.
     """
 
     def __init__(
@@ -125,7 +129,9 @@ class UpStage(Stage):
         skip_channels: Channels of the skips in the order of their use, one per residual block.
         head_dim: Channels per attention head; None for no attention.
         upsample: `conv`, `resnet`, or None at the highest resolution.
-        time_dim, groups, eps, dropout, scale_shift: As in `ResnetBlock`.
+        groups: Number of groups of the normalizations.
+        eps: Epsilon of the normalizations.
+        **resnet: `time_dim`, `dropout` and `scale_shift` of `ResnetBlock`.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from hf_ddpm.sampling.folder import SampleFolder
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.options import require
 
-# Samplers of the teacher: its own (with the small variance if steps are few), and the one that is distilled.
+# Samplers of the teacher: its own (with fixed_small for fewer than all steps), and the distilled one.
 SAMPLERS = ("ddpm", "ddim")
 
 

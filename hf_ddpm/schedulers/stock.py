@@ -106,7 +106,7 @@ def _first_gain(alphas_cumprod: torch.Tensor, steps: torch.Tensor) -> float:
 
 
 def _is_even(scheduler: Any, num_inference_steps: int) -> bool:
-    """Returns whether all timesteps are `T // S` apart; not read off PNDM's, which repeat some and add others."""
+    """Returns whether all timesteps are `T // S` apart, by their spacing: PNDM's list repeats some and adds others."""
     total, spacing = scheduler.config.num_train_timesteps, scheduler.config.timestep_spacing
     if spacing == "trailing":
         return total % num_inference_steps == 0
