@@ -266,9 +266,9 @@ def test_push_script(hub, folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--hub_model_id x", "hub_model_id='x' is not allowed: namespace/name"),
-        ("--model nowhere", "model='nowhere' is not allowed: there is no such folder"),
-        ("--space demo", "space='demo' is not allowed: namespace/name"),
+        ("--hub_model_id x", "--hub_model_id x: expected namespace/name"),
+        ("--model nowhere", "--model nowhere: expected an existing folder"),
+        ("--space demo", "--space demo: expected namespace/name"),
         ("--private maybe", "argument --private: 'maybe': expected true or false"),
     ],
 )
