@@ -121,7 +121,7 @@ def load_images(
     Args:
         data: Options of the images.
         seed: Seed of the random choice of `max_train_samples` images.
-        report: JSON Lines file for bad images and other unused files; empty if there are none.
+        report: JSON Lines file for bad images and other unused files, which may be empty.
         device: Device of the batches.
         log: Called with lines about unused files and damaged caches.
 

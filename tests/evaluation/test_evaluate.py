@@ -127,7 +127,7 @@ def test_without_held_out_images_the_message_has_the_options_that_work(trained, 
     for number in range(6):
         Image.new("L", (8, 8), 40 * number).save(tmp_path / f"{number}.png")
     given = {"model": str(trained), "dataset": str(tmp_path), "extractor": "digits", "steps_per_image": 2}
-    message = f"has no split 'test': one of train; without held-out images add {remedy}$"
+    message = f"has no split 'test': expected one of train; without held-out images add {remedy}$"
     with pytest.raises(ValueError, match=message):
         Reference(EvaluateConfig(prefix=prefix, metrics=metrics, **given), (1, 8, 8), Accelerator(cpu=True))
     words = remedy.replace(f"--{prefix}", "").split()
@@ -142,7 +142,7 @@ def test_without_held_out_images_the_message_has_the_options_that_work(trained, 
 def test_with_several_splits_the_message_has_no_other_remedy(trained):
     assert EvaluateConfig(metrics="fd,nll", floor=False, model="m", dataset="d").without_held_out("a") == "--split a"
     config = EvaluateConfig(model=str(trained), dataset="digits", split="dev")
-    with pytest.raises(ValueError, match="has no split 'dev': one of train, test$"):
+    with pytest.raises(ValueError, match="has no split 'dev': expected one of train, test$"):
         Reference(config, (1, 8, 8), Accelerator(cpu=True))
 
 

@@ -128,7 +128,7 @@ def test_what_is_known_of_a_conversion_is_printed(convert, ported_file, tmp_path
     convert("ho2020", ported_file, tmp_path / "out")
     state = torch.load(ported_file, weights_only=True)
     count = sum(value.numel() for value in state.values())
-    line = f"{count:,} parameters in {len(state)} tensors: names, shapes and values are complete"
+    line = f"{count:,} parameters in {len(state)} tensors: all names, shapes and values are valid"
     assert line in capsys.readouterr().out.splitlines()
 
 
