@@ -638,9 +638,9 @@ def _preset(name: str | None, file: Words, argv: list[str]) -> tuple[Words, set[
     if choice is None:
         return {}, set(), []
     preset = read_yaml(preset_path(choice), PARTS)
-    fitted, left_out = fit_preset(choice, preset, given, default_options(OF_DATA))
+    fitted, unused = fit_preset(choice, preset, given, default_options(OF_DATA))
     chosen = {key for key, value in preset.items() if name is None or fitted.get(key) != value}
-    return fitted, chosen, [line, left_out]
+    return fitted, chosen, [line, unused]
 
 
 def _command_line(options: Words) -> list[str]:
