@@ -364,7 +364,7 @@ LAUNCHED = {"MIXED_PRECISION": "mixed_precision", "DYNAMO_BACKEND": "compile"}
 
 
 def launched(name: str, allowed: tuple[str, ...], default: str) -> Any:
-    """Return a setting of accelerate's launcher, or a default; raise a `ValueError` if the setting is not allowed."""
+    """Return a setting of accelerate's launcher, or a default; raise a `ValueError` if the setting is not supported."""
     value = os.environ.get(f"ACCELERATE_{name}", default).lower()
     if value not in (*allowed, default):
         option, expected = LAUNCHED[name], ", ".join(allowed)
@@ -423,7 +423,7 @@ class Config:
             The config.
 
         Raises:
-            ValueError: If an option is unknown or its value is not allowed; the message is one line.
+            ValueError: If an option is unknown or its value is invalid; the message is one line.
 
         Example:
             >>> Config.of(preset="digits", resolution=[8, 16], num_train_epochs=3).data.size
@@ -589,7 +589,7 @@ def with_past_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def words_of(options: Mapping[str, Any]) -> list[str]:
-    """Return options as command-line words; options whose value is None are omitted."""
+    """Return options as command-line words; options set to None are omitted."""
     argv = []
     for name, value in options.items():
         if isinstance(value, list | tuple):
@@ -610,7 +610,7 @@ def parse_config(argv: list[str], doc: str | None = None) -> Config:
         The config.
 
     Raises:
-        ValueError: If an option is unknown or its value is not allowed; the message is one line.
+        ValueError: If an option is unknown or its value is invalid; the message is one line.
     """
     sources, _ = parse_first(argv, Sources)
     file = {} if sources.config is None else read_yaml(Path(sources.config), PARTS)
@@ -638,9 +638,9 @@ def _preset(name: str | None, file: Words, argv: list[str]) -> tuple[Words, set[
     if choice is None:
         return {}, set(), []
     preset = read_yaml(preset_path(choice), PARTS)
-    fitted, left_out = fit_preset(choice, preset, given, default_options(OF_DATA))
+    fitted, unused = fit_preset(choice, preset, given, default_options(OF_DATA))
     chosen = {key for key, value in preset.items() if name is None or fitted.get(key) != value}
-    return fitted, chosen, [line, left_out]
+    return fitted, chosen, [line, unused]
 
 
 def _command_line(options: Words) -> list[str]:

@@ -75,7 +75,7 @@ def parse_distill(argv: list[str], doc: str | None = None) -> tuple[DistillConfi
     """Parse the options of a distillation; also return the remaining words, which are options of its training runs.
 
     Raises:
-        ValueError: If an option is unknown or its value is not allowed; the message is one line.
+        ValueError: If an option is unknown or its value is invalid; the message is one line.
     """
     if {"-h", "--help"} & set(argv):
         parse_options(argv, DistillConfig, DataConfig, TrainingConfig, EvaluationConfig, doc=doc)

@@ -145,7 +145,7 @@ def stage_config(
     """Return the options of the training run of a stage, counted from 0.
 
     Raises:
-        ValueError: If the data set is not given, or the value of an option is not allowed.
+        ValueError: If the data set is not given, or the value of an option is invalid.
     """
     given = given_options(words, (*PARTS, Sources))
     base = base_options(options, pipe)

@@ -14,10 +14,10 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, Value
 
-from hf_ddpm.data.caching import load_sound
+from hf_ddpm.data.caching import load_or_repair
 from hf_ddpm.data.folders import Opened
-from hf_ddpm.data.layout import arrange
-from hf_ddpm.data.scan import LeftOut, Stamp, image_suffixes, printable, sort_out
+from hf_ddpm.data.layout import find_layout
+from hf_ddpm.data.scan import Stamp, UnusedFile, image_suffixes, printable, split_by_suffix
 from hf_ddpm.utils.files import one_line
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -32,7 +32,7 @@ def is_archive(name: str) -> bool:
 
 
 def open_archives(
-    root: Path, files: Mapping[str, Stamp], left_out: Sequence[LeftOut], log: Callable[[str], object]
+    root: Path, files: Mapping[str, Stamp], unused_files: Sequence[UnusedFile], log: Callable[[str], object]
 ) -> Opened:
     """Opens archives of images, given by their paths relative to a folder.
 
@@ -42,16 +42,18 @@ def open_archives(
     Raises:
         ValueError: If an archive cannot be read, or no archive contains an image.
     """
-    members = {_place(archive, member): (archive, member) for archive in files for member in _members(root / archive)}
-    images, others = sort_out(members, image_suffixes())
+    members = {
+        _unpacked_path(archive, member): (archive, member) for archive in files for member in _members(root / archive)
+    }
+    images, others = split_by_suffix(members, image_suffixes())
     if not images:
         raise ValueError(f"archive {str(root / next(iter(files)))!r} contains no images")
-    layout = arrange(images)
-    # Folders outside the archives, and the two that `_place` adds per archive, are not classes.
+    layout = find_layout(images)
+    # Folders outside the archives, and the two that `_unpacked_path` adds per archive, are not classes.
     label, classes = layout.classes(lambda name: members[name][0].count("/") + 2)
     texts = _sidecars(images, members)
-    suffix_of = {place: suffix for of_image in texts.values() for suffix, place in of_image.items()}
-    has_numbers = _are_numbers(root, [members[place] for place, suffix in suffix_of.items() if suffix == ".cls"])
+    suffix_of = {path: suffix for of_image in texts.values() for suffix, path in of_image.items()}
+    has_numbers = _are_numbers(root, [members[path] for path, suffix in suffix_of.items() if suffix == ".cls"])
     kinds = {".cls": Value("int64" if has_numbers else "string"), ".txt": Value("string")}
     columns = {suffix[1:]: kinds[suffix] for suffix in SIDECARS if suffix in suffix_of.values()}
     splits = {}
@@ -64,9 +66,11 @@ def open_archives(
         options = {"root": str(root.absolute()), "plan": plan, "stamps": stamps, "has_numbers": has_numbers}
         features = Features({"image": Image(), **label, **columns})
         make = partial(Dataset.from_generator, _rows, features=features, gen_kwargs={"options": options})
-        splits[split] = load_sound(make, log)
-    unused = [file for file in (*others, *layout.left_out) if file.file not in suffix_of]
-    return Opened(splits, [*left_out, *(replace(file, file=posixpath.join(*members[file.file])) for file in unused)])
+        splits[split] = load_or_repair(make, log)
+    unused = [file for file in (*others, *layout.unused_files) if file.file not in suffix_of]
+    return Opened(
+        splits, [*unused_files, *(replace(file, file=posixpath.join(*members[file.file])) for file in unused)]
+    )
 
 
 def _rows(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -116,7 +120,7 @@ def _text(data: bytes) -> str:
     return data.decode(errors="replace").strip()
 
 
-def _place(archive: str, member: str) -> str:
+def _unpacked_path(archive: str, member: str) -> str:
     """Returns the path of a file if its archive was unpacked into a folder of its name without the shard number."""
     folder, name = posixpath.split(archive)
     stem = re.sub(r"([-_.]\d+(-of-\d+)?)?(\.tar)?\.[a-z0-9]+$", "", name.lower())

@@ -98,7 +98,7 @@ class ShuffledImages:
         labels = None if store.labels is None else store.labels[indices].to(store.device, non_blocking=True)
         if store.image_format.crop == "center":
             return Batch(store[indices], labels)
-        return Batch(store.cropped(indices, crop_places(self.seed, step, self.batch_size)[rows]), labels)
+        return Batch(store.cropped(indices, crop_positions(self.seed, step, self.batch_size)[rows]), labels)
 
     def close(self) -> None:
         """End the thread, if there is one."""
@@ -127,7 +127,7 @@ def batch_indices(seed: int, step: int, batch: int, size: int, device: torch.dev
     return torch.cat(parts)
 
 
-def crop_places(seed: int, step: int, batch: int) -> Tensor:
+def crop_positions(seed: int, step: int, batch: int) -> Tensor:
     """Draws the crop positions of a global batch, uniform in [0, 1), shape `(batch, 2)`; see `crop_at`."""
     return torch.rand(batch, 2, generator=generator(seed, CROP, step))
 

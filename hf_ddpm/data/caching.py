@@ -16,16 +16,16 @@ T = TypeVar("T", Dataset, DatasetDict)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def load_sound(load: Callable[[], T], log: Callable[[str], object]) -> T:
+def load_or_repair(load: Callable[[], T], log: Callable[[str], object]) -> T:
     """Returns the result of `load`; damaged caches are logged, removed and rebuilt.
 
     Raises:
         OSError: If the disk of the cache is full; the message names the folder.
     """
-    with full_disk_named():
+    with explain_full_disk():
         try:
             loaded = load()
-            if _is_whole(loaded):
+            if _is_complete(loaded):
                 return loaded
         except Exception as error:  # loaders raise many types
             if is_full(error) or not remove_damaged(log):
@@ -38,7 +38,7 @@ def load_sound(load: Callable[[], T], log: Callable[[str], object]) -> T:
 def remove_damaged(log: Callable[[str], object]) -> bool:
     """Removes cached data sets with truncated files; returns whether there were any."""
     cached = [path for path in cache_folder().rglob("dataset_info.json") if not _is_of_user(path.parent)]
-    damaged = [path.parent for path in cached if not _is_sound(path)]
+    damaged = [path.parent for path in cached if not _is_intact(path)]
     for folder in damaged:
         shutil.rmtree(folder, ignore_errors=True)
         log(f"cache {folder} was damaged: rebuilding it")
@@ -61,7 +61,7 @@ def read_decoded(path: Path, rows: int, log: Callable[[str], object]) -> Dataset
 
 
 @contextmanager
-def full_disk_named() -> Iterator[None]:
+def explain_full_disk() -> Iterator[None]:
     """Replaces a full-disk error by one that names the cache folder and how to choose another."""
     try:
         yield
@@ -86,7 +86,7 @@ def cache_folder() -> Path:
     return Path(config.HF_DATASETS_CACHE)
 
 
-def _is_whole(loaded: Dataset | DatasetDict) -> bool:
+def _is_complete(loaded: Dataset | DatasetDict) -> bool:
     splits = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split): loaded}
     infos = {name: (data.info.splits or {}).get(name) for name, data in splits.items()}
     return all(info is None or info.num_examples == len(splits[name]) for name, info in infos.items())
@@ -97,7 +97,7 @@ def _is_of_user(folder: Path) -> bool:
     return (folder / "state.json").exists() or any(folder.glob("*.parquet"))
 
 
-def _is_sound(info: Path) -> bool:
+def _is_intact(info: Path) -> bool:
     """Returns whether a cached data set is readable and has as many rows as its description."""
     try:
         splits = json.loads(info.read_text(encoding="utf-8"))["splits"]

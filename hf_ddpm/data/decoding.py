@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, Value
 from datasets.fingerprint import Hasher
 
-from hf_ddpm.data.caching import cache_folder, full_disk_named, read_decoded
+from hf_ddpm.data.caching import cache_folder, explain_full_disk, read_decoded
 from hf_ddpm.data.transforms import ImageFormat, fit
 from hf_ddpm.utils.files import one_line, write_text
 from hf_ddpm.utils.jsonl import as_lines, read_lines
@@ -92,7 +92,7 @@ def decode(
     file.parent.mkdir(parents=True, exist_ok=True)
     decoded = read_decoded(file, len(encoded), log)
     if decoded is None:
-        with full_disk_named():
+        with explain_full_disk():
             decoded = encoded.map(
                 _decode_rows,
                 with_indices=True,

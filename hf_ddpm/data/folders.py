@@ -16,10 +16,10 @@ from datasets import Dataset, DatasetDict, DatasetInfo, Features, Image, NamedSp
 from datasets.fingerprint import Hasher
 
 from hf_ddpm.data.arrays import is_stack, open_stack
-from hf_ddpm.data.caching import load_sound
+from hf_ddpm.data.caching import load_or_repair
 from hf_ddpm.data.columns import CLASS_COLUMNS, GUESS
-from hf_ddpm.data.layout import arrange
-from hf_ddpm.data.scan import LeftOut, Stamp, image_suffixes, printable, sort_out
+from hf_ddpm.data.layout import find_layout
+from hf_ddpm.data.scan import Stamp, UnusedFile, image_suffixes, printable, split_by_suffix
 from hf_ddpm.utils.files import one_line
 
 METADATA_READERS: dict[str, Callable[[str], pa.Table]] = {
@@ -35,11 +35,11 @@ class Opened:
 
     Attributes:
         splits: Its splits; images are not decoded yet.
-        left_out: Unused files, each with the reason; None if they are unknown, as on the Hub.
+        unused_files: Unused files, each with the reason; None if they are unknown, as on the Hub.
     """
 
     splits: Mapping[str, Dataset]
-    left_out: list[LeftOut] | None = None
+    unused_files: list[UnusedFile] | None = None
 
 
 @dataclass
@@ -50,17 +50,17 @@ class _Metadata:
         rows: The values of each image by column, by path relative to the folder.
         columns: The names of the columns, in order, without the image column.
         image_columns: The columns with paths of further images, such as `mask` for `mask_file_name`.
-        left_out: Listed files that are missing, and metadata files without file names.
+        unused_files: Listed files that are missing, and metadata files without file names.
     """
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
     image_columns: set[str] = field(default_factory=set)
-    left_out: list[LeftOut] = field(default_factory=list)
+    unused_files: list[UnusedFile] = field(default_factory=list)
 
 
 def open_folder(
-    root: Path, files: Mapping[str, Stamp], left_out: Sequence[LeftOut], class_column: str | None
+    root: Path, files: Mapping[str, Stamp], unused_files: Sequence[UnusedFile], class_column: str | None
 ) -> Opened:
     """Opens a folder of images, given by their relative paths.
 
@@ -70,12 +70,12 @@ def open_folder(
     Raises:
         ValueError: If a metadata file cannot be read.
     """
-    images, others = sort_out(files, image_suffixes())
-    visible, _ = sort_out(files, [posixpath.splitext(name)[1] for name in METADATA_READERS])
+    images, others = split_by_suffix(files, image_suffixes())
+    visible, _ = split_by_suffix(files, [posixpath.splitext(name)[1] for name in METADATA_READERS])
     described = [name for name in visible if posixpath.basename(name) in METADATA_READERS]
     metadata = _read_metadata(root, described, images)
     images, unlisted = _listed(images, metadata, class_column)
-    layout = arrange(images)
+    layout = find_layout(images)
     label, classes = layout.classes()
     if set(CLASS_COLUMNS) & set(metadata.columns):
         label, classes = Features(), {}
@@ -92,17 +92,17 @@ def open_folder(
         fingerprint = Hasher.hash([str(root.absolute()), stamps, list(columns), contents])
         splits[split] = Dataset(pa.table(columns), info=DatasetInfo(features=features), fingerprint=fingerprint)
     others = [file for file in others if file.file not in described]
-    return Opened(splits, [*left_out, *others, *metadata.left_out, *unlisted, *layout.left_out])
+    return Opened(splits, [*unused_files, *others, *metadata.unused_files, *unlisted, *layout.unused_files])
 
 
 def open_arrays(
-    root: Path, files: Mapping[str, Stamp], left_out: Sequence[LeftOut], log: Callable[[str], object]
+    root: Path, files: Mapping[str, Stamp], unused_files: Sequence[UnusedFile], log: Callable[[str], object]
 ) -> Opened:
     """Opens array files, given by their relative paths: one image per file, or all images of a file with 4 dimensions.
 
     The columns are `image`, and `label` if folders are classes.
     """
-    layout = arrange(list(files))
+    layout = find_layout(list(files))
     label, classes = layout.classes()
 
     def rows(names: Sequence[str]) -> list[tuple[str, int, int, int | None]]:
@@ -120,7 +120,7 @@ def open_arrays(
             for split, names in layout.splits.items()
         })  # fmt: skip
 
-    return Opened(load_sound(make, log), [*left_out, *layout.left_out])
+    return Opened(load_or_repair(make, log), [*unused_files, *layout.unused_files])
 
 
 def _array_rows(files: Sequence[tuple[str, int, int, int | None]]) -> Iterator[dict[str, Any]]:
@@ -147,7 +147,7 @@ def _read_metadata(root: Path, names: Sequence[str], images: Sequence[str]) -> _
             raise ValueError(f"{str(root / name)!r} cannot be read: {one_line(error)}") from error
         keys = {key: _column(key) for key in table.column_names if key == "file_name" or key.endswith("_file_name")}
         if not keys:
-            metadata.left_out.append(LeftOut(name, f"{posixpath.basename(name)} without a file_name column"))
+            metadata.unused_files.append(UnusedFile(name, f"{posixpath.basename(name)} without a file_name column"))
             continue
         first = "file_name" if "file_name" in keys else next(iter(keys))
         # A metadata column named image would replace the images.
@@ -164,7 +164,9 @@ def _read_metadata(root: Path, names: Sequence[str], images: Sequence[str]) -> _
                 )
             at = {key: posixpath.normpath(posixpath.join(posixpath.dirname(name), row[key] or "")) for key in keys}
             if at[first] not in existing:
-                metadata.left_out.append(LeftOut(at[first], f"missing, but listed in {posixpath.basename(name)}"))
+                metadata.unused_files.append(
+                    UnusedFile(at[first], f"missing, but listed in {posixpath.basename(name)}")
+                )
                 continue
             values = {
                 column: (at[key] if at[key] in existing else None) if key in at else row[key]
@@ -180,14 +182,14 @@ def _column(key: str) -> str:
     return key.removesuffix("file_name").removesuffix("_") or "image"
 
 
-def _listed(images: list[str], metadata: _Metadata, class_column: str | None) -> tuple[list[str], list[LeftOut]]:
+def _listed(images: list[str], metadata: _Metadata, class_column: str | None) -> tuple[list[str], list[UnusedFile]]:
     """Returns the images to use and the others: images without metadata are used unless their metadata is needed."""
     usual = set(CLASS_COLUMNS) if class_column == GUESS else {class_column}
     if not metadata.image_columns and not usual & set(metadata.columns):
         return images, []
     in_columns = {row[column] for row in metadata.rows.values() for column in metadata.image_columns}
     unlisted = [
-        LeftOut(name, "in another metadata column" if name in in_columns else "not listed in metadata")
+        UnusedFile(name, "in another metadata column" if name in in_columns else "not listed in metadata")
         for name in images
         if name not in metadata.rows
     ]

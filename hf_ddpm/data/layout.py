@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from datasets import ClassLabel, Features
 
-from hf_ddpm.data.scan import LeftOut, printable_name
+from hf_ddpm.data.scan import UnusedFile, printable_name
 
 # Folder names of each split, as in `datasets`.
 SPLITS = {
@@ -23,12 +23,12 @@ class Layout:
 
     Attributes:
         splits: The files of each split.
-        left_out: Files outside the split folders.
+        unused_files: Files outside the split folders.
         level: Position of the split folder in a path, from 0; None if there are no split folders.
     """
 
     splits: dict[str, list[str]]
-    left_out: list[LeftOut] = field(default_factory=list)
+    unused_files: list[UnusedFile] = field(default_factory=list)
     level: int | None = None
 
     def classes(self, outer: Callable[[str], int] = lambda name: 0) -> tuple[Features, dict[str, int]]:
@@ -50,7 +50,7 @@ class Layout:
         return Features(label=label), {name: indices[folders[-1]] for name, folders in inner.items()}
 
 
-def arrange(names: Sequence[str]) -> Layout:
+def find_layout(names: Sequence[str]) -> Layout:
     """Finds the splits of files by folder.
 
     If folders of two splits are at the same depth, such as train/ and val/, they are the splits at any depth, and files
@@ -86,12 +86,12 @@ def _divide(names: Sequence[str], level: int) -> Layout:
     split_folders = {parts[level] for parts in parts_of.values() if len(parts) > level and _split_of(parts[level])}
     listed = " and ".join(f"{folder}/" for folder in sorted(split_folders))
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    left_out = []
+    unused_files = []
     for name, parts in parts_of.items():
         split = _split_of(parts[level]) if len(parts) > level else None
         if split is None:
             where = f"in {parts[0]}/, " if parts else ""
-            left_out.append(LeftOut(name, f"{where}outside the split folders {listed}"))
+            unused_files.append(UnusedFile(name, f"{where}outside the split folders {listed}"))
         else:
             splits[split].append(name)
-    return Layout({split: files for split, files in splits.items() if files}, left_out, level)
+    return Layout({split: files for split, files in splits.items() if files}, unused_files, level)

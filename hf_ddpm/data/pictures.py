@@ -36,7 +36,7 @@ TIFF_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 28
 
 
 def open_picture(row: dict[str, Any]) -> Image.Image:
-    """Loads an image and turns it upright, without other conversions; damaged metadata is ignored.
+    """Loads an image and turns it upright, without other conversions. Damaged metadata is ignored.
 
     Raises:
         Exception: If its pixels cannot be read (any exception of PIL), or are too many (`DecompressionBombError`).
@@ -155,10 +155,10 @@ def _plain_png(data: bytes) -> bytes:
         size = int.from_bytes(data[start : start + 4], "big")
         chunk = data[start : start + 12 + size]
         kind, start = chunk[4:8], start + len(chunk)
-        is_sound = zlib.crc32(chunk[4:-4]).to_bytes(4, "big") == chunk[-4:]
+        is_intact = zlib.crc32(chunk[4:-4]).to_bytes(4, "big") == chunk[-4:]
         # An uncompressed text: the keyword, a zero byte, and a compression flag of zero.
         is_xmp = kind == b"iTXt" and size < LARGEST_XMP and chunk[8:].startswith(b"XML:com.adobe.xmp\0\0")
-        if kind in PNG_CHUNKS or (is_sound and (kind == b"eXIf" or is_xmp)):
+        if kind in PNG_CHUNKS or (is_intact and (kind == b"eXIf" or is_xmp)):
             kept.append(chunk)
     return b"".join(kept)
 

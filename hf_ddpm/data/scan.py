@@ -27,7 +27,7 @@ NAMED_KINDS = 12
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class UnusedFile:
     """An unused file.
 
     Attributes:
@@ -72,44 +72,44 @@ def register_plugins() -> None:
     register_heif_opener()
 
 
-def list_files(root: Path) -> tuple[dict[str, Stamp], list[LeftOut]]:
+def list_files(root: Path) -> tuple[dict[str, Stamp], list[UnusedFile]]:
     """Lists the files of a folder and its subfolders; links are followed, except in cycles.
 
     Returns:
         The regular files, sorted by their path relative to the folder, with `/`; and entries that cannot be read.
     """
     files: dict[str, Stamp] = {}
-    left_out: list[LeftOut] = []
-    _visit(root, "", (), files, left_out)
-    return {name: files[name] for name in sorted(files)}, left_out
+    unused_files: list[UnusedFile] = []
+    _visit(root, "", (), files, unused_files)
+    return {name: files[name] for name in sorted(files)}, unused_files
 
 
-def sort_out(names: Iterable[str], suffixes: Iterable[str]) -> tuple[list[str], list[LeftOut]]:
+def split_by_suffix(names: Iterable[str], suffixes: Iterable[str]) -> tuple[list[str], list[UnusedFile]]:
     """Divides files into those with one of the lower-case suffixes, and all others with the reason.
 
     Hidden files, and files in folders such as `__MACOSX` that start with `__`, are never used, as in `datasets`.
     """
-    used, left_out = [], []
+    used, unused_files = [], []
     known = frozenset(suffixes)
     for name in names:
         path = PurePosixPath(name)
         if any(part.startswith(".") for part in path.parts):
-            left_out.append(LeftOut(name, "hidden"))
+            unused_files.append(UnusedFile(name, "hidden"))
         elif any(part.startswith("__") for part in path.parts[:-1]):
-            left_out.append(LeftOut(name, f"in {next(part for part in path.parts if part.startswith('__'))}/"))
+            unused_files.append(UnusedFile(name, f"in {next(part for part in path.parts if part.startswith('__'))}/"))
         elif path.suffix.lower() in known:
             used.append(name)
         else:
             suffix = path.suffix.lower()
             kind = f"unknown format {suffix}" if suffix else "no suffix"
-            left_out.append(LeftOut(name, kind, REMEDIES.get(suffix)))
-    return used, left_out
+            unused_files.append(UnusedFile(name, kind, REMEDIES.get(suffix)))
+    return used, unused_files
 
 
-def summary(name: str, counts: Mapping[str, int] | None, left_out: Iterable[LeftOut]) -> str:
+def summary(name: str, counts: Mapping[str, int] | None, unused_files: Iterable[UnusedFile]) -> str:
     """Returns one line about a data set: the images per split, if known, and the unused files per reason."""
     images = ", ".join(f"{count:,} images in {split}" for split, count in (counts or {}).items())
-    kinds = Counter((file.kind, file.remedy) for file in left_out)
+    kinds = Counter((file.kind, file.remedy) for file in unused_files)
     most = kinds.most_common(NAMED_KINDS)
     lines = [
         f"{printable_name(kind)}: {count:,}" + (f" ({remedy})" if remedy else "") for (kind, remedy), count in most
@@ -120,7 +120,7 @@ def summary(name: str, counts: Mapping[str, int] | None, left_out: Iterable[Left
     return f"dataset {name!r}: " + (f"{images}; " if images else "") + unused
 
 
-def below(root: Path, files: Iterable[LeftOut]) -> list[LeftOut]:
+def with_full_paths(root: Path, files: Iterable[UnusedFile]) -> list[UnusedFile]:
     """Returns files of a folder with their full paths."""
     return [replace(file, file=printable(str(root / file.file))) for file in files]
 
@@ -145,13 +145,17 @@ def printable_name(name: str) -> str:
 
 
 def _visit(
-    folder: Path, prefix: str, above: tuple[tuple[int, int], ...], files: dict[str, Stamp], left_out: list[LeftOut]
+    folder: Path,
+    prefix: str,
+    above: tuple[tuple[int, int], ...],
+    files: dict[str, Stamp],
+    unused_files: list[UnusedFile],
 ) -> None:
     try:
         here = os.stat(folder)
         names = os.listdir(folder)
     except OSError:
-        left_out.append(LeftOut(prefix, "unreadable folder"))
+        unused_files.append(UnusedFile(prefix, "unreadable folder"))
         return
     above = (*above, (here.st_dev, here.st_ino))
     for name in names:
@@ -159,14 +163,14 @@ def _visit(
             status = os.stat(folder / name)
         except OSError:
             is_link = os.path.islink(folder / name)
-            left_out.append(LeftOut(prefix + name, "broken link" if is_link else "unreadable"))
+            unused_files.append(UnusedFile(prefix + name, "broken link" if is_link else "unreadable"))
             continue
         if stat.S_ISDIR(status.st_mode):
             if (status.st_dev, status.st_ino) in above:
-                left_out.append(LeftOut(prefix + name, "link to a parent folder"))
+                unused_files.append(UnusedFile(prefix + name, "link to a parent folder"))
             else:
-                _visit(folder / name, f"{prefix}{name}/", above, files, left_out)
+                _visit(folder / name, f"{prefix}{name}/", above, files, unused_files)
         elif stat.S_ISREG(status.st_mode):
             files[prefix + name] = Stamp(status.st_size, status.st_mtime_ns)
         else:
-            left_out.append(LeftOut(prefix + name, "not a regular file or folder"))
+            unused_files.append(UnusedFile(prefix + name, "not a regular file or folder"))

@@ -17,9 +17,9 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from hf_ddpm.config import DataConfig
 from hf_ddpm.data.archives import is_archive, open_archives
 from hf_ddpm.data.arrays import SUFFIXES as ARRAY_SUFFIXES
-from hf_ddpm.data.caching import is_full, load_sound
+from hf_ddpm.data.caching import is_full, load_or_repair
 from hf_ddpm.data.folders import METADATA_READERS, Opened, open_arrays, open_folder
-from hf_ddpm.data.scan import LeftOut, Stamp, below, image_suffixes, list_files, sort_out, summary
+from hf_ddpm.data.scan import Stamp, UnusedFile, image_suffixes, list_files, split_by_suffix, summary, with_full_paths
 from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.options import require_value
 from hf_ddpm.utils.seeds import SUBSET, generator
@@ -39,7 +39,7 @@ class MissingSplit(ValueError):
         self.splits = list(splits)
 
 
-def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset, list[LeftOut]]:
+def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset, list[UnusedFile]]:
     """Opens a split of a data set.
 
     Args:
@@ -57,20 +57,20 @@ def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset,
         OSError: If the disk of the cache is full.
     """
     name, split, opened = data.dataset, data.split, _open_splits(data, log)
-    left_out = opened.left_out or []
-    if opened.left_out is not None:
-        log(summary(name, {split: len(rows) for split, rows in opened.splits.items()}, left_out))
+    unused_files = opened.unused_files or []
+    if opened.unused_files is not None:
+        log(summary(name, {split: len(rows) for split, rows in opened.splits.items()}, unused_files))
     if split not in opened.splits:
-        outside = [file.kind for file in left_out if "outside the split folders" in file.kind]
+        outside = [file.kind for file in unused_files if "outside the split folders" in file.kind]
         hint = f" (some images are {outside[0]})" if outside else ""
         message = f"dataset {name!r} has no split {split!r}: expected one of {', '.join(opened.splits)}{hint}"
         raise MissingSplit(message, list(opened.splits))
     if len(opened.splits[split]) == 0:
         raise ValueError(f"dataset {name!r} is empty: split {split!r} contains no images")
-    return opened.splits[split], left_out
+    return opened.splits[split], unused_files
 
 
-def find_shards(data: DataConfig, log: Log = lambda line: None) -> tuple[list[str], list[LeftOut]]:
+def find_shards(data: DataConfig, log: Log = lambda line: None) -> tuple[list[str], list[UnusedFile]]:
     """Finds the parquet files of a split, without reading or downloading them.
 
     Args:
@@ -89,16 +89,16 @@ def find_shards(data: DataConfig, log: Log = lambda line: None) -> tuple[list[st
     _check_config(data, path.is_file() or "://" in name or name == "digits")
     if path.is_file() and name.endswith(".parquet"):
         return [name], []
-    files, left_out = _data_files(data), []
+    files, unused_files = _data_files(data), []
     if path.is_dir():
-        left_out = below(path, _unused(path, files))
-        log(summary(name, None, left_out))
+        unused_files = with_full_paths(path, _unused(path, files))
+        log(summary(name, None, unused_files))
     if split not in files:
         raise ValueError(f"dataset {name!r} has no split {split!r}: expected one of {', '.join(files)}")
     other = [file for file in files[split] if not file.endswith(".parquet")]
     if other:
         raise ValueError(f"dataset {name!r} cannot be streamed: {other[0]!r} is not parquet; expected parquet files")
-    return files[split], left_out
+    return files[split], unused_files
 
 
 def choose(size: int, max_samples: int | None, seed: int) -> Sequence[int]:
@@ -126,12 +126,12 @@ def _open_splits(data: DataConfig, log: Log) -> Opened:
     name, config, path = data.dataset, data.dataset_config, Path(data.dataset)
     _check_config(data, name == "digits" or path.is_file())
     if name == "digits":
-        return Opened(load_sound(lambda: load_dataset("parquet", data_files=_digits_files()), log))
+        return Opened(load_or_repair(lambda: load_dataset("parquet", data_files=_digits_files()), log))
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ValueError(f"dataset {name!r} does not exist: expected a folder, a file, a Hub id or digits")
     try:
         if not path.exists():
-            return Opened(load_sound(lambda: load_dataset(name, config), log))
+            return Opened(load_or_repair(lambda: load_dataset(name, config), log))
         opened = _open_file(path, log) if path.is_file() else _open_folder(path, config, data.class_column, log)
     except _Refused:
         raise
@@ -140,13 +140,13 @@ def _open_splits(data: DataConfig, log: Log) -> Opened:
             raise
         raise ValueError(f"dataset {name!r} {_reason(name, config, error)}") from error
     root = path.parent if path.is_file() else path
-    return Opened(opened.splits, None if opened.left_out is None else below(root, opened.left_out))
+    return Opened(opened.splits, None if opened.unused_files is None else with_full_paths(root, opened.unused_files))
 
 
 def _open_file(path: Path, log: Log) -> Opened:
     if path.suffix == ".parquet":
         table = {"train": glob.escape(str(path))}
-        return Opened(load_sound(lambda: load_dataset("parquet", data_files=table), log))
+        return Opened(load_or_repair(lambda: load_dataset("parquet", data_files=table), log))
     status = path.stat()
     files = {path.name: Stamp(status.st_size, status.st_mtime_ns)}
     if is_archive(path.name):
@@ -168,24 +168,26 @@ def _open_folder(path: Path, config: str | None, class_column: str | None, log: 
             reason = "a data set saved by save_to_disk has no configurations; remove --dataset_config"
             raise _Refused(f"--dataset_config {config}: {reason}")
         return Opened(_saved(path))
-    files, left_out = list_files(path)
-    images, others = sort_out(files, image_suffixes())
-    tables = [name for name in sort_out(files, [".parquet"])[0] if posixpath.basename(name) not in METADATA_READERS]
+    files, unused_files = list_files(path)
+    images, others = split_by_suffix(files, image_suffixes())
+    tables = [
+        name for name in split_by_suffix(files, [".parquet"])[0] if posixpath.basename(name) not in METADATA_READERS
+    ]
     if tables or config is not None:
         builder = load_dataset_builder(str(path), config)
         if config is not None or not isinstance(builder, ImageFolder):
-            splits = load_sound(lambda: load_dataset(str(path), config), log)
+            splits = load_or_repair(lambda: load_dataset(str(path), config), log)
             return Opened(splits, _unused(path, builder.config.data_files or {}))
     if images:
-        return open_folder(path, files, left_out, class_column)
-    arrays, without_arrays = sort_out(files, ARRAY_SUFFIXES)
+        return open_folder(path, files, unused_files, class_column)
+    arrays, without_arrays = split_by_suffix(files, ARRAY_SUFFIXES)
     if arrays:
-        return open_arrays(path, {name: files[name] for name in arrays}, left_out + without_arrays, log)
-    archives = {name: files[name] for name in files if is_archive(name) and LeftOut(name, "hidden") not in others}
+        return open_arrays(path, {name: files[name] for name in arrays}, unused_files + without_arrays, log)
+    archives = {name: files[name] for name in files if is_archive(name) and UnusedFile(name, "hidden") not in others}
     if archives:
-        return open_archives(path, archives, left_out + [file for file in others if file.file not in archives], log)
-    unused = summary(str(path), None, left_out + others).removeprefix(f"dataset {str(path)!r}: ")
-    detail = f" ({unused})" if left_out or others else ""
+        return open_archives(path, archives, unused_files + [file for file in others if file.file not in archives], log)
+    unused = summary(str(path), None, unused_files + others).removeprefix(f"dataset {str(path)!r}: ")
+    detail = f" ({unused})" if unused_files or others else ""
     raise _Refused(f"dataset {str(path)!r} is empty: the folder contains no images{detail}")
 
 
@@ -220,19 +222,19 @@ def _data_files(data: DataConfig) -> dict[str, list[str]]:
     return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
 
 
-def _unused(path: Path, data_files: Mapping[Any, Sequence[str]]) -> list[LeftOut]:
+def _unused(path: Path, data_files: Mapping[Any, Sequence[str]]) -> list[UnusedFile]:
     """Returns the files of a folder that `datasets` does not read, each with the reason."""
     used = {os.path.relpath(file, path.absolute()) for files in data_files.values() for file in files}
-    files, left_out = list_files(path)
+    files, unused_files = list_files(path)
     names = [name for name in files if name not in used and name != "README.md"]
-    unused, hidden = sort_out(names, {posixpath.splitext(name)[1].lower() for name in names})
+    unused, hidden = split_by_suffix(names, {posixpath.splitext(name)[1].lower() for name in names})
     suffixes = {posixpath.splitext(name)[1].lower() for name in used}
     read = " and ".join(sorted(suffixes)) or "no"
     for name in unused:
         suffix = posixpath.splitext(name)[1].lower() or "no suffix"
         kind = "not in a split of this configuration" if suffix in suffixes else f"only {read} files are read"
-        left_out.append(LeftOut(name, f"{suffix}, {kind}"))
-    return left_out + hidden
+        unused_files.append(UnusedFile(name, f"{suffix}, {kind}"))
+    return unused_files + hidden
 
 
 def _reason(name: str, config: str | None, error: Exception) -> str:

@@ -74,12 +74,12 @@ class ImageStore:
             return self.cropped(indices, torch.full((len(indices), 2), 0.5))
         return self._moved(self._read(indices.tolist()))
 
-    def cropped(self, indices: Tensor, places: Tensor) -> Tensor:
+    def cropped(self, indices: Tensor, positions: Tensor) -> Tensor:
         """Returns images that were decoded for random crops.
 
         Args:
             indices: Indices of the images, int64, shape `(B,)`.
-            places: Crop positions (down, right) as fractions of the largest offset, in [0, 1), shape `(B, 2)`.
+            positions: Crop positions (down, right) as fractions of the largest offset, in [0, 1), shape `(B, 2)`.
 
         Returns:
             Pixels, shape `(B, C, H, W)`, on the device.
@@ -87,9 +87,9 @@ class ImageStore:
         rows, dtype = self._table[indices.tolist()], self.image_format.dtype
         sizes = zip(rows["height"].to_pylist(), rows["width"].to_pylist(), strict=True)
         images = np.empty((len(indices), *self.shape), dtype)
-        for image, raw, size, place in zip(images, rows["pixels"], sizes, places.tolist(), strict=True):
+        for image, raw, size, position in zip(images, rows["pixels"], sizes, positions.tolist(), strict=True):
             pixels = np.frombuffer(raw.as_buffer(), dtype).reshape(self.shape[0], *size)
-            image[:] = crop_at(pixels, self.image_format, place)
+            image[:] = crop_at(pixels, self.image_format, position)
         return self._moved(torch.from_numpy(images))
 
     def _moved(self, pixels: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def load_images(
     Args:
         data: Options of the images.
         seed: Seed of the random choice of `max_train_samples` images.
-        report: JSON Lines file for bad images and other unused files; empty if there are none.
+        report: JSON Lines file for bad images and other unused files, which may be empty.
         device: Device of the batches.
         log: Called with lines about unused files and damaged caches.
 
@@ -133,7 +133,7 @@ def load_images(
         OSError: If the disk of the cache is full.
     """
     image_format = ImageFormat.of(data)
-    dataset, left_out = open_split(data, log)
+    dataset, unused_files = open_split(data, log)
     column = find_image_column(dataset.features, data.image_column)
     rows = choose(len(dataset), data.max_train_samples, seed)
     dataset = dataset.select(rows) if len(rows) < len(dataset) else dataset
@@ -142,7 +142,7 @@ def load_images(
         classes, labels = read_classes(dataset, data.class_column, rows)
     decoded, usable, bad = decode(dataset, column, image_format, rows, skip_bad_images=data.skip_bad_images, log=log)
     if report is not None:
-        write_report([*bad, *(BadImage(file.file, None, file.reason) for file in left_out)], report)
+        write_report([*bad, *(BadImage(file.file, None, file.reason) for file in unused_files)], report)
     return ImageStore(
         decoded,
         image_format,

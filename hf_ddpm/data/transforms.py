@@ -86,20 +86,20 @@ def fit(row: dict[str, Any] | None, image_format: ImageFormat, notes: list[str] 
     return _fit_picture(open_picture(row), image_format, [] if notes is None else notes)
 
 
-def crop_at(pixels: np.ndarray, image_format: ImageFormat, place: Sequence[float]) -> np.ndarray:
+def crop_at(pixels: np.ndarray, image_format: ImageFormat, position: Sequence[float]) -> np.ndarray:
     """Crops an image.
 
     Args:
         pixels: Shape `(C, H, W)`, at least as large as `image_format`.
         image_format: The size of the result.
-        place: Crop position (down, right) as fractions of the largest offset, in [0, 1). Uniform fractions make all
+        position: Crop position (down, right) as fractions of the largest offset, in [0, 1). Uniform fractions make all
             positions equally likely.
 
     Returns:
         A view of the pixels, of shape `image_format.shape`.
     """
-    top = int(place[0] * (pixels.shape[1] - image_format.height + 1))
-    left = int(place[1] * (pixels.shape[2] - image_format.width + 1))
+    top = int(position[0] * (pixels.shape[1] - image_format.height + 1))
+    left = int(position[1] * (pixels.shape[2] - image_format.width + 1))
     return pixels[:, top : top + image_format.height, left : left + image_format.width]
 
 

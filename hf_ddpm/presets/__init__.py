@@ -36,7 +36,7 @@ def preset_names() -> list[str]:
 
 
 def preset_path(name: str) -> Any:
-    """Return the file of a preset; raise a `ValueError` with the existing names if there is none of this name."""
+    """Return the file of a preset; raise a `ValueError` with the existing names if the name is unknown."""
     require_value("preset", name, name in preset_names(), f"one of {', '.join(preset_names())}")
     return PRESETS / f"{name}.yaml"
 
@@ -71,7 +71,7 @@ def fit_preset(name: str, preset: Words, given: Given, of_data: Mapping[str, Any
         of_data: Defaults of the options that describe a data set.
 
     Returns:
-        The options, and a line about removed options; empty if there are none.
+        The options, and a line about removed options, empty if no option is removed.
     """
     own, line = preset.get("dataset"), ""
     if own is not None and given.dataset is not None and own != [given.dataset]:

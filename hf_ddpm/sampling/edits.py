@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.data.decoding import attempt
 from hf_ddpm.data.pictures import open_picture
-from hf_ddpm.data.scan import image_suffixes, sort_out
+from hf_ddpm.data.scan import image_suffixes, split_by_suffix
 from hf_ddpm.data.transforms import ImageFormat, fit
 from hf_ddpm.images import check_picture, grid, read_masks, save_picture, to_bytes, to_pil, to_signed, to_unit
 from hf_ddpm.models.precision import choose_precision, on_main_process
@@ -191,7 +191,7 @@ def find_pictures(option: str, path: Path) -> list[Path]:
         require_value(option, str(path), path.exists(), "an existing file or folder")
         if not path.is_dir():
             return [path]
-        names, _ = sort_out([file.name for file in path.iterdir() if file.is_file()], image_suffixes())
+        names, _ = split_by_suffix([file.name for file in path.iterdir() if file.is_file()], image_suffixes())
     except OSError as error:
         raise ValueError(f"--{option} {path}: cannot be read: {error.strerror}") from error
     files = [path / name for name in sorted(names) if name != "grid.png"]

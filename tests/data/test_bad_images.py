@@ -60,8 +60,8 @@ def test_labels_match_their_images_after_skipping(tmp_path):
     values = store[torch.arange(len(store))][:, 0, 0, 0].tolist()
     assert [int(store.class_names[label]) for label in store.labels] == values
     # Row numbers refer to the data set, not to the random sample.
-    left_out = [json.loads(line)["row"] for line in report.read_text().splitlines()]
-    assert left_out == [2, 7] and min(set(range(10)) - {*left_out, *values}) < 7
+    unused_files = [json.loads(line)["row"] for line in report.read_text().splitlines()]
+    assert unused_files == [2, 7] and min(set(range(10)) - {*unused_files, *values}) < 7
     assert len(values) + store.skipped == 9
     source = ShuffledImages(store, seed=0, batch_size=5)
     for step in range(4):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from hf_ddpm.data.batches import ShuffledImages, _epoch_order, batch_indices, crop_places
+from hf_ddpm.data.batches import ShuffledImages, _epoch_order, batch_indices, crop_positions
 from hf_ddpm.data.sources import choose
 from hf_ddpm.data.transforms import crop_at
 from tests.data.files import load, numbered, parquet
@@ -47,21 +47,23 @@ def test_random_crops_depend_only_on_seed_step_and_row(wide):
     assert torch.equal(torch.cat(halves), batches[7])
     seen = torch.cat(batches)
     corners = {(int(image[1, 0, 0]), int(image[0, 0, 0])) for image in seen}
-    columns, rows = {(1, place) for place in range(6)}, {(2, place * 4) for place in range(6)}
-    assert corners == {(0, 0)} | columns | rows | {(3, place) for place in range(4)}
+    columns, rows = {(1, position) for position in range(6)}, {(2, position * 4) for position in range(6)}
+    assert corners == {(0, 0)} | columns | rows | {(3, position) for position in range(4)}
     other = ShuffledImages(wide, seed=1, batch_size=8)
     assert not torch.equal(other.batch(0, slice(0, 8)).images, batches[0])
 
 
 def test_crops_are_at_crop_places(wide):
     source = ShuffledImages(wide, seed=5, batch_size=4)
-    places = crop_places(5, 9, 4)
+    positions = crop_positions(5, 9, 4)
     order = batch_indices(5, 9, 4, 4)
     sizes = [(6, 4), (6, 9), (11, 4), (6, 7)]
-    for image, index, place in zip(source.batch(9, slice(0, 4)).images, order.tolist(), places.tolist(), strict=True):
+    for image, index, position in zip(
+        source.batch(9, slice(0, 4)).images, order.tolist(), positions.tolist(), strict=True
+    ):
         height, width = sizes[index]
         whole = np.arange(height * width).reshape(1, height, width)
-        np.testing.assert_array_equal(image[0].numpy(), crop_at(whole, wide.image_format, place)[0])
+        np.testing.assert_array_equal(image[0].numpy(), crop_at(whole, wide.image_format, position)[0])
 
 
 def test_indexing_crops_at_the_center(wide):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from hf_ddpm.data.caching import full_disk_named, is_full
+from hf_ddpm.data.caching import explain_full_disk, is_full
 from tests.data.files import load, numbered, parquet
 from tests.data.test_kinds import image, pack, saved
 
@@ -108,7 +108,7 @@ def test_the_error_for_a_full_disk_names_the_folder_and_the_remedy(cache, number
     for cause in (OSError(number, os.strerror(number)), OSError("Not enough disk space. Needed: 3 GB")):
         with (
             pytest.raises(OSError, match=r"^cache .*: the disk is full; .*HF_DATASETS_CACHE or HF_HOME") as caught,
-            full_disk_named(),
+            explain_full_disk(),
         ):
             try:
                 raise cause

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from hf_ddpm.data.layout import arrange
+from hf_ddpm.data.layout import find_layout
 from tests.data.files import load, write_images
 from tests.data.files import opened as open_data
 
@@ -22,9 +22,9 @@ def opened(folder, split="train", **options):
     """Returns the gray values of the images of a split, the unused files with their reasons, and the log line."""
     lines = []
     images = load(folder, split=split, log=lines.append, **options)
-    _, left_out = open_data(folder, split=split, class_column=options.get("class_column"))
+    _, unused_files = open_data(folder, split=split, class_column=options.get("class_column"))
     values = images[torch.arange(len(images))][:, 0, 0, 0].tolist()
-    return values, {(os.path.relpath(file.file, folder), file.kind) for file in left_out}, lines[0]
+    return values, {(os.path.relpath(file.file, folder), file.kind) for file in unused_files}, lines[0]
 
 
 def test_links_are_followed_except_in_cycles(tmp_path):
@@ -37,9 +37,9 @@ def test_links_are_followed_except_in_cycles(tmp_path):
     (data / "own" / "back").symlink_to(data)
     (data / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (data / "self.png").symlink_to(data / "self.png")
-    values, left_out, line = opened(data)
+    values, unused_files, line = opened(data)
     assert len(values) == 1 + 3 + 3 + 1
-    assert left_out == {
+    assert unused_files == {
         ("own/back", "link to a parent folder"),
         ("gone.png", "broken link"),
         ("self.png", "broken link"),
@@ -60,13 +60,13 @@ def test_unused_files_are_counted_by_reason_and_reported(tmp_path):
     (data / "README").write_text("1")
     os.mkfifo(data / "pipe.png")
     report = tmp_path / "bad_images.jsonl"
-    values, left_out, line = opened(data, skip_bad_images=True, report=report)
+    values, unused_files, line = opened(data, skip_bad_images=True, report=report)
     assert values == [1, 2]
     expected = {
         "hidden": 2, "in __MACOSX/": 1, "unknown format .heic": 7, "unknown format .txt": 1, "no suffix": 1,
         "not a regular file or folder": 1,
     }  # fmt: skip
-    kinds = [kind for _, kind in left_out]
+    kinds = [kind for _, kind in unused_files]
     assert {kind: kinds.count(kind) for kind in kinds} == expected
     assert "2 images in train" in line and ".heic: 7 (install pillow-heif)" in line and "\n" not in line
     assert all(f"{kind}: {count}" in line for kind, count in expected.items())
@@ -81,9 +81,9 @@ def test_formats_that_pillow_decodes_are_images(tmp_path):
     for suffix in suffixes:
         PILImage.new("RGB", (8, 8), (200, 200, 200)).save(tmp_path / f"a{suffix}")
     (tmp_path / "features.h5").write_bytes(b"\x89HDF\r\n\x1a\n")  # recognized by Pillow but not decoded
-    values, left_out, _ = opened(tmp_path)
+    values, unused_files, _ = opened(tmp_path)
     assert len(values) == len(suffixes) and np.abs(np.array(values) - 200).max() <= 2
-    assert left_out == {("features.h5", "unknown format .h5")}
+    assert unused_files == {("features.h5", "unknown format .h5")}
 
 
 LAYOUTS = [
@@ -110,11 +110,13 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("folders", "splits", "left_out"), LAYOUTS, ids=[" ".join(row[0]) or "." for row in LAYOUTS])
-def test_split_folders_are_splits_and_held_out_images_are_not_used_for_training(folders, splits, left_out):
-    layout = arrange([f"{folder}{number}.png" for number, folder in enumerate(folders)])
+@pytest.mark.parametrize(
+    ("folders", "splits", "unused_files"), LAYOUTS, ids=[" ".join(row[0]) or "." for row in LAYOUTS]
+)
+def test_split_folders_are_splits_and_held_out_images_are_not_used_for_training(folders, splits, unused_files):
+    layout = find_layout([f"{folder}{number}.png" for number, folder in enumerate(folders)])
     assert {split: len(names) for split, names in layout.splits.items()} == splits
-    assert len(layout.left_out) == left_out
+    assert len(layout.unused_files) == unused_files
     held_out = {"validation", "valid", "val", "dev", "test"} & {f.casefold().strip("/") for f in folders}
     assert not any(name.split("/")[0].casefold() in held_out for name in layout.splits.get("train", []))
 
@@ -167,14 +169,14 @@ def test_images_without_metadata_are_used_unless_the_metadata_has_the_classes(tm
         pairs = list(zip(*rows.values(), strict=True))
         text = [json.dumps(dict(zip(rows, pair, strict=True))) for pair in pairs]
         file.write_text("\n".join(text if kind == "jsonl" else [",".join(pair) for pair in [tuple(rows), *pairs]]))
-    values, left_out, line = opened(tmp_path)
+    values, unused_files, line = opened(tmp_path)
     assert values == [0, 1, 2, 3]
-    assert left_out == {("sub/9.png", f"missing, but listed in metadata.{kind}")}
+    assert unused_files == {("sub/9.png", f"missing, but listed in metadata.{kind}")}
     for column in ("category", "auto"):
-        values, left_out, line = opened(tmp_path, class_column=column)
+        values, unused_files, line = opened(tmp_path, class_column=column)
         images = load(tmp_path, class_column=column)
         assert values == [0, 2] and [images.class_names[label] for label in images.labels] == ["y", "x"]
-        assert {("sub/1.png", "not listed in metadata"), ("sub/3.png", "not listed in metadata")} < left_out
+        assert {("sub/1.png", "not listed in metadata"), ("sub/3.png", "not listed in metadata")} < unused_files
         assert "not listed in metadata: 2" in line
 
 
@@ -182,9 +184,9 @@ def test_images_of_other_metadata_columns_are_not_rows(tmp_path):
     for number, name in enumerate(("image", "mask", "loose")):
         gray(tmp_path / f"{name}.png", number)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "image.png", "mask_file_name": "mask.png"}\n')
-    values, left_out, _ = opened(tmp_path)
+    values, unused_files, _ = opened(tmp_path)
     assert values == [0]
-    assert left_out == {("mask.png", "in another metadata column"), ("loose.png", "not listed in metadata")}
+    assert unused_files == {("mask.png", "in another metadata column"), ("loose.png", "not listed in metadata")}
     assert opened(tmp_path, image_column="mask")[0] == [1]
 
 
@@ -261,7 +263,7 @@ def test_a_metadata_column_named_image_is_ignored(tmp_path):
 
 
 def test_split_folders_may_be_in_different_folders():
-    layout = arrange(["2020/train/0.png", "2021/val/1.png"])
+    layout = find_layout(["2020/train/0.png", "2021/val/1.png"])
     assert layout.splits == {"train": ["2020/train/0.png"], "validation": ["2021/val/1.png"]}
 
 

@@ -103,8 +103,8 @@ def test_web_data_sets_have_classes_and_splits_by_shard_name(tmp_path):
     assert values(tmp_path) == [1, 2, 3] and values(tmp_path, "validation") == [4]
     images = load(tmp_path, class_column="cls")
     assert images.class_names == ("0", "1") and images.labels.tolist() == [1, 0, 1]
-    _, left_out = opened(tmp_path)
-    assert [file.kind for file in left_out] == ["unknown format .json"] * 4
+    _, unused_files = opened(tmp_path)
+    assert [file.kind for file in unused_files] == ["unknown format .json"] * 4
 
 
 def test_web_data_sets_may_have_text_classes_and_dots_in_names(tmp_path):

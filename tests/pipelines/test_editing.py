@@ -276,7 +276,7 @@ ONE, MASK = torch.zeros(1, 8, 8), torch.ones(8, 8)
         (lambda pipe: pipe.inpaint(ONE, []), "0 masks for 1 images: expected one mask for all, or one per"),
         (lambda pipe: pipe.inpaint(ONE, torch.ones(0, 1, 8, 8)), "0 masks for 1 images: expected"),
         (lambda pipe: pipe.inpaint([ONE] * 3, [MASK] * 2), "2 masks for 3 images: expected"),
-        (lambda pipe: pipe.inpaint([], MASK), "there are no images"),
+        (lambda pipe: pipe.inpaint([], MASK), "images are empty: expected at least one"),
         (lambda pipe: pipe.inpaint(ONE, MASK, [seeded()] * 2), "generator of 2 generators: expected .* a list of 1,"),
         (lambda pipe: pipe.inpaint(ONE, MASK, jump_length=0), "jump_length=0: expected a whole number of at least 1"),
         (lambda pipe: pipe.inpaint(ONE, MASK, jump_n_sample=1.5), "jump_n_sample=1.5: expected a whole number of at"),

@@ -403,7 +403,7 @@ def test_png_files_of_other_modes_are_converted_or_rejected(tmp_path):
     (palette,) = images(open_samples(tmp_path, "#0102ff"))
     assert palette[:, 0, 0].tolist() == [1, 2, 255]
     Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / "0.png")
-    with pytest.raises(ValueError, match=r"0\.png: image cannot be used: it has more than 8 bits a channel"):
+    with pytest.raises(ValueError, match=r"0\.png: image cannot be used: image has more than 8 bits per"):
         PictureFolder(tmp_path)
 
 

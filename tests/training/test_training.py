@@ -363,12 +363,12 @@ def chosen(words):
         (
             "MIXED_PRECISION",
             "fp8",
-            "mixed_precision='fp8' of the launcher: expected no, bf16, fp16, or --mixed_precisi",
+            "mixed_precision='fp8' of the launcher: not supported; expected no, bf16, fp16, or --",
         ),
         (
             "DYNAMO_BACKEND",
             "AOT_EAGER",
-            "dynamo_backend='aot_eager' of the launcher: expected no, inductor, or --compile",
+            "dynamo_backend='aot_eager' of the launcher: not supported; expected no, inductor, or --compile",
         ),
     ],
 )

@@ -107,8 +107,8 @@ class Lanes:
             while start < stop:
                 epoch = start // self.size
                 end = min(stop, (epoch + 1) * self.size)
-                place = self._before(lane, start) - self._before(lane, epoch * self.size)
-                stretches += self._cut(epoch, lane, place, place + end - start)
+                position = self._before(lane, start) - self._before(lane, epoch * self.size)
+                stretches += self._cut(epoch, lane, position, position + end - start)
                 start = end
         return stretches
 
@@ -119,10 +119,10 @@ class Lanes:
             epoch, number = epoch + 1, 0
         return self._windows(epoch)[window.lane][number]
 
-    def _before(self, lane: int, place: int) -> int:
-        """Returns the number of positions of a lane before position `place` of the stream."""
+    def _before(self, lane: int, position: int) -> int:
+        """Returns the number of positions of a lane before `position` of the stream."""
         first, last = self._edges[lane], self._edges[lane + 1]
-        batches, row = divmod(place, self.batch_size)
+        batches, row = divmod(position, self.batch_size)
         return batches * (last - first) + min(max(row, first), last) - first
 
     def _cut(self, epoch: int, lane: int, start: int, stop: int) -> list[Stretch]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hf_ddpm.config import DataConfig
-from hf_ddpm.data.batches import Batch, crop_places
+from hf_ddpm.data.batches import Batch, crop_positions
 from hf_ddpm.data.columns import find_class_column, find_classes, find_image_column
 from hf_ddpm.data.decoding import BadImage, attempt, read_report
 from hf_ddpm.data.sources import find_shards
@@ -34,7 +34,7 @@ LANES, WINDOW_ROWS = 16, 1024
 # Default limit of the number of decoding processes.
 MOST_WORKERS = 8
 
-Place = Sequence[float]
+Position = Sequence[float]
 
 
 class ImageStream:
@@ -116,11 +116,11 @@ class ImageStream:
             images, bad = next(self._decoded)
         except RuntimeError as error:
             raise OSError(f"a process that decodes images has died: {one_line(error)}") from error
-        picks, places = self._jobs.pending.popleft()
+        picks, positions = self._jobs.pending.popleft()
         if isinstance(picks, ValueError):
             raise picks
         for row, reason in bad:
-            picks[row], images[row] = self._replacement(picks[row], reason, places[row])
+            picks[row], images[row] = self._replacement(picks[row], reason, positions[row])
         self._next = step + 1, rows
         labels = None
         if self.reader.classes is not None:
@@ -138,7 +138,7 @@ class ImageStream:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def _replacement(self, pick: Pick, reason: str, place: Place) -> tuple[Pick, np.ndarray]:
+    def _replacement(self, pick: Pick, reason: str, position: Position) -> tuple[Pick, np.ndarray]:
         """Returns the next usable image of the window of a bad image; raises an error unless bad images are skipped."""
         window = pick.window
         self._report(BadImage(*window.origins[pick.row], reason))
@@ -146,7 +146,7 @@ class ImageStream:
             row = (pick.row + further) % len(window.images)
             image = attempt(window.images[row], self.image_format)
             if not isinstance(image, str):
-                return Pick(window, row), crop_at(image, self.image_format, place)
+                return Pick(window, row), crop_at(image, self.image_format, position)
             self._report(BadImage(*window.origins[row], image))
         path, row = window.origins[pick.row]
         raise ValueError(f"all {len(window.images)} images read together are unusable; row {row} of {path!r}: {reason}")
@@ -189,7 +189,7 @@ def open_stream(
     Raises:
         ValueError: If the data set or a column is not usable; the message names it and the reason.
     """
-    paths, left_out = find_shards(data, log)
+    paths, unused_files = find_shards(data, log)
     shards = Shards(paths)
     column, classes = find_image_column(shards.features, data.image_column), None
     if data.class_column is not None:
@@ -199,7 +199,7 @@ def open_stream(
     plan = Lanes(seed, batch_size, [group.rows for group in groups], lanes=LANES, window_rows=WINDOW_ROWS)
     if report is not None:
         listed = read_report(report)
-        for file in left_out:
+        for file in unused_files:
             if (file.file, None) not in listed:
                 append_line(report, asdict(BadImage(file.file, None, file.reason)))
     return ImageStream(
@@ -217,7 +217,7 @@ class _Jobs:
 
     def __init__(self, reader: WindowReader, image_format: ImageFormat):
         self.reader, self.image_format = reader, image_format
-        self.pending: deque[tuple[list[Pick] | ValueError, list[Place]]] = deque()
+        self.pending: deque[tuple[list[Pick] | ValueError, list[Position]]] = deque()
         self.start(0, slice(0, 0))
 
     def start(self, step: int, rows: slice) -> None:
@@ -225,7 +225,7 @@ class _Jobs:
         self.step, self.rows = step, rows
         self.pending.clear()
 
-    def __iter__(self) -> Iterator[tuple[list[dict[str, Any] | None], list[Place]]]:
+    def __iter__(self) -> Iterator[tuple[list[dict[str, Any] | None], list[Position]]]:
         """Yields encoded images and crop positions; waits until they are read."""
         step = self.step
         while True:
@@ -236,16 +236,16 @@ class _Jobs:
                 self.pending.append((error, []))
                 yield [], []
             else:
-                places = self._places(step, len(picks))
-                self.pending.append((picks, places))
-                yield [pick.window.images[pick.row] for pick in picks], places
+                positions = self._positions(step, len(picks))
+                self.pending.append((picks, positions))
+                yield [pick.window.images[pick.row] for pick in picks], positions
             step += 1
 
-    def _places(self, step: int, count: int) -> list[Place]:
+    def _positions(self, step: int, count: int) -> list[Position]:
         if self.image_format.crop == "center":
             return [(0.0, 0.0)] * count
         lanes = self.reader.lanes
-        return crop_places(lanes.seed, step, lanes.batch_size)[self.rows].tolist()
+        return crop_positions(lanes.seed, step, lanes.batch_size)[self.rows].tolist()
 
 
 class _Decoder(Dataset[Any]):
@@ -254,15 +254,15 @@ class _Decoder(Dataset[Any]):
     def __init__(self, image_format: ImageFormat):
         self.image_format = image_format
 
-    def __getitem__(self, job: tuple[list[dict[str, Any] | None], list[Place]]) -> tuple[np.ndarray, list[Any]]:
+    def __getitem__(self, job: tuple[list[dict[str, Any] | None], list[Position]]) -> tuple[np.ndarray, list[Any]]:
         images = np.zeros((len(job[0]), *self.image_format.shape), self.image_format.dtype)
         bad = []
-        for row, (encoded, place) in enumerate(zip(*job, strict=True)):
+        for row, (encoded, position) in enumerate(zip(*job, strict=True)):
             image = attempt(encoded, self.image_format)
             if isinstance(image, str):
                 bad.append((row, image))
             else:
-                images[row] = crop_at(image, self.image_format, place)
+                images[row] = crop_at(image, self.image_format, position)
         return images, bad
 
 
