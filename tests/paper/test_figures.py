@@ -13,7 +13,7 @@ from hf_ddpm.data.sources import choose
 from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.images import to_signed
-from hf_ddpm.paper import all_figures
+from hf_ddpm.paper import everything
 from hf_ddpm.paper.context import sheet
 from hf_ddpm.paper.inpainting import inpainting, masks
 from hf_ddpm.paper.interpolate import interpolate, least_similar
@@ -349,7 +349,7 @@ def test_own_schedule_has_the_bound_of_the_model(context, drawn):
 def test_report_contains_all_figures(context):
     context.folder.mkdir()
     (context.folder / "ablation.md").write_text("## Ablation\n")
-    all_figures(context, AllOptions(num_images=4))
+    everything(context, AllOptions(num_images=4))
     report = (context.folder / "report.md").read_text()
     titles = [line for line in report.splitlines() if line.startswith("#")]
     assert len(titles) == 2 + len(FIGURES) and titles[-1] == "## Ablation"
