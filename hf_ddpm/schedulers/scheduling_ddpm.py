@@ -219,7 +219,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
 
         Returns:
             $x_{t-1}$ as `.prev_sample` and $\hat x_0$ as `.pred_original_sample`, or a tuple of both, in the dtype of
-            `sample`.
+                `sample`.
 
         Raises:
             ValueError: If `timestep` is not one of `self.timesteps`, or the shapes do not match.
@@ -267,7 +267,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
 
         Returns:
             The next timestep, or -1 after the last one. As in diffusers, it is a tensor after `set_timesteps` was
-            called, and before that of the same type as `timestep`.
+                called, and before that of the same type as `timestep`.
 
         Raises:
             ValueError: If `timestep` is not one of `self.timesteps`.
