@@ -129,7 +129,14 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
 
     @classmethod
     def check_values(cls, config: Mapping[str, Any]) -> None:
-        """Raises a `ValueError` with option and value if a scheduler cannot be built from a configuration."""
+        """Checks the options of a scheduler.
+
+        Args:
+            config: Values of all options of the constructor.
+
+        Raises:
+            ValueError: If an option has an unknown value or is out of range; the message names option and value.
+        """
         check_one_of("variance_type", config["variance_type"].removesuffix("_log"), VARIANCE_TYPES)
         check_one_of("prediction_type", config["prediction_type"], PREDICTION_TYPES)
         check_one_of("timestep_spacing", config["timestep_spacing"], TIMESTEP_SPACINGS)
