@@ -179,12 +179,14 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         device = self._execution_device
 
         self._set_timesteps(num_inference_steps, timesteps, from_noise=latents is None)
-        # The chain stays in float32; only the network works in its own dtype.
+        # Algorithm 2, line 1: x_T ~ N(0, I), in float32; only the network runs in its own dtype.
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         x_t = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        # Line 3: z ~ N(0, I) if t > 1, else z = 0. Line 4: x_{t-1} = mu_theta(x_t, t) + sigma_t z.
         step = partial(self.scheduler.step, **self._step_options(generator, eta))
         classes = self._classes(class_labels, batch_size, guidance_scale)
+        # Lines 2 to 5: for t = T, ..., 1, evaluate the network and call `step`.
         x_t = self._walk(
             x_t,
             self.scheduler.timesteps,
@@ -194,6 +196,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
+        # Line 6: return x_0, scaled from [-1, 1] to [0, 1].
         images = as_output(to_unit(x_t), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

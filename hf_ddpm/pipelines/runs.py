@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 
 from hf_ddpm.config import PARTS, Config, with_past_defaults
@@ -94,10 +95,13 @@ def components(state: Mapping[str, Any], checkpoint: Path) -> tuple[dict[str, An
     return config.unet(len(state["data"].get("classes") or ())), config.scheduler()
 
 
-def write_export(pipe: DiffusionPipeline, folder: Path, record: Mapping[str, Any]) -> None:
+def write_export(
+    pipe: DiffusionPipeline, folder: Path, record: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> None:
     """Write a pipeline and `export.json`, a record with the pipeline's checksum.
 
-    Files are replaced atomically, `model_index.json` last, so that readers never load partly written files.
+    Files are replaced atomically, `model_index.json` last, so that readers never load partly written files. Weights are
+    rounded to `dtype`, and the checksum is of the rounded weights, converted to float32 as when they are loaded.
 
     Raises:
         OSError: If a file cannot be written.
@@ -106,7 +110,9 @@ def write_export(pipe: DiffusionPipeline, folder: Path, record: Mapping[str, Any
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with naming(folder):
+            pipe.unet.to(dtype)
             pipe.save_pretrained(partial)
+            pipe.unet.to(torch.float32)
             content = {**record, "checksum": model_checksum(pipe)}
             (partial / "export.json").write_text(json.dumps(content) + "\n")
             flush(partial)

@@ -33,7 +33,7 @@ def test_background_defaults_to_that_of_the_run(trained, tmp_path):
 def test_timesteps_are_quarters_by_default(context):
     assert context.diffused([]) == [5, 10, 15, 20] and context.diffused([9, 3, 9]) == [3, 9]
     for wrong in (0, 21):
-        with pytest.raises(ValueError, match=rf"diffused=\[{wrong}\] is not allowed: 1 to 20"):
+        with pytest.raises(ValueError, match=rf"--diffused {wrong}: expected 1 to 20"):
             context.diffused([wrong])
 
 

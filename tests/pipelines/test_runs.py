@@ -57,7 +57,7 @@ def test_run_without_an_export_loads_its_newest_intact_checkpoint(copied):
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     assert_is(DDPMPipeline.from_pretrained(copied), copied / "checkpoints" / "step-000000002")
     shutil.rmtree(copied / "checkpoints" / "step-000000002")
-    with pytest.raises(ValueError, match=r"model .* cannot be loaded: no checkpoint in .*checkpoints is sound"):
+    with pytest.raises(ValueError, match=r"model .* cannot be loaded: .*checkpoints: all checkpoints are damaged"):
         load_pipeline(str(copied), "cpu")
 
 
@@ -69,7 +69,7 @@ def test_later_checkpoint_is_preferred_to_the_export(copied, monkeypatch):
     lines = []
     monkeypatch.setattr("hf_ddpm.pipelines.pipeline_ddpm.logger.warning", lines.append)
     assert_is(load_pipeline(str(copied), "cpu"), copied / "checkpoints" / "step-000000002")
-    assert lines == [f"{copied}: the model of checkpoint step 2, later than the export of step 1"]
+    assert lines == [f"{copied}: loading the checkpoint of step 2, newer than the export of step 1"]
 
 
 def test_from_pretrained_passes_arguments_to_diffusers(run):

@@ -17,7 +17,7 @@ def convert():
 
 @pytest.fixture(scope="package")
 def ho():
-    """A network, and another one whose variables play the averages."""
+    """A network for the raw weights, and another one for the averaged weights."""
     return HoNetwork(seed=0), HoNetwork(seed=1)
 
 
