@@ -368,7 +368,7 @@ def test_report_contains_all_figures(context):
         (shared_latent, lambda: SharedLatentOptions(diffused=[21]), r"--diffused 21: expected 1 to 20"),
         (shared_latent, lambda: SharedLatentOptions(num_images=1), "--num_images 1: expected at least 2"),
         (progressive, lambda: ProgressiveOptions(columns=1), "--columns 1: expected at least 2"),
-        (progressive, lambda: ProgressiveOptions(frames=5), "--frames 5: expected at least columns=11"),
+        (progressive, lambda: ProgressiveOptions(frames=5), "--frames 5: expected at least --columns 11"),
         (progressive, lambda: ProgressiveOptions(num_images=1), "--num_images 1: expected 0 or at least 2"),
         (rate_distortion, lambda: RateDistortionOptions(rows=1), "--rows 1: expected at least 2"),
         (
