@@ -25,7 +25,8 @@ def halved(diffusion: GaussianDiffusion, steps: int) -> tuple[GaussianDiffusion,
         steps: Number of steps of the student, in [1, T / 2].
 
     Returns:
-        The student's process with `steps` steps, and the teacher's process with `2 * steps` steps.
+        The student's process, with `steps` steps.
+        The teacher's process, with `2 * steps` steps.
 
     Raises:
         ValueError: If `steps` is out of range, or rounding makes the timesteps of the two processes differ.

@@ -183,8 +183,9 @@ class GaussianDiffusion:
             t: Timestep in [0, T).
 
         Returns:
-            $\tilde\mu_t$, same shape, and $\log \tilde\beta_t$, broadcastable to it. At `t = 0`, where the variance is
-            zero, the log-variance is that of `t = 1`.
+            The mean $\tilde\mu_t$, same shape.
+            The log-variance $\log \tilde\beta_t$, broadcastable to the mean. At `t = 0`, where the variance is zero, it
+                is that of `t = 1`.
         """
         mean = self._at("posterior_start", t, x_t) * x_start + self._at("posterior_x_t", t, x_t) * x_t
         return mean, self._at("fixed_small", t, x_t)
@@ -321,7 +322,8 @@ class GaussianDiffusion:
             bound: Function that clips $\hat x_0$ to the range of images; by default nothing is clipped.
 
         Returns:
-            $\mu_\theta$ and $\hat x_0$, both of the same shape.
+            The mean $\mu_\theta$, same shape.
+            The estimate $\hat x_0$, same shape.
 
         Raises:
             ValueError: If `prediction_type` is unknown.
@@ -351,7 +353,8 @@ class GaussianDiffusion:
             eta: $\eta$ in [0, 1].
 
         Returns:
-            The mean, same shape, and $\sigma_t$, which is 0 at `t = 0`.
+            The mean, same shape.
+            The standard deviation $\sigma_t$, which is 0 at `t = 0`.
         """
         before = self._alpha_bar(t - 1)
         std = eta * math.sqrt(self.betas[t].item() * (1 - before) / (1 - self.alphas_cumprod[t].item()))

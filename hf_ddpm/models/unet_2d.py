@@ -324,7 +324,14 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
 
     @classmethod
     def check_values(cls, config: Mapping[str, Any]) -> None:
-        """Raises a `ValueError` with option and value if a network cannot be built from a configuration."""
+        """Checks the options of a network.
+
+        Args:
+            config: Values of all options of the constructor.
+
+        Raises:
+            ValueError: If an option has an unsupported value or is out of range; the message names option and value.
+        """
         allowed = {
             "time_embedding_type": ("positional",),
             "mid_block_type": ("UNetMidBlock2D", None),

@@ -23,10 +23,10 @@ def figure(name: str) -> Callable[["FigureContext", Any], None]:
     not support the scheduler.
     """
     function = name.replace("-", "_")
-    return all_figures if name == "all" else getattr(import_module(f"hf_ddpm.paper.{function}"), function)
+    return everything if name == "all" else getattr(import_module(f"hf_ddpm.paper.{function}"), function)
 
 
-def all_figures(context: "FigureContext", options: AllOptions) -> None:
+def everything(context: "FigureContext", options: AllOptions) -> None:
     """Make every figure with its default options, then join all existing texts in `report.md`."""
     for name, options_type in FIGURES.items():
         has_distances = issubclass(options_type, DistanceOptions) or name == "progressive"

@@ -90,7 +90,7 @@ class FigureContext:
 
         Returns:
             A dictionary with `value` and the numbers of images; `floor`, the distance of the same number of held-out
-            images, if there are any; and `standard_error` of the value, for at least 3 images.
+                images, if there are any; and `standard_error` of the value, for at least 3 images.
         """
         generated = extract(real.extractor, images, range(real.count), self.accelerator)
         figure = figures("fd", generated, real)

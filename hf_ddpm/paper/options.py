@@ -75,7 +75,7 @@ class ProgressiveOptions:
         """Check the values."""
         require_at_least(self, 1, "shown")
         require_at_least(self, 2, "columns")
-        require(self, "frames", self.frames >= self.columns, f"at least columns={self.columns}")
+        require(self, "frames", self.frames >= self.columns, f"at least --columns {self.columns}")
         require(self, "num_images", self.num_images == 0 or self.num_images >= 2, "0 or at least 2")
 
 

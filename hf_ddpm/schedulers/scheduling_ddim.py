@@ -48,7 +48,7 @@ class DDIMScheduler(DDPMScheduler):
 
         Returns:
             $x_{t-1}$ as `.prev_sample` and $\hat x_0$ as `.pred_original_sample`, or a tuple of both, in the dtype of
-            `sample`.
+                `sample`.
 
         Raises:
             ValueError: If `eta` lies outside [0, 1], `timestep` is not one of `self.timesteps`, or the shapes do not

@@ -129,7 +129,14 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
 
     @classmethod
     def check_values(cls, config: Mapping[str, Any]) -> None:
-        """Raises a `ValueError` with option and value if a scheduler cannot be built from a configuration."""
+        """Checks the options of a scheduler.
+
+        Args:
+            config: Values of all options of the constructor.
+
+        Raises:
+            ValueError: If an option has an unknown value or is out of range; the message names option and value.
+        """
         check_one_of("variance_type", config["variance_type"].removesuffix("_log"), VARIANCE_TYPES)
         check_one_of("prediction_type", config["prediction_type"], PREDICTION_TYPES)
         check_one_of("timestep_spacing", config["timestep_spacing"], TIMESTEP_SPACINGS)
@@ -219,7 +226,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
 
         Returns:
             $x_{t-1}$ as `.prev_sample` and $\hat x_0$ as `.pred_original_sample`, or a tuple of both, in the dtype of
-            `sample`.
+                `sample`.
 
         Raises:
             ValueError: If `timestep` is not one of `self.timesteps`, or the shapes do not match.
@@ -267,7 +274,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
 
         Returns:
             The next timestep, or -1 after the last one. As in diffusers, it is a tensor after `set_timesteps` was
-            called, and before that of the same type as `timestep`.
+                called, and before that of the same type as `timestep`.
 
         Raises:
             ValueError: If `timestep` is not one of `self.timesteps`.

@@ -50,6 +50,6 @@ def test_distilled_must_be_a_folder_with_stages(context, tmp_path):
 
 
 def test_steps_out_of_range_are_rejected(context, distilled):
-    for steps in ([0], [T + 1]):
-        with pytest.raises(ValueError, match=r"--steps \d+: expected 1 to "):
+    for steps, message in (([0], "--steps 0: expected at least 1"), ([T + 1], f"--steps {T + 1}: expected 1 to {T}")):
+        with pytest.raises(ValueError, match=message):
             distillation(context, DistillationOptions(distilled=str(distilled), steps=steps))

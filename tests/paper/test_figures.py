@@ -13,7 +13,7 @@ from hf_ddpm.data.sources import choose
 from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.images import to_signed
-from hf_ddpm.paper import all_figures
+from hf_ddpm.paper import everything
 from hf_ddpm.paper.context import sheet
 from hf_ddpm.paper.inpainting import inpainting, masks
 from hf_ddpm.paper.interpolate import interpolate, least_similar
@@ -349,7 +349,7 @@ def test_own_schedule_has_the_bound_of_the_model(context, drawn):
 def test_report_contains_all_figures(context):
     context.folder.mkdir()
     (context.folder / "ablation.md").write_text("## Ablation\n")
-    all_figures(context, AllOptions(num_images=4))
+    everything(context, AllOptions(num_images=4))
     report = (context.folder / "report.md").read_text()
     titles = [line for line in report.splitlines() if line.startswith("#")]
     assert len(titles) == 2 + len(FIGURES) and titles[-1] == "## Ablation"
@@ -368,7 +368,7 @@ def test_report_contains_all_figures(context):
         (shared_latent, lambda: SharedLatentOptions(diffused=[21]), r"--diffused 21: expected 1 to 20"),
         (shared_latent, lambda: SharedLatentOptions(num_images=1), "--num_images 1: expected at least 2"),
         (progressive, lambda: ProgressiveOptions(columns=1), "--columns 1: expected at least 2"),
-        (progressive, lambda: ProgressiveOptions(frames=5), "--frames 5: expected at least columns=11"),
+        (progressive, lambda: ProgressiveOptions(frames=5), "--frames 5: expected at least --columns 11"),
         (progressive, lambda: ProgressiveOptions(num_images=1), "--num_images 1: expected 0 or at least 2"),
         (rate_distortion, lambda: RateDistortionOptions(rows=1), "--rows 1: expected at least 2"),
         (
