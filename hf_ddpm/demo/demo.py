@@ -124,7 +124,7 @@ class Demo:
         return self._fitted(name, Path(path).read_bytes(), self.pipe.image_shape[0]).unsqueeze(0)
 
     def read_drawing(self, image: bytes | None, layers: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-        """Return an image and a mask of its painted area, both resized as for training.
+        """Return the image and the mask of a drawing, both resized as for training.
 
         Args:
             image: Content of an image file.

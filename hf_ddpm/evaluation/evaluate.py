@@ -180,12 +180,12 @@ class Reference:
         made_by: dict[str, Any] = {"extractor": {"name": extractor.name, "checksum": extractor.checksum}}
         if self.images is None:
             return RealFeatures(extractor, count, None, None, self.stats, made_by)
-        every = range(len(self.images))
-        reference, reference_fingerprint = cached_features(extractor, self.images, every, self.state)
+        all_indices = range(len(self.images))
+        reference, reference_fingerprint = cached_features(extractor, self.images, all_indices, self.state)
         floor, floor_fingerprint = None, None
         if config.floor and self.held_out is not None:
-            drawn = choose(len(self.held_out), count, METRIC_SEED)
-            floor, floor_fingerprint = cached_features(extractor, self.held_out, drawn, self.state)
+            indices = choose(len(self.held_out), count, METRIC_SEED)
+            floor, floor_fingerprint = cached_features(extractor, self.held_out, indices, self.state)
         data = {
             "name": strip_local_path(str(config.dataset), self.hub_ids),
             "config": config.dataset_config,

@@ -111,7 +111,7 @@ def frechet_distance(moments: Moments, reference: Moments) -> float:
         ValueError: If the dimensions differ.
 
     Example:
-        Moved by one in each of two dimensions:
+        Features shifted by one in each of two dimensions:
 
         >>> features = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 3.0]])
         >>> round(frechet_distance(Moments.of(features), Moments.of(features + 1)), 6)

@@ -23,10 +23,7 @@ class ReferenceOptions(ImageOptions):
     reference_split: str = option(
         "split to compare generated images with; by default the run's training split, else train", ""
     )
-    split: str = option(
-        "held-out split, for nll and for the metrics of real images (--floor); by default that of the run, else test",
-        "",
-    )
+    split: str = option("held-out split, used by nll and --floor; by default the run's held-out split, else test", "")
     floor: bool = option("also evaluate the same number of held-out real images: the best value to expect", True)
     extractor: str | None = option(
         "feature extractor: digits, inception (needs hf_ddpm[inception]), or a folder or Hub id of an image model; by "

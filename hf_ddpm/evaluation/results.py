@@ -92,8 +92,8 @@ def _measure(metric: str, features: Tensor, real: RealFeatures) -> dict[str, Any
     else:
         # Precision and recall depend on the numbers of images: select as many real as generated images, at random since
         # the images may be sorted.
-        drawn = torch.tensor(choose(len(reference), len(features), METRIC_SEED), device=reference.device)
-        reference = reference[drawn]
+        indices = torch.tensor(choose(len(reference), len(features), METRIC_SEED), device=reference.device)
+        reference = reference[indices]
         precision, recall = precision_recall(features, reference, k=NEIGHBORS)
         figure = {"precision": precision, "recall": recall, "k": NEIGHBORS}
     return figure | {"reference_images": len(reference)}

@@ -132,34 +132,35 @@ def _compared_with(made_by: Mapping[str, Any]) -> tuple[str, str | None]:
 
 def _sampling_settings(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, dict[str, Any]]:
     arguments: dict[str, Any] = {}
-    words = []
+    parts = []
     if has_features:
         extractor = made_by["extractor"]
         name = plain(strip_local_path(extractor["name"], made_by.get("hub_ids", ())))
         arguments |= {"extractor": name, "extractor_sha256": extractor["checksum"]}
-        words.append(f"{arguments['extractor']} features")
+        parts.append(f"{arguments['extractor']} features")
     keys = ("scheduler", "num_inference_steps", "eta", "seed", "guidance_scale")
     sampling = {key: made_by["sampling"][key] for key in keys}
     arguments |= sampling
-    words.append(f"{sampling['scheduler']} in {sampling['num_inference_steps']} steps, seed {sampling['seed']}")
+    steps = "1 step" if sampling["num_inference_steps"] == 1 else f"{sampling['num_inference_steps']} steps"
+    parts.append(f"{sampling['scheduler']} in {steps}, seed {sampling['seed']}")
     if variance := made_by["sampling"].get("variance"):  # set if it differs from the model's
         arguments["variance"] = variance
-        words.append(f"variance {variance}")
+        parts.append(f"variance {variance}")
     if classes := made_by["sampling"]["class_labels"]:
         arguments["class_labels"] = classes
-        words.append("1 class" if len(classes) == 1 else f"{len(classes)} classes in turn")
+        parts.append("1 class" if len(classes) == 1 else f"{len(classes)} classes in turn")
     if (precision := made_by["sampling"].get("mixed_precision", "no")) != "no":
         arguments["mixed_precision"] = precision
-        words.append(f"precision {precision}")
+        parts.append(f"precision {precision}")
     changed = [key for key, default in DEFAULTS.items() if sampling[key] != default]
-    words += [f"{key.split('_')[0]} {sampling[key]:g}" for key in changed]
-    return ", ".join(words), arguments
+    parts += [f"{key.split('_')[0]} {sampling[key]:g}" for key in changed]
+    return ", ".join(parts), arguments
 
 
 def _bound_settings(figure: Mapping[str, Any], made_by: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     arguments = {name: figure[name] for name in ("evaluations_per_image", "is_estimate")} | {"seed": made_by["seed"]}
-    words = f"{figure['evaluations_per_image']} terms per image, seed {made_by['seed']}"
+    text = f"{figure['evaluations_per_image']} terms per image, seed {made_by['seed']}"
     if (precision := made_by.get("mixed_precision", "no")) != "no":
         arguments["mixed_precision"] = precision
-        words += f", precision {precision}"
-    return words, arguments
+        text += f", precision {precision}"
+    return text, arguments

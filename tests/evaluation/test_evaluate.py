@@ -130,9 +130,11 @@ def test_error_without_held_out_images_suggests_working_options(trained, tmp_pat
     message = f"no split 'test'.*train; to evaluate without held-out images, add {remedy}$"
     with pytest.raises(ValueError, match=message):
         Reference(EvaluateConfig(prefix=prefix, metrics=metrics, **common), (1, 8, 8), Accelerator(cpu=True))
-    words = remedy.replace(f"--{prefix}", "").split()
-    words = {name: False if value == "false" else value for name, value in zip(words[::2], words[1::2], strict=True)}
-    config = EvaluateConfig(prefix=prefix, metrics=metrics, output=str(tmp_path / "r.json"), **common, **words)
+    arguments = remedy.replace(f"--{prefix}", "").split()
+    arguments = {
+        name: False if value == "false" else value for name, value in zip(arguments[::2], arguments[1::2], strict=True)
+    }
+    config = EvaluateConfig(prefix=prefix, metrics=metrics, output=str(tmp_path / "r.json"), **common, **arguments)
     results = evaluate(config, FEW)
     assert set(metrics.split(",")) <= set(results)
     if "nll" in metrics:

@@ -60,15 +60,15 @@ class Hub:
             **({"HF_TOKEN": token} if token else {}),
         }
 
-    def popen(self, *words, token="hf_write"):
+    def popen(self, *arguments, token="hf_write"):
         return subprocess.Popen(
-            [sys.executable, *map(str, words)],
+            [sys.executable, *map(str, arguments)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment(token),
         )  # fmt: skip
 
-    def run(self, *words, token="hf_write"):
+    def run(self, *arguments, token="hf_write"):
         """Returns exit code, output and errors of a Python process."""
-        process = self.popen(*words, token=token)
+        process = self.popen(*arguments, token=token)
         output, errors = process.communicate(timeout=LIMIT)
         return process.returncode, output, errors
 

@@ -26,9 +26,9 @@ results.append(open(path).read())
 api.update_repo_settings("org/data", private=True, repo_type="dataset")
 results.append([[info.id for info in HfApi(token=token).list_datasets(author="org")] for token in ("hf_write", False)])
 
-def error(call, *words, **options):
+def error(call, *arguments, **options):
     try:
-        call(*words, **options)
+        call(*arguments, **options)
     except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         results.append(type(error).__name__)
     except HfHubHTTPError as error:

@@ -35,11 +35,11 @@ def test_pushed_model_gives_equal_images_and_a_private_one_is_not_accessible(
     tiny_pipeline.unet.conv_out.bias.data -= 1  # the `folder` fixture added 1 for its second average
     expected = tiny_pipeline(2, torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
     hub.push(folder, private=True)
-    words = [tmp_path / "images.npy", tmp_path / "empty"]
-    code, output, errors = hub.run("-c", SAMPLE.format(package=package), *words)
+    arguments = [tmp_path / "images.npy", tmp_path / "empty"]
+    code, output, errors = hub.run("-c", SAMPLE.format(package=package), *arguments)
     assert code == 0, errors
     assert json.loads(output.splitlines()[-1]) == [package, True, True]
-    np.testing.assert_allclose(np.load(words[0]), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.load(arguments[0]), expected, rtol=0, atol=1e-5)
 
 
 class Evil:

@@ -35,7 +35,7 @@ SHORT = ("--max_train_steps", "2", "--eval_inference_steps", "2", "--eval_num_im
 
 def test_relative_paths_are_stripped_from_another_working_folder(acme, run_training, tmp_path_factory, monkeypatch):
     run_training(Path("runs/secret/one"), *DATA, *SHORT, "--eval_metrics", "nll", "--eval_split", "train")
-    words = [
+    arguments = [
         "--model",
         "runs/secret/one",
         "--dataset",
@@ -45,7 +45,7 @@ def test_relative_paths_are_stripped_from_another_working_folder(acme, run_train
         "--split",
         "train",
     ]
-    load_script("evaluate").main([*words, "--num_images", "4", "--output", "runs/secret/one/results_more.json"])
+    load_script("evaluate").main([*arguments, "--num_images", "4", "--output", "runs/secret/one/results_more.json"])
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     folder = acme / "runs" / "secret" / "one"
     assert "`acme-confidential`, split train" in write_card(folder).read_text()
@@ -110,8 +110,10 @@ def test_load_path_is_removed_from_configurations(folder):
 @pytest.mark.slow
 def test_hub_id_of_the_initial_model_is_kept(hub, trained, tmp_path):
     hub.push(trained, "org/base")
-    words = ["--max_train_steps", "2", "--init_from", "org/base", "--push_to_hub", "--hub_model_id", "org/new"]
-    code, output, errors = hub.run(ROOT / "scripts" / "train.py", *TINY_RUN, *words, "--output_dir", tmp_path / "run")
+    arguments = ["--max_train_steps", "2", "--init_from", "org/base", "--push_to_hub", "--hub_model_id", "org/new"]
+    code, output, errors = hub.run(
+        ROOT / "scripts" / "train.py", *TINY_RUN, *arguments, "--output_dir", tmp_path / "run"
+    )
     assert code == 0 and "pushed the model to org/new" in errors + output, errors
     files = hub.files("org/new")
     assert yaml.safe_load(files["config.yaml"])["init_from"] == "org/base"

@@ -27,8 +27,8 @@ def run(trained, tmp_path):
     return folder
 
 
-def execute(hub, code, *words):
-    status, _, errors = hub.run("-c", code, *words)
+def execute(hub, code, *arguments):
+    status, _, errors = hub.run("-c", code, *arguments)
     assert status == 0, errors
 
 

@@ -19,14 +19,14 @@ print(hashlib.sha256(torch.tensor(images).mul(255).round().numpy().tobytes()).he
 """
 
 
-def train(hub, folder, *words, token="hf_write"):
+def train(hub, folder, *arguments, token="hf_write"):
     push = ["--push_to_hub", "--hub_model_id", "org/ddpm-digits", "--max_train_steps", "6", "--output_dir", folder]
-    return hub.run(ROOT / "scripts" / "train.py", *TINY_RUN, *push, *words, token=token)
+    return hub.run(ROOT / "scripts" / "train.py", *TINY_RUN, *push, *arguments, token=token)
 
 
 def test_trained_model_is_pushed_and_loads_from_the_hub(hub, tmp_path):
-    words = "--checkpointing_steps 2 --eval_metrics fd --eval_num_images 10 --eval_inference_steps 2".split()
-    code, output, errors = train(hub, tmp_path / "run", *words)
+    arguments = "--checkpointing_steps 2 --eval_metrics fd --eval_num_images 10 --eval_inference_steps 2".split()
+    code, output, errors = train(hub, tmp_path / "run", *arguments)
     assert code == 0 and "pushed the model to org/ddpm-digits" in errors + output, errors
     files = hub.files("org/ddpm-digits")
     folder = tmp_path / "run"

@@ -12,7 +12,7 @@ KNOWN = {"ho2020": ("weights", *PROCESS), "improved-diffusion": (*HEADS, *PROCES
 
 @dataclass
 class Hints:
-    """Settings that a checkpoint does not contain; by default those of the original repository."""
+    """Settings that are not stored in a checkpoint; by default those of the original repository."""
 
     resolution: int | None = option("height and width of the images; inferred from the network by default", None)
     weights: Literal["ema", "raw"] | None = option("ho2020: averaged (ema) or raw weights; ema by default", None)

@@ -10,8 +10,8 @@ from tests.hub.convert.ho2020_network import HoNetwork
 @pytest.fixture(scope="package")
 def convert():
     main = load_script("convert").main
-    return lambda layout, source, output, *words: main(
-        ["--from", layout, "--input", str(source), "--output", str(output), *words]
+    return lambda layout, source, output, *arguments: main(
+        ["--from", layout, "--input", str(source), "--output", str(output), *arguments]
     )
 
 

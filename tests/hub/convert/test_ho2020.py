@@ -30,8 +30,8 @@ def test_pytorch_port_gives_equal_outputs(convert, ho, ported_file, tmp_path):
 def test_deeper_network_with_other_image_size(convert, tmp_path):
     network = HoNetwork(ch_mult=(1, 1, 2), num_res_blocks=2, attends=(0, 2), channels=1, out_ch=2)
     np.savez(tmp_path / "model.npz", **network.variables)
-    words = ["--resolution", "28", "--beta_schedule", "quad", "--num_train_timesteps", "100"]
-    convert("ho2020", tmp_path / "model.npz", tmp_path / "out", *words, "--prediction_type", "mean")
+    arguments = ["--resolution", "28", "--beta_schedule", "quad", "--num_train_timesteps", "100"]
+    convert("ho2020", tmp_path / "model.npz", tmp_path / "out", *arguments, "--prediction_type", "mean")
     pipe = DDPMPipeline.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         actual = pipe.unet(noise(1), STEPS % 100).sample.numpy()

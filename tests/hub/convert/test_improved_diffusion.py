@@ -43,10 +43,10 @@ def save_improved(path, **options):
     return network
 
 
-@pytest.mark.parametrize(("options", "words"), IMPROVED.values(), ids=IMPROVED)
-def test_improved_diffusion_checkpoint_gives_equal_outputs(convert, tmp_path, options, words):
+@pytest.mark.parametrize(("options", "arguments"), IMPROVED.values(), ids=IMPROVED)
+def test_improved_diffusion_checkpoint_gives_equal_outputs(convert, tmp_path, options, arguments):
     network = save_improved(tmp_path / "model.pt", **options)
-    convert("improved-diffusion", tmp_path / "model.pt", tmp_path / "out", "--resolution", "16", *words.split())
+    convert("improved-diffusion", tmp_path / "model.pt", tmp_path / "out", "--resolution", "16", *arguments.split())
     x = noise(options.get("in_channels", 3))
     labels = torch.tensor([4, 1]) if "num_classes" in options else None
     assert_close(outputs(tmp_path / "out", x, STEPS, labels), network(x, STEPS, labels).numpy())
@@ -69,8 +69,8 @@ def linear(steps):
 def test_only_steps_with_integer_network_times_are_kept(convert, tmp_path, name, betas):
     # The network gets 1000 t / 4000, an integer at every fourth step. The noise of the steps between is accumulated.
     network = save_improved(tmp_path / "model.pt")
-    words = ["--resolution", "16", "--num_heads", "1", "--num_train_timesteps", "4000", "--beta_schedule", name]
-    convert("improved-diffusion", tmp_path / "model.pt", tmp_path / "out", *words)
+    arguments = ["--resolution", "16", "--num_heads", "1", "--num_train_timesteps", "4000", "--beta_schedule", name]
+    convert("improved-diffusion", tmp_path / "model.pt", tmp_path / "out", *arguments)
     scheduler = DDPMPipeline.from_pretrained(tmp_path / "out").scheduler
     stock = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").scheduler
     kept = np.cumprod(1 - betas(4000))[::4]
@@ -85,10 +85,10 @@ def test_only_steps_with_integer_network_times_are_kept(convert, tmp_path, name,
 
 def test_timesteps_without_rescaling(convert, tmp_path):
     save_improved(tmp_path / "model.pt")
-    words = (
+    arguments = (
         "--resolution 16 --num_heads 1 --num_train_timesteps 400 --rescale_timesteps false --variance_type fixed_small"
     )
-    convert("improved-diffusion", tmp_path / "model.pt", tmp_path / "out", *words.split())
+    convert("improved-diffusion", tmp_path / "model.pt", tmp_path / "out", *arguments.split())
     scheduler = DDPMPipeline.from_pretrained(tmp_path / "out").scheduler
     np.testing.assert_allclose(scheduler.diffusion.betas, linear(400))
     assert scheduler.config.variance_type == "fixed_small"
