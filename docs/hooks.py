@@ -58,6 +58,7 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
     """Convert formulas to MathML, which browsers display without scripts; keep lines from breaking inside options."""
 
     def formula(match: re.Match[str]) -> str:
-        return convert(html.unescape(match[2]), display="inline" if match[1] == "span" else "block")
+        latex = re.sub(r"\\tag\{(.*?)\}", r"\\qquad (\1)", html.unescape(match[2]))
+        return convert(latex, display="inline" if match[1] == "span" else "block")
 
     return OPTION.sub(r'<span class="option">\g<0></span>', FORMULA.sub(formula, content))

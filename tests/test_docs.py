@@ -58,6 +58,8 @@ def test_api_reference_covers_the_public_interface(site):
             assert f'id="{thing.__module__}.{name}"' in text, name
         else:  # a class of diffusers
             assert f"<code>{name}</code>" in text, name
+    for method in ("__call__", "inpaint", "vary", "invert", "encode", "interpolate", "push_to_hub", "from_pretrained"):
+        assert re.search(rf'id="hf_ddpm\.[\w.]+\.{method}"', text), method
 
 
 def test_changelog_is_a_page(site):
