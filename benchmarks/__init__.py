@@ -1,1 +1,1 @@
-"""Speed of this package beside diffusers and denoising-diffusion-pytorch; not part of the wheel."""
+"""Speed of this package compared with diffusers and denoising-diffusion-pytorch; not part of the wheel."""

@@ -1,14 +1,15 @@
-"""Times this package beside diffusers and denoising-diffusion-pytorch: the same work, in turns, in one process.
+"""Compare the speed of this package with diffusers and denoising-diffusion-pytorch, in turns, in one process.
 
     python -m benchmarks --preset digits --threads 1 --json digits.json
     python -m benchmarks --preset cifar10 --mixed_precision auto --others_precision no --json cifar10.json
     python -m benchmarks --tasks sampling --growth steps --json steps.json
 
-Tasks: `forward`, the network without gradients; `train_step`, a training step; `training`, the loop with its data;
-`sampling`, the reverse process of a batch and of one image; `data`, images from memory and from JPEG; `import`, of the
-pipeline and of a model; `nll`, the likelihood bound beside the network alone. Contenders whose outputs differ are not
-compared. With `--compile`, a contender is compiled once per batch size without gradients, and once for training.
-Options of train.py, such as `--train_batch_size` and `--compile`, set the network, data and precision.
+Tasks: `forward`, the network without gradients; `train_step`, a training step; `training`, the training loop with data
+loading; `sampling`, the reverse process of a batch and of one image; `data`, loading images from memory and from JPEG;
+`import`, importing the pipeline and loading a model; `nll`, the likelihood bound, and the same network evaluations
+alone. Contenders whose outputs differ are not compared. With `--compile`, a contender is compiled once per batch size
+without gradients, and once for training. Options of train.py, such as `--train_batch_size` and `--compile`, set the
+network, data and precision.
 """
 
 import os
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
         if file is not None:
             make_folder(Path(file).parent, name)
 
-    from tqdm import tqdm  # these imports take seconds
+    from tqdm import tqdm  # these imports are slow
 
     from benchmarks.report import write_report
     from benchmarks.run import run_benchmark, run_processes

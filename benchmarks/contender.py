@@ -1,4 +1,4 @@
-"""The base of all contenders: a library with a method for each task."""
+"""Base class of contenders, with a method for each task."""
 
 import subprocess
 import sys
@@ -25,27 +25,27 @@ from hf_ddpm.models.precision import autocast
 from hf_ddpm.sampling.generate import compile_for_sampling
 from hf_ddpm.training.dry_run import count_flops
 
-# Tasks that are compared only if outputs are equal.
+# Tasks that are compared only if the outputs are equal.
 NETWORK_TASKS = ("forward", "train_step", "training", "sampling", "sampling_1")
 
-# Steps of a reverse process that is profiled.
+# Number of profiled steps of a reverse process.
 PROFILED_STEPS = 5
 
 
 class Contender:
-    """A library; a method named like a task returns the workloads of that task.
+    """A library to compare. The method with a task's name returns the workloads of the task.
 
     Args:
-        setting: The settings that all contenders share.
-        compiled: Whether the network is compiled if the options say so.
+        setting: Settings that all contenders share.
+        compiled: Whether the network may be compiled, with the option `compile`.
 
     Attributes:
         name: Name of the contender.
-        statement: Import of its pipeline.
-        network_class: Its network, which takes our options and weights.
-        pipeline_class: Its pipeline, which loads our files.
-        refusal: Why its networks are not compared, if so.
-        spent: Seconds of first passes before timing, by whether they are training.
+        statement: Python statement that imports its pipeline.
+        network_class: Its network class, which accepts our options and weights.
+        pipeline_class: Its pipeline class, which loads our files.
+        refusal: Reason if its networks are not compared; None otherwise.
+        spent: Seconds spent on first passes (mainly compiling) before timing, keyed by whether they are training.
     """
 
     name: str
@@ -61,39 +61,40 @@ class Contender:
             self.name += ", not compiled"
 
     def workloads(self, task: str) -> list[Workload]:
-        """Returns the workloads of a task, one with an error if it cannot be done, none if it does not apply."""
+        """Returns the workloads of a task: one with an error if the task fails, none if it does not apply."""
         is_network_task = task in NETWORK_TASKS
-        if getattr(self, task, None) is None or (self.is_second and not is_network_task):  # else the same twice
+        is_repeated = self.is_second and not is_network_task
+        if getattr(self, task, None) is None or is_repeated:
             return []
         if is_network_task and self.refusal:
             return [Workload(self.name, error=self.refusal)]
         try:
             return getattr(self, task)()
-        except Exception as error:  # whatever others raise
+        except Exception as error:  # other libraries may raise anything
             return [Workload(self.name, error=reason(error))]
 
     def precision(self, batch: int, training: bool = False) -> str:
-        """Returns the precision of its passes: `no`, `bf16` or `fp16`."""
-        asked = self.setting.options.others_precision
-        return self.setting.precision(batch, training) if asked == "same" else asked
+        """Returns the precision of the network: `no`, `bf16` or `fp16`."""
+        option = self.setting.options.others_precision
+        return self.setting.precision(batch, training) if option == "same" else option
 
     def passes(self, batch: int) -> AbstractContextManager[Any]:
-        """Returns the context of passes without gradients, in its precision."""
+        """Returns the context for passes without gradients, in the precision of this contender."""
         return autocast(self.setting.device, self.precision(batch))
 
     def memory(self, task: str) -> dict[str, Any]:
-        """Returns the entries of a row on the peak memory of a short run of a task, not compiled.
+        """Returns the row entries for the peak memory of a short run of a task, not compiled.
 
-        On a CPU it runs in a process of its own: memory that was used before cannot be told from that of the task.
+        On a CPU the task runs in a new process, to separate its memory from memory used before.
         """
-        if self.compiled:  # it would be compiled again
+        if self.compiled:  # it would have to be compiled again
             return {}
         options = replace(self.setting.options, rounds=1, steps_per_turn=1, others_precision="same", profile=None)
         changes = {"mixed_precision": self.precision(self.setting.batch, task in STEPS), "compile": False}
         training = replace(self.setting.config.training, num_inference_steps=2, **changes)
         arguments = type(self), task, options, replace(self.setting.config, training=training)
         try:
-            _ = self.parameters  # fails at once if the library is not installed
+            _ = self.parameters  # raises an error if the library is not installed
             if self.setting.device.type == "cuda":
                 return {"memory_bytes": _peak_of_task(*arguments)}
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -113,7 +114,7 @@ class Contender:
 
     @cached_property
     def pipeline(self) -> Any:
-        """The pipeline of all tasks, compiled if the options say so."""
+        """The pipeline of all tasks, compiled with the option `compile`."""
         pipe = self.plain_pipeline()
         pipe.set_progress_bar_config(disable=True)
         if self.compiled:
@@ -126,15 +127,15 @@ class Contender:
         return self.pipeline.unet
 
     def network_of(self, batch: int) -> Any:
-        """Returns the network of the passes of a batch."""
+        """Returns the network for passes of this batch size."""
         return self.network
 
     def sampler(self, batch: int) -> Any:
-        """Returns the pipeline of the reverse process of a batch."""
+        """Returns the pipeline for the reverse process of this batch size."""
         return self.pipeline
 
     def times(self, t: Tensor) -> Tensor:
-        """Returns times, shape `(B,)`, in the form in which the reverse process has the same one for all images."""
+        """Returns the first of the times, shape `(B,)`, in the form that the reverse process passes to the network."""
         return t[0].cpu()
 
     @cached_property
@@ -148,7 +149,7 @@ class Contender:
 
     @cached_property
     def flops(self) -> tuple[float, float]:
-        """Operations per image: forward, and forward and backward."""
+        """Floating-point operations per image: forward, and forward and backward."""
         network = self.plain_network().eval()
         return count_flops(network, *self.setting.inputs(1))
 
@@ -158,16 +159,16 @@ class Contender:
         return sum(parameter.numel() for parameter in self.plain_network().parameters())
 
     def forward(self) -> list[Workload]:
-        """The network without gradients, with one time for all images, as in sampling."""
+        """A pass of the network without gradients, with one time for all images, as in sampling."""
         batch = self.setting.batch
         predict = self.predictor()
         return [self.work(predict, batch, self.flops[0], unit="pass", precision=self.precision(batch))]
 
     def predictor(self) -> Callable[[], Tensor]:
-        """Returns a function that does a pass of a batch, as timed."""
+        """Returns a function that runs a pass of a batch in the way it is timed."""
         batch = self.setting.batch
         network = self.network_of(batch).eval()
-        with self.passes(batch):  # where a reverse process makes its own
+        with self.passes(batch):  # create the inputs in the same context as a reverse process
             x, t = self.setting.inputs(batch)
             x, t = x.to(next(network.parameters()).dtype), self.times(t)
 
@@ -205,22 +206,22 @@ class Contender:
         return self.work(partial(run, steps), batch, self.flops[0] * steps, **more)
 
     def import_time(self) -> list[Workload]:
-        """A new Python that imports the pipeline."""
+        """A new Python process that imports the pipeline."""
         return [self._python(self.statement)]
 
     def load_time(self) -> list[Workload]:
-        """A new Python that imports the pipeline and loads a model."""
+        """A new Python process that imports the pipeline and loads a model."""
         name = self.pipeline_class.__name__
         return [self._python(f"{self.statement}; {name}.from_pretrained({str(self.setting.model)!r})")]
 
     def work(self, run: Callable[[], object], images: int, flops: float | None = None, **more: Any) -> Workload:
-        """Returns a workload; `flops` are those of an image, None without a network."""
+        """Returns a workload; `flops` are operations per image, None without a network."""
         if flops is not None:
             more |= {"flops": flops * images, "parameters": self.parameters}
         return Workload(self.name, run, images, **more)
 
     def steps(self, run: Callable[[], object], **more: Any) -> Workload:
-        """Returns the workload of training; `run` does all steps of a turn."""
+        """Returns a workload of training; `run` takes all steps of a turn."""
         more |= {"unit": "step", "count": self.setting.options.steps_per_turn, "at_once": True}
         more["precision"] = self.precision(self.setting.batch, training=True)
         return self.work(run, self.setting.global_batch, self.flops[1], **more)
@@ -235,7 +236,7 @@ class Contender:
 
 
 def for_worker_counts(batches: Callable[[int], Workload]) -> list[Workload]:
-    """Returns workloads that decode images in this process, and in as many other processes as it has threads."""
+    """Returns a workload that loads images in this process and, with several threads, one with as many processes."""
     threads = min(torch.get_num_threads(), MOST_WORKERS)
     works = [batches(0)]
     if threads > 1:
@@ -245,7 +246,7 @@ def for_worker_counts(batches: Callable[[int], Workload]) -> list[Workload]:
 
 
 def endless(loader: Any) -> Iterator[Any]:
-    """Yields the batches of a data loader again and again."""
+    """Yields the batches of a data loader, repeated endlessly."""
     while True:
         yield from loader
 
@@ -253,10 +254,10 @@ def endless(loader: Any) -> Iterator[Any]:
 def _peak_of_task(kind: type[Contender], task: str, options: BenchmarkConfig, config: Config) -> int:
     with TemporaryDirectory() as folder, hidden_output():
         contender = kind(Setting(options, config, Path(folder)))
-        _ = contender.setting.model, contender.flops, contender.parameters  # they take memory, but not for the task
+        _ = contender.setting.model, contender.flops, contender.parameters  # computed here, so as not to be measured
         with peak_memory(contender.setting.device) as peak:
             (work,) = getattr(contender, task)()
-            for _ in range(1 if work.lead is not None else options.rounds + 1):  # `lead` takes all turns in one
+            for _ in range(1 if work.lead is not None else options.rounds + 1):  # `lead` takes all turns in one call
                 work.run()
             work.close()
             return peak()

@@ -1,4 +1,4 @@
-"""denoising-diffusion-pytorch: its own network of similar size, its process and its trainer."""
+"""The contender denoising-diffusion-pytorch, with its own network of similar size, process and trainer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +21,12 @@ from hf_ddpm.sampling.generate import compile_for_sampling
 
 MODULE = "denoising_diffusion_pytorch"
 
-# Its trainer expects at least so many files, read or not.
+# Its trainer requires at least this many files, even if they are not read.
 LEAST_FILES = 100
 
 
 class DenoisingDiffusion(Contender):
-    """The tasks with denoising-diffusion-pytorch."""
+    """denoising-diffusion-pytorch."""
 
     name = "denoising-diffusion-pytorch"
     statement = f"from {MODULE} import GaussianDiffusion"
@@ -39,7 +39,7 @@ class DenoisingDiffusion(Contender):
             return import_module(MODULE)
 
     def plain_network(self) -> Any:
-        """Returns its network with about as many parameters as ours."""
+        """Returns its network, with about as many parameters as ours."""
         return self.module.Unet(**self._options).to(self.setting.device)
 
     @cached_property
@@ -60,12 +60,12 @@ class DenoisingDiffusion(Contender):
 
     @contextmanager
     def passes(self, batch: int) -> Iterator[None]:
-        """The context of passes without gradients, in inference mode as in its reverse process."""
+        """The context for passes without gradients, in inference mode as in its reverse process."""
         with torch.inference_mode(), super().passes(batch):
             yield
 
     def times(self, t: Tensor) -> Tensor:
-        """Returns times as its reverse process passes them."""
+        """Returns the first time for all images, as its reverse process passes it to the network."""
         return t[:1].expand(len(t)).contiguous()
 
     def train_step(self) -> list[Workload]:
@@ -80,8 +80,8 @@ class DenoisingDiffusion(Contender):
         return [self._training(trainer)]
 
     def training(self) -> list[Workload]:
-        """Its trainer with its data loader and its progress bar."""
-        return [self._training(self._trainer(self.setting.png_folder), "its loader has a process for each core")]
+        """Its trainer with its data loader and progress bar."""
+        return [self._training(self._trainer(self.setting.png_folder), "its data loader uses one process per core")]
 
     def chain(self, batch: int) -> Workload:
         """Returns the whole reverse process of a batch."""
@@ -93,13 +93,13 @@ class DenoisingDiffusion(Contender):
             with self.passes(batch):
                 diffusion.sample(batch_size=batch).cpu()
 
-        notes = ("fewer steps by DDIM with eta 1, its only way",) if diffusion.is_ddim_sampling else ()
+        notes = ("fewer steps by DDIM with eta 1, its only option",) if diffusion.is_ddim_sampling else ()
         return self.chain_work(run, batch, notes=notes)
 
     def work(self, *args: Any, **more: Any) -> Workload:
         """Returns a workload, as in `Contender`."""
         work = super().work(*args, **more)
-        return replace(work, notes=("its own network of like size", *work.notes)) if work.parameters else work
+        return replace(work, notes=("its own network of similar size", *work.notes)) if work.parameters else work
 
     @cached_property
     def _options(self) -> dict[str, Any]:
@@ -111,12 +111,12 @@ class DenoisingDiffusion(Contender):
             "full_attn": tuple(config.attends),
             "dropout": config.model.dropout,
         }
-        wanted = sum(value.numel() for value in self.setting.weights.values())
+        ours = sum(value.numel() for value in self.setting.weights.values())
 
         def distance(dim: int) -> int:
             with torch.device("meta"):
                 network = self.module.Unet(dim, **options)
-            return abs(sum(parameter.numel() for parameter in network.parameters()) - wanted)
+            return abs(sum(parameter.numel() for parameter in network.parameters()) - ours)
 
         return {"dim": min(range(4, 4 * first + 1, 4), key=distance), **options}
 

@@ -1,4 +1,4 @@
-"""Outputs of contenders, compared before they are timed."""
+"""Compare the outputs of contenders before timing."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,30 +14,30 @@ from benchmarks.stock import Stock
 
 Check = dict[str, Any]
 
-# Of outputs relative to the largest entry; of images in [0, 1], after a few steps, absolute. The tables of diffusers
-# have float32 errors of about 1e-4 at the last steps.
+# Largest differences: of outputs relative to the largest entry; of images in [0, 1] after a few steps, absolute. The
+# tables of diffusers have float32 errors of about 1e-4 in the last steps.
 TOLERANCES = {"network": 1e-4, "gradients": 1e-4, "images": 1e-3}
 FEW_STEPS = 10
 
-# Of passes as they are timed, relative to their norm in float32.
+# Tolerances of passes as timed, relative to the norm in float32.
 PASSES = {"no": 1e-4, "bf16": 0.05, "fp16": 0.02}
-# Of gradients of compiled networks, relative to the largest one.
+# Tolerances of gradients of compiled networks, relative to the largest gradient.
 COMPILED = {"no": 1e-4, "bf16": 0.2, "fp16": 0.1}
-# Of both in float32 with rounded factors.
+# Tolerance of both in float32 with TF32.
 TF32 = 1e-2
-# Factor of a loss whose gradients underflow in fp16 without it.
+# Loss scale, without which gradients underflow in fp16.
 SCALE = 2.0**16
 
 
 def compare(contenders: Sequence[Contender], tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """Compares outputs, and refuses a comparison of times with a contender whose outputs are wrong.
+    """Compares outputs, and excludes contenders whose outputs are wrong by setting their `refusal`.
 
     Args:
-        contenders: The first is this package.
-        tasks: What is to be timed.
+        contenders: The contenders; the first is this package.
+        tasks: The tasks to be timed.
 
     Returns:
-        For each contender whose outputs were compared: `subject` and its `outputs`, as of `check_equal` and
+        For each contender whose outputs were compared: `subject` and `outputs`, the results of `check_equal` and
         `check_as_timed`.
     """
     checks, alike = [], {}
@@ -50,8 +50,8 @@ def compare(contenders: Sequence[Contender], tasks: Sequence[str]) -> list[dict[
             if refusal_of(outputs) is None:
                 outputs |= check_as_timed(contender, tasks)
         except ModuleNotFoundError:
-            continue  # which its rows say
-        except Exception as error:  # whatever others raise
+            continue  # reported in its rows
+        except Exception as error:  # other libraries may raise anything
             contender.refusal = f"not compared: {reason(error)}"
         else:
             contender.refusal = refusal_of(outputs)
@@ -61,9 +61,9 @@ def compare(contenders: Sequence[Contender], tasks: Sequence[str]) -> list[dict[
 
 
 def check_equal(ours: Contender, theirs: Contender) -> dict[str, Check]:
-    """Compares networks and gradients on the same input, and images of the same seed after a few steps.
+    """Compares outputs and gradients for the same input, and images of the same seed after a few steps.
 
-    In float32, not compiled.
+    All are computed in float32 and not compiled.
 
     Returns:
         For `network`, `gradients` and `images`: the largest `difference`, its `tolerance` and whether they are `equal`.
@@ -72,53 +72,54 @@ def check_equal(ours: Contender, theirs: Contender) -> dict[str, Check]:
     theirs.setting.allow_tf32(False)
     try:
         for name, outputs in {"network": _predictions, "gradients": _gradients, "images": _images}.items():
-            right, found = outputs(ours), outputs(theirs)
-            scale = 1.0 if name == "images" else right.abs().max().item()
-            checks[name] = _check((found - right).abs().max().item() / scale, TOLERANCES[name])
+            expected, actual = outputs(ours), outputs(theirs)
+            scale = 1.0 if name == "images" else expected.abs().max().item()
+            checks[name] = _check((actual - expected).abs().max().item() / scale, TOLERANCES[name])
     finally:
         theirs.setting.allow_tf32(theirs.setting.config.training.tf32)
     return checks
 
 
 def check_as_timed(contender: Contender, tasks: Sequence[str]) -> dict[str, Check]:
-    """Compares passes in half precision or compiled, and compiled gradients, with the same network in float32.
+    """Compares half-precision or compiled passes, and compiled gradients, with the same network in float32.
 
-    This package checks its compiled gradients itself.
+    Compiled gradients of this package are not compared here: `compile_network` checks them.
 
     Returns:
-        As `check_equal`, for `passes as timed` and `gradients as timed`, if they are of the tasks.
+        As of `check_equal`, for `passes as timed` and `gradients as timed`, if the tasks need them.
     """
     checks, passes = {}, set(tasks) & set(NETWORK_TASKS) - set(STEPS)
     precision = contender.precision(contender.setting.batch)
     if passes and (contender.compiled or precision != "no"):
-        found = _first(contender, False, lambda: contender.predictor()().float())
-        right = _pass_in_float32(contender)
-        difference = ((found - right).norm() / right.norm()).item()
+        actual = _first(contender, False, lambda: contender.predictor()().float())
+        expected = _pass_in_float32(contender)
+        difference = ((actual - expected).norm() / expected.norm()).item()
         checks["passes as timed"] = _check(difference, _tolerance(contender, PASSES, precision))
     if set(tasks) & set(STEPS) and contender.compiled and isinstance(contender, Stock):
-        right = _gradients(contender, contender.setting.batch)
-        found = _first(contender, True, lambda: _compiled_gradients(contender))
-        difference = ((found - right).abs().max() / right.abs().max()).item()
+        expected = _gradients(contender, contender.setting.batch)
+        actual = _first(contender, True, lambda: _compiled_gradients(contender))
+        difference = ((actual - expected).abs().max() / expected.abs().max()).item()
         precision = contender.precision(contender.setting.batch, training=True)
         checks["gradients as timed"] = _check(difference, _tolerance(contender, COMPILED, precision))
     return checks
 
 
 def refusal_of(checks: dict[str, Check]) -> str | None:
-    """Returns why outputs are not equal, or None."""
+    """Returns an error message if outputs differ, or None."""
     for name, check in checks.items():
         if not check["equal"]:
-            return f"not compared: its {name} differ by {check['difference']:.2g}, {check['tolerance']:g} is allowed"
+            limit = f"expected at most {check['tolerance']:g}"
+            return f"not compared: {name}: difference {check['difference']:.2g}; {limit}"
     return None
 
 
 def _first(contender: Contender, training: bool, compute: Callable[[], Tensor]) -> Tensor:
-    """Returns what is computed, and notes the time, which is that of compiling for the most part."""
+    """Returns the result of `compute`, and records its time, which is mostly compilation."""
     clock = clock_of(contender.setting.device)
     start = clock()
-    found = compute()
+    result = compute()
     contender.spent[training] = clock() - start
-    return found
+    return result
 
 
 def _check(difference: float, tolerance: float) -> Check:
@@ -151,7 +152,7 @@ def _gradients(contender: Contender, batch: int = 2) -> Tensor:
 
 
 def _compiled_gradients(contender: Stock) -> Tensor:
-    """Returns gradients of the network that is timed; not in training if there is dropout, whose masks differ."""
+    """Returns gradients of the timed network; with dropout, whose masks differ, in evaluation mode."""
     setting, network = contender.setting, contender.trained
     x, t = setting.inputs(setting.batch)
     network.train(setting.config.model.dropout == 0)
@@ -159,12 +160,12 @@ def _compiled_gradients(contender: Stock) -> Tensor:
 
 
 def _flat(network: torch.nn.Module, output: Tensor) -> Tensor:
-    """Returns the gradients of a loss as one vector; zeros where a compiler has lost one."""
+    """Returns the gradients of a loss as one vector, with zeros for gradients that a compiler has dropped."""
     (output.float().square().mean() * SCALE).backward()
     weights = [parameter for _, parameter in sorted(network.named_parameters())]
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
     network.zero_grad()
-    return torch.cat([gradient.flatten().float() for gradient in found])
+    return torch.cat([gradient.flatten().float() for gradient in gradients])
 
 
 def _images(contender: Contender) -> Tensor:

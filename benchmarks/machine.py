@@ -1,4 +1,4 @@
-"""The hardware, and how busy other processes keep it."""
+"""Describe the hardware, and measure the CPU load of other processes."""
 
 import os
 import subprocess
@@ -10,22 +10,22 @@ from typing import Any
 import psutil
 import torch
 
-# Instructions of a CPU that decide on its speed in float32 and bf16.
+# CPU instruction sets that determine the speed in float32 and bf16.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
-# What nvidia-smi knows of a GPU: the driver; clocks in MHz, now and at most; the limit of power in W.
+# Fields of nvidia-smi: driver version, current and maximum clocks in MHz, power limit in W.
 GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Returns the CPU and, for a GPU, its driver, clocks and limit of power, if nvidia-smi is installed."""
+    """Returns the CPU and, for a GPU, its driver, clocks and power limit, if nvidia-smi is installed."""
     return {"cpu": _cpu()} | ({"gpu": _gpu(device)} if device.type == "cuda" else {})
 
 
 def busy_others() -> Callable[[], float]:
-    """Returns a function: the number of cores that other processes have kept busy since, on average.
+    """Returns a function that returns the average number of cores kept busy by other processes since this call.
 
-    Of the cores that this process may use. The processes of this launch are no others.
+    Only cores that this process may use are counted. Processes of this launch do not count as other processes.
     """
     start, before = perf_counter(), _others_seconds()
     return lambda: max(0.0, (_others_seconds() - before) / (perf_counter() - start))
@@ -33,22 +33,22 @@ def busy_others() -> Callable[[], float]:
 
 def _others_seconds() -> float:
     cores = psutil.cpu_times(percpu=True)
-    names = ("user", "nice", "system", "irq", "softirq", "steal")  # guests are part of user
+    names = ("user", "nice", "system", "irq", "softirq", "steal")  # user includes guest
     busy = sum(getattr(cores[i], name, 0.0) for i in os.sched_getaffinity(0) if i < len(cores) for name in names)
     return busy - _own_seconds()
 
 
 def _own_seconds() -> float:
-    """Returns the CPU time of this process and its descendants, with several processes of all of the launch."""
+    """Returns the CPU time of this process and its descendants, or of all processes of the launch."""
     root = psutil.Process()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         root = root.parent() or root
     total = 0.0
     for process in (root, *root.children(recursive=True)):
         try:
-            total += sum(process.cpu_times()[:4])  # user and system, own and of children that have ended
+            total += sum(process.cpu_times()[:4])  # user and system time, of the process and its ended children
         except psutil.NoSuchProcess:
-            continue  # has ended meanwhile
+            continue  # it has ended in the meantime
     return total
 
 
@@ -68,7 +68,7 @@ def _gpu(device: torch.device) -> dict[str, str]:
     identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}".replace("GPU-GPU-", "GPU-")
     words = ["nvidia-smi", f"--id={identity}", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
     try:
-        said = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
+        result = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return {}
-    return dict(zip(GPU_FIELDS, (value.strip() for value in said.stdout.split(",")), strict=False))
+    return dict(zip(GPU_FIELDS, (value.strip() for value in result.stdout.split(",")), strict=False))

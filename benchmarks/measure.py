@@ -1,4 +1,4 @@
-"""Times in turns, rates of a device, peak memory."""
+"""Measure times in turns, rates of a device, and peak memory."""
 
 import gc
 import math
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 Clock = Callable[[], float]
 Rates = dict[str, float]
 
-# Short workloads are repeated until a turn lasts this long, in seconds.
+# Short workloads are repeated until a turn takes this many seconds.
 LEAST_SECONDS = 0.2
 MOST_REPEATS = 1000
-# Runs that a rate is the fastest of.
+# A rate is the fastest of this many runs.
 TRIALS = 15
 
 
@@ -29,28 +29,28 @@ def _nothing() -> None:
 
 @dataclass
 class Workload:
-    """What a contender does in a turn, and how long that took.
+    """The work of a contender in a turn, and its measured times.
 
     Attributes:
-        subject: The contender.
-        run: Does the work once.
-        images: Images per unit (a step, a pass, a reverse process), if the work is about images.
+        subject: Name of the contender.
+        run: Function that does the work once.
+        images: Images per unit (a step, a pass, a reverse process), if the work processes images.
         unit: Name of the unit.
         count: Units per run.
-        flops: Operations of the matrix products and convolutions of a unit, if there is a network.
-        parameters: Parameters of that network.
-        notes: Remarks that a comparison needs.
-        at_once: Whether one run makes a turn; other runs are repeated.
-        lead: Does all turns in one call, instead of `run`: a loop that calls its argument before the first turn and
-            after each one.
-        close: Ends background work.
-        precision: Precision of the network's passes: `no`, `bf16` or `fp16`.
-        brief: What a profile is of, instead of `run`; one unit in the case of `lead`.
-        brief_steps: Steps or passes of the network in that.
-        error: Why the work failed, if it did.
-        first: Seconds from building the workload to the end of its first run, with all that is compiled for it.
+        flops: Operations of matrix products and convolutions per unit, if there is a network.
+        parameters: Number of parameters of the network.
+        notes: Notes for the report.
+        at_once: Whether a turn is a single run; otherwise short runs are repeated.
+        lead: Used instead of `run` for a loop that takes all turns in one call; it calls its argument before the first
+            turn and after each turn.
+        close: Function that ends background work.
+        precision: Precision of the network: `no`, `bf16` or `fp16`.
+        brief: Short run to profile instead of `run`; with `lead`, one unit is profiled.
+        brief_steps: Steps or passes of the network in the profiled run.
+        error: Error message if the work failed.
+        first: Seconds from building the workload to the end of its first run, including compilation.
         seconds: Seconds per unit, one number per round.
-        profile: The profile, if there is one.
+        profile: The profile, if measured.
     """
 
     subject: str
@@ -73,11 +73,11 @@ class Workload:
     profile: dict[str, Any] | None = None
 
     def attempt(self, run: Callable[[], object], times: int = 1) -> None:
-        """Runs a function; an error is kept and ends this workload's part in the comparison."""
+        """Runs a function; after an error, which is stored, the workload takes no further turns."""
         try:
             for _ in range(0 if self.error else times):
                 run()
-        except Exception as error:  # whatever others raise is a line of the table
+        except Exception as error:  # any error of other libraries becomes a row of the table
             self.error = reason(error)
 
 
@@ -106,16 +106,17 @@ def time_in_turns(
     log: Callable[[str], object],
     profiled: Callable[[Workload], AbstractContextManager[None] | None] = lambda work: None,
 ) -> None:
-    """Times workloads A, B as A B A B ..., so that what slows the machine down slows all of them.
+    """Times workloads A and B in the order A B A B ..., so that a slow machine affects all of them equally.
 
-    The first round warms up and does not count. A workload that fails takes no further turns.
+    The first round is a warm-up and does not count. A workload that fails takes no further turns.
 
     Args:
-        works: The workloads, at most one with `lead`; `seconds`, `error` are set, `first` grows by the first run.
-        rounds: Rounds that count.
-        clock: Returns the time once all work that was started is done.
-        log: Gets the name of each turn.
-        profiled: Returns a context for a last brief turn of a workload, which is not timed; None for no such turn.
+        works: The workloads, at most one with `lead`; sets `seconds` and `error`, and adds the first run to `first`.
+        rounds: Number of timed rounds.
+        clock: Function that returns the time after all started work is done.
+        log: Called with the name of each turn.
+        profiled: Function that returns a context for a last short turn of a workload, which is not timed; or None for
+            no such turn.
     """
     leader = next((i for i, work in enumerate(works) if work.lead is not None), None)
     one_run = [leader is not None or work.at_once for work in works]
@@ -123,7 +124,7 @@ def time_in_turns(
     turns, starts = _turns(rounds + 1, clock, works, profiled), [clock()]
 
     def others() -> None:
-        """Gives turns to the others until it is the leader's."""
+        """Runs the turns of the other workloads until it is the leader's turn."""
         if leader is not None and starts:
             works[leader].first += clock() - starts.pop()
         for i in turns:
@@ -146,14 +147,14 @@ def time_in_turns(
 
 @contextmanager
 def hidden_output() -> Iterator[None]:
-    """Hides what others print; their progress bars are still drawn, at their usual cost."""
+    """Hides the output of all contenders; progress bars are still drawn, at their usual cost."""
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
         yield
 
 
 @torch.no_grad()
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Returns the operations per second of a large matrix product and of a large 3x3 convolution, each alone."""
+    """Returns the operations per second of a large matrix product and of a large 3x3 convolution, each on its own."""
     large, clock = device.type == "cuda", clock_of(device)
     side = 8192 if large else 1024
     batch, channels, size = (256, 256, 32) if large else (16, 128, 32)
@@ -183,9 +184,9 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yields a function that returns the peak memory since, in bytes, beyond the memory taken before.
+    """Yields a function that returns the peak memory since the start of the block, above the initial memory, in bytes.
 
-    On a GPU that is what torch's allocator has handed out, elsewhere what the process holds.
+    On a GPU, memory allocated by torch; otherwise, resident memory of the process.
     """
     gc.collect()
     if device.type == "cuda":
@@ -212,7 +213,7 @@ def _turns(
     works: Sequence[Workload],
     profiled: Callable[[Workload], AbstractContextManager[None] | None],
 ) -> Iterator[int]:
-    """Yields the index of each turn's workload and notes the seconds until the next turn is requested."""
+    """Yields the index of each turn's workload, and records the seconds until the next turn is requested."""
     for _ in range(rounds):
         for i, work in enumerate(works):
             start = clock()

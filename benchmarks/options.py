@@ -20,7 +20,7 @@ TASKS = {
 
 OTHERS = ("diffusers", "denoising-diffusion-pytorch")
 
-# Tasks whose turns are the same number of steps on all processes.
+# Tasks that can run on several processes: their turns have the same number of steps on all processes.
 STEPS = ("train_step", "training")
 
 
@@ -28,29 +28,29 @@ STEPS = ("train_step", "training")
 class BenchmarkConfig:
     """Tasks and contenders; the options of train.py set network, data, batch and precision."""
 
-    json: str = option("JSON file of the results; a table is written beside it as .md", "benchmark.json")
-    device: Literal["auto", "cuda", "cpu"] = option("device; by default a GPU if there is one", "auto")
-    against: str = option(f"any of {', '.join(OTHERS)}, comma-separated; or none", ",".join(OTHERS))
+    json: str = option("JSON file for the results; a table is written next to it as .md", "benchmark.json")
+    device: Literal["auto", "cuda", "cpu"] = option("device; auto: a GPU if available, else the CPU", "auto")
+    against: str = option(f"contenders: any of {', '.join(OTHERS)}, comma-separated; or none", ",".join(OTHERS))
     tasks: str = option(f"any of {', '.join(TASKS)}, comma-separated", ",".join(TASKS))
-    rounds: int = option("turns per contender, after one to warm up", 5)
+    rounds: int = option("timed turns per contender, after a warm-up turn", 5)
     steps_per_turn: int = option("training steps per turn of train_step and training", 10)
     threads: int | None = option("threads of this process (default: torch's choice)", None)
-    memory: bool = option("measure memory, too", True)
+    memory: bool = option("also measure peak memory", True)
     check: bool = option(
-        "before timing, compare outputs in float32 with diffusers', and passes as timed with those in float32; with "
-        "--compile and dropout, diffusers is compiled once more",
+        "before timing, compare outputs with diffusers' in float32, and half-precision or compiled outputs with "
+        "float32; with --compile and dropout, diffusers is compiled once more",
         True,
     )
     others_precision: Literal["same", "no", "bf16", "fp16"] = option(
-        "precision of all but hf_ddpm, which runs in --mixed_precision", "same"
+        "precision of the other packages; hf_ddpm runs in --mixed_precision", "same"
     )
     profile: str | None = option(
-        "Chrome trace of a step, pass or short chain of each of our tasks: FILE.json or FILE.json.gz becomes "
-        "FILE_TASK.json...; the report lists the kernels that take longest",
+        "write a Chrome trace of a step, pass or short chain of each of our tasks: FILE.json or FILE.json.gz becomes "
+        "FILE_TASK.json...; the report lists the slowest kernels",
         None,
     )
     growth: Literal["none", "batch", "resolution", "steps", "processes"] = option(
-        "repeat the tasks over these values, for a curve per task", "none"
+        "repeat the tasks for several values of this setting, and plot a curve per task", "none"
     )
     growth_values: list[int] = option(
         "values of --growth (default: 1 to 64 images, 1 to 4 times the resolution, 10 to 1000 steps, 1 and 2 "
@@ -62,21 +62,21 @@ class BenchmarkConfig:
         """Checks the values."""
         require_at_least(self, 1, "rounds", "steps_per_turn", "threads")
         for name, known in (("against", (*OTHERS, "none")), ("tasks", tuple(TASKS))):
-            asked = _words(getattr(self, name))
-            require(self, name, set(asked) <= set(known), f"any of {', '.join(known)}")
-            require(self, name, len(set(asked)) == len(asked), "each of them once")
+            chosen = _words(getattr(self, name))
+            require(self, name, set(chosen) <= set(known), f"any of {', '.join(known)}")
+            require(self, name, len(set(chosen)) == len(chosen), "each name only once")
         require(self, "tasks", bool(_words(self.tasks)), f"any of {', '.join(TASKS)}")
         in_step = self.growth != "processes" or set(self.chosen) <= set(STEPS)
-        require(self, "tasks", in_step, f"with growth=processes, {' or '.join(STEPS)}")
+        require(self, "tasks", in_step, f"{' or '.join(STEPS)} with --growth processes")
         require(self, "growth_values", all(value >= 1 for value in self.growth_values), "at least 1")
         if self.device == "cuda":
             import torch  # takes seconds
 
-            require(self, "device", torch.cuda.is_available(), "cpu, since torch sees no GPU here")
+            require(self, "device", torch.cuda.is_available(), "torch finds no GPU; expected cpu")
         require(self, "json", self.json.endswith(".json") and not Path(self.json).is_dir(), "a file that ends in .json")
         traced = self.profile is None or self.profile.endswith((".json", ".json.gz"))
         require(self, "profile", traced, "a file that ends in .json or .json.gz")
-        require(self, "profile", self.profile is None or self.growth == "none", "expected no profile with growth")
+        require(self, "profile", self.profile is None or self.growth == "none", "no profile with --growth")
 
     @property
     def chosen(self) -> list[str]:
@@ -85,15 +85,15 @@ class BenchmarkConfig:
 
     @property
     def others(self) -> list[str]:
-        """The contenders beside this package."""
+        """The other contenders."""
         return [] if self.against == "none" else _words(self.against)
 
 
 def parse_benchmark(argv: list[str], doc: str | None = None) -> tuple[BenchmarkConfig, Config]:
-    """Reads options of `BenchmarkConfig` and of a run; the default preset is digits, and `--help` prints `doc`.
+    """Parses the options of `BenchmarkConfig` and of a run; the default preset is digits, and `--help` prints `doc`.
 
     Raises:
-        ValueError: If an option is unknown or its value not allowed; one line.
+        ValueError: If an option is unknown or its value is invalid; one line.
     """
     if {"-h", "--help"} & set(argv):
         parse_options(argv, BenchmarkConfig, Sources, *PARTS, doc=doc)
@@ -104,7 +104,7 @@ def parse_benchmark(argv: list[str], doc: str | None = None) -> tuple[BenchmarkC
 
 
 def grown(config: Config, over: str, value: int) -> Config:
-    """Returns the options of a run with another batch size, resolution or number of diffusion steps."""
+    """Returns the options of a run with `value` as batch size, resolution or number of diffusion steps."""
     data, model, training = config.data, config.model, config.training
     if over == "batch":
         return replace(config, training=replace(training, train_batch_size=value))
@@ -136,12 +136,12 @@ def growth_values(options: BenchmarkConfig, config: Config) -> list[int]:
     return options.growth_values or usual[options.growth]
 
 
-# With this variance, diffusers adds noise in the last of fewer steps than all unless that is of t = 0.
+# With this variance and fewer than all steps, diffusers adds noise in the last step unless that step is at t = 0.
 _SPACING = {"fixed_large": {"timestep_spacing": "leading"}}
 
 
 def _comparable(config: Config, given: set[str]) -> Config:
-    """Returns the options of a run that all contenders have, with float32 for an `auto` that was not given."""
+    """Returns the options restricted to features of all contenders; precision is float32 unless it is given."""
     require(config.data, "channels", config.data.channels in (1, 3, 4), "1, 3 or 4, which all contenders read")
     shared: dict[str, Any] = {"gradient_accumulation_steps": 1, "tracker": "none", "num_samples": 1}
     if config.training.mixed_precision == "auto" and "mixed_precision" not in given:

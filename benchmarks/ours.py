@@ -1,4 +1,4 @@
-"""This package, as it is used."""
+"""The contender hf_ddpm."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +27,7 @@ from hf_ddpm.training.loop import Callback, Run, train
 from hf_ddpm.training.progress import Progress
 from hf_ddpm.utils.launch import Interrupted
 
-# Timesteps of an image's likelihood bound that are evaluated.
+# Evaluated timesteps per image of the likelihood bound.
 BOUND_STEPS = 10
 
 
@@ -38,10 +38,10 @@ class Ours(Contender):
     statement = "from hf_ddpm import DDPMPipeline"
     network_class = UNet2DModel
     pipeline_class = DDPMPipeline
-    _last: Run | None = None  # of the task before
+    _last: Run | None = None  # run of the previous task
 
     def precision(self, batch: int, training: bool = False) -> str:
-        """Returns the precision of its passes; for `auto`, the one that the package chooses."""
+        """Returns the precision of the network; `auto` is replaced by the package's choice."""
         return self.setting.precision(batch, training)
 
     def plain_pipeline(self) -> Any:
@@ -49,11 +49,11 @@ class Ours(Contender):
         return load_pipeline(str(self.setting.model), self.setting.device)
 
     def network_of(self, batch: int) -> Any:
-        """Returns the network of the passes of a batch."""
+        """Returns the network for passes of this batch size."""
         return self.sampler(batch).unet
 
     def sampler(self, batch: int) -> Any:
-        """Returns the pipeline of the reverse process of a batch, with weights cast once as in sampling."""
+        """Returns the pipeline for the reverse process of this batch size; weights are cast once, as in sampling."""
         precision = self.precision(batch)
         if precision not in self._samplers:
             self._samplers[precision] = pipe = self.plain_pipeline()
@@ -62,7 +62,7 @@ class Ours(Contender):
         return self._samplers[precision]
 
     def passes(self, batch: int) -> AbstractContextManager[Any]:
-        """Returns the context of passes: none, the weights have their precision."""
+        """Returns an empty context, as the weights already have the precision of the passes."""
         return nullcontext()
 
     @cached_property
@@ -70,7 +70,7 @@ class Ours(Contender):
         return {"no": self.pipeline}
 
     def times(self, t: Tensor) -> Tensor:
-        """Returns times as the reverse process passes them."""
+        """Returns the first time, as the reverse process passes it to the network."""
         return t[:1]
 
     def train_step(self) -> list[Workload]:
@@ -78,13 +78,13 @@ class Ours(Contender):
         return [self._training(RandomImages(self.setting.global_batch, self.setting), [])]
 
     def training(self) -> list[Workload]:
-        """The training loop with its data and its progress bar."""
+        """The training loop with data loading and progress bar."""
         metrics = self.setting.folder / "metrics.jsonl"
         metrics.unlink(missing_ok=True)
         return [self._training(self.setting.images(), [Progress(metrics)])]
 
     def data_memory(self) -> list[Workload]:
-        """Batches of images that were decoded once."""
+        """Batches of images that were decoded in advance."""
         return [self._batches(self.setting.images(), self.setting.config.data.levels)]
 
     def data_jpeg(self) -> list[Workload]:
@@ -99,7 +99,7 @@ class Ours(Contender):
         return for_worker_counts(batches)
 
     def nll(self) -> list[Workload]:
-        """The likelihood bound, and beside it the network alone."""
+        """The likelihood bound, and passes of the network alone for comparison."""
         setting, pipe, images = self.setting, self.pipeline, RandomImages(self.setting.batch, self.setting)
         steps, precision = min(BOUND_STEPS, len(pipe.scheduler)), self.precision(self.setting.batch)
 
@@ -148,7 +148,7 @@ class Ours(Contender):
         return self.steps(lambda: lead(lambda: None), lead=lead, close=images.close)
 
     def _run(self, config: Config, images: BatchSource) -> Run:
-        """Returns a run at step 0; in one process its network is that of the task before, which is compiled already."""
+        """Returns a run at step 0; in one process it reuses the network of the previous task, which is compiled."""
         accelerator = self.accelerator()
         if self._last is None or self.setting.processes > 1:
             self._last = build_run(config, accelerator, DDPMScheduler(**config.scheduler()), None, images)
@@ -166,7 +166,7 @@ class Ours(Contender):
 
 
 class _Turns(Callback):
-    """Gives the others their turns before the first step and after each turn of our own, and after the last step."""
+    """Runs the other contenders' turns before the first step, after each of our turns, and after the last step."""
 
     def __init__(self, steps: int, others: Callable[[], None]):
         self.steps, self.others = steps, others
@@ -179,6 +179,6 @@ class _Turns(Callback):
             self._give()
 
     def _give(self) -> None:
-        torch.backends.cudnn.benchmark = False  # as in the others' scripts
+        torch.backends.cudnn.benchmark = False  # as in the scripts of the others
         self.others()
         torch.backends.cudnn.benchmark = True

@@ -1,4 +1,4 @@
-"""Profiles: a trace per task, launches per step, and the kernels that take longest."""
+"""Profile tasks: a trace, launches per step, and the slowest kernels."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,25 +11,25 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import Workload
 
-# Kernels in the table of a task.
+# Number of kernels in the table of a task.
 TOP = 8
 
-# Calls of CUDA that start a kernel, or a graph of kernels.
+# CUDA calls that launch a kernel or a graph of kernels.
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 
 
 @contextmanager
 def profiled(work: Workload, file: Path, device: torch.device) -> Iterator[None]:
-    """Profiles what is done in its context: the trace becomes a file, the rest `work.profile`."""
+    """Profiles the block; writes the trace to a file, and the summary to `work.profile`."""
     on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as found:
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as record:
         yield
         if on_gpu:
             torch.cuda.synchronize(device)
     file.parent.mkdir(parents=True, exist_ok=True)
-    found.export_chrome_trace(str(file))
-    events = found.events() or []
-    top = _longest(found.key_averages(), on_gpu)
+    record.export_chrome_trace(str(file))
+    events = record.events() or []
+    top = _longest(record.key_averages(), on_gpu)
     work.profile = {"trace": file.name, "per_step": _per_step(events, on_gpu, work.brief_steps), "longest": top}
 
 
@@ -40,7 +40,7 @@ def trace_of(file: str, task: str) -> Path:
 
 
 def _per_step(events: Sequence[Any], on_gpu: bool, steps: int) -> dict[str, float]:
-    """Returns launches and kernels on a GPU, operators that no other operator calls on a CPU."""
+    """Returns counts per step: launches and kernels on a GPU, outermost operators on a CPU."""
     if on_gpu:
         kernels = [event for event in events if _is_on_gpu(event) and not event.name.startswith(("Memcpy", "Memset"))]
         launches = [event for event in events if event.name in LAUNCHES]
@@ -62,7 +62,7 @@ def _is_outermost(event: Any) -> bool:
 
 
 def _longest(averages: Sequence[Any], on_gpu: bool) -> list[dict[str, Any]]:
-    """Returns the kernels or, on a CPU, operators that take longest; `share` is that of the time of all."""
+    """Returns the slowest kernels, or operators on a CPU; `share` is the fraction of the total time."""
     if on_gpu:
         averages = [entry for entry in averages if _is_on_gpu(entry)]
     times = [entry.self_device_time_total if on_gpu else entry.self_cpu_time_total for entry in averages]

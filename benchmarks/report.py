@@ -1,4 +1,4 @@
-"""Rows of the report, its table and curves."""
+"""Rows, table and curves of the report."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -19,8 +19,8 @@ Row = dict[str, Any]
 
 PACKAGES = ("accelerate", "datasets", "denoising-diffusion-pytorch", "torchvision")
 
-# The cores that other processes keep busy, and the spread of the rounds, up to which a machine counts as quiet.
-QUIET_OTHERS, QUIET_SPREAD = 0.1, 0.1
+# A machine counts as idle up to this many cores kept busy by other processes, and up to this spread of the rounds.
+IDLE_OTHERS, IDLE_SPREAD = 0.1, 0.1
 
 HEAD = (
     "task", "subject", "precision", "median", "least to most", "images/s", "time / ours", "GFLOP/s", "of matmul",
@@ -32,14 +32,14 @@ def to_row(task: str, work: Workload, ours: Workload | None, rates: Rates) -> Ro
     """Returns the row of a workload.
 
     Args:
-        task: Its task.
-        work: The workload, timed.
-        ours: The workload of this package, if that did not fail.
+        task: The task.
+        work: The timed workload.
+        ours: The workload of this package, unless it failed.
         rates: Rates of the device.
 
     Returns:
-        The row. `beside_ours` is the median over the rounds of the time per image divided by ours of the same round:
-        2 is half as fast.
+        The row. `beside_ours` is the time per image divided by ours in the same round, as the median over the rounds:
+        2 means half as fast.
     """
     if work.error is not None:
         return {"task": task, "subject": work.subject, "error": work.error}
@@ -73,24 +73,24 @@ def to_row(task: str, work: Workload, ours: Workload | None, rates: Rates) -> Ro
 
 def summary(rows: Sequence[Row]) -> str:
     """Returns the rows of a task in one line."""
-    said = (
+    parts = (
         f"{row['subject']} {_duration(row['seconds']['median'])} ({_known(row['beside_ours'], '{:.2f}') or 'alone'})"
         if row["error"] is None
         else f"{row['subject']} failed"
         for row in rows
     )
-    return f"{rows[0]['task']}: {', '.join(said)}" if rows else "no contender"
+    return f"{rows[0]['task']}: {', '.join(parts)}" if rows else "no contender"
 
 
 def made_by(device: torch.device) -> dict[str, Any]:
-    """Returns the versions, revision, device, date and threads."""
+    """Returns versions, revision, device, date and number of threads."""
     made = provenance(device)
     made["versions"] |= {name: _version(name) for name in PACKAGES}
     return made | {"threads": torch.get_num_threads()}
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> str:
-    """Writes a report as JSON, as a table beside it and, with `--growth`, as a curve per task; returns the table."""
+    """Writes a report as JSON and as a Markdown table, and with `--growth` a curve per task; returns the table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = markdown(report)
     for file, content in ((path, to_json(report, indent=2) + "\n"), (path.with_suffix(".md"), text)):
@@ -107,7 +107,7 @@ def write_report(path: Path, report: Mapping[str, Any]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Returns a report as a table with the remarks that a reader needs."""
+    """Returns a report as a Markdown table with notes."""
     made, rows, growth = report["made_by"], report["rows"], report["options"]["growth"]
     versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in made["versions"].items())
     left_out = {"precision"} if len({row.get("precision") for row in rows} - {None}) < 2 else set()
@@ -122,9 +122,9 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"{made['date']}, revision {made['revision']}; {versions}. {_hardware(made)}",
             "",
             f"{report['about']} {_precisions(report)}{_alone(report)}Times are per step, pass or chain; "
-            '"time / ours" is the time per image divided by ours, the median over the rounds (least to most of one); '
-            '"first run" is the time from building the workload to the end of its first run (of training: its first '
-            "turn), with what is compiled for it; later tasks reuse that.",
+            '"time / ours" is the time per image divided by ours: the median over the rounds, and (least to most); '
+            '"first run" is the time from building the workload to the end of its first run (for training: its first '
+            "turn), including compilation, which later tasks reuse.",
             "",
             *lines,
             "",
@@ -136,7 +136,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def _hardware(made: Mapping[str, Any]) -> str:
-    """Returns a sentence on the CPU, the driver and the clocks."""
+    """Returns a sentence about the CPU, the GPU's driver and its clocks."""
     cpu, gpu = made.get("cpu", {}), made.get("gpu", {})
     parts = [f"CPU {cpu['name']} ({', '.join(cpu['flags'])})"] if cpu.get("name") else []
     parts += [", ".join(f"{name} {value}" for name, value in gpu.items())] if gpu else []
@@ -144,25 +144,25 @@ def _hardware(made: Mapping[str, Any]) -> str:
 
 
 def _precisions(report: Mapping[str, Any]) -> str:
-    """Returns a sentence on the precision of each contender, and on the choice of `auto`."""
-    found: dict[str, dict[str, None]] = {}
+    """Returns a sentence about the precision of each contender, and the choice of `auto`."""
+    used: dict[str, dict[str, None]] = {}
     for row in report["rows"]:
         if row.get("precision"):
-            found.setdefault(row["subject"].partition(",")[0], {})[PRECISION_NAMES[row["precision"]]] = None
-    if len({tuple(names) for names in found.values()}) == 1:
-        found = {"all contenders": next(iter(found.values()))}
-    said = [f"{subject} in {' and '.join(names)}" for subject, names in found.items()]
+            used.setdefault(row["subject"].partition(",")[0], {})[PRECISION_NAMES[row["precision"]]] = None
+    if len({tuple(names) for names in used.values()}) == 1:
+        used = {"all contenders": next(iter(used.values()))}
+    parts = [f"{subject} in {' and '.join(names)}" for subject, names in used.items()]
     choices = "".join(f" (auto: {line})" for line in report["precision_choices"])
-    return f"Passes of {'; '.join([said[0] + choices, *said[1:]])}. " if said else ""
+    return f"Precision: {'; '.join([parts[0] + choices, *parts[1:]])}. " if parts else ""
 
 
 def _alone(report: Mapping[str, Any]) -> str:
-    """Returns a sentence on the rates of the device."""
-    said = "; ".join(
+    """Returns a sentence about the rates of the device."""
+    parts = "; ".join(
         f"{rates['matmul'] / 1e9:.4g} GFLOP/s and {rates['convolution'] / 1e9:.4g} in {PRECISION_NAMES[name]}"
         for name, rates in report["rates"].items()
     )
-    return f"Alone, a large matrix product and a large 3x3 convolution reach {said}. " if said else ""
+    return f"On their own, a large matrix product and a large 3x3 convolution reach {parts}. " if parts else ""
 
 
 def _profiles(rows: Sequence[Row]) -> Iterator[str]:
@@ -188,42 +188,45 @@ def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
         if row.get("parameters"):
             yield f"- {row['subject']}: {row['parameters']:,} parameters."
         if row.get("memory_error"):
-            yield f"- {row['subject']}, {row['task']}: memory is unknown, {row['memory_error']}."
+            yield f"- {row['subject']}, {row['task']}: memory is unknown: {row['memory_error']}."
         for note in row.get("notes", ()):
             tasks.setdefault(f"{row['subject']}: {note}", {})[row["task"]] = None
     yield from (f"- {note} ({', '.join(where)})." for note, where in tasks.items())
     compiled = report["options"]["config"]["compile"]
-    yield f"- Memory: {report['memory']}{'; not of compiled networks' if compiled else ''}."
-    yield from _unrest(report)
+    yield f"- Memory: {report['memory']}{'; not measured for compiled networks' if compiled else ''}."
+    yield from _disturbances(report)
     if report["made_by"]["versions"]["torchvision"] is None:
-        yield "- torchvision is not installed: the same steps in numpy and PIL replace its transforms."
+        yield "- torchvision is not installed: its transforms are replaced by the same steps in numpy and PIL."
 
 
 def _differences(check: Mapping[str, Any]) -> Iterator[str]:
-    """Yields remarks on the outputs that were compared before timing."""
-    plain = [f"{what} by {found['difference']:.2g}" for what, found in check["outputs"].items() if "timed" not in what]
-    timed = [f"{what} by {found['difference']:.2g}" for what, found in check["outputs"].items() if "timed" in what]
+    """Yields notes about the differences of outputs measured before timing."""
+    plain = [f"{name} by {entry['difference']:.2g}" for name, entry in check["outputs"].items() if "timed" not in name]
+    timed = [f"{name} by {entry['difference']:.2g}" for name, entry in check["outputs"].items() if "timed" in name]
     if plain:
         yield (
             f"- Before timing, {check['subject']} differed from ours with the same weights, both in float32 and not "
             f"compiled: {', '.join(plain)}."
         )
     if timed:
-        yield f"- {check['subject']} beside itself in float32, not compiled, relative error: {', '.join(timed)}."
+        yield (
+            f"- Before timing, {check['subject']} differed from itself in float32 and not compiled (relative error): "
+            f"{', '.join(timed)}."
+        )
 
 
-def _unrest(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yields remarks if the machine was not quiet: other processes in the meantime, or rounds that differ."""
+def _disturbances(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yields notes if the machine was not idle: load of other processes, or rounds that differ."""
     busy = [(row["busy_others"], row["task"]) for row in report["rows"] if row.get("busy_others") is not None]
     most, task = max(busy, default=(0, None))
-    if most > QUIET_OTHERS:
-        yield f"- The machine was not quiet: other processes kept {most:.2g} of its cores busy during {task}."
+    if most > IDLE_OTHERS:
+        yield f"- The machine was not idle: other processes kept {most:.2g} of its cores busy during {task}."
     spreads = [
         (row["seconds"]["most"] / row["seconds"]["least"] - 1, row) for row in report["rows"] if row["error"] is None
     ]
     largest, row = max(spreads, key=lambda spread: spread[0], default=(0, None))
-    if row is not None and largest > QUIET_SPREAD:
-        yield f"- The machine was not quiet: rounds of {row['subject']}, {row['task']}, differ by {largest:.0%}."
+    if row is not None and largest > IDLE_SPREAD:
+        yield f"- The machine was not idle: rounds of {row['subject']}, {row['task']}, differ by {largest:.0%}."
 
 
 def _cells(row: Row, growth: str, columns: Sequence[str]) -> list[str]:
@@ -249,7 +252,7 @@ def _cells(row: Row, growth: str, columns: Sequence[str]) -> list[str]:
 
 
 def _ratio(row: Row) -> str:
-    """Returns the time divided by ours, with the least and the most of a round; 1 for ours."""
+    """Returns the time divided by ours, with the minimum and maximum of the rounds; 1 for ours."""
     if row["beside_ours"] is None or row["beside_ours_least"] == row["beside_ours_most"]:
         return _known(row["beside_ours"], "{:.2f}")
     return f"{row['beside_ours']:.2f} ({row['beside_ours_least']:.2f} to {row['beside_ours_most']:.2f})"

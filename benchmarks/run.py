@@ -1,4 +1,4 @@
-"""Runs each task with all contenders, in one process or in one launch per number of processes."""
+"""Run all tasks with all contenders, in one process or in one launch per number of processes."""
 
 import gc
 import json
@@ -33,40 +33,40 @@ CONTENDERS: dict[str, type[Contender]] = {kind.name: kind for kind in (Ours, Sto
 # Tasks whose memory is measured.
 MEMORY_TASKS = ("forward", "train_step", "sampling")
 
-ON_GPU = "the most that torch's allocator has handed out at once (torch.cuda.max_memory_allocated)"
-ON_CPU = "the most that a process for this task alone holds, beyond what it holds before (Linux: VmHWM)"
+ON_GPU = "peak memory allocated by torch (torch.cuda.max_memory_allocated)"
+ON_CPU = "peak memory of a separate process for this task, above its initial memory (Linux: VmHWM)"
 
-# Launched once per number of processes.
+# Script that is launched once per number of processes.
 PROGRAM = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 
 
 def run_benchmark(options: BenchmarkConfig, config: Config, bar: tqdm) -> dict[str, Any]:
-    """Times all tasks on the processes of this launch and returns the report."""
+    """Times all tasks on the processes of this launch, and returns the report."""
     rates: dict[str, Rates] = {}
     equality, rows, machine, load = [], [], {}, round(os.getloadavg()[0], 2)
     for value in growth_values(options, config):
         with TemporaryDirectory(prefix="hf_ddpm-benchmark-") as folder, hidden_output():
             setting = Setting(options, grown(config, options.growth, value), Path(folder))
             if config.training.compile:
-                torch.compiler.reset()  # compiled networks that are gone count towards the limit of compilations
+                torch.compiler.reset()  # otherwise earlier compiled networks count towards the recompilation limit
             contenders = [CONTENDERS[name](setting) for name in (Ours.name, *options.others)]
-            if config.training.compile:  # an option of train.py and sample.py, not of the others' scripts
+            if config.training.compile:  # also without compiling, as in the scripts of the others
                 contenders += [CONTENDERS[name](setting, compiled=False) for name in options.others]
             at = {"at": value or None}
             if options.check and set(options.chosen) & set(NETWORK_TASKS):
                 bar.set_postfix_str("comparing outputs")
                 equality += [check | at for check in compare(contenders, options.chosen)]
             for task in options.chosen:
-                found = run_task(task, contenders, rates, bar)
-                machine = machine or describe(setting.device)  # with the clocks of a GPU that works
-                rows += [row | at for row in found]
-                _finish(found, bar)
+                new = run_task(task, contenders, rates, bar)
+                machine = machine or describe(setting.device)  # after a task, for the clocks of a GPU under load
+                rows += [row | at for row in new]
+                _finish(new, bar)
     size = " x ".join(map(str, setting.shape))
-    varied = "" if options.growth == "none" else f", but for the {options.growth}"
+    varied = "" if options.growth == "none" else f", except for the varied {options.growth}"
     return {
         "made_by": made_by(setting.device) | machine | {"processes": setting.processes, "load": load},
         "options": asdict(options) | {"json": Path(options.json).name, "config": config.to_dict()},
-        "about": f"Images of {size}, {setting.batch} a process and step{varied}.",
+        "about": f"Images of {size}, {setting.batch} per process and step{varied}.",
         "precision_choices": list(dict.fromkeys(choice.line for choice in setting.choices.values())),
         "memory": ON_GPU if setting.device.type == "cuda" else ON_CPU,
         "rates": rates,
@@ -76,16 +76,16 @@ def run_benchmark(options: BenchmarkConfig, config: Config, bar: tqdm) -> dict[s
 
 
 def run_task(task: str, contenders: list[Contender], rates: dict[str, Rates], bar: tqdm) -> list[Row]:
-    """Times a task and returns its rows.
+    """Times a task, and returns its rows.
 
     Args:
         task: The task.
         contenders: The contenders; the first is this package.
-        rates: Rates of the device by precision; those that are missing are measured.
-        bar: Shows what is being done.
+        rates: Rates of the device by precision; missing rates are measured and added.
+        bar: Progress bar that shows the current turn.
     """
     setting = contenders[0].setting
-    gc.collect()  # leftovers of the task before would count as memory of this one
+    gc.collect()  # otherwise objects of the previous task count as memory of this one
     memory, works, clock = {}, [], clock_of(setting.device)
     if setting.options.memory and task in MEMORY_TASKS and setting.processes == 1:
         for contender in contenders:
@@ -128,7 +128,7 @@ def run_processes(argv: list[str], options: BenchmarkConfig, counts: list[int], 
     """Launches the benchmark once per number of processes.
 
     Returns:
-        The report of the first launch that succeeded, with the rows of all.
+        The report of the first successful launch, with the rows of all launches.
 
     Raises:
         OSError: If no launch succeeded.
@@ -142,9 +142,9 @@ def run_processes(argv: list[str], options: BenchmarkConfig, counts: list[int], 
             words = [*argv, "--growth", "none", "--json", str(file)]
             launch = subprocess.run([sys.executable, *launcher, *words], capture_output=True, text=True)
             if launch.returncode == 0:
-                found = json.loads(file.read_text())
-                report = report or found
-                new = found["rows"]
+                launched = json.loads(file.read_text())
+                report = report or launched
+                new = launched["rows"]
             else:
                 lines = launch.stderr.splitlines() or ["no error message"]
                 error = next((line for line in lines if "error" in line.lower()), lines[0])[:300]
@@ -153,12 +153,12 @@ def run_processes(argv: list[str], options: BenchmarkConfig, counts: list[int], 
         for task in options.chosen:
             _finish([row for row in new if row["task"] == task], bar)
     if report is None:
-        raise OSError(f"no launch succeeded: {error}")
+        raise OSError(f"all launches failed: {error}")
     return report | {"options": report["options"] | asdict(options), "rows": rows}
 
 
 def _finish(task: list[Row], bar: tqdm) -> None:
-    """Shows a task's rows, which are then known even if the benchmark is interrupted later."""
+    """Prints a task's rows at once, in case the benchmark is interrupted later."""
     if not bar.disable:
         bar.write(summary(task), file=bar.fp)
     bar.update()

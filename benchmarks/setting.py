@@ -1,4 +1,4 @@
-"""The settings that all contenders share: weights, batches, images, precision and device."""
+"""Settings that all contenders share: weights, batches, images, precision and device."""
 
 import io
 from collections.abc import Iterator
@@ -29,16 +29,16 @@ from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
 SEED = 0
 
-# The parquet file that is read.
+# Number and quality of the JPEG images in the parquet file, and rows per row group.
 JPEGS, JPEG_QUALITY, JPEG_GROUP = 2048, 90, 256
 
 
 class Setting:
-    """The settings that all contenders share.
+    """Settings that all contenders share.
 
     Args:
         options: Options of the benchmark.
-        config: Network, process, data, batch and precision.
+        config: Options of the network, diffusion process, data, batch size and precision.
         folder: A temporary folder.
     """
 
@@ -55,18 +55,18 @@ class Setting:
         self.choices: dict[tuple[int, bool], Choice] = {}
         self.global_batch = self.batch * self.processes
         torch.manual_seed(SEED)
-        # Not the paper's initialization, whose last layer is zero: outputs are compared.
+        # Outputs are compared, so the last layer must not be zero, as it is in the paper's initialization.
         self.weights = UNet2DModel(**config.unet()).state_dict()
 
     def allow_tf32(self, allowed: bool) -> None:
-        """Lets a GPU round the factors of float32 products, or not."""
+        """Allows or forbids TF32 in float32 products and convolutions on a GPU."""
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
     def precision(self, batch: int, training: bool) -> str:
-        """Returns the precision of this package's passes; for `auto`, the one that the package measures and chooses."""
-        asked = self.config.training.mixed_precision
-        if asked != "auto":
-            return str(asked)
+        """Returns the precision of this package; `auto` is replaced by the package's measured choice."""
+        option = self.config.training.mixed_precision
+        if option != "auto":
+            return str(option)
         if (batch, training) not in self.choices:
             network = UNet2DModel(**self.config.unet()).to(self.device)
             network.lay_out_kernels()
@@ -86,14 +86,14 @@ class Setting:
 
     @cached_property
     def model(self) -> Path:
-        """The folder of a pipeline with the weights."""
+        """Folder of a saved pipeline with the shared weights."""
         unet = UNet2DModel(**self.config.unet())
         unet.load_state_dict(self.weights)
         DDPMPipeline(unet, DDPMScheduler(**self.config.scheduler())).save_pretrained(self.folder / "model")
         return self.folder / "model"
 
     def images(self) -> BatchSource:
-        """Opens the images as training does."""
+        """Opens the training images."""
         return open_images(
             self.config.data,
             seed=SEED,
@@ -103,7 +103,7 @@ class Setting:
         )
 
     def dataset(self) -> Dataset:
-        """Returns the same images as encoded rows, column `image`, without an incomplete last global batch."""
+        """Returns the same images as a dataset with the column `image`, without an incomplete last global batch."""
         data = self.config.data
         dataset, _ = open_split(data)
         column = find_image_column(dataset.features, data.image_column)
@@ -115,17 +115,17 @@ class Setting:
         chosen = choose(len(dataset), data.max_train_samples, SEED)
         whole = len(chosen) // self.global_batch * self.global_batch
         if not whole:
-            raise ValueError(f"dataset {data.dataset!r} holds no batch of {self.global_batch} images")
+            raise ValueError(f"--dataset {data.dataset}: expected at least {self.global_batch} images (a global batch)")
         return dataset.select(chosen[:whole])
 
     @property
     def mode(self) -> str:
-        """PIL's mode of the images."""
+        """PIL mode of the images."""
         return MODES[self.config.data.channels]
 
     @cached_property
     def png_folder(self) -> Path:
-        """A folder of these images as PNG files."""
+        """Folder of these images as PNG files."""
         folder = self.folder / "png"
         folder.mkdir()
         for index, row in enumerate(self.dataset()):
@@ -134,7 +134,7 @@ class Setting:
 
     @cached_property
     def jpegs(self) -> Path:
-        """A parquet file of smooth random JPEG images."""
+        """Parquet file of smooth random JPEG images."""
         height, width = self.config.data.size
         channels = 1 if self.config.data.channels == 1 else 3
         random = np.random.default_rng(SEED)
@@ -150,7 +150,7 @@ class Setting:
 
 
 def new_accelerator(precision: str, device: torch.device) -> Accelerator:
-    """Returns an accelerator of any precision, whatever the earlier ones have."""
+    """Returns an accelerator in any precision, independent of earlier accelerators."""
     with own_precision():
         accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     keep_state(accelerator)
@@ -159,18 +159,18 @@ def new_accelerator(precision: str, device: torch.device) -> Accelerator:
 
 @contextmanager
 def own_precision() -> Iterator[None]:
-    """Lets an accelerator be made in another precision than earlier ones, see `keep_state`."""
+    """Allows a new accelerator in another precision than earlier ones, see `keep_state`."""
     before = dict(AcceleratorState._shared_state)
     AcceleratorState._reset_state()
     try:
         yield
     finally:
-        if not AcceleratorState._shared_state:  # none was made
+        if not AcceleratorState._shared_state:  # no accelerator was created
             AcceleratorState._shared_state.update(before)
 
 
 def keep_state(accelerator: Accelerator) -> None:
-    """Lets an accelerator keep its precision, which accelerate shares among all of a process."""
+    """Gives an accelerator its own state, which accelerate otherwise shares within a process."""
     accelerator.state.__dict__ = dict(accelerator.state.__dict__)
 
 

@@ -1,4 +1,4 @@
-"""diffusers, and the training script of its examples."""
+"""The contender diffusers, with its example training script."""
 
 import random
 import sys
@@ -28,14 +28,14 @@ from benchmarks.setting import RandomImages
 from hf_ddpm.images import to_signed
 from hf_ddpm.models.precision import PRECISIONS
 
-# The script's defaults.
+# Defaults of the script.
 ADAM = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
 EMA = {"decay": 0.9999, "use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
 WARMUP_STEPS, EPOCHS = 500, 100
 
 
 class Stock(Contender):
-    """The tasks with diffusers."""
+    """diffusers."""
 
     name = "diffusers"
     statement = "from diffusers import DDPMPipeline"
@@ -44,7 +44,7 @@ class Stock(Contender):
 
     @cached_property
     def trained(self) -> Any:
-        """The network of all tasks with gradients, prepared and then compiled, as accelerate's launcher does it."""
+        """The network of all tasks with gradients, prepared and then compiled, as by accelerate's launcher."""
         model = self.accelerator().prepare_model(self.plain_network())
         if self.compiled:
             model.compile()
@@ -61,7 +61,7 @@ class Stock(Contender):
         return [self._script([{"input": to_signed(images)}] * 100)]
 
     def training(self) -> list[Workload]:
-        """The script's loop with its data loader and its progress bar."""
+        """The script's loop with its data loader and progress bar."""
         return [self._script(self._loader(self.setting.dataset()))]
 
     def data_memory(self) -> list[Workload]:
@@ -104,7 +104,7 @@ class Stock(Contender):
 def script_loop(accelerator: Accelerator, model: Any, batches: Any, scheduler: Path) -> Iterator[None]:
     """Runs the loop of diffusers' `train_unconditional.py` with its defaults; yields after each step.
 
-    The model has been prepared by the accelerator.
+    The accelerator must have prepared the model.
     """
     weight_dtype = PRECISIONS[accelerator.mixed_precision]
     noise_scheduler = diffusers.DDPMScheduler.from_pretrained(scheduler)
@@ -151,7 +151,7 @@ def script_loop(accelerator: Accelerator, model: Any, batches: Any, scheduler: P
 
 @contextmanager
 def importable_torchvision() -> Iterator[None]:
-    """Lets others import torchvision's transforms where it is missing: the same steps, with numpy and PIL."""
+    """Makes torchvision's transforms importable if torchvision is missing, as the same steps in numpy and PIL."""
     if find_spec("torchvision") is not None:
         yield
         return
@@ -163,7 +163,7 @@ def importable_torchvision() -> Iterator[None]:
 
 
 def _resize(size: int | tuple[int, int], image: Image.Image) -> Image.Image:
-    """Resizes to a length of the shorter side, or to (height, width)."""
+    """Resizes the shorter side to `size`, or the image to (height, width)."""
     if isinstance(size, int):
         size = round(image.height * size / min(image.size)), round(image.width * size / min(image.size))
     return image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.BILINEAR)
@@ -176,7 +176,7 @@ def _center_crop(size: int | tuple[int, int], image: Image.Image) -> Image.Image
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:
-    """Converts bytes to floats in [0, 1], shape `(C, H, W)`."""
+    """Converts uint8 to floats in [0, 1], shape `(C, H, W)`."""
     pixels = torch.from_numpy(np.array(image, np.uint8)).view(image.height, image.width, len(image.getbands()))
     return pixels.permute(2, 0, 1).contiguous().float().div(255)
 

@@ -1,10 +1,10 @@
 """Denoising Diffusion Probabilistic Models (Ho et al. 2020) as a Hugging Face package.
 
 The functions `train`, `sample_images`, `evaluate` and `push_to_hub` are the commands of `hf-ddpm`; `Config`, `Sampling`
-and `EvaluateConfig` hold their options. What `__all__` names is the public interface; all else may change.
+and `EvaluateConfig` hold their options. The public interface is `__all__`; everything else may change.
 
-Every public name loads its module on first use, so that `import hf_ddpm` costs nothing and the mathematics
-(`GaussianDiffusion`) never imports diffusers.
+Each public name loads its module on first use. So `import hf_ddpm` is fast, and `GaussianDiffusion` does not import
+diffusers.
 """
 
 from importlib import import_module
@@ -19,7 +19,7 @@ _HOME = {
     "DDPMScheduler": "hf_ddpm.schedulers.scheduling_ddpm",
     "EvaluateConfig": "hf_ddpm.evaluation.options",
     "GaussianDiffusion": "hf_ddpm.diffusion",
-    # The diffusers loader looks the base classes up on the library that a component names.
+    # The diffusers loader looks up base classes in the library of a component.
     "ModelMixin": "diffusers",
     "Sampling": "hf_ddpm.sampling.options",
     "SchedulerMixin": "diffusers",
@@ -27,7 +27,7 @@ _HOME = {
     "distill": "hf_ddpm.cli.stages",
     "evaluate": "hf_ddpm.evaluation.evaluate",
     "find_scheduler": "hf_ddpm.sampling.samplers",
-    "push_pipeline": "hf_ddpm.hub.share",  # not public: pipelines find it here, as imports go from hub to pipelines
+    "push_pipeline": "hf_ddpm.hub.share",  # not public; here because pipelines must not import hub
     "push_to_hub": "hf_ddpm.cli.push",
     "sample_images": "hf_ddpm.sampling.generate",
     "train": "hf_ddpm.cli.session",

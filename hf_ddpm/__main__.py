@@ -1,4 +1,4 @@
-"""`python -m hf_ddpm` and `accelerate launch -m hf_ddpm`: the same as `hf-ddpm`."""
+"""Entry point of `python -m hf_ddpm` and `accelerate launch -m hf_ddpm`, which do the same as `hf-ddpm`."""
 
 from hf_ddpm.cli import main
 

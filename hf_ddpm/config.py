@@ -1,7 +1,7 @@
-"""What a run is made of: options with their defaults (those of the paper's CIFAR-10 model), presets, files, flags.
+"""Options of a training run, from a preset, a YAML file and the command line.
 
-A preset and a YAML file are turned into the same words that a command line is made of, in front of it: one parser
-checks all three, and the command line wins.
+The defaults are those of the paper's CIFAR-10 model. The options of a preset and of a YAML file are inserted before the
+words of the command line: one parser checks all three, and the command line wins.
 """
 
 import copy
@@ -34,25 +34,27 @@ from hf_ddpm.utils.options import (
 )
 
 LARGEST_BETA = 0.999
-# Lengths of runs by `--max_train_steps auto`: passes over the images, and the fewest and most steps.
+# Length of a run with `--max_train_steps auto`: epochs, and the minimum and maximum number of steps.
 AUTO_EPOCHS, AUTO_STEPS = 100, (10_000, 100_000)
-# What `dataset` may name.
-DATASETS = "digits; a folder of images, arrays, archives or parquet files; such a file; or a Hub id"
+# Values that `--dataset` accepts.
+DATASETS = "digits; a folder of images, arrays, archives or parquet files; one such file; or a Hub id"
 
 
 @dataclass
 class ImageOptions:
-    """Options of a data set that training and evaluation share."""
+    """Data set options that training and evaluation share."""
 
     dataset: str | None = option(DATASETS, None)
-    dataset_config: str | None = option("configuration, for data sets with several ones", None)
+    dataset_config: str | None = option("configuration of the data set, if it has several", None)
     image_column: str | None = option("column of the images; guessed by default", None)
-    class_column: str | None = option("column of the classes to condition on, or auto; none by default", None)
-    enlarge: bool = option("scale up images that are smaller than the resolution instead of refusing them", False)
-    levels: int | None = option("evenly spaced values that a pixel takes; 17 for digits, else 256 by default", None)
-    value_range: list[float] | None = option("floats that become black and white, for images of floats", None)
-    background: str | None = option("color behind transparent pixels, except with 4 channels; white by default", None)
-    skip_bad_images: bool = option("skip images that cannot be used instead of stopping", False)
+    class_column: str | None = option(
+        "column of the classes to condition on; auto: guess the column; unconditional by default", None
+    )
+    enlarge: bool = option("upscale images that are smaller than the resolution instead of stopping", False)
+    levels: int | None = option("number of evenly spaced pixel values; 17 for digits, else 256 by default", None)
+    value_range: list[float] | None = option("values of black and white in images of floats", None)
+    background: str | None = option("color behind transparent pixels; unused with 4 channels; white by default", None)
+    skip_bad_images: bool = option("skip unusable images instead of stopping", False)
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -67,29 +69,30 @@ class DataConfig(ImageOptions):
     """Data: the images to train on."""
 
     dataset: str = option(DATASETS, "")
-    levels: int = option("evenly spaced values that a pixel takes; above 256 for 16 bits", 256)
-    background: str = option("color behind transparent pixels, except with 4 channels", "white")
+    levels: int = option("number of evenly spaced pixel values; above 256 for 16-bit images", 256)
+    background: str = option("color behind transparent pixels; unused with 4 channels", "white")
     split: str = option("split to train on", "train")
-    class_dropout: float = option("share of images whose class is hidden, for guidance", 0.1)
+    class_dropout: float = option("probability to hide the class of an image, for classifier-free guidance", 0.1)
     resolution: list[int] = option(
-        "height and width in pixels, or one number for both; images are resized and cropped to it", factory=lambda: [32]
+        "height and width in pixels, or one number for both; images are resized and cropped to this size",
+        factory=lambda: [32],
     )
-    crop: Literal["center", "random"] = option("what is cut from images of another shape", "center")
+    crop: Literal["center", "random"] = option("where to crop images of another aspect ratio", "center")
     channels: int = option(
-        "channels of the images: 1 (gray), 3 (RGB) or 4 (RGBA); any number with arrays (.npy, .npz, TIFF pages)", 3
+        "image channels: 1 (gray), 3 (RGB) or 4 (RGBA); any number with arrays (.npy, .npz, TIFF pages)", 3
     )
-    horizontal_flip: bool = option("mirror half of the images at random", False)
+    horizontal_flip: bool = option("flip images horizontally with probability 0.5", False)
     max_train_samples: int | None = option("number of images to use, drawn at random; all by default", None)
-    streaming: bool = option("decode images as they are needed: for sets larger than the disk", False)
+    streaming: bool = option("read and decode images on demand, for data sets larger than the disk", False)
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        require(self, "dataset", bool(self.dataset), "a data set, such as a folder of images, or --preset")
+        require(self, "dataset", bool(self.dataset), "a data set, such as a folder of images, or --preset NAME")
         sides = self.resolution
         require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
         require_at_least(self, 1, "channels", "max_train_samples")
-        require(self, "class_dropout", 0 <= self.class_dropout < 1, "in [0, 1)")
+        require(self, "class_dropout", 0 <= self.class_dropout < 1, "a value in [0, 1)")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -102,42 +105,42 @@ class ModelConfig:
     """Model: the U-Net."""
 
     init_from: str | None = option(
-        "folder or Hub id of a DDPM pipeline to start from: its network and process replace the options of both", None
+        "folder or Hub id of a DDPM pipeline to fine-tune; its network and its process replace those options", None
     )
-    block_out_channels: list[int] = option("channels at each resolution", factory=lambda: [128, 256, 256, 256])
+    block_out_channels: list[int] = option("channels per resolution", factory=lambda: [128, 256, 256, 256])
     layers_per_block: int = option("residual blocks per resolution", 2)
     attention_resolutions: list[int] = option(
-        "resolutions with self-attention besides the middle; 0 for none", factory=lambda: [16]
+        "resolutions with self-attention, in addition to the middle block; 0 for none", factory=lambda: [16]
     )
     attention_head_dim: int | None = option("channels per attention head; one head by default", None)
-    norm_num_groups: int = option("groups of the group normalizations", 32)
+    norm_num_groups: int = option("number of groups in group normalization", 32)
     dropout: float = option("dropout probability", 0.1)
 
     def __post_init__(self) -> None:
         """Check the values."""
         require_types(self)
         require_at_least(self, 1, "norm_num_groups", "attention_head_dim", "layers_per_block")
-        require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        require(self, "dropout", 0 <= self.dropout < 1, "a value in [0, 1)")
         require(self, "block_out_channels", self.block_out_channels[0] >= 4, "at least 4 at the highest resolution")
         for width in self.block_out_channels:
             groups_fit = width >= 1 and width % self.norm_num_groups == 0
-            require(self, "block_out_channels", groups_fit, f"multiples of norm_num_groups={self.norm_num_groups}")
+            require(self, "block_out_channels", groups_fit, f"multiples of --norm_num_groups {self.norm_num_groups}")
 
 
 @dataclass
 class DiffusionConfig:
-    """Process: noise, and what the network predicts."""
+    """Process: the noise schedule and the prediction of the network."""
 
     num_train_timesteps: int = option("number T of diffusion steps", 1000)
     beta_schedule: Literal["linear", "scaled_linear", "quad", "const", "squaredcos_cap_v2", "sigmoid"] = option(
-        "variances of the forward process", "linear"
+        "schedule of the variances of the forward process", "linear"
     )
     beta_start: float | None = option("first variance; 0.1 / num_train_timesteps by default, at most 0.999", None)
     beta_end: float | None = option("last variance; 20 / num_train_timesteps by default, at most 0.999", None)
     allow_terminal_signal: bool = option(
-        "train even if the last step keeps more than 0.1% of the variance of images: samples then lack contrast", False
+        "train even if x_T keeps more than 0.1% of the variance of the images; samples then lack contrast", False
     )
-    rescale_betas_zero_snr: bool = option("make the last step pure noise", False)
+    rescale_betas_zero_snr: bool = option("rescale the variances so that x_T is pure noise", False)
     prediction_type: Literal["epsilon", "sample", "mean", "v_prediction"] = option(
         "what the network predicts", "epsilon"
     )
@@ -146,24 +149,24 @@ class DiffusionConfig:
     )
 
     timestep_spacing: Literal["leading", "linspace", "trailing"] = option(
-        "spacing of the steps of sampling in fewer", "trailing"
+        "spacing of the timesteps when sampling in fewer steps", "trailing"
     )
 
     def __post_init__(self) -> None:
         """Check the values."""
         require_types(self)
         require(self, "num_train_timesteps", self.num_train_timesteps >= 2, "at least 2")
-        # The paper's values are for T = 1000. Scaled, the process ends in noise for every T.
+        # The paper's values are for T = 1000. Scaling them by 1000 / T makes x_T pure noise for every T.
         if self.beta_start is None:
             self.beta_start = min(0.1 / self.num_train_timesteps, LARGEST_BETA)
         if self.beta_end is None:
             self.beta_end = min(20 / self.num_train_timesteps, LARGEST_BETA)
-        require(self, "beta_start", 0 < self.beta_start < 1, "in (0, 1)")
-        require(self, "beta_end", 0 < self.beta_end < 1, "in (0, 1)")
+        require(self, "beta_start", 0 < self.beta_start < 1, "a value in (0, 1)")
+        require(self, "beta_end", 0 < self.beta_end < 1, "a value in (0, 1)")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
-                "rescale_betas_zero_snr=True is not allowed with prediction_type='epsilon': x_T is noise alone, which "
-                "says nothing about the image; expected v_prediction, sample or mean"
+                "--rescale_betas_zero_snr true with --prediction_type epsilon: x_T is pure noise, so its noise does "
+                "not determine the image; expected --prediction_type v_prediction, sample or mean"
             )
 
 
@@ -174,63 +177,65 @@ class TrainingConfig:
     output_dir: str = option("folder of the run", "runs/ddpm")
     seed: int = option("random seed", 0)
     max_train_steps: int | None = option(
-        f"optimizer steps; auto: {AUTO_EPOCHS} passes over the images, at least {AUTO_STEPS[0]:,} and at most "
+        f"optimizer steps; auto: {AUTO_EPOCHS} epochs, but at least {AUTO_STEPS[0]:,} and at most "
         f"{AUTO_STEPS[1]:,} steps; 800,000 by default, as in the paper",
         None,
         auto=True,
     )
-    num_train_epochs: int | None = option("passes over the images, instead of max_train_steps", None)
+    num_train_epochs: int | None = option("epochs (passes over the images), instead of max_train_steps", None)
     train_batch_size: int = option(
-        "batch size per process and forward pass; auto: split that of the preset into as few accumulation steps as fit "
-        "into memory",
+        "batch size per process and forward pass; auto: the preset's batch size, split into the fewest accumulation "
+        "steps that fit into memory",
         128,
         auto=True,
     )
     gradient_accumulation_steps: int = option("forward passes per optimizer step", 1)
     objective: Literal["simple", "vlb", "hybrid", "min_snr", "truncated_snr"] = option("training objective", "simple")
-    learning_rate: float = option("learning rate of Adam after the warm-up", 2e-4)
+    learning_rate: float = option("learning rate of Adam after warm-up", 2e-4)
     lr_schedule: Literal["constant", "cosine", "linear", "polynomial"] = option(
-        "learning rate after the warm-up; all but constant end at zero", "constant"
+        "learning rate schedule after warm-up; all but constant end at zero", "constant"
     )
     lr_power: float = option("exponent of the polynomial schedule; 1 is linear", 1.0)
-    warmup_steps: int = option("steps over which the learning rate rises from zero", 5000)
+    warmup_steps: int = option("steps in which the learning rate rises from zero", 5000)
     weight_decay: float = option("decoupled weight decay (AdamW); 0 is Adam", 0.0)
     adam_beta1: float = option("decay of Adam's first moment", 0.9)
     adam_beta2: float = option("decay of Adam's second moment", 0.999)
-    max_grad_norm: float = option("largest norm of the gradient; larger ones are scaled down", 1.0)
+    max_grad_norm: float = option("maximum gradient norm; larger gradients are scaled down", 1.0)
     ema_decay: list[float] = option(
-        "decays of averages of the weights; the first is sampled from and exported, further ones are beside it",
+        "decays of the exponential moving averages of the weights; samples and the export use the first one, the "
+        "others are exported to subfolders",
         factory=lambda: [0.9999],
     )
-    ema_warmup: bool = option("let decays start small, as min(decay, (1 + step) / (10 + step))", True)
+    ema_warmup: bool = option("start with smaller decays: min(decay, (1 + step) / (10 + step))", True)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = option(
-        "precision of the network's forward and backward passes; auto: bf16 if the device has it and is faster with "
-        "it, else no (float32); that of accelerate's launcher by default, else auto",
+        "precision of the network's forward and backward passes; auto: bf16 if the device supports it and is faster "
+        "with it, else no (float32); by default the setting of accelerate launch, else auto",
         None,
     )
-    tf32: bool = option("let an NVIDIA GPU round the factors of float32 products to 10 bits", True)
-    deterministic: bool = option("choose kernels of a GPU that repeat a run bit for bit, which are slower", False)
-    gradient_checkpointing: bool = option("compute activations twice instead of keeping them", False)
-    check_memory: bool = option("refuse to train if the counted memory of a step is not free", True)
+    tf32: bool = option("use TF32 on NVIDIA GPUs: factors of float32 products are rounded to 10 bits", True)
+    deterministic: bool = option("use deterministic GPU kernels: slower, but runs repeat bit for bit", False)
+    gradient_checkpointing: bool = option("recompute activations in the backward pass to save memory", False)
+    check_memory: bool = option("stop before training if a step needs more memory than is free", True)
     compile: bool | None = option(
-        "compile the network, after a check of its gradients; as accelerate's launcher has it by default, else false",
+        "compile the network with torch.compile and check its gradients; by default the setting of accelerate launch, "
+        "else false",
         None,
     )
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = option(
-        "experiment tracker, beside metrics.jsonl", "none"
+        "experiment tracker, in addition to metrics.jsonl", "none"
     )
     world_size: int | None = option("required number of processes; any by default", None)
     log_steps: int = option("steps between lines of metrics.jsonl", 50)
     checkpointing_steps: int = option("steps between checkpoints", 5000)
     keep_checkpoints: int = option("number of checkpoints to keep", 2)
-    resume: str = option("latest, never, or the folder of a checkpoint", "latest")
-    sample_at_checkpoints: bool = option("draw samples.png at checkpoints too, not only at the end", False)
-    num_samples: int = option("images in samples.png; channels side by side unless there are 1, 3 or 4", 64)
+    resume: str = option("checkpoint to resume from: latest, never, or its folder", "latest")
+    sample_at_checkpoints: bool = option("write samples.png at every checkpoint, not only at the end", False)
+    num_samples: int = option("images in samples.png; channels are side by side unless there are 1, 3 or 4", 64)
     num_inference_steps: int | None = option("sampling steps for samples.png; all by default", None)
-    dry_run: bool = option("print the estimated cost of the run, and exit", False)
+    dry_run: bool = option("print the estimated cost of the run and exit", False)
 
     def __post_init__(self) -> None:
-        """Check the values; take those that are not given from the launcher."""
+        """Check the values; take missing ones from accelerate's launcher."""
         if self.mixed_precision is None:
             self.mixed_precision = launched("MIXED_PRECISION", ("no", "bf16", "fp16"), "auto")
         if self.compile is None:
@@ -239,10 +244,10 @@ class TrainingConfig:
         if self.max_train_steps is None and self.num_train_epochs is None:
             self.max_train_steps = 800_000
         if isinstance(self.max_train_steps, Auto):
-            self.max_train_steps = Auto(AUTO_STEPS[0])  # until images are counted
+            self.max_train_steps = Auto(AUTO_STEPS[0])  # replaced when the number of images is known
         either = None in (self.max_train_steps, self.num_train_epochs)
         length = "auto" if isinstance(self.max_train_steps, Auto) else self.max_train_steps
-        require(self, "num_train_epochs", either, f"max_train_steps={length} is given, too")
+        require(self, "num_train_epochs", either, f"no epochs with --max_train_steps {length}")
         counts = ("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps")
         kept = ("log_steps", "checkpointing_steps", "keep_checkpoints", "num_samples", "num_inference_steps")
         require_at_least(self, 1, *counts, *kept, "world_size")
@@ -253,17 +258,17 @@ class TrainingConfig:
             require(self, name, bool(getattr(self, name)), "a path")
         require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "at least 0")
         for name in ("adam_beta1", "adam_beta2"):
-            require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+            require(self, name, 0 <= getattr(self, name) < 1, "a value in [0, 1)")
         decays = self.ema_decay
-        require(self, "ema_decay", all(0 <= decay < 1 for decay in decays), "in [0, 1)")
+        require(self, "ema_decay", all(0 <= decay < 1 for decay in decays), "a value in [0, 1)")
         require_distinct(self, "ema_decay")
 
     def global_batch_size(self, processes: int) -> int:
-        """Return the images of an optimizer step, over all processes."""
+        """Return the number of images per optimizer step, over all processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * processes
 
     def counted(self, images: int, processes: int) -> "TrainingConfig":
-        """Return a copy with the `max_train_steps` of `num_train_epochs` or `auto`, if given, for so many images."""
+        """Return a copy whose `num_train_epochs` or `max_train_steps="auto"`, if given, is converted to steps."""
         counted, size = copy.copy(self), self.global_batch_size(processes)
         if self.num_train_epochs is not None:
             counted.max_train_steps = math.ceil(self.num_train_epochs * images / size)
@@ -277,61 +282,67 @@ class TrainingConfig:
 class EvaluationConfig:
     """Evaluation: metrics during training and at its end.
 
-    The names are those of `hf-ddpm evaluate`, with `eval_` before them.
+    The options are those of `hf-ddpm evaluate`, prefixed with `eval_`.
     """
 
-    eval_metrics: str = option("any of fd, kid, is, pr, nll, with commas, into results.json; none by default", "")
+    eval_metrics: str = option("metrics for results.json: fd, kid, is, pr, nll, separated by commas", "")
     eval_steps: int | None = option(
-        "evaluate every so many steps, too; best/ then holds the model that is best by the first metric", None
+        "steps between evaluations during training; best/ then holds the best model by the first metric", None
     )
-    eval_split: str = option("held-out split: the floor of distances, and the images of nll", "test")
-    eval_floor: bool = option("whether to compare as many held-out images, too", True)
+    eval_split: str = option("held-out split, for nll and for the floor of the distances", "test")
+    eval_floor: bool = option("also compute the distances of as many held-out images (the floor)", True)
     eval_extractor: str | None = option(
-        "digits, inception (needs hf_ddpm[inception]) or an image model; by default digits for these, else inception",
+        "features to compare: digits, inception (needs hf_ddpm[inception]) or an image model; by default digits for "
+        "--dataset digits, else inception",
         None,
     )
-    eval_num_images: int | None = option("images to evaluate on; by default as many as the split holds", None)
-    eval_inference_steps: int | None = option("steps of the reverse process; all by default", None)
-    eval_steps_per_image: int | None = option("nll: steps evaluated an image, an estimate; all by default", None)
+    eval_num_images: int | None = option("images to evaluate on; by default as many as the split has", None)
+    eval_inference_steps: int | None = option("sampling steps; all by default", None)
+    eval_steps_per_image: int | None = option(
+        "nll: random timesteps per image, which gives an estimate; all timesteps by default", None
+    )
 
     def __post_init__(self) -> None:
         """Check the values."""
         require_types(self)
         require_at_least(self, 1, "eval_steps", "eval_num_images", "eval_inference_steps")
         require_at_least(self, 2, "eval_steps_per_image")
-        says_best = self.eval_metrics.split(",")[0] in ("fd", "fid", "kid", "is")
-        require(self, "eval_steps", self.eval_steps is None or says_best, "eval_metrics must begin with fd, kid or is")
+        ranks = self.eval_metrics.split(",")[0] in ("fd", "fid", "kid", "is")
+        require(self, "eval_steps", self.eval_steps is None or ranks, "fd, kid or is first in --eval_metrics")
 
 
 @dataclass
 class DistillationConfig:
-    """Distillation: a student that takes one step for two of its teacher; `hf-ddpm distill` sets these."""
+    """Distillation: a student whose step replaces two steps of its teacher; set by `hf-ddpm distill`."""
 
-    teacher: str | None = option("folder or Hub id of the DDPM pipeline to distill, whose weights start the run", None)
-    student_steps: int | None = option("steps of the student", None)
+    teacher: str | None = option(
+        "folder or Hub id of the DDPM pipeline to distill; the run starts from its weights", None
+    )
+    student_steps: int | None = option("sampling steps of the student", None)
     student_target: Literal["teacher", "images"] = option(
-        "what a step of the student learns: two steps of the teacher, or the images, which converts the weights of the "
-        "teacher to another prediction",
+        "training target of the student: two steps of the teacher per step, or the images, to convert the teacher to "
+        "another prediction type",
         "teacher",
     )
-    teacher_guidance: float = option("guidance scale of the teacher, which the student learns; 1 for none", 1.0)
+    teacher_guidance: float = option("guidance scale of the teacher, learned by the student; 1 for none", 1.0)
 
     def __post_init__(self) -> None:
         """Check the values."""
         require_types(self)
         require_at_least(self, 1, "student_steps")
-        require(self, "teacher", (self.teacher is None) == (self.student_steps is None), "student_steps goes with it")
+        is_complete = (self.teacher is None) == (self.student_steps is None)
+        require(self, "teacher", is_complete, "both --teacher and --student_steps, or neither")
         is_guided = self.teacher_guidance != 1
         require(self, "teacher_guidance", math.isfinite(self.teacher_guidance), "a finite number")
-        require(self, "teacher_guidance", not (is_guided and self.teacher is None), "there is no teacher")
+        require(self, "teacher_guidance", not (is_guided and self.teacher is None), "1 without --teacher")
 
 
 @dataclass
 class HubConfig:
-    """Hub: where the model is shared, and its license."""
+    """Hub: the repository of the model and its license."""
 
-    push_to_hub: bool = option("push the model at checkpoints, in the background, and at the end", False)
-    hub_model_id: str | None = option("repository, namespace/name; created if it is missing", None)
+    push_to_hub: bool = option("push the model at every checkpoint (in the background) and at the end", False)
+    hub_model_id: str | None = option("repository, as namespace/name; created if missing", None)
     hub_private_repo: bool | None = option(
         "make the repository private; by default unchanged, or the account's default for a new one", None
     )
@@ -342,29 +353,29 @@ class HubConfig:
         require_types(self)
         name = self.hub_model_id
         require(self, "hub_model_id", name is None or name.count("/") == 1, "namespace/name")
-        require(self, "push_to_hub", not self.push_to_hub or name is not None, "hub_model_id says where to")
+        require(self, "push_to_hub", not self.push_to_hub or name is not None, "--hub_model_id NAMESPACE/NAME, too")
 
 
-# Either says how long a run is: one that is given later replaces the other.
+# Both set the length of a run: the one given last wins.
 LENGTHS = {"max_train_steps", "num_train_epochs"}
 
-# What accelerate's launcher calls options.
+# Options that accelerate's launcher sets, by their name there.
 LAUNCHED = {"MIXED_PRECISION": "mixed_precision", "DYNAMO_BACKEND": "compile"}
 
 
 def launched(name: str, allowed: tuple[str, ...], default: str) -> Any:
-    """Return the setting of accelerate's launcher, else a default; raise a `ValueError` if it is not an allowed one."""
+    """Return a setting of accelerate's launcher, or a default; raise a `ValueError` if the setting is not supported."""
     value = os.environ.get(f"ACCELERATE_{name}", default).lower()
     if value not in (*allowed, default):
         option, expected = LAUNCHED[name], ", ".join(allowed)
-        raise ValueError(f"{name.lower()}={value!r} of the launcher: expected {expected}, or --{option}")
+        raise ValueError(f"{name.lower()}={value!r} of the launcher: not supported; expected {expected}, or --{option}")
     return value
 
 
-# Options that leave a run's weights as they are.
+# Options that do not change the weights of a run.
 BESIDE_TRAINING = {field.name for part in (EvaluationConfig, HubConfig) for field in dataclasses.fields(part)}
 
-# Former defaults of options whose default has changed. A run keeps the defaults that it began with.
+# Former defaults of options whose default has changed. A run keeps the defaults of the version that started it.
 FORMER_DEFAULTS: dict[str, Any] = {
     "beta_start": 1e-4,
     "beta_end": 0.02,
@@ -373,7 +384,7 @@ FORMER_DEFAULTS: dict[str, Any] = {
     "timestep_spacing": "leading",
 }
 
-# Parts that describe a data set, not a model: those of a preset are for its own.
+# Parts that describe a data set, not a model: in a preset they are for its own data set only.
 OF_DATA = (DataConfig, EvaluationConfig, HubConfig)
 
 PARTS = (
@@ -384,11 +395,11 @@ PARTS = (
 
 @dataclass
 class Config:
-    """A whole run.
+    """All options of a training run.
 
     Attributes:
-        defaulted: Options that nobody has given, with their values: those of `FORMER_DEFAULTS` and of a chosen preset.
-        notes: Lines on the choice of a preset.
+        defaulted: Values of options that were not given: those of `FORMER_DEFAULTS` and of an automatic preset.
+        notes: Lines that report the choice of a preset.
     """
 
     data: DataConfig
@@ -403,10 +414,16 @@ class Config:
 
     @classmethod
     def of(cls, **options: Any) -> "Config":
-        """Return the run of some options, by their names on the command line; None is the default.
+        """Create a config from options by their command-line names.
+
+        Args:
+            options: Values by option name; None stands for the default.
+
+        Returns:
+            The config.
 
         Raises:
-            ValueError: If an option is unknown or its value not allowed; one line.
+            ValueError: If an option is unknown or its value is invalid; the message is one line.
 
         Example:
             >>> Config.of(preset="digits", resolution=[8, 16], num_train_epochs=3).data.size
@@ -417,7 +434,7 @@ class Config:
         return parse_config(words_of(options))
 
     def __post_init__(self) -> None:
-        """Check what concerns more than one part."""
+        """Check options of different parts against each other."""
         pixels = float(self.data.channels * math.prod(self.data.size))
         require_memory(self.data, "resolution", 4 * pixels)
         require_memory(self.training, "train_batch_size", 4 * pixels * self.training.train_batch_size)
@@ -426,24 +443,26 @@ class Config:
             self._check_architecture()
         self._check_distillation()
         streams = self.data.streaming and self.evaluation.eval_metrics
-        require(self.evaluation, "eval_metrics", not streams, "with streaming evaluate by hf-ddpm evaluate, afterwards")
-        between, asked = self.training.checkpointing_steps, self.evaluation.eval_steps
-        # A kill during an evaluation must not cost the steps before it.
-        fits = (asked or 0) % between == 0
-        require(self.evaluation, "eval_steps", fits, f"a multiple of checkpointing_steps={between}")
+        require(self.evaluation, "eval_metrics", not streams, "no metrics with --streaming true; run hf-ddpm evaluate"
+                " after training")  # fmt: skip
+        between, every = self.training.checkpointing_steps, self.evaluation.eval_steps
+        # A checkpoint before each evaluation: a kill during the evaluation loses no steps.
+        fits = (every or 0) % between == 0
+        require(self.evaluation, "eval_steps", fits, f"a multiple of --checkpointing_steps {between}")
 
     def _check_distillation(self) -> None:
         if self.distillation.teacher is None:
             return
-        require(self.model, "init_from", self.model.init_from is None, "a distillation starts from its teacher")
+        require(self.model, "init_from", self.model.init_from is None, "only one of --init_from and --teacher")
         predicts = self.diffusion.prediction_type in ("v_prediction", "sample")
         require(self.diffusion, "prediction_type", predicts, "v_prediction or sample for a student")
         metrics = self.evaluation.eval_metrics
-        require(self.evaluation, "eval_metrics", "nll" not in metrics.split(","), "a student has no bound on the nll")
+        has_nll = "nll" in metrics.split(",")
+        require(self.evaluation, "eval_metrics", not has_nll, "no nll for a student, which has no bound on it")
 
     @property
     def start_from(self) -> str | None:
-        """The pipeline whose weights and process the run starts from; None to start anew."""
+        """The pipeline whose weights and process the run starts from; None to train from scratch."""
         return self.model.init_from or self.distillation.teacher
 
     def _check_architecture(self) -> None:
@@ -452,21 +471,26 @@ class Config:
         require(self.data, "resolution", fits, f"multiples of {multiple}, for the U-Net's {multiple.bit_length() - 1}"
                  " halvings (block_out_channels)")  # fmt: skip
         reached, channels = self.resolutions, self.model.block_out_channels
-        known = all(size in (0, *reached) for size in self.model.attention_resolutions)
-        require(self.model, "attention_resolutions", known, f"any of {reached}, or 0 for none")
+        is_reached = all(size in (0, *reached) for size in self.model.attention_resolutions)
+        require(self.model, "attention_resolutions", is_reached, f"any of {reached}, or 0 for none")
         attended = [width for width, attends in zip(channels, self.attends, strict=True) if attends]
-        narrowest = min([*attended, channels[-1]])  # the middle, too, has attention
+        narrowest = min([*attended, channels[-1]])  # the middle block has attention, too
         head_dim = self.model.attention_head_dim or 1
-        require(self.model, "attention_head_dim", head_dim <= narrowest, f"at most the {narrowest} channels there")
+        require(
+            self.model,
+            "attention_head_dim",
+            head_dim <= narrowest,
+            f"at most {narrowest}, the channels of the narrowest block with attention",
+        )
 
     @property
     def resolutions(self) -> list[int]:
-        """The resolutions that the U-Net works at, from the highest down; those of the shorter side."""
+        """The resolutions of the U-Net (of the shorter side), from the highest down."""
         return [min(self.data.size) // 2**i for i in range(len(self.model.block_out_channels))]
 
     @property
     def attends(self) -> list[bool]:
-        """Which of them have self-attention."""
+        """Whether each of `resolutions` has self-attention."""
         return [resolution in self.model.attention_resolutions for resolution in self.resolutions]
 
     def to_dict(self) -> dict[str, Any]:
@@ -475,17 +499,17 @@ class Config:
         return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
     def save(self, path: Path) -> None:
-        """Write all options as YAML: what `--config` reads."""
+        """Write all options as a YAML file for `--config`."""
         counted = {} if self.training.num_train_epochs is None else {"max_train_steps": None}
         write_text(path, yaml.safe_dump(self.to_dict() | counted, sort_keys=False))
 
     def resumed(self, stored: Mapping[str, Any]) -> "Config":
-        """Return the options of a run that resumes a stored one: what nobody has chosen keeps its past default."""
+        """Return the options to resume a stored run with: options that were not given keep their stored value."""
         past, now = with_past_defaults(stored), self.to_dict()
         kept = {name: past[name] for name, value in self.defaulted.items() if now[name] == value}
         if now["mixed_precision"] == "auto":
             kept["mixed_precision"] = past["mixed_precision"]
-        if past["block_out_channels"] == now["block_out_channels"]:  # else the run is older than the chosen preset
+        if past["block_out_channels"] == now["block_out_channels"]:  # otherwise the run predates automatic presets
             kept = {name: value for name, value in kept.items() if name not in LENGTHS}
         parts = {}
         for entry in dataclasses.fields(self)[: len(PARTS)]:
@@ -495,11 +519,11 @@ class Config:
         return dataclasses.replace(self, **parts)
 
     def num_class_embeds(self, classes: int) -> int | None:
-        """Return the number of class embeddings: one more than classes if classes are hidden at times."""
+        """Return the number of class embeddings, with one for "no class" if `class_dropout` is positive."""
         return classes + (self.data.class_dropout > 0) if classes else None
 
     def unet(self, classes: int = 0) -> dict[str, Any]:
-        """Return the options of the `UNet2DModel`; those of the paper's code where there is no choice."""
+        """Return the options of the `UNet2DModel`; the fixed ones are those of the paper's code."""
         height, width = self.data.size
         return {
             "sample_size": height if height == width else (height, width),
@@ -526,7 +550,7 @@ class Config:
 
 
 def block_types(attends: list[bool]) -> dict[str, tuple[str, ...]]:
-    """Return the options of a `UNet2DModel` that say at which resolutions, from the highest down, it has attention."""
+    """Return the block types of a `UNet2DModel` with attention at some resolutions, from the highest down."""
     return {
         "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
         "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
@@ -535,10 +559,10 @@ def block_types(attends: list[bool]) -> dict[str, tuple[str, ...]]:
 
 @dataclass
 class Sources:
-    """Sources: options given otherwise than one by one; the command line wins."""
+    """Sources: a preset and a file of options; the command line overrides both."""
 
     preset: str | None = option(
-        f"one of {', '.join(preset_names())}, which `hf-ddpm presets` describes; by default a small one unless "
+        f"one of {', '.join(preset_names())} (see `hf-ddpm presets`); by default a small one, unless "
         "block_out_channels is given",
         None,
     )
@@ -555,17 +579,17 @@ def default_options(parts: Iterable[type] = PARTS) -> dict[str, Any]:
 
 
 def option_types() -> dict[str, Any]:
-    """Return the annotations of all options by name."""
+    """Return the type annotations of all options, by name."""
     return {name: hint for part in PARTS for name, hint in get_type_hints(part).items()}
 
 
 def with_past_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return stored options; those that did not exist when they were stored have the default of that time."""
+    """Return stored options; options that are missing there get the default of that time."""
     return {**default_options(), **FORMER_DEFAULTS, **stored}
 
 
 def words_of(options: Mapping[str, Any]) -> list[str]:
-    """Return values of options by name as the words of a command line; None is left out."""
+    """Return options as command-line words; options set to None are omitted."""
     argv = []
     for name, value in options.items():
         if isinstance(value, list | tuple):
@@ -576,21 +600,21 @@ def words_of(options: Mapping[str, Any]) -> list[str]:
 
 
 def parse_config(argv: list[str], doc: str | None = None) -> Config:
-    """Read `[--preset NAME] [--config FILE.yaml] [--OPTION VALUE ...]`; what stands later wins.
+    """Parse `[--preset NAME] [--config FILE.yaml] [--OPTION VALUE ...]`; later values win.
 
     Args:
         argv: The command line without the program's name.
-        doc: What `--help` prints around the options.
+        doc: Text that `--help` prints around the options.
 
     Returns:
-        The run.
+        The config.
 
     Raises:
-        ValueError: If an option is unknown or its value not allowed; one line.
+        ValueError: If an option is unknown or its value is invalid; the message is one line.
     """
     sources, _ = parse_first(argv, Sources)
     file = {} if sources.config is None else read_yaml(Path(sources.config), PARTS)
-    if sources.preset is None:  # null undoes values of a preset that is named
+    if sources.preset is None:  # null in a file resets options of a given preset, not of an automatic one
         file = {name: value for name, value in file.items() if value is not None}
     preset, chosen, notes = _preset(sources.preset, file, argv)
     options = _merged(_merged(preset, file), dict.fromkeys(LENGTHS & given_options(argv, PARTS)))
@@ -598,7 +622,7 @@ def parse_config(argv: list[str], doc: str | None = None) -> Config:
     _, *parts = parse_options(words + argv, Sources, *PARTS, doc=doc)
     config = Config(*parts)
     given = {*file, *given_options(argv, PARTS)}
-    chosen |= {"gradient_accumulation_steps"} if "train_batch_size" in chosen else set()  # one divides the other
+    chosen |= {"gradient_accumulation_steps"} if "train_batch_size" in chosen else set()  # they change together
     chosen -= given | LENGTHS if given & LENGTHS else given
     chosen |= FORMER_DEFAULTS.keys() - given_options(words + argv, PARTS)
     config.defaulted = {name: value for name, value in config.to_dict().items() if name in chosen}
@@ -607,33 +631,33 @@ def parse_config(argv: list[str], doc: str | None = None) -> Config:
 
 
 def _preset(name: str | None, file: Words, argv: list[str]) -> tuple[Words, set[str], list[str]]:
-    """Return the options of a preset, or of one that is chosen, for given ones; names of chosen ones; lines on both."""
+    """Return the options of the given or automatic preset, the names of automatic options, and lines on the choice."""
     names = {entry.name for entry in dataclasses.fields(Given)}
     given, _ = parse_first(_command_line({key: value for key, value in file.items() if key in names}) + argv, Given)
     choice, line = (name, "") if name else choose_preset(given)
     if choice is None:
         return {}, set(), []
     preset = read_yaml(preset_path(choice), PARTS)
-    fitted, left_out = fit_preset(choice, preset, given, default_options(OF_DATA))
+    fitted, unused = fit_preset(choice, preset, given, default_options(OF_DATA))
     chosen = {key for key, value in preset.items() if name is None or fitted.get(key) != value}
-    return fitted, chosen, [line, left_out]
+    return fitted, chosen, [line, unused]
 
 
 def _command_line(options: Words) -> list[str]:
-    """Return options as the words of a command line."""
+    """Return options as command-line words."""
     return [word for name, value in options.items() if value is not None for word in _words(name, value)]
 
 
 def _words(name: str, values: list[str]) -> list[str]:
-    """Return the words of an option; a single value cannot be taken for an option."""
+    """Return the words of an option; with `=`, a single value that starts with `-` is not read as an option."""
     return [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
 
 
 def _merged(earlier: Words, later: Words) -> Words:
-    """Return options of two sources; a length of the run in the later one replaces any in the earlier one."""
+    """Merge options of two sources; a run length in the later source replaces any in the earlier one."""
     replaced = LENGTHS if LENGTHS & later.keys() else set()
     kept = {name: value for name, value in earlier.items() if name not in replaced}
     batch = kept.get("train_batch_size")
     if batch is not None and later.get("train_batch_size") == ["auto"]:
-        later = later | {"train_batch_size": [*batch, "--train_batch_size=auto"]}  # which divides the earlier one
+        later = later | {"train_batch_size": [*batch, "--train_batch_size=auto"]}  # auto divides the earlier value
     return kept | later

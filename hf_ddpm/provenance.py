@@ -1,4 +1,4 @@
-"""The origin of a figure: checksums of the model, versions, revision, hardware, date."""
+"""Provenance of results: model checksums, versions, revision, hardware, date."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ import hf_ddpm
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Returns what computed a figure, and when."""
+    """Returns the versions, revision, device and date of a result that is computed now."""
     return {
         "versions": {
             "hf_ddpm": hf_ddpm.__version__,
@@ -31,20 +31,20 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def revision(file: Path) -> str | None:
-    """Returns the git revision of a file's checkout, with `-dirty` if it was changed; None if it is in none."""
-    # A file that is merely below a checkout, such as one in its virtual environment, is not of it.
+    """Returns the git revision of a file, with `-dirty` if its checkout has changes; None if git does not track it."""
+    # `ls-files` excludes untracked files inside a checkout, such as those of a virtual environment.
     for words in (["ls-files", "--error-unmatch", file.name], ["describe", "--always", "--dirty", "--abbrev=40"]):
         try:
-            said = subprocess.run(["git", *words], cwd=file.parent, capture_output=True, text=True, timeout=10)
+            result = subprocess.run(["git", *words], cwd=file.parent, capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
-        if said.returncode:
+        if result.returncode:
             return None
-    return said.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 def hardware(device: torch.device) -> str:
-    """Returns what a device is called."""
+    """Returns the name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, threads: {torch.get_num_threads()})"
@@ -60,7 +60,7 @@ def weights_checksum(network: nn.Module) -> str:
 
 
 def model_checksum(pipe: Any) -> str:
-    """Returns the SHA-256 of a pipeline's weights, and of how its network and its scheduler are configured, in hex."""
+    """Returns the SHA-256 of a pipeline's weights, network config and scheduler config, in hex."""
     parts = [weights_checksum(pipe.unet)]
     for component in (pipe.unet, pipe.scheduler):
         config = {key: value for key, value in component.config.items() if not key.startswith("_")}

@@ -1,12 +1,13 @@
-"""Trains the classifier that measures sets of digits, in a few seconds.
+"""Train the digits classifier, the feature extractor of digits metrics, in a few seconds.
 
     python scripts/train_digits_classifier.py --output digits.safetensors
 
-The file in the package was made so, on one CPU thread. The same machine makes the same bytes; another one may differ in
-the last digits, and so in the measured distances: only the file of the package gives comparable figures.
+The file in the package was made with this script, on one CPU thread. The same machine reproduces the same bytes. On
+another machine, the last digits of the weights and of the metrics may differ, so only the file of the package gives
+comparable metrics.
 """
 
-if __name__ == "__main__":  # before imports that take seconds
+if __name__ == "__main__":  # before slow imports
     from hf_ddpm.utils.launch import end_quietly
 
     end_quietly()
@@ -37,7 +38,7 @@ SEED = 0
 
 @dataclass
 class ClassifierConfig:
-    """Where to."""
+    """Output."""
 
     output: str = option("file of the weights")
 
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 
 def load(split: str) -> tuple[Tensor, Tensor]:
-    """Returns the images and the labels of a half of the digits."""
+    """Returns the images and the labels of a split of the digits."""
     data = DataConfig("digits", split=split, resolution=[SIZE], channels=1)
     images = load_images(data)
     labels = torch.tensor(open_split(data)[0]["label"][:])

@@ -1,4 +1,4 @@
-"""One thread, no network, a cache of its own, and the tiny models that the tests share."""
+"""Shared setup of all tests: one thread, no network access, a temporary cache, and tiny models."""
 
 import importlib
 import importlib.util
@@ -7,7 +7,7 @@ import signal
 import tempfile
 from pathlib import Path
 
-# Before anything imports the Hub's clients: they read these once.
+# Set before any import of the Hub's clients, which read these variables once.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_ddpm-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
@@ -18,10 +18,10 @@ import torch
 
 torch.set_num_threads(1)
 
-# Seconds that other processes and threads are given for anything: many, as no result may depend on a busy machine.
+# Timeout in seconds for other processes and threads; large, so that tests pass on a busy machine.
 LIMIT = 600
 
-# Two resolutions, with every part that a U-Net has: attention, shortcuts, resampling, dropout.
+# Two resolutions, with all parts of a U-Net: attention, shortcuts, resampling, dropout.
 TINY_UNET = {
     "sample_size": 8,
     "in_channels": 1,
@@ -35,7 +35,7 @@ TINY_UNET = {
     "dropout": 0.1,
 }
 
-# The same for the command line, over the digits.
+# Options of a training run with the same network on the digits.
 TINY_RUN = [
     *("--preset", "digits", "--block_out_channels", "8", "16", "--norm_num_groups", "4", "--layers_per_block", "1"),
     *("--train_batch_size", "8", "--num_samples", "4", "--num_inference_steps", "2", "--log_steps", "2"),
@@ -45,7 +45,7 @@ TINY_RUN = [
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """Gives signals back to their handlers: a test that ignores them would make the next one hang."""
+    """Restores the signal handlers after each test; a test that ignores signals could make the next one hang."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -71,7 +71,7 @@ def tiny_pipeline(tiny_unet):
 
 
 def load_file(path):
-    """Returns the module of a file that is in no package."""
+    """Imports a file that is not part of a package, and returns the module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -79,7 +79,7 @@ def load_file(path):
 
 
 def load_script(name):
-    """Returns the module of a file of scripts/."""
+    """Returns the module of a script."""
     name = name.removeprefix("space/")
     if name == "benchmark":
         return importlib.import_module("benchmarks.__main__")
@@ -91,14 +91,14 @@ def load_script(name):
 
 @pytest.fixture(scope="session")
 def run_training():
-    """Trains a tiny network on the digits, in this process; returns the exit code."""
+    """Function that trains a tiny network on the digits in this process, and returns the exit code."""
     script = load_script("train")
     return lambda folder, *words: script.main([*TINY_RUN, "--output_dir", str(folder), *words])
 
 
 @pytest.fixture(scope="session")
 def trained(run_training, tmp_path_factory):
-    """The folder of a finished tiny run; not to be written to."""
+    """Folder of a finished tiny run; tests must not write to it."""
     folder = tmp_path_factory.mktemp("trained")
     run_training(folder, "--max_train_steps", "4")
     return folder

@@ -1,10 +1,10 @@
-"""Damage files and options of a tiny run, run the command concerned, and count the outcomes.
+"""Damage files and options of a tiny run, run a command that uses them, and count the outcomes.
 
     python -m tests.fuzz
 
-An outcome is `fine` (same result as without the damage), `warned`, `refused` in one line that names the file or the
-option, `unclear` (refused, but in several lines or without such a name), `traceback`, or `silent` (code 0, another
-result, no warning).
+Outcomes: `fine` (the same result as without the damage), `warned`, `refused` (a one-line error that names the file or
+the option), `unclear` (an error of several lines or without such a name), `traceback`, or `silent` (exit code 0 and
+another result, without a warning).
 """
 
 import contextlib
@@ -41,16 +41,17 @@ DAMAGED_JSON = (b"", b"null", b"[]", b"{}", b"7", b'"x"', b"\xff\xfe", b"{" * 50
 
 @dataclass(frozen=True)
 class Mutation:
-    """A damage, and the command that meets it.
+    """A damage, and the command to run on it.
 
     Attributes:
         group: Kind of file or options.
-        name: What is changed.
+        name: Description of the change.
         damage: Changes the files of a copy of the run.
         command: A name in `COMMANDS`.
-        expect: `same` (the same result, a warning or a refusal), `refused`, or `any` (code 0 is fine, too).
+        expect: `same` (the same result, a warning or an error), `refused` (an error), or `any` (exit code 0 is also
+            fine).
         words: Further words of the command line.
-        names: One of these must occur in a refusal.
+        names: An error must contain one of these.
     """
 
     group: str
@@ -62,11 +63,11 @@ class Mutation:
     names: tuple[str, ...] = ()
 
 
-# The commands: a function of the folder and further words that returns what results from it.
+# The commands: functions of the folder and further words that return the result as text.
 
 
 def sample(run: Path, words: tuple[str, ...]) -> str:
-    """Samples two images from the run."""
+    """Samples two images with the model of the run."""
     out = run / "out"
     steps = ("--num_images", "2", "--num_inference_steps", "2", "--output", str(out))
     _main("sample", "--model", str(run), *steps, *words)
@@ -90,32 +91,32 @@ def compare(run: Path, words: tuple[str, ...]) -> str:
 
 
 def resume(run: Path, words: tuple[str, ...]) -> str:
-    """Resumes the run for a step."""
+    """Resumes the run for one step."""
     _main("train", *TINY_RUN, "--output_dir", str(run), "--max_train_steps", "5", *words)
     return json.loads((run / "export.json").read_text())["checksum"]
 
 
 def train(run: Path, words: tuple[str, ...]) -> str:
-    """Trains a new run for a step."""
+    """Trains a new run for one step."""
     out = run / "new"
     _main("train", *TINY_RUN, "--output_dir", str(out), "--max_train_steps", "1", *words)
     return json.loads((out / "export.json").read_text())["checksum"]
 
 
 def train_images(run: Path, words: tuple[str, ...]) -> str:
-    """Trains a new run for a step on the folder `images`."""
+    """Trains a new run for one step on the folder `images`."""
     return train(run, ("--dataset", str(run / "images"), "--channels", "1", "--levels", "17", *words))
 
 
 def train_config(run: Path, words: tuple[str, ...]) -> str:
-    """Trains a new run for a step with the options of `config.yaml` alone."""
+    """Trains a new run for one step with only the options of `config.yaml`."""
     out = run / "new"
     _main("train", "--config", str(run / "config.yaml"), "--output_dir", str(out), "--max_train_steps", "1", *words)
     return json.loads((out / "export.json").read_text())["checksum"]
 
 
 def train_preset(run: Path, words: tuple[str, ...]) -> str:
-    """Trains a new run for a step with a preset, which is `config.yaml`."""
+    """Trains a new run for one step with `config.yaml` as a preset."""
     from hf_ddpm import presets
 
     original, presets.PRESETS = presets.PRESETS, run / "presets"
@@ -130,7 +131,7 @@ def train_preset(run: Path, words: tuple[str, ...]) -> str:
 
 
 def card(run: Path, words: tuple[str, ...]) -> str:
-    """Writes the card; its result are signs of values that it must not show."""
+    """Writes the model card; the result lists words such as "nan" that it must not contain."""
     from hf_ddpm.hub.card import write_card
 
     (run / "README.md").unlink(missing_ok=True)
@@ -169,7 +170,7 @@ def _digest(*files: Path) -> str:
 
 
 def mutations() -> Iterator[Mutation]:
-    """Yields all mutations, the same ones at every call."""
+    """Yields all mutations, always the same ones."""
     rng = random.Random(0)
     yield from _json(rng)
     yield from _jsonl(rng)
@@ -238,7 +239,7 @@ def _checkpoints(rng: random.Random) -> Iterator[Mutation]:
         yield Mutation(
             "checkpoint", f"{name} gone", _remove(f"{CHECKPOINT}/{name}"), "resume", "refused", names=(name,)
         )
-    # As an older version or a person may have left it: the manifest is that of the file.
+    # Damage with a matching manifest, as an older version or a manual edit may leave it.
     file = f"{CHECKPOINT}/state.json"
     for content in DAMAGED_JSON:
         name = f"sealed state.json = {content[:12]!r}"
@@ -319,10 +320,10 @@ def _images(rng: random.Random) -> Iterator[Mutation]:
                 _then(_folder(kind), damage),
                 command,
                 expect,
-                names=(f"3.{kind}", "samples="),
+                names=(f"3.{kind}", "--samples"),
             )
         for offset in (1, 20, 60):
-            # Only PNG and ZIP have checksums; a changed value elsewhere is another image.
+            # Only PNG and ZIP have checksums; in other formats a changed byte may give a valid image.
             expect = "same" if kind in ("png", "npz") else "any"
             damage = _then(_folder(kind), _flip(file, offset))
             yield Mutation("images", f"{kind} byte {offset}", damage, "train_images", expect, names=(f"3.{kind}",))
@@ -369,7 +370,7 @@ def _options(rng: random.Random) -> Iterator[Mutation]:
     for command, options in NUMBERS.items():
         for name in options:
             for text in rng.sample(TEXTS, 3):
-                # A whole number below a minimum is refused or means something; all others are no numbers.
+                # These are numbers, which may be valid; all others are not numbers.
                 is_number = text in ("-1", "1e400", str(10**30)) or (not text and name == "max_train_samples")
                 is_list = text in ("", "None") and name in ("attention_resolutions", "max_train_samples")
                 expect = "any" if is_number or is_list else "refused"
@@ -407,7 +408,7 @@ def _options(rng: random.Random) -> Iterator[Mutation]:
         yield Mutation("options", f"{command} {' '.join(words)!r}", _nothing, command, "refused", words, tuple(names))
 
 
-# What damages: functions that return a function of the folder.
+# The damages: functions that return a function of the folder.
 
 
 class _Gone:
@@ -424,7 +425,7 @@ def _parts(file: str) -> tuple[str, ...]:
 
 
 def _keys(file: str) -> list[tuple[str, ...]]:
-    """Returns the paths of the keys of a JSON file, to a depth of three and without the details of provenance."""
+    """Returns the paths of the keys of a JSON file, up to a depth of three, without details of the provenance."""
 
     def walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         for key, item in value.items() if isinstance(value, dict) else ():
@@ -542,18 +543,18 @@ TENSOR_CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
-def _picture(index: int) -> np.ndarray:
+def _image(index: int) -> np.ndarray:
     return np.random.default_rng(index).integers(0, 256, (8, 8), np.uint8)
 
 
 def _folder(kind: str) -> Callable[[Path], object]:
-    """Makes a folder of eight images."""
+    """Returns a function that writes a folder of eight images."""
 
     def make(run: Path) -> None:
         folder = run / "images"
         folder.mkdir()
         for index in range(8):
-            path, array = folder / f"{index}.{kind}", _picture(index)
+            path, array = folder / f"{index}.{kind}", _image(index)
             if kind == "npy":
                 np.save(path, array)
             elif kind == "npz":
@@ -565,10 +566,10 @@ def _folder(kind: str) -> Callable[[Path], object]:
 
 
 def _rows(run: Path) -> None:
-    """Makes a table of eight images."""
+    """Writes a table of eight images."""
     contents = []
     for index in range(8):
-        Image.fromarray(_picture(index)).save(buffer := io.BytesIO(), "png")
+        Image.fromarray(_image(index)).save(buffer := io.BytesIO(), "png")
         contents.append(buffer.getvalue())
     (run / "images").mkdir()
     _table(image=contents)(run)
@@ -592,7 +593,7 @@ class _OutOfTime(BaseException):
 
 
 def prepare(folder: Path) -> Path:
-    """Trains and evaluates the run to be damaged, with a checkpoint at step 4; returns its folder."""
+    """Trains and evaluates the run to damage, with a checkpoint at step 4; returns its folder."""
     run = folder / "run"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         _main("train", *TINY_RUN, "--output_dir", str(run), "--max_train_steps", "4")
@@ -604,13 +605,13 @@ def prepare(folder: Path) -> Path:
 
 
 def attempt(mutation: Mutation, run: Path, folder: Path) -> tuple[str, str]:
-    """Returns whether a command succeeded (`ok`), was `refused`, or ended in a `traceback`, and its result or text."""
+    """Returns the state of a command (`ok`, `warned`, `refused` or `traceback`), and its result or its error."""
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(run, work)
     mutation.damage(work)
-    noticed = io.StringIO()
-    handler = logging.StreamHandler(noticed)
+    logged = io.StringIO()
+    handler = logging.StreamHandler(logged)
     handler.setLevel(logging.WARNING)
     logging.getLogger().addHandler(handler)
     out = io.StringIO()
@@ -631,7 +632,7 @@ def attempt(mutation: Mutation, run: Path, folder: Path) -> tuple[str, str]:
         signal.signal(signal.SIGALRM, previous)
         logging.getLogger().removeHandler(handler)
         assert Path.cwd() == here
-    is_warned = noticed.getvalue() or "passed over" in out.getvalue() or "skipped" in out.getvalue()
+    is_warned = logged.getvalue() or "passed over" in out.getvalue() or "skipped" in out.getvalue()
     return ("warned" if is_warned else "ok"), result
 
 
@@ -665,8 +666,8 @@ def fuzz(folder: Path, report: Callable[[str], object] | None = None) -> Counter
     """Tries all mutations.
 
     Args:
-        folder: Where to work.
-        report: Called with a line for every outcome that must not be, and, at the end, with the counts.
+        folder: Working folder.
+        report: Called with a line per bad outcome, and with the counts at the end.
 
     Returns:
         Counts by group and outcome.
@@ -694,12 +695,12 @@ def fuzz(folder: Path, report: Callable[[str], object] | None = None) -> Counter
 
 
 def table(counts: Counter[tuple[str, str]]) -> str:
-    """Returns the counts as text: tried and outcomes per group, then all together."""
+    """Returns the counts as text: the number of mutations and the outcomes, per group and in total."""
     groups = list(dict.fromkeys(group for group, _ in counts))
     lines = [f"{'':16}{'tried':>10}" + "".join(f"{name:>10}" for name in OUTCOMES)]
     for group in [*groups, "all"]:
         row = [sum(n for (g, o), n in counts.items() if g == group or group == "all" if o == name) for name in OUTCOMES]
-        lines.append(f"{group:16}{sum(row):>10}" + "".join(f"{number:>10}" for number in row))
+        lines.append(f"{group:16}{sum(row):>10}" + "".join(f"{count:>10}" for count in row))
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The picture and the map of docs/architecture.md are those of the package as it is."""
+"""docs/architecture.md and its picture are up to date with the package."""
 
 import re
 from pathlib import Path
@@ -24,8 +24,8 @@ def test_picture_and_page_are_up_to_date(architecture):
     assert page == architecture.write_page(page), REMEDY
 
 
-def test_the_picture_shows_the_imports():
-    """Reads the imports by other means than the script: text, not syntax trees."""
+def test_picture_shows_the_imports():
+    """Reads the imports from the text of the files; the script uses syntax trees."""
     imported = {}
     for file in (ROOT / "hf_ddpm").rglob("*.py"):
         room = file.relative_to(ROOT / "hf_ddpm").parts[0].removesuffix(".py")
@@ -39,24 +39,24 @@ def test_the_picture_shows_the_imports():
         room, others = title.split(" imports: ")
         shown[room] = set(others.split(", ")) - {"none"}
     assert shown.keys() == imported.keys() and len(shown) > 10
-    by_name = {("cli", "demo")}  # a command, which is imported by its name
+    by_name = {("cli", "demo")}  # imported by name, as a command
     for room, others in imported.items():
         assert others <= shown[room] <= others | {other for name, other in by_name if name == room}
 
 
-def test_arrows_are_left_out_only_if_others_imply_them(architecture):
+def test_arrows_implied_by_others_are_left_out(architecture):
     pairs = {("a", "b"), ("b", "c"), ("a", "c"), ("c", "d"), ("a", "d"), ("a", "e")}
     assert architecture.reduce_arrows(pairs) == {("a", "b"), ("b", "c"), ("c", "d"), ("a", "e")}
 
 
-def test_the_map_names_each_file_once():
+def test_module_map_lists_each_file_once():
     table = PAGE.read_text().split("## Module map")[1]
     named = [name + "__init__.py" * name.endswith("/") for name in re.findall(r"\]\(\.\./hf_ddpm/([^)]*)\)", table)]
     assert len(named) == len(set(named))
     assert set(named) == {str(file.relative_to(ROOT / "hf_ddpm")) for file in (ROOT / "hf_ddpm").rglob("*.py")}
 
 
-def test_the_walks_name_what_is_there():
+def test_walks_list_existing_definitions():
     walks = re.split(r"\n## ", PAGE.read_text())[1:4]
     for walk in walks:
         lines = re.findall(r"^\d+\. \[(.*?)\]\((.*?)\) `(.*?)`", walk, re.MULTILINE)

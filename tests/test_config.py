@@ -13,19 +13,19 @@ from hf_ddpm.utils.options import Auto
 PAPERS = sorted({*preset_names()} - {"digits", "small-32", "small-64"})
 
 
-def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(tmp_path):
+def test_the_command_line_overrides_the_file_and_the_file_overrides_the_preset(tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text("learning_rate: 1e-4\nseed: 3\nhorizontal_flip: true\nblock_out_channels: [32, 64]\n")
     config = parse_config(["--preset", "digits", "--config", str(file), "--seed", "7"])
     assert config.training.seed == 7
-    assert config.training.learning_rate == 1e-4  # which YAML alone reads as a string
+    assert config.training.learning_rate == 1e-4  # YAML would read it as a string
     assert config.data.horizontal_flip is True
     assert config.model.block_out_channels == [32, 64]
     assert config.data.dataset == "digits"
 
 
-def test_yaml_values_are_read_as_they_are_written(tmp_path):
-    # YAML itself takes no for False and null for nothing; here null undoes the preset's value.
+def test_yaml_values_are_parsed_like_command_line_values(tmp_path):
+    # `no` is the precision, not False; null resets the preset's value to the default.
     file = tmp_path / "x.yaml"
     file.write_text("mixed_precision: no\nhorizontal_flip: no\nattention_resolutions: [8, 4]\nnum_samples: null\n")
     config = parse_config(["--preset", "cifar10", "--dataset", "digits", "--resolution", "8", "--config", str(file)])
@@ -34,7 +34,7 @@ def test_yaml_values_are_read_as_they_are_written(tmp_path):
     assert config.training.num_samples == 64
 
 
-def test_the_length_of_a_run_is_given_once_and_a_later_one_replaces_an_earlier_one(tmp_path):
+def test_a_later_length_of_the_run_replaces_an_earlier_one(tmp_path):
     def length(*words):
         training = parse_config(["--preset", "digits", *words]).training
         return training.max_train_steps, training.num_train_epochs
@@ -51,16 +51,16 @@ def test_the_length_of_a_run_is_given_once_and_a_later_one_replaces_an_earlier_o
     assert length("--config", str(file)) == (800_000, None)
     for words in (["--num_train_epochs", "3", "--max_train_steps", "7"], ["--config", str(file)]):
         file.write_text("num_train_epochs: 3\nmax_train_steps: 7\n")
-        with pytest.raises(ValueError, match="num_train_epochs=3 is not allowed: max_train_steps=7 is given, too"):
+        with pytest.raises(ValueError, match="--num_train_epochs 3: expected no epochs with --max_train_steps 7"):
             length(*words)
 
 
-def test_what_nobody_has_chosen_keeps_the_default_of_the_runs_beginning():
+def test_resumed_runs_keep_the_defaults_they_started_with():
     stored = {name: value for name, value in parse_config(["--preset", "digits"]).to_dict().items()
               if name not in ("timestep_spacing", "ema_warmup", "beta_end")}  # fmt: skip
     words = ["--preset", "digits", "--no-ema-warmup", "--beta_end", "0.5"]
     config = parse_config(words).resumed(stored)
-    assert config.diffusion.timestep_spacing == "leading"  # of that time
+    assert config.diffusion.timestep_spacing == "leading"  # the default of the stored run
     assert config.training.ema_warmup is False and config.diffusion.beta_end == 0.5
     given = parse_config([*words, "--timestep_spacing", "trailing"]).resumed(stored)
     assert given.diffusion.timestep_spacing == "trailing"
@@ -72,23 +72,23 @@ def test_what_nobody_has_chosen_keeps_the_default_of_the_runs_beginning():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("seed: [1, 2]", r"seed=\['1', '2'\] is not allowed: one value"),
-        ("seed: {a: 1}", "seed=.* is not allowed: one value"),
-        ("block_out_channels: {a: 1}", "block_out_channels=.* is not allowed: a list with an entry"),
-        ("attention_resolutions: []", r"attention_resolutions=\[\] is not allowed: a list with an entry"),
+        ("seed: [1, 2]", r"x.yaml: seed: \['1', '2'\]; expected one value"),
+        ("seed: {a: 1}", "x.yaml: seed: .*; expected one value"),
+        ("block_out_channels: {a: 1}", "x.yaml: block_out_channels: .*; expected a list with at least one entry"),
+        ("attention_resolutions: []", r"x.yaml: attention_resolutions: \[\]; expected a list with at least one entry"),
         ("preset: cifar10", "unknown option preset"),
         ("help: 1", "unknown option help"),
         ("lerning_rate: 1", "unknown option lerning_rate: did you mean learning_rate?"),
     ],
 )
-def test_yaml_that_is_no_option_is_refused(tmp_path, line, message):
+def test_invalid_yaml_options_are_errors(tmp_path, line, message):
     (tmp_path / "x.yaml").write_text(line)
     with pytest.raises(ValueError, match=message):
         parse_config(["--preset", "digits", "--config", str(tmp_path / "x.yaml")])
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_presets_say_only_what_options_say_and_where_they_come_from(name):
+def test_presets_contain_only_valid_options(name):
     text = preset_path(name).read_text()
     assert text.startswith("# ")
     options, values = yaml.safe_load(text), preset_config(name).to_dict()
@@ -110,7 +110,7 @@ def test_presets_say_only_what_options_say_and_where_they_come_from(name):
         ("lsun-church-256", 114, 1_200_000),
     ],
 )
-def test_every_model_of_the_paper_has_its_size_and_its_steps(name, parameters, steps):
+def test_presets_of_the_paper_have_its_parameters_and_steps(name, parameters, steps):
     config = parse_config(["--preset", name])
     with torch.device("meta"):
         unet = UNet2DModel(**config.unet())
@@ -126,13 +126,13 @@ def test_every_model_of_the_paper_has_its_size_and_its_steps(name, parameters, s
         assert config.data.horizontal_flip is not name.startswith("lsun-bedroom")
 
 
-# The configurations of the Hub's google/ddpm-cifar10-32, -celebahq-256, -church-256, ...: the authors' weights.
+# Configurations of google/ddpm-cifar10-32, -celebahq-256, -church-256, ... on the Hub, which have the authors' weights.
 PUBLISHED_UNET = {
     "in_channels": 3, "out_channels": 3, "center_input_sample": False, "time_embedding_type": "positional",
     "freq_shift": 1, "flip_sin_to_cos": False, "layers_per_block": 2, "mid_block_scale_factor": 1,
     "downsample_padding": 0, "act_fn": "silu", "attention_head_dim": None, "norm_num_groups": 32, "norm_eps": 1e-6,
 }  # fmt: skip
-# What diffusers added later, with its defaults.
+# Options that diffusers added later, with their defaults.
 LATER_UNET = {
     "time_embedding_dim": None, "mid_block_type": "UNetMidBlock2D", "downsample_type": "conv", "upsample_type": "conv",
     "attn_norm_num_groups": None, "resnet_time_scale_shift": "default", "add_attention": True,
@@ -141,16 +141,16 @@ LATER_UNET = {
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_every_model_of_the_paper_is_the_published_one(name):
-    # All that decides what is computed is stated here: a network with another epsilon or padding has the same weights.
+def test_presets_of_the_paper_equal_the_published_models(name):
+    # All options that affect the output are compared: another epsilon or padding would have weights of the same shapes.
     config = parse_config(["--preset", name])
     multiples = (1, 2, 2, 2) if name == "cifar10" else (1, 1, 2, 2, 4, 4)
     attends = [size == 16 for size in (32, 16, 8, 4)] if name == "cifar10" else [i == 4 for i in range(6)]
     width = 192 if name.endswith("large") else 128
     with torch.device("meta"):
-        found = UNet2DModel(**config.unet()).config
+        unet = UNet2DModel(**config.unet()).config
     assert {
-        key: list(value) if isinstance(value, tuple) else value for key, value in found.items() if key[0] != "_"
+        key: list(value) if isinstance(value, tuple) else value for key, value in unet.items() if key[0] != "_"
     } == {
         **PUBLISHED_UNET,
         **LATER_UNET,
@@ -170,7 +170,7 @@ def test_every_model_of_the_paper_is_the_published_one(name):
     assert (training.lr_schedule, training.max_grad_norm, config.data.levels) == ("constant", 1.0, 256)
 
 
-def test_the_defaults_are_those_of_the_paper():
+def test_the_defaults_are_the_options_of_the_paper():
     # Section 4 and Appendix B, for CIFAR-10.
     paper = parse_config(["--preset", "cifar10"])
     assert (paper.model, paper.diffusion) == (ModelConfig(), DiffusionConfig())
@@ -181,7 +181,7 @@ def test_the_defaults_are_those_of_the_paper():
     assert paper.diffusion.variance_type == "fixed_large"
 
 
-def test_the_options_are_a_contract():
+def test_public_option_names_exist():
     options = {field.name for part in PARTS for field in dataclasses.fields(part)}
     assert options >= {
         "dataset", "image_column", "resolution", "train_batch_size", "max_train_steps", "checkpointing_steps", "resume",
@@ -191,7 +191,7 @@ def test_the_options_are_a_contract():
 
 
 @pytest.mark.parametrize("more", [[], ["--value_range", "-1", "2.5", "--channels", "6", "--levels", "65536"]])
-def test_the_saved_options_make_the_same_run(tmp_path, more):
+def test_saved_options_load_as_the_same_config(tmp_path, more):
     config = parse_config(["--preset", "digits", "--seed", "5", "--attention_head_dim", "8", *more])
     config.save(tmp_path / "config.yaml")
     assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
@@ -202,55 +202,55 @@ def test_the_saved_options_make_the_same_run(tmp_path, more):
     [
         ("--lerning_rate 1", "unknown option --lerning_rate: did you mean --learning_rate?"),
         ("--nonsense 1", "unknown option --nonsense: see --help"),
-        ("--preset cats", "preset='cats' is not allowed: one of celebahq-256, cifar10, digits, lsun-bedroom"),
-        ("--config none.yaml", "config 'none.yaml' cannot be read"),
+        ("--preset cats", "--preset cats: expected one of celebahq-256, cifar10, digits, lsun-bedroom"),
+        ("--config none.yaml", "--config none.yaml: file cannot be read"),
         ("--max_train_steps many", "argument --max_train_steps: invalid int or auto value: 'many'"),
-        ("--max_train_steps 0", "max_train_steps=0 is not allowed: at least 1"),
-        ("--learning_rate -1", "learning_rate=-1.0 is not allowed: more than 0"),
-        ("--num_train_epochs 0", "num_train_epochs=0 is not allowed: at least 1"),
-        ("--weight_decay -1", "weight_decay=-1.0 is not allowed: at least 0"),
-        ("--adam_beta1 1", r"adam_beta1=1.0 is not allowed: in \[0, 1\)"),
-        ("--lr_power 0", "lr_power=0.0 is not allowed: more than 0"),
-        ("--dropout 1", r"dropout=1.0 is not allowed: in \[0, 1\)"),
-        ("--ema_decay 1", r"ema_decay=\[1.0\] is not allowed: in \[0, 1\)"),
+        ("--max_train_steps 0", "--max_train_steps 0: expected at least 1"),
+        ("--learning_rate -1", "--learning_rate -1.0: expected more than 0"),
+        ("--num_train_epochs 0", "--num_train_epochs 0: expected at least 1"),
+        ("--weight_decay -1", "--weight_decay -1.0: expected at least 0"),
+        ("--adam_beta1 1", r"--adam_beta1 1.0: expected a value in \[0, 1\)"),
+        ("--lr_power 0", "--lr_power 0.0: expected more than 0"),
+        ("--dropout 1", r"--dropout 1.0: expected a value in \[0, 1\)"),
+        ("--ema_decay 1", r"--ema_decay 1.0: expected a value in \[0, 1\)"),
         ("--beta_schedule cosine", "argument --beta_schedule: invalid choice: 'cosine'"),
         ("--variance_type learnt", "argument --variance_type: invalid choice: 'learnt'"),
-        ("--channels 0", "channels=0 is not allowed: at least 1"),
-        ("--levels 70000", "levels=70000 is not allowed: 2 to 65536"),
-        ("--value_range 1", r"value_range=\[1.0\] is not allowed: two finite numbers LOW HIGH"),
-        ("--value_range 1 -1", r"value_range=\[1.0, -1.0\] is not allowed: two finite numbers LOW HIGH"),
-        ("--background x", "background='x' is not allowed: an opaque color such as white, #336699 or rgb"),
-        ("--background #00ff0080", "background='#00ff0080' is not allowed: an opaque color such as"),
-        ("--background rgb(256,0,0)", r"background='rgb\(256,0,0\)' is not allowed: an opaque color such as"),
-        ("--resolution 9", r"resolution=\[9\] is not allowed: multiples of 2, for the U-Net's 1 halvings"),
-        ("--attention_resolutions 3", r"attention_resolutions=\[3\] is not allowed: any of \[8, 4\], or 0 for none"),
-        ("--attention_head_dim 999", "attention_head_dim=999 is not allowed: at most the 64 channels there"),
-        ("--num_train_timesteps 1", "num_train_timesteps=1 is not allowed: at least 2"),
+        ("--channels 0", "--channels 0: expected at least 1"),
+        ("--levels 70000", "--levels 70000: expected 2 to 65536"),
+        ("--value_range 1", r"--value_range 1.0: expected two finite numbers LOW HIGH"),
+        ("--value_range 1 -1", r"--value_range 1.0 -1.0: expected two finite numbers LOW HIGH"),
+        ("--background x", "--background x: expected an opaque color such as white, #336699 or rgb"),
+        ("--background #00ff0080", "--background #00ff0080: expected an opaque color such as"),
+        ("--background rgb(256,0,0)", r"--background rgb\(256,0,0\): expected an opaque color such as"),
+        ("--resolution 9", r"--resolution 9: expected multiples of 2, for the U-Net's 1 halvings"),
+        ("--attention_resolutions 3", r"--attention_resolutions 3: expected any of \[8, 4\], or 0 for none"),
+        ("--attention_head_dim 999", "--attention_head_dim 999: expected at most 64, the channels of the narrowest"),
+        ("--num_train_timesteps 1", "--num_train_timesteps 1: expected at least 2"),
         ("--block_out_channels 2 2 --norm_num_groups 1", "at least 4 at the highest resolution"),
-        ("--norm_num_groups 0", "norm_num_groups=0 is not allowed: at least 1"),
+        ("--norm_num_groups 0", "--norm_num_groups 0: expected at least 1"),
         ("--learning_rate inf", "argument --learning_rate: 'inf' is not a finite number"),
         ("--mixed_precision a/--b", "invalid choice: 'a/--b'"),
-        ("--train_batch_size 1000000000", r"train_batch_size=1000000000 is not allowed: it needs 238 GiB of memory"),
-        ("--resolution 10000000", "resolution=.* is not allowed: it needs 372,529 GiB of memory"),
-        ("--norm_num_groups 5", "is not allowed: multiples of norm_num_groups=5"),
+        ("--train_batch_size 1000000000", "--train_batch_size 1000000000: needs 238 GiB of memory; expected at most"),
+        ("--resolution 10000000", "--resolution .*: needs 372,529 GiB of memory; expected at most"),
+        ("--norm_num_groups 5", "--block_out_channels 32 64: expected multiples of --norm_num_groups 5"),
     ],
 )
-def test_wrong_options_are_one_line_that_says_what_is_allowed(words, message):
+def test_errors_for_invalid_options_are_one_line(words, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse_config(["--preset", "digits", *words.split()])
     assert "\n" not in str(caught.value)
 
 
-def test_a_data_set_must_be_named():
-    with pytest.raises(ValueError, match="dataset='' is not allowed: a data set, such as"):
+def test_a_data_set_is_required():
+    with pytest.raises(ValueError, match="--dataset '': expected a data set, such as"):
         parse_config([])
-    with pytest.raises(ValueError, match="dataset=''"):
+    with pytest.raises(ValueError, match="--dataset ''"):
         DataConfig()
 
 
-def test_files_that_hold_no_options_are_refused(tmp_path):
+def test_files_without_options_are_errors(tmp_path):
     for content, message in [
-        ("- a\n- b\n", "holds no options"),
+        ("- a\n- b\n", "contains no options"),
         ("a: [", "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
         ("size: 3", "unknown option size: see --help"),
@@ -261,7 +261,7 @@ def test_files_that_hold_no_options_are_refused(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_attention_stands_at_its_resolutions():
+def test_blocks_have_attention_at_attention_resolutions():
     unet = parse_config(["--preset", "cifar10"]).unet()
     assert unet["down_block_types"] == ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
     assert unet["up_block_types"] == ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
@@ -269,8 +269,8 @@ def test_attention_stands_at_its_resolutions():
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "quad", "const", "squaredcos_cap_v2", "sigmoid"])
 @pytest.mark.parametrize("total", [10, 50, 200, 4000])
-def test_a_process_ends_in_noise_whatever_its_number_of_steps(total, schedule):
-    # 1e-4 to 0.02 are for T = 1000: of 50 such steps, 60% of the variance of x_T is signal.
+def test_the_process_ends_in_noise_for_any_number_of_steps(total, schedule):
+    # The paper's 1e-4 to 0.02 are for T = 1000: with T = 50, 60% of the variance of x_T would be signal.
     words = ["--dataset", "digits", "--num_train_timesteps", str(total), "--beta_schedule", schedule]
     scheduler = DDPMScheduler(**parse_config(words).scheduler())
     assert scheduler.alphas_cumprod[-1] < 1e-3
@@ -278,7 +278,7 @@ def test_a_process_ends_in_noise_whatever_its_number_of_steps(total, schedule):
         assert parse_config(words).diffusion.beta_end == pytest.approx(0.005)
 
 
-def test_the_betas_of_1000_steps_are_those_of_the_paper():
+def test_presets_have_the_betas_of_the_paper():
     for name in preset_names():
         process = preset_config(name).scheduler()
         assert (process["num_train_timesteps"], process["beta_start"], process["beta_end"]) == (1000, 1e-4, 0.02)

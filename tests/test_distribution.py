@@ -1,4 +1,4 @@
-"""The wheel works without a clone, and the sdist can run its own tests."""
+"""The wheel works without a clone, and the tests of the sdist run."""
 
 import json
 import os
@@ -20,7 +20,7 @@ FOLDERS = ("hf_ddpm", "tests", "benchmarks", "docs", "scripts", "model_cards", "
 
 
 def run(words, folder, path=None):
-    """Runs a command in a folder, with nothing on the path but `path`; returns its output."""
+    """Runs a command in a folder, with only `path` in PYTHONPATH; returns its output."""
     home = {"HF_HOME": str(folder / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
     environment = {**os.environ, **home, "PYTHONPATH": "" if path is None else str(path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(word) for word in words], cwd=folder, env=environment, capture_output=True, text=True)
@@ -34,7 +34,7 @@ def pip(*words, folder):
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """The unpacked sdist of a copy of the clone: nothing is built in the clone itself."""
+    """The unpacked sdist, built from a copy of the clone."""
     copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("sdist")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -59,7 +59,7 @@ def wheel(sdist, tmp_path_factory):
     return file
 
 
-def test_the_sdist_holds_what_its_tests_need(sdist):
+def test_the_sdist_contains_all_files_of_its_tests(sdist):
     for name in FOLDERS:
         files = {str(file.relative_to(ROOT)) for file in (ROOT / name).rglob("*") if file.is_file()}
         missing = {name for name in files if "__pycache__" not in name and not (sdist / name).exists()}
@@ -71,7 +71,7 @@ def test_the_sdist_holds_what_its_tests_need(sdist):
     run([sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests], sdist, sdist)
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+def test_the_wheel_contains_only_the_package(wheel):
     names = ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"hf_ddpm", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
     files = {str(file.relative_to(ROOT)) for file in (ROOT / "hf_ddpm").rglob("*") if file.is_file()}

@@ -1,4 +1,4 @@
-"""The way of a person with pictures of their own: each command is typed as the one before it says."""
+"""The first steps of a user with their own images: each command is taken from the output of the previous one."""
 
 import importlib.util
 import json
@@ -25,8 +25,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.hub]
 ROOT = Path(__file__).parents[1]
 
 
-def draw_pictures(folder, count):
-    """Writes PNGs of many sizes: a disc, a box or a triangle of some color on a transparent ground."""
+def write_images(folder, count):
+    """Writes PNG files of many sizes: a colored disc, box or triangle on a transparent background."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for i in range(count):
@@ -44,7 +44,7 @@ def draw_pictures(folder, count):
 
 
 class Shell:
-    """Commands in a folder; `hf-ddpm` is the package's module."""
+    """Runs commands in a folder; `hf-ddpm` runs the module of this checkout."""
 
     def __init__(self, folder, environment):
         self.folder = folder
@@ -65,19 +65,19 @@ class Shell:
 
 
 def stop_in_training(process):
-    """Sends Ctrl-C after two steps; returns exit code and output."""
-    seen = ""
-    while not re.search(r"\b2/10000", seen):
+    """Sends Ctrl-C after two steps; returns the exit code and the output."""
+    errors = ""
+    while not re.search(r"\b2/10000", errors):
         character = process.stderr.read(1)
-        assert character, seen
-        seen += character
+        assert character, errors
+        errors += character
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=LIMIT)
     return process.returncode, output
 
 
-def test_pictures_become_a_model_that_others_see(tmp_path):
-    draw_pictures(tmp_path / "pictures", 300)
+def test_own_images_become_a_shared_model(tmp_path):
+    write_images(tmp_path / "pictures", 300)
     hub = Hub(tmp_path / "hub-server")
     hub.folder.mkdir()
     hub.start()
@@ -88,14 +88,14 @@ def test_pictures_become_a_model_that_others_see(tmp_path):
         assert output.startswith("--preset small-32 (default") and "300 images in train; all files are used" in output
         commands = dict(re.findall(r"^  (resume|end it here|sample|export): +(.*)$", output, re.MULTILINE))
 
-        # The stopped run is a model.
+        # The stopped run can be sampled.
         assert "--num_images 16 --num_inference_steps 100" in commands["sample"]
         shell.run(f"{commands['sample']} --num_images 2 --num_inference_steps 2")
         run = tmp_path / "runs" / "ddpm"
         assert Image.open(run / "images" / "00001.png").size == (32, 32)
         assert "preempted" in shell.run("hf-ddpm status runs/ddpm")
 
-        # It resumes and ends early, with samples; the export is of the end.
+        # It resumes and ends early, with samples; the export has the final weights.
         step = json.loads((run / "status.json").read_text())["step"]
         words = f"--max_train_steps {step + 2} --num_samples 2 --num_inference_steps 2"
         output = shell.run(f"{commands['resume']} {words}")
@@ -118,7 +118,7 @@ def test_pictures_become_a_model_that_others_see(tmp_path):
             assert "gradio" in show(shell, "hf-ddpm demo --model runs/ddpm")
     finally:
         hub.kill()
-    # Of all processes; a network of 5.6M parameters at batch size 32 needs little.
+    # The largest memory of all processes: a network of 5.6M parameters at batch size 32 needs little.
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 4 * 2**30
 
 

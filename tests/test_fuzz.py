@@ -1,4 +1,4 @@
-"""Damaged files and options: one line or a warning, never a traceback, never another result in silence."""
+"""Damaged files and options cause a one-line error or a warning, never a traceback or a silently different result."""
 
 import pytest
 
@@ -6,9 +6,9 @@ from tests.fuzz import fuzz
 
 
 @pytest.mark.slow
-def test_damage_is_refused_or_warned_of(tmp_path):
+def test_damage_causes_an_error_or_a_warning(tmp_path):
     lines = []
     counts = fuzz(tmp_path, lines.append)
-    bad = {key: number for key, number in counts.items() if key[1] in ("unclear", "traceback", "silent")}
+    bad = {key: count for key, count in counts.items() if key[1] in ("unclear", "traceback", "silent")}
     assert sum(counts.values()) > 300
     assert not bad, "\n".join(lines)

@@ -18,15 +18,15 @@ from hf_ddpm.images import (
 )
 
 
-def test_bytes_survive_the_round_trip():
+def test_bytes_are_unchanged_by_a_round_trip():
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     signed = to_signed(pixels)
     assert signed.min() == -1 and signed.max() == 1
     assert torch.equal(to_bytes(to_unit(signed)), pixels)
 
 
-def test_signed_values_beyond_the_range_are_clipped():
-    # And the others stay: they are not stretched to fill the range.
+def test_signed_values_outside_the_range_are_clipped():
+    # Values inside the range are unchanged: the image is not rescaled.
     signed = torch.tensor([-7.0, -1.0, -0.5, 0.0, 0.5, 1.0, 7.0]).view(1, 1, 1, 7)
     assert to_bytes(to_unit(signed)).flatten().tolist() == [0, 0, 64, 128, 191, 255, 255]
     inside = torch.tensor([-0.5, 0.5]).view(1, 1, 1, 2)
@@ -36,20 +36,20 @@ def test_signed_values_beyond_the_range_are_clipped():
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_pil_and_back(channels):
     pixels = torch.randint(256, (1, channels, 5, 7), dtype=torch.uint8)
-    (picture,) = to_pil(pixels)
-    assert picture.size == (7, 5)
-    np.testing.assert_array_equal(from_pil(picture, channels), pixels[0].numpy())
+    (image,) = to_pil(pixels)
+    assert image.size == (7, 5)
+    np.testing.assert_array_equal(from_pil(image, channels), pixels[0].numpy())
 
 
-def test_two_channels_are_no_picture():
-    with pytest.raises(ValueError, match="images with 2 channels are not pictures: expected 1, 3 or 4; arrays"):
+def test_pil_images_cannot_have_two_channels():
+    with pytest.raises(ValueError, match="PIL images cannot have 2 channels: expected 1, 3 or 4; use arrays or ten"):
         to_pil(torch.zeros(1, 2, 4, 4, dtype=torch.uint8))
 
 
-def test_pictures_to_look_at_show_every_channel():
+def test_images_for_display_show_each_channel():
     pixels = torch.randint(256, (2, 5, 4, 6), dtype=torch.uint8)
-    for image, picture in zip(pixels, to_pictures(pixels), strict=True):
-        shown = np.asarray(picture)  # 3 columns, 2 rows, a pixel around each
+    for image, display in zip(pixels, to_pictures(pixels), strict=True):
+        shown = np.asarray(display)  # 3 columns and 2 rows, with a gap of one pixel
         assert shown.shape == (2 * 5 + 1, 3 * 7 + 1)
         for channel, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]):
             tile = shown[1 + 5 * row : 5 * row + 5, 1 + 7 * column : 7 * column + 7]
@@ -58,12 +58,12 @@ def test_pictures_to_look_at_show_every_channel():
     np.testing.assert_array_equal(to_pictures(rgb)[0], to_pil(rgb)[0])
 
 
-def test_a_grid_holds_every_image_in_its_place(tmp_path):
+def test_a_grid_has_each_image_at_its_position(tmp_path):
     tiles = [Image.new("L", (2, 3), color) for color in (10, 20, 30)]
     sheet = np.asarray(grid(tiles, columns=2, scale=2, gap=1))
     assert sheet.shape == (2 * 7 + 1, 2 * 5 + 1)
     gray = sheet[0, 0]
-    assert 128 < gray < 240  # light, yet neither white nor black: images of either color end where they end
+    assert 128 < gray < 240  # light gray, so that the borders of white and black images are visible
     expected = np.full(sheet.shape, gray)
     expected[1:7, 1:5], expected[1:7, 6:10], expected[8:14, 1:5] = 10, 20, 30
     np.testing.assert_array_equal(sheet, expected)
@@ -72,7 +72,7 @@ def test_a_grid_holds_every_image_in_its_place(tmp_path):
 
 
 @pytest.mark.parametrize(("side", "scale"), [(8, 8), (28, 3), (32, 2), (48, 2), (64, 1), (256, 1)])
-def test_small_images_are_enlarged_to_be_seen_by_whole_numbers(side, scale):
+def test_grids_enlarge_small_images_by_an_integer(side, scale):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
     sheet = np.asarray(grid([image]))
     gap = (len(sheet) - scale * side) // 2
@@ -82,15 +82,15 @@ def test_small_images_are_enlarged_to_be_seen_by_whole_numbers(side, scale):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-def test_labels_stand_beside_the_images_not_on_them(mode):
+def test_labels_do_not_cover_the_images(mode):
     tiles, more = [Image.new(mode, (64, 64), "white")] * 6, {"columns": 3}
     bare = np.asarray(grid(tiles, **more).convert("L")).astype(int)
     labels = {"column_labels": ["a", "b", "a label wider than its image"], "row_labels": ["first", "second"]}
     labeled = np.asarray(grid(tiles, **more, **labels, title="title").convert("L")).astype(int)
     for sheet in (bare, labeled):
         white = sheet == 255
-        assert white.sum() == 6 * 64 * 64  # all of each image is seen
-        # Between images of one row, and of one column, is at least a line of gray.
+        assert white.sum() == 6 * 64 * 64  # each image is completely visible
+        # There is a gap between the images of each row and column.
         assert (np.diff(white.any(axis=0).astype(int)) == 1).sum() == 3 and (
             np.diff(white.any(axis=1).astype(int)) == 1
         ).sum() == 2
@@ -101,20 +101,20 @@ def test_labels_stand_beside_the_images_not_on_them(mode):
     assert dark[:, -1].sum() == 0  # the wide label is not cut
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("position", [0, 1])
 @pytest.mark.parametrize("kind", ["column_labels", "row_labels"])
-def test_each_label_stands_at_its_own_row_or_column(kind, place):
+def test_each_label_is_at_its_row_or_column(kind, position):
     labels = ["", ""]
-    labels[place] = "word"
+    labels[position] = "word"
     sheet = np.asarray(grid([Image.new("L", (64, 64), "white")] * 4, columns=2, **{kind: labels}))
     sheet = sheet if kind == "column_labels" else sheet.T
     white = sheet == 255
     band, left = sheet[: white.any(axis=1).argmax()], white.any(axis=0).argmax()  # before the first image
     parts = [band[:, left : left + 64], band[:, left + 70 : left + 134]]
-    assert [bool((part < 100).any()) for part in parts] == [place == 0, place == 1]
+    assert [bool((part < 100).any()) for part in parts] == [position == 0, position == 1]
 
 
-def test_a_title_is_a_line_above_all_and_not_cut():
+def test_a_title_is_above_the_grid_and_not_cut():
     tile = [Image.new("L", (64, 64), "white")]
     bare, short, long = (np.asarray(grid(tile, title=title)) for title in ("", "t = 1", "a title wider than the image"))
     assert short.shape[1] == bare.shape[1] < long.shape[1] and short.shape[0] == long.shape[0] > bare.shape[0]
@@ -125,7 +125,7 @@ def test_a_title_is_a_line_above_all_and_not_cut():
     assert not (bare < 100).any()
 
 
-def test_classes_have_labeled_columns_if_there_are_few():
+def test_few_classes_have_labeled_columns():
     pixels = torch.zeros(7, 1, 64, 64, dtype=torch.uint8)
     square = sample_grid(pixels)
     assert square.width == square.height  # 3 x 3
@@ -136,7 +136,7 @@ def test_classes_have_labeled_columns_if_there_are_few():
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp"])
-def test_an_animation_shows_every_picture_and_rests_at_its_end(tmp_path, kind):
+def test_an_animation_shows_each_frame_and_the_last_one_longer(tmp_path, kind):
     frames = [Image.new("L", (8, 6), color) for color in (0, 100, 200)]
     save_animation(frames, tmp_path / f"a.{kind}", 50)
     with Image.open(tmp_path / f"a.{kind}") as animation:
@@ -148,12 +148,12 @@ def test_an_animation_shows_every_picture_and_rests_at_its_end(tmp_path, kind):
             animation.seek(frame)
             animation.load()
             times.append(animation.info["duration"])
-        assert times == [50, 50, 1500] and animation.info["loop"] == 0  # for ever
+        assert times == [50, 50, 1500] and animation.info["loop"] == 0  # repeats forever
     assert [path.name for path in tmp_path.iterdir()] == [f"a.{kind}"]
 
 
-def test_pictures_and_deep_arrays_that_fit_nothing_are_refused_in_one_line():
-    with pytest.raises(ValueError, match="a picture of mode L is not allowed: 2 channels have none"):
+def test_pil_images_and_arrays_of_other_types_are_errors():
+    with pytest.raises(ValueError, match="PIL image of mode L: expected an array or tensor with 2 channels"):
         read_signed(Image.new("L", (4, 4)), (2, 4, 4))
-    with pytest.raises(ValueError, match="images in a array of uint16, 0 to 0 are not allowed"):
+    with pytest.raises(ValueError, match=r"array of uint16 with values from 0 to 0: expected floats in \[0, 1\]"):
         read_signed(np.zeros((4, 4, 1), np.uint16), (1, 4, 4))

@@ -7,7 +7,7 @@ import pytest
 
 import hf_ddpm
 
-# A change of these is one of the public interface.
+# Changing these changes the public interface.
 SIGNATURES = {
     "train": "(config: Config | None = None, **options: Any) -> Path",
     "distill": "(model: Path | str, steps: int, output: Path | str, **options: Any) -> Path",
@@ -31,12 +31,12 @@ CLASSES = {
 def test_public_names_are_frozen():
     assert set(hf_ddpm.__all__) == CLASSES | set(SIGNATURES)
     for name in hf_ddpm.__all__:
-        thing = getattr(hf_ddpm, name)
-        assert thing.__name__ == name and thing.__doc__ and name in dir(hf_ddpm)
+        public = getattr(hf_ddpm, name)
+        assert public.__name__ == name and public.__doc__ and name in dir(hf_ddpm)
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_public_functions_have_a_frozen_signature_and_say_what_they_take(name):
+def test_public_functions_have_a_frozen_signature_and_document_all_arguments(name):
     function = getattr(hf_ddpm, name)
     signature = inspect.signature(function)
     assert re.sub(r"(\w+\.)+|\'", "", str(signature)) == SIGNATURES[name]
@@ -44,11 +44,11 @@ def test_public_functions_have_a_frozen_signature_and_say_what_they_take(name):
     assert "Raises:" in function.__doc__ and "Returns:" in function.__doc__
 
 
-def test_importing_the_package_imports_nothing_heavy():
+def test_importing_the_package_is_fast():
     code = "import hf_ddpm, sys; print([m for m in ('torch', 'diffusers', 'datasets') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_the_mathematics_does_without_diffusers():
+def test_gaussian_diffusion_does_not_import_diffusers():
     code = "from hf_ddpm import GaussianDiffusion; import sys; print('diffusers' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -10,13 +10,13 @@ def git(folder, *words):
     subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)
 
 
-def test_the_revision_is_of_the_checkout_that_the_file_belongs_to(tmp_path, monkeypatch):
+def test_the_revision_is_that_of_the_checkout_of_the_file(tmp_path, monkeypatch):
     file = tmp_path / "package" / "__init__.py"
     file.parent.mkdir()
     file.write_text("")
-    assert revision(file) is None  # in no checkout
+    assert revision(file) is None  # no checkout
     git(tmp_path, "init", "-q")
-    assert revision(file) is None  # not one of its files
+    assert revision(file) is None  # not tracked
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")
     clean = revision(file)
@@ -27,7 +27,7 @@ def test_the_revision_is_of_the_checkout_that_the_file_belongs_to(tmp_path, monk
     assert revision(file) is None  # no git
 
 
-def test_what_computed_a_figure_is_told():
+def test_provenance_has_versions_device_and_date():
     made = provenance(torch.device("cpu"))
     assert made["versions"].keys() == {"hf_ddpm", "torch", "diffusers", "python"}
     assert made["versions"]["torch"] == torch.__version__ and made["device"].startswith("cpu (")

@@ -1,8 +1,8 @@
-"""A small classifier of CIFAR-10, whose features give a Frechet distance where no Inception weights are.
+"""Train a small CIFAR-10 classifier whose features give a Frechet distance without Inception weights.
 
     python benchmarks/gpu/features.py DATASET FOLDER [EPOCHS]
 
-Half a minute on an H100. With EPOCHS, a smaller network learns from 256 images: a rehearsal on a CPU.
+Takes half a minute on an H100. With EPOCHS, a smaller network is trained on 256 images, for a test on a CPU.
 """
 
 import json
@@ -18,17 +18,17 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from hf_ddpm.config import DataConfig
 from hf_ddpm.data.store import ImageStore, load_images
 
-# Images are shown enlarged: the network begins with two halvings.
+# Images are enlarged, as the network starts by halving their size twice.
 SIDE, MEAN, STD = 48, 0.5, 0.25
 
 
 def shown(pixels: Tensor) -> Tensor:
-    """Return bytes as the network takes them."""
+    """Return uint8 images as input of the network."""
     return F.interpolate((pixels.float() / 255 - MEAN) / STD, size=SIDE, mode="bilinear", antialias=True)
 
 
 def learn(network: torch.nn.Module, train: ImageStore, epochs: int, batch: int) -> None:
-    """Train with mirrored and shifted images, in bfloat16."""
+    """Train on randomly mirrored and shifted images, in bfloat16."""
     device, per_epoch = train.device, len(train) // batch
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=epochs * per_epoch, pct_start=0.2)
@@ -49,14 +49,14 @@ def learn(network: torch.nn.Module, train: ImageStore, epochs: int, batch: int) 
 
 @torch.no_grad()
 def accuracy(network: torch.nn.Module, test: ImageStore) -> float:
-    """Return the share of images whose class is found."""
+    """Return the share of correctly classified images."""
     parts = torch.arange(len(test), device=test.device).split(500)
-    found = [network(pixel_values=shown(test[part])).logits.argmax(1) == test.labels[part] for part in parts]
-    return torch.cat(found).float().mean().item()
+    correct = [network(pixel_values=shown(test[part])).logits.argmax(1) == test.labels[part] for part in parts]
+    return torch.cat(correct).float().mean().item()
 
 
 def main(dataset: str, folder: str, epochs: str | None = None) -> None:
-    """Train and save the network and its preprocessor."""
+    """Train the network, and save it with its preprocessor."""
     device, few = "cuda" if torch.cuda.is_available() else "cpu", None if epochs is None else 256
     options = {"resolution": [32], "class_column": "auto", "max_train_samples": few}
     train, test = (

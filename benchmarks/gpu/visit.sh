@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A quarter of an hour on a GPU: see README.md beside this file.
+# A 15-minute check on a GPU; see README.md in this folder.
 #   DATA=path/to/cifar10 OUT=out bash benchmarks/gpu/visit.sh measure
 #   DATA=path/to/cifar10 OUT=out bash benchmarks/gpu/visit.sh train
-# DRY=1 rehearses both on a CPU. Each stage has its own limit and log, and none stops the next.
-# WHEELS=folder installs its wheels where torch is there but no network; PYTHON is the interpreter.
+# DRY=1 tests both on a CPU. Each stage has its own time limit and log; if one fails, the next still runs.
+# WHEELS=folder installs wheels on a machine with torch but without network access; PYTHON is the interpreter.
 set -uo pipefail
 : "${DATA:?a folder of CIFAR-10}" "${OUT:?a folder for the results}"
 PYTHON=${PYTHON:-$(command -v python || command -v python3)}
@@ -38,7 +38,7 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', torc
   COMMON="$COMMON --mixed_precision $PRECISION --rounds $ROUNDS --steps_per_turn 10 --num_inference_steps 20"
   COMPILED="--compile true --memory false --check false --against none"
   stage eager 120 "$PYTHON" -m benchmarks $COMMON --tasks forward,train_step,sampling --profile "$WORK/eager-trace.json.gz" --json "$WORK/eager.json"
-  # Ours alone: one compilation, which the cache keeps for the training; then one for a batch and one for one image.
+  # Only this package: one compilation, cached for `train`; then one for a batch and one for a single image.
   stage compiled 150 "$PYTHON" -m benchmarks $COMMON $COMPILED --tasks train_step --profile "$WORK/compiled-trace.json.gz" --json "$WORK/compiled.json"
   stage compiled-sampling 150 "$PYTHON" -m benchmarks $COMMON $COMPILED --tasks forward,sampling --profile "$WORK/compiled-trace.json.gz" --json "$WORK/compiled-sampling.json"
   cp "$WORK"/*.json "$WORK"/*.md "$WORK"/*.json.gz "$OUT"/ 2>/dev/null
@@ -46,7 +46,7 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', torc
 train)
   rm -rf "$WORK/run" "$WORK/extractor"
   stage extractor 60 "$PYTHON" "$HERE/features.py" "$DATA" "$WORK/extractor" ${DRY:+2}
-  # As many steps as fit, by the speed that was measured, so that the cosine ends at zero.
+  # The number of steps that fits into the time at the measured speed, so that the cosine schedule ends at zero.
   STEPS=$("$PYTHON" - "$WORK" "$BATCH" "$SECONDS_OF_TRAINING" <<'PY'
 import json, sys
 from pathlib import Path

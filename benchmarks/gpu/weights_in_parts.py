@@ -1,9 +1,9 @@
-"""Carry weights off a machine that returns small files only: as bfloat16, in compressed parts of 15 MiB.
+"""Copy weights from a machine that only returns small files: as bfloat16, in compressed parts of 15 MiB.
 
     python benchmarks/gpu/weights_in_parts.py pack UNET_FOLDER PARTS_FOLDER
     python benchmarks/gpu/weights_in_parts.py unpack PARTS_FOLDER FILE.safetensors
 
-The two bytes of the numbers are compressed apart: 35.7M parameters take 47 MiB of 68.
+The two bytes of each number are compressed separately: 35.7M parameters take 47 MiB instead of 68 MiB.
 """
 
 import json
@@ -19,7 +19,7 @@ PART = 15 * 2**20
 
 
 def pack(folder: str, out: str) -> None:
-    """Write the weights of a folder as parts."""
+    """Write the weights of a folder as compressed parts."""
     tensors = load_file(next(Path(folder).glob("*.safetensors")))
     numbers = torch.cat([tensor.bfloat16().flatten() for tensor in tensors.values()])
     planes = [zlib.compress(plane.tobytes(), 6) for plane in numbers.view(torch.uint8).view(-1, 2).numpy().T]
@@ -32,7 +32,7 @@ def pack(folder: str, out: str) -> None:
 
 
 def unpack(folder: str, target: str) -> None:
-    """Write the weights of parts as float32."""
+    """Write the weights of compressed parts as one float32 file."""
     whole = b"".join(part.read_bytes() for part in sorted(Path(folder).glob("unet.*.bf16z")))
     place = 8 + int.from_bytes(whole[:8], "little")
     head, planes = json.loads(whole[8:place]), []

@@ -1,6 +1,6 @@
-"""The commands: argv, printing, exit codes.
+"""Command line: parse arguments, run a command, return its exit code.
 
-A module of a command imports in milliseconds: it reads the options, and what takes seconds is imported after that.
+The module of a command imports in milliseconds. Slow imports follow after its options are parsed.
 """
 
 import sys
@@ -17,13 +17,13 @@ COMMANDS = (
 
 
 def run(command: str) -> NoReturn:
-    """Run a command with the words of this process, and exit with its code."""
-    end_quietly()  # before imports that take seconds
+    """Run a command with the arguments of this process, and exit with its code."""
+    end_quietly()  # before slow imports
     run_script(import_module(f"hf_ddpm.cli.{command}").main)
 
 
 def main() -> NoReturn:
-    """Run the command that the first word names; without one, list the commands."""
+    """Run the command given by the first argument, or list the commands if there is no argument."""
     first = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if first in COMMANDS:
         sys.argv = [f"hf-ddpm {first}", *sys.argv[2:]]
@@ -33,8 +33,8 @@ def main() -> NoReturn:
 
 
 def list_commands(argv: list[str]) -> int:
-    """Print the commands; return the exit code. Raise a `ValueError` if the first word is no command."""
-    from hf_ddpm.utils.options import require_name  # not before `end_quietly`
+    """Print the commands and return the exit code; raise a `ValueError` if the first argument is not a command."""
+    from hf_ddpm.utils.options import require_name  # slow, so after `end_quietly`
 
     if argv and argv[0] == "--version":
         print(hf_ddpm.__version__)

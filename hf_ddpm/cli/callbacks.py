@@ -1,4 +1,4 @@
-"""What happens beside the training: samples, exports, evaluations, cards. Only this module knows all of them."""
+"""Training callbacks for samples, exports, evaluations, model cards and pushes to the Hub."""
 
 import math
 import shutil
@@ -28,44 +28,45 @@ from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.training.progress import track_picture
 from hf_ddpm.utils.jsonl import append_line, cut_lines, read_lines
 
-# Time per drawing in `samples.gif`, and the most of them, evenly chosen.
+# Time per frame of `samples.gif`, and its largest number of frames, which are evenly spaced.
 MILLISECONDS, MOST_FRAMES = 500, 60
 
 
 class SampleGrid(Callback):
-    """Draws the same images again and again as the network learns, with the averaged weights, into `samples.png`.
+    """Writes `samples.png`: images of a fixed seed, sampled with the averaged weights.
 
-    If they are drawn at checkpoints, each drawing is kept as `samples/step-N.png`; at the end `samples.gif` shows all.
+    With `sample_at_checkpoints`, it also writes `samples/step-N.png` at each checkpoint, and `samples.gif` of these at
+    the end.
     """
 
     def __init__(self, path: Path):
         self.path, self.folder = path, path.with_suffix("")
 
     def on_start(self, run: Run) -> None:
-        """Deletes drawings of later steps, which will be drawn anew."""
+        """Deletes grids of later steps, which will be written again."""
         if run.accelerator.is_main_process:
-            for step, file in self._drawings():
+            for step, file in self._grids():
                 if step > run.step or run.step == 0:
                     file.unlink()
 
     def on_pause(self, run: Run) -> None:
-        """Draws if asked to."""
+        """Writes a grid with `sample_at_checkpoints`."""
         if run.config.training.sample_at_checkpoints:
-            self.draw(run)
+            self.write(run)
 
     def on_end(self, run: Run) -> None:
-        """Draws, and animates the drawings."""
-        self.draw(run)
+        """Writes the last grid, and the animation of all grids."""
+        self.write(run)
         if run.config.training.sample_at_checkpoints and run.accelerator.is_main_process:
-            files = [file for _, file in self._drawings()]
-            thinned = files[:: -math.ceil(len(files) / MOST_FRAMES)][::-1]  # with the last one
-            pictures = [Image.open(file) for file in thinned]
-            kind = (pictures[-1].size, pictures[-1].mode)
-            alike = [picture for picture in pictures if (picture.size, picture.mode) == kind]
-            save_animation(alike, self.path.with_suffix(".gif"), MILLISECONDS)
+            files = [file for _, file in self._grids()]
+            thinned = files[:: -math.ceil(len(files) / MOST_FRAMES)][::-1]  # always with the last grid
+            grids = [Image.open(file) for file in thinned]
+            kind = (grids[-1].size, grids[-1].mode)
+            frames = [grid for grid in grids if (grid.size, grid.mode) == kind]
+            save_animation(frames, self.path.with_suffix(".gif"), MILLISECONDS)
 
-    def draw(self, run: Run) -> None:
-        """Draws; each process its share."""
+    def write(self, run: Run) -> None:
+        """Samples images and writes the grid; each process samples its share."""
         training, accelerator = run.config.training, run.accelerator
         pipe = run.pipeline()
         pipe.set_progress_bar_config(desc="Sampling", leave=False, disable=not accelerator.is_main_process)
@@ -80,47 +81,49 @@ class SampleGrid(Callback):
         in_order = sorted(gather_object(list(images)), key=lambda numbered: numbered[0])
         if accelerator.is_main_process:
             pixels = torch.stack([image for _, image in in_order])
-            picture = sample_grid(pixels, run.class_names)
-            save_picture(picture, self.path)
-            track_picture(run, "samples", picture)
+            grid = sample_grid(pixels, run.class_names)
+            save_picture(grid, self.path)
+            track_picture(run, "samples", grid)
             if training.sample_at_checkpoints:
                 self.folder.mkdir(exist_ok=True)
                 titled = sample_grid(pixels, run.class_names, f"step {run.step:,}")
                 save_picture(titled, self.folder / f"step-{run.step:09d}.png")
 
-    def _drawings(self) -> list[tuple[int, Path]]:
-        """Returns steps and files of the drawings that are kept, in order."""
+    def _grids(self) -> list[tuple[int, Path]]:
+        """Returns the steps and files of the existing grids, by step."""
         files = sorted(self.folder.glob("step-" + "[0-9]" * 9 + ".png"))
         return [(int(file.stem.removeprefix("step-")), file) for file in files]
 
 
 class Export(Callback):
-    """Write the pipeline of the averaged weights, in the format of diffusers; those of further averages below it."""
+    """Write the pipeline of the averaged weights in the format of diffusers; further averages go to subfolders."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def on_end(self, run: Run) -> None:
-        """Write it."""
+        """Write the pipelines."""
         if run.accelerator.is_main_process:
             for number, ema in enumerate(run.emas):
                 export(run, self.folder / ema.name if number else self.folder, number)
 
 
 class Evaluations(Callback):
-    """Evaluates the averaged model: at the end into `results.json`, on the way into `evaluations.jsonl` and `best/`.
+    """Evaluates the averaged model.
+
+    The evaluation at the end goes to `results.json`, those during training to `evaluations.jsonl` and `best/`.
 
     Args:
         config: The options of the run.
         accelerator: Its processes.
-        log: Called with a line on each evaluation.
-        data_log: Called with a line on unused files of the data set, and on damaged caches.
+        log: Called with a line per evaluation.
+        data_log: Called with lines about unused files of the data set and about damaged caches.
 
     Raises:
-        ValueError: If what is asked for is not possible: before the training, not after it.
+        ValueError: If an evaluation option is invalid; raised before training starts.
     """
 
-    # By which metrics a model can be best: the figure, and whether less of it is better.
+    # Metrics that rank models: their value in the results, and whether lower is better.
     BEST_BY = {"fd": ("value", True), "kid": ("value", True), "is": ("value", False)}
 
     def __init__(
@@ -139,10 +142,12 @@ class Evaluations(Callback):
         self.reference.count()
 
     def on_start(self, run: Run) -> None:
-        """Makes up for an evaluation that a kill has cut short."""
+        """Repeats an evaluation that was interrupted."""
         count, classes = self.reference.count(), len(run.class_names)
         if self.request.compared and count < classes:
-            raise ValueError(f"eval_num_images={count} is not allowed: at least one for each of the {classes} classes")
+            raise ValueError(
+                f"--eval_num_images {count}: fewer images than classes; expected at least {classes}, one per class"
+            )
         is_done = True
         if run.accelerator.is_main_process:
             cut_lines(self.lines, run.step)
@@ -152,16 +157,16 @@ class Evaluations(Callback):
             self.on_pause(run)
 
     def on_pause(self, run: Run) -> None:
-        """Evaluates if it is time to."""
+        """Evaluates every `eval_steps` steps."""
         if self.every is not None and run.step % self.every == 0:
-            work = self.folder / ".evaluation"  # its samples are of no further use
+            work = self.folder / ".evaluation"  # its samples are deleted below
             self._note(run, self._evaluate(run, work / "results.json"), work / "results.json")
             if run.accelerator.is_main_process:
                 shutil.rmtree(work)
             run.accelerator.wait_for_everyone()
 
     def on_end(self, run: Run) -> None:
-        """Evaluates once more, whatever there was on the way: these figures and samples stay."""
+        """Evaluates the final model; `results.json` and its samples are kept."""
         figures = self._evaluate(run, self.folder / "results.json")
         if self.every is not None and run.step % self.every == 0:
             self._note(run, figures, self.folder / "results.json")
@@ -174,18 +179,18 @@ class Evaluations(Callback):
         return figures
 
     def _note(self, run: Run, figures: Figures, results: Path) -> None:
-        """Adds figures to the log and to the trackers; keeps the model if none evaluated in the same way was better."""
+        """Logs figures to `evaluations.jsonl` and the trackers; saves the model if it is the best so far."""
         if run.accelerator.is_main_process:
-            # Another number of images or steps makes another figure.
+            # Figures are comparable only if these options are the same.
             options = asdict(self.request) | asdict(self._sampling(run))
             request = {name: value for name, value in options.items() if name not in NOT_OF_FIGURES}
             line = {"step": run.step, "request": request, **figures}
             lines = read_lines(self.lines)
-            # Lines of earlier versions lack options that did not exist: none of them was given.
+            # Lines of older versions lack newer options, which count as not given.
             given = _given(request)
-            rivals = [old for old in lines if _given(old.get("request")) == given and old.get("step") != run.step]
-            if all(self._is_as_good(line, other) for other in rivals):
-                self._keep(run, results)
+            comparable = [old for old in lines if _given(old.get("request")) == given and old.get("step") != run.step]
+            if all(self._is_as_good(line, other) for other in comparable):
+                self._save_best(run, results)
             if run.step not in [other.get("step") for other in lines]:
                 append_line(self.lines, line)
         numbers = {f"{name}/{key}": value for name, figure in figures.items() for key, value in figure.items()}
@@ -194,49 +199,49 @@ class Evaluations(Callback):
     def _sampling(self, run: Run) -> Sampling:
         pipe = run.pipeline()
         sampling = _sampling(run, run.config.evaluation.eval_inference_steps or pipe.default_steps)
-        # Named, if it is not the model's: figures of earlier versions, whose variance was the model's, are no rivals.
+        # Set only if it replaces the model's variance, which older versions used: their figures are not comparable.
         return replace(sampling, variance=replaced_variance(pipe, sampling))
 
     def _is_as_good(self, line: dict[str, Any], other: dict[str, Any]) -> bool:
         metric = self.request.chosen[0]
         key, less_is_better = self.BEST_BY[metric]
-        ours, theirs = (found.get(metric) for found in (line, other))
-        if not isinstance(theirs, dict) or not isinstance(theirs.get(key), int | float):
-            return True  # a damaged line is no rival
-        better, worse = (ours, theirs) if less_is_better else (theirs, ours)
-        return bool(better[key] <= worse[key])
+        new, old = (figures.get(metric) for figures in (line, other))
+        if not isinstance(old, dict) or not isinstance(old.get(key), int | float):
+            return True  # ignore a damaged line
+        low, high = (new, old) if less_is_better else (old, new)
+        return bool(low[key] <= high[key])
 
-    def _keep(self, run: Run, results: Path) -> None:
-        """Puts the model and its figures into `best/`."""
+    def _save_best(self, run: Run, results: Path) -> None:
+        """Writes the model and its results to `best/`."""
         export(run, self.folder / "best")
         shutil.copy(results, self.folder / "best" / "results.json")
 
 
 class Card(Callback):
-    """Write the model card: what the run, its figures and its pictures say.
+    """Write the model card from the files of the run.
 
-    It stands twice among the callbacks, behind the export, so that no other card is ever beside the weights, and last.
+    It runs right after the export, so that an outdated card never accompanies new weights, and again at the end.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def on_end(self, run: Run) -> None:
-        """Write it."""
+        """Write the card."""
         if run.accelerator.is_main_process:
             write_card(self.folder, pipe=run.pipeline(), model_id=run.config.hub.hub_model_id)
 
 
 class Push(Callback):
-    """Pushes the model to the Hub: at checkpoints while the training goes on, and at the end.
+    """Pushes the model to the Hub: at checkpoints in the background, and at the end.
 
     Args:
         config: The options of the run.
-        log: Called with a line on failures, which cost the run nothing, and on the end.
+        log: Called with a line per failed push, which does not stop the run, and with one at the end.
 
     Raises:
-        ValueError: If the Hub would refuse: before the training, not after it.
-        OSError: If it does not answer.
+        ValueError: If the Hub would reject the push; raised before training starts.
+        OSError: If the Hub cannot be reached.
     """
 
     def __init__(self, config: Config, log: Callable[[str], object]):
@@ -245,26 +250,26 @@ class Push(Callback):
         self.background = BackgroundPush(self.folder, self.model_id, config.hub.hub_private_repo, log)
 
     def on_pause(self, run: Run) -> None:
-        """Export what there is, and starts to push it."""
+        """Exports the current model and starts to push it."""
         try:
             export(run, self.folder)
             if not run.config.training.sample_at_checkpoints:
-                (self.folder / "samples.png").unlink(missing_ok=True)  # of an earlier end
+                (self.folder / "samples.png").unlink(missing_ok=True)  # of other weights, from an earlier end
             self._start(run)
         except (OSError, ValueError) as error:
-            self.log(f"{self.model_id} is not pushed at step {run.step}: {error}")
+            self.log(f"step {run.step}: push to {self.model_id} failed: {error}")
 
     def on_end(self, run: Run) -> None:
-        """Pushes what the callbacks before have left, and waits for it."""
+        """Pushes the files of the previous callbacks, and waits until the push is done."""
         self._start(run)
         if self.background.finish():
-            self.log(f"{self.model_id} is on the Hub")
+            self.log(f"pushed the model to {self.model_id}")
         else:
             command = f"hf-ddpm push --model {self.folder} --hub_model_id {self.model_id}"
-            self.log(f"{self.model_id} is not up to date on the Hub: {command}")
+            self.log(f"push to {self.model_id} failed; to retry: {command}")
 
     def close(self) -> None:
-        """Gives up a push that is under way."""
+        """Cancels a running push."""
         self.background.close()
 
     def _start(self, run: Run) -> None:
@@ -273,7 +278,7 @@ class Push(Callback):
 
 
 def _sampling(run: Run, steps: int) -> Sampling:
-    """Return the sampling of a run's pictures and evaluations: classes in turn, in the precision of the training."""
+    """Return the settings for sampling during a run: all classes in turn, in the precision of the training."""
     training = run.config.training
     classes, precision = list(run.class_names), training.mixed_precision
     return Sampling(training.seed, steps, class_labels=classes, mixed_precision=precision)
@@ -285,6 +290,6 @@ def _given(request: Any) -> dict[str, Any] | None:
 
 
 def export(run: Run, folder: Path, number: int = 0) -> None:
-    """Write the pipeline of an average, and in `export.json` of which step it is; see `write_export`."""
+    """Write the pipeline of an average, and its step to `export.json`; see `write_export`."""
     record = {"step": run.step, "images": run.step * run.global_batch_size}
     write_export(run.pipeline(number), folder, {**record, "lengths": run.lengths, "hub_ids": run.hub_ids})

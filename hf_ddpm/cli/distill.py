@@ -4,10 +4,10 @@
     hf-ddpm distill --model org/name --dataset my_folder --steps 8 --max_train_steps 20000 --output runs/mine-8
     accelerate launch -m hf_ddpm distill --model runs/classes --guidance_scale 2 --steps 4 --output runs/classes-4
 
-Each stage is a training run in a folder of its own: 128-steps/ teaches a model that predicts the noise to predict v, on
-the images; 64-steps/, 32-steps/, ... each halve the steps of the stage before. The same command resumes. Options of
-hf-ddpm train are those of each stage. By default data, batch size and learning rate are those of the run of the model;
-the first stage is twice as long as that (or as 100,000 steps), and each halving a quarter as long.
+Each stage is a training run in its own folder: 128-steps/ trains a model that predicts the noise to predict v instead,
+on the images; 64-steps/, 32-steps/, ... each halve the number of steps. The same command resumes. Options of hf-ddpm
+train apply to each stage. By default, the data, batch size and learning rate are those of the model's own run; the
+first stage trains for twice the steps of that run (or of 100,000), and each halving for a quarter of them.
 """
 
 from dataclasses import dataclass, fields
@@ -35,47 +35,47 @@ from hf_ddpm.utils.options import (
     require_types,
 )
 
-# Options of a training run that a distillation decides itself, with the reason.
+# Options of a training run that a distillation sets itself, with the reason.
 DECIDED = {
-    **{field.name: "that of the model" for part in (ModelConfig, DiffusionConfig) for field in fields(part)},
-    **{field.name: "that of the stage" for field in fields(DistillationConfig)},
-    **{"output_dir": "--output is the folder", "push_to_hub": "hf-ddpm push does it afterwards"},
-    **{field.name: "the options of the run of the model hold" for field in fields(Sources)},
+    **{field.name: "the model sets it" for part in (ModelConfig, DiffusionConfig) for field in fields(part)},
+    **{field.name: "each stage sets it" for field in fields(DistillationConfig)},
+    **{"output_dir": "use --output", "push_to_hub": "use hf-ddpm push after the distillation"},
+    **{field.name: "the options of the model's own run are the defaults" for field in fields(Sources)},
 }
 
 
 @dataclass
 class DistillConfig:
-    """Distillation: which model, to how many steps, from what images."""
+    """Distillation: the model, its new number of steps, the images."""
 
     model: str = option("folder or Hub id of the DDPM pipeline to distill, of hf_ddpm or of diffusers")
-    steps: int = option("steps that the distilled model samples in; a divisor of the model's number of diffusion steps")
-    output: str = option("folder of the distilled model; its stages are below it")
+    steps: int = option("sampling steps of the distilled model; a divisor of the model's number of diffusion steps")
+    output: str = option("folder of the distilled model; its stages are in subfolders")
     start_steps: int | None = option(
-        "steps of the first stage, --steps times a power of two; by default the largest up to 64", None
+        "sampling steps of the first stage, --steps times a power of two; by default the largest up to 64", None
     )
     prediction_type: Literal["v_prediction", "sample"] = option("what the distilled model predicts", "v_prediction")
     convert: bool | None = option(
-        "begin with a stage that learns the new prediction from the images; by default for models that predict the "
+        "start with a stage that trains the new prediction type on the images; by default for models that predict the "
         "noise or the mean",
         None,
     )
-    guidance_scale: float = option("strength of classifier-free guidance that is distilled in; 1 for none", 1.0)
+    guidance_scale: float = option("scale of classifier-free guidance to distill into the model; 1 for none", 1.0)
     data_free: bool = option("train on samples of the model instead of a data set", False)
-    free_images: int = option("number of those samples", 4096)
+    free_images: int = option("number of samples to train on with --data_free", 4096)
 
     def __post_init__(self) -> None:
         """Check the values."""
         require_types(self)
         require_at_least(self, 1, "steps", "start_steps", "free_images")
-        require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
+        require(self, "output", not Path(self.output).is_file(), "a folder, not a file")
 
 
 def parse_distill(argv: list[str], doc: str | None = None) -> tuple[DistillConfig, list[str]]:
-    """Read the options of a distillation, and return the words that are options of its training runs.
+    """Parse the options of a distillation; also return the remaining words, which are options of its training runs.
 
     Raises:
-        ValueError: If an option is unknown or its value not allowed; one line.
+        ValueError: If an option is unknown or its value is invalid; the message is one line.
     """
     if {"-h", "--help"} & set(argv):
         parse_options(argv, DistillConfig, DataConfig, TrainingConfig, EvaluationConfig, doc=doc)
@@ -85,16 +85,16 @@ def parse_distill(argv: list[str], doc: str | None = None) -> tuple[DistillConfi
 
 
 def check_words(words: list[str]) -> None:
-    """Raise a `ValueError` if an option of a stage is unknown, decided by the distillation, or not allowed."""
+    """Raise a `ValueError` if an option of a stage is unknown, set by the distillation, or invalid."""
     for name in sorted(given_options(words, (*PARTS, Sources)) & DECIDED.keys() - {"dropout"}):
-        raise ValueError(f"--{name} is not an option of distill: {DECIDED[name]}")
+        raise ValueError(f"--{name}: not an option of distill; {DECIDED[name]}")
     parse_options(["--dataset=that_of_the_run", *words], *PARTS)
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit code."""
     options, words = parse_distill(argv, doc=__doc__)
-    from hf_ddpm.cli.stages import run_stages  # takes seconds
+    from hf_ddpm.cli.stages import run_stages  # slow import
 
     try:
         run_stages(options, words)

@@ -1,4 +1,4 @@
-"""Evaluate a model, or images that it has generated, into results.json.
+"""Evaluate a model or generated images; write the metrics to results.json.
 
     hf-ddpm evaluate --model runs/digits --dataset digits --metrics fd,kid,is,pr,nll --output results.json
     accelerate launch -m hf_ddpm evaluate --model org/name --dataset uoft-cs/cifar10 --metrics fd --num_images 10000
@@ -6,7 +6,7 @@
 
 Metrics: fd (or fid), the Frechet distance; kid, the kernel distance; is, the Inception score; pr, precision and recall;
 nll, the variational bound on the negative log-likelihood in bits per dimension, with T network evaluations per image
-(--steps_per_image makes it a cheaper estimate). The same command resumes after an interruption.
+(--steps_per_image gives a cheaper estimate). The same command resumes after an interruption.
 """
 
 from functools import cache
@@ -20,7 +20,7 @@ from hf_ddpm.utils.options import parse_options
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit code."""
     config, sampling = parse_options(argv, EvaluateConfig, Sampling, doc=__doc__)
-    import torch  # takes seconds, like what follows
+    import torch  # slow imports
     from accelerate import Accelerator
 
     from hf_ddpm.evaluation.evaluate import evaluate
@@ -36,6 +36,6 @@ def main(argv: list[str]) -> int:
     def show(figures: Figures) -> None:
         accelerator.print(to_json(scalars(figures), indent=2))
 
-    evaluate(config, sampling, on_figures=show, log=cache(accelerator.print))  # each line once, not per split
+    evaluate(config, sampling, on_figures=show, log=cache(accelerator.print))  # print each line once, not per split
     accelerator.end_training()
     return 0

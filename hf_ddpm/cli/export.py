@@ -1,10 +1,10 @@
-"""Export the model of a run at one of its checkpoints, as a pipeline with its card.
+"""Export a checkpoint of a run as a pipeline with a model card.
 
     hf-ddpm export runs/digits
     hf-ddpm export runs/digits --step 5000 --average 0.999 --output models/digits-5000
 
-The pipeline is in the format of diffusers, of averaged weights. Without --output, that of the newest checkpoint goes
-into the run's folder; a run that is being trained, and an older step, need --output.
+The pipeline has averaged weights and the format of diffusers. Without --output, the newest checkpoint is exported into
+the folder of its run. --output is required for older checkpoints and while the run is training.
 """
 
 import shutil
@@ -20,17 +20,17 @@ from hf_ddpm.utils.options import option, parse_options, require, require_at_lea
 class ExportConfig:
     """Export: the run, the checkpoint, the average, the folder."""
 
-    run: str = option("folder of a run, or of one of its checkpoints", is_first=True)
+    run: str = option("folder of a run or of one of its checkpoints", is_first=True)
     step: int | None = option("step of the checkpoint; the newest by default", None)
-    average: str | None = option("average of the weights, by its decay; the run's first by default", None)
-    output: str | None = option("folder of the pipeline; that of the run by default", None)
+    average: str | None = option("decay of the averaged weights to export; the run's first one by default", None)
+    output: str | None = option("folder for the pipeline; the folder of the run by default", None)
     dtype: Literal["float32", "float16"] = option(
-        "type of the stored weights; float16 halves the file and rounds the weights (needs --output)", "float32"
+        "type of the exported weights; float16 halves the file size and rounds the weights (needs --output)", "float32"
     )
 
     def __post_init__(self) -> None:
         """Check the values."""
-        require(self, "run", Path(self.run).is_dir(), "there is no such folder")
+        require(self, "run", Path(self.run).is_dir(), "an existing folder")
         require_at_least(self, 0, "step")
 
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     """Run the command line; returns the exit code."""
     (config,) = parse_options(argv, ExportConfig, doc=__doc__)
     folder, step = export_model(**vars(config))
-    print(f"{folder} holds the model of step {step:,}; DDPMPipeline.from_pretrained({str(folder)!r}) loads it")
+    print(f"exported step {step:,} to {folder}; load it with DDPMPipeline.from_pretrained({str(folder)!r})")
     return 0
 
 
@@ -49,23 +49,24 @@ def export_model(
     output: Path | str | None = None,
     dtype: str = "float32",
 ) -> tuple[Path, int]:
-    """Export the model of a run at one of its checkpoints: `hf-ddpm export` in Python.
+    """Export a checkpoint of a run as a pipeline with a model card: `hf-ddpm export` in Python.
 
     Args:
-        run: Folder of a run, or of one of its checkpoints.
-        step: Step of the checkpoint; the newest sound one by default.
-        average: Which average of the weights, by its decay; the first of the run by default.
-        output: Folder of the pipeline; by default that of the run, and below it for further averages.
-        dtype: Type of the stored weights, `float32` or `float16`; the latter with an `output`.
+        run: Folder of a run or of one of its checkpoints.
+        step: Step of the checkpoint; the newest undamaged one by default.
+        average: Decay of the averaged weights to export; the first one of the run by default.
+        output: Folder for the pipeline; by default the folder of the run, or a subfolder for further averages.
+        dtype: Type of the exported weights, `float32` or `float16`; `float16` needs `output`.
 
     Returns:
         The folder and the step.
 
     Raises:
-        ValueError: If there is no such checkpoint or average, it is damaged, or the run is in use and has no `output`.
+        ValueError: If the checkpoint or average does not exist, the checkpoint is damaged, or the run is in use and
+            `output` is not given.
         OSError: If a file cannot be written.
     """
-    from hf_ddpm.pipelines.runs import average_name  # takes seconds
+    from hf_ddpm.pipelines.runs import average_name  # slow import
     from hf_ddpm.utils.runs import checkpoints, read_state, run_folder, step_of
 
     config = ExportConfig(str(run), step, average, None if output is None else str(output), dtype)
@@ -74,26 +75,27 @@ def export_model(
     name = average_name(state, average)
     folder = home if name == average_name(state) else home / name
     if output is not None and Path(output).resolve() != home.resolve():
-        kind = "expected a new or empty folder, or that of an earlier export"
-        require(config, "output", _takes_exports(Path(output)), kind)
+        allowed = "a new or empty folder, or the folder of an earlier export"
+        require(config, "output", _is_free(Path(output)), allowed)
         write_model(checkpoint, name, Path(output), dtype)
         return Path(output), state["step"]
-    require(
-        config, "dtype", dtype == "float32", "the run's folder keeps float32; expected --output with another folder"
-    )
+    require(config, "dtype", dtype == "float32", "the folder of a run is always float32; expected another --output")
     newest = step_of(checkpoints(home / "checkpoints")[-1])
     if state["step"] != newest:
-        raise ValueError(f"--step {state['step']}: the run's folder is for its newest step, {newest}; give --output")
+        raise ValueError(
+            f"--step {state['step']}: only the newest step, {newest}, is exported to the folder of the run; "
+            "expected --output FOLDER"
+        )
     try:
         with exclusive(home, "run"):
             write_model(checkpoint, name, folder)
     except ValueError as error:
-        raise ValueError(f"{error}; --output takes another folder" if "in use" in str(error) else error) from error
+        raise ValueError(f"{error}; set another --output" if "in use" in str(error) else error) from error
     return folder, state["step"]
 
 
-def _takes_exports(folder: Path) -> bool:
-    """Return whether an export would overwrite nothing but an earlier one."""
+def _is_free(folder: Path) -> bool:
+    """Return whether a folder is new or empty, or contains only an earlier export."""
     if not folder.exists():
         return True
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
@@ -101,20 +103,22 @@ def _takes_exports(folder: Path) -> bool:
 
 
 def _checkpoint(config: ExportConfig) -> Path:
-    """Return the checkpoint that is meant; raises a `ValueError` unless it is sound."""
+    """Return the checkpoint to export; raise a `ValueError` if it is missing or damaged."""
     from hf_ddpm.utils.runs import checkpoints, find_checkpoint, run_folder, step_of, verify_checkpoint
 
     folder = Path(config.run)
     kept = checkpoints(run_folder(folder) / "checkpoints")
     if config.step is not None:
         steps = {step_of(path): path for path in kept}
-        require(config, "step", config.step in steps, f"checkpoints are kept of {', '.join(map(str, steps)) or 'none'}")
+        available = ", ".join(map(str, steps))
+        allowed = f"a step with a checkpoint ({available})" if steps else "no --step: the run has no checkpoints"
+        require(config, "step", config.step in steps, allowed)
         folder = steps[config.step]
     elif not (folder / "state.json").exists():
-        newest, _ = find_checkpoint(folder / "checkpoints", "latest")  # which verifies it
+        newest, _ = find_checkpoint(folder / "checkpoints", "latest")  # verifies the checkpoint
         if newest is not None:
             return newest
-        require(config, "run", False, "it holds no checkpoint")
+        require(config, "run", False, "a folder with a checkpoint")
     damage = verify_checkpoint(folder)
     if damage is not None:
         raise ValueError(f"checkpoint {str(folder)!r}: {damage}")
@@ -122,7 +126,7 @@ def _checkpoint(config: ExportConfig) -> Path:
 
 
 def write_model(checkpoint: Path, average: str, folder: Path, dtype: str = "float32") -> None:
-    """Write the pipeline, its record, the files of the run that are about these weights, and the card."""
+    """Write the pipeline, its record, the files of the run about these weights, and the model card."""
     import torch
 
     from hf_ddpm import DDPMPipeline
@@ -136,21 +140,21 @@ def write_model(checkpoint: Path, average: str, folder: Path, dtype: str = "floa
     with stock_folder(checkpoint, average) as stock:
         pipe = DDPMPipeline.from_pretrained(stock)
     make_folder(folder, "output")
-    is_as_drawn = exported_step(home) == step and (home / "samples.png").exists()
+    is_current = exported_step(home) == step and (home / "samples.png").exists()
     record = {"step": step, "images": step * state["global_batch_size"], "lengths": lengths_of(state)}
     write_export(pipe, folder, {**record, "hub_ids": state.get("hub_ids", [])}, getattr(torch, dtype))
     if folder.resolve() != home.resolve():
         _copy_records(home, folder, pipe, step)
-    drawing = home / "samples.png" if is_as_drawn else home / "samples" / f"step-{step:09d}.png"
-    if average != average_name(state) or dtype != "float32" or not drawing.exists():
+    grid = home / "samples.png" if is_current else home / "samples" / f"step-{step:09d}.png"
+    if average != average_name(state) or dtype != "float32" or not grid.exists():
         (folder / "samples.png").unlink(missing_ok=True)  # of other weights
-    elif drawing.resolve() != (folder / "samples.png").resolve():
-        shutil.copyfile(drawing, folder / "samples.png")
+    elif grid.resolve() != (folder / "samples.png").resolve():
+        shutil.copyfile(grid, folder / "samples.png")
     write_card(folder, pipe=pipe, model_id=None)
 
 
 def _copy_records(home: Path, folder: Path, pipe: Any, step: int) -> None:
-    """Copy what a card is made from, up to a step, results of these very weights, and the card if a person wrote it."""
+    """Copy the sources of a model card up to a step, results of exactly these weights, and a card written by hand."""
     from hf_ddpm.hub.card import is_generated, read_sources
     from hf_ddpm.utils.jsonl import cut_lines
 

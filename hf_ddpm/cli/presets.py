@@ -3,9 +3,10 @@
     hf-ddpm presets
     hf-ddpm presets --measure true
 
-Memory is that of training in float32 at the preset's batch size on a CPU, as --dry_run counts it. Smaller batches need
-less (--train_batch_size auto). --measure trains on a few images for each, which takes minutes on a CPU.
-The head of each file, in hf_ddpm/presets, has the paper's table, hardware, images seen and the expected metric.
+Memory is for training in float32 at the preset's batch size on a CPU, as counted by --dry_run. Smaller batches need
+less (--train_batch_size auto). --measure trains each preset on a few images, which takes minutes on a CPU.
+The comments at the top of each file in hf_ddpm/presets list the paper's table, the hardware, the images seen and the
+expected metric.
 """
 
 import re
@@ -17,15 +18,15 @@ from hf_ddpm.presets import preset_names, preset_path
 from hf_ddpm.utils.options import Auto, option, parse_options
 
 ROW = "{:24}{:>11}{:>12}{:>12}{:>10}  {}"
-# Pixels of a pass that is measured: 8 images at 32x32.
+# Number of pixels in a measured pass: 8 images at 32x32.
 MEASURED_PIXELS = 8 * 32 * 32
 
 
 @dataclass
 class PresetsConfig:
-    """Presets: what is listed."""
+    """Presets: the columns of the list."""
 
-    measure: bool = option("measure the time per step on this machine, too", False)
+    measure: bool = option("also measure the time per step on this machine", False)
 
 
 def main(argv: list[str]) -> int:
@@ -45,13 +46,13 @@ def main(argv: list[str]) -> int:
 
 
 def preset_config(name: str) -> Config:
-    """Return a run of a preset; one for any images gets a data set that does not exist."""
+    """Return the options of a preset; a preset without a data set gets the name of one that does not exist."""
     has_data = re.search("^dataset:", preset_path(name).read_text(encoding="utf-8"), re.MULTILINE)
     return parse_config(["--preset", name, *([] if has_data else ["--dataset", "images"])])
 
 
 def seconds_per_step(config: Config) -> float:
-    """Return the time of the passes of a training step on this machine, scaled up from a pass of few images."""
+    """Return the time of a training step on this machine, in seconds, extrapolated from a pass of a few images."""
     import torch
 
     from hf_ddpm.models.unet_2d import UNet2DModel

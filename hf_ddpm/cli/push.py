@@ -1,11 +1,11 @@
-"""Push a model to the Hub, and a Space that shows it.
+"""Push a model to the Hub, optionally with a demo Space.
 
     hf-ddpm push --model runs/digits --hub_model_id org/ddpm-digits
     hf-ddpm push --model runs/digits --hub_model_id org/ddpm-digits --private --space org/ddpm-demo
 
-Pushed are the pipeline, the card README.md (made from the files beside it unless a person has written it), pictures,
-results, configuration and metrics; checkpoints and samples are not. The same command repeats a push that failed, and
-sends what has changed.
+It pushes the pipeline, the model card README.md (generated from the files of the folder, unless it was edited by hand),
+images, results, configuration and metrics, but no checkpoints or samples. Run the same command to repeat a failed push
+or to push changes.
 """
 
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ from hf_ddpm.utils.runs import checkpoint_of, run_folder
 class PushConfig:
     """Hub: the model, its repository, a Space."""
 
-    model: str = option("folder of a model, as hf-ddpm train or save_pretrained writes it, or of a checkpoint")
-    hub_model_id: str = option("repository, namespace/name; created if it is missing")
+    model: str = option("folder of a model, from hf-ddpm train or save_pretrained, or of a checkpoint")
+    hub_model_id: str = option("repository, as namespace/name; created if missing")
     private: bool | None = option(
         "make the repository private; by default unchanged, or the account's default for a new one", None
     )
     revision_message: str = option("first line of the commit", "Upload the model")
     license: str | None = option("license of the model, for its card; that of the run by default", None)
-    space: str | None = option("a Space to create and fill with a demo of the model, namespace/name", None)
+    space: str | None = option("Space for a demo of the model, as namespace/name; created if missing", None)
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -39,17 +39,17 @@ class PushConfig:
         for name in ("hub_model_id", "space"):
             value = getattr(self, name)
             require(self, name, value is None or value.count("/") == 1, "namespace/name")
-        require(self, "model", Path(self.model).is_dir(), "there is no such folder")
-        require(self, "revision_message", bool(self.revision_message.strip()), "a line")
+        require(self, "model", Path(self.model).is_dir(), "an existing folder")
+        require(self, "revision_message", bool(self.revision_message.strip()), "a line of text")
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit code."""
     (config,) = parse_options(argv, PushConfig, doc=__doc__)
     model_url, *space_urls = push_to_hub(**vars(config))
-    print(f"{model_url} holds {config.model}")
+    print(f"pushed {config.model} to {model_url}")
     for url in space_urls:
-        print(f"{url} shows it")
+        print(f"demo: {url}")
     return 0
 
 
@@ -62,26 +62,25 @@ def push_to_hub(
     license: str | None = None,
     space: str | None = None,
 ) -> list[str]:
-    """Push a model's folder to the Hub with its card, and a Space that shows it: `hf-ddpm push` in Python.
+    """Push a model with its card to the Hub, and optionally a demo Space: `hf-ddpm push` in Python.
 
     Args:
-        model: Folder of a model, as `hf_ddpm.train` or `save_pretrained` writes it.
-        hub_model_id: The repository, `namespace/name`; created if it is missing.
-        private: Whether to make the repository private; by default it stays as it is, and a new one as the account has
-            it.
+        model: Folder of a model, from `hf_ddpm.train` or `save_pretrained`.
+        hub_model_id: The repository, `namespace/name`; created if missing.
+        private: Whether to make the repository private; by default unchanged, or the account's default for a new one.
         revision_message: First line of the commit.
         license: License of the model, for its card; that of the run by default.
-        space: A Space to create and fill with a demo of the model, `namespace/name`.
+        space: Space for a demo of the model, `namespace/name`; created if missing.
 
     Returns:
-        The addresses of the repository and of the Space.
+        The URLs of the repository and of the Space.
 
     Raises:
-        ValueError: If an argument is not allowed, or the Hub refuses.
-        OSError: If the Hub does not answer.
+        ValueError: If an argument is invalid, or the Hub rejects the push.
+        OSError: If the Hub cannot be reached.
     """
     from hf_ddpm.demo.wheel import write_space
-    from hf_ddpm.hub.card import write_card  # takes seconds
+    from hf_ddpm.hub.card import write_card  # slow import
     from hf_ddpm.hub.push import push_model, push_space
 
     config = PushConfig(model, hub_model_id, private, revision_message, license, space)
@@ -97,7 +96,7 @@ def push_to_hub(
 
 @contextmanager
 def _exported(model: str) -> Iterator[Path]:
-    """Yield the folder of a model; of a run with a newer checkpoint, a temporary export."""
+    """Yield the folder of a model, or a temporary export if a run has a checkpoint newer than its model."""
     checkpoint = checkpoint_of(model, print)
     if checkpoint is None:
         with exclusive(Path(model), "model"):

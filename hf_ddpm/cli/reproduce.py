@@ -1,4 +1,4 @@
-"""Make the figures and tables of the paper from a model, each as JSON, PNG and Markdown.
+"""Reproduce the figures and tables of the paper with a model, as JSON, PNG and Markdown.
 
     hf-ddpm reproduce all --model runs/digits --output figures
     hf-ddpm reproduce interpolate --model org/name --first a.png --second b.png --diffused 500
@@ -6,8 +6,8 @@
     hf-ddpm reproduce ablation --preset digits --output figures
     hf-ddpm reproduce distillation --model runs/digits --distilled runs/digits-4 --num_images 899
 
-The same command resumes after an interruption: sampled images stay below samples/ in the output, runs of the ablation
-below ablation/.
+The same command resumes after an interruption: samples are kept in the subfolder samples/ of the output, and the runs
+of the ablation in ablation/.
 """
 
 import shlex
@@ -33,12 +33,12 @@ def main(argv: list[str]) -> int:
     """Run the command line; return the exit code."""
     name, parts = parse_command(argv, COMMANDS, doc=__doc__)
     if name == "ablation":
-        from hf_ddpm.paper.ablation import ablation  # takes seconds
+        from hf_ddpm.paper.ablation import ablation  # slow import
 
         ablation(parts[0], lambda command, words: run(parts[0].launcher, command, words))
         print((Path(parts[0].output) / "ablation.md").read_text(encoding="utf-8"))
         return 0
-    import torch  # takes seconds, as the following do
+    import torch  # slow imports
     from accelerate import Accelerator
 
     from hf_ddpm.paper.context import FigureContext
@@ -46,17 +46,18 @@ def main(argv: list[str]) -> int:
     shared, options = parts
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     use_own_cores()
-    context = FigureContext(shared, accelerator, log=cache(accelerator.print))  # once, not per figure
+    context = FigureContext(shared, accelerator, log=cache(accelerator.print))  # print each line once, not per figure
     figure(name)(context, options)
-    if accelerator.is_main_process:  # the only one to know that the report is written
+    if accelerator.is_main_process:  # other processes do not wait for the report
         report = context.folder / f"{name}.md"
-        print(f"{context.folder / 'report.md'} shows all" if name == "all" else report.read_text(encoding="utf-8"))
+        all_reports = f"report of all figures: {context.folder / 'report.md'}"
+        print(all_reports if name == "all" else report.read_text(encoding="utf-8"))
     accelerator.end_training()
     return 0
 
 
 def run(launcher: str, command: str, words: list[str]) -> int:
-    """Run another command, and let it save if this one is interrupted; return its exit code."""
+    """Run another command and return its exit code; on an interruption, end it with a signal so that it can save."""
     line = [*(shlex.split(launcher) or [sys.executable]), "-m", "hf_ddpm", command, *words]
     with subprocess.Popen(line) as process:
         try:

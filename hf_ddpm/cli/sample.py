@@ -1,11 +1,11 @@
-"""Sample images of a model into a folder.
+"""Sample images with a model.
 
     hf-ddpm sample --model runs/digits --num_images 64 --seed 0 --output out
     accelerate launch -m hf_ddpm sample --model org/name --num_images 50000 --format npz --output out
 
-The folder gets 00000.png, 00001.png, ... and grid.png of the first 64, or samples.npz. Image i of a seed is the same
-whatever the batch size and the number of processes. The same command resumes after an interruption, with a larger
---num_images also after the end: shards/ holds the images, sampling.json their settings.
+The output folder gets 00000.png, 00001.png, ... and grid.png with the first 64 images, or samples.npz. Image i of a
+seed is the same for any batch size and number of processes. The same command resumes after an interruption; with a
+larger --num_images it adds images. shards/ stores the images and sampling.json their settings.
 """
 
 import hf_ddpm

@@ -1,4 +1,4 @@
-"""A session of training, from options to an exported, evaluated, shared model."""
+"""Training from options to an exported, evaluated and pushed model."""
 
 import shlex
 from collections.abc import Callable
@@ -41,27 +41,27 @@ Log = Callable[[str], object]
 def train(config: Config | None = None, **options: Any) -> Path:
     """Train a DDPM, sample from it and export the pipeline: `hf-ddpm train` in Python.
 
-    The same call resumes from the last checkpoint in its folder. Every process of a launcher calls it. It sets
+    The same call resumes from the last checkpoint of the run. With a launcher, every process must call it. It sets
     `torch.backends.cuda.matmul.allow_tf32` to the option `tf32`, and `torch.use_deterministic_algorithms` and
-    `torch.backends.cudnn.benchmark` by `deterministic`; two calls at a time need two processes.
+    `torch.backends.cudnn.benchmark` according to `deterministic`. Simultaneous calls need separate processes.
 
     Args:
         config: All options, such as `hf_ddpm.Config.of(preset="digits")`; instead of `options`.
-        options: Options by their names on the command line, such as `preset="digits"`.
+        options: Options by their command-line names, such as `preset="digits"`; instead of `config`.
 
     Returns:
-        The folder of the run: `hf_ddpm.DDPMPipeline.from_pretrained` loads it. With `dry_run`, it is not made.
+        The folder of the run, for `hf_ddpm.DDPMPipeline.from_pretrained`. With `dry_run` it is not created.
 
     Raises:
-        ValueError: If an option, the data or a checkpoint is not usable; one line.
+        ValueError: If an option, the data or a checkpoint is not usable; the message is one line.
         OSError: If a file cannot be written.
         FloatingPointError: If the run diverges.
-        KeyboardInterrupt: If SIGTERM or Ctrl-C has ended the session, after a checkpoint is written.
+        KeyboardInterrupt: If SIGTERM or Ctrl-C stops the run; a checkpoint is written first.
     """
     if config is None:
         config = Config.of(**options)
     elif options:
-        raise ValueError(f"options {', '.join(options)} are given beside a config: expected one of both")
+        raise ValueError(f"options {', '.join(options)}: not used with config; expected either config or options")
     if not isinstance(config, Config):
         raise ValueError(f"config={config!r}: expected a hf_ddpm.Config, such as Config.of(config='file.yaml')")
     if config.training.dry_run:
@@ -78,16 +78,18 @@ def train(config: Config | None = None, **options: Any) -> Path:
 
 
 def train_session(config: Config) -> Run:
-    """Train to the end or to a signal, which `stopped_by` of the run then names; the processes stay together.
+    """Train to the end or until a signal, which is then stored in `stopped_by` of the returned run.
+
+    The process group stays open for further runs.
 
     Raises:
-        ValueError, OSError, FloatingPointError: As `train` does.
+        ValueError, OSError, FloatingPointError: See `train`.
     """
     check_tracker(config.training.tracker)
     folder, state = Path(config.training.output_dir), join_processes(config)
     make_folder(folder, "output_dir")
     with exclusive(folder) if state.is_main_process else nullcontext():
-        checkpoint, complaints = find_checkpoint(folder / "checkpoints", config.training.resume)
+        checkpoint, warnings = find_checkpoint(folder / "checkpoints", config.training.resume)
         if checkpoint is not None:
             config = config.resumed(stored_options(checkpoint))
         elif state.is_main_process:
@@ -95,19 +97,19 @@ def train_session(config: Config) -> Run:
         config = settle_precision(config, state)
         accelerator = start_accelerator(config)
         config = fit_memory(config, accelerator, checkpoint)
-        log = cache(accelerator.print)  # a data set that is opened twice is described once
+        log = cache(accelerator.print)  # describes a data set once, even if it is opened twice
         evaluations, pushes = evaluations_and_pushes(config, accelerator, log)
         run, images = open_run(config, accelerator, checkpoint, log)
         with closing(images):
             prepare_folder(run)
-            print_start(run, len(images), checkpoint, complaints)
+            print_start(run, len(images), checkpoint, warnings)
             print_length(run, checkpoint)
             take_steps(run, images, callbacks_of(config, evaluations, pushes))
     return run
 
 
 def print_cost(config: Config, accelerator: Accelerator) -> None:
-    """Print what the run would cost: what is counted, then what is measured if it fits into memory."""
+    """Print the estimated cost of a run: its memory, then the measured speed if it fits into memory."""
 
     def show(lines: dict[str, str]) -> None:
         for name, line in lines.items():
@@ -131,7 +133,7 @@ def print_cost(config: Config, accelerator: Accelerator) -> None:
 
 
 def evaluations_and_pushes(config: Config, accelerator: Accelerator, log: Log) -> tuple[list[Evaluations], list[Push]]:
-    """Return the callbacks whose requests can be refused: to be called before images are decoded."""
+    """Return the callbacks that check their options at once: call this before images are decoded."""
     is_pushed = config.hub.push_to_hub and accelerator.is_main_process
     pushes = [Push(config, log=tqdm.write)] if is_pushed else []
     is_evaluated = bool(config.evaluation.eval_metrics)
@@ -140,24 +142,24 @@ def evaluations_and_pushes(config: Config, accelerator: Accelerator, log: Log) -
 
 
 def open_run(config: Config, accelerator: Accelerator, checkpoint: Path | None, log: Log) -> tuple[Run, BatchSource]:
-    """Return a run, where its checkpoint left it, and its images; the folder is only read, but for the report."""
+    """Return a run in the state of its checkpoint, and its images; in its folder, only the report is written."""
     listed = bad_images(config)
     if checkpoint is None and accelerator.is_main_process:
         listed.unlink(missing_ok=True)  # of another run
     accelerator.wait_for_everyone()
-    reports = accelerator.is_main_process or config.data.streaming  # each process streams images of its own
+    reports = accelerator.is_main_process or config.data.streaming  # each process streams its own images
     run, images = start(config, accelerator, log, checkpoint, listed if reports else None)
     if checkpoint is not None:
         load_checkpoint(run, checkpoint)
-    check_same_step(run)  # and all have read before the folder changes
+    check_same_step(run)  # also a barrier: all processes have read the folder before it changes
     return run, images
 
 
 def start(
     config: Config, accelerator: Accelerator, log: Log, checkpoint: Path | None = None, report: Path | None = None
 ) -> tuple[Run, BatchSource]:
-    """Return a run at step 0 and its images; `checkpoint` is where it will resume from, `report` lists bad images."""
-    scheduler, source = build_process(config, checkpoint)  # complains before images are decoded for hours
+    """Return a run at step 0 and its images; it will resume from `checkpoint`, and lists bad images in `report`."""
+    scheduler, source = build_process(config, checkpoint)  # reports errors before images are decoded for hours
     images = open_images(
         config.data,
         seed=config.training.seed,
@@ -171,7 +173,7 @@ def start(
 
 
 def prepare_folder(run: Run) -> None:
-    """Set later checkpoints aside, write the options, open the tracker."""
+    """Archive later checkpoints, write the options, start the tracker."""
     folder = Path(run.config.training.output_dir)
     if run.accelerator.is_main_process:
         archive_after(folder / "checkpoints", run.step)
@@ -180,7 +182,7 @@ def prepare_folder(run: Run) -> None:
 
 
 def callbacks_of(config: Config, evaluations: list[Evaluations], pushes: list[Push]) -> list[Callback]:
-    """Return what happens beside the training, in this order."""
+    """Return the callbacks of a run, in the order of their calls."""
     folder = Path(config.training.output_dir)
     return [
         Progress(folder / "metrics.jsonl"),
@@ -195,7 +197,7 @@ def callbacks_of(config: Config, evaluations: list[Evaluations], pushes: list[Pu
 
 
 def take_steps(run: Run, images: BatchSource, callbacks: list[Callback]) -> None:
-    """Train to the end or to a signal, which `run.stopped_by` then names."""
+    """Train to the end or until a signal, which is then stored in `run.stopped_by`."""
     try:
         status = StatusFile(Path(run.config.training.output_dir) / "status.json", run)
         with status, out_of_memory_explained(run.config), torch.enable_grad():  # a notebook may have disabled gradients
@@ -205,24 +207,24 @@ def take_steps(run: Run, images: BatchSource, callbacks: list[Callback]) -> None
         signals.settle()
 
 
-def print_start(run: Run, images: int, checkpoint: Path | None, complaints: list[str]) -> None:
-    """Print what is trained, on what, from where."""
+def print_start(run: Run, images: int, checkpoint: Path | None, warnings: list[str]) -> None:
+    """Print the number of images, parameters and processes, and the checkpoint."""
     accelerator, origin = run.accelerator, "from the start" if checkpoint is None else f"from {checkpoint}"
-    accelerator.print(*complaints, sep="\n", end="\n" if complaints else "")
+    accelerator.print(*warnings, sep="\n", end="\n" if warnings else "")
     accelerator.print(
-        f"{images:,} images, {run.unet.num_parameters():,} parameters, {run.global_batch_size} images a step, "
+        f"{images:,} images, {run.unet.num_parameters():,} parameters, {run.global_batch_size} images per step, "
         f"{accelerator.num_processes} x {accelerator.device}, {torch.get_num_threads()} threads, {origin}"
     )
     share = run.emas[0].initial_share(run.config.training.max_train_steps)
     if share > 0.5:
         accelerator.print(
-            f"ema_decay={run.emas[0].decay}: {share:.0%} of the averaged weights, which are exported, will be "
-            "initial weights; --ema_warmup true or a smaller decay avoids it"
+            f"--ema_decay {run.emas[0].decay}: {share:.0%} of the exported average will be initial weights; use "
+            "--ema_warmup true or a smaller decay"
         )
 
 
 def print_length(run: Run, checkpoint: Path | None) -> None:
-    """Print what another length does to a run that is resumed."""
+    """Print how a changed length affects a resumed run."""
     if checkpoint is not None:
         then = lengths_of(read_state(checkpoint))[-1][1]
         line = describe_length(run.config.training, run.step, then)
@@ -230,26 +232,26 @@ def print_length(run: Run, checkpoint: Path | None) -> None:
 
 
 def print_end(run: Run) -> None:
-    """Print which images were not used, and how the run has ended."""
+    """Print how many images were not used, and how the run ended."""
     log, folder, listed = run.accelerator.print, Path(run.config.training.output_dir), bad_images(run.config)
     skipped = read_report(listed)
     if skipped:
-        log(f"{len(skipped):,} images or other files are not used: {listed} lists them")
+        log(f"{len(skipped):,} images or other files were not used; see {listed}")
     if run.stopped_by is not None:
         log(f"stopped at step {run.step}", *commands_of(run), sep="\n")
     else:
-        log(f"{folder / 'samples.png'} shows samples; DDPMPipeline.from_pretrained({str(folder)!r}) loads")
+        log(f"samples: {folder / 'samples.png'}; load the model with DDPMPipeline.from_pretrained({str(folder)!r})")
 
 
 def commands_of(run: Run) -> list[str]:
-    """Return lines with the commands for a run that is stopped."""
+    """Return lines with commands for a stopped run."""
     folder = Path(run.config.training.output_dir)
     program = "hf-ddpm" if run.accelerator.num_processes == 1 else "accelerate launch -m hf_ddpm"
     latest = "" if run.config.training.resume == "latest" else " --resume latest"
     resume = f"{program} train --config {shlex.quote(str(folder / 'config.yaml'))}{latest}"
     model = shlex.quote(str(folder))
     if run.config.distillation.teacher is not None:
-        return ["  resume:      the same command of hf-ddpm distill", f"  export:      hf-ddpm export {model}"]
+        return ["  resume:      run the same hf-ddpm distill command", f"  export:      hf-ddpm export {model}"]
     return [
         f"  resume:      {resume}",
         f"  end it here: {resume} --max_train_steps {run.step}",
@@ -260,5 +262,5 @@ def commands_of(run: Run) -> list[str]:
 
 
 def bad_images(config: Config) -> Path:
-    """Return the file that lists images which cannot be used."""
+    """Return the file that lists unusable images."""
     return Path(config.training.output_dir) / "bad_images.jsonl"

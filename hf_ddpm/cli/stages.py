@@ -1,4 +1,4 @@
-"""The stages of a distillation, each a training run, and the export of the last one."""
+"""Stages of a distillation, each a training run, and the export of the last one."""
 
 import io
 import json
@@ -36,11 +36,11 @@ from hf_ddpm.utils.launch import Interrupted, exclusive
 from hf_ddpm.utils.options import given_options, require, require_value
 from hf_ddpm.utils.runs import find_checkpoint, read_state, run_folder
 
-# The most steps of the first halving by default.
+# Default limit of the sampling steps of the first halving.
 FIRST_STAGE = 64
-# Length of a stage by its target, beside that of the run of the model or, at most, so many optimizer steps.
+# Length of a stage by its target, as a multiple of the length of the model's run or, at most, of `RUN_LENGTH` steps.
 LENGTHS, RUN_LENGTH = {"images": 2, "teacher": 1 / 4}, 100_000
-# Options of the run of the model that hold for its distillation, beside those of its images.
+# Options of the model's run that are defaults of its distillation, in addition to those of the data.
 INHERITED = (
     *("seed", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1", "adam_beta2"),
     *("max_grad_norm", "ema_decay", "tf32", "deterministic", "gradient_checkpointing", "keep_checkpoints"),
@@ -52,22 +52,22 @@ INHERITED = (
 def distill(model: Path | str, steps: int, output: Path | str, **options: Any) -> Path:
     """Distill a DDPM into one that samples in few steps: `hf-ddpm distill` in Python.
 
-    The same call resumes. Every process of a launcher calls it.
+    The same call resumes. With a launcher, every process must call it.
 
     Args:
         model: Folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers.
-        steps: Steps that the distilled model samples in; a divisor of the model's number of diffusion steps.
-        output: Folder of the distilled model; its stages are below it.
-        options: Further options by their names on the command line, such as `max_train_steps=2000`.
+        steps: Sampling steps of the distilled model; a divisor of the model's number of diffusion steps.
+        output: Folder of the distilled model; its stages are in subfolders.
+        options: Further options by their command-line names, such as `max_train_steps=2000`.
 
     Returns:
-        The folder: `DDPMPipeline.from_pretrained` of hf_ddpm or of diffusers loads it.
+        The folder, for `DDPMPipeline.from_pretrained` of hf_ddpm or of diffusers.
 
     Raises:
-        ValueError: If the model cannot be loaded, or an option, the data or a checkpoint is not usable; one line.
+        ValueError: If the model, an option, the data or a checkpoint is not usable; the message is one line.
         OSError: If a file cannot be written.
         FloatingPointError: If a stage diverges.
-        KeyboardInterrupt: If SIGTERM or Ctrl-C has ended the session, after a checkpoint is written.
+        KeyboardInterrupt: If SIGTERM or Ctrl-C stops a stage; a checkpoint is written first.
     """
     own = {field.name for field in fields(DistillConfig)}
     config = DistillConfig(str(model), steps, str(output), **{k: v for k, v in options.items() if k in own})
@@ -75,11 +75,11 @@ def distill(model: Path | str, steps: int, output: Path | str, **options: Any) -
 
 
 def run_stages(options: DistillConfig, words: list[str]) -> Path:
-    """Run the stages that are not done, and export the last one; see `distill`.
+    """Run the remaining stages, and export the last one; see `distill`.
 
     Args:
         options: Model, steps and folder.
-        words: Options of the training runs, as on a command line.
+        words: Options of the training runs, as command-line words.
     """
     check_words(words)
     pipe = load_pipeline(options.model, "cpu")
@@ -106,7 +106,7 @@ def run_stages(options: DistillConfig, words: list[str]) -> Path:
             write_model(checkpoint, average_name(read_state(checkpoint)), folder)
         state.wait_for_everyone()
     run.accelerator.end_training()
-    state.print(f"DDPMPipeline.from_pretrained({str(folder)!r}) loads the distilled model")
+    state.print(f"load the distilled model with DDPMPipeline.from_pretrained({str(folder)!r})")
     return folder
 
 
@@ -114,10 +114,10 @@ def plan_stages(options: DistillConfig, pipe: DDPMPipeline) -> list[tuple[int, s
     """Return the steps and the target of each stage, descending to the steps of the distilled model.
 
     Raises:
-        ValueError: If the model does not have so many steps, or they do not divide.
+        ValueError: If a number of steps is too large or does not divide, or the guidance does not fit the model.
     """
     total = int(pipe.scheduler.config.num_train_timesteps)
-    # A model that is itself distilled is good at its own steps only.
+    # A distilled model samples well only with the number of steps that it was trained for.
     most, is_distilled = pipe.default_steps // 2, pipe.default_steps < total
     require(options, "steps", total % options.steps == 0, f"a divisor of the {total} diffusion steps of the model")
     require(options, "steps", options.steps <= most, f"at most {most}, half of the steps of the model")
@@ -127,12 +127,12 @@ def plan_stages(options: DistillConfig, pipe: DDPMPipeline) -> list[tuple[int, s
         while 2 * start <= largest:
             start *= 2
     powers = [options.steps << halvings for halvings in range(most.bit_length())]
-    require_value("start_steps", start, start in powers, f"steps={options.steps} times 1, 2, 4, ...")
+    require_value("start_steps", start, start in powers, f"--steps {options.steps} times 1, 2, 4, ...")
     allowed = f"{most}, half of the steps that the model was distilled to"
     require_value("start_steps", start, start == most or not is_distilled, allowed)
     require_value("start_steps", start, start <= most, f"at most {most}, half of the steps of the model")
     is_learned = options.guidance_scale == 1 or pipe.null_class is not None
-    require(options, "guidance_scale", is_learned, "the model was trained without it")
+    require(options, "guidance_scale", is_learned, "1, because the model was not trained for guidance")
     kind = pipe.scheduler.config.prediction_type
     converts = kind in ("epsilon", "mean") if options.convert is None else options.convert
     halvings = [(start >> halving, "teacher") for halving in range((start // options.steps).bit_length())]
@@ -145,7 +145,7 @@ def stage_config(
     """Return the options of the training run of a stage, counted from 0.
 
     Raises:
-        ValueError: If the images are not known, or the value of an option is not allowed.
+        ValueError: If the data set is not given, or the value of an option is invalid.
     """
     given = given_options(words, (*PARTS, Sources))
     base = base_options(options, pipe)
@@ -167,14 +167,14 @@ def stage_config(
         decided |= names | ({"class_column": "label"} if pipe.unet.config.num_class_embeds else {})
     elif not base["dataset"] and "dataset" not in given:
         raise ValueError(
-            f"dataset is missing: model={options.model!r} is not the folder of a run; expected --dataset NAME or "
-            "--data_free true"
+            f"--dataset is missing: --model {options.model} is not the folder of a run with a data set; expected "
+            "--dataset NAME or --data_free true"
         )
     return parse_config([*words_of(base), *words, *words_of(decided)])
 
 
 def base_options(options: DistillConfig, pipe: DDPMPipeline) -> dict[str, Any]:
-    """Return the options of a stage that are not given: those of the run of the model, or defaults."""
+    """Return the default options of a stage: those of the model's run, if there is one."""
     channels, height, width = pipe.image_shape
     unet = pipe.unet.config
     base: dict[str, Any] = {
@@ -205,7 +205,7 @@ def base_options(options: DistillConfig, pipe: DDPMPipeline) -> dict[str, Any]:
 
 
 def length_of(folder: Path) -> int:
-    """Return the optimizer steps of a run whose options give passes over its images instead; many if unknown."""
+    """Return the optimizer steps of a run whose options give epochs instead; `RUN_LENGTH` if unknown."""
     try:
         return int(json.loads((folder / "status.json").read_text(encoding="utf-8"))["max_train_steps"])
     except (OSError, ValueError, TypeError, KeyError):
@@ -213,7 +213,7 @@ def length_of(folder: Path) -> int:
 
 
 def draw_images(options: DistillConfig, pipe: DDPMPipeline, configs: list[Config], state: PartialState) -> None:
-    """Sample images of the model, and store them as a data set with their classes; what exists is kept."""
+    """Sample images with the model and save them, with their classes, as a data set; reuse existing samples."""
     folder, count = Path(options.output), options.free_images
     classes: list[str] = pipe.class_names or [str(i) for i in range(pipe.unet.config.num_class_embeds or 0)]
     halvings = [config.distillation for config in configs if config.distillation.student_target == "teacher"]
@@ -238,7 +238,7 @@ def draw_images(options: DistillConfig, pipe: DDPMPipeline, configs: list[Config
         if classes:
             columns["label"] = [number % len(classes) for number in range(count)]
             features["label"] = ClassLabel(names=classes)
-        shutil.rmtree(target, ignore_errors=True)  # of another number of images
+        shutil.rmtree(target, ignore_errors=True)  # it has another number of images
         with atomic_write(target) as partial:
             Dataset.from_dict(columns, features=features).save_to_disk(str(partial))
     state.wait_for_everyone()

@@ -1,8 +1,8 @@
-"""Show how far a run is: step, speed, time left, last losses, and whether its process is alive.
+"""Show the progress of a run: step, speed, time left, last losses, and whether its process is alive.
 
     hf-ddpm status runs/digits
 
-A run whose process is gone although it has not ended was killed: the command that started it resumes it.
+If its process ended before the run was finished, the run was killed. Repeat its command to resume.
 """
 
 import json
@@ -24,13 +24,13 @@ LOSSES = 5
 class StatusConfig:
     """Status: the run."""
 
-    run: str = option("folder of a run, or of one of its checkpoints", is_first=True)
+    run: str = option("folder of a run or of one of its checkpoints", is_first=True)
 
     def __post_init__(self) -> None:
         """Check the values."""
         self.run = str(run_folder(self.run))
-        files = [Path(self.run) / name for name in ("status.json", ".lock")]  # an export has the first one, too
-        require(self, "run", all(file.is_file() for file in files), "expected the folder of a run")
+        files = [Path(self.run) / name for name in ("status.json", ".lock")]  # an export has status.json, but no .lock
+        require(self, "run", all(file.is_file() for file in files), "the folder of a run")
 
 
 def main(argv: list[str]) -> int:
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
 
 
 def describe(folder: Path) -> dict[str, str]:
-    """Return lines on a run by name; raises a `ValueError` if its status cannot be read."""
+    """Return lines about a run, by name; raise a `ValueError` if its status cannot be read."""
     status = read_status(folder / "status.json")
     step, steps = status["step"], status.get("max_train_steps")
     rate, left = status.get("images_per_second"), status.get("seconds_left")
@@ -62,17 +62,17 @@ def describe(folder: Path) -> dict[str, str]:
 
 
 def describe_state(status: dict[str, Any], is_running: bool) -> str:
-    """Return the state of a run in words: what its file says, and whether its process agrees."""
+    """Return the state of a run in words, from its status file and whether its process is alive."""
     state = status["status"]
     if is_running:
-        return state if state == "running" else "running (another session has begun)"
+        return state if state == "running" else "running (restarted)"
     if state == "running":
-        return "killed: its process is gone; the command that started it resumes it"
+        return "killed: the process ended before the run; repeat the command to resume"
     return f"failed: {one_line(status['error'])}" if "error" in status else state
 
 
 def is_alive(folder: Path) -> bool:
-    """Return whether a process holds a run's folder."""
+    """Return whether a process has locked the folder of a run."""
     if not (folder / ".lock").exists():
         return False
     try:
@@ -80,16 +80,16 @@ def is_alive(folder: Path) -> bool:
             return False
     except ValueError:
         return True
-    except OSError:  # not ours to lock
+    except OSError:  # no permission to lock
         return False
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """Return the contents of `status.json`; raises a `ValueError` of one line if it is damaged."""
+    """Return the contents of `status.json`; raise a `ValueError` of one line if the file is damaged."""
     try:
         status = json.loads(path.read_text(encoding="utf-8"))
         if not (isinstance(status, dict) and isinstance(status.get("status"), str) and type(status["step"]) is int):
             raise ValueError("status or step is missing")
     except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
+        raise ValueError(f"{path}: cannot be read; {one_line(error)}") from error
     return status

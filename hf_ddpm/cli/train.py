@@ -4,8 +4,8 @@
     hf-ddpm train --dataset my_folder --resolution 64 --output_dir runs/mine
     accelerate launch -m hf_ddpm train --preset cifar10 --mixed_precision bf16 --output_dir runs/cifar10
 
-The same command resumes from the last checkpoint. `hf-ddpm presets` lists the presets; --config takes the config.yaml
-of another run. docs/migration.md has the words of diffusers and of denoising-diffusion-pytorch.
+The same command resumes from the last checkpoint. `hf-ddpm presets` lists the presets. --config accepts the config.yaml
+of another run. docs/migration.md maps the options of diffusers and of denoising-diffusion-pytorch to these.
 """
 
 import hf_ddpm

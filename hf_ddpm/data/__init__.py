@@ -1,4 +1,4 @@
-"""Images from anywhere, decoded once, as batches of bytes."""
+"""Training images from folders, files and the Hub, as batches of pixels."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hf_ddpm.config import DataConfig
 
-if TYPE_CHECKING:  # slow to import: loaded with the first images
+if TYPE_CHECKING:  # slow imports, which `open_images` loads
     import torch
 
     from hf_ddpm.data.batches import BatchSource
@@ -23,22 +23,23 @@ def open_images(
     report: Path | None = None,
     log: Callable[[str], object] = lambda line: None,
 ) -> "BatchSource":
-    """Opens the images of a run, in memory or as a stream.
+    """Opens the images of a run, decoded in advance or as a stream.
 
     Args:
         data: Options of the images.
         seed: Seed of the run.
-        batch_size: Images in a global batch.
+        batch_size: Images per global batch.
         device: Device of the batches.
-        main_process_first: Entered while images are decoded: one process does it, the others find them in the cache.
-        report: File that lists, as lines of JSON, bad images and other unused files, with `skip_bad_images`.
-        log: Called with a line on the files of a folder, and with one for each damaged cache.
+        main_process_first: Context in which images are decoded: the main process decodes them first, the others then
+            read its cache.
+        report: With `skip_bad_images`, the JSON Lines file that lists bad images and other unused files.
+        log: Called with a line about the files of a folder, and with one per damaged cache.
 
     Returns:
-        The images, to be closed.
+        The source of images; the caller closes it.
 
     Raises:
-        ValueError: If the data set, a column or an image is not usable; each is named, with the reason.
+        ValueError: If the data set, a column or an image is not usable; the message names it and the reason.
     """
     from hf_ddpm.data.batches import ShuffledImages
     from hf_ddpm.data.store import load_images

@@ -1,4 +1,4 @@
-"""Images in zip and tar archives, and tar archives of WebDataset, as tables of `datasets`."""
+"""Open zip archives, tar archives and WebDataset shards of images as `datasets` tables."""
 
 import lzma
 import posixpath
@@ -14,44 +14,46 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, Value
 
-from hf_ddpm.data.caching import load_sound
+from hf_ddpm.data.caching import load_or_repair
 from hf_ddpm.data.folders import Opened
-from hf_ddpm.data.layout import arrange
-from hf_ddpm.data.scan import LeftOut, Stamp, image_suffixes, printable, sort_out
+from hf_ddpm.data.layout import find_layout
+from hf_ddpm.data.scan import Stamp, UnusedFile, image_suffixes, printable, split_by_suffix
 from hf_ddpm.utils.files import one_line
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
-# Texts with the name of an image, in columns that are called by their suffix, as in WebDataset.
+# Suffixes of text files that belong to the image of the same name, as in WebDataset; also the names of their columns.
 SIDECARS = (".cls", ".txt")
 
 
 def is_archive(name: str) -> bool:
-    """Returns whether a file is an archive that is read, by its suffix."""
+    """Returns whether a file is a supported archive, by its suffix."""
     return name.lower().endswith(SUFFIXES)
 
 
 def open_archives(
-    root: Path, files: Mapping[str, Stamp], left_out: Sequence[LeftOut], log: Callable[[str], object]
+    root: Path, files: Mapping[str, Stamp], unused_files: Sequence[UnusedFile], log: Callable[[str], object]
 ) -> Opened:
-    """Opens archives of images, given by their path relative to a folder.
+    """Opens archives of images, given by their paths relative to a folder.
 
-    They are split and classed as if they were unpacked into folders of their names. Columns are `image`, `label` where
-    folders are classes, and `cls` and `txt` where texts with an image's name have these suffixes.
+    Splits and classes are found as if each archive was unpacked into a folder of its name. The columns are `image`,
+    `label` if folders are classes, and `cls` and `txt` if there are text files with these suffixes next to the images.
 
     Raises:
-        ValueError: If an archive cannot be read, or there is no image in any.
+        ValueError: If an archive cannot be read, or no archive contains an image.
     """
-    members = {_place(archive, member): (archive, member) for archive in files for member in _members(root / archive)}
-    images, others = sort_out(members, image_suffixes())
+    members = {
+        _unpacked_path(archive, member): (archive, member) for archive in files for member in _members(root / archive)
+    }
+    images, others = split_by_suffix(members, image_suffixes())
     if not images:
-        raise ValueError(f"archive {str(root / next(iter(files)))!r} holds no image")
-    layout = arrange(images)
-    # Folders outside the archives, and the two of an archive's name, are no classes.
+        raise ValueError(f"archive {str(root / next(iter(files)))!r} contains no images")
+    layout = find_layout(images)
+    # Folders outside the archives, and the two that `_unpacked_path` adds per archive, are not classes.
     label, classes = layout.classes(lambda name: members[name][0].count("/") + 2)
     texts = _sidecars(images, members)
-    suffix_of = {place: suffix for of_image in texts.values() for suffix, place in of_image.items()}
-    has_numbers = _hold_numbers(root, [members[place] for place, suffix in suffix_of.items() if suffix == ".cls"])
+    suffix_of = {path: suffix for of_image in texts.values() for suffix, path in of_image.items()}
+    has_numbers = _are_numbers(root, [members[path] for path, suffix in suffix_of.items() if suffix == ".cls"])
     kinds = {".cls": Value("int64" if has_numbers else "string"), ".txt": Value("string")}
     columns = {suffix[1:]: kinds[suffix] for suffix in SIDECARS if suffix in suffix_of.values()}
     splits = {}
@@ -64,17 +66,19 @@ def open_archives(
         options = {"root": str(root.absolute()), "plan": plan, "stamps": stamps, "has_numbers": has_numbers}
         features = Features({"image": Image(), **label, **columns})
         make = partial(Dataset.from_generator, _rows, features=features, gen_kwargs={"options": options})
-        splits[split] = load_sound(make, log)
-    unused = [file for file in (*others, *layout.left_out) if file.file not in suffix_of]
-    return Opened(splits, [*left_out, *(replace(file, file=posixpath.join(*members[file.file])) for file in unused)])
+        splits[split] = load_or_repair(make, log)
+    unused = [file for file in (*others, *layout.unused_files) if file.file not in suffix_of]
+    return Opened(
+        splits, [*unused_files, *(replace(file, file=posixpath.join(*members[file.file])) for file in unused)]
+    )
 
 
 def _rows(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a split; `stamps` is only part of the cache's key."""
+    """Yields the rows of a split; the entry `stamps` of the options is only part of the cache key."""
     for archive, images in options["plan"].items():
         path = Path(options["root"]) / archive
-        wanted = {member for _, texts in images.values() for member in texts.values()}
-        text_of = {member: _text(data) for member, data in _read(path, wanted)}
+        text_files = {member for _, texts in images.values() for member in texts.values()}
+        text_of = {member: _text(data) for member, data in _read(path, text_files)}
         for member, data in _read(path, images):
             label, texts = images[member]
             row: dict[str, Any] = {"image": {"bytes": data, "path": printable(str(path / member))}}
@@ -86,28 +90,28 @@ def _rows(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _sidecars(images: Sequence[str], members: Container[str]) -> dict[str, dict[str, str]]:
-    """Returns the texts of each image, by suffix; raises a `ValueError` if images share one."""
+    """Returns the text files of each image, by suffix; raises a `ValueError` if two images share one."""
     texts: dict[str, dict[str, str]] = {}
     image_of: dict[str, str] = {}
     for name in images:
         folder, file = posixpath.split(name)
-        # In WebDataset a sample is named by what is before the first dot: 0.cls goes with 0.rgb.png.
+        # In WebDataset the name of a sample ends at the first dot: 0.cls belongs to 0.rgb.png.
         for stem in (posixpath.join(folder, file.split(".")[0]), posixpath.splitext(name)[0]):
             texts[name] = {suffix: stem + suffix for suffix in SIDECARS if stem + suffix in members}
             if texts[name]:
                 other = image_of.setdefault(stem, name)
                 if other != name:
                     both = " and ".join(posixpath.basename(path) for path in (other, name))
-                    raise ValueError(f"a sample holds several images, {both}: expected one per sample")
+                    raise ValueError(f"a sample contains several images ({both}); expected one per sample")
                 break
     return texts
 
 
-def _hold_numbers(root: Path, members: Sequence[tuple[str, str]]) -> bool:
-    """Returns whether all of some texts are numbers."""
+def _are_numbers(root: Path, members: Sequence[tuple[str, str]]) -> bool:
+    """Returns whether all of these text files contain only a number."""
     for archive in dict(members):
-        wanted = {member for name, member in members if name == archive}
-        if not all(_text(data).isdigit() for _, data in _read(root / archive, wanted)):
+        text_files = {member for name, member in members if name == archive}
+        if not all(_text(data).isdigit() for _, data in _read(root / archive, text_files)):
             return False
     return True
 
@@ -116,8 +120,8 @@ def _text(data: bytes) -> str:
     return data.decode(errors="replace").strip()
 
 
-def _place(archive: str, member: str) -> str:
-    """Returns where a file would be if the archive was unpacked below a folder of its name without its number."""
+def _unpacked_path(archive: str, member: str) -> str:
+    """Returns the path of a file if its archive was unpacked into a folder of its name without the shard number."""
     folder, name = posixpath.split(archive)
     stem = re.sub(r"([-_.]\d+(-of-\d+)?)?(\.tar)?\.[a-z0-9]+$", "", name.lower())
     return posixpath.join(folder, stem, name, posixpath.normpath(member).lstrip("/"))
@@ -134,19 +138,19 @@ def _members(path: Path) -> list[str]:
         raise ValueError(f"archive {str(path)!r} cannot be read: {one_line(error)}") from error
 
 
-def _read(path: Path, wanted: Container[str]) -> Iterator[tuple[str, bytes]]:
-    """Yields files of an archive, in the order in which it holds them; damaged ones of a zip archive are empty."""
+def _read(path: Path, members: Container[str]) -> Iterator[tuple[str, bytes]]:
+    """Yields some files of an archive, in archive order; damaged files of a zip archive are empty."""
     if not path.name.lower().endswith(".zip"):
         with tarfile.open(path) as archive:
             for member in archive:
-                if member.isfile() and member.name in wanted:
+                if member.isfile() and member.name in members:
                     yield member.name, archive.extractfile(member).read()
         return
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
-            if name in wanted:
+            if name in members:
                 try:
                     data = archive.read(name)
                 except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, NotImplementedError):
-                    data = b""  # which is reported as an image that cannot be used
+                    data = b""  # decoding reports it as an unusable image
                 yield name, data

@@ -1,4 +1,4 @@
-"""Images as arrays: `.npy` and `.npz` files."""
+"""Read images from `.npy` and `.npz` files."""
 
 import io
 import math
@@ -19,10 +19,10 @@ Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
 
 
 def read_array(row: dict[str, Any]) -> np.ndarray | None:
-    """Returns the array of an image; None if the image is not stored as one, by its first bytes or its suffix.
+    """Returns the array of an image; None if the image is not an array file, by its first bytes or its suffix.
 
     Raises:
-        ValueError: If it cannot be read, or is not one image.
+        ValueError: If the file cannot be read, or does not contain exactly one image.
     """
     if row["bytes"] is None:
         path = Path(as_path(row["path"]))
@@ -36,22 +36,23 @@ def read_array(row: dict[str, Any]) -> np.ndarray | None:
     if content.startswith(NPY):
         return np.load(io.BytesIO(content), allow_pickle=False)
     if not content.startswith(ZIP):
-        raise ValueError("it is not a .npy or .npz file")
+        raise ValueError("not a .npy or .npz file")
     with np.load(io.BytesIO(content), allow_pickle=False) as archive:
         return archive[_image_of(_headers(io.BytesIO(content)))]
 
 
 def open_stack(path: Path) -> np.ndarray:
-    """Opens a file of many images, mapped to memory unless it is compressed.
+    """Opens a file of many images, memory-mapped unless it is compressed.
 
     Args:
-        path: A `.npy` file of 4 dimensions, or a `.npz` file with one such array, or several and one called `arr_0`.
+        path: A `.npy` file with 4 dimensions; or a `.npz` file with one array of 4 dimensions, or several, of which
+            `arr_0` is used.
 
     Returns:
         The array, such as `(N, H, W, C)`.
 
     Raises:
-        ValueError: If it cannot be read, or has no array of 4 dimensions.
+        ValueError: If the file cannot be read, or has no array of 4 dimensions.
     """
     try:
         name = _stack_of(_headers(path))
@@ -61,27 +62,27 @@ def open_stack(path: Path) -> np.ndarray:
             info = archive.getinfo(f"{name}.npy")
             with archive.open(info) as file:
                 while file.read(2**20):
-                    pass  # at its end the checksum is compared
+                    pass  # reading to the end verifies the checksum
         if info.compress_type == zipfile.ZIP_STORED:
             return _mapped(path, info)
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[name]
     except OSError:
         raise
-    except Exception as error:  # whatever zip archives and numpy raise
-        raise ValueError(f"{path} cannot be read as an array of images: {one_line(error)}") from error
+    except Exception as error:  # zipfile and numpy raise many types
+        raise ValueError(f"{path}: cannot be read as an array of images; {one_line(error)}") from error
 
 
 def is_stack(path: Path) -> bool:
-    """Returns whether a file holds many images; what cannot be read is one image, which will be refused by name."""
+    """Returns whether a file contains many images; an unreadable file counts as one image and is reported later."""
     try:
         return any(len(shape) == 4 for shape, *_ in _headers(path).values())
-    except Exception:  # whatever zip archives and numpy raise
+    except Exception:  # zipfile and numpy raise many types
         return False
 
 
 def _headers(file: Path | BinaryIO) -> dict[str, Header]:
-    """Returns shape, order and dtype of each array in a file, by name, without reading the arrays."""
+    """Returns the shape, memory order and dtype of each array in a file, by name, without reading the arrays."""
     if isinstance(file, Path) and file.suffix.lower() == ".npy":
         with file.open("rb") as content:
             return {"": _header(content)}
@@ -104,29 +105,29 @@ def _image_of(headers: dict[str, Header]) -> str:
     """Returns the name of the only array of 2 or 3 dimensions."""
     names = [name for name, (shape, *_) in headers.items() if len(shape) in (2, 3)]
     if len(names) != 1:
-        found = ", ".join(f"{name} {shape}" for name, (shape, *_) in headers.items()) or "none"
-        raise ValueError(f"it holds the arrays {found}: expected one of 2 or 3 dimensions, or one of 4")
+        listed = ", ".join(f"{name} {shape}" for name, (shape, *_) in headers.items()) or "none"
+        raise ValueError(f"the file contains the arrays {listed}; expected one with 2 or 3 dimensions, or one with 4")
     return names[0]
 
 
 def _stack_of(headers: dict[str, Header]) -> str:
-    """Returns the name of the array of 4 dimensions, or `arr_0` of several."""
+    """Returns the name of the array with 4 dimensions; `arr_0` if there are several."""
     names = [name for name, (shape, *_) in headers.items() if len(shape) == 4]
     if not names:
-        raise ValueError("no array of 4 dimensions, (N, H, W, C)")
+        raise ValueError("no array has 4 dimensions; expected (N, H, W, C)")
     if len(names) > 1 and "arr_0" not in names:
-        raise ValueError(f"it holds several arrays of 4 dimensions, {', '.join(names)}: expected one, or arr_0")
+        raise ValueError(f"several arrays have 4 dimensions ({', '.join(names)}); expected one, or the name arr_0")
     return "arr_0" if "arr_0" in names else names[0]
 
 
 def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
-    """Maps an array that is stored in a zip archive without compression."""
+    """Memory-maps an array that is stored in a zip archive without compression."""
     with path.open("rb") as file:
-        file.seek(info.header_offset + 26)  # lengths of name and extra field, which follow a header of 30 bytes
+        file.seek(info.header_offset + 26)  # the lengths of name and extra field, which follow the 30-byte header
         start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
         file.seek(start)
         shape, is_fortran, dtype = _header(file)
         offset = file.tell()
     if dtype.hasobject or offset - start + math.prod(shape) * dtype.itemsize != info.file_size:
-        raise ValueError(f"{info.filename} is not {shape} of {dtype}")
+        raise ValueError(f"{info.filename}: size does not match shape {shape} and dtype {dtype}")
     return np.memmap(path, dtype, "r", offset, shape, "F" if is_fortran else "C")

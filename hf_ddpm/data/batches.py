@@ -1,7 +1,7 @@
-"""Batches of training, as a pure function of (seed, step): the interface of images in memory and of streams.
+"""Training batches as a pure function of (seed, step), for decoded images and for streams.
 
-No source keeps a place. A run resumes from its step, and processes that share a global batch see together what one
-process would have seen alone.
+A source has no position to save: a run resumes from its step alone. Processes that share a global batch get the same
+images together as one process would get.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +18,11 @@ from hf_ddpm.utils.seeds import CROP, ORDER, generator
 
 @dataclass(frozen=True)
 class Batch:
-    """Some images of a global batch.
+    """Images of a global batch, or a part of them.
 
     Attributes:
-        images: Pixels, uint8 (uint16 for deep images), shape `(B, C, H, W)`.
-        labels: Their classes, int64, shape `(B,)`; None if none were asked for.
+        images: Pixels, uint8 (uint16 for 16-bit images), shape `(B, C, H, W)`.
+        labels: Their classes, int64, shape `(B,)`; None without a class column.
     """
 
     images: Tensor
@@ -34,7 +34,7 @@ class BatchSource(Protocol):
 
     Attributes:
         shape: Shape `(C, H, W)` of an image.
-        class_names: Names of the classes; empty if none were asked for.
+        class_names: Names of the classes; empty without a class column.
     """
 
     shape: tuple[int, int, int]
@@ -42,20 +42,20 @@ class BatchSource(Protocol):
 
     @property
     def skipped(self) -> int:
-        """Images that could not be used, so far."""
+        """The number of unusable images so far."""
 
     def __len__(self) -> int:
-        """Returns the images of an epoch."""
+        """Returns the number of images per epoch."""
 
     def batch(self, step: int, rows: slice) -> Batch:
         """Returns images of the global batch of a step.
 
         Args:
             step: Optimizer step, from 0.
-            rows: Which images of it, such as those of this process: a slice with start and stop.
+            rows: Rows of the global batch, such as those of this process: a slice with start and stop.
 
         Returns:
-            The images, on the device; the same at every call, and in every division among processes.
+            The images, on the device; the same for every call and every number of processes.
         """
 
     def close(self) -> None:
@@ -63,13 +63,13 @@ class BatchSource(Protocol):
 
 
 class ShuffledImages:
-    """The images of a store, in the order of training; epochs are permutations, without a gap or a repetition.
+    """The images of a store, shuffled: each epoch is a permutation of all images.
 
     Args:
         store: The images.
         seed: Seed of the run.
-        batch_size: Images in a global batch.
-        ahead: Whether a thread reads the batch of the next step; by default for a GPU whose memory does not hold all.
+        batch_size: Images per global batch.
+        ahead: Whether a thread prefetches the next batch; by default for a GPU whose memory does not hold all images.
     """
 
     def __init__(self, store: ImageStore, *, seed: int, batch_size: int, ahead: bool | None = None):
@@ -80,15 +80,15 @@ class ShuffledImages:
         self.shape, self.class_names, self.skipped = store.shape, store.class_names, store.skipped
 
     def __len__(self) -> int:
-        """Returns the images of an epoch."""
+        """Returns the number of images per epoch."""
         return len(self.store)
 
     def batch(self, step: int, rows: slice) -> Batch:
         """Return images of the global batch of a step; see `BatchSource`."""
         if self._reader is None:
             return self._batch(step, rows)
-        place, future = self._next
-        batch = future.result() if future is not None and place == (step, rows) else self._batch(step, rows)
+        request, future = self._next
+        batch = future.result() if future is not None and request == (step, rows) else self._batch(step, rows)
         self._next = (step + 1, rows), self._reader.submit(self._batch, step + 1, rows)
         return batch
 
@@ -98,7 +98,7 @@ class ShuffledImages:
         labels = None if store.labels is None else store.labels[indices].to(store.device, non_blocking=True)
         if store.image_format.crop == "center":
             return Batch(store[indices], labels)
-        return Batch(store.cropped(indices, crop_places(self.seed, step, self.batch_size)[rows]), labels)
+        return Batch(store.cropped(indices, crop_positions(self.seed, step, self.batch_size)[rows]), labels)
 
     def close(self) -> None:
         """End the thread, if there is one."""
@@ -107,28 +107,28 @@ class ShuffledImages:
 
 
 def batch_indices(seed: int, step: int, batch: int, size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return the images of a global batch: epochs are permutations, end to end, without a gap or a repetition.
+    """Return the indices of a global batch; epochs are permutations of all images and follow each other without a gap.
 
     Args:
         seed: Seed of the run.
         step: Optimizer step, from 0.
-        batch: Images in a global batch.
+        batch: Images per global batch.
         size: Images in the data set.
-        device: Device of the indices, to which the order of an epoch is copied once.
+        device: Device of the indices; the order of an epoch is copied to it once.
 
     Returns:
         Indices, int64, shape `(batch,)`.
     """
-    parts, place, end = [], step * batch, (step + 1) * batch
-    while place < end:
-        epoch, first = divmod(place, size)
-        parts.append(_epoch_order(seed, epoch, size, torch.device(device))[first : first + end - place])
-        place += len(parts[-1])
+    parts, start, end = [], step * batch, (step + 1) * batch
+    while start < end:
+        epoch, first = divmod(start, size)
+        parts.append(_epoch_order(seed, epoch, size, torch.device(device))[first : first + end - start])
+        start += len(parts[-1])
     return torch.cat(parts)
 
 
-def crop_places(seed: int, step: int, batch: int) -> Tensor:
-    """Draws where the images of a global batch are cut, uniform in [0, 1), shape `(batch, 2)`: see `crop_at`."""
+def crop_positions(seed: int, step: int, batch: int) -> Tensor:
+    """Draws the crop positions of a global batch, uniform in [0, 1), shape `(batch, 2)`; see `crop_at`."""
     return torch.rand(batch, 2, generator=generator(seed, CROP, step))
 
 

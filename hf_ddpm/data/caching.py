@@ -1,4 +1,4 @@
-"""Caches of `datasets` that a kill or a full disk has cut short."""
+"""Detect and repair `datasets` caches that a killed process or a full disk has damaged."""
 
 import errno
 import json
@@ -16,18 +16,18 @@ T = TypeVar("T", Dataset, DatasetDict)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def load_sound(load: Callable[[], T], log: Callable[[str], object]) -> T:
-    """Returns what `load` returns; damaged caches are logged, removed and made anew.
+def load_or_repair(load: Callable[[], T], log: Callable[[str], object]) -> T:
+    """Returns the result of `load`; damaged caches are logged, removed and rebuilt.
 
     Raises:
-        OSError: If the disk of the cache is full; its folder is named.
+        OSError: If the disk of the cache is full; the message names the folder.
     """
-    with full_disk_named():
+    with explain_full_disk():
         try:
             loaded = load()
-            if _is_whole(loaded):
+            if _is_complete(loaded):
                 return loaded
-        except Exception as error:  # loaders raise anything
+        except Exception as error:  # loaders raise many types
             if is_full(error) or not remove_damaged(log):
                 raise
         else:
@@ -36,17 +36,17 @@ def load_sound(load: Callable[[], T], log: Callable[[str], object]) -> T:
 
 
 def remove_damaged(log: Callable[[str], object]) -> bool:
-    """Removes the data sets in the cache whose files are cut short; returns whether there were any."""
-    found = [path for path in cache_folder().rglob("dataset_info.json") if not _is_of_user(path.parent)]
-    damaged = [path.parent for path in found if not _is_sound(path)]
+    """Removes cached data sets with truncated files; returns whether there were any."""
+    cached = [path for path in cache_folder().rglob("dataset_info.json") if not _is_of_user(path.parent)]
+    damaged = [path.parent for path in cached if not _is_intact(path)]
     for folder in damaged:
         shutil.rmtree(folder, ignore_errors=True)
-        log(f"cache {folder} was damaged: it is removed and made anew")
+        log(f"cache {folder} was damaged: rebuilding it")
     return bool(damaged)
 
 
 def read_decoded(path: Path, rows: int, log: Callable[[str], object]) -> Dataset | None:
-    """Returns a cached table of so many rows; None if it does not exist, or was damaged and is removed."""
+    """Returns a cached table with `rows` rows; None if it does not exist, or was damaged and is now removed."""
     if not path.exists():
         return None
     try:
@@ -56,24 +56,24 @@ def read_decoded(path: Path, rows: int, log: Callable[[str], object]) -> Dataset
     except (OSError, ValueError):
         pass
     path.unlink(missing_ok=True)
-    log(f"cache {path} was damaged: it is removed and made anew")
+    log(f"cache {path} was damaged: rebuilding it")
     return None
 
 
 @contextmanager
-def full_disk_named() -> Iterator[None]:
-    """Turns the error of a full disk into one that names the folder of the cache, and how to choose another."""
+def explain_full_disk() -> Iterator[None]:
+    """Replaces a full-disk error by one that names the cache folder and how to choose another."""
     try:
         yield
     except Exception as error:
         if not is_full(error):
             raise
         hint = "free some space, or set HF_DATASETS_CACHE or HF_HOME to a folder on another disk"
-        raise OSError(f"the disk of the cache {str(cache_folder())!r} is full: {hint}") from error
+        raise OSError(f"cache {str(cache_folder())!r}: the disk is full; {hint}") from error
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Returns whether an error, or one that it was raised from, is that of a full disk."""
+    """Returns whether an error or one of its causes is a full disk."""
     while error is not None:
         if isinstance(error, OSError) and (error.errno in FULL or "Not enough disk space" in str(error)):
             return True
@@ -82,23 +82,23 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def cache_folder() -> Path:
-    """Returns the folder of the caches of `datasets`."""
+    """Returns the cache folder of `datasets`."""
     return Path(config.HF_DATASETS_CACHE)
 
 
-def _is_whole(loaded: Dataset | DatasetDict) -> bool:
+def _is_complete(loaded: Dataset | DatasetDict) -> bool:
     splits = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split): loaded}
     infos = {name: (data.info.splits or {}).get(name) for name, data in splits.items()}
     return all(info is None or info.num_examples == len(splits[name]) for name, info in infos.items())
 
 
 def _is_of_user(folder: Path) -> bool:
-    """Returns whether a folder was saved by someone, and is no cache."""
+    """Returns whether a folder was saved by a user and is not a cache."""
     return (folder / "state.json").exists() or any(folder.glob("*.parquet"))
 
 
-def _is_sound(info: Path) -> bool:
-    """Returns whether a cached data set can be read, with all rows that its description counts."""
+def _is_intact(info: Path) -> bool:
+    """Returns whether a cached data set is readable and has as many rows as its description."""
     try:
         splits = json.loads(info.read_text(encoding="utf-8"))["splits"]
         rows = sum(_rows(path) for path in info.parent.glob("*.arrow") if not path.name.startswith("cache-"))

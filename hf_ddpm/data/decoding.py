@@ -1,4 +1,4 @@
-"""Files to pixels, once: every image is decoded, fitted and kept as the raw bytes of a CHW array in a cached table."""
+"""Decode all images of a data set once, into a cached table of raw CHW pixels."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ import numpy as np
 from datasets import Dataset, Features, Image, Value
 from datasets.fingerprint import Hasher
 
-from hf_ddpm.data.caching import cache_folder, full_disk_named, read_decoded
+from hf_ddpm.data.caching import cache_folder, explain_full_disk, read_decoded
 from hf_ddpm.data.transforms import ImageFormat, fit
 from hf_ddpm.utils.files import one_line, write_text
 from hf_ddpm.utils.jsonl import as_lines, read_lines
 from hf_ddpm.utils.launch import own_cores
 
-# Part of the cache's key, which does not see the functions below: raised when they change what they return.
+# Part of the cache key, which does not depend on the code below: increase it when decoded pixels change.
 RECIPE = 3
 
 ROWS = 256
@@ -34,12 +34,12 @@ DECODED = Features(
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that cannot be used.
+    """An unusable image.
 
     Attributes:
-        file: Its own file, or the one that holds its row; None if unknown.
-        row: Its row there, or in the data set; None if it is in neither.
-        reason: What is wrong with it.
+        file: The image file, or the file with its row; None if unknown.
+        row: The row in that file or in the data set; None if it has none.
+        reason: Why it is unusable.
     """
 
     file: str | None
@@ -47,13 +47,15 @@ class BadImage:
     reason: str
 
     def text(self, column: str) -> str:
-        """Returns its place and what is wrong with it."""
-        return f"image in row {self.row} ({self.file or f'column {column!r}'}) is not usable: {self.reason}"
+        """Returns the location of the image and the reason."""
+        return f"row {self.row} ({self.file or f'column {column!r}'}): {self.reason}"
 
-    def refusal(self, column: str) -> ValueError:
-        """Returns the error that names it."""
-        larger = "--enlarge true scales small images up, " if "is smaller than resolution" in self.reason else ""
-        return ValueError(f"{self.text(column)} ({larger}--skip_bad_images true leaves such images out)")
+    def error(self, column: str) -> ValueError:
+        """Returns the error for the image, with the options that avoid it."""
+        larger = (
+            "--enlarge true to upscale small images, or " if "is smaller than the resolution" in self.reason else ""
+        )
+        return ValueError(f"{self.text(column)}; use {larger}--skip_bad_images true to skip unusable images")
 
 
 def decode(
@@ -65,22 +67,23 @@ def decode(
     skip_bad_images: bool = False,
     log: Callable[[str], object] = lambda line: None,
 ) -> tuple[Dataset, Sequence[int], list[BadImage]]:
-    """Decodes all images of a split into raw bytes; a second call with the same arguments reads the cache.
+    """Decodes all images of a split into raw pixels; a second call with the same arguments reads the cache.
 
     Args:
         dataset: An opened split, or a part of one.
-        column: Its column of images.
+        column: The image column.
         image_format: Format of the decoded images.
-        rows: The rows of the split that it consists of, by which bad images are named.
-        skip_bad_images: Whether images that cannot be used are left out.
-        log: Called with a line if the cache was damaged, and with one on what is lost of images.
+        rows: The row numbers of `dataset` in the split, for messages about bad images.
+        skip_bad_images: Whether to skip unusable images.
+        log: Called with a line if the cache was damaged, and with lines about lost information, such as bit depth.
 
     Returns:
-        A data set, in order, of `pixels`, the bytes of CHW arrays of `image_format.dtype`, and their `height` and
-        `width`; the places in `dataset` of its images; and the images that it leaves out.
+        A data set in the same order with `pixels`, the bytes of CHW arrays of `image_format.dtype`, and their `height`
+        and `width`; the indices of its images in `dataset`; and the skipped images.
 
     Raises:
-        ValueError: If an image cannot be used, or with `skip_bad_images` none can; row, file and reason are named.
+        ValueError: If an image is unusable, or with `skip_bad_images` if all are; the message names row, file and
+            reason.
     """
     encoded = dataset.select_columns([column]).cast_column(column, Image(decode=False))
     options = {"column": column, "form": asdict(image_format), "skip": skip_bad_images, "recipe": RECIPE}
@@ -89,13 +92,13 @@ def decode(
     file.parent.mkdir(parents=True, exist_ok=True)
     decoded = read_decoded(file, len(encoded), log)
     if decoded is None:
-        with full_disk_named():
+        with explain_full_disk():
             decoded = encoded.map(
                 _decode_rows,
                 with_indices=True,
                 batched=True,
                 batch_size=ROWS,
-                fn_kwargs={"image_format": image_format, "refused_at": None if skip_bad_images else rows},
+                fn_kwargs={"image_format": image_format, "strict_rows": None if skip_bad_images else rows},
                 remove_columns=encoded.column_names,
                 features=DECODED,
                 cache_file_name=str(file),
@@ -109,48 +112,48 @@ def decode(
     if reasons.null_count == len(reasons):
         return decoded, range(len(reasons)), []
     reasons = reasons.to_pylist()
-    usable = [place for place, reason in enumerate(reasons) if reason is None]
+    usable = [index for index, reason in enumerate(reasons) if reason is None]
     bad = [BadImage(_path(encoded[i][column]), rows[i], reason) for i, reason in enumerate(reasons) if reason]
     if not usable:
-        raise ValueError(f"none of the {len(bad)} images is usable: {bad[0].text(column)}")
+        raise ValueError(f"all {len(bad)} images are unusable, the first one in {bad[0].text(column)}")
     return decoded.select(usable), usable, bad
 
 
 def attempt(row: dict[str, Any] | None, image_format: ImageFormat, notes: list[str] | None = None) -> np.ndarray | str:
-    """Returns an image, fitted, or what is wrong with it, in one line."""
+    """Returns the decoded image, or the reason why it is unusable in one line."""
     try:
         return fit(row, image_format, notes)
-    except Exception as error:  # decoders raise anything
+    except Exception as error:  # decoders raise many types
         return one_line(error) or type(error).__name__
 
 
 def write_report(bad: Sequence[BadImage], path: Path) -> None:
-    """Writes the images that were left out, one JSON object a line, so that no reader sees half of it."""
+    """Writes skipped images as JSON Lines, atomically."""
     write_text(path, as_lines(map(asdict, bad)))
 
 
 def read_report(path: Path) -> set[tuple[Any, Any]]:
-    """Returns file and row of each image that a report lists; none if it is not there."""
+    """Returns the file and row of each image in a report; an empty set if the report does not exist."""
     return {(image.get("file"), image.get("row")) for image in read_lines(path)}
 
 
 def _decode_rows(
-    batch: dict[str, list[Any]], places: list[int], image_format: ImageFormat, refused_at: Sequence[int] | None
+    batch: dict[str, list[Any]], indices: list[int], image_format: ImageFormat, strict_rows: Sequence[int] | None
 ) -> dict[str, list[Any]]:
-    """Decodes encoded images; if `refused_at`, the rows of all images, is given, it refuses bad ones."""
+    """Decodes encoded images; raises an error for a bad image if `strict_rows`, the row numbers, is given."""
     ((column, encoded),), cores = batch.items(), own_cores()
     notes: list[list[str]] = [[] for _ in encoded]
-    # A thread takes many at a time: with small images, handing them over one by one would cost more than it gains.
+    # Each thread gets many images at once: for small images, one task per image would be slower.
     share = -(-len(encoded) // cores)
     parts = [range(start, min(start + share, len(encoded))) for start in range(0, len(encoded), share)]
     with ThreadPoolExecutor(cores) as pool:
         done = pool.map(lambda part: [attempt(encoded[i], image_format, notes[i]) for i in part], parts)
         images = [image for part in done for image in part]
     columns: dict[str, list[Any]] = {name: [] for name in DECODED}
-    for place, row, image, note in zip(places, encoded, images, notes, strict=True):
+    for index, row, image, note in zip(indices, encoded, images, notes, strict=True):
         if isinstance(image, str):
-            if refused_at is not None:
-                raise BadImage(_path(row), refused_at[place], image).refusal(column)
+            if strict_rows is not None:
+                raise BadImage(_path(row), strict_rows[index], image).error(column)
             values: tuple[Any, ...] = (None, None, None, image, None)
         else:
             values = (image.tobytes(), *image.shape[1:], None, ", ".join(note) or None)
@@ -160,7 +163,7 @@ def _decode_rows(
 
 
 def _cache_key(encoded: Dataset, options: dict[str, Any]) -> str:
-    """Returns what decoded images depend on: the data set, the files that it is kept in, and how it is decoded."""
+    """Returns the hash of everything that decoded images depend on: the data set, its files, and the options."""
     files = [Path(file["filename"]) for file in encoded.cache_files]
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return Hasher.hash([encoded._fingerprint, stamps, options])

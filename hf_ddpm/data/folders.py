@@ -1,4 +1,4 @@
-"""Folders of image and array files as tables of `datasets`: classes by folder, and the columns of metadata files."""
+"""Open folders of image or array files as `datasets` tables, with classes by folder and metadata columns."""
 
 import io
 import posixpath
@@ -16,10 +16,10 @@ from datasets import Dataset, DatasetDict, DatasetInfo, Features, Image, NamedSp
 from datasets.fingerprint import Hasher
 
 from hf_ddpm.data.arrays import is_stack, open_stack
-from hf_ddpm.data.caching import load_sound
+from hf_ddpm.data.caching import load_or_repair
 from hf_ddpm.data.columns import CLASS_COLUMNS, GUESS
-from hf_ddpm.data.layout import arrange
-from hf_ddpm.data.scan import LeftOut, Stamp, image_suffixes, printable, sort_out
+from hf_ddpm.data.layout import find_layout
+from hf_ddpm.data.scan import Stamp, UnusedFile, image_suffixes, printable, split_by_suffix
 from hf_ddpm.utils.files import one_line
 
 METADATA_READERS: dict[str, Callable[[str], pa.Table]] = {
@@ -34,12 +34,12 @@ class Opened:
     """An opened data set.
 
     Attributes:
-        splits: Its splits, as `datasets` reads them; images are not decoded yet.
-        left_out: Files that are not used, each with its reason; None if they are not known, as on the Hub.
+        splits: Its splits; images are not decoded yet.
+        unused_files: Unused files, each with the reason; None if they are unknown, as on the Hub.
     """
 
     splits: Mapping[str, Dataset]
-    left_out: list[LeftOut] | None = None
+    unused_files: list[UnusedFile] | None = None
 
 
 @dataclass
@@ -47,35 +47,35 @@ class _Metadata:
     """Contents of metadata files.
 
     Attributes:
-        rows: The columns of each image, by its path relative to the folder; paths of other images are columns, too.
-        columns: Their names, in order, without that of the image.
-        pictures: Those of them that hold paths of images, such as `mask` for `mask_file_name`.
-        left_out: Missing files that are listed, and metadata files without names of files.
+        rows: The values of each image by column, by path relative to the folder.
+        columns: The names of the columns, in order, without the image column.
+        image_columns: The columns with paths of further images, such as `mask` for `mask_file_name`.
+        unused_files: Listed files that are missing, and metadata files without file names.
     """
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
-    pictures: set[str] = field(default_factory=set)
-    left_out: list[LeftOut] = field(default_factory=list)
+    image_columns: set[str] = field(default_factory=set)
+    unused_files: list[UnusedFile] = field(default_factory=list)
 
 
 def open_folder(
-    root: Path, files: Mapping[str, Stamp], left_out: Sequence[LeftOut], class_column: str | None
+    root: Path, files: Mapping[str, Stamp], unused_files: Sequence[UnusedFile], class_column: str | None
 ) -> Opened:
     """Opens a folder of images, given by their relative paths.
 
-    Columns are `image`, `label` where folders are classes, and those of metadata files. Images without metadata are
-    left out if the `class_column` is one of metadata.
+    The columns are `image`, `label` if folders are classes, and those of metadata files. If `class_column` is a
+    metadata column, images without metadata are not used.
 
     Raises:
         ValueError: If a metadata file cannot be read.
     """
-    images, others = sort_out(files, image_suffixes())
-    visible, _ = sort_out(files, [posixpath.splitext(name)[1] for name in METADATA_READERS])
+    images, others = split_by_suffix(files, image_suffixes())
+    visible, _ = split_by_suffix(files, [posixpath.splitext(name)[1] for name in METADATA_READERS])
     described = [name for name in visible if posixpath.basename(name) in METADATA_READERS]
     metadata = _read_metadata(root, described, images)
     images, unlisted = _listed(images, metadata, class_column)
-    layout = arrange(images)
+    layout = find_layout(images)
     label, classes = layout.classes()
     if set(CLASS_COLUMNS) & set(metadata.columns):
         label, classes = Features(), {}
@@ -86,30 +86,30 @@ def open_folder(
         features = Features({"image": Image(), **label})
         for column in metadata.columns:
             columns[column], features[column] = _metadata_column(root, names, metadata, column)
-        # A changed file makes another fingerprint, and so is decoded anew.
+        # A changed file changes the fingerprint, so it is decoded again.
         stamps = [(name, files[name].size, files[name].changed) for name in names]
         contents = [columns[column].to_pylist() for column in columns]
         fingerprint = Hasher.hash([str(root.absolute()), stamps, list(columns), contents])
         splits[split] = Dataset(pa.table(columns), info=DatasetInfo(features=features), fingerprint=fingerprint)
     others = [file for file in others if file.file not in described]
-    return Opened(splits, [*left_out, *others, *metadata.left_out, *unlisted, *layout.left_out])
+    return Opened(splits, [*unused_files, *others, *metadata.unused_files, *unlisted, *layout.unused_files])
 
 
 def open_arrays(
-    root: Path, files: Mapping[str, Stamp], left_out: Sequence[LeftOut], log: Callable[[str], object]
+    root: Path, files: Mapping[str, Stamp], unused_files: Sequence[UnusedFile], log: Callable[[str], object]
 ) -> Opened:
-    """Opens array files, given by their relative paths: an image per file, or all images of a file of 4 dimensions.
+    """Opens array files, given by their relative paths: one image per file, or all images of a file with 4 dimensions.
 
-    Columns are `image`, and `label` where folders are classes.
+    The columns are `image`, and `label` if folders are classes.
     """
-    layout = arrange(list(files))
+    layout = find_layout(list(files))
     label, classes = layout.classes()
 
     def rows(names: Sequence[str]) -> list[tuple[str, int, int, int | None]]:
         return [(str(root.absolute() / n), files[n].size, files[n].changed, classes.get(n)) for n in names]
 
     def make() -> DatasetDict:
-        # The hash of the arguments is that of the data set: a file that changes makes another one.
+        # The cache key is a hash of the arguments, so a changed file is read again.
         return DatasetDict({
             split: Dataset.from_generator(
                 _array_rows,
@@ -120,25 +120,25 @@ def open_arrays(
             for split, names in layout.splits.items()
         })  # fmt: skip
 
-    return Opened(load_sound(make, log), [*left_out, *layout.left_out])
+    return Opened(load_or_repair(make, log), [*unused_files, *layout.unused_files])
 
 
 def _array_rows(files: Sequence[tuple[str, int, int, int | None]]) -> Iterator[dict[str, Any]]:
-    """Yields the images of files given by path, size and time, which are only part of the cache's key, and class."""
-    for file, _, _, number in files:
+    """Yields the images of files, given by path, size, time and class; size and time are only part of the cache key."""
+    for file, _, _, class_index in files:
         path, name = Path(file), printable(file)
-        label = {} if number is None else {"label": number}
+        label = {} if class_index is None else {"label": class_index}
         if not is_stack(path):
             yield {"image": {"bytes": None, "path": name}, **label}
             continue
-        for place, image in enumerate(open_stack(path)):
+        for index, image in enumerate(open_stack(path)):
             content = io.BytesIO()
             np.save(content, image, allow_pickle=False)
-            yield {"image": {"bytes": content.getvalue(), "path": f"{name}[{place}]"}, **label}
+            yield {"image": {"bytes": content.getvalue(), "path": f"{name}[{index}]"}, **label}
 
 
 def _read_metadata(root: Path, names: Sequence[str], images: Sequence[str]) -> _Metadata:
-    """Reads the metadata files of a folder; what one of them lists of its own folder goes before others."""
+    """Reads the metadata files of a folder; a file in a subfolder overrides those above."""
     metadata, existing = _Metadata(), set(images)
     for name in sorted(names, key=lambda name: name.count("/")):
         try:
@@ -147,28 +147,33 @@ def _read_metadata(root: Path, names: Sequence[str], images: Sequence[str]) -> _
             raise ValueError(f"{str(root / name)!r} cannot be read: {one_line(error)}") from error
         keys = {key: _column(key) for key in table.column_names if key == "file_name" or key.endswith("_file_name")}
         if not keys:
-            metadata.left_out.append(LeftOut(name, f"{posixpath.basename(name)} without a column file_name"))
+            metadata.unused_files.append(UnusedFile(name, f"{posixpath.basename(name)} without a file_name column"))
             continue
         first = "file_name" if "file_name" in keys else next(iter(keys))
-        # A column called image would take the place of the images.
+        # A metadata column named image would replace the images.
         columns = {key: keys.get(key, key) for key in table.column_names if key not in (first, "image")}
         seen: dict[str, dict[str, Any]] = {}
         metadata.columns += [column for column in columns.values() if column not in metadata.columns]
-        metadata.pictures |= {keys[key] for key in columns if key in keys}
+        metadata.image_columns |= {keys[key] for key in columns if key in keys}
         for row in table.to_pylist():
-            odd = [key for key in keys if not isinstance(row[key], str | None)]
-            if odd:
-                raise ValueError(f"{str(root / name)!r}: {odd[0]}={row[odd[0]]!r}: expected the path of a file")
+            invalid = [key for key in keys if not isinstance(row[key], str | None)]
+            if invalid:
+                value = row[invalid[0]]
+                raise ValueError(
+                    f"{str(root / name)!r}: {invalid[0]}={value!r} is not text; expected the path of a file"
+                )
             at = {key: posixpath.normpath(posixpath.join(posixpath.dirname(name), row[key] or "")) for key in keys}
             if at[first] not in existing:
-                metadata.left_out.append(LeftOut(at[first], f"missing, but listed in {posixpath.basename(name)}"))
+                metadata.unused_files.append(
+                    UnusedFile(at[first], f"missing, but listed in {posixpath.basename(name)}")
+                )
                 continue
             values = {
                 column: (at[key] if at[key] in existing else None) if key in at else row[key]
                 for key, column in columns.items()
             }
             if seen.setdefault(at[first], values) != values:
-                raise ValueError(f"{str(root / name)!r} lists {at[first]!r} twice with different values")
+                raise ValueError(f"{str(root / name)!r}: {at[first]!r} is listed twice with different values")
             metadata.rows[at[first]] = values
     return metadata
 
@@ -177,14 +182,14 @@ def _column(key: str) -> str:
     return key.removesuffix("file_name").removesuffix("_") or "image"
 
 
-def _listed(images: list[str], metadata: _Metadata, class_column: str | None) -> tuple[list[str], list[LeftOut]]:
-    """Returns the images to use: those without metadata, too, unless something of theirs is needed."""
+def _listed(images: list[str], metadata: _Metadata, class_column: str | None) -> tuple[list[str], list[UnusedFile]]:
+    """Returns the images to use and the others: images without metadata are used unless their metadata is needed."""
     usual = set(CLASS_COLUMNS) if class_column == GUESS else {class_column}
-    if not metadata.pictures and not usual & set(metadata.columns):
+    if not metadata.image_columns and not usual & set(metadata.columns):
         return images, []
-    of_others = {row[column] for row in metadata.rows.values() for column in metadata.pictures}
+    in_columns = {row[column] for row in metadata.rows.values() for column in metadata.image_columns}
     unlisted = [
-        LeftOut(name, "in another column of metadata" if name in of_others else "not listed in metadata")
+        UnusedFile(name, "in another metadata column" if name in in_columns else "not listed in metadata")
         for name in images
         if name not in metadata.rows
     ]
@@ -192,18 +197,18 @@ def _listed(images: list[str], metadata: _Metadata, class_column: str | None) ->
 
 
 def _metadata_column(root: Path, names: Sequence[str], metadata: _Metadata, column: str) -> tuple[pa.Array, Any]:
-    """Returns a column of metadata for some images, and its feature."""
+    """Returns a metadata column for some images, and its feature."""
     values = [metadata.rows.get(name, {}).get(column) for name in names]
-    if column in metadata.pictures:
+    if column in metadata.image_columns:
         return _paths(root, values), Image()
     try:
         array = pa.array(values)
     except pa.ArrowException as error:
-        raise ValueError(f"column {column!r} of metadata in {str(root)!r}: {one_line(error)}") from error
+        raise ValueError(f"{str(root)!r}: metadata column {column!r} cannot be read; {one_line(error)}") from error
     return array, Features.from_arrow_schema(pa.schema({column: array.type}))[column]
 
 
 def _paths(root: Path, names: Iterable[str | None]) -> pa.Array:
-    """Returns images as `datasets` keeps them, without their bytes."""
+    """Returns images as `datasets` stores them, as paths without bytes."""
     paths = pa.array([None if name is None else printable(str(root / name)) for name in names], pa.string())
     return pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])

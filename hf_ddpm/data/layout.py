@@ -1,4 +1,4 @@
-"""Splits and classes of images, by folder."""
+"""Find the splits and classes of images by their folders."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from datasets import ClassLabel, Features
 
-from hf_ddpm.data.scan import LeftOut, printable_name
+from hf_ddpm.data.scan import UnusedFile, printable_name
 
-# Names of the folders of a split, as in `datasets`.
+# Folder names of each split, as in `datasets`.
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -23,20 +23,20 @@ class Layout:
 
     Attributes:
         splits: The files of each split.
-        left_out: Files beside the folders of the splits.
-        level: Which folder of a path is that of its split, from 0; None if there are no such folders.
+        unused_files: Files outside the split folders.
+        level: Position of the split folder in a path, from 0; None if there are no split folders.
     """
 
     splits: dict[str, list[str]]
-    left_out: list[LeftOut] = field(default_factory=list)
+    unused_files: list[UnusedFile] = field(default_factory=list)
     level: int | None = None
 
     def classes(self, outer: Callable[[str], int] = lambda name: 0) -> tuple[Features, dict[str, int]]:
-        """Finds classes among the folders of files, without the first `outer(name)` ones and those of splits.
+        """Finds the classes of files by folder, ignoring split folders and the first `outer(name)` folders.
 
         Returns:
-            The feature `label`, whose classes are the innermost folders, sorted, and the class of each file; both are
-            empty unless all files are in equally many folders and there are at least two classes.
+            The feature `label`, whose classes are the sorted innermost folders, and the class index of each file; both
+            are empty unless all files have the same folder depth and there are at least two classes.
         """
         inner = {}
         for name in (name for names in self.splits.values() for name in names):
@@ -45,18 +45,19 @@ class Layout:
         names = sorted({folders[-1] for folders in inner.values() if folders})
         if len({len(folders) for folders in inner.values()}) != 1 or len(names) < 2:
             return Features(), {}
-        numbers = {name: number for number, name in enumerate(names)}
+        indices = {name: index for index, name in enumerate(names)}
         label = ClassLabel(names=[printable_name(name) for name in names])
-        return Features(label=label), {name: numbers[folders[-1]] for name, folders in inner.items()}
+        return Features(label=label), {name: indices[folders[-1]] for name, folders in inner.items()}
 
 
-def arrange(names: Sequence[str]) -> Layout:
-    """Finds splits among the folders of files.
+def find_layout(names: Sequence[str]) -> Layout:
+    """Finds the splits of files by folder.
 
-    Folders of two splits at one depth, such as train/ and val/, are splits wherever they are, and what is beside them
-    is not used: held-out images never become training images. A lone train/, validation/ or test/ at the top is a split
-    if no other folder there has images, and so is validation/ or test/ beside other folders. A train/ beside folders
-    that hold images at the same depth is a class, such as that of railway trains. All else is one split, train.
+    If folders of two splits are at the same depth, such as train/ and val/, they are the splits at any depth, and files
+    outside them are not used, so held-out images never become training images. A single train/, validation/ or test/ at
+    the top is a split if no other folder there has images; a validation/ or test/ next to other folders is one, too. A
+    train/ next to folders with images at the same depth is a class, such as railway trains. In all other cases the only
+    split is train.
 
     Args:
         names: Relative paths with `/`.
@@ -76,21 +77,21 @@ def arrange(names: Sequence[str]) -> Layout:
 
 
 def _split_of(folder: str) -> str | None:
-    """Returns the split that a folder is named after, such as train for Train or train2017; None if it is not."""
+    """Returns the split of a folder by its name, such as train for Train or train2017; None for other names."""
     return SPLIT_OF.get(re.sub(r"[-_ ]?\d{4}$", "", folder.casefold()))
 
 
 def _divide(names: Sequence[str], level: int) -> Layout:
     parts_of = {name: name.split("/")[:-1] for name in names}
-    found = {parts[level] for parts in parts_of.values() if len(parts) > level and _split_of(parts[level])}
-    beside = " and ".join(f"{folder}/" for folder in sorted(found))
+    split_folders = {parts[level] for parts in parts_of.values() if len(parts) > level and _split_of(parts[level])}
+    listed = " and ".join(f"{folder}/" for folder in sorted(split_folders))
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    left_out = []
+    unused_files = []
     for name, parts in parts_of.items():
         split = _split_of(parts[level]) if len(parts) > level else None
         if split is None:
             where = f"in {parts[0]}/, " if parts else ""
-            left_out.append(LeftOut(name, f"{where}beside the folders of splits {beside}"))
+            unused_files.append(UnusedFile(name, f"{where}outside the split folders {listed}"))
         else:
             splits[split].append(name)
-    return Layout({split: files for split, files in splits.items() if files}, left_out, level)
+    return Layout({split: files for split, files in splits.items() if files}, unused_files, level)

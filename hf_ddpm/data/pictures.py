@@ -1,4 +1,4 @@
-"""Image files as upright pixels, even where texts, color profiles or camera data are damaged."""
+"""Load image files upright, even if their metadata is damaged."""
 
 import io
 import re
@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 
 from hf_ddpm.data.scan import as_path, register_plugins
 
-# Modes of PIL with one channel, of brightness.
+# PIL modes with one gray channel.
 GRAY_MODES = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L")
 
 ORIENTATION = ExifTags.Base.Orientation
@@ -27,19 +27,19 @@ UPRIGHT = {
 }
 
 PNG, TIFF = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*")
-# Chunks of a PNG that its pixels depend on; eXIf and small iTXt may hold the orientation.
+# Chunks of a PNG that its pixels depend on; eXIf and small iTXt chunks may contain the orientation.
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT")
 LARGEST_XMP = 65536
-# Tags of a TIFF that its pixels depend on: sizes, depths, places, compression, colors, orientation.
+# Tags of a TIFF that its pixels depend on: sizes, depths, offsets, compression, colors, orientation.
 TIFF_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 301, 317, 320, 322, 323,
              324, 325, 330, 332, 334, 338, 339, 340, 341, 347, *range(512, 522), 529, 530, 531, 532}  # fmt: skip
 
 
 def open_picture(row: dict[str, Any]) -> Image.Image:
-    """Returns an image, loaded and turned upright; nothing is converted, and damaged metadata are ignored.
+    """Loads an image and turns it upright, without other conversions. Damaged metadata is ignored.
 
     Raises:
-        Exception: If its pixels cannot be read (whatever PIL raises), or are too many (`DecompressionBombError`).
+        Exception: If its pixels cannot be read (any exception of PIL), or are too many (`DecompressionBombError`).
     """
     register_plugins()
     data, path = row["bytes"], row["path"]
@@ -47,41 +47,41 @@ def open_picture(row: dict[str, Any]) -> Image.Image:
         image = _load(as_path(path) if data is None else io.BytesIO(data))
     except (Image.DecompressionBombError, FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except Exception as error:  # decoders raise anything
+    except Exception as error:  # decoders raise many types
         plain = _without_metadata(Path(as_path(path)).read_bytes() if data is None else data)
         try:
             image = _load(io.BytesIO(plain))
         except Image.DecompressionBombError:
             raise
         except Exception:
-            if isinstance(error, UnidentifiedImageError):  # its text holds an address in memory
-                raise ValueError("it is no image of a known format") from error
+            if isinstance(error, UnidentifiedImageError):  # its text contains a memory address
+                raise ValueError("not an image of a known format") from error
             raise error from None
     method = UPRIGHT.get(_orientation(image))
     return image if method is None else image.transpose(method)
 
 
 def picture_array(image: Image.Image, channels: int, deep: bool, background: str = "white") -> np.ndarray | None:
-    """Reads a picture as an array where PIL's conversions would lose something.
+    """Reads an image as an array if PIL's conversions would lose information.
 
     Args:
-        image: The picture, loaded.
-        channels: The number of channels of the result.
-        deep: Whether pixels have 16 bits.
-        background: Color, in gray, behind transparent pixels.
+        image: The loaded image.
+        channels: Number of channels of the result.
+        deep: Whether to return 16-bit pixels.
+        background: Color behind transparent pixels, converted to gray.
 
     Returns:
-        Shape `(H, W, channels)`, the pages of a TIFF as channels, or `(H, W, 1)`, floats, or with `deep` 16 bits; None
-        for other pictures.
+        For a TIFF of gray pages, shape `(H, W, channels)` with the pages as channels; for images of floats, or of 16
+        bits with `deep`, shape `(H, W, 1)`; None for other images.
 
     Raises:
-        ValueError: If there are more or fewer pages than channels.
+        ValueError: If the number of pages is not `channels`.
     """
     pages = _pages(image)
     if pages is not None:
         if len(pages) != channels:
             raise ValueError(
-                f"it has {len(pages)} gray pages, not channels={channels}: --channels {len(pages)} reads all of them"
+                f"image has {len(pages)} gray pages but --channels is {channels}; expected --channels {len(pages)}"
             )
         return np.stack(pages, axis=-1)
     if image.mode == "F" or (deep and image.mode.startswith("I")):
@@ -94,7 +94,7 @@ def picture_array(image: Image.Image, channels: int, deep: bool, background: str
 
 
 def _load(source: Any) -> Image.Image:
-    """Loads an image; its `depth_lost` is whether PIL has read 16 bits per channel as 8."""
+    """Loads an image; sets `info["depth_lost"]` if PIL has reduced 16 bits per channel to 8."""
     image = Image.open(source)
     tiles = list(getattr(image, "tile", []))
     image.load()
@@ -104,10 +104,10 @@ def _load(source: Any) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Returns how an image is turned by its EXIF or XMP data: 1 to 8, by default 1, upright."""
+    """Returns the orientation of an image from its EXIF or XMP data: 1 to 8, by default 1, upright."""
     try:
         value = image.getexif().get(ORIENTATION)
-    except Exception:  # damaged camera data raise anything
+    except Exception:  # damaged EXIF data raises many types
         value = None
     if value is None:
         xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
@@ -118,7 +118,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _pages(image: Image.Image) -> list[np.ndarray] | None:
-    """Returns the gray pages of a TIFF; None if there is one page, or they differ in size or kind."""
+    """Returns the gray pages of a TIFF; None if there is only one page, or if pages differ in size or mode."""
     count = getattr(image, "n_frames", 1)
     if image.format != "TIFF" or count == 1 or image.mode not in GRAY_MODES:
         return None
@@ -137,34 +137,34 @@ def _unsigned(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind != "i":
         return values
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"its pixels reach from {values.min()} to {values.max()}, beyond 16 bits")
+        raise ValueError(f"pixel values from {values.min()} to {values.max()} do not fit in 16 bits")
     return values.astype(np.uint16)
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """Returns a PNG or TIFF file without the parts that its pixels do not depend on; other files unchanged."""
+    """Returns a PNG or TIFF file without metadata; other files unchanged."""
     if data.startswith(PNG):
         return _plain_png(data)
     return _plain_tiff(data) if data.startswith(TIFF) else data
 
 
 def _plain_png(data: bytes) -> bytes:
-    """Returns a PNG file of the chunks that are needed, those of metadata only if they are sound."""
+    """Returns a PNG file with only the chunks of pixels and of undamaged orientation data."""
     kept, start = [PNG], len(PNG)
     while start + 12 <= len(data):
         size = int.from_bytes(data[start : start + 4], "big")
         chunk = data[start : start + 12 + size]
         kind, start = chunk[4:8], start + len(chunk)
-        is_sound = zlib.crc32(chunk[4:-4]).to_bytes(4, "big") == chunk[-4:]
-        # An uncompressed text: keyword, 0, and a 0 as flag of compression.
+        is_intact = zlib.crc32(chunk[4:-4]).to_bytes(4, "big") == chunk[-4:]
+        # An uncompressed text: the keyword, a zero byte, and a compression flag of zero.
         is_xmp = kind == b"iTXt" and size < LARGEST_XMP and chunk[8:].startswith(b"XML:com.adobe.xmp\0\0")
-        if kind in PNG_CHUNKS or (is_sound and (kind == b"eXIf" or is_xmp)):
+        if kind in PNG_CHUNKS or (is_intact and (kind == b"eXIf" or is_xmp)):
             kept.append(chunk)
     return b"".join(kept)
 
 
 def _plain_tiff(data: bytes) -> bytes:
-    """Returns a TIFF file whose first directory lists only tags that pixels depend on."""
+    """Returns a TIFF file whose first directory has only the tags that pixels depend on."""
     order = "<" if data.startswith(b"II") else ">"
     (start,) = struct.unpack_from(f"{order}L", data, 4)
     if start + 2 > len(data):

@@ -1,4 +1,4 @@
-"""Files of a folder, links followed, and the reason for each one that is not used."""
+"""List the files of a folder, with a reason for each unused file."""
 
 import os
 import stat
@@ -11,29 +11,29 @@ from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
-# Formats that Pillow recognizes without being able to decode them.
+# Formats that Pillow recognizes but cannot decode.
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
 REMEDIES = {
     ".heic": "install pillow-heif",
     ".heif": "install pillow-heif",
     ".avif": "install Pillow 11.3 or later",
-    ".npy": "arrays are read from folders without pictures",
-    ".npz": "arrays are read from folders without pictures",
+    ".npy": "arrays are read only from folders without image files",
+    ".npz": "arrays are read only from folders without image files",
 }
 
-# Folders named in the line that sums up what is not used; the report of bad images lists all files.
+# Largest number of reasons in the summary of unused files; the report of bad images lists all files.
 NAMED_KINDS = 12
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A file that is not used.
+class UnusedFile:
+    """An unused file.
 
     Attributes:
         file: Its path.
-        kind: The reason, in words that other files share: they are counted by it.
-        remedy: A way to use it, if there is one.
+        kind: The general reason; files with the same one are counted together.
+        remedy: How to use the file, if possible.
     """
 
     file: str
@@ -48,7 +48,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Stamp:
-    """Size and time of the last change of a file, by which a changed file is recognized."""
+    """Size and modification time of a file, to detect changes."""
 
     size: int
     changed: int
@@ -56,7 +56,7 @@ class Stamp:
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Returns the suffixes of files that are images, in lower case, such as `.png`: new formats are added here."""
+    """Returns the lower-case suffixes of all supported image formats, such as `.png`; add new formats here."""
     register_plugins()
     kinds = Image.registered_extensions().items()
     return frozenset(suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in NOT_DECODED)
@@ -64,7 +64,7 @@ def image_suffixes() -> frozenset[str]:
 
 @cache
 def register_plugins() -> None:
-    """Registers formats that Pillow reads with installed plugins: HEIC by pillow-heif."""
+    """Registers the formats of installed Pillow plugins: HEIC with pillow-heif."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -72,61 +72,61 @@ def register_plugins() -> None:
     register_heif_opener()
 
 
-def list_files(root: Path) -> tuple[dict[str, Stamp], list[LeftOut]]:
-    """Lists the files below a folder; links to files and folders are followed, but never in circles.
+def list_files(root: Path) -> tuple[dict[str, Stamp], list[UnusedFile]]:
+    """Lists the files of a folder and its subfolders; links are followed, except in cycles.
 
     Returns:
-        The regular files by their path relative to the folder, with `/`, sorted; and what cannot be followed or read.
+        The regular files, sorted by their path relative to the folder, with `/`; and entries that cannot be read.
     """
     files: dict[str, Stamp] = {}
-    left_out: list[LeftOut] = []
-    _visit(root, "", (), files, left_out)
-    return {name: files[name] for name in sorted(files)}, left_out
+    unused_files: list[UnusedFile] = []
+    _visit(root, "", (), files, unused_files)
+    return {name: files[name] for name in sorted(files)}, unused_files
 
 
-def sort_out(names: Iterable[str], suffixes: Iterable[str]) -> tuple[list[str], list[LeftOut]]:
-    """Divides files into those with one of some suffixes, in lower case, and all others, each with its reason.
+def split_by_suffix(names: Iterable[str], suffixes: Iterable[str]) -> tuple[list[str], list[UnusedFile]]:
+    """Divides files into those with one of the lower-case suffixes, and all others with the reason.
 
-    Hidden files, and those in `__folders__` such as `__MACOSX`, are never used, as in `datasets`.
+    Hidden files, and files in folders such as `__MACOSX` that start with `__`, are never used, as in `datasets`.
     """
-    used, left_out = [], []
+    used, unused_files = [], []
     known = frozenset(suffixes)
     for name in names:
         path = PurePosixPath(name)
         if any(part.startswith(".") for part in path.parts):
-            left_out.append(LeftOut(name, "hidden"))
+            unused_files.append(UnusedFile(name, "hidden"))
         elif any(part.startswith("__") for part in path.parts[:-1]):
-            left_out.append(LeftOut(name, f"in {next(part for part in path.parts if part.startswith('__'))}/"))
+            unused_files.append(UnusedFile(name, f"in {next(part for part in path.parts if part.startswith('__'))}/"))
         elif path.suffix.lower() in known:
             used.append(name)
         else:
             suffix = path.suffix.lower()
             kind = f"unknown format {suffix}" if suffix else "no suffix"
-            left_out.append(LeftOut(name, kind, REMEDIES.get(suffix)))
-    return used, left_out
+            unused_files.append(UnusedFile(name, kind, REMEDIES.get(suffix)))
+    return used, unused_files
 
 
-def summary(name: str, counts: Mapping[str, int] | None, left_out: Iterable[LeftOut]) -> str:
-    """Returns one line on a data set: the images of each split, if known, and how many files are unused, by reason."""
+def summary(name: str, counts: Mapping[str, int] | None, unused_files: Iterable[UnusedFile]) -> str:
+    """Returns one line about a data set: the images per split, if known, and the unused files per reason."""
     images = ", ".join(f"{count:,} images in {split}" for split, count in (counts or {}).items())
-    kinds = Counter((file.kind, file.remedy) for file in left_out)
+    kinds = Counter((file.kind, file.remedy) for file in unused_files)
     most = kinds.most_common(NAMED_KINDS)
     lines = [
         f"{printable_name(kind)}: {count:,}" + (f" ({remedy})" if remedy else "") for (kind, remedy), count in most
     ]
     rest = kinds.total() - sum(count for _, count in most)
     lines += [f"other: {rest:,}"] if rest else []
-    unused = f"files not used: {', '.join(lines)}" if lines else "all files are used"
+    unused = f"unused files: {', '.join(lines)}" if lines else "all files are used"
     return f"dataset {name!r}: " + (f"{images}; " if images else "") + unused
 
 
-def below(root: Path, files: Iterable[LeftOut]) -> list[LeftOut]:
-    """Returns files of a folder with their whole paths."""
+def with_full_paths(root: Path, files: Iterable[UnusedFile]) -> list[UnusedFile]:
+    """Returns files of a folder with their full paths."""
     return [replace(file, file=printable(str(root / file.file))) for file in files]
 
 
 def printable(path: str) -> str:
-    """Returns a path as text that can be printed and stored: one that is not UTF-8 becomes a `file:` URL."""
+    """Returns a path as printable text; a path that is not valid UTF-8 becomes a `file:` URL."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -135,23 +135,27 @@ def printable(path: str) -> str:
 
 
 def as_path(name: str) -> str:
-    """Returns the path that `printable` made a name of."""
+    """Returns the path of a name made by `printable`."""
     return os.fsdecode(unquote_to_bytes(name.removeprefix("file://"))) if name.startswith("file:///") else name
 
 
 def printable_name(name: str) -> str:
-    """Returns a name, such as that of a class, with escapes in place of what is not UTF-8."""
+    """Returns a name, such as that of a class, with bytes that are not valid UTF-8 escaped."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _visit(
-    folder: Path, prefix: str, above: tuple[tuple[int, int], ...], files: dict[str, Stamp], left_out: list[LeftOut]
+    folder: Path,
+    prefix: str,
+    above: tuple[tuple[int, int], ...],
+    files: dict[str, Stamp],
+    unused_files: list[UnusedFile],
 ) -> None:
     try:
         here = os.stat(folder)
         names = os.listdir(folder)
     except OSError:
-        left_out.append(LeftOut(prefix, "folder that cannot be read"))
+        unused_files.append(UnusedFile(prefix, "unreadable folder"))
         return
     above = (*above, (here.st_dev, here.st_ino))
     for name in names:
@@ -159,14 +163,14 @@ def _visit(
             status = os.stat(folder / name)
         except OSError:
             is_link = os.path.islink(folder / name)
-            left_out.append(LeftOut(prefix + name, "link that leads nowhere" if is_link else "unreadable"))
+            unused_files.append(UnusedFile(prefix + name, "broken link" if is_link else "unreadable"))
             continue
         if stat.S_ISDIR(status.st_mode):
             if (status.st_dev, status.st_ino) in above:
-                left_out.append(LeftOut(prefix + name, "link to a folder that it is in"))
+                unused_files.append(UnusedFile(prefix + name, "link to a parent folder"))
             else:
-                _visit(folder / name, f"{prefix}{name}/", above, files, left_out)
+                _visit(folder / name, f"{prefix}{name}/", above, files, unused_files)
         elif stat.S_ISREG(status.st_mode):
             files[prefix + name] = Stamp(status.st_size, status.st_mtime_ns)
         else:
-            left_out.append(LeftOut(prefix + name, "neither a file nor a folder"))
+            unused_files.append(UnusedFile(prefix + name, "not a regular file or folder"))

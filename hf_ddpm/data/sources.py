@@ -1,4 +1,4 @@
-"""Data sets by name: the embedded digits, a folder, a file, or an id on the Hub; all end as `datasets.Dataset`."""
+"""Open a data set by name: the embedded digits, a folder, a file or a Hub id."""
 
 import glob
 import os
@@ -17,9 +17,9 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from hf_ddpm.config import DataConfig
 from hf_ddpm.data.archives import is_archive, open_archives
 from hf_ddpm.data.arrays import SUFFIXES as ARRAY_SUFFIXES
-from hf_ddpm.data.caching import is_full, load_sound
+from hf_ddpm.data.caching import is_full, load_or_repair
 from hf_ddpm.data.folders import METADATA_READERS, Opened, open_arrays, open_folder
-from hf_ddpm.data.scan import LeftOut, Stamp, below, image_suffixes, list_files, sort_out, summary
+from hf_ddpm.data.scan import Stamp, UnusedFile, image_suffixes, list_files, split_by_suffix, summary, with_full_paths
 from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.options import require_value
 from hf_ddpm.utils.seeds import SUBSET, generator
@@ -28,81 +28,81 @@ Log = Callable[[str], object]
 
 
 class _Refused(ValueError):
-    """A data set cannot be opened; the message names it."""
+    """A data set cannot be opened; the message is complete and contains its name."""
 
 
 class MissingSplit(ValueError):
-    """A data set has no split of a name; `splits` are those that it has."""
+    """A data set does not have the requested split; `splits` are the existing ones."""
 
     def __init__(self, message: str, splits: Sequence[str]):
         super().__init__(message)
         self.splits = list(splits)
 
 
-def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset, list[LeftOut]]:
+def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset, list[UnusedFile]]:
     """Opens a split of a data set.
 
     Args:
         data: Options of the images: `dataset` is `digits` (embedded); a folder of images, arrays (`.npy`, `.npz`),
-            archives or parquet files, or one that `datasets` has saved; a parquet or array file, or an archive; or an
-            id on the Hub.
-        log: Called with a line on a folder's files, and with one for each damaged cache.
+            archives or parquet files, or a folder written by `save_to_disk`; a parquet or array file, or an archive; or
+            a Hub id.
+        log: Called with a line about the files of a folder, and with one per damaged cache.
 
     Returns:
-        The split, as `datasets` reads it, whose images are not decoded yet; and the files that are not used.
+        The split, with images not decoded yet, and the unused files.
 
     Raises:
-        MissingSplit: If there is no such split.
-        ValueError: If there is no such data set or configuration, or no image in it.
+        MissingSplit: If the split does not exist.
+        ValueError: If the data set or its configuration does not exist, or it contains no images.
         OSError: If the disk of the cache is full.
     """
     name, split, opened = data.dataset, data.split, _open_splits(data, log)
-    left_out = opened.left_out or []
-    if opened.left_out is not None:
-        log(summary(name, {split: len(rows) for split, rows in opened.splits.items()}, left_out))
+    unused_files = opened.unused_files or []
+    if opened.unused_files is not None:
+        log(summary(name, {split: len(rows) for split, rows in opened.splits.items()}, unused_files))
     if split not in opened.splits:
-        beside = [file.kind for file in left_out if "beside the folders of splits" in file.kind]
-        hint = f" (images are {beside[0]})" if beside else ""
-        message = f"dataset {name!r} has no split {split!r}: one of {', '.join(opened.splits)}{hint}"
+        outside = [file.kind for file in unused_files if "outside the split folders" in file.kind]
+        hint = f" (some images are {outside[0]})" if outside else ""
+        message = f"dataset {name!r} has no split {split!r}: expected one of {', '.join(opened.splits)}{hint}"
         raise MissingSplit(message, list(opened.splits))
     if len(opened.splits[split]) == 0:
-        raise ValueError(f"dataset {name!r} is empty: split {split!r} holds no image")
-    return opened.splits[split], left_out
+        raise ValueError(f"dataset {name!r} is empty: split {split!r} contains no images")
+    return opened.splits[split], unused_files
 
 
-def find_shards(data: DataConfig, log: Log = lambda line: None) -> tuple[list[str], list[LeftOut]]:
-    """Finds the parquet files of a split, without reading or fetching them.
+def find_shards(data: DataConfig, log: Log = lambda line: None) -> tuple[list[str], list[UnusedFile]]:
+    """Finds the parquet files of a split, without reading or downloading them.
 
     Args:
-        data: Options of the images: `dataset` is `digits`, a folder of parquet files, a parquet file, an id on the Hub,
-            or a URL or pattern of parquet files that `fsspec` opens (`https://`, `hf://`, `s3://`); a single file and a
-            URL are the split that is asked for, whatever its name.
-        log: Called with a line on a folder's files.
+        data: Options of the images: `dataset` is `digits`, a folder of parquet files, a parquet file, a Hub id, or a
+            URL or pattern of parquet files for `fsspec` (`https://`, `hf://`, `s3://`). A single file or a URL is used
+            for any `split`.
+        log: Called with a line about the files of a folder.
 
     Returns:
-        Paths and URLs, in order; and the files of a folder that are not used.
+        Paths and URLs, in order, and the unused files of a folder.
 
     Raises:
-        ValueError: If there is no such data set or split, or its files are not parquet.
+        ValueError: If the data set or split does not exist, or its files are not parquet.
     """
     name, split, path = data.dataset, data.split, Path(data.dataset)
     _check_config(data, path.is_file() or "://" in name or name == "digits")
     if path.is_file() and name.endswith(".parquet"):
         return [name], []
-    files, left_out = _data_files(data), []
+    files, unused_files = _data_files(data), []
     if path.is_dir():
-        left_out = below(path, _unused(path, files))
-        log(summary(name, None, left_out))
+        unused_files = with_full_paths(path, _unused(path, files))
+        log(summary(name, None, unused_files))
     if split not in files:
-        raise ValueError(f"dataset {name!r} has no split {split!r}: one of {', '.join(files)}")
+        raise ValueError(f"dataset {name!r} has no split {split!r}: expected one of {', '.join(files)}")
     other = [file for file in files[split] if not file.endswith(".parquet")]
     if other:
-        raise ValueError(f"dataset {name!r} cannot be streamed: {other[0]!r} is not parquet, of which a stream is made")
-    return files[split], left_out
+        raise ValueError(f"dataset {name!r} cannot be streamed: {other[0]!r} is not parquet; expected parquet files")
+    return files[split], unused_files
 
 
 def choose(size: int, max_samples: int | None, seed: int) -> Sequence[int]:
-    """Returns the indices of all of `size` things, or of `max_samples` drawn at random, in order.
+    """Returns the indices of all of `size` items, or of `max_samples` items drawn at random, in order.
 
     Raises:
         ValueError: If `max_samples` is less than 1.
@@ -113,11 +113,11 @@ def choose(size: int, max_samples: int | None, seed: int) -> Sequence[int]:
     return torch.randperm(size, generator=generator(seed, SUBSET))[:max_samples].sort().values.tolist()
 
 
-def _check_config(data: DataConfig, has_none: bool) -> None:
-    if data.dataset_config is not None and has_none:
+def _check_config(data: DataConfig, has_no_configs: bool) -> None:
+    if data.dataset_config is not None and has_no_configs:
         raise ValueError(
-            f"dataset_config={data.dataset_config!r}: dataset {data.dataset!r} has no configurations;"
-            " leave dataset_config out"
+            f"--dataset_config {data.dataset_config}: dataset {data.dataset!r} has no configurations; "
+            "remove --dataset_config"
         )
 
 
@@ -126,12 +126,12 @@ def _open_splits(data: DataConfig, log: Log) -> Opened:
     name, config, path = data.dataset, data.dataset_config, Path(data.dataset)
     _check_config(data, name == "digits" or path.is_file())
     if name == "digits":
-        return Opened(load_sound(lambda: load_dataset("parquet", data_files=_digits_files()), log))
+        return Opened(load_or_repair(lambda: load_dataset("parquet", data_files=_digits_files()), log))
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ValueError(f"dataset {name!r} is not there: a folder, a parquet file, a Hub id or digits is allowed")
+        raise ValueError(f"dataset {name!r} does not exist: expected a folder, a file, a Hub id or digits")
     try:
         if not path.exists():
-            return Opened(load_sound(lambda: load_dataset(name, config), log))
+            return Opened(load_or_repair(lambda: load_dataset(name, config), log))
         opened = _open_file(path, log) if path.is_file() else _open_folder(path, config, data.class_column, log)
     except _Refused:
         raise
@@ -140,13 +140,13 @@ def _open_splits(data: DataConfig, log: Log) -> Opened:
             raise
         raise ValueError(f"dataset {name!r} {_reason(name, config, error)}") from error
     root = path.parent if path.is_file() else path
-    return Opened(opened.splits, None if opened.left_out is None else below(root, opened.left_out))
+    return Opened(opened.splits, None if opened.unused_files is None else with_full_paths(root, opened.unused_files))
 
 
 def _open_file(path: Path, log: Log) -> Opened:
     if path.suffix == ".parquet":
         table = {"train": glob.escape(str(path))}
-        return Opened(load_sound(lambda: load_dataset("parquet", data_files=table), log))
+        return Opened(load_or_repair(lambda: load_dataset("parquet", data_files=table), log))
     status = path.stat()
     files = {path.name: Stamp(status.st_size, status.st_mtime_ns)}
     if is_archive(path.name):
@@ -154,45 +154,51 @@ def _open_file(path: Path, log: Log) -> Opened:
     if path.suffix.lower() in ARRAY_SUFFIXES:
         return open_arrays(path.parent, files, [], log)
     raise _Refused(
-        f"dataset {str(path)!r} is not allowed: of files, only parquet, .npy and .npz are, and archives (zip, tar)"
+        f"dataset {str(path)!r} has an unknown format: expected a parquet, .npy or .npz file, or an archive (zip, tar)"
     )
 
 
 def _open_folder(path: Path, config: str | None, class_column: str | None, log: Log) -> Opened:
-    """Opens a folder by its files; left to itself, `datasets` takes class folders such as testing_cats/ for splits."""
+    """Opens a folder by the formats of its files.
+
+    `datasets` reads only folders with tables: it would mistake class folders such as testing_cats/ for splits.
+    """
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         if config is not None:
-            raise _Refused(f"dataset_config={config!r}: a data set that was saved to disk has no configurations")
+            reason = "a data set saved by save_to_disk has no configurations; remove --dataset_config"
+            raise _Refused(f"--dataset_config {config}: {reason}")
         return Opened(_saved(path))
-    files, left_out = list_files(path)
-    images, others = sort_out(files, image_suffixes())
-    tables = [name for name in sort_out(files, [".parquet"])[0] if posixpath.basename(name) not in METADATA_READERS]
+    files, unused_files = list_files(path)
+    images, others = split_by_suffix(files, image_suffixes())
+    tables = [
+        name for name in split_by_suffix(files, [".parquet"])[0] if posixpath.basename(name) not in METADATA_READERS
+    ]
     if tables or config is not None:
         builder = load_dataset_builder(str(path), config)
         if config is not None or not isinstance(builder, ImageFolder):
-            splits = load_sound(lambda: load_dataset(str(path), config), log)
+            splits = load_or_repair(lambda: load_dataset(str(path), config), log)
             return Opened(splits, _unused(path, builder.config.data_files or {}))
     if images:
-        return open_folder(path, files, left_out, class_column)
-    arrays, without_arrays = sort_out(files, ARRAY_SUFFIXES)
+        return open_folder(path, files, unused_files, class_column)
+    arrays, without_arrays = split_by_suffix(files, ARRAY_SUFFIXES)
     if arrays:
-        return open_arrays(path, {name: files[name] for name in arrays}, left_out + without_arrays, log)
-    archives = {name: files[name] for name in files if is_archive(name) and LeftOut(name, "hidden") not in others}
+        return open_arrays(path, {name: files[name] for name in arrays}, unused_files + without_arrays, log)
+    archives = {name: files[name] for name in files if is_archive(name) and UnusedFile(name, "hidden") not in others}
     if archives:
-        return open_archives(path, archives, left_out + [file for file in others if file.file not in archives], log)
-    unused = summary(str(path), None, left_out + others).removeprefix(f"dataset {str(path)!r}: ")
-    detail = f" ({unused})" if left_out or others else ""
-    raise _Refused(f"dataset {str(path)!r} is empty: the folder holds no image{detail}")
+        return open_archives(path, archives, unused_files + [file for file in others if file.file not in archives], log)
+    unused = summary(str(path), None, unused_files + others).removeprefix(f"dataset {str(path)!r}: ")
+    detail = f" ({unused})" if unused_files or others else ""
+    raise _Refused(f"dataset {str(path)!r} is empty: the folder contains no images{detail}")
 
 
 def _saved(path: Path) -> Mapping[str, Dataset]:
-    """Returns the splits that `save_to_disk` has written."""
+    """Returns the splits of a data set written by `save_to_disk`."""
     try:
         saved = load_from_disk(str(path))
-    except IndexError as error:  # of datasets, where a split has no rows
-        raise _Refused(f"dataset {str(path)!r} is empty: a split holds no image") from error
+    except IndexError as error:  # raised by datasets if a split has no rows
+        raise _Refused(f"dataset {str(path)!r} is empty: a split contains no images") from error
     if isinstance(saved, Dataset):
-        # The name of a split may come with the part of it that was saved, such as train[:100].
+        # The split name may include the saved part, such as train[:100].
         return {re.split(r"\W", str(saved.split or "train"))[0]: saved}
     return saved
 
@@ -203,7 +209,7 @@ def _digits_files() -> dict[str, str]:
 
 
 def _data_files(data: DataConfig) -> dict[str, list[str]]:
-    """Returns the files of all splits, as `datasets` finds them, without reading them."""
+    """Returns the files of all splits, as found by `datasets`, without reading them."""
     name = data.dataset
     if name == "digits":
         return {split: [path] for split, path in _digits_files().items()}
@@ -216,38 +222,39 @@ def _data_files(data: DataConfig) -> dict[str, list[str]]:
     return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
 
 
-def _unused(path: Path, data_files: Mapping[Any, Sequence[str]]) -> list[LeftOut]:
-    """Returns the files of a folder that are not among those that `datasets` reads, each with the reason."""
+def _unused(path: Path, data_files: Mapping[Any, Sequence[str]]) -> list[UnusedFile]:
+    """Returns the files of a folder that `datasets` does not read, each with the reason."""
     used = {os.path.relpath(file, path.absolute()) for files in data_files.values() for file in files}
-    files, left_out = list_files(path)
+    files, unused_files = list_files(path)
     names = [name for name in files if name not in used and name != "README.md"]
-    beside, hidden = sort_out(names, {posixpath.splitext(name)[1].lower() for name in names})
+    unused, hidden = split_by_suffix(names, {posixpath.splitext(name)[1].lower() for name in names})
     suffixes = {posixpath.splitext(name)[1].lower() for name in used}
     read = " and ".join(sorted(suffixes)) or "no"
-    for name in beside:
+    for name in unused:
         suffix = posixpath.splitext(name)[1].lower() or "no suffix"
-        kind = "in no split of this configuration" if suffix in suffixes else f"beside the {read} files"
-        left_out.append(LeftOut(name, f"{suffix}, {kind}"))
-    return left_out + hidden
+        kind = "not in a split of this configuration" if suffix in suffixes else f"only {read} files are read"
+        unused_files.append(UnusedFile(name, f"{suffix}, {kind}"))
+    return unused_files + hidden
 
 
 def _reason(name: str, config: str | None, error: Exception) -> str:
     is_local = Path(name).exists()
     if isinstance(error, ConnectionError):
-        return "is no folder here, and the Hub cannot be reached"
+        return "is not a local folder, and the Hub cannot be reached"
     if isinstance(error, FileNotFoundError) and not is_local:
-        return "is neither a folder here nor on the Hub"
+        return "does not exist, neither as a local folder nor on the Hub"
     inner = (error.__cause__ or error) if isinstance(error, DatasetGenerationError) else error
     return _config_reason(name, config) or f"cannot be read: {one_line(inner)}"
 
 
 def _config_reason(name: str, config: str | None) -> str | None:
-    """Returns what is wrong with the configuration; None if it is not known to be wrong."""
+    """Returns the error in the configuration; None if no error is known."""
     try:
         names = get_dataset_config_names(name)
-    except Exception:  # the data set is not there, or cannot be read
+    except Exception:  # the data set does not exist or cannot be read
         return None
-    known = ", ".join(names)
+    listed = ", ".join(names)
     if config is not None and config not in names:
-        return f"has no configuration dataset_config={config!r}: one of {known}"
-    return f"has several configurations, name one by dataset_config: {known}" if config is None and names[1:] else None
+        return f"has no configuration {config!r}: expected --dataset_config with one of {listed}"
+    several = f"has several configurations: set --dataset_config to one of {listed}"
+    return several if config is None and names[1:] else None

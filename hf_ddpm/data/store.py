@@ -1,4 +1,4 @@
-"""Decoded images by index, as fast as the memory that holds them."""
+"""Random access to decoded images, in memory or memory-mapped."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,25 +14,25 @@ from hf_ddpm.data.decoding import BadImage, decode, write_report
 from hf_ddpm.data.sources import choose, open_split
 from hf_ddpm.data.transforms import ImageFormat, crop_at
 
-# Sets up to this size, and on a GPU up to this share of its free memory, are held in the memory of the device; larger
-# ones stay mapped to the file.
+# Data sets up to this size, or up to this share of the free memory of a GPU, are loaded into the memory of the device;
+# larger ones stay memory-mapped.
 RESIDENT_BYTES, RESIDENT_SHARE = 2 * 1024**3, 0.25
 
 
 class ImageStore:
-    """Images of one size: an index tensor in, NCHW uint8 (or uint16, where `image_format` is deep) out.
+    """Images of one size by index tensor, as NCHW uint8, or uint16 if `image_format` is deep.
 
     Args:
-        decoded: What `decode` returned.
-        image_format: The format that it decoded images to.
+        decoded: The decoded images, from `decode`.
+        image_format: Their format.
         device: Device of the batches.
         labels: The classes of the images, int64, shape `(N,)`.
-        class_names: Their names.
-        skipped: Images that were left out.
+        class_names: Names of the classes.
+        skipped: Number of skipped images.
 
     Attributes:
         is_resident: Whether all images are in the memory of the device.
-        index_device: Device of the indices, and of the labels: no step waits for a copy of them.
+        index_device: Device of the indices and labels, chosen so that no step waits for a copy.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class ImageStore:
         self.skipped, self.device = skipped, torch.device(device)
         self._table = decoded.with_format("arrow")
         size = len(decoded) * int(np.prod(self.shape)) * np.dtype(image_format.dtype).itemsize
-        # Images that are cut anew each time are of many sizes: they stay in their table.
+        # Images for random crops have different sizes, so they stay in the table.
         self.is_resident = image_format.crop == "center" and size <= _resident_bytes(self.device)
         self._images = self._read(slice(None)) if self.is_resident else None
         self.index_device = self.device if self.is_resident else torch.device("cpu")
         self.labels = None if labels is None else labels.to(self.index_device)
         if self._images is not None:
-            # Not every operation on every device supports unsigned integers of 16 bits; signed ones are supported.
+            # Stored as int16, because some operations on some devices do not support uint16.
             self._images = (self._images.view(torch.int16) if image_format.deep else self._images).to(self.device)
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class ImageStore:
     def __getitem__(self, indices: Tensor) -> Tensor:
         """Returns the images at `indices`, int64, shape `(B,)`, as pixels, shape `(B, C, H, W)`, on the device.
 
-        Images to be cropped at random are cropped at the center.
+        With random crops, images are cropped at the center here.
         """
         if self._images is not None:
             images = self._images.index_select(0, indices.to(self.device))  # several times faster than indexing
@@ -74,12 +74,12 @@ class ImageStore:
             return self.cropped(indices, torch.full((len(indices), 2), 0.5))
         return self._moved(self._read(indices.tolist()))
 
-    def cropped(self, indices: Tensor, places: Tensor) -> Tensor:
+    def cropped(self, indices: Tensor, positions: Tensor) -> Tensor:
         """Returns images that were decoded for random crops.
 
         Args:
-            indices: Which, int64, shape `(B,)`.
-            places: How far down and right each is cut, of what is spare, in [0, 1), shape `(B, 2)`.
+            indices: Indices of the images, int64, shape `(B,)`.
+            positions: Crop positions (down, right) as fractions of the largest offset, in [0, 1), shape `(B, 2)`.
 
         Returns:
             Pixels, shape `(B, C, H, W)`, on the device.
@@ -87,23 +87,23 @@ class ImageStore:
         rows, dtype = self._table[indices.tolist()], self.image_format.dtype
         sizes = zip(rows["height"].to_pylist(), rows["width"].to_pylist(), strict=True)
         images = np.empty((len(indices), *self.shape), dtype)
-        for image, raw, size, place in zip(images, rows["pixels"], sizes, places.tolist(), strict=True):
+        for image, raw, size, position in zip(images, rows["pixels"], sizes, positions.tolist(), strict=True):
             pixels = np.frombuffer(raw.as_buffer(), dtype).reshape(self.shape[0], *size)
-            image[:] = crop_at(pixels, self.image_format, place)
+            image[:] = crop_at(pixels, self.image_format, position)
         return self._moved(torch.from_numpy(images))
 
     def _moved(self, pixels: Tensor) -> Tensor:
-        """Return pixels on the device; nothing waits for the copy to a GPU."""
+        """Return pixels on the device; copies to a GPU are asynchronous."""
         pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
         return pixels.to(self.device, non_blocking=True)
 
     def _read(self, rows: slice | list[int]) -> Tensor:
-        raw = bytearray().join(self._table[rows]["pixels"].to_pylist())  # writable, as torch wants its memory
+        raw = bytearray().join(self._table[rows]["pixels"].to_pylist())  # torch needs writable memory
         return torch.from_numpy(np.frombuffer(raw, self.image_format.dtype).reshape(-1, *self.shape))
 
 
 def _resident_bytes(device: torch.device) -> float:
-    """Return the size up to which images are held in the memory of a device."""
+    """Return the largest size of a data set that is loaded into the memory of a device."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     return max(RESIDENT_BYTES, RESIDENT_SHARE * free)
 
@@ -116,24 +116,24 @@ def load_images(
     device: torch.device | str = "cpu",
     log: Callable[[str], object] = lambda line: None,
 ) -> ImageStore:
-    """Opens a data set, decodes its images (once: the result is cached) and stores them for batches.
+    """Opens a data set, decodes its images (once, into a cache) and stores them for batches.
 
     Args:
         data: Options of the images.
-        seed: Seed of the draw of `max_train_samples` images (folders come class by class).
-        report: File to list bad images and other unused files in, as lines of JSON; empty if there are none.
+        seed: Seed of the random choice of `max_train_samples` images.
+        report: JSON Lines file for bad images and other unused files, which may be empty.
         device: Device of the batches.
-        log: Called with a line on the files that are not used, and on damaged caches.
+        log: Called with lines about unused files and damaged caches.
 
     Returns:
         The images.
 
     Raises:
-        ValueError: If the data set, a column or an image is not usable; each is named, with the reason.
+        ValueError: If the data set, a column or an image is not usable; the message names it and the reason.
         OSError: If the disk of the cache is full.
     """
     image_format = ImageFormat.of(data)
-    dataset, left_out = open_split(data, log)
+    dataset, unused_files = open_split(data, log)
     column = find_image_column(dataset.features, data.image_column)
     rows = choose(len(dataset), data.max_train_samples, seed)
     dataset = dataset.select(rows) if len(rows) < len(dataset) else dataset
@@ -142,7 +142,7 @@ def load_images(
         classes, labels = read_classes(dataset, data.class_column, rows)
     decoded, usable, bad = decode(dataset, column, image_format, rows, skip_bad_images=data.skip_bad_images, log=log)
     if report is not None:
-        write_report([*bad, *(BadImage(file.file, None, file.reason) for file in left_out)], report)
+        write_report([*bad, *(BadImage(file.file, None, file.reason) for file in unused_files)], report)
     return ImageStore(
         decoded,
         image_format,

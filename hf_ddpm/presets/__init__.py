@@ -1,4 +1,4 @@
-"""Presets: options by name, one of which is chosen for images without a preset, and what of them fits other images."""
+"""Presets of options, the automatic choice of one, and its adjustment to other images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from typing import Any
 from hf_ddpm.utils.options import option, require_value
 
 PRESETS = resources.files("hf_ddpm.presets")
-Words = dict[str, list[str] | None]  # options by name, as words of a command line; None is the default
+Words = dict[str, list[str] | None]  # command-line words by option name; None stands for the default
 
 
 @dataclass(frozen=True)
 class Given:
-    """Given options that decide which preset is chosen and what is taken of it.
+    """Given options that affect the choice and adjustment of a preset.
 
     Attributes:
-        dataset: Name of the images.
-        resolution: Their height and width, or one number for both.
-        block_out_channels: Channels of a network, for which no preset is chosen.
-        attention_resolutions: Where it has self-attention.
+        dataset: Name of the data set.
+        resolution: Height and width, or one number for both.
+        block_out_channels: Channels per resolution; if given, no preset is chosen.
+        attention_resolutions: Resolutions with self-attention.
         init_from: A model whose network and process replace those of the preset.
     """
 
@@ -36,13 +36,13 @@ def preset_names() -> list[str]:
 
 
 def preset_path(name: str) -> Any:
-    """Return the file of a preset, or raise a `ValueError` that lists all."""
+    """Return the file of a preset; raise a `ValueError` with the existing names if the name is unknown."""
     require_value("preset", name, name in preset_names(), f"one of {', '.join(preset_names())}")
     return PRESETS / f"{name}.yaml"
 
 
 def choose_preset(given: Given) -> tuple[str | None, str]:
-    """Choose a preset for images, and return its name with a line on the choice; None for a given network."""
+    """Choose a preset; return its name and a line about the choice, or None if the network is given."""
     if not given.dataset or given.block_out_channels:
         return None, ""
     network = ", with the network of --init_from" if given.init_from else ""
@@ -58,29 +58,31 @@ def choose_preset(given: Given) -> tuple[str | None, str]:
 
 
 def fit_preset(name: str, preset: Words, given: Given, of_data: Mapping[str, Any]) -> tuple[Words, str]:
-    """Return the options of a preset that fit other images than its own.
+    """Adjust the options of a preset to other images.
 
-    What describes its own data set, its metrics and license is left out for another data set. Self-attention at a
-    resolution that the network does not reach is at the next lower one that it reaches, or at its lowest.
+    For another data set, options about the preset's own data set, metrics and license are removed. If the network does
+    not reach a resolution with self-attention, the next lower resolution that it reaches, or else its lowest one, gets
+    self-attention instead.
 
     Args:
         name: The name of the preset.
         preset: Its options.
-        given: The options that it is for.
-        of_data: Options that describe a data set, with their defaults.
+        given: The given options.
+        of_data: Defaults of the options that describe a data set.
 
     Returns:
-        The options, and a line on those left out; empty if there are none.
+        The options, and a line about removed options, empty if no option is removed.
     """
     own, line = preset.get("dataset"), ""
     if own is not None and given.dataset is not None and own != [given.dataset]:
-        # The resolution is that of the network.
-        left = {key: value for key, value in preset.items() if key in of_data and key not in ("dataset", "resolution")}
-        preset = {key: value for key, value in preset.items() if key not in left}
-        shown = [f"--{key} {' '.join(value or [])}" for key, value in left.items() if _differs(value, of_data[key])]
-        line = f"--preset {name}: not for --dataset {given.dataset}: {' '.join(shown)}" if shown else ""
+        # The resolution stays: the network is designed for it.
+        removed = {key: preset[key] for key in preset if key in of_data and key not in ("dataset", "resolution")}
+        preset = {key: value for key, value in preset.items() if key not in removed}
+        shown = [f"--{key} {' '.join(value or [])}" for key, value in removed.items() if _differs(value, of_data[key])]
+        unused = " ".join(shown)
+        line = f"--preset {name}: options not used with --dataset {given.dataset}: {unused}" if shown else ""
     if given.resolution and not given.attention_resolutions:
-        widths, attended = preset["block_out_channels"] or (), _numbers(preset["attention_resolutions"])
+        widths, attended = preset["block_out_channels"] or (), _integers(preset["attention_resolutions"])
         reached = [min(given.resolution) >> stage for stage in range(len(given.block_out_channels or widths))]
         if not set(attended) <= {0, *reached}:
             fitting = next((size for size in reached if size <= max(attended)), reached[-1])
@@ -92,5 +94,5 @@ def _differs(words: list[str] | None, default: Any) -> bool:
     return words is not None and words not in ([str(default)], [str(default).lower()])
 
 
-def _numbers(words: list[str] | None) -> list[int]:
+def _integers(words: list[str] | None) -> list[int]:
     return [int(word) for word in words or ()]

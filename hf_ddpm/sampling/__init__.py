@@ -1,1 +1,1 @@
-"""Sampling many images, exactly resumable."""
+"""Sample many images into a folder, resumable with identical results."""

@@ -1,4 +1,4 @@
-"""Edits of picture files: read pictures and masks, edit them in batches, write the results beside a grid."""
+"""Edit image files in batches, and write the results and a grid for comparison."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.data.decoding import attempt
 from hf_ddpm.data.pictures import open_picture
-from hf_ddpm.data.scan import image_suffixes, sort_out
+from hf_ddpm.data.scan import image_suffixes, split_by_suffix
 from hf_ddpm.data.transforms import ImageFormat, fit
 from hf_ddpm.images import check_picture, grid, read_masks, save_picture, to_bytes, to_pil, to_signed, to_unit
 from hf_ddpm.models.precision import choose_precision, on_main_process
@@ -31,39 +31,40 @@ from hf_ddpm.utils.launch import exclusive, use_own_cores
 from hf_ddpm.utils.options import require_value
 from hf_ddpm.utils.seeds import SAMPLES, generator
 
-# Pictures in the grid.
+# Number of images in the grid.
 SHOWN = 8
 GRAY = 128
 
-# Edits signed images: indices of the pictures, images, and options of a call to unit images, and their noise, if any.
+# Function from the indices of images, the images in [-1, 1] and call options to edited images in [0, 1] and their noise
+# (or None).
 Edit = Callable[[list[int], Tensor, dict[str, Any]], tuple[Tensor, Tensor | None]]
 
 
 def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | InvertConfig) -> Path:
-    """Edits pictures into a folder: `hf-ddpm edit`. Every process of a launcher is to call it.
+    """Edits images into a folder, as `hf-ddpm edit` does. Every process of a launcher must call this function.
 
     Args:
-        config: Model, pictures and folder.
-        options: The edit, by its class, and its options.
+        config: Model, input images and output folder.
+        options: Options of the edit; their class selects the kind of edit.
 
     Returns:
-        The folder.
+        The output folder.
 
     Raises:
-        ValueError: If the model, a picture or a mask cannot be used, or an option is not allowed.
+        ValueError: If the model, an image or a mask cannot be used, or an option is invalid.
         OSError: If a file cannot be written.
     """
     files = find_pictures("images", Path(config.images))
     is_free_name = all(file.stem != "grid" for file in files)
-    require_value("images", config.images, is_free_name, "the results of a picture named grid would replace grid.png")
+    require_value("images", config.images, is_free_name, "no image named grid, whose result would replace grid.png")
     if isinstance(options, InpaintConfig):
-        find_pictures("masks", Path(options.masks))  # before anything that takes long
+        find_pictures("masks", Path(options.masks))  # check the masks before anything slow
     state = PartialState(cpu=not torch.cuda.is_available())
     use_own_cores()
     pipe = load_pipeline(config.model, state.device)
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
     channels, *size = pipe.image_shape
-    check_picture(channels, "edit them in Python, by the methods of the pipeline")
+    check_picture(channels, "edit them in Python, with the methods of the pipeline")
     pixels = read_pictures(files, pipe.image_shape, config.background)
     masks = None
     if isinstance(options, InpaintConfig):
@@ -71,11 +72,11 @@ def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | Inve
     edit = prepared(pipe, options, masks)
 
     output = Path(config.output)
-    state.wait_for_everyone()  # all have seen that it is empty
+    state.wait_for_everyone()  # all processes have checked that the folder is empty
     make_folder(output, "output")
     with exclusive(output, "output") if state.is_main_process else nullcontext():
-        if state.is_main_process:  # another run may have come between
-            require_value("output", config.output, is_free(output), "expected a new or empty folder")
+        if state.is_main_process:  # another run may have written files before the lock
+            require_value("output", config.output, is_free(output), "a new or empty folder")
         state.wait_for_everyone()
         precision = config.mixed_precision
         if precision == "auto":
@@ -95,8 +96,8 @@ def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | Inve
 
 
 def draw_grid(output: Path, files: Sequence[Path], pixels: Tensor, masks: Tensor | None, is_inverted: bool) -> None:
-    """Writes the first pictures before and after as `grid.png`; prints the error of pictures made of their noise."""
-    rows = {"picture": pixels}
+    """Writes `grid.png`, the first images before and after; prints the reconstruction error of inverted images."""
+    rows = {"image": pixels}
     if masks is not None:
         rows["masked"] = torch.where(masks, GRAY, pixels)
     if is_inverted:
@@ -106,7 +107,7 @@ def draw_grid(output: Path, files: Sequence[Path], pixels: Tensor, masks: Tensor
     save_picture(before_and_after(rows), output / "grid.png")
     if is_inverted:
         error = (rows["result"].float() - pixels.float()).square().mean().sqrt().item()
-        print(f"RMSE between the pictures and those made of their noise: {error:.3g}, on the scale [0, 255]")
+        print(f"RMSE between the images and their reconstructions: {error:.3g}, for pixel values in [0, 255]")
 
 
 def edit_batches(
@@ -117,9 +118,9 @@ def edit_batches(
     labels: Sequence[int | str],
     state: PartialState,
 ) -> None:
-    """Edits this process's share of pictures, bytes, and writes each result; returns when all processes have."""
+    """Edits this process's share of the images (uint8) and writes the results; returns when all processes are done."""
     output, mine = Path(config.output), list(range(len(files)))[state.process_index :: state.num_processes]
-    with tqdm(total=len(mine), desc="Pictures", unit="picture", disable=not state.is_main_process) as bar:
+    with tqdm(total=len(mine), desc="Images", unit="image", disable=not state.is_main_process) as bar:
         for start in range(0, len(mine), config.batch_size):
             rows = mine[start : start + config.batch_size]
             call = {
@@ -137,20 +138,20 @@ def edit_batches(
 
 
 def prepared(pipe: DDPMPipeline, options: InpaintConfig | VaryConfig | InvertConfig, masks: Tensor | None) -> Edit:
-    """Returns an edit, and sets the scheduler for it.
+    """Returns the function of an edit, and sets the pipeline's scheduler for it.
 
     Raises:
-        ValueError: If the model has no such number of steps.
+        ValueError: If the number of steps is invalid for the model.
     """
     total = pipe.scheduler.config.num_train_timesteps
     if isinstance(options, InvertConfig):
         steps = options.num_inference_steps
-        # Not `trailing`: at T the signal may be so small that a step from there cannot be undone.
+        # Not `trailing`: at T the signal may be too small to invert a step.
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
-        pipe.scheduler.set_timesteps(steps)  # refuses before the folder is made
+        pipe.scheduler.set_timesteps(steps)  # raises errors before the folder is created
 
         def invert(rows: list[int], images: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
-            del call["generator"]  # nothing is random
+            del call["generator"]  # inversion is deterministic
             noise = pipe.invert(images, steps, num_iterations=options.num_iterations, **call)
             shared = {"num_inference_steps": steps, "output_type": "pt", **call}
             return pipe(len(noise), latents=noise, **shared).images, noise
@@ -159,7 +160,7 @@ def prepared(pipe: DDPMPipeline, options: InpaintConfig | VaryConfig | InvertCon
     if isinstance(options, VaryConfig):
         most = max(1, round(options.strength * total))
         chosen = options.num_inference_steps
-        allowed = f"at most the {most} steps of strength={options.strength:g}"
+        allowed = f"at most the {most} steps of --strength {options.strength:g}"
         require_value("num_inference_steps", chosen, chosen is None or chosen <= most, allowed)
         pipe.scheduler = find_scheduler(pipe, "ddpm", total if chosen in (None, most) else chosen)
         return lambda rows, images, call: (
@@ -176,70 +177,73 @@ def prepared(pipe: DDPMPipeline, options: InpaintConfig | VaryConfig | InvertCon
 
 
 def find_pictures(option: str, path: Path) -> list[Path]:
-    """Returns a file, or the picture files of a folder by name.
+    """Returns an image file, or the image files of a folder sorted by name, without `grid.png`.
 
-    `grid.png`, as `hf-ddpm sample` writes it beside its samples, is left out of a folder.
+    Args:
+        option: Name of the option, for error messages.
+        path: The file or folder.
 
     Raises:
-        ValueError: If there are none, two have the same name, or the folder cannot be read.
+        ValueError: If the path or the images are missing, two images differ only in their suffix, or the folder cannot
+            be read.
     """
     try:
-        require_value(option, str(path), path.exists(), "there is no such file or folder")
+        require_value(option, str(path), path.exists(), "an existing file or folder")
         if not path.is_dir():
             return [path]
-        names, _ = sort_out([file.name for file in path.iterdir() if file.is_file()], image_suffixes())
+        names, _ = split_by_suffix([file.name for file in path.iterdir() if file.is_file()], image_suffixes())
     except OSError as error:
-        raise ValueError(f"{option}={str(path)!r} cannot be read: {error.strerror}") from error
+        raise ValueError(f"--{option} {path}: cannot be read: {error.strerror}") from error
     files = [path / name for name in sorted(names) if name != "grid.png"]
-    require_value(option, str(path), bool(files), "there are no pictures in it")
+    require_value(option, str(path), bool(files), "folder contains no images; expected at least one image file")
     by_name: dict[str, Path] = {}
     for file in files:
         other = by_name.setdefault(file.stem, file)
-        allowed = f"{other.name} and {file.name} have the same name: expected names that differ before the suffix"
+        allowed = f"{other.name} and {file.name} have the same name; expected names that differ before the suffix"
         require_value(option, str(path), other is file, allowed)
     return files
 
 
 def read_pictures(files: Sequence[Path], shape: tuple[int, int, int], background: str = "white") -> Tensor:
-    """Returns picture files, resized and cropped to a shape, as bytes; a `ValueError` names a file and its reason."""
+    """Returns image files resized and cropped to a shape, as uint8; a `ValueError` names the file and the reason."""
     channels, height, width = shape
     images = []
     for file in files:
         pixels = attempt(_row(file), ImageFormat(height, width, channels, background=background))
         if isinstance(pixels, str):
-            raise ValueError(f"{file} cannot be used: {pixels}")
+            raise ValueError(f"{file}: image cannot be used: {pixels}")
         images.append(torch.tensor(pixels))
     return torch.stack(images)
 
 
 def read_mask_files(path: Path, files: Sequence[Path], size: tuple[int, int]) -> Tensor:
-    """Returns the masks of pictures, bool, shape `(len(files), 1, H, W)`.
+    """Returns the masks of images, bool, shape `(len(files), 1, H, W)`.
 
-    A mask may have the size of its picture, too: it is resized and cropped as that is.
+    A mask with the size of its image is resized and cropped like the image.
 
     Args:
-        path: File of a mask for all, or folder of masks that are named as the pictures, up to the suffix.
-        files: The pictures.
-        size: Height and width of the masks.
+        path: File of one mask for all images, or folder of masks with the names of the images, except for the suffix.
+        files: The image files.
+        size: Height and width of the result.
 
     Raises:
-        ValueError: If a mask is missing, cannot be read or has another size; it names the file.
+        ValueError: If a mask is missing, cannot be read, or has neither this size nor its image's; it names the file.
     """
-    there = {file.stem: file for file in find_pictures("masks", path)}
-    chosen = [path] if path.is_file() else [there.get(file.stem) for file in files]
+    existing = {file.stem: file for file in find_pictures("masks", path)}
+    chosen = [path] if path.is_file() else [existing.get(file.stem) for file in files]
     masks = []
     for file, picture in zip(chosen, files, strict=False):
         if file is None:
-            raise ValueError(f"masks={str(path)!r} is not allowed: there is no mask {picture.stem}.png for {picture}")
+            raise ValueError(f"--masks {path}: mask for {picture} is missing; expected {picture.stem}.png")
         try:
             mask = open_picture(_row(file))
             own_size, masked = (mask.height, mask.width), files if path.is_file() else [picture]
             if own_size != size and all(open_picture(_row(one)).size == mask.size for one in masked):
-                read_masks(mask, 1, own_size)  # refuses what is no mask
+                read_masks(mask, 1, own_size)  # raises an error for an invalid mask
                 mask = Image.fromarray(fit(_row(file), ImageFormat(*size, 1))[0])
             masks.append(read_masks(mask, 1, size))
         except Exception as error:  # decoders raise anything
-            raise ValueError(f"{file} cannot be used: {one_line(error)}") from error
+            raise ValueError(f"{file}: mask cannot be used: {one_line(error)}") from error
     return torch.cat(masks).expand(len(files), 1, *size)
 
 
@@ -248,12 +252,12 @@ def _row(file: Path) -> dict[str, Any]:
 
 
 def save_array(array: np.ndarray, path: Path) -> None:
-    """Writes an array, so that a reader of `path` never sees half of it."""
+    """Writes an array to a `.npy` file, atomically."""
     with atomic_write(path) as partial, partial.open("wb") as file:
         np.save(file, array)
 
 
 def before_and_after(rows: dict[str, Tensor]) -> Image.Image:
-    """Draws the first of several rows of pictures, bytes, below each other."""
+    """Draws the first images of several batches (uint8) as labeled rows of a grid."""
     shown = torch.cat([images[:SHOWN] for images in rows.values()])
     return grid(to_pil(shown), len(shown) // len(rows), row_labels=list(rows))

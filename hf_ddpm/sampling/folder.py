@@ -1,4 +1,4 @@
-"""Generated images on disk, by number: shards that a kill cannot spoil, and folders of pictures from anywhere."""
+"""Read and write generated images: atomically written shards, folders of PNG files, and array files."""
 
 import json
 import os
@@ -23,14 +23,15 @@ GRID_IMAGES = 64
 
 
 class SampleFolder:
-    """The first images of an infinite row, and in `sampling.json` what determines that row.
+    """Folder of generated images 0, 1, 2, ... and the settings that determine them, in `sampling.json`.
 
-    `shards/000000.npy` holds the images 0 to 255 as uint8, shape `(n, C, H, W)`, the next file the next ones. A shard
-    appears whole or not at all; one with fewer images may be continued, and none is ever changed otherwise.
+    `shards/000000.npy` contains the images 0 to 255 as uint8, shape `(n, C, H, W)`; the next file the next 256 images,
+    and so on. Shards are written atomically. Images are only appended to a shard, never changed.
 
     Args:
         path: The folder.
-        settings: What determines the images, all that JSON can hold; `shape` is that of an image, `(C, H, W)`.
+        settings: The settings that determine the images, in types that JSON supports; `shape` is the shape of an image,
+            `(C, H, W)`.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -41,44 +42,52 @@ class SampleFolder:
 
     @classmethod
     def read(cls, path: Path) -> "SampleFolder":
-        """Opens a folder for reading; a `ValueError` if its settings are not there or of other shards."""
+        """Opens a folder for reading; raises a `ValueError` if its settings are missing or its shard size differs."""
         settings = _read_settings(path)
         if settings is None or settings["shard_size"] != SHARD_SIZE:
-            raise ValueError(f"{path} holds no samples: shards of {SHARD_SIZE} images and sampling.json are wanted")
+            raise ValueError(
+                f"{path}: not a folder of samples; expected sampling.json and shards of {SHARD_SIZE} images"
+            )
         return cls(path, settings)
 
     @property
     def stored_precision(self) -> str | None:
-        """The `mixed_precision` of the images that are there; None if there are none."""
-        there = _read_settings(self.path) if any(self.path.glob("shards/*.npy")) else None
-        return None if there is None else there.get("mixed_precision", "no")
+        """The `mixed_precision` of the existing images; None if the folder has no images."""
+        stored = _read_settings(self.path) if any(self.path.glob("shards/*.npy")) else None
+        return None if stored is None else stored.get("mixed_precision", "no")
 
-    def check(self, free: Sequence[str] = ()) -> None:
-        """Raises a `ValueError` if the folder holds images of other settings, `free` ones aside, each named."""
-        there = _read_settings(self.path)
+    def check(self, ignored: Sequence[str] = ()) -> None:
+        """Raises a `ValueError` that lists the differences if the folder contains images of other settings.
+
+        Args:
+            ignored: Settings that may differ.
+        """
+        stored = _read_settings(self.path)
         if not any(self.path.glob("shards/*.npy")):
             if any(re.fullmatch(r"\d{5,}\.png", path.name) for path in self.path.glob("*.png")):
-                raise ValueError(f"{self.path} holds images of unknown settings: choose another folder")
+                raise ValueError(f"{self.path}: folder contains images of unknown settings; choose another folder")
             return
-        if there is None:
-            raise ValueError(f"{self.path} holds shards but no sampling.json that can be read: choose another folder")
+        if stored is None:
+            raise ValueError(f"{self.path}: sampling.json is missing or damaged; choose another folder")
         now = json.loads(json.dumps(self.settings))
         changed = [
-            f"{key}={now.get(key)!r} (was {there.get(key)!r})"
-            for key in sorted(now.keys() | there.keys())
-            if key not in free and now.get(key) != there.get(key)
+            f"{key}={now.get(key)!r} (was {stored.get(key)!r})"
+            for key in sorted(now.keys() | stored.keys())
+            if key not in ignored and now.get(key) != stored.get(key)
         ]
         if changed:
-            raise ValueError(f"{self.path} holds images of other settings, choose another folder: {', '.join(changed)}")
+            raise ValueError(
+                f"{self.path}: folder contains images of other settings: {', '.join(changed)}; choose another folder"
+            )
 
     def bind(self) -> None:
-        """Writes `sampling.json`: from its first shard on the folder takes no images of other settings."""
+        """Writes `sampling.json`, unless the folder already contains a shard."""
         (self.path / "shards").mkdir(parents=True, exist_ok=True)
         if not any(self.path.glob("shards/*.npy")):
             write_text(self.path / "sampling.json", json.dumps(self.settings, indent=2) + "\n")
 
     def missing(self, num_images: int) -> list[range]:
-        """Returns the numbers of images that are not there yet, a range for each shard that lacks some."""
+        """Returns the indices of missing images, as one range per incomplete shard."""
         parts = []
         for start in range(0, num_images, SHARD_SIZE):
             end = min(start + SHARD_SIZE, num_images)
@@ -87,17 +96,19 @@ class SampleFolder:
                 parts.append(range(first, end))
         return parts
 
-    def add(self, numbers: range, images: Tensor) -> None:
-        """Adds images to a shard, on disk before this returns.
+    def add(self, indices: range, images: Tensor) -> None:
+        """Appends images to a shard and flushes it to disk.
 
         Args:
-            numbers: Those that `missing` named.
-            images: Uint8, shape `(len(numbers), C, H, W)`.
+            indices: Indices of the images, a range returned by `missing`.
+            images: The images, uint8, shape `(len(indices), C, H, W)`.
         """
-        shard = numbers.start // SHARD_SIZE
+        shard = indices.start // SHARD_SIZE
         before = self._read(shard)
-        if shard * SHARD_SIZE + len(before) != numbers.start:
-            raise OSError(f"{self._file(shard)} holds {len(before)} images: has another run changed it?")
+        if shard * SHARD_SIZE + len(before) != indices.start:
+            expected = indices.start - shard * SHARD_SIZE
+            reason = f"file contains {len(before)} images; expected {expected}"
+            raise OSError(f"{self._file(shard)}: {reason}; has another run changed it?")
         with atomic_write(self._file(shard)) as partial, partial.open("wb") as file:
             np.save(file, np.concatenate([before, images.numpy()]))
             file.flush()
@@ -105,33 +116,33 @@ class SampleFolder:
         self._open.pop(shard, None)
 
     def __len__(self) -> int:
-        """Returns how many images there are without a gap, from the first."""
+        """Returns the number of images before the first missing one."""
         shard = 0
         while len(self._read(shard)) == SHARD_SIZE:
             shard += 1
         return shard * SHARD_SIZE + len(self._read(shard))
 
-    def __getitem__(self, numbers: Tensor) -> Tensor:
-        """Returns the images of these numbers, int64, shape `(B,)`, as bytes, shape `(B, C, H, W)`, on the CPU."""
-        return torch.from_numpy(np.stack([self._image(number) for number in numbers.tolist()]))
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Returns images by index, int64, shape `(B,)`, as uint8, shape `(B, C, H, W)`, on the CPU."""
+        return torch.from_numpy(np.stack([self._image(index) for index in indices.tolist()]))
 
-    def write_pictures(self, numbers: Sequence[int]) -> None:
-        """Writes the images of these numbers as `00000.png`, ..., those that are missing or damaged."""
-        there = set(os.listdir(self.path))
-        for number in numbers:
-            file, image = self.path / f"{number:05d}.png", self._image(number)
-            if file.name not in there or not _shows(file, image):
+    def write_pictures(self, indices: Sequence[int]) -> None:
+        """Writes images as `00000.png`, ..., unless a file already contains the image."""
+        existing = set(os.listdir(self.path))
+        for index in indices:
+            file, image = self.path / f"{index:05d}.png", self._image(index)
+            if file.name not in existing or not _shows(file, image):
                 save_picture(to_pil(torch.from_numpy(image[np.newaxis].copy()))[0], file)
 
     def write_grid(self, num_images: int) -> None:
-        """Writes `grid.png`, the first 64 of the images."""
+        """Writes `grid.png` with the first 64 images."""
         first = self[torch.arange(min(num_images, GRID_IMAGES))]
         save_picture(sample_grid(first, self.settings.get("class_labels", ())), self.path / "grid.png")
 
     def write_npz(self, num_images: int) -> None:
-        """Writes `samples.npz`: `arr_0`, uint8, shape `(N, H, W, C)`, as the evaluation code of others reads it."""
+        """Writes `samples.npz`: `arr_0`, uint8, shape `(N, H, W, C)`, as common evaluation code expects it."""
         channels, height, width = self.shape
-        # Image by image: all of them together may be larger than the memory.
+        # Image by image, as all images together may not fit into memory.
         with (
             atomic_write(self.path / "samples.npz") as partial,
             zipfile.ZipFile(partial, "w") as archive,
@@ -139,40 +150,40 @@ class SampleFolder:
         ):
             shape = (num_images, height, width, channels)
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for number in range(num_images):
-                file.write(self._image(number).transpose(1, 2, 0).tobytes())
+            for index in range(num_images):
+                file.write(self._image(index).transpose(1, 2, 0).tobytes())
 
     def _file(self, shard: int) -> Path:
         return self.path / "shards" / f"{shard:06d}.npy"
 
-    def _image(self, number: int) -> np.ndarray:
-        shard, row = divmod(number, SHARD_SIZE)
+    def _image(self, index: int) -> np.ndarray:
+        shard, row = divmod(index, SHARD_SIZE)
         if row >= len(self._open.get(shard, ())):
             self._open[shard] = self._read(shard)
         if row >= len(self._open[shard]):
-            raise IndexError(f"image {number} is not in {self.path}")
+            raise IndexError(f"{self.path}: image {index} is missing")
         return self._open[shard][row]
 
     def _read(self, shard: int) -> np.ndarray:
-        """Returns a shard, mapped to its file; no images if it is missing or no whole shard of this folder."""
+        """Returns a memory-mapped shard; an empty array if it is missing, damaged or of another image shape."""
         nothing = np.empty((0, *self.shape), np.uint8)
         try:
-            images = np.load(self._file(shard), mmap_mode="r")  # which refuses a file that is too short
+            images = np.load(self._file(shard), mmap_mode="r")  # raises a ValueError for a truncated file
         except (OSError, ValueError, EOFError):
             return nothing
-        is_sound = images.dtype == np.uint8 and images.ndim == 4 and images.shape[1:] == self.shape
-        return images if is_sound and len(images) <= SHARD_SIZE else nothing
+        is_valid = images.dtype == np.uint8 and images.ndim == 4 and images.shape[1:] == self.shape
+        return images if is_valid and len(images) <= SHARD_SIZE else nothing
 
 
 class PictureFolder:
-    """The pictures of a folder in the order of their names, as they are: all of one size and mode.
+    """Folder of PNG files, sorted by name, all of one size and mode; `grid.png` is ignored.
 
     Args:
         path: The folder.
-        background: Color behind transparent pixels of pictures without four channels.
+        background: Background color of transparent pixels, except in RGBA files.
 
     Raises:
-        ValueError: If there is no PNG in it.
+        ValueError: If the folder contains no PNG file.
     """
 
     def __init__(self, path: Path, background: str = "white"):
@@ -180,21 +191,22 @@ class PictureFolder:
         self.files = sorted(file for file in path.glob("*.png") if file.name != "grid.png")
         if not self.files:
             raise ValueError(
-                f"samples={str(path)!r} is not allowed: it holds neither shards, PNG files nor one .npz file"
+                f"--samples {path}: folder contains no samples; expected shards, PNG files or one .npz file"
             )
         self.shape = self._load(self.files[0]).shape
 
     def __len__(self) -> int:
-        """Returns the number of pictures."""
+        """Returns the number of images."""
         return len(self.files)
 
-    def __getitem__(self, numbers: Tensor) -> Tensor:
-        """Returns pictures as bytes, shape `(B, C, H, W)`; a `ValueError` if one differs from the first in shape."""
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Returns images as uint8, shape `(B, C, H, W)`; raises a `ValueError` if a shape differs from the first."""
         images = []
-        for number in numbers.tolist():
-            images.append(self._load(self.files[number]))
+        for index in indices.tolist():
+            images.append(self._load(self.files[index]))
             if images[-1].shape != self.shape:
-                raise ValueError(f"{self.files[number]} is of {images[-1].shape}, the others are of {self.shape}")
+                shapes = f"image has shape {images[-1].shape}; expected {self.shape}, the shape of the first image"
+                raise ValueError(f"{self.files[index]}: {shapes}")
         return torch.from_numpy(np.stack(images))
 
     def _load(self, file: Path) -> np.ndarray:
@@ -203,26 +215,28 @@ class PictureFolder:
                 channels = {mode: channels for channels, mode in MODES.items()}.get(image.mode, 3)
                 return from_pil(as_bytes(image, channels, self.background), channels)
         except OSError as error:
-            raise ValueError(f"{file} is no picture: {one_line(error)}") from error
+            raise ValueError(f"{file}: not an image: {one_line(error)}") from error
         except ValueError as error:
-            raise ValueError(f"{file} cannot be used: {error}") from error
+            raise ValueError(f"{file}: image cannot be used: {error}") from error
 
 
 class SampleFile:
-    """The images of a `.npz` or `.npy` file, mapped to memory unless it is compressed.
+    """Images of a `.npz` or `.npy` file, memory-mapped unless the file is compressed.
 
     Args:
-        path: The file: its first array of 4 dimensions is taken, uint8, shape `(N, H, W, C)`.
+        path: The file; its first array of 4 dimensions is used: uint8, shape `(N, H, W, C)`.
 
     Raises:
-        ValueError: If it cannot be read, or has no such array, or no image.
+        ValueError: If the file cannot be read, or contains no such array or no image.
     """
 
     def __init__(self, path: Path):
         self.path, self._images = path, open_stack(path)
         if self._images.dtype != np.uint8 or not self._images.size:
             kind = f"{self._images.dtype} of shape {self._images.shape}"
-            raise ValueError(f"samples={str(path)!r}: {kind}; expected uint8, shape (N, H, W, C), as sample.py writes")
+            raise ValueError(
+                f"--samples {path}: {kind}; expected uint8 of shape (N, H, W, C), as written by hf-ddpm sample"
+            )
         _, height, width, channels = self._images.shape
         self.shape = channels, height, width
 
@@ -230,10 +244,10 @@ class SampleFile:
         """Returns the number of images."""
         return len(self._images)
 
-    def __getitem__(self, numbers: Tensor) -> Tensor:
-        """Returns images by their numbers, int64, shape `(B,)`, as bytes, shape `(B, C, H, W)`."""
-        # A copy has the strides of any other batch, also of one channel: features then agree to the last bit.
-        return torch.from_numpy(self._images[numbers.numpy()].transpose(0, 3, 1, 2).copy())
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Returns images by index, int64, shape `(B,)`, as uint8, shape `(B, C, H, W)`."""
+        # A copy, so that the strides are as in other batches and features are identical to the last bit.
+        return torch.from_numpy(self._images[indices.numpy()].transpose(0, 3, 1, 2).copy())
 
 
 Samples = SampleFolder | PictureFolder | SampleFile
@@ -243,15 +257,15 @@ def open_samples(path: Path, background: str = "white") -> Samples:
     """Opens generated images.
 
     Args:
-        path: A folder that `hf-ddpm sample` wrote, of PNG files, or of `samples.npz` or one other `.npz` file; or a
-            `.npz` or `.npy` file.
-        background: Color behind transparent pixels of PNG files without four channels.
+        path: A folder written by `hf-ddpm sample`, a folder of PNG files, a folder with `samples.npz` or one other
+            `.npz` file, or a `.npz` or `.npy` file.
+        background: Background color of transparent pixels, except in RGBA files.
 
     Returns:
         The images.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If the path has another format, or contains no images.
     """
     if path.is_file():
         return SampleFile(path)
@@ -264,7 +278,7 @@ def open_samples(path: Path, background: str = "white") -> Samples:
 
 
 def _shows(file: Path, image: np.ndarray) -> bool:
-    """Returns whether a file is a readable picture of an image, shape `(C, H, W)`."""
+    """Returns whether a file is readable and contains this image, shape `(C, H, W)`."""
     try:
         with Image.open(file) as picture:
             return picture.mode == MODES[len(image)] and np.array_equal(from_pil(picture, len(image)), image)

@@ -1,4 +1,4 @@
-"""Sample many images: image `i` of a seed is the same in any batch and on any process."""
+"""Sample many images; image `i` of a seed is the same for any batch size and number of processes."""
 
 import hashlib
 import json
@@ -29,14 +29,14 @@ from hf_ddpm.utils.seeds import SAMPLES, generator
 
 
 def compile_for_sampling(unet: nn.Module) -> None:
-    """Compile a network in place for many passes of one size without gradients: its weights must not change any more.
+    """Compile a network in place for inference with one batch size; its weights must not change afterwards.
 
-    They are constants of the compiled code, laid out once for its kernels. On a GPU a pass is a CUDA graph, on a CPU
-    one call of C++ code.
+    The weights become constants of the compiled code, in the memory layout of its kernels. A forward pass is a CUDA
+    graph on a GPU, and one call of C++ code on a CPU.
     """
-    from torch._inductor import config  # takes seconds
+    from torch._inductor import config  # slow to import
 
-    config.freezing = True  # as an option of the compiler the tracer would not see it
+    config.freezing = True  # set globally, as the tracer ignores it as an option of `compile`
     on_cpu = next(unet.parameters()).device.type == "cpu"
     unet.compile(dynamic=False, options={"cpp_wrapper": True} if on_cpu else {"triton.cudagraphs": True})
 
@@ -44,7 +44,7 @@ def compile_for_sampling(unet: nn.Module) -> None:
 def cast_for_sampling(unet: Any, precision: str) -> Any:
     """Return a copy of a network in `bf16` or `fp16`, compiled if the network is.
 
-    It is the network itself for `no`, or if the weights are in half precision already.
+    For `no`, or if the weights are already in half precision, return the network itself.
     """
     if precision == "no" or unet.dtype != torch.float32:
         return unet
@@ -56,7 +56,7 @@ def cast_for_sampling(unet: Any, precision: str) -> Any:
 
 @contextmanager
 def in_precision(pipe: DDPMPipeline, precision: str) -> Iterator[None]:
-    """Let a pipeline work with its network in another precision, see `cast_for_sampling`."""
+    """Use a pipeline's network in another precision during a `with` block, see `cast_for_sampling`."""
     own = pipe.unet
     pipe.unet = cast_for_sampling(own, precision)
     try:
@@ -71,13 +71,13 @@ def is_compiled(unet: nn.Module) -> bool:
 
 
 def sampling_settings(pipe: DDPMPipeline, sampling: Sampling, model: str, device: torch.device) -> dict[str, Any]:
-    """Returns what determines the images of a pipeline, for a `SampleFolder`."""
+    """Returns the settings that determine the images of a pipeline, for a `SampleFolder`."""
     replaced = replaced_variance(pipe, sampling)
     return {
         "model": model,
         "model_checksum": model_checksum(pipe),
         "shape": list(pipe.image_shape),
-        "device": device.type,  # other kinds draw other noise
+        "device": device.type,  # other kinds of devices draw other noise
         **{name: value for name, value in asdict(sampling).items() if name != "variance"},
         "num_inference_steps": sampling.steps(pipe),
         **({} if replaced is None else {"variance": replaced}),
@@ -93,15 +93,19 @@ def settle_precision(
     log: Callable[[str], object] = lambda line: None,
     compile: bool = False,
 ) -> Sampling:
-    """Return a sampling with the precision that `auto` stands for; every process must call it.
+    """Replace the precision `auto` by a measured choice. Every process must call this function.
 
     Args:
         pipe: The pipeline, on its device, not compiled.
-        sampling: With `auto` or a precision, which is kept.
-        batch_size: Images at a time.
-        folder_of: Returns the folder of the images of a sampling. One that holds images keeps their precision.
-        log: Called with a line on a choice.
+        sampling: The sampling options; a precision other than `auto` is kept.
+        batch_size: Batch size.
+        folder_of: Function that returns the output folder for sampling options. If a folder already contains images,
+            their precision is chosen.
+        log: Called with a line about the choice.
         compile: Whether the network will be compiled.
+
+    Returns:
+        The sampling options with the precision.
     """
     if sampling.mixed_precision != "auto":
         return sampling
@@ -111,7 +115,7 @@ def settle_precision(
     def choose() -> Choice:
         for precision, path in paths.items():
             if SampleFolder(path, {"shape": shape}).stored_precision == precision:
-                return Choice(precision, f"precision {PRECISION_NAMES[precision]}: that of the images in {path}")
+                return Choice(precision, f"precision {PRECISION_NAMES[precision]}, as of the existing images in {path}")
         return choose_precision(pipe.unet, shape, batch_size, compiled=compile)
 
     choice = on_main_process(choose)
@@ -120,7 +124,7 @@ def settle_precision(
 
 
 def folder_name(pipe: DDPMPipeline, sampling: Sampling, device: torch.device) -> str:
-    """Returns a name for a folder of these images; other settings get another name."""
+    """Returns a folder name that is unique for the settings of the images."""
     settings = json.dumps(sampling_settings(pipe, sampling, "", device), sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
@@ -135,24 +139,26 @@ def sample_images(
     batch_size: int = 64,
     compile: bool = False,
 ) -> Path:
-    """Samples images of a model into a folder: `hf-ddpm sample` in Python.
+    """Samples images of a model into a folder, like the command `hf-ddpm sample`.
 
-    The same call resumes after an interruption, also with more images. Every process of a launcher is to call it.
+    The same call resumes after an interruption, also with a larger `num_images`. Every process of a launcher must call
+    this function.
 
     Args:
         model: Folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers.
-        output: The folder; it gets `00000.png`, ... or `samples.npz`, and `grid.png` of the first 64.
+        output: Output folder for `00000.png`, ... or `samples.npz`, and `grid.png` with the first 64 images.
         num_images: Number of images, at least 1.
-        sampling: Seed, steps, sampler, classes; by default seed 0 and all steps of the model's own sampler.
-        format: `png`, or `npz` for one array of all images.
-        batch_size: Batch size per process, at most the 256 images of a shard.
-        compile: Whether to compile the network first, which pays for many images.
+        sampling: Seed, steps, sampler and classes; by default seed 0 and all steps of the model's own sampler.
+        format: `png` for one file per image, `npz` for one array of all images.
+        batch_size: Batch size per process; values above 256 act like 256.
+        compile: Whether to compile the network first, which is faster for many images.
 
     Returns:
-        The folder.
+        The output folder.
 
     Raises:
-        ValueError: If the model cannot be loaded, an argument is not allowed, or the folder holds other images.
+        ValueError: If the model cannot be loaded, an argument is invalid, or the folder contains images of other
+            settings.
         OSError: If a file cannot be written.
     """
     config = SampleConfig(model, output, num_images, format, batch_size, compile)
@@ -163,7 +169,7 @@ def sample_images(
     use_own_cores()
     pipe = load_pipeline(config.model, state.device)
     if config.format == "png":
-        check_picture(pipe.image_shape[0], "--format npz writes them as an array")
+        check_picture(pipe.image_shape[0], "use --format npz to write them as an array")
     path = Path(config.output)
     sampling = settle_precision(
         pipe, sampling or Sampling(), config.batch_size, lambda _: path, state.print, config.compile
@@ -199,21 +205,21 @@ def generate_images(
     device: torch.device | str = "cpu",
     **call: Any,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Generates images by their numbers; the pipeline keeps its scheduler.
+    """Generates images by index; the scheduler of the pipeline is restored afterwards.
 
     Args:
         pipe: The pipeline, on `device`.
-        ids: Numbers of the images, at least 0.
-        sampling: Which infinite row of images the numbers count.
-        batch_size: Images at a time.
-        device: Where noise is drawn; the numbers drawn differ between kinds of devices.
+        ids: Indices of the images, at least 0.
+        sampling: The sampling options, which determine image i.
+        batch_size: Batch size.
+        device: Device where noise is drawn; other kinds of devices draw other numbers.
         call: Further arguments of the pipeline's call, such as `callback_on_step_end`.
 
     Yields:
-        The number of an image and the image, uint8, shape `(C, H, W)`, on the CPU.
+        Pairs of index and image; images are uint8, shape `(C, H, W)`, on the CPU.
 
     Raises:
-        ValueError: If the scheduler cannot walk the pipeline's process in that many steps.
+        ValueError: If the scheduler does not support the number of steps.
     """
     scheduler = find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe), sampling.variance)
     labels, precision = sampling.labels(pipe), sampling.mixed_precision
@@ -243,7 +249,7 @@ def generate_images(
 
 
 def _filled(unet: nn.Module, chunk: Sequence[int]) -> list[int]:
-    """Repeat an image so that a compiled network, which has code for one batch size, gets the largest one so far."""
+    """Pad a batch to the largest batch size so far for a compiled network, by repeating the last image."""
     if not is_compiled(unet):
         return list(chunk)
     unet.compiled_batch = max(len(chunk), getattr(unet, "compiled_batch", 0))
@@ -260,55 +266,55 @@ def fill_folder(
     batch_size: int,
     state: PartialState | Accelerator,
 ) -> SampleFolder:
-    """Generates the images of a folder that are not there yet; all processes are to call it.
+    """Generates the missing images of a folder. Every process must call this function.
 
     Args:
         pipe: The pipeline, on the device of this process.
         path: The folder.
-        num_images: How many images it is to hold.
-        sampling: Which.
-        model: What the pipeline was loaded from, for the record.
-        batch_size: Images at a time and process, at most those of a shard.
-        state: The processes.
+        num_images: Number of images that the folder contains afterwards.
+        sampling: The sampling options.
+        model: Folder or Hub id of the pipeline, stored in `sampling.json`.
+        batch_size: Batch size per process; values above the size of a shard act like it.
+        state: State of the processes.
 
     Returns:
-        The folder, with all of the images.
+        The folder with all images.
 
     Raises:
-        ValueError: If it holds images of other settings or is in use, or an argument is not allowed.
-        OSError: If images that other processes made cannot be seen here.
+        ValueError: If the folder contains images of other settings or is in use, or an argument is invalid.
+        OSError: If images of other processes are missing because the folder is not shared.
     """
-    find_scheduler(
-        pipe, sampling.scheduler, sampling.steps(pipe), sampling.variance
-    )  # refuses before the folder changes
+    # Raises errors before the folder is changed.
+    find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe), sampling.variance)
     sampling = settle_precision(pipe, sampling, batch_size, lambda _: path)
     _check_space(path, num_images, math.prod(pipe.image_shape))
     folder = SampleFolder(path, sampling_settings(pipe, sampling, model, state.device))
-    folder.check(free=["model"])
+    folder.check(ignored=["model"])
     state.wait_for_everyone()
     path.mkdir(parents=True, exist_ok=True)
     with exclusive(path, "output") if state.is_main_process else nullcontext():
         if state.is_main_process:
-            folder.check(free=["model"])  # another run may have come between
+            folder.check(ignored=["model"])  # again, as another run may have changed it before the lock
             folder.bind()
         state.wait_for_everyone()
         parts = folder.missing(num_images)
-        state.wait_for_everyone()  # all have the same list before it gets shorter
+        state.wait_for_everyone()  # all processes compute the same list before images are added
         mine = parts[state.process_index :: state.num_processes]
         total = sum(map(len, mine))
         with tqdm(total=total, desc="Images", unit="image", disable=not (state.is_main_process and total)) as bar:
             make_parts(pipe, folder, mine, sampling, batch_size=batch_size, device=state.device, progress=bar.update)
         state.wait_for_everyone()
     if folder.missing(num_images):
-        raise OSError(f"{path} lacks images that other processes made: all machines must see the same folder")
+        raise OSError(f"{path}: images of other processes are missing; expected a folder that all machines share")
     return folder
 
 
 def _check_space(path: Path, num_images: int, image_bytes: int) -> None:
-    """Raises a `ValueError` unless the disk of a folder is large enough for so many images."""
+    """Raises a `ValueError` if the images are larger than the disk of the folder."""
     parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     size, total = num_images * image_bytes, shutil.disk_usage(parent).total
-    allowed = f"they take {size / 2**30:,.0f} GiB, and the disk of {str(path)!r} has {total / 2**30:,.0f}"
+    sizes = f"{size / 2**30:,.0f} GiB", f"{total / 2**30:,.0f} GiB"
+    allowed = f"the images need {sizes[0]}; expected at most {sizes[1]}, the size of the disk of {path}"
     require_value("num_images", num_images, size <= total, allowed)
 
 
@@ -322,11 +328,11 @@ def make_parts(
     device: torch.device | str = "cpu",
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Generates the images of some of a folder's missing parts, and adds each part when it is whole."""
+    """Generates some missing parts of a folder, and saves each part when it is complete."""
     with in_precision(pipe, sampling.mixed_precision):
-        for numbers in parts:
+        for indices in parts:
             images = []
-            for _, image in generate_images(pipe, numbers, sampling, batch_size=batch_size, device=device):
+            for _, image in generate_images(pipe, indices, sampling, batch_size=batch_size, device=device):
                 images.append(image)
                 progress(1)
-            folder.add(numbers, torch.stack(images))
+            folder.add(indices, torch.stack(images))

@@ -1,4 +1,4 @@
-"""Options of sampling. Imports in milliseconds."""
+"""Options of sampling and editing. Fast to import."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,50 +7,50 @@ from typing import Any, Literal
 from hf_ddpm.utils.files import is_free
 from hf_ddpm.utils.options import option, require, require_at_least, require_color, require_types
 
-# Images per shard, whatever the batch size and the number of processes: a kill costs each process at most these.
+# Images per shard, for any batch size and number of processes: a killed process loses fewer images than this.
 SHARD_SIZE = 256
 
 
 @dataclass
 class SampleConfig:
-    """Samples: of which model, how many, where to."""
+    """Model, number of images and output."""
 
     model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
-    output: str = option("folder of the images")
+    output: str = option("output folder")
     num_images: int = option("number of images", 64)
     format: Literal["png", "npz"] = option(
-        "a PNG file per image (1, 3 or 4 channels), or one file of all as an array (any number)", "png"
+        "png: one file per image (1, 3 or 4 channels); npz: all images in one array (any channels)", "png"
     )
-    batch_size: int = option(f"batch size per process, at most the {SHARD_SIZE} images of a shard", 64)
-    compile: bool = option("compile the network first, for many images", False)
+    batch_size: int = option(f"batch size per process; values above {SHARD_SIZE} act like {SHARD_SIZE}", 64)
+    compile: bool = option("compile the network first; faster for many images", False)
 
     def __post_init__(self) -> None:
         """Checks the values."""
         require_types(self)
         require_at_least(self, 1, "num_images", "batch_size")
-        require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
+        require(self, "output", not Path(self.output).is_file(), "a folder, not a file")
 
 
 @dataclass
 class Sampling:
-    """Sampling: with the model, all that determines image i."""
+    """Sampling: together with the model, these options determine image i."""
 
     seed: int = option("random seed; image i of a seed is always the same", 0)
-    num_inference_steps: int | None = option("steps of the reverse process; all of the model's by default", None)
+    num_inference_steps: int | None = option("steps of the reverse process (default: all steps of the model)", None)
     scheduler: Literal["ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc", "pndm", "euler"] = option(
         "sampler; ddpm is the model's own", "ddpm"
     )
-    eta: float = option("noise of ddim, from 0 for none to 1 for that of ddpm", 0.0)
-    class_labels: list[str] = option("names or numbers of classes that the images go through in turn", factory=list)
-    guidance_scale: float = option("strength of classifier-free guidance; 1 for none", 1.0)
+    eta: float = option("noise of ddim: 0 is deterministic, 1 is as in ddpm", 0.0)
+    class_labels: list[str] = option("names or numbers of classes, assigned to the images in turn", factory=list)
+    guidance_scale: float = option("scale of classifier-free guidance; 1 for none", 1.0)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "precision of the network's passes; auto: bf16 if the device has it and is faster with it, else no (float32); "
+        "precision of the network; auto: bf16 if the device supports it and is faster with it, else no (float32); "
         "for nll, auto is no",
         "auto",
     )
     variance: Literal["model", "fixed_small", "fixed_large"] | None = option(
-        "variance of the steps of ddpm; by default that of the model, but fixed_small for fixed_large in fewer than "
-        "all steps, where the large one leaves grain",
+        "variance of the steps of ddpm (default: the model's; but with fewer than all steps, fixed_small replaces "
+        "fixed_large, which leaves noise in the images)",
         None,
     )
 
@@ -58,19 +58,19 @@ class Sampling:
         """Checks the values."""
         require_types(self)
         require_at_least(self, 1, "num_inference_steps")
-        require(self, "eta", 0 <= self.eta <= 1, "in [0, 1]")
+        require(self, "eta", 0 <= self.eta <= 1, "a number in [0, 1]")
         if self.eta and self.scheduler != "ddim":
-            raise ValueError(f"eta={self.eta} is not allowed with scheduler={self.scheduler}: only with ddim")
+            raise ValueError(f"--eta {self.eta}: expected 0 with --scheduler {self.scheduler}; or use --scheduler ddim")
         require_at_least(self, 0, "seed")
         if self.variance is not None:
-            require(self, "variance", self.scheduler == "ddpm", f"expected no variance with scheduler={self.scheduler}")
+            require(self, "variance", self.scheduler == "ddpm", f"no variance with --scheduler {self.scheduler}")
 
     def steps(self, pipe: Any) -> int:
-        """Returns the number of steps of a pipeline's process."""
+        """Returns the number of sampling steps for a pipeline."""
         return self.num_inference_steps or int(pipe.default_steps)
 
     def replaced_variance(self, own: str, total: int) -> str | None:
-        """Returns the variance type that replaces a model's own in its process of `total` steps; None to keep it."""
+        """Returns the variance type that replaces the model's `own` for a process of `total` steps; None to keep it."""
         if self.scheduler != "ddpm" or self.variance == "model":
             return None
         own = own.removesuffix("_log")
@@ -79,28 +79,28 @@ class Sampling:
         return None if chosen == own else chosen
 
     def labels(self, pipe: Any) -> list[int | str]:
-        """Returns the classes as a pipeline takes them.
+        """Returns the classes in the form that a pipeline accepts: names, or indices as integers.
 
-        If classes have names, a number is one of the names or wrong: "2" must never mean both a name and an index.
+        If the classes have names, "2" is a name, never an index, so that its meaning is unambiguous.
         """
         return [label if pipe.class_names or not label.isdecimal() else int(label) for label in self.class_labels]
 
 
 @dataclass(kw_only=True)
 class EditConfig:
-    """Model, pictures and output of an edit."""
+    """Model, input images and output of an edit."""
 
     model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
-    images: str = option("file of a picture, or folder of pictures; larger ones are resized and cropped")
-    output: str = option("folder of the results, new or empty")
-    seed: int = option("random seed; picture i of a folder, sorted by name, gets the noise of sample i", 0)
-    class_labels: list[str] = option("names or numbers of classes that the pictures go through in turn", factory=list)
-    guidance_scale: float = option("strength of classifier-free guidance; 1 for none", 1.0)
+    images: str = option("image file, or folder of images; other sizes are resized and cropped")
+    output: str = option("output folder, new or empty")
+    seed: int = option("random seed; image i of a folder, sorted by name, gets the noise of sample i", 0)
+    class_labels: list[str] = option("names or numbers of classes, assigned to the images in turn", factory=list)
+    guidance_scale: float = option("scale of classifier-free guidance; 1 for none", 1.0)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "precision of the network's passes; auto: bf16 if the device has it and is faster with it, else no (float32)",
+        "precision of the network; auto: bf16 if the device supports it and is faster with it, else no (float32)",
         "auto",
     )
-    background: str = option("color behind transparent pixels, unless the model has 4 channels", "white")
+    background: str = option("background color of transparent pixels, unless the model has 4 channels", "white")
     batch_size: int = option("batch size per process", 64)
 
     def __post_init__(self) -> None:
@@ -109,20 +109,20 @@ class EditConfig:
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "batch_size")
         require_color(self, "background")
-        require(self, "output", is_free(Path(self.output)), "expected a new or empty folder")
+        require(self, "output", is_free(Path(self.output)), "a new or empty folder")
 
 
 @dataclass(kw_only=True)
 class InpaintConfig:
-    """Fill a part of pictures; the other pixels are kept exactly (RePaint)."""
+    """Inpaint images: fill the masked pixels and keep the others unchanged (RePaint)."""
 
     masks: str = option(
-        "file of one mask for all pictures, or folder of masks with the names of the pictures; of the size of the "
-        "model or of the pictures, white where to fill"
+        "one mask file for all images, or folder of masks with the same names as the images; white where to fill; in "
+        "the size of the model or of the images"
     )
-    num_inference_steps: int | None = option("steps of the reverse process; by default 250, or all if fewer", None)
-    jump_length: int = option("steps that a jump goes back", 10)
-    jump_n_sample: int = option("passes through each part of jump_length steps; 1 for no jumps", 10)
+    num_inference_steps: int | None = option("steps of the reverse process (default: 250, or all if fewer)", None)
+    jump_length: int = option("number of steps that RePaint jumps back", 10)
+    jump_n_sample: int = option("times that each part of jump_length steps is sampled; 1 for no jumps", 10)
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -132,24 +132,24 @@ class InpaintConfig:
 
 @dataclass
 class VaryConfig:
-    """Make variations of pictures: add noise, and remove it again (SDEdit)."""
+    """Vary images: add noise and remove it again (SDEdit)."""
 
-    strength: float = option("share of the noise, above 0, at most 1: near 0 keeps a picture, 1 keeps nothing", 0.5)
-    num_inference_steps: int | None = option("steps of the reverse process; by default all of that share", None)
+    strength: float = option("amount of noise, in (0, 1]: near 0 keeps the image, 1 keeps nothing of it", 0.5)
+    num_inference_steps: int | None = option("steps of the reverse process (default: all steps up to strength)", None)
 
     def __post_init__(self) -> None:
         """Checks the values."""
         require_types(self)
-        require(self, "strength", 0 < self.strength <= 1, "above 0, at most 1")
+        require(self, "strength", 0 < self.strength <= 1, "a number in (0, 1]")
         require_at_least(self, 1, "num_inference_steps")
 
 
 @dataclass
 class InvertConfig:
-    """Find the noise of pictures, and make them from it again (DDIM inversion)."""
+    """Invert images: find their noise, and reconstruct them from it (DDIM inversion)."""
 
     num_inference_steps: int = option("steps in each direction", 100)
-    num_iterations: int = option("passes of the network per step towards the noise", 3)
+    num_iterations: int = option("evaluations of the network per inversion step", 3)
 
     def __post_init__(self) -> None:
         """Checks the values."""

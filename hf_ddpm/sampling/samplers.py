@@ -1,4 +1,4 @@
-"""Samplers of a model: the scheduler for a name and a number of steps."""
+"""Create the scheduler for a sampler's name and a number of steps."""
 
 import inspect
 import math
@@ -15,7 +15,7 @@ from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.schedulers.stock import check_stock
 from hf_ddpm.utils.options import require_value
 
-# Other samplers of the same model; None is the pipeline's own scheduler.
+# Scheduler class and options by name of the sampler; None is the pipeline's own scheduler.
 SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]] | None] = {
     "ddpm": None,
     "ddim": (DDIMScheduler, {}),
@@ -25,35 +25,35 @@ SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]] | None] = {
     "pndm": (diffusers.PNDMScheduler, {}),
     "euler": (diffusers.EulerDiscreteScheduler, {}),
 }
-# In this order: which spacing of the steps to take for other samplers.
+# Timestep spacings of other samplers, in order of preference.
 SPACINGS = ("trailing", "leading")
-# What clips the estimate of x_0 to [-1, 1] in samplers that have no `clip_sample`.
+# Options that clip the estimate of x_0 to [-1, 1] in samplers without `clip_sample`.
 CLIPPING = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
 
-# Of samplers: raised when the same settings make other images.
+# Version of the samplers, increased when the same settings produce different images.
 VERSION = 2
 
 
 def find_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int, variance: str | None = None) -> Any:
-    """Returns a sampler of a pipeline's model, in a setting in which its samples are right.
+    """Returns a scheduler for a pipeline's model, with settings that give correct samples.
 
     Args:
         pipe: The pipeline.
-        name: One of `SCHEDULERS`.
-        num_inference_steps: Number of steps that it will take, in [1, T].
-        variance: Of the steps of `ddpm`: a variance type, or `model` for that of the model. By default `fixed_large` is
-            replaced by `fixed_small` in fewer than T steps, where the large one leaves grain in the images.
+        name: Name of the sampler, a key of `SCHEDULERS`.
+        num_inference_steps: Number of steps, in [1, T].
+        variance: Variance of the steps of `ddpm`: a variance type, or `model` for the model's. By default `fixed_large`
+            is replaced by `fixed_small` in fewer than T steps, where `fixed_large` leaves noise in the images.
 
     Returns:
-        The scheduler; for `ddpm` the pipeline's own, unless the variance is another one.
+        The scheduler; for `ddpm` the pipeline's own, unless its variance is replaced.
 
     Raises:
-        ValueError: If the sampler has no such setting.
+        ValueError: If no settings of the sampler give correct samples.
     """
     check_one_of("scheduler", name, tuple(SCHEDULERS))
     sampler, config = SCHEDULERS[name], pipe.scheduler.config
     least, most = 4 if name == "pndm" else 1, config.num_train_timesteps  # PNDM starts with Runge-Kutta
-    allowed = f"{least} to {most} with this model and scheduler={name}"
+    allowed = f"{least} to {most} with this model and --scheduler {name}"
     require_value("num_inference_steps", num_inference_steps, least <= num_inference_steps <= most, allowed)
     if sampler is None:
         replaced = replaced_variance(pipe, Sampling(0, num_inference_steps, name, variance=variance))  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ def find_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int,
         except ValueError as error:
             reasons.append(str(error).partition("; ")[0])
     raise ValueError(
-        f"scheduler={name}, num_inference_steps={num_inference_steps}: {reasons[0]}; use ddim, dpmsolver++, "
+        f"--scheduler {name} --num_inference_steps {num_inference_steps}: {reasons[0]}; use ddim, dpmsolver++, "
         "sde-dpmsolver++ or unipc, or another number of steps"
     )
 
@@ -82,7 +82,7 @@ def replaced_variance(pipe: Any, sampling: Sampling) -> str | None:
     """Returns the variance type that replaces the one of a pipeline's own scheduler; None to keep it.
 
     Raises:
-        ValueError: If a variance is chosen, but the scheduler has none, or the network has learned its own.
+        ValueError: If a variance is chosen, but the scheduler has no variance type, or the variance is learned.
     """
     scheduler = pipe.scheduler
     is_ddpm = isinstance(scheduler, DDPMScheduler | diffusers.DDPMScheduler) and not isinstance(
@@ -92,14 +92,14 @@ def replaced_variance(pipe: Any, sampling: Sampling) -> str | None:
     replaced = sampling.replaced_variance(own, scheduler.config.num_train_timesteps)
     if sampling.variance not in (None, "model"):
         kind = type(scheduler).__name__
-        require_value("variance", sampling.variance, is_ddpm, f"the scheduler of the model is a {kind}; expected model")
+        require_value("variance", sampling.variance, is_ddpm, f"the model's scheduler is a {kind}; expected model")
         is_learned = replaced is not None and own in LEARNED
-        require_value("variance", sampling.variance, not is_learned, "the network has learned its own; expected model")
+        require_value("variance", sampling.variance, not is_learned, "the network learns its variance; expected model")
     return replaced if is_ddpm else None
 
 
 def is_changed(pipe: Any, sampling: Sampling) -> bool:
-    """Returns whether earlier versions sampled other images with these options: a folder must not mix both."""
+    """Returns whether older package versions sampled other images with these options; a folder must not mix them."""
     if sampling.mixed_precision in ("bf16", "fp16"):
         return True
     if sampling.scheduler != "ddpm" or pipe.scheduler.config.prediction_type == "mean":

@@ -1,1 +1,1 @@
-"""Training: Algorithm 1, and what it takes to run it for days."""
+"""Training: Algorithm 1, checkpoints, precision, memory and progress."""

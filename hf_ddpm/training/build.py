@@ -1,4 +1,4 @@
-"""From options to a run at step 0."""
+"""Build a run at step 0 from its options."""
 
 import math
 import os
@@ -28,28 +28,31 @@ from hf_ddpm.utils.options import require
 from hf_ddpm.utils.public import hub_ids
 from hf_ddpm.utils.seeds import INITIALIZATION, derived_seed
 
-# Ways of accelerate to train in which each process has the whole network: averages and checkpoints are of that.
+# Distributed types of accelerate in which each process holds the whole network, as averages and checkpoints require.
 REPLICATED = {kind for kind in DistributedType if kind.value == "NO" or kind.value.startswith("MULTI_")}
 
 
 def join_processes(config: Config) -> PartialState:
-    """Return the state of this process among others.
+    """Return accelerate's state of this process.
 
     Raises:
-        ValueError: If the processes do not see each other, or are not as many as the options require.
+        ValueError: If the processes are not connected, or their number differs from `world_size`.
     """
-    state, asked = PartialState(cpu=not torch.cuda.is_available()), int(os.environ.get("WORLD_SIZE", 1))
-    if state.num_processes != asked:
-        raise ValueError(f"{asked} processes were launched, but they do not see each other")
-    if config.training.world_size not in (None, asked):
-        raise ValueError(f"world_size={config.training.world_size}, but there are {asked} processes")
+    state, launched = PartialState(cpu=not torch.cuda.is_available()), int(os.environ.get("WORLD_SIZE", 1))
+    if state.num_processes != launched:
+        raise ValueError(
+            f"WORLD_SIZE {launched}: only {state.num_processes} of the processes are connected; "
+            "start them with `accelerate launch` or torchrun"
+        )
+    if config.training.world_size not in (None, launched):
+        raise ValueError(f"--world_size {config.training.world_size}: expected {launched}, the number of processes")
     return state
 
 
 def choose_kernels(training: TrainingConfig) -> None:
-    """Set the process's threads, rounding and choice of kernels to the options."""
+    """Set this process's threads, TF32 rounding and deterministic kernels as the options say."""
     if training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first matrix product on a GPU
     torch.use_deterministic_algorithms(training.deterministic)
     torch.backends.cudnn.benchmark = not training.deterministic  # shapes are the same in every step
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32
@@ -57,12 +60,15 @@ def choose_kernels(training: TrainingConfig) -> None:
 
 
 def settle_precision(config: Config, state: PartialState) -> Config:
-    """Return the options with the precision that `auto` stands for, and print it. Every process must call it.
+    """Replace the precision `auto` by a measured choice, and print it. Every process must call this function.
 
-    The main process measures a network like that of the run; all take its choice.
+    The main process times a network with the run's options; all processes use its choice.
+
+    Returns:
+        The options with the precision; unchanged if it was not `auto`.
 
     Raises:
-        ValueError: If `init_from` or the diffusion process is not usable.
+        ValueError: If `init_from` cannot be used, or the options of the diffusion process are invalid.
     """
     training = config.training
     if training.mixed_precision != "auto":
@@ -85,10 +91,10 @@ def settle_precision(config: Config, state: PartialState) -> Config:
 
 
 def start_accelerator(config: Config) -> Accelerator:
-    """Return the accelerator; its precision must be settled. Set the process's kernels, see `choose_kernels`.
+    """Return the accelerator, and set this process's kernels, see `choose_kernels`. The precision must not be `auto`.
 
     Raises:
-        ValueError: If the launcher accumulates gradients, which is an option of the run, or shards weights.
+        ValueError: If the launcher shards weights, or sets the gradient accumulation, which is an option of the run.
     """
     tracker = config.training.tracker
     choose_kernels(config.training)
@@ -97,7 +103,7 @@ def start_accelerator(config: Config) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=config.training.mixed_precision,
-        dynamo_backend="no",  # `compile_network` does it
+        dynamo_backend="no",  # `compile_network` compiles instead
         log_with=None if tracker == "none" else tracker,
         project_dir=config.training.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
@@ -105,22 +111,32 @@ def start_accelerator(config: Config) -> Accelerator:
     if accelerator.distributed_type not in REPLICATED:
         kind = accelerator.distributed_type.value
         raise ValueError(
-            f"distributed_type {kind} of the launcher: each process needs whole weights; expected MULTI_GPU"
+            f"distributed_type {kind} of the launcher: each process needs the whole weights; expected MULTI_GPU"
         )
     if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError("give gradient_accumulation_steps to the script, not to the launcher")
+        steps = accelerator.gradient_accumulation_steps
+        raise ValueError(
+            f"gradient_accumulation_steps {steps} of the launcher: expected 1; "
+            f"use --gradient_accumulation_steps {steps} of the training command instead"
+        )
     return accelerator
 
 
 def build_process(config: Config, checkpoint: Path | None = None) -> tuple[Any, DDPMPipeline | None]:
-    """Returns the diffusion process and, with `init_from`, the pipeline that it is of.
+    """Returns the scheduler of the run and the pipeline that the run starts from, if any.
 
     Args:
         config: The options.
-        checkpoint: Where the run goes on from: it knows what `init_from` was.
+        checkpoint: The checkpoint that the run resumes from. It is loaded instead of `init_from` or the teacher, which
+            may be gone by now.
+
+    Returns:
+        The scheduler: a `DDPMScheduler`, or the sampler of a student. The pipeline named by `init_from` or `teacher`;
+        None without these options.
 
     Raises:
-        ValueError: If the pipeline cannot be loaded or is none of such images, or an option does not fit.
+        ValueError: If the pipeline cannot be loaded or is for other image sizes or channels, or an option does not fit
+            the process.
     """
     source, scheduler = None, DDPMScheduler(**config.scheduler())
     if config.start_from is None and checkpoint is None:
@@ -134,7 +150,7 @@ def build_process(config: Config, checkpoint: Path | None = None) -> tuple[Any, 
         options += [(config.evaluation, "eval_inference_steps"), (config.evaluation, "eval_steps_per_image")]
     for part, name in options:
         fits = (getattr(part, name) or 1) <= len(scheduler)
-        require(part, name, fits, f"at most the {len(scheduler)} of the process")
+        require(part, name, fits, f"at most {len(scheduler)}, the number of diffusion steps")
     if config.distillation.student_steps is not None:
         return student_scheduler(scheduler, config), source
     _objective(config, scheduler)
@@ -142,12 +158,12 @@ def build_process(config: Config, checkpoint: Path | None = None) -> tuple[Any, 
 
 
 def network_options(config: Config, source: DDPMPipeline | None) -> dict[str, Any]:
-    """Return the options of the run's network, but for its classes, whose embedding is small."""
+    """Return the options of the run's network, without class embeddings, which are small."""
     return config.unet() if source is None else {**_unet_of(source, config), "num_class_embeds": None}
 
 
 def _unet_of(source: DDPMPipeline, config: Config) -> dict[str, Any]:
-    """Return the options of a network that starts from another one; a student learns no variance."""
+    """Return the options of a network that starts from the weights of `source`; a student learns no variance."""
     options = {**source.unet.config, "dropout": config.model.dropout}
     return options if config.distillation.teacher is None else options | {"out_channels": options["in_channels"]}
 
@@ -159,7 +175,7 @@ def build_run(
     source: DDPMPipeline | None,
     images: BatchSource,
 ) -> Run:
-    """Returns a run at step 0; its initial weights depend on the seed alone, or are those of `source`."""
+    """Returns a run at step 0; its initial weights depend only on the seed, or are copied from `source`."""
     config = replace(config, training=config.training.counted(len(images), accelerator.num_processes))
     if source is None:
         with torch.random.fork_rng(devices=[]):
@@ -170,11 +186,11 @@ def build_run(
         _check_classes(source, config, images.class_names)
         unet = UNet2DModel.from_config(_unet_of(source, config))
         weights = source.unet.state_dict()
-        for name in ("conv_out.weight", "conv_out.bias"):  # of a student, without those of a learned variance
+        for name in ("conv_out.weight", "conv_out.bias"):  # a student drops the channels of a learned variance
             weights[name] = weights[name][: unet.config.out_channels]
         unet.load_state_dict(weights)
     unet.to(accelerator.device)
-    unet.lay_out_kernels()  # before averages, the optimizer and DDP copy the layout
+    unet.lay_out_kernels()  # before the averages, the optimizer and DDP copy the memory layout
     if config.training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.distillation.teacher is None:
@@ -208,51 +224,58 @@ def _objective(config: Config, scheduler: DDPMScheduler) -> Objective:
 
 
 def _check_terminal_signal(config: Config, scheduler: DDPMScheduler) -> None:
-    """Raises a `ValueError` unless the process ends in noise, which sampling starts from, or the options allow it."""
+    """Raises a `ValueError` if x_T still contains signal, unless `allow_terminal_signal` is set."""
     options, signal = config.diffusion, scheduler.diffusion.alphas_cumprod[-1].item()
     if signal > NOISE_SIGNAL and not options.allow_terminal_signal:
         prior_bits = -0.5 * math.log2(1 - signal)
-        betas = f"beta_start={options.beta_start:g}, beta_end={options.beta_end:g}"
+        betas = f"--beta_start {options.beta_start:g} --beta_end {options.beta_end:g}"
         raise ValueError(
-            f"{betas} with num_train_timesteps={options.num_train_timesteps}: x_T keeps {signal:.1%} of the variance "
-            f"of images (L_T up to {prior_bits:.2g} bits/dim), but sampling starts from noise; leave the betas out "
-            "(they are scaled to the number of steps), or set allow_terminal_signal=true"
+            f"{betas} --num_train_timesteps {options.num_train_timesteps}: x_T keeps {signal:.1%} of the variance "
+            f"of the images (L_T up to {prior_bits:.2g} bits/dim), but sampling starts from pure noise; omit the betas "
+            "(the defaults are scaled to the number of steps), or set --allow_terminal_signal true"
         )
 
 
 def _start(config: Config) -> tuple[str, str | None]:
-    """Return the option that names the pipeline to start from, and its value."""
+    """Return the name of the option for the pipeline to start from (`init_from` or `teacher`), and its value."""
     option = "init_from" if config.distillation.teacher is None else "teacher"
     return option, config.start_from
 
 
 def _check_source(source: DDPMPipeline, config: Config) -> None:
-    """Raises a `ValueError` unless the pipeline to go on from makes images like those of the run."""
+    """Raises a `ValueError` unless the pipeline to start from fits the image size and channels of the run."""
     option, name = _start(config)
     if type(source.unet) is not UNet2DModel:
-        raise ValueError(f"{option}={name!r} is not allowed: its U-Net is a {type(source.unet).__name__} of diffusers")
+        kind = type(source.unet).__name__
+        raise ValueError(f"--{option} {name}: its U-Net is a diffusers {kind}; expected hf_ddpm's UNet2DModel")
     channels, *size = source.image_shape
     if tuple(size) != config.data.size:
-        raise ValueError(f"resolution={config.data.resolution} is not allowed: {option}={name!r} is for {size}")
+        given = " ".join(map(str, config.data.resolution))
+        raise ValueError(f"--resolution {given}: expected {' '.join(map(str, size))}, as in --{option} {name}")
     if channels != config.data.channels:
-        raise ValueError(f"channels={config.data.channels} is not allowed: {option}={name!r} has {channels}")
+        raise ValueError(f"--channels {config.data.channels}: expected {channels}, as in --{option} {name}")
 
 
 def _check_classes(source: DDPMPipeline, config: Config, class_names: tuple[str, ...]) -> None:
-    """Raises a `ValueError` unless the embeddings of the pipeline are those of the classes of the run."""
+    """Raises a `ValueError` unless the class embeddings of the pipeline fit the classes of the run."""
     (option, name), has = _start(config), source.unet.config.num_class_embeds
     needs = config.num_class_embeds(len(class_names))
     if has != needs:
         raise ValueError(
-            f"{option}={name!r} has num_class_embeds={has}, but {len(class_names)} classes with "
-            f"class_dropout={config.data.class_dropout} need {needs}"
+            f"--{option} {name}: model has num_class_embeds={has}; expected {needs} for {len(class_names)} classes "
+            f"with --class_dropout {config.data.class_dropout}"
         )
     if source.class_names and source.class_names != list(class_names):
-        raise ValueError(f"{option}={name!r} knows the classes {source.class_names}, the data {list(class_names)}")
+        raise ValueError(
+            f"--{option} {name}: its classes are {source.class_names}; expected {list(class_names)}, as in the data"
+        )
 
 
 def check_same_step(run: Run) -> None:
-    """Raises a `ValueError` on all processes unless all stand at the same step, with the same checkpoint read."""
+    """Raises a `ValueError` on all processes unless all have loaded the checkpoint of the same step."""
     steps = run.accelerator.gather(torch.tensor([run.step], device=run.accelerator.device)).tolist()
     if len(set(steps)) > 1:
-        raise ValueError(f"the processes found checkpoints of different steps {steps}: output_dir must be shared")
+        raise ValueError(
+            f"--output_dir {run.config.training.output_dir}: the processes found checkpoints of different steps "
+            f"{steps}; expected a folder that all machines share"
+        )

@@ -1,8 +1,8 @@
-"""Checkpoints that survive a kill at any moment, and the state of a run.
+"""Checkpoints of a training run, safe against a kill at any moment.
 
-A checkpoint is a folder `step-000001000/` of safetensors and JSON. It is written under another name, flushed to disk,
-given a manifest of sizes and checksums, and only then renamed; older ones go after that. Whoever loads takes the
-newest folder that its manifest confirms.
+A checkpoint is a folder `step-000001000/` of safetensors and JSON files. It is written under a temporary name, with a
+manifest of sizes and checksums, flushed to disk, and only then renamed. Old checkpoints are removed afterwards. Loading
+uses the newest checkpoint whose files match its manifest.
 """
 
 import json
@@ -23,9 +23,9 @@ from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.utils.files import flush, flush_entry
 from hf_ddpm.utils.runs import checkpoints, lengths_of, read_state, sha256, step_of
 
-# Options that may differ between the sessions of a run: they change what is kept and shown, how a global batch is
-# divided and how fast it is computed, not what is computed but for rounding. The length of a run is part of a learning
-# rate that falls towards its end: `Run.lengths` records its changes.
+# Options that may change when a run is resumed. They affect what is saved and shown, how a global batch is divided and
+# how fast it is computed; results change by rounding at most. One exception: the length of a run affects a decaying
+# learning rate, so `Run.lengths` records its changes.
 FREE_OPTIONS = {
     "output_dir", "max_train_steps", "num_train_epochs", "log_steps", "checkpointing_steps", "keep_checkpoints",
     "resume", "train_batch_size", "gradient_accumulation_steps", "sample_at_checkpoints", "num_samples",
@@ -36,25 +36,25 @@ FREE_OPTIONS = {
 
 
 class Checkpoints(Callback):
-    """Saves the run's checkpoints to `folder`, and keeps the newest few."""
+    """Saves the run's checkpoints to `folder`, and keeps the newest `keep`."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder
         self.keep = keep
 
     def on_checkpoint(self, run: Run) -> None:
-        """Saves, then removes what is too old."""
+        """Saves a checkpoint, then removes the oldest ones."""
         if run.accelerator.is_main_process:
             save_checkpoint(run, self.folder)
             for old in checkpoints(self.folder)[: -self.keep]:
                 trash = old.with_name(f".trash-{old.name}")
-                old.rename(trash)  # a folder that is only half removed must not look like a checkpoint
+                old.rename(trash)  # a partly removed folder must not look like a checkpoint
                 shutil.rmtree(trash)
         run.accelerator.wait_for_everyone()
 
 
 def save_checkpoint(run: Run, folder: Path) -> Path:
-    """Write all that a run needs to go on exactly as if it had not stopped, and returns the checkpoint's folder."""
+    """Write the complete state of a run, so that it resumes with identical results; return the checkpoint's folder."""
     final = folder / f"step-{run.step:09d}"
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -67,8 +67,8 @@ def save_checkpoint(run: Run, folder: Path) -> Path:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         left = checkpoints(folder)
-        sound = f"the last one is {left[-1]}" if left else "there is none before it"
-        raise OSError(f"checkpoint {final} cannot be written, {sound}: {error}") from error
+        newest = f"the newest complete checkpoint is {left[-1]}" if left else "the run has no earlier checkpoint"
+        raise OSError(f"{final}: checkpoint cannot be written: {error}; {newest}") from error
     return final
 
 
@@ -86,7 +86,7 @@ def _write(run: Run, folder: Path) -> None:
         "data": _data(run),
         "lengths": run.lengths,
         "hub_ids": run.hub_ids,
-        # What `init_from` may no longer say.
+        # `init_from` may be gone by the time that the run resumes.
         "unet": dict(run.unet.config),
         "scheduler": dict(run.scheduler.config),
         **_of_student(run),
@@ -97,7 +97,7 @@ def _write(run: Run, folder: Path) -> None:
 
 
 def _of_student(run: Run) -> dict[str, Any]:
-    """Return what makes the checkpoint of a distillation a pipeline of its steps, and its teacher."""
+    """Return the entries of a distillation: sampler, number of steps and teacher, so that pipelines can be loaded."""
     if run.teacher is None:
         return {}
     steps = run.config.distillation.student_steps
@@ -105,13 +105,13 @@ def _of_student(run: Run) -> dict[str, Any]:
 
 
 def load_checkpoint(run: Run, path: Path) -> None:
-    """Puts a checkpoint's weights, average, optimizer and step into a run.
+    """Loads a checkpoint's weights, averages, optimizer and step into a run.
 
-    A run whose `max_train_steps` are fewer than the steps done ends where it is.
+    If `max_train_steps` is less than the steps already done, it is raised to them, and the run ends at once.
 
     Raises:
-        ValueError: If the run differs from the checkpoint's in an option that changes what is computed, or tensors are
-            missing, superfluous, not finite, or of another shape or type.
+        ValueError: If an option that changes the results differs from the checkpoint's, or tensors are missing,
+            unexpected, not finite, or of another shape or type.
     """
     state = read_state(path)
     _check_same_run(run, state, path)
@@ -124,40 +124,44 @@ def load_checkpoint(run: Run, path: Path) -> None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step = state["step"]
     _set_length(run, lengths_of(state))
-    # Only the first session has opened it: by now a folder may be gone, and look like a Hub id.
-    init_from, then = run.config.start_from, state.get("hub_ids", [])
-    run.hub_ids = [name for name in run.hub_ids if name != init_from or name in then]
+    # Keep the first session's decision on `init_from`: a local folder that was deleted since looks like a Hub id.
+    init_from, stored = run.config.start_from, state.get("hub_ids", [])
+    run.hub_ids = [name for name in run.hub_ids if name != init_from or name in stored]
 
 
 def archive_after(folder: Path, step: int) -> None:
-    """Clears a checkpoint folder for a run that goes on from `step`.
+    """Prepares a checkpoint folder for a run that resumes from `step`.
 
-    Later checkpoints, which are damaged or which the user went back behind, are renamed to `undone-*`: they must
-    neither be resumed from nor push out the new ones. What a kill left half written or half removed goes.
+    Checkpoints of later steps (damaged, or skipped because the user resumed from an earlier one) are renamed to
+    `undone-*`: they must neither be resumed from nor count towards `keep_checkpoints`. Folders that a killed process
+    left partly written or partly removed are deleted.
     """
     for leftover in [*folder.glob(".step-*.partial"), *folder.glob(".trash-*")]:
         shutil.rmtree(leftover)
     for path in checkpoints(folder):
         if step_of(path) > step:
-            taken = len(list(folder.glob(f"undone-{path.name}*")))
-            path.rename(path.with_name(f"undone-{path.name}" + (f"-{taken}" if taken else "")))
+            earlier = len(list(folder.glob(f"undone-{path.name}*")))
+            path.rename(path.with_name(f"undone-{path.name}" + (f"-{earlier}" if earlier else "")))
 
 
 def _check_same_run(run: Run, state: dict[str, Any], path: Path) -> None:
     now, then = run.config.to_dict(), with_past_defaults(state["config"])
     changed = [f"{k}={now[k]!r} (was {then[k]!r})" for k in now if k not in FREE_OPTIONS and now[k] != then[k]]
     if run.global_batch_size != state["global_batch_size"]:
-        changed.append(f"images a step: {run.global_batch_size} (was {state['global_batch_size']})")
+        changed.append(f"images per step: {run.global_batch_size} (was {state['global_batch_size']})")
     if run.teacher != state.get("teacher"):
-        changed.append(f"teacher={run.config.distillation.teacher!r} (its weights were others)")
-    data = _data(run) | state["data"]  # an older version recorded less
+        changed.append(f"teacher={run.config.distillation.teacher!r} (with other weights)")
+    data = _data(run) | state["data"]  # older versions recorded less
     changed += [f"{k}={v!r} (was {data[k]!r})" for k, v in _data(run).items() if v != data[k]]
     if changed:
-        raise ValueError(f"{path} is of another run, choose another output_dir: {', '.join(changed)}")
+        raise ValueError(
+            f"{path}: checkpoint of a run with other options: {', '.join(changed)}; "
+            "expected the same options, or another --output_dir"
+        )
 
 
 def _set_length(run: Run, stored: list[tuple[int, int]]) -> None:
-    """End a run at its step if it should have ended before; else records its length if it is another one."""
+    """End a run at its step if `max_train_steps` is less; otherwise record a changed length."""
     training, run.lengths = run.config.training, stored
     steps = training.max_train_steps
     if steps < run.step:
@@ -168,7 +172,7 @@ def _set_length(run: Run, stored: list[tuple[int, int]]) -> None:
 
 
 def _data(run: Run) -> dict[str, Any]:
-    """Return what of the data decides which image is which."""
+    """Return the number of images and the class names, which must not change within a run."""
     return {"images": run.num_images, "classes": list(run.class_names)}
 
 
@@ -181,7 +185,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if value.shape == parameter.shape:
-                # The fused kernel pairs the entries of weights and moments by where they lie in memory.
+                # The fused kernel matches weights and moments by their position in memory: use the same layout.
                 moments[name] = torch.empty_like(parameter).copy_(value)
 
 
@@ -194,7 +198,7 @@ def _nested(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return tensors of the names, shapes and types of an Adam optimizer's state, on the meta device."""
+    """Return the state of an Adam optimizer as meta tensors: the expected names, shapes and types."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     step = torch.empty((), device="meta")
     return {
@@ -205,17 +209,17 @@ def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _load_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Reads a file of tensors; raises a `ValueError` unless they are finite, of these names, shapes and types."""
+    """Reads tensors from a file; raises a `ValueError` unless they are finite and match `like` (name, shape, type)."""
     tensors = load_file(path)
     odd = sorted(tensors.keys() ^ like.keys())
     if odd:
-        raise ValueError(f"{path}: {odd[0]} is {'superfluous' if odd[0] in tensors else 'missing'}")
+        raise ValueError(f"{path}: tensor {odd[0]} is {'unexpected' if odd[0] in tensors else 'missing'}")
     for name, value in tensors.items():
         now, then = (tuple(value.shape), value.dtype), (tuple(like[name].shape), like[name].dtype)
         if now != then:
-            raise ValueError(f"{path}: {name} is {now[1]} of shape {now[0]}, expected {then[1]} of shape {then[0]}")
+            raise ValueError(f"{path}: {name} is {now[1]} of shape {now[0]}; expected {then[1]} of shape {then[0]}")
         if not bool(value.isfinite().all()):
-            raise ValueError(f"{path}: {name} holds values that are not finite")
+            raise ValueError(f"{path}: {name} contains NaN or infinite values")
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""Compiling a network, and seeing that its gradients survive it: some compilers have lost them without a word."""
+"""Compile a network for training and check its gradients, which some compiler versions drop silently."""
 
 import torch
 from accelerate import Accelerator
@@ -7,28 +7,28 @@ from torch import Tensor
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.training.randomness import draw, dropout_keys
 
-# Largest error of a parameter's gradient beside its norm, by the precision of the passes.
+# Largest error of a parameter's gradient relative to its norm, by precision.
 TOLERANCES = {"no": 1e-2, "bf16": 0.2, "fp16": 0.1}
-# Factor of the loss in fp16, whose gradients underflow without it: where accelerate's scaler starts.
+# Loss scale in fp16, where gradients underflow without one: the initial scale of accelerate's scaler.
 SCALE = 2.0**16
 
 
 def compile_network(unet: UNet2DModel, accelerator: Accelerator, batch: int, shape: tuple[int, ...]) -> None:
-    """Compile a network in place: its parameters and their names stay.
+    """Compile a network in place; its parameters keep their values and names.
 
     Args:
-        unet: The network, in training, prepared by the accelerator: passes are in its precision.
-        accelerator: Says how passes are made.
-        batch: Images a pass, for which the code is made.
-        shape: Theirs, `(C, H, W)`.
+        unet: The network, in training mode, prepared by the accelerator so that it runs in the accelerator's precision.
+        accelerator: The accelerator.
+        batch: Batch size of a forward pass, for which the code is compiled.
+        shape: Shape of an image, `(C, H, W)`.
 
     Raises:
-        FloatingPointError: If the gradients of the compiled network are not those of the network.
+        FloatingPointError: If the gradients of the compiled network differ from those of the original one.
     """
     kept = [parameter.detach().clone() for parameter in unet.parameters()]
     with torch.no_grad():
         for parameter in unet.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))  # the paper's initialization has gradients of zero
+            parameter.add_(0.02 * torch.randn_like(parameter))  # some gradients are zero at the paper's initialization
     eager = _gradients(unet, accelerator, batch, shape)
     unet.compile()
     compiled = _gradients(unet, accelerator, batch, shape)
@@ -40,19 +40,19 @@ def compile_network(unet: UNet2DModel, accelerator: Accelerator, batch: int, sha
     tolerance = TOLERANCES[accelerator.mixed_precision]
     wrong = [
         name
-        for (name, _), right, found in zip(unet.named_parameters(), eager, compiled, strict=True)
-        # Gradients that are rounding, such as those of the keys' biases, have no relative error.
-        if not (found - right).norm() <= tolerance * right.norm() + 1e-5 * largest
+        for (name, _), expected, actual in zip(unet.named_parameters(), eager, compiled, strict=True)
+        # Gradients that are zero but for rounding, such as those of the keys' biases, have no useful relative error.
+        if not (actual - expected).norm() <= tolerance * expected.norm() + 1e-5 * largest
     ]
     if wrong:
         raise FloatingPointError(
-            f"compile=True: the compiled network has wrong gradients for {len(wrong)} of {len(kept)} parameters, "
-            f"{wrong[0]} the first; train without it"
+            f"--compile true: the compiled network has wrong gradients for {len(wrong)} of {len(kept)} parameters, "
+            f"such as {wrong[0]}; train with --compile false"
         )
 
 
 def _gradients(unet: UNet2DModel, accelerator: Accelerator, batch: int, shape: tuple[int, ...]) -> list[Tensor]:
-    """Return the gradients of Eq. 14 on noise: any input will do."""
+    """Return the gradients of a simple loss on noise inputs."""
     draws = draw(0, 0, range(batch), shape, 1000, accelerator.device)
     classes = draws.t.clamp(max=0) if unet.config["num_class_embeds"] else None
     unet.train()

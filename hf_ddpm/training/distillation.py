@@ -1,4 +1,4 @@
-"""A stage of a distillation as a training run: its teacher, its objective, and the sampler of its student."""
+"""A distillation stage as a training run: the teacher, the objective and the sampler of the student."""
 
 from typing import Any
 
@@ -19,23 +19,23 @@ from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.options import require, require_value
 
-# What a student has in common with its teacher's process.
+# Scheduler options that a student copies from its teacher.
 KEPT = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
     *("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
 )
-# Of named schedules, those that the scheduler of diffusers knows.
+# Named noise schedules that diffusers' scheduler supports.
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 class Teacher:
-    """The estimate of a frozen network, guided and bounded as its sampler does it: an `Estimate`.
+    """Estimate of x_0 by a frozen network, with guidance and clipping as in sampling; an `Estimate`.
 
     Args:
-        pipe: The pipeline, on the device.
-        process: The steps that it takes, see `halved`.
-        accelerator: Its precision is that of the passes.
-        guidance_scale: Of classifier-free guidance; 1 for none.
+        pipe: The teacher's pipeline, on the device.
+        process: The process with the teacher's steps, see `halved`.
+        accelerator: The accelerator, whose precision is used.
+        guidance_scale: Scale of classifier-free guidance; 1 for none.
     """
 
     def __init__(self, pipe: DDPMPipeline, process: GaussianDiffusion, accelerator: Accelerator, guidance_scale: float):
@@ -46,7 +46,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor, classes: Tensor | None) -> Tensor:
-        """Return the estimate of `x_0`, float32, shape of `x_t`."""
+        """Return the estimate of `x_0`, float32, with the shape of `x_t`."""
         with self.accelerator.autocast():
             output = self.pipe.predict(x_t, self.times[t], classes, self.guidance_scale)
         prediction, _ = split_output(output.float(), x_t.shape[1])
@@ -55,7 +55,7 @@ class Teacher:
 
 
 def open_teacher(config: Config, accelerator: Accelerator) -> tuple[GaussianDiffusion, Distillation | Objective, str]:
-    """Return the process of a student, its objective, and the checksum of its teacher.
+    """Load the teacher; return the student's process, its objective and the teacher's checksum.
 
     Raises:
         ValueError: If the teacher cannot be loaded, or an option does not fit it.
@@ -64,7 +64,8 @@ def open_teacher(config: Config, accelerator: Accelerator) -> tuple[GaussianDiff
     assert options.teacher is not None and options.student_steps is not None
     pipe = load_pipeline(options.teacher, accelerator.device)
     is_guided = options.teacher_guidance != 1
-    require(options, "teacher_guidance", not is_guided or pipe.null_class is not None, "the teacher has learned none")
+    is_supported = not is_guided or pipe.null_class is not None
+    require(options, "teacher_guidance", is_supported, "1, because the teacher was not trained for guidance")
     process, kind = DDPMScheduler.from_config(pipe.scheduler.config).diffusion, config.diffusion.prediction_type
     if options.student_target == "images":
         student = process.respaced(trailing_timesteps(len(process), options.student_steps))
@@ -75,20 +76,20 @@ def open_teacher(config: Config, accelerator: Accelerator) -> tuple[GaussianDiff
 
 
 def student_scheduler(scheduler: DDPMScheduler, config: Config) -> Any:
-    """Return the sampler of a student: the one of diffusers, if its steps are then those of the student.
+    """Return the DDIM sampler of a student with `S` steps, of diffusers if possible.
 
-    The steps of diffusers lead from :math:`t` to :math:`t - T / S`: if `S` does not divide `T`, it is that of this
-    package, which diffusers refuses to load.
+    DDIM steps of diffusers lead from $t$ to $t - T / S$. If `S` does not divide `T`, the result is this
+    package's `DDIMScheduler`, which diffusers cannot load.
 
     Args:
-        scheduler: The process of the teacher.
-        config: Steps and prediction of the student.
+        scheduler: The scheduler of the teacher.
+        config: The options, with the student's steps and prediction type.
 
     Raises:
-        ValueError: If the process does not have so many steps, or the teacher cannot take twice as many.
+        ValueError: If the process has fewer than `S` steps, or the teacher cannot take `2 S` steps.
     """
     total, steps = len(scheduler), config.distillation.student_steps or len(scheduler)
-    require_value("student_steps", steps, steps <= total, f"at most the {total} of the process")
+    require_value("student_steps", steps, steps <= total, f"at most {total}, the number of diffusion steps")
     if config.distillation.student_target == "teacher":
         halved(scheduler.diffusion, steps)
     kept = {name: scheduler.config[name] for name in KEPT}

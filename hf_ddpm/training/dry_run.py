@@ -1,4 +1,4 @@
-"""Time that a run would take, measured on a few steps that are then thrown away, and operations of a network."""
+"""Measure the duration of a run on a few trial steps; count a network's floating-point operations."""
 
 import time
 from dataclasses import replace
@@ -17,7 +17,7 @@ WARM_UP, MEASURED = 2, 5
 
 
 class _Clock(Callback):
-    """Notes when each step is done."""
+    """Records the time at the end of each step."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -29,7 +29,7 @@ class _Clock(Callback):
 
 
 def measure_cost(run: Run, images: BatchSource) -> dict[str, str]:
-    """Takes a few steps and returns lines to print, by name; the run is of no further use."""
+    """Takes a few trial steps and returns the lines to print, by name. The run must not be used afterwards."""
     training = run.config.training
     x = torch.zeros(1, *images.shape, device=run.accelerator.device)
     classes = torch.zeros(1, dtype=torch.int64, device=x.device) if run.class_names else None
@@ -48,29 +48,29 @@ def measure_cost(run: Run, images: BatchSource) -> dict[str, str]:
         batch = min(training.num_samples, training.train_batch_size)
         for _ in range(MEASURED):
             run.emas[0].model(x.expand(batch, -1, -1, -1), 0, classes).sample.sum().item()
-    a_sample = (time.perf_counter() - start) / MEASURED / batch
-    sampling = a_sample * training.num_samples * (training.num_inference_steps or run.pipeline().default_steps)
+    per_image = (time.perf_counter() - start) / MEASURED / batch
+    sampling = per_image * training.num_samples * (training.num_inference_steps or run.pipeline().default_steps)
 
     return {
         "images": f"{len(images):,} of {' x '.join(map(str, images.shape))}",
-        "training": f"{training.max_train_steps:,} steps of {run.global_batch_size} images, {seconds:.3g} s a step: "
+        "training": f"{training.max_train_steps:,} steps of {run.global_batch_size} images, {seconds:.3g} s per step: "
         f"{_duration(seconds * training.max_train_steps)}",
         "samples.png": _duration(sampling / run.accelerator.num_processes),
     }
 
 
 def count_flops(network: nn.Module, x: Tensor, *inputs: Tensor | int | None) -> tuple[float, float]:
-    """Counts the operations of the matrix products and convolutions of a network.
+    """Counts the floating-point operations of a network's matrix products and convolutions.
 
     Args:
-        network: The network; afterwards it has no gradients.
+        network: The network; its gradients are cleared.
         x: Images, shape `(B, C, H, W)`.
-        inputs: What else it takes: their times, and their classes.
+        inputs: The other arguments of the network: timesteps and classes.
 
     Returns:
-        Those of an image forward, and forward and backward.
+        Operations per image of a forward pass, and of a forward and backward pass.
     """
-    # Attention in one piece is not counted on every device, in its parts it is.
+    # Fused attention is not counted on every device; the MATH backend, which is made of matrix products, is.
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             network(x, *inputs)

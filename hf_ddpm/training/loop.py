@@ -1,4 +1,4 @@
-"""Algorithm 1 of the paper, on one page."""
+"""The training loop: Algorithm 1 of the paper."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -24,29 +24,34 @@ from hf_ddpm.training.optim import EMA, learning_rate
 from hf_ddpm.training.randomness import draw, dropout_keys
 from hf_ddpm.utils.launch import signals
 
-# Of losses in half precision: the usual ones are above 1.
+# A loss scale below this means that the run has diverged; usual scales are above 1.
 SMALLEST_SCALE = 2.0**-14
 
 
 @dataclass
 class Run:
-    """A training run: what it consists of, and where it stands.
+    """A training run: its parts and its progress.
 
     Attributes:
-        scheduler: The sampler of the model: a `DDPMScheduler`, or that of a student.
-        diffusion: The process whose steps are drawn in training: that of the scheduler, or the steps of a student.
-        emas: Averages of the weights; the first is the one that counts.
-        class_names: Names of the classes; empty for a network without.
-        num_images: Images of an epoch.
-        hub_ids: Names in the options that are Hub ids, and no paths.
-        teacher: Checksum of the teacher of a distillation.
-        lengths: The lengths it has had: the step from which each counts, and its `max_train_steps`.
-        step: Optimizer steps done.
-        losses: Losses of the last step, an image of this process each, on the device.
-        t: Timesteps that they belong to.
-        grad_norm: Norm of its gradient before clipping, on the device.
-        images_per_second: Speed since the last line of the metrics; None before the first.
-        stopped_by: The signal that ended the run early, if one did.
+        config: The options.
+        accelerator: The accelerator.
+        unet: The network.
+        emas: Averages of the weights; the first one is used for samples, metrics and the export.
+        optimizer: The optimizer.
+        scheduler: The sampler of the model: a `DDPMScheduler`, or the sampler of a student.
+        diffusion: The process whose timesteps are drawn in training: the scheduler's, or the student's.
+        objective: The loss.
+        class_names: Names of the classes; empty for an unconditional network.
+        num_images: Images per epoch.
+        hub_ids: The names in the options that are Hub ids, not paths.
+        teacher: Checksum of the teacher of a distillation; None otherwise.
+        lengths: History of the run's length: pairs of the step from which it counts, and `max_train_steps`.
+        step: Number of optimizer steps done.
+        losses: Losses of the last step, per image of this process, on the device.
+        t: Timesteps of these images.
+        grad_norm: Norm of the last step's gradient before clipping, on the device.
+        images_per_second: Speed since the last line of `metrics.jsonl`; None before the first measurement.
+        stopped_by: Number of the signal that ended the run early; None otherwise.
     """
 
     config: Config
@@ -71,7 +76,7 @@ class Run:
 
     @property
     def global_batch_size(self) -> int:
-        """Images an optimizer step, over all processes."""
+        """Images per optimizer step, over all processes."""
         return self.config.training.global_batch_size(self.accelerator.num_processes)
 
     @property
@@ -81,31 +86,31 @@ class Run:
 
     @property
     def logs_now(self) -> bool:
-        """Whether a line of the metrics is due after this step."""
+        """Whether a line of `metrics.jsonl` is written after this step."""
         training = self.config.training
         is_last = self.step >= training.max_train_steps or self.stopped_by is not None
         return is_last or self.step % training.log_steps == 0
 
     def check_finite(self) -> None:
-        """Raise a `FloatingPointError` if the run has diverged: before its weights are saved over sound ones."""
+        """Raise a `FloatingPointError` if the run has diverged, so that its weights never replace good checkpoints."""
         sizes = list(torch._foreach_norm([parameter.detach() for parameter in self.unet.parameters()]))
         scaler = self.accelerator.scaler
         if scaler is None:
             sizes.append(self.loss)
-        elif scaler.get_scale() < SMALLEST_SCALE:  # it falls where a loss is not finite, and the step is skipped
+        elif scaler.get_scale() < SMALLEST_SCALE:  # each step with infinite gradients is skipped and halves the scale
             sizes.append(torch.full_like(sizes[0], float("nan")))
         is_finite = torch.stack(sizes).isfinite().all().float().reshape(1)
         if not bool(self.accelerator.gather(is_finite).all()):
             rate = self.optimizer.param_groups[0]["lr"]
             raise FloatingPointError(
-                f"loss {self.loss.item():g} and gradient norm {float(self.grad_norm):g} at step {self.step}, learning "
-                f"rate {rate:g}: the run has diverged; checkpoints that are there are from before"
+                f"the run has diverged: loss {self.loss.item():g} and gradient norm {float(self.grad_norm):g} at step "
+                f"{self.step} with learning rate {rate:g}; earlier checkpoints are kept; try a lower --learning_rate"
             )
 
-    def pipeline(self, number: int = 0) -> DDPMPipeline:
-        """Return the pipeline of one of the averages."""
+    def pipeline(self, index: int = 0) -> DDPMPipeline:
+        """Return the pipeline with the average of this index in `emas`."""
         return DDPMPipeline(
-            self.emas[number].model,
+            self.emas[index].model,
             self.scheduler,
             labels_by_number(self.class_names),
             self.config.distillation.student_steps,
@@ -113,7 +118,7 @@ class Run:
 
 
 class Callback:
-    """Looks at a run as it goes; every process calls it, at the same steps."""
+    """Base class of callbacks of the training loop; every process calls them at the same steps."""
 
     def on_start(self, run: Run) -> None:
         """Called before the first step."""
@@ -122,35 +127,37 @@ class Callback:
         """Called after each step."""
 
     def on_checkpoint(self, run: Run) -> None:
-        """Called every `checkpointing_steps` steps, and after the last one of this session."""
+        """Called every `checkpointing_steps` steps, and after the last step of this session."""
 
     def on_pause(self, run: Run) -> None:
-        """Called when all that the steps so far have made is saved, unless the run ends here; a signal ends it."""
+        """Called after each checkpoint except the last one of the session; a signal interrupts this method at once."""
 
     def on_end(self, run: Run) -> None:
-        """Called when all steps are done, not when a signal has ended the session."""
+        """Called when all steps are done; not called if a signal has ended the session."""
 
     def close(self) -> None:
-        """Called last, however the session ends."""
+        """Called last, also after an error or a signal."""
 
 
 def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> None:
-    r"""Takes gradient steps on the run's objective, :math:`\| \epsilon - \epsilon_\theta(x_t, t) \|^2` for one.
+    r"""Trains a network (Algorithm 1) from the run's current step to `max_train_steps`.
+
+    The loss is the run's objective, by default $\| \epsilon - \epsilon_\theta(x_t, t) \|^2$.
 
     Args:
-        run: The run; its weights, average, optimizer and step are advanced in place, from where they stand.
+        run: The run; its weights, averages, optimizer and step are updated in place.
         images: The training images.
-        callbacks: Called in this order.
+        callbacks: Callbacks, called in this order.
     """
     config, data, accelerator, diffusion = run.config.training, run.config.data, run.accelerator, run.diffusion
-    times = diffusion.timesteps.to(accelerator.device)  # what the network sees of a step
+    times = diffusion.timesteps.to(accelerator.device)  # the network's input for each index t
     network, optimizer = accelerator.prepare(run.unet, run.optimizer)
-    if config.compile:  # what has been prepared, so that it is compiled once
+    if config.compile:  # after `prepare`, so that it is compiled once, in its final precision
         compile_network(run.unet, accelerator, config.train_batch_size, images.shape)
     network.train()
     weights = list(network.parameters())
 
-    # This process's rows of each global batch, and the passes that they are divided into.
+    # This process's rows of each global batch.
     share = run.global_batch_size // accelerator.num_processes
     mine = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
@@ -159,21 +166,26 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
             for callback in callbacks:
                 callback.on_start(run)
                 last.callback(callback.close)
-        while run.step < config.max_train_steps and run.stopped_by is None:
+        while run.step < config.max_train_steps and run.stopped_by is None:  # Algorithm 1, line 1: repeat
             step = run.step
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
 
+            # Line 2: x_0 ~ q(x_0)
             batch = images.batch(step, slice(mine.start, mine.stop))
             x_start = to_signed(batch.images, data.levels)
+            # Line 3: t ~ Uniform({1, ..., T}), counted from 0 here. Line 4: eps ~ N(0, I)
             draws = draw(config.seed, step, mine, images.shape, len(diffusion), accelerator.device)
             classes = batch.labels
             if classes is not None:
                 classes = classes.masked_fill(draws.hide < data.class_dropout, len(images.class_names))
             if data.horizontal_flip:
                 x_start = torch.where(draws.flip.view(-1, 1, 1, 1), x_start.flip(-1), x_start)
-            x_t = diffusion.q_sample(x_start, draws.t, draws.noise)  # in float32, whatever the network's precision
+            # sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, always in float32
+            x_t = diffusion.q_sample(x_start, draws.t, draws.noise)
 
+            # Line 5: take a gradient descent step on || eps - eps_theta(x_t, t) ||^2, or another objective;
+            # gradients are accumulated over several passes.
             losses = []
             for start in range(0, share, config.train_batch_size):
                 part = slice(start, start + config.train_batch_size)
@@ -205,6 +217,7 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
                     with signals.at_once():
                         for callback in callbacks:
                             callback.on_pause(run)
+        # Line 6: until converged
         if run.stopped_by is None:
             with signals.at_once():
                 for callback in callbacks:
@@ -212,10 +225,10 @@ def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> 
 
 
 def received_signal(accelerator: Accelerator) -> int | None:
-    """Return the number of a signal that any process has received, the same on all; every process must call it."""
+    """Return the number of a signal received by any process, the same on all; every process must call this function."""
     number = signals.number
     if accelerator.num_processes > 1:
-        flag = torch.tensor(number)  # on the CPU: no step waits for a GPU
+        flag = torch.tensor(number)  # on the CPU, so that no step waits for the GPU
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, _cpu_group(torch.distributed.group.WORLD))
         number = int(flag)
     return number or None

@@ -1,4 +1,4 @@
-"""Memory of a training step: counted without allocating it, compared with what is free, divided so that it fits."""
+"""Estimate the memory of a training step without allocating it, compare it with free memory, fit the batch size."""
 
 import math
 import os
@@ -27,13 +27,14 @@ from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.launch import is_out_of_memory
 from hf_ddpm.utils.options import Auto
 
-# Share of the bytes for what is not counted: scratch space of libraries, images on the device, 2% measured on a CPU.
+# Share added for memory that is not counted: scratch space of libraries, images on the device. 2% measured on a CPU.
 MARGIN = 0.1
-# glibc keeps blocks below 32 MiB in a heap, of which fragments are lost: 36 to 60% measured, next to nothing above.
+# glibc allocates blocks below 32 MiB from a heap and loses memory to fragmentation: 36 to 60% of these blocks measured,
+# almost nothing for larger blocks.
 HEAP_BLOCK, HEAP_LOSS = 32 * 2**20, 0.5
 # Floats per pixel of the process's share of a global batch: x_0, its mirror image, the noise twice, x_t.
 INPUTS = 5
-# Options that save memory, besides smaller batches.
+# Options that save memory, in addition to smaller batches.
 LESS_MEMORY: dict[str, Any] = {"gradient_checkpointing": True, "mixed_precision": "bf16"}
 MEMINFO, CGROUPS, OWN_CGROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -43,11 +44,11 @@ class Need:
     """Bytes that a training step needs in each process.
 
     Attributes:
-        weights: Weights, their averages, the moments of Adam, the gradients if they outlive a pass, buckets of DDP.
-        kept: What a forward pass keeps for its backward pass.
-        passes: The largest amount that both allocate at a time.
-        inputs: The images of all passes of a step.
-        lost: Fragments of the heap, on a CPU.
+        weights: Weights, their averages, Adam's moments, accumulated gradients, DDP buckets, weights of a teacher.
+        kept: Activations that a forward pass keeps for its backward pass.
+        passes: Peak of a forward and backward pass.
+        inputs: The images and noise of all passes of a step.
+        lost: Heap fragmentation, on a CPU.
     """
 
     weights: int
@@ -58,21 +59,21 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All of it, and the margin."""
+        """The bytes of a step, including the margin."""
         return round((1 + MARGIN) * (self.weights + self.passes + self.inputs + self.lost))
 
 
 class MemoryPlan:
-    """Memory that the steps of a run need, and that is free.
+    """Memory that a training step needs, and free memory.
 
     Attributes:
-        config: The options; a batch that was `auto` is divided so that it fits, or as much as possible.
+        config: The options. If the batch size was `auto`, it is replaced by the largest one that fits, at least 1.
         free: Bytes that each process can allocate; None if unknown.
 
     Args:
-        config: The options; `init_from` is read if it is given.
-        accelerator: Device, precision and number of processes.
-        checkpoint: Where the run resumes from.
+        config: The options; the pipeline of `init_from` or `teacher` is loaded, if given.
+        accelerator: Device and number of processes.
+        checkpoint: The checkpoint that the run resumes from.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator, checkpoint: Path | None = None):
@@ -83,9 +84,9 @@ class MemoryPlan:
             self.config = replace(config, training=self._divided(config.training))
 
     def count(self, training: TrainingConfig | None = None) -> Need:
-        """Return what a step needs, with other options of training if they are given."""
+        """Return the memory of a step, by default with the training options of the run."""
         training = training or self.config.training
-        precision = "no" if training.mixed_precision == "auto" else training.mixed_precision  # float32 needs the most
+        precision = "no" if training.mixed_precision == "auto" else training.mixed_precision  # float32 needs most
         data, passes = self.config.data, training.gradient_accumulation_steps
         batch = training.train_batch_size
         with FakeTensorMode(), torch.device(self.device):
@@ -104,26 +105,27 @@ class MemoryPlan:
         return Need(copies * size, kept, most, INPUTS * 4 * pixels * batch * passes, lost)
 
     def describe(self) -> dict[str, str]:
-        """Return lines to print, by name: parameters, operations and memory."""
+        """Return the lines to print, by name: parameters, FLOPs and memory."""
         with FakeTensorMode(), torch.device(self.device):
             unet = UNet2DModel(**self.network)
             x = torch.empty(1, self.config.data.channels, *self.config.data.size)
             forward, both = count_flops(unet, x, 0)
         need, free = self.count(), "unknown" if self.free is None else _mib(self.free)
-        parts = f"{_mib(need.weights)} for weights, averages and optimizer, {_mib(need.passes)} for a pass"
+        passes = f"{_mib(need.passes)} for a forward and backward pass"
+        parts = f"{_mib(need.weights)} for weights, averages and optimizer, {passes}"
         return {
             "parameters": f"{unet.num_parameters():,}",
             "FLOPs": f"{forward:.3g} per image forward, {both:.3g} in training",
             "memory": f"{_mib(need.total)} per process: {parts}, {_mib(need.inputs)} for images, "
-            f"{_mib(need.lost)} lost to fragments, {MARGIN:.0%} margin; free: {free}",
+            f"{_mib(need.lost)} for heap fragmentation, {MARGIN:.0%} margin; free: {free}",
         }
 
     def fits(self, training: TrainingConfig) -> bool:
-        """Return whether a step fits into the memory that is free; True if that is unknown."""
+        """Return whether a step fits into free memory; True if free memory is unknown."""
         return self.free is None or self.count(training).total <= self.free
 
     def largest(self, training: TrainingConfig) -> TrainingConfig | None:
-        """Return the options with the fewest passes per step that fit, of the same global batch; None if none fit."""
+        """Return the options with the largest batch size that fits and the same global batch; None if none fits."""
         share = training.global_batch_size(processes=1)
         divisors = [passes for passes in range(1, share + 1) if share % passes == 0]
         divided = [
@@ -138,7 +140,7 @@ class MemoryPlan:
         return self.largest(training) or replace(training, train_batch_size=1, gradient_accumulation_steps=share)
 
     def refusal(self) -> str | None:
-        """Return why the run does not fit and which options would; None if it fits or that is not to be checked."""
+        """Return an error message if the run does not fit, with options that fit; None if it fits or is not checked."""
         training = self.config.training
         if not training.check_memory or self.free is None or (need := self.count().total) <= self.free:
             return None
@@ -146,11 +148,11 @@ class MemoryPlan:
         return (
             f"--train_batch_size {training.train_batch_size}: a step needs about {_gib(need)} of memory{each}, "
             f"{_gib(need - self.free)} more than is free; expected {self.remedies()}; "
-            "--check_memory false trains all the same"
+            "to train anyway, set --check_memory false"
         )
 
     def remedies(self) -> str:
-        """Return the options that would fit: each alone, or all together if none does."""
+        """Return options that fit: each alone, or all of them together if no single one is enough."""
         training, changed = self.config.training, self.config.training
         alone = []
         for name, value in LESS_MEMORY.items():
@@ -158,18 +160,21 @@ class MemoryPlan:
                 changed = replace(changed, **{name: value})
                 alone.append((f"--{name} {str(value).lower()}", replace(training, **{name: value})))
         divided = self.largest(training)
-        found = [] if divided is None else [f"{_division(divided)} (the same run)"]
-        found += [word for word, options in alone if self.fits(options)]
-        if not found and (divided := self.largest(changed)) is not None:
-            found = [" ".join([_division(divided), *(word for word, _ in alone)])]
-        return ", or ".join(found) or "a smaller network or resolution"
+        fitting = [] if divided is None else [f"{_division(divided)} (the same run)"]
+        fitting += [word for word, options in alone if self.fits(options)]
+        if not fitting and (divided := self.largest(changed)) is not None:
+            fitting = [" ".join([_division(divided), *(word for word, _ in alone)])]
+        return ", or ".join(fitting) or "a smaller network or resolution"
 
 
 def fit_memory(config: Config, accelerator: Accelerator, checkpoint: Path | None = None) -> Config:
-    """Return the options with the batch divided, if it is `auto`, so that a step fits into memory.
+    """Replace the batch size `auto` by the largest one that fits into memory, and check that a step fits.
+
+    Returns:
+        The options with the batch size.
 
     Raises:
-        ValueError: If a step does not fit, with what would; one line. Not with `check_memory` false.
+        ValueError: If a step does not fit and `check_memory` is true; one line, with options that fit.
     """
     training = config.training
     if not (training.check_memory or isinstance(training.train_batch_size, Auto)):
@@ -184,17 +189,17 @@ def fit_memory(config: Config, accelerator: Accelerator, checkpoint: Path | None
 def count_pass(
     network: nn.Module, x: Tensor, t: Tensor, mixed_precision: str = "no", keeps_gradients: bool = False
 ) -> tuple[int, int, int]:
-    """Count the bytes that a forward and a backward pass allocate; fake tensors allocate none.
+    """Count the bytes that a forward and a backward pass allocate. Pass fake tensors to allocate nothing.
 
     Args:
-        network: The network, in training.
+        network: The network, in training mode.
         x: Images, shape `(B, C, H, W)`.
         t: Timesteps, shape `(B,)`.
         mixed_precision: `no`, `bf16` or `fp16`.
-        keeps_gradients: Whether gradients of an earlier pass, counted elsewhere, are added to.
+        keeps_gradients: Whether gradients are accumulated over passes; the buffers are then not counted here.
 
     Returns:
-        The bytes that live between the passes, the most that live at a time, and the most in blocks of a heap.
+        The bytes kept between the passes, the peak, and the peak of blocks below `HEAP_BLOCK`.
     """
     if keeps_gradients:
         for parameter in network.parameters():
@@ -209,12 +214,12 @@ def count_pass(
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Count the bytes of what operations return, as long as it lives; `known` tensors and their views do not count."""
+    """Count the bytes of live tensors that operations return, without `ignored` tensors and their views."""
 
-    def __init__(self, known: list[Tensor]):
+    def __init__(self, ignored: list[Tensor]):
         super().__init__()
         self.bytes = self.most = self._small = self.most_small = 0
-        self._storages: dict[int, Any] = {id(tensor.untyped_storage()): tensor for tensor in known}
+        self._storages: dict[int, Any] = {id(tensor.untyped_storage()): tensor for tensor in ignored}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -242,11 +247,11 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def shared_free_memory(accelerator: Accelerator) -> int | None:
-    """Return the bytes that are free for each process, the same on all; None if unknown. Every process must call it."""
+    """Return the smallest free memory of all processes in bytes; None if unknown. Every process must call it."""
     free = free_memory(accelerator.device)
     if accelerator.num_processes > 1:
-        known = torch.tensor(2**62 if free is None else free, device=accelerator.device)
-        smallest = int(accelerator.gather(known).min())
+        own = torch.tensor(2**62 if free is None else free, device=accelerator.device)
+        smallest = int(accelerator.gather(own).min())
         free = None if smallest == 2**62 else smallest
     return free
 
@@ -254,20 +259,21 @@ def shared_free_memory(accelerator: Accelerator) -> int | None:
 def free_memory(device: torch.device) -> int | None:
     """Return the bytes that this process can still allocate on a device; None if unknown.
 
-    On a GPU they are what its driver says. On Linux they are what the kernel calls available, or less by the limit of a
-    control group, such as a container's; processes of one machine get equal parts.
+    On a GPU, the free memory that the driver reports, and memory that torch has reserved but does not use. On a CPU
+    under Linux, the kernel's available memory (`MemAvailable`) or what the limit of a control group leaves, such as a
+    container's, whichever is less; divided by the number of processes on this machine.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of an earlier run
         return torch.cuda.mem_get_info(device)[0] + unused
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(MEMINFO), re.MULTILINE)
-    if found is None:
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", _text(MEMINFO), re.MULTILINE)
+    if available is None:
         return None
-    return min([1024 * int(found[1]), *_left_by_cgroups()]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min([1024 * int(available[1]), *_left_by_cgroups()]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _left_by_cgroups() -> Iterator[int]:
-    """Yield the bytes that the limits of this process's control groups, of either version, leave."""
+    """Yield the bytes left below the memory limits of this process's control groups (cgroup v1 or v2)."""
     for line in _text(OWN_CGROUPS).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -284,7 +290,7 @@ def _left_by_cgroups() -> Iterator[int]:
             most, used = _text(group / limit).strip(), _text(group / usage).strip()
             if most.isdecimal() and used.isdecimal():
                 cached = re.search(rf"^{inactive} (\d+)$", _text(group / "memory.stat"), re.MULTILINE)
-                # What files have left in memory is given up when needed.
+                # The kernel frees inactive file cache when memory is needed.
                 yield max(0, int(most) - int(used) + (int(cached[1]) if cached else 0))
 
 
@@ -304,7 +310,7 @@ def _gib(size: float) -> str:
 
 
 def less_memory(training: TrainingConfig) -> str:
-    """Return options that need less memory and change a run by rounding at most; bf16 changes its precision."""
+    """Return options that need less memory. All but bf16 change the results by rounding at most."""
     batch, share = training.train_batch_size, training.global_batch_size(processes=1)
     words = []
     if batch > 1:
@@ -325,7 +331,7 @@ def _division(training: TrainingConfig) -> str:
 
 @contextmanager
 def out_of_memory_explained(config: Config) -> Iterator[None]:
-    """Raise a lack of memory in training as a `MemoryError` with options that need less."""
+    """Convert an out-of-memory error in training to a `MemoryError` whose message lists options that need less."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

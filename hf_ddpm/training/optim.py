@@ -1,4 +1,4 @@
-"""The optimizer: Adam, its learning rate as a function of the step, and averages of the weights."""
+"""Adam, the learning rate schedule, and exponential moving averages (EMA) of the weights."""
 
 import copy
 import dataclasses
@@ -11,10 +11,10 @@ from hf_ddpm.config import TrainingConfig
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Return the learning rate of optimizer step `step`, counted from 0: whatever the number of processes.
+    """Return the learning rate of optimizer step `step`, counted from 0, for any number of processes.
 
-    It rises over `warmup_steps` steps in equal parts, then stays, or falls to zero at `max_train_steps`: along half a
-    cosine, a line, or a power of the line.
+    It increases linearly over `warmup_steps` steps. Then it stays constant or decays to zero at `max_train_steps`: as
+    half a cosine, linearly, or as a power (`lr_power`) of the linear decay.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -27,7 +27,7 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def describe_length(config: TrainingConfig, step: int, earlier: int) -> str | None:
-    """Return a line on a run that is resumed at `step` with other `max_train_steps` than `earlier`; None if not."""
+    """Return a log line if a run is resumed at `step` with `max_train_steps` other than `earlier`; None otherwise."""
     steps = config.max_train_steps
     if steps == earlier:
         return None
@@ -42,7 +42,7 @@ def describe_length(config: TrainingConfig, step: int, earlier: int) -> str | No
 
 
 def adam(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Return Adam for a network, with decoupled weight decay if it is given; a step is one kernel for all weights."""
+    """Return a fused Adam optimizer, or AdamW if `weight_decay` is not 0."""
     betas, decay = (config.adam_beta1, config.adam_beta2), config.weight_decay
     if decay == 0:
         return torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=betas, fused=True)
@@ -50,12 +50,12 @@ def adam(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
 
 
 class EMA:
-    r"""Keep :math:`\bar\theta \leftarrow \bar\theta + (1 - d)(\theta - \bar\theta)` beside a network.
+    r"""Exponential moving average of weights, $\bar\theta \leftarrow \bar\theta + (1 - d)(\theta - \bar\theta)$.
 
     Args:
-        model: The network that is trained, on the device where it stays.
-        decay: :math:`d` in [0, 1).
-        warmup: Whether the decay starts at :math:`(1 + n) / (10 + n)` after `n` steps, for short runs.
+        model: The trained network, on its final device.
+        decay: $d$ in [0, 1).
+        warmup: Whether the decay after `n` steps is at most $(1 + n) / (10 + n)$, for short runs.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
@@ -67,11 +67,11 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Moves the average towards the weights of the network after optimizer step `step`, counted from 0."""
+        """Updates the average after optimizer step `step`, counted from 0."""
         torch._foreach_lerp_(self._averages, self._weights, 1 - self._decay(step))
 
     def initial_share(self, steps: int) -> float:
-        """Return the weight that the initial weights have in the average after so many steps, in [0, 1]."""
+        """Return the share of the initial weights in the average after `steps` steps, in [0, 1]."""
         return math.prod(self._decay(step) for step in range(steps))
 
     def _decay(self, step: int) -> float:

@@ -1,4 +1,4 @@
-"""The progress of a run: a bar on the terminal, `metrics.jsonl`, `status.json`, and an experiment tracker."""
+"""Progress of a run: progress bar, `metrics.jsonl`, `status.json` and experiment tracker."""
 
 import importlib.util
 import json
@@ -24,20 +24,20 @@ PROJECT = "hf_ddpm"
 
 
 class Progress(Callback):
-    """Shows one progress bar and appends a line to `metrics.jsonl` every `log_steps` steps.
+    """Shows a progress bar and appends a line to `metrics.jsonl` every `log_steps` steps.
 
-    Losses stay on the device until a line is due, so that no step waits for them.
+    Losses stay on the device until a line is written, so that no other step waits for the device.
 
     Args:
-        path: The metrics file; lines beyond the step that a run resumes from are cut off.
+        path: The metrics file. If a run resumes, lines of later steps are removed.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._is_paused = True  # others have something to do before the first step, too
+        self._is_paused = True  # the time before the first step does not count
 
     def on_start(self, run: Run) -> None:
-        """Cuts the file to the step resumed from, and opens the bar."""
+        """Removes lines of later steps from the file, and opens the progress bar."""
         steps, is_main = run.config.training.max_train_steps, run.accelerator.is_main_process
         if is_main:
             cut_lines(self.path, run.step)
@@ -45,9 +45,9 @@ class Progress(Callback):
         self._restart()
 
     def on_step(self, run: Run) -> None:
-        """Advances the bar; writes a line when one is due."""
+        """Advances the progress bar, and writes a line every `log_steps` steps."""
         self._bar.update()
-        if self._is_paused:  # the time since is not that of this step
+        if self._is_paused:  # the time since the last step contains other work, such as an evaluation
             self._since, self._timed, self._is_paused = time.perf_counter(), 0, False
         else:
             self._timed += 1
@@ -56,7 +56,7 @@ class Progress(Callback):
         if not run.logs_now:
             return
         run.check_finite()
-        # In half precision a loss may overflow for a step, which is then skipped.
+        # In half precision a loss may overflow; the scaler then skips the step.
         line = {name: value if math.isfinite(value or 0) else None for name, value in self._line(run).items()}
         if run.accelerator.is_main_process:
             append_line(self.path, line)
@@ -67,20 +67,20 @@ class Progress(Callback):
         self._restart()
 
     def on_pause(self, run: Run) -> None:
-        """Lets what others do now, such as to evaluate, count as no time of a step."""
+        """Excludes the time of other callbacks, such as an evaluation, from the measured speed."""
         self._measure(run)
         self._is_paused = True
 
     def on_end(self, run: Run) -> None:
-        """Closes the bar before others show theirs."""
+        """Closes the progress bar before other callbacks show theirs."""
         self.close()
 
     def close(self) -> None:
-        """Closes the bar."""
+        """Closes the progress bar."""
         self._bar.close()
 
     def _line(self, run: Run) -> dict[str, float | None]:
-        """Return what there is to say of the steps since the last line; every process must ask."""
+        """Return the metrics of the steps since the last line. Every process must call this method."""
         losses, t = torch.cat(self._losses), torch.cat(self._t)
         quarter = t * 4 // len(run.diffusion)
         sums = losses.new_zeros(2, 4).index_add_(1, quarter, torch.stack([losses, torch.ones_like(losses)]))
@@ -90,7 +90,7 @@ class Progress(Callback):
             "step": run.step,
             "images": run.step * run.global_batch_size,
             "loss": sum(totals) / sum(counts),
-            # By quarter of the timesteps, from the least noise to the most.
+            # Mean loss by quarter of the timesteps, from the least noise to the most.
             **{f"loss_q{i}": totals[i - 1] / counts[i - 1] if counts[i - 1] else None for i in range(1, 5)},
             "grad_norm": float(run.grad_norm),
             "learning_rate": run.optimizer.param_groups[0]["lr"],
@@ -108,9 +108,10 @@ class Progress(Callback):
 
 
 class StatusFile(Callback):
-    """Keep `status.json` true during a `with` block: running, then finished, preempted or failed (with the error).
+    """Write the state of a run to `status.json` during a `with` block.
 
-    A running session writes its step, speed and remaining time whenever it writes a line of the metrics.
+    The status is `running`, then `finished`, `preempted` or `failed` (with the error). While running, step, speed and
+    remaining time are updated with each line of `metrics.jsonl`.
 
     Args:
         path: The file.
@@ -126,14 +127,14 @@ class StatusFile(Callback):
         }
 
     def __enter__(self) -> "StatusFile":
-        """Write that the run is running."""
+        """Write the status `running`."""
         self._write("running")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Write how the session has ended."""
+        """Write the final status of the session."""
         if error is None:
             self._write("finished" if self.run.stopped_by is None else "preempted")
         elif isinstance(error, KeyboardInterrupt):
@@ -143,7 +144,7 @@ class StatusFile(Callback):
                 self._write("failed", error=f"{type(error).__name__}: {error}")
 
     def on_step(self, run: Run) -> None:
-        """Write step, speed and remaining time when a line of the metrics is due."""
+        """Write step, speed and remaining time every `log_steps` steps."""
         if run.logs_now:
             self._write("running", durable=False)
 
@@ -159,13 +160,13 @@ class StatusFile(Callback):
 
 
 def check_tracker(name: str) -> None:
-    """Raise a `ValueError` if a tracker is not installed."""
+    """Raise a `ValueError` if an experiment tracker is not installed."""
     if name != "none" and importlib.util.find_spec(name) is None:
-        raise ValueError(f"tracker={name!r} is not installed: pip install {name}")
+        raise ValueError(f"--tracker {name}: package is not installed; run `pip install {name}`")
 
 
 def start_tracker(run: Run) -> None:
-    """Opens the run's tracker, if it has one; what later sessions of a run say is put with what earlier ones said."""
+    """Starts the run's experiment tracker, if it has one; resumed sessions log to the same project, run or group."""
     tracker, folder = run.config.training.tracker, Path(run.config.training.output_dir)
     options = {
         "tensorboard": {"purge_step": run.step + 1},
@@ -177,7 +178,7 @@ def start_tracker(run: Run) -> None:
 
 
 def track_picture(run: Run, name: str, picture: Image) -> None:
-    """Shows the tracker a picture."""
+    """Logs an image to the experiment tracker."""
     for tracker in run.accelerator.trackers:
         if tracker.name == "tensorboard":
             pixels = np.asarray(picture.convert("RGB"))[None]
@@ -191,6 +192,6 @@ def track_picture(run: Run, name: str, picture: Image) -> None:
 
 
 def _flat(run: Run) -> dict[str, int | float | str | bool]:
-    """Return the options as trackers take them; they leave this machine, paths of it do not."""
+    """Return the options as numbers and text for the tracker, without local paths."""
     options = public_values(run.config.to_dict(), run.hub_ids)
     return {name: value if isinstance(value, int | float | str) else str(value) for name, value in options.items()}

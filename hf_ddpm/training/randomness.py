@@ -1,10 +1,10 @@
-"""All randomness of training as a pure function of (seed, step, position in the global batch).
+"""Random numbers of training as a pure function of (seed, step, position in the global batch).
 
-No generator lives longer than a step and none belongs to a process. A run resumes from a number, the step; and the
-processes and passes among which a global batch is divided see together what one would have seen alone.
+There is no random state: a run resumes from its step alone, and draws the same numbers for any number of processes and
+any gradient accumulation with the same global batch size.
 
-Numbers are drawn for blocks of neighboring positions, each with a generator of its own, so that nobody draws much more
-than its rows, and a GPU still draws many at a time.
+Numbers are drawn in blocks of 32 neighboring positions, each with its own generator. A process draws few numbers that
+it does not use, and a GPU still draws many at once.
 """
 
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from hf_ddpm.utils.seeds import DIFFUSION, DROPOUT, derived_seed, generator, hashed_keys
 
-# Positions in a block. A change changes every run.
+# Positions per block. Changing this number changes the results of every run.
 BLOCK = 32
 
 
 @dataclass(frozen=True)
 class Draws:
-    r"""What is random about a batch.
+    r"""The random numbers of a batch.
 
     Attributes:
         t: Timesteps, uniform in [0, T), int64, shape `(B,)`.
-        noise: :math:`\epsilon`, standard normal, shape `(B, C, H, W)`.
-        flip: Whether an image is mirrored, bool, shape `(B,)`.
-        hide: Uniform in [0, 1): the class of an image is hidden where this is small, shape `(B,)`.
+        noise: $\epsilon$, standard normal, shape `(B, C, H, W)`.
+        flip: Whether to mirror each image, bool, shape `(B,)`.
+        hide: Uniform in [0, 1), shape `(B,)`; the class of an image is dropped where this is less than `class_dropout`.
     """
 
     t: Tensor
@@ -38,7 +38,7 @@ class Draws:
 def draw(
     seed: int, step: int, rows: range, shape: tuple[int, int, int], num_timesteps: int, device: torch.device | str
 ) -> Draws:
-    """Draws for some rows of the global batch of a step; `shape` is the `(C, H, W)` of an image."""
+    """Return the random numbers for some rows of the global batch of a step; `shape` is `(C, H, W)` of an image."""
 
     def fill(block: int) -> tuple[Tensor, ...]:
         source = generator(seed, DIFFUSION, step, block, device=device)
@@ -54,7 +54,7 @@ def draw(
 
 
 def dropout_keys(seed: int, step: int, rows: range, device: torch.device | str) -> Tensor:
-    """Return what `UNet2DModel.seed_dropout` takes: keys of some rows of the global batch of a step."""
+    """Return the dropout keys for some rows of the global batch of a step, for `UNet2DModel.seed_dropout`."""
     places = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device)
     return hashed_keys(derived_seed(seed, DROPOUT, step), places)
 
@@ -67,4 +67,4 @@ def _cut(blocks: list[Tensor], rows: range) -> Tensor:
     first, last = rows.start % BLOCK, (rows.stop - 1) % BLOCK + 1
     blocks[-1] = blocks[-1][:last]
     blocks[0] = blocks[0][first:]
-    return torch.cat(blocks)  # a copy: of the rest of the blocks nothing stays
+    return torch.cat(blocks)  # a copy, so that the rest of the blocks can be freed

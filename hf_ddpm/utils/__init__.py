@@ -1,1 +1,1 @@
-"""What every room may import; nothing here imports from another room."""
+"""Helpers that all parts of the package may import; nothing here imports from the other parts."""

@@ -1,4 +1,4 @@
-"""Atomic, durable file writes, and errors without line breaks."""
+"""Atomic, durable file writes, and errors in one line."""
 
 import errno
 import os
@@ -16,18 +16,18 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 
 @contextmanager
 def atomic_write(path: Path, writer: str = "", durable: bool = True) -> Iterator[Path]:
-    """Yields a temporary path to write to; on success it is flushed to disk and replaces `path`, else it is removed.
+    """Yields a temporary path to write to. On success it replaces `path`; on an error it is removed.
 
-    The order makes a crash of the machine harmless: contents are on disk before the name is, and the name before this
-    returns.
+    With `durable`, the contents are flushed to disk before the rename, and the rename before this function returns: a
+    crash of the machine leaves the old file or the new one.
 
     Args:
-        path: The file, or a folder, which must then be new or empty.
-        writer: Distinguishes processes that may write the file at the same time.
-        durable: Whether to wait for the disk; otherwise a crash of the machine, not of the process, may lose the file.
+        path: The file; or a folder, which must be new or empty.
+        writer: Suffix of the temporary name, different for each process that may write the file at the same time.
+        durable: Whether to flush to disk; otherwise a crash of the machine (not of the process) may lose the file.
 
     Raises:
-        OSError: If it cannot be written; the message names `path`.
+        OSError: If the file cannot be written; the message names `path`.
     """
     partial = path.with_name(f".{path.name}{writer}.partial")
     try:
@@ -47,26 +47,26 @@ def atomic_write(path: Path, writer: str = "", durable: bool = True) -> Iterator
 
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:
-    """Writes a text as UTF-8, atomically; see `atomic_write`."""
+    """Writes text as UTF-8, atomically; see `atomic_write`."""
     with atomic_write(path, durable=durable) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Raises errors of writing, which often name no file, as an `OSError` that names `path`."""
+    """Converts errors of writing, which often name no file, to an `OSError` that names `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if "cannot be written" in str(error):  # named already
+        if "cannot be written" in str(error):  # converted already
             raise
-        named = OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}")
+        named = OSError(f"{path}: file cannot be written: {getattr(error, 'strerror', None) or one_line(error)}")
         named.errno = getattr(error, "errno", None)
         raise named from error
 
 
 def flush(path: Path) -> None:
-    """Flushes a file, or a folder with all that is in it, to disk."""
+    """Flushes a file, or a folder with all its contents, to disk."""
     if path.is_dir():
         for child in path.iterdir():
             flush(child)
@@ -74,7 +74,7 @@ def flush(path: Path) -> None:
 
 
 def flush_entry(path: Path) -> None:
-    """Flushes one file, or the names in a folder, to disk."""
+    """Flushes one file, or the directory entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,25 +86,25 @@ def flush_entry(path: Path) -> None:
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Makes a folder and checks that files can be written to it, before hours of work.
+    """Creates a folder and checks that files can be written to it.
 
     Args:
         folder: The folder.
-        option: The option that names it or a file in it, for the message.
+        option: The option that names the folder or a file in it, for the error message.
 
     Raises:
-        ValueError: If files cannot be written to it.
+        ValueError: If files cannot be written to the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except OSError as error:
-        raise ValueError(f"{option}: folder {str(folder)!r} cannot be written to: {error.strerror}") from error
+        raise ValueError(f"--{option} {folder}: folder is not writable: {error.strerror}") from error
 
 
 def is_free(folder: Path) -> bool:
-    """Returns whether a folder is new, or empty but for the lock of a run."""
+    """Returns whether a folder is missing or empty; the lock file of a run does not count."""
     return not folder.is_file() and not (folder.is_dir() and any(file.name != ".lock" for file in folder.iterdir()))
 
 

@@ -1,4 +1,4 @@
-"""Start and end of scripts: signals, exit codes, cores, exclusive folders. Imports in milliseconds."""
+"""Signals, exit codes, CPU cores and folder locks of scripts. Fast to import."""
 
 import io
 import os
@@ -15,12 +15,12 @@ from filelock import FileLock, Timeout
 from hf_ddpm.utils.files import one_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Seconds after which a signal is raised again, as long as what it has raised is lost.
+# Seconds until a signal is raised again if its exception was lost.
 AGAIN = 0.5
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised by a signal to end the work.
+    """Raised by a signal to stop the program.
 
     Args:
         number: Number of the signal.
@@ -32,13 +32,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """SIGTERM and SIGINT as one flag, which is raised at once or deferred.
+    """SIGTERM and SIGINT as one flag, which raises `Interrupted` at once or is deferred.
 
-    An exception that a handler raises can get lost: in a callback of the interpreter, or in a library that catches all.
-    So the flag stays, and is raised again until `settle` is called.
+    An exception raised by a signal handler can get lost: in a callback of the interpreter, or in a library that
+    catches all exceptions. So the flag stays set, and `Interrupted` is raised again until `settle` is called.
 
     Attributes:
-        number: The signal received, 0 if none.
+        number: Number of the signal received; 0 if none.
     """
 
     def __init__(self) -> None:
@@ -48,10 +48,10 @@ class Signals:
 
     @contextmanager
     def handled(self, deferred: bool = False) -> Iterator[None]:
-        """Handle signals, then give them back to the previous handlers; in other threads than the main one, nothing.
+        """Handle signals, and restore the previous handlers at the end; outside the main thread, do nothing.
 
         Args:
-            deferred: Whether a signal only sets the flag; a second SIGINT raises all the same.
+            deferred: Whether a signal only sets the flag. A second SIGINT still raises `Interrupted`.
         """
         before = self._is_deferred
         handlers: dict[int, Any] = dict.fromkeys(SIGNALS, self._receive)
@@ -65,7 +65,7 @@ class Signals:
             except ValueError:  # not the main thread
                 pass
             if deferred and previous and previous[signal.SIGTERM] != self._receive:
-                self.settle()  # an earlier use, in a notebook, is over
+                self.settle()  # clear a signal of an earlier call in the same process, such as in a notebook
             self._is_deferred = deferred
             yield
         finally:
@@ -77,7 +77,7 @@ class Signals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise signals as `Interrupted` where they are deferred otherwise, an earlier one before anything else."""
+        """Raise `Interrupted` at once within a block that defers signals, also for a signal received before."""
         before, self._is_deferred = self._is_deferred, False
         try:
             if self.number:
@@ -87,7 +87,7 @@ class Signals:
             self._is_deferred = before
 
     def settle(self) -> None:
-        """Clear the flag: the signal has had its effect."""
+        """Clear the flag after the signal has been handled."""
         self.number = 0
         self._stop_timer()
 
@@ -106,7 +106,7 @@ class Signals:
         if not self.number or self._is_deferred:
             return
         if _is_unwinding(sys.exception()):
-            signal.setitimer(signal.ITIMER_REAL, AGAIN)  # what is cleaned up now must not be cut short
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)  # do not interrupt the cleanup that is running now
         else:
             self._raise()
 
@@ -119,10 +119,10 @@ signals = Signals()
 
 
 def end_quietly() -> None:
-    """Let signals end the process without a traceback: for scripts, before imports that take seconds."""
+    """Let signals end the process without a traceback; for scripts, before slow imports."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        # Not by an exception, which imports may catch; nothing is there to be saved.
+        # Imports may catch exceptions, and there is nothing to save yet.
         os.write(2, f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}\n".encode())
         os._exit(128 + number)
 
@@ -133,11 +133,12 @@ def end_quietly() -> None:
 def run_script(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command's `main`, and exit with its code.
 
-    A wrong input, a `ValueError`, is one line and code 2; a failing disk or a diverged run is one line and code 1;
-    SIGTERM and Ctrl-C are one line and code 128 + their number, whatever has become of the exception that they raised.
+    Expected errors are printed in one line: an invalid input (`ValueError`) exits with code 2; an I/O error, a
+    diverged run or a lack of memory with code 1; SIGTERM and Ctrl-C with code 128 + the number of the signal, even if
+    a library has caught or replaced the exception.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without a sign must not cost the work
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show must not stop the program
     name = Path(sys.argv[0]).name
     hook, sys.unraisablehook = sys.unraisablehook, _hide_interrupted(sys.unraisablehook)
     signals.settle()
@@ -147,7 +148,7 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
     finally:
         sys.unraisablehook = hook
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # what was to be done is done
+        signal.signal(number, signal.SIG_IGN)  # the work is done: keep the exit code
     sys.exit(code)
 
 
@@ -155,21 +156,21 @@ def _exit_code(main: Callable[[list[str]], int], name: str) -> Any:
     line: str | None = None
     try:
         code: Any = main(sys.argv[1:])
-    except SystemExit as error:  # of --help
+    except SystemExit as error:  # raised by --help
         code = error.code
     except (ValueError, OSError, FloatingPointError) as error:
         code, line = 2 if isinstance(error, ValueError) else 1, f"error: {one_line(error)}"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        # What trains says itself which options need less memory.
+        # Training errors already list options that need less memory.
         hint = one_line(error) if error.__cause__ else f"use a smaller batch size or network ({one_line(error)})"
         code, line = 1, f"error: not enough memory; {hint}"
     except Interrupted as interrupted:
         signals.number = signals.number or interrupted.number
         code = 128 + signals.number
     except BaseException:
-        if not signals.number:  # else it is what a library has made of the signal
+        if not signals.number:  # otherwise a library has replaced the exception of the signal
             raise
         code = 1
     if signals.number:
@@ -183,28 +184,28 @@ def _exit_code(main: Callable[[list[str]], int], name: str) -> Any:
 
 
 def _hide_interrupted(hook: Callable[[Any], object]) -> Callable[[Any], object]:
-    """Return a hook that shows no traceback of an `Interrupted` which gets lost: it is raised again."""
+    """Return a hook that hides the traceback of a lost `Interrupted`, which is raised again later."""
     return lambda lost: None if isinstance(lost.exc_value, Interrupted) else hook(lost)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory is short; that of torch on a CPU is a plain `RuntimeError`."""
+    """Return whether an error means a lack of memory; on a CPU, torch raises a plain `RuntimeError`."""
     texts = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
     return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
 def _is_unwinding(error: BaseException | None) -> bool:
-    """Return whether an exception that is being handled comes from a signal."""
+    """Return whether an exception or one of its contexts comes from a signal."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
 
 
 def use_own_cores() -> None:
-    """Give this process its share of the cores that the machine lets it use.
+    """Let torch use this process's share of the available cores if a launcher has limited it to one thread.
 
-    `accelerate launch` and torchrun start every process with one thread, even the only process of a large machine. To
-    have fewer threads, set OMP_NUM_THREADS to 2 or more, or start the process without a launcher.
+    `accelerate launch` and torchrun start every process with one thread, even a single process on a large machine. To
+    use fewer threads, set OMP_NUM_THREADS to 2 or more, or start the process without a launcher.
     """
     import torch  # takes seconds
 
@@ -214,17 +215,17 @@ def use_own_cores() -> None:
 
 
 def own_cores() -> int:
-    """Return this process's share of the cores that the machine lets it use, at least 1."""
+    """Return this process's share of the available cores, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 @contextmanager
 def exclusive(folder: Path, option: str = "output_dir") -> Iterator[None]:
-    """Keep a second run out of the folder that `option` names, with a `ValueError` for it."""
+    """Lock a folder; raise a `ValueError` that names `option` if another run has locked it."""
     try:
         held = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"{option}={str(folder)!r} is in use by another run") from None
+        raise ValueError(f"--{option} {folder}: folder is in use by another run") from None
     with held:
         yield

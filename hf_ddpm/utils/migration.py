@@ -1,14 +1,14 @@
-"""Words of other packages' training scripts, and the options or a sentence that take their place."""
+"""Options of other packages' training scripts, and the options of hf_ddpm that replace them."""
 
-# Of diffusers' examples/unconditional_image_generation/train_unconditional.py. An entry is an option, an option with
-# its value, or a sentence. Words that mean the same here, such as --resolution, are absent.
+# Options of diffusers' examples/unconditional_image_generation/train_unconditional.py. A value is an option, an option
+# with its value, or a sentence. Options with the same name and meaning here, such as --resolution, are omitted.
 DIFFUSERS = {
     "dataset_name": "--dataset",
     "dataset_config_name": "--dataset_config",
     "train_data_dir": "--dataset",
-    "model_config_name_or_path": "a model to start from is --init_from; --block_out_channels and others shape another",
-    "overwrite_output_dir": "a run never overwrites another; choose a new --output_dir",
-    "cache_dir": "set the variable HF_HOME",
+    "model_config_name_or_path": "use --init_from to start from a model, --block_out_channels and others for a new one",
+    "overwrite_output_dir": "a run never overwrites another one; choose a new --output_dir",
+    "cache_dir": "set the environment variable HF_HOME",
     "center_crop": "--crop center",
     "random_flip": "--horizontal_flip",
     "eval_batch_size": "--num_samples",
@@ -20,21 +20,21 @@ DIFFUSERS = {
     "lr_warmup_steps": "--warmup_steps",
     "adam_weight_decay": "--weight_decay",
     "adam_epsilon": "not an option: it is 1e-8, the default of Adam",
-    "use_ema": "not needed: weights are always averaged, with --ema_decay",
+    "use_ema": "not needed: an average (EMA) of the weights is always kept, see --ema_decay",
     "ema_max_decay": "--ema_decay",
     "ema_inv_gamma": "not an option: --ema_warmup is min(--ema_decay, (1 + step) / (10 + step))",
     "ema_power": "not an option: --ema_warmup is min(--ema_decay, (1 + step) / (10 + step))",
-    "hub_token": "log in with `hf auth login`, or set the variable HF_TOKEN",
+    "hub_token": "log in with `hf auth login`, or set the environment variable HF_TOKEN",
     "logger": "--tracker",
-    "logging_dir": "not an option: metrics.jsonl and those of --tracker go to --output_dir",
+    "logging_dir": "not an option: metrics.jsonl and the files of --tracker are written to --output_dir",
     "local_rank": "not needed: `accelerate launch` and torchrun set it",
     "ddpm_num_steps": "--num_train_timesteps",
     "ddpm_num_inference_steps": "--num_inference_steps",
     "ddpm_beta_schedule": "--beta_schedule",
     "checkpoints_total_limit": "--keep_checkpoints",
     "resume_from_checkpoint": "--resume",
-    "enable_xformers_memory_efficient_attention": "not needed: attention is that of torch, which saves memory, too",
-    "preserve_input_precision": "not needed: 16-bit images keep their values with --levels 65536",
+    "enable_xformers_memory_efficient_attention": "not needed: torch's own attention saves as much memory",
+    "preserve_input_precision": "not needed: --levels 65536 keeps the values of 16-bit images",
 }
 # Arguments of denoising-diffusion-pytorch: of its Trainer, GaussianDiffusion and Unet.
 LUCIDRAINS = {
@@ -44,7 +44,8 @@ LUCIDRAINS = {
     "augment_horizontal_flip": "--horizontal_flip",
     "train_lr": "--learning_rate",
     "train_num_steps": "--max_train_steps",
-    "ema_update_every": "not an option: the average follows every step; 10 steps of decay d are one of d ** 10",
+    "ema_update_every": "not an option: the average is updated in every step; an update every 10 steps with "
+    "decay d corresponds to --ema_decay d ** 0.1",
     "adam_betas": "--adam_beta1 and --adam_beta2",
     "save_and_sample_every": "--checkpointing_steps",
     "results_folder": "--output_dir",
@@ -60,18 +61,18 @@ LUCIDRAINS = {
     "image_size": "--resolution",
     "timesteps": "--num_train_timesteps",
     "sampling_timesteps": "--num_inference_steps",
-    "ddim_sampling_eta": "`hf-ddpm sample` has it, as eta, with ddim for a scheduler",
+    "ddim_sampling_eta": "not an option of training: `hf-ddpm sample` has the options scheduler (ddim) and eta",
     "schedule_fn_kwargs": "--beta_start and --beta_end",
     "auto_normalize": "not needed: images are always scaled to [-1, 1]",
     "min_snr_loss_weight": "--objective min_snr",
-    "min_snr_gamma": "not an option: --objective min_snr takes 5",
+    "min_snr_gamma": "not an option: it is 5 in --objective min_snr",
     "dim": "--block_out_channels",
     "dim_mults": "--block_out_channels",
     "attn_dim_head": "--attention_head_dim",
     "attn_heads": "--attention_head_dim",
     "full_attn": "--attention_resolutions",
-    "flash_attn": "not needed: attention is that of torch, which picks the fastest kernel",
+    "flash_attn": "not needed: torch chooses the fastest attention kernel",
     "learned_variance": "--variance_type learned_range",
-    "self_condition": "not an option: the network of the paper takes x_t and t alone",
+    "self_condition": "not an option: the paper's network takes only x_t and t",
 }
 MIGRATION = DIFFUSERS | LUCIDRAINS

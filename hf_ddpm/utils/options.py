@@ -1,6 +1,6 @@
-"""Options as dataclasses: declared with a line of help, read from the command line and from YAML, checked.
+"""Options declared as dataclasses, read from the command line and from YAML, and checked.
 
-A file is turned into the same words that a command line is made of: one parser checks both.
+A YAML file is converted to command-line arguments, so that one parser checks both.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from hf_ddpm.utils.schema import check_types
 
 
 class Auto(int):
-    """A number that was given before `auto`, or the default: where to start."""
+    """The value of an option set to `auto`: an initial number, given before `auto` or the default."""
 
 
 yaml.SafeDumper.add_representer(Auto, yaml.SafeDumper.represent_int)
@@ -40,12 +40,12 @@ def option(
     """Declare an option.
 
     Args:
-        help: The line that `--help` prints.
-        default: The default; without one the option is required.
-        factory: Makes the default.
-        flag: The name on the command line, if it is not the field's.
-        is_first: Whether a first word of the command line without an option before it is its value.
-        auto: Whether an integer may be the word `auto`, too.
+        help: The description in `--help`.
+        default: The default; without a default the option is required.
+        factory: Function that returns the default.
+        flag: The name on the command line, if it differs from the field's.
+        is_first: Whether the first argument of the command line may be the value, without the option's name.
+        auto: Whether the value may also be the word `auto`, for an integer option.
     """
     more: dict[str, Any] = {} if flag is None else {"flag": flag}
     more |= {"is_first": True} if is_first else {}
@@ -53,14 +53,14 @@ def option(
 
 
 def require(config: Any, name: str, holds: bool, allowed: str) -> None:
-    """Raise a `ValueError` unless a check of an option holds; the line says what is allowed."""
+    """Raise a `ValueError` with an option, its value and the valid values unless `holds`; see `require_value`."""
     require_value(name, getattr(config, name), holds, allowed)
 
 
 def require_types(config: Any) -> None:
-    """Raise a `ValueError` unless all options have the types of their fields; a path becomes text.
+    """Raise a `ValueError` unless all options have the types of their fields; paths are converted to text.
 
-    The command line and YAML files are read by type; this is for options that are given in Python.
+    This checks options given in Python; the parser already converts those of the command line and of YAML files.
     """
     for entry in dataclasses.fields(config):
         if isinstance(getattr(config, entry.name), os.PathLike):
@@ -70,87 +70,96 @@ def require_types(config: Any) -> None:
 
 
 def require_value(name: str, value: object, holds: bool, allowed: str) -> None:
-    """Raise a `ValueError` unless a check of a value holds; the line says what is allowed."""
+    """Raise a `ValueError` such as "--eta 2.0: expected a number in [0, 1]" unless `holds`.
+
+    Args:
+        name: Name of the option, without dashes.
+        value: Value of the option.
+        holds: Whether the value is valid.
+        allowed: The valid values, such as "at least 1"; or a reason and the valid values, "REASON; expected VALUES".
+    """
     if not holds:
-        raise ValueError(f"{name}={value!r} is not allowed: {allowed}")
+        given = f"--{name} {'' if value is None else _words(value)}".rstrip()
+        raise ValueError(f"{given}: {allowed if 'expected' in allowed else f'expected {allowed}'}")
 
 
 def require_distinct(config: Any, *names: str) -> None:
-    """Raise a `ValueError` unless options that are lists hold each value once."""
+    """Raise a `ValueError` if a list option contains a value twice."""
     for name in names:
         values = getattr(config, name)
-        require(config, name, len(set(values)) == len(values), "each of them once")
+        require(config, name, len(set(values)) == len(values), "each value only once")
 
 
 def require_range(config: Any, name: str) -> None:
-    """Raise a `ValueError` unless an option, if it is given, is a pair of finite numbers, the smaller one first."""
+    """Raise a `ValueError` unless an option, if given, is a pair of finite numbers, the smaller one first."""
     values = getattr(config, name)
     holds = values is None or (len(values) == 2 and -math.inf < values[0] < values[1] < math.inf)
     require(config, name, holds, "two finite numbers LOW HIGH, LOW < HIGH")
 
 
 def require_color(config: Any, name: str) -> None:
-    """Raise a `ValueError` unless an option, if it is given, is an opaque color that PIL knows."""
+    """Raise a `ValueError` unless an option, if given, is an opaque color that PIL can parse."""
     value = getattr(config, name)
     holds = value is None or value == "white" or _is_opaque_color(value)
     require(config, name, holds, "an opaque color such as white, #336699 or rgb(51, 102, 153)")
 
 
 def require_at_least(config: Any, least: int, *names: str) -> None:
-    """Raise a `ValueError` unless options, those of them that are given, are at least so much."""
+    """Raise a `ValueError` unless each of the given options is at least `least`."""
     for name in names:
         require(config, name, getattr(config, name) is None or getattr(config, name) >= least, f"at least {least}")
 
 
 def require_memory(config: Any, name: str, size: float) -> None:
-    """Raise a `ValueError` unless bytes, of which an option is the cause, fit into the memory of this machine."""
+    """Raise a `ValueError` if an option needs more bytes than the memory of this machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    allowed = f"it needs {size / 2**30:,.0f} GiB of memory, and this machine has {memory / 2**30:,.0f}"
-    require(config, name, size <= memory, allowed)
+    needed, existing = f"{size / 2**30:,.0f} GiB", f"{memory / 2**30:,.0f} GiB"
+    require(config, name, size <= memory, f"needs {needed} of memory; expected at most the {existing} of this machine")
 
 
 def parse_options(argv: list[str], *parts: type, program: str | None = None, doc: str | None = None) -> list[Any]:
-    """Read the options that some dataclasses declare.
+    """Parse the options of dataclasses from a command line.
 
     Args:
         argv: The command line without the program's name.
-        parts: The dataclasses; each is a group of `--help`.
-        program: Name of the program in `--help`; that of the process by default.
-        doc: What `--help` prints around the options: a first line before them, the rest behind them.
+        parts: The dataclasses; each is a group in `--help`.
+        program: Name of the program in `--help`; by default the name of the running program.
+        doc: Text of `--help`: its first paragraph is printed before the options, the rest after them.
 
     Returns:
-        An instance of each.
+        An instance of each dataclass.
 
     Raises:
-        ValueError: If an option is unknown or its value not allowed; one line.
+        ValueError: If an option is unknown or its value is invalid; one line.
     """
     words, names = _normalized(argv, parts), option_names(parts)
     unknown = [name for word in words if (name := _option_name(word)) and name not in (*names, "help")]
-    if unknown and not {"-h", "--help"} & set(argv):  # before a missing option is reported, which may be misspelled
+    if unknown and not {"-h", "--help"} & set(argv):  # first, as a missing option may just be misspelled
         raise ValueError(f"unknown option --{unknown[0]}: {_hint(unknown[0], names, '--')}")
     values, rest = _parser(parts, program, doc).parse_known_args(words)
-    if rest:  # before a missing option is reported, whose value it may be
+    if rest:
         before = words[: words.index(rest[0])][-1:]
         place = f" after {before[0]}" if before else ""
-        raise ValueError(f"unexpected word {rest[0]!r}{place}: expected --OPTION VALUE; see --help")
+        raise ValueError(f"unexpected argument {rest[0]!r}{place}: expected --OPTION VALUE; see --help")
     return _instances(parts, values)
 
 
 def parse_command(
     argv: list[str], commands: Mapping[str, tuple[type, ...]], doc: str | None = None
 ) -> tuple[str, list[Any]]:
-    """Read a sub-command and the options that its dataclasses declare.
+    """Parse a sub-command and its options from a command line.
 
     Args:
         argv: The command line without the program's name.
-        commands: The dataclasses of each sub-command; the first docstring line of the last describes it in `--help`.
-        doc: As of `parse_options`.
+        commands: The dataclasses of each sub-command. The first docstring line of the last one describes the
+            sub-command in `--help`.
+        doc: Text of `--help`, see `parse_options`.
 
     Returns:
         The name of the sub-command and an instance of each of its dataclasses.
 
     Raises:
-        ValueError: If there is no such sub-command, or as in `parse_options`; one line.
+        ValueError: If the sub-command or an option is unknown, or a value is invalid; one line.
     """
     lines = {name: _first_line(parts[-1]) for name, parts in commands.items()}
     program = Path(sys.argv[0]).name
@@ -160,72 +169,72 @@ def parse_command(
         summary, _, rest = (doc or "").strip("\n").partition("\n\n")
         listed = "\n".join(f"  {name:22}{line}" for name, line in lines.items())
         print(f"usage: {program} COMMAND [--OPTION VALUE ...]\n\n{summary}\n")
-        print(f"commands, each with options of its own (COMMAND --help):\n{listed}\n\nexamples:\n\n{rest}")
+        print(f"commands (see COMMAND --help for the options of each):\n{listed}\n\nexamples:\n\n{rest}")
         raise SystemExit(0)
     name = require_name("command", argv[0], commands)
     return name, parse_options(argv[1:], *commands[name], program=f"{program} {name}", doc=lines[name])
 
 
-def require_name(what: str, name: str, known: Iterable[str]) -> str:
-    """Return a name if it is known; raise a `ValueError` with the most similar one or all that are otherwise."""
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
-        raise ValueError(f"unknown {what} {name!r}: {hint}")
+def require_name(kind: str, name: str, valid: Iterable[str]) -> str:
+    """Return a name; raise a `ValueError` with the most similar name, or all names, if it is not in `valid`."""
+    if name not in valid:
+        close = difflib.get_close_matches(name, valid, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(valid)}"
+        raise ValueError(f"unknown {kind} {name!r}: {hint}")
     return name
 
 
 def parse_first(argv: list[str], part: type) -> tuple[Any, list[str]]:
-    """Read the options that one dataclass declares; returns an instance of it and the words that are left."""
+    """Parse the options of one dataclass; return an instance of it and the remaining arguments."""
     values, rest = _parser((part,), add_help=False).parse_known_args(_normalized(argv, (part,)))
     return _instances((part,), values)[0], rest
 
 
 def option_names(parts: Iterable[type]) -> list[str]:
-    """Return the names that the options of some dataclasses have on the command line."""
+    """Return the command-line names of the options of dataclasses, without the dashes."""
     return [_flag(field) for part in parts for field in dataclasses.fields(part)]
 
 
 def given_options(argv: Iterable[str], parts: Iterable[type]) -> set[str]:
-    """Return the names of the options that a command line gives."""
+    """Return the names of the options in a command line."""
     return {name for word in _normalized(argv, parts) if (name := _option_name(word))}
 
 
 def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]:
-    """Read options as the words of a command line.
+    """Read options from a YAML file as command-line arguments.
 
     Args:
         path: The file.
-        parts: The dataclasses that declare what may stand in it.
+        parts: The dataclasses whose options the file may contain.
 
     Returns:
-        The words that follow an option's name, by name; None stands for the default.
+        The values of each option as command-line arguments, by name; None stands for the default.
 
     Raises:
-        ValueError: If the file cannot be read, or holds anything else; one line.
+        ValueError: If the file cannot be read, or contains anything but these options; one line.
     """
     try:
-        # The base loader leaves all values as they are written: `no` and `1e-4` are for the command line's parser.
+        # The base loader keeps all values as text; the command-line parser converts `no` and `1e-4`.
         options = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"config {str(path)!r} cannot be read: {one_line(error)}") from error
+        raise ValueError(f"--config {path}: file cannot be read: {one_line(error)}") from error
     if not isinstance(options, dict):
-        raise ValueError(f"config {str(path)!r} holds no options: lines of the form `name: value` are")
+        raise ValueError(f"--config {path}: file contains no options; expected lines of the form `name: value`")
     kinds = {field.name: str(field.type) for part in parts for field in dataclasses.fields(part)}
     words: dict[str, list[str] | None] = {}
     for name, value in options.items():
         if name not in kinds:
-            raise ValueError(f"config {str(path)!r}: unknown option {name}: {_hint(name, kinds)}")
-        is_list = "list[" in kinds[name]  # which one value makes, too
+            raise ValueError(f"--config {path}: unknown option {name}: {_hint(name, kinds)}")
+        is_list = "list[" in kinds[name]  # a list option may also be one value
         if isinstance(value, dict) or value == [] or (isinstance(value, list) and not is_list):
-            what = "a list with an entry" if is_list else "one value"
-            raise ValueError(f"config {str(path)!r}: {name}={value!r} is not allowed: {what}")
+            expected = "a list with at least one entry" if is_list else "one value"
+            raise ValueError(f"--config {path}: {name}: {value!r}; expected {expected}")
         words[name] = None if value in ("", "~", "null") else value if isinstance(value, list) else [value]
     return words
 
 
 class _Parser(argparse.ArgumentParser):
-    """Report errors in one line, without the usage; take -1e-3 for a number."""
+    """Argument parser that reports errors in one line, without the usage, and accepts -1e-3 as a number."""
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -236,7 +245,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _KeepForAuto(argparse.Action):
-    """Keep the number given so far, as an `Auto`, if the word is `auto`."""
+    """For the word `auto`, store the number given before it, or the default, as an `Auto`."""
 
     def __call__(self, parser: Any, namespace: Any, value: Any, flag: Any = None) -> None:
         earlier = getattr(namespace, self.dest)
@@ -246,7 +255,7 @@ class _KeepForAuto(argparse.Action):
 def _parser(
     parts: Iterable[type], program: str | None = None, doc: str | None = None, add_help: bool = True
 ) -> argparse.ArgumentParser:
-    """Return a parser whose groups are the dataclasses."""
+    """Return a parser with one group of options per dataclass."""
     summary, _, rest = (doc or "").strip("\n").partition("\n\n")
     parser = _Parser(
         prog=program or Path(sys.argv[0]).name,
@@ -269,7 +278,7 @@ def _parser(
 
 
 def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
-    """Return what argparse is to know of an option, from its annotation, its default and its line of help."""
+    """Return the keyword arguments of `add_argument` for an option, from its type, its default and its help."""
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     shown = default not in (dataclasses.MISSING, None, "", [])
     text = field.metadata["help"].replace("%", "%%") + (f" (default: {_words(default)})" if shown else "")
@@ -289,12 +298,12 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     if field.metadata["auto"]:
         settings["action"] = _KeepForAuto
         reader, metavar = _whole_or_auto, f"{metavar}|auto"
-    is_free = hint is str and default == ""  # whose empty default means none
-    return settings | {"type": str if is_free else reader, "metavar": metavar}
+    may_be_empty = hint is str and default == ""
+    return settings | {"type": str if may_be_empty else reader, "metavar": metavar}
 
 
 def _normalized(argv: Iterable[str], parts: Iterable[type]) -> list[str]:
-    """Return a command line in which every option has its one spelling: `--a-b` is `--a_b`, `--no_x` `--x=false`."""
+    """Return a command line with normalized options: `--a-b` becomes `--a_b`, `--no_x` becomes `--x=false`."""
     fields, argv = {field.name: field for part in parts for field in dataclasses.fields(part)}, list(argv)
     first = [name for name, field in fields.items() if field.metadata.get("is_first")]
     words = [f"--{name}" for name in first if argv and not argv[0].startswith("-")]
@@ -312,7 +321,7 @@ def _normalized(argv: Iterable[str], parts: Iterable[type]) -> list[str]:
 
 
 def _option_name(word: str) -> str | None:
-    """Return the name of the option that a word of a command line gives, with underscores; None for a value."""
+    """Return the option name of a command-line argument, with underscores; None for a value."""
     return word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else None
 
 
@@ -329,10 +338,13 @@ def _first_line(part: type) -> str:
 
 
 def _words(value: object) -> str:
-    """Return a default as it is typed."""
+    """Return a value as typed on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list | tuple):
+        return " ".join(map(_words, value))
+    text = str(value)
+    return text if text and text.isprintable() and " " not in text else repr(text)
 
 
 def _finite(text: str) -> float:
@@ -345,7 +357,7 @@ def _finite(text: str) -> float:
 def _whole(text: str) -> int:
     value = int(text)
     if abs(value) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is too large: at most 63 bits")
+        raise argparse.ArgumentTypeError(f"{text!r} is too large; expected at most 63 bits")
     return value
 
 
@@ -365,7 +377,7 @@ def _is_opaque_color(text: str) -> bool:
 
 def _filled(text: str) -> str:
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a text with a character")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a text that is not empty")
     return text
 
 
@@ -376,21 +388,21 @@ def _truth(text: str) -> bool:
     return word in ("true", "yes", "t", "y", "1")
 
 
-# How values are read, and what help calls them, by the type of their option.
+# Function that reads a value, and its placeholder in `--help`, by type of the option.
 _READERS: dict[Any, tuple[Any, str]] = {
     float: (_finite, "X"),
     int: (_whole, "N"),
     str: (_filled, "TEXT"),
     bool: (_truth, "true|false"),
 }
-# What argparse calls them in messages.
+# Names of the types in argparse's error messages.
 _finite.__name__, _whole.__name__, _whole_or_auto.__name__ = "float", "int", "int or auto"
 
 
 def _hint(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """Return what to write instead of an unknown option, after `MIGRATION` or by its letters."""
-    there = MIGRATION.get(name, "")
-    if there and set(re.findall(r"--(\w+)", there)) <= set(names):
-        return f"did you mean {there.replace('--', prefix)}?" if there.startswith("--") else there
+    """Return what to use instead of an unknown option: the entry of `MIGRATION`, or the option of a similar name."""
+    entry = MIGRATION.get(name, "")
+    if entry and set(re.findall(r"--(\w+)", entry)) <= set(names):
+        return f"did you mean {entry.replace('--', prefix)}?" if entry.startswith("--") else entry
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     return f"did you mean {prefix}{close[0]}?" if close else "see --help"

@@ -1,4 +1,4 @@
-"""Curves as pictures."""
+"""Plot curves into PNG files."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,10 @@ from hf_ddpm.utils.files import atomic_write
 
 Curve = tuple[Sequence[float], Sequence[float]]
 
-# Share of the points that a logarithmic axis may leave out at either end, and how far off they are, of its length.
+# A logarithmic axis omits outliers: at most this share of the points at each end, if they are farther from the others
+# than this share of the axis.
 LEFT_OUT, FAR_OFF = 0.01, 0.25
-# More curves than these have their legend beside them; more values of x than those are not all written.
+# With more curves the legend is placed next to the axes; with more values of x they are not all labeled.
 MOST_INSIDE, MOST_TICKS = 4, 8
 
 
@@ -27,23 +28,23 @@ def save_curves(
     markers: bool = False,
     levels: Mapping[str, float] | None = None,
 ) -> None:
-    """Draws curves over common axes into a PNG. A logarithmic y axis leaves out lone extremes.
+    """Plots curves over common axes into a PNG file. A logarithmic y axis omits outliers.
 
     Args:
         path: The file.
-        curves: By name, x and y; a single curve needs no legend.
-        x_label: What x is, with its unit.
-        y_label: What y is, with its unit.
+        curves: x and y of each curve by name; a single curve gets no legend.
+        x_label: Label of the x axis, with the unit.
+        y_label: Label of the y axis, with the unit.
         log_x: Whether the x axis is logarithmic.
-        log_y: Whether the y axis is.
-        markers: Whether each point is marked, for curves of few.
-        levels: By name, y of dashed horizontal lines, to compare with.
+        log_y: Whether the y axis is logarithmic.
+        markers: Whether to mark each point, for curves of few points.
+        levels: y of dashed horizontal reference lines by name.
     """
-    from matplotlib.figure import Figure  # takes a second; not pyplot, which keeps state and may want a display
+    from matplotlib.figure import Figure  # slow to import; not pyplot, which keeps state and may need a display
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
-        """Says 20 and 0.2, where others say 2 x 10^1 and 2e-01."""
+        """Formats ticks as 20 and 0.2, not as 2 x 10^1 and 2e-01."""
 
         def __call__(self, x: float, pos: int | None = None) -> str:
             return f"{x:g}" if super().__call__(x, pos) else ""
@@ -83,7 +84,7 @@ def save_curves(
 
 
 def log_limits(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return limits of a logarithmic axis without lone extremes of positive values; None if there are none."""
+    """Return limits of a logarithmic axis that omit outliers of the positive values; None if there are no outliers."""
     points = np.log([value for value in values if 0 < value < np.inf])
     if not len(points):
         return None

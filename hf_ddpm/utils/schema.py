@@ -1,4 +1,4 @@
-"""Check values that come from files: their types against annotations, then their ranges."""
+"""Check the types and ranges of values read from files."""
 
 import inspect
 import math
@@ -11,16 +11,16 @@ from typing import Any
 
 
 class CheckedConfig:
-    """Mixin for the `ConfigMixin` classes of diffusers: checks a configuration as soon as it is read from a file."""
+    """Mixin for diffusers' `ConfigMixin` classes that checks a configuration when it is loaded from a file."""
 
     config_name: str | None
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Reads a configuration as diffusers does.
+        """Loads a configuration as diffusers does, and checks it.
 
         Raises:
-            ValueError: If it is damaged; one line that names file, key and value.
+            ValueError: If it is invalid; one line that names file, key and value.
         """
         loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         config = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -35,13 +35,13 @@ class CheckedConfig:
 
     @classmethod
     def check_config(cls, config: Mapping[str, Any]) -> None:
-        """Raises a `ValueError` that names a key and its value, unless all values can be used."""
+        """Raises a `ValueError` that names a key and its value, unless all types and values are valid."""
         check_types(config, {"_class_name": str, "_diffusers_version": str, **parameter_types(cls.__init__)})
         cls.check_values({**_defaults(cls.__init__), **config})
 
     @classmethod
     def check_values(cls, config: Mapping[str, Any]) -> None:
-        """Raises a `ValueError` unless the values of the parameters, which have the annotated types, are usable."""
+        """Raises a `ValueError` unless the values are valid; their types have been checked. Override this method."""
 
 
 def check_range(values: Mapping[str, Any], least: float, most: float, *names: str) -> None:
@@ -58,8 +58,8 @@ def check_types(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
 
     Args:
         values: Values by name; names without an annotation are not checked.
-        hints: Annotations by name: classes, unions, `Literal`, `list`, `tuple` and `dict` of those. A list stands for
-            a tuple, as in JSON, a whole number for a float; floats are finite, and a bool is not a number.
+        hints: Annotations by name: classes, unions, `Literal`, `list`, `tuple` and `dict` of these. As in JSON, a list
+            is accepted for a tuple and an int for a float. Floats must be finite, and a bool is not a number.
     """
     for name, hint in hints.items():
         if name in values and not conforms(values[name], hint):
@@ -78,7 +78,7 @@ def _defaults(function: Any) -> dict[str, Any]:
 
 
 def conforms(value: Any, hint: Any) -> bool:
-    """Returns whether a value has an annotated type; see `check_types`."""
+    """Returns whether a value matches a type annotation; see `check_types`."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(conforms(value, part) for part in parts)
@@ -96,7 +96,7 @@ def conforms(value: Any, hint: Any) -> bool:
         return len(value) == len(parts) and all(map(conforms, value, parts))
     if hint is float:
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        # torch takes no larger whole numbers.
+        # torch does not support larger integers.
         return is_number and math.isfinite(value) and (isinstance(value, float) or abs(value) < 2**63)
     if hint is int:
         return isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(int(value)) < 2**63
@@ -104,7 +104,7 @@ def conforms(value: Any, hint: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """Returns an annotated type in words."""
+    """Returns a description of a type annotation for error messages."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(describe, parts))

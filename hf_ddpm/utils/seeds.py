@@ -1,4 +1,4 @@
-"""Random numbers for places, by generators or by a hash: none depends on what was drawn before."""
+"""Stateless random numbers: derived seeds, fresh generators, and a hash of indices."""
 
 import math
 
@@ -6,35 +6,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What numbers are drawn for. A stream has no two purposes.
+# Purposes of random numbers. Each purpose has its own stream.
 (
     ORDER, DIFFUSION, DROPOUT, INITIALIZATION, SAMPLES, BOUND_STEPS, BOUND_NOISE, CROP, SUBSET, METRIC_ORDER, FIGURES,
 ) = range(11)  # fmt: skip
 
 
 def derived_seed(seed: int, purpose: int, *place: int) -> int:
-    """Mixes a user's seed, a purpose and a place, such as a step or an image, into a seed in [0, 2**63)."""
+    """Mixes the user's seed, a purpose and indices, such as of a step or an image, into a seed in [0, 2**63)."""
     sequence = np.random.SeedSequence(seed, spawn_key=(purpose, *place))
     return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
 def generator(seed: int, purpose: int, *place: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Returns a fresh generator for a place."""
+    """Returns a new generator, seeded with the `derived_seed`."""
     return torch.Generator(device).manual_seed(derived_seed(seed, purpose, *place))
 
 
-# Odd multipliers of 32-bit hashes, as signed numbers: Fibonacci hashing, and those of "lowbias32" (C. Wellons 2018).
+# Odd multipliers of 32-bit hashes, as signed integers: of Fibonacci hashing, and of "lowbias32" (C. Wellons 2018).
 GOLDEN, FIRST, SECOND = 0x9E3779B9 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32
 
 
 def scramble(bits: Tensor) -> Tensor:
-    """Hash int32 numbers in place, one to one."""
+    """Hash int32 tensors in place, one to one."""
     bits ^= bits >> 16
     return mix(bits)
 
 
 def mix(bits: Tensor) -> Tensor:
-    """Hash int32 numbers in place, one to one; enough for numbers that hold the bits of a hash."""
+    """Second half of `scramble`, in place, one to one; sufficient for the bits of a hash."""
     bits *= FIRST
     bits ^= bits >> 15
     bits *= SECOND
@@ -42,7 +42,7 @@ def mix(bits: Tensor) -> Tensor:
 
 
 def hashed_keys(seed: int, *places: Tensor) -> Tensor:
-    """Hash a derived seed and places, int32 tensors of one shape, into keys of that shape; on any device the same."""
+    """Hash a derived seed and indices, int32 tensors of one shape, into keys of that shape; equal on all devices."""
     keys: Tensor | int = (seed >> 31) - 2**31  # the upper half of 63 bits, as a signed number
     for place in places:
         keys = scramble((place * GOLDEN) ^ keys)
@@ -50,7 +50,7 @@ def hashed_keys(seed: int, *places: Tensor) -> Tensor:
 
 
 def normal_noise(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return standard normal numbers of a shape per key, int32 of shape `(B,)`: a hash, then Box-Muller, in float32."""
+    """Return float32 standard normal numbers, shape `(B, *shape)`, from int32 keys, shape `(B,)`, by Box-Muller."""
     count = math.prod(shape)
     half = -(-count // 2)
     places = torch.arange(2 * half, dtype=torch.int32, device=keys.device)

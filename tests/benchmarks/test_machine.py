@@ -20,7 +20,7 @@ Times = namedtuple("Times", "user nice system idle iowait irq softirq steal gues
 Own = namedtuple("Own", "user system children_user children_system iowait")
 
 
-def test_other_processes_are_all_but_those_of_this_launch(monkeypatch):
+def test_the_load_of_other_processes_excludes_this_launch(monkeypatch):
     now = SimpleNamespace(seconds=0.0, cores=[Times(*[0] * 10)] * 3, own=[Own(0, 0, 0, 0, 0)] * 2)
 
     class Process:
@@ -39,8 +39,8 @@ def test_other_processes_are_all_but_those_of_this_launch(monkeypatch):
     monkeypatch.setattr(machine.psutil, "Process", Process)
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {0, 1})
     busy = machine.busy_others()
-    # In ten seconds: 9 s of work on core 0, 5 s on core 1 (1 s of it of a neighbor of the virtual machine); core 2 is
-    # not ours. This process and its child took 11 s of that, 2 s of which its ended children.
+    # In ten seconds: 9 s of work on core 0, 5 s on core 1 (1 s of it stolen by another virtual machine); core 2 is not
+    # available to this process. This process and its child used 11 s of that, 2 s of it in ended children.
     now.seconds = 10.0
     now.cores = [
         Times(5, 2, 1, 1, 0, 0.5, 0.5, 0, 3, 2),
@@ -51,18 +51,18 @@ def test_other_processes_are_all_but_those_of_this_launch(monkeypatch):
     assert busy() == pytest.approx((9 + 5 - 11) / 10)
 
 
-def test_a_report_says_if_the_machine_was_not_quiet():
+def test_a_report_notes_if_the_machine_was_not_idle():
     def row(task, *seconds, busy=0.05):
         times = {"least": min(seconds), "most": max(seconds)}
         return {"task": task, "subject": "hf_ddpm", "error": None, "seconds": times, "busy_others": busy}
 
     failed = {"task": "data", "subject": "hf_ddpm", "error": "no"}
-    quiet = {"made_by": {"load": 1.5}, "rows": [row("forward", 1, 1.09), failed]}  # the load of a run before
-    assert list(report_module._unrest(quiet)) == []
+    idle = {"made_by": {"load": 1.5}, "rows": [row("forward", 1, 1.09), failed]}  # a load from before the benchmark
+    assert list(report_module._disturbances(idle)) == []
     busy = {"rows": [row("forward", 1, 1.09, busy=0.3), row("sampling", 2, 2.5, busy=0.2), failed]}
-    assert list(report_module._unrest(busy)) == [
-        "- The machine was not quiet: other processes kept 0.3 of its cores busy during forward.",
-        "- The machine was not quiet: rounds of hf_ddpm, sampling, differ by 25%.",
+    assert list(report_module._disturbances(busy)) == [
+        "- The machine was not idle: other processes kept 0.3 of its cores busy during forward.",
+        "- The machine was not idle: rounds of hf_ddpm, sampling, differ by 25%.",
     ]
 
 
@@ -100,7 +100,7 @@ def test_a_profile_counts_operators_per_step(tmp_path):
     with profiled(work, file, CPU):
         for _ in range(2):
             for _ in range(3):
-                a.matmul(a)  # calls mm, which does not count
+                a.matmul(a)  # calls mm, which is not outermost and does not count
             a.relu()
     assert work.profile["per_step"] == {"operators": 4}
     longest = work.profile["longest"][0]
@@ -135,11 +135,11 @@ def test_each_of_our_tasks_is_profiled(benchmark, tmp_path):
         assert row["error"] is None and (row["profile"] is None) == (subject == "diffusers")
         assert len(row["seconds"]["rounds"]) == 1
     counts = {task: rows_by(report)[task, "hf_ddpm"]["profile"]["per_step"]["operators"] for task in tasks}
-    # A chain of two steps: a pass each, and few more. A training step: forward, backward, optimizer.
+    # A chain of two steps: two passes and few more operators. A training step: forward, backward, optimizer.
     assert counts["forward"] < counts["sampling"] < 2 * counts["forward"] < counts["train_step"]
     for task in tasks:
         events = json.loads((tmp_path / f"trace_{task}.json").read_text())["traceEvents"]
         names = [event.get("name") for event in events]
         assert names.count("aten::conv2d") == (2 if "sampling" in task else 1) * 25
-        assert task != "train_step" or "aten::isfinite" not in names  # that of the end of a run
+        assert task != "train_step" or "aten::isfinite" not in names  # only called at the end of a run
         assert f"## hf_ddpm, {task}: {counts[task]:,.4g} operators per step; trace in trace_{task}.json" in printed

@@ -9,7 +9,7 @@ from benchmarks.report import to_row
 
 
 class Stage:
-    """A clock that only the works move, and the order of their turns."""
+    """A clock that only workloads advance, and a record of the order of turns."""
 
     def __init__(self):
         self.now, self.order = 0.0, []
@@ -28,7 +28,7 @@ class Stage:
 
     def leader(self, subject, durations, **more):
         def lead(others):
-            self.now += 1000  # what comes before its first turn is nobody's time
+            self.now += 1000  # time before the first turn does not count
             others()
             for duration in durations:
                 self.order.append(subject)
@@ -44,15 +44,15 @@ def time_all(stage, works, rounds, **more):
     return [work.seconds for work in works]
 
 
-def test_works_take_turns_and_the_first_round_does_not_count():
+def test_workloads_take_turns_and_the_first_round_does_not_count():
     stage = Stage()
     works = [stage.work("a", [99, 3, 1, 2]), stage.work("b", [77, 6, 8, 4], count=2)]
-    assert time_all(stage, works, 3) == [[3, 1, 2], [3, 4, 2]]  # of b per unit, of which there are two
+    assert time_all(stage, works, 3) == [[3, 1, 2], [3, 4, 2]]  # b has two units per run
     assert stage.order == ["a", "b"] * 4
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_loop_of_its_own_leads_the_others_wherever_it_stands(at):
+def test_a_leading_loop_gives_turns_to_the_others_in_any_order(at):
     stage = Stage()
     works = [stage.work("a", [99, 3, 1]), stage.work("b", [88, 5, 5])]
     works.insert(at, stage.leader("l", [77, 10, 20], count=10))
@@ -62,15 +62,15 @@ def test_a_loop_of_its_own_leads_the_others_wherever_it_stands(at):
     assert seconds == [[3, 1], [5, 5]]
 
 
-def test_short_works_are_repeated():
+def test_short_workloads_are_repeated():
     stage = Stage()
     (seconds,) = time_all(stage, [stage.work("a", [LEAST_SECONDS / 4] * 100, at_once=False)], 2)
-    assert len(stage.order) == 2 + 3 * 4  # two to see how short it is
+    assert len(stage.order) == 2 + 3 * 4  # two runs to measure the duration
     assert seconds == pytest.approx([LEAST_SECONDS / 4] * 2)
 
 
 @pytest.mark.parametrize("lasts", [0, 1, 2])
-def test_one_that_fails_takes_part_no_more(lasts):
+def test_a_failed_workload_takes_no_further_turns(lasts):
     stage = Stage()
     works = [stage.work("a", [1] * lasts), stage.work("b", [7, 2, 3])]
     assert time_all(stage, works, 2) == [[], [2, 3]]
@@ -78,13 +78,13 @@ def test_one_that_fails_takes_part_no_more(lasts):
     assert [work.error for work in works] == ["StopIteration:", None]
 
 
-def test_one_that_has_failed_before_gets_no_turn():
+def test_a_workload_that_failed_before_gets_no_turn():
     stage = Stage()
     assert time_all(stage, [stage.work("a", [1], error="no"), stage.work("b", [7, 2])], 1) == [[], [2]]
     assert stage.order == ["b", "b"]
 
 
-def test_a_leader_that_fails_leaves_the_others_their_turns():
+def test_the_others_take_their_turns_after_a_leader_fails():
     stage = Stage()
 
     def lead(others):
@@ -96,13 +96,17 @@ def test_a_leader_that_fails_leaves_the_others_their_turns():
     assert [work.error for work in works] == [None, "MemoryError: out of memory"]
 
 
-def test_the_first_run_is_counted_from_the_building_of_the_workload():
+def test_the_first_run_includes_building_the_workload():
     stage = Stage()
     works = [stage.work("a", [99, 3]), stage.leader("l", [77, 10]), stage.work("b", [88, 5])]
     for work in works:
         work.first = 7  # built in seven seconds
     time_all(stage, works, 1)
-    assert [work.first for work in works] == [7 + 99, 7 + 1000 + 77, 7 + 88]  # the leader prepares for 1000 seconds
+    assert [work.first for work in works] == [
+        7 + 99,
+        7 + 1000 + 77,
+        7 + 88,
+    ]  # the leader prepares for 1000 s
     work = stage.work("c", [50, *[LEAST_SECONDS / 4] * 100], at_once=False)
     time_all(stage, [work], 1)
     assert work.first == 50
@@ -110,7 +114,7 @@ def test_the_first_run_is_counted_from_the_building_of_the_workload():
 
 
 @pytest.mark.parametrize("at", [0, 1])
-def test_profiled_workloads_have_a_last_turn_that_is_not_timed(at):
+def test_profiled_workloads_have_an_untimed_last_turn(at):
     stage, inside = Stage(), []
 
     @contextmanager
@@ -128,13 +132,13 @@ def test_profiled_workloads_have_a_last_turn_that_is_not_timed(at):
 
     stage.order.clear(), inside.clear()
     works = [stage.work("b", [9, 4])]
-    works.insert(at, stage.leader("l", [9, 5, 1]))  # one step more
+    works.insert(at, stage.leader("l", [9, 5, 1]))  # one more step
     seconds = time_all(stage, works, 1, profiled=profile_of)
     assert seconds.pop(at) == [5] and seconds == [[4]]
     assert inside == ["l"] and stage.order[-1] == "l"
 
 
-def test_a_row_is_medians_and_shares():
+def test_a_row_contains_medians_and_shares():
     ours = Workload("hf_ddpm", images=8, unit="pass", seconds=[1.0, 2.0, 6.0])
     theirs = Workload("other", images=4, unit="pass", flops=60.0, seconds=[3.0, 2.0, 8.0])
     row = to_row("forward", theirs, ours, {"matmul": 100.0, "convolution": 40.0})

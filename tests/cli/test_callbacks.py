@@ -18,7 +18,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def evaluated(run_training, tmp_path_factory):
-    """The folder of a run of 4 steps that was evaluated twice; not to be written to."""
+    """The folder of a run of 4 steps with two evaluations; tests must not write to it."""
     folder = tmp_path_factory.mktemp("evaluated")
     assert run_training(folder, "--max_train_steps", "4", *EVALUATED) == 0
     return folder
@@ -32,18 +32,20 @@ def without_provenance(results):
     return {name: {k: v for k, v in results[name].items() if k != "made_by"} for name in ("fd", "nll")}
 
 
-def test_a_run_says_of_its_model_what_evaluate_says(evaluated, tmp_path):
+def test_evaluations_of_a_run_equal_those_of_evaluate(evaluated, tmp_path):
     words = ["--model", str(evaluated), "--dataset", "digits", "--metrics", "fd,nll", "--num_images", "20"]
     words += ["--num_inference_steps", "2", "--steps_per_image", "2", "--batch_size", "7"]
     load_script("evaluate").main([*words, "--output", str(tmp_path / "results.json")])
-    alone, in_training = (json.loads((f / "results.json").read_text()) for f in (tmp_path, evaluated))
-    assert alone["model"]["checksum"] == in_training["model"]["checksum"]
-    assert alone["fd"]["value"] == in_training["fd"]["value"]
-    assert alone["nll"]["total_bpd"] == pytest.approx(in_training["nll"]["total_bpd"], rel=1e-6)
-    assert lines(evaluated)[-1]["fd"]["value"] == alone["fd"]["value"]  # the last step is evaluated in both ways
+    separate, in_training = (json.loads((f / "results.json").read_text()) for f in (tmp_path, evaluated))
+    assert separate["model"]["checksum"] == in_training["model"]["checksum"]
+    assert separate["fd"]["value"] == in_training["fd"]["value"]
+    assert separate["nll"]["total_bpd"] == pytest.approx(in_training["nll"]["total_bpd"], rel=1e-6)
+    assert lines(evaluated)[-1]["fd"]["value"] == separate["fd"]["value"]
 
 
-def test_evaluations_of_a_run_sample_in_its_precision_and_take_the_bound_in_float32(run_training, evaluated, tmp_path):
+def test_evaluations_of_a_run_sample_in_its_precision_and_compute_the_bound_in_float32(
+    run_training, evaluated, tmp_path
+):
     run_training(tmp_path, "--max_train_steps", "4", *EVALUATED, "--mixed_precision", "bf16")
     for folder, precision in ((evaluated, "no"), (tmp_path, "bf16")):
         results = json.loads((folder / "results.json").read_text())
@@ -56,7 +58,7 @@ def test_evaluations_of_a_run_sample_in_its_precision_and_take_the_bound_in_floa
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_the_best_model_is_kept_with_its_figures(evaluated):
+def test_the_best_model_is_saved_with_its_results(evaluated):
     first, second = lines(evaluated)
     assert [first["step"], second["step"]] == [2, 4]
     best = min(first, second, key=lambda line: line["fd"]["value"])
@@ -70,7 +72,9 @@ def test_the_best_model_is_kept_with_its_figures(evaluated):
 @pytest.mark.parametrize(
     ("metric", "scores", "best"), [("fd", [3, 1, 2], 4), ("fd", [1, 3, 2], 2), ("is", [1, 3, 2], 4)]
 )
-def test_better_is_nearer_or_more_diverse(run_training, tmp_path, monkeypatch, metric, scores, best):
+def test_the_best_model_has_the_lowest_distance_or_the_highest_inception_score(
+    run_training, tmp_path, monkeypatch, metric, scores, best
+):
     values = iter([*scores, 0])
 
     def evaluate(*args, output, **options):
@@ -86,7 +90,7 @@ def test_better_is_nearer_or_more_diverse(run_training, tmp_path, monkeypatch, m
     assert all((kept[name] == average[name]).all() for name in average)
 
 
-def test_an_evaluation_that_a_kill_cut_short_is_made_up_for(run_training, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_is_repeated(run_training, tmp_path, monkeypatch):
     evaluate = callbacks.evaluate
 
     def killed(*args, **options):
@@ -105,7 +109,7 @@ def test_an_evaluation_that_a_kill_cut_short_is_made_up_for(run_training, tmp_pa
     assert [line["step"] for line in lines(tmp_path)] == [2, 4]
 
 
-def test_figures_of_other_requests_are_no_rivals(run_training, evaluated, tmp_path):
+def test_only_figures_of_equal_options_are_compared(run_training, evaluated, tmp_path):
     folder = shutil.copytree(evaluated, tmp_path / "run")
     harder = [
         *EVALUATED,
@@ -119,23 +123,23 @@ def test_figures_of_other_requests_are_no_rivals(run_training, evaluated, tmp_pa
     assert json.loads((folder / "best" / "results.json").read_text())["kid"]["num_images"] == 10
 
 
-def test_a_run_goes_on_from_an_evaluation_when_it_is_told_to_stop(run_training, tmp_path, monkeypatch):
+def test_a_run_stopped_during_an_evaluation_resumes(run_training, tmp_path, monkeypatch):
     evaluate = callbacks.evaluate
 
-    def told(*args, **options):
+    def stopped(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args, **options)
 
-    monkeypatch.setattr(callbacks, "evaluate", told)
+    monkeypatch.setattr(callbacks, "evaluate", stopped)
     assert run_training(tmp_path, "--max_train_steps", "4", *EVALUATED) == 128 + signal.SIGTERM
-    assert not (tmp_path / "evaluations.jsonl").exists()  # at once: the checkpoint is there
+    assert not (tmp_path / "evaluations.jsonl").exists()  # stops at once, because the checkpoint exists
     monkeypatch.undo()
     assert run_training(tmp_path, "--max_train_steps", "4", *EVALUATED) == 0
     assert [line["step"] for line in lines(tmp_path)] == [2, 4]
 
 
 @pytest.mark.parametrize("content", ["mine", '{"model": "resnet"}', '{"accuracy": 0.93}', "[1]"])
-def test_results_of_something_else_are_left_alone_and_told_before_the_training(run_training, tmp_path, content):
+def test_a_results_file_of_another_format_is_an_error_before_training(run_training, tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(ValueError, match="results.json: not a results file.*; move it, or choose another path"):
         run_training(tmp_path, "--max_train_steps", "4", *EVALUATED)
@@ -146,25 +150,25 @@ def test_results_of_something_else_are_left_alone_and_told_before_the_training(r
     ("words", "message"),
     [
         ("--eval_metrics fd --eval_split validation", "dataset 'digits' has no split 'validation'"),
-        ("--eval_metrics fd --eval_num_images 2000", "eval_num_images=2000 is not allowed: at most the 899"),
+        ("--eval_metrics fd --eval_num_images 2000", "--eval_num_images 2000: expected at most the 899"),
         (
             "--eval_metrics fd --eval_split train",
-            "eval_split.*train.*: equals the reference split, .*--eval_floor false",
+            "--eval_split train: equals the reference split, .*--eval_floor false",
         ),
-        ("--eval_metrics fd --streaming true", "eval_metrics='fd' is not allowed: with streaming evaluate by"),
-        ("--eval_metrics fd,speed", "eval_metrics='speed' is not allowed: any of fd, kid, is, pr, nll"),
+        ("--eval_metrics fd --streaming true", "--eval_metrics fd: expected no metrics with --streaming true"),
+        ("--eval_metrics fd,speed", "--eval_metrics speed: expected any of fd, kid, is, pr, nll"),
         (
             "--eval_metrics nll --eval_steps 2",
-            "eval_steps=2 is not allowed: eval_metrics must begin with fd",
+            "--eval_steps 2: expected fd, kid or is first in --eval_metrics",
         ),
-        ("--eval_metrics fd --eval_steps 3", "eval_steps=3 is not allowed: a multiple of checkpointing_steps=2"),
-        ("--eval_metrics fd --eval_inference_steps 0", "eval_inference_steps=0 is not allowed: at least 1"),
-        ("--eval_metrics fd --eval_inference_steps 1001", "eval_inference_steps=1001 is not allowed: at most the 1000"),
-        ("--num_inference_steps 2000", "num_inference_steps=2000 is not allowed: at most the 1000 of the process"),
-        ("--eval_metrics nll --eval_steps_per_image 1", "eval_steps_per_image=1 is not allowed: at least 2"),
+        ("--eval_metrics fd --eval_steps 3", "--eval_steps 3: expected a multiple of --checkpointing_steps 2"),
+        ("--eval_metrics fd --eval_inference_steps 0", "--eval_inference_steps 0: expected at least 1"),
+        ("--eval_metrics fd --eval_inference_steps 1001", "--eval_inference_steps 1001: expected at most 1000"),
+        ("--num_inference_steps 2000", "--num_inference_steps 2000: expected at most 1000, the number of diff"),
+        ("--eval_metrics nll --eval_steps_per_image 1", "--eval_steps_per_image 1: expected at least 2"),
     ],
 )
-def test_what_cannot_be_evaluated_is_told_before_the_training(run_training, tmp_path, words, message):
+def test_invalid_evaluation_settings_are_reported_before_training(run_training, tmp_path, words, message):
     with pytest.raises(ValueError, match=message) as caught:
         run_training(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "2", *words.split())
     assert "\n" not in str(caught.value)

@@ -21,7 +21,7 @@ HEAVY = {"torch", "transformers", "diffusers", "accelerate", "datasets", "gradio
 
 
 def end(*words):
-    """Returns exit code, output, errors and heavy imports of a process that ends before its work begins."""
+    """Returns the exit code, output, errors and heavy imports of a process that ends before its work starts."""
     code = (
         "import atexit, sys; from hf_ddpm.cli import main\n"
         f"atexit.register(lambda: print('\\nimported', *({HEAVY!r} & set(sys.modules))))\n"
@@ -33,7 +33,7 @@ def end(*words):
 
 
 @pytest.mark.parametrize("command", ["", *cli.COMMANDS])
-def test_help_is_printed_before_anything_slow_is_imported(command):
+def test_help_is_printed_without_slow_imports(command):
     code, output, errors, imported = end(*command.split(), "--help")
     assert (code, errors, imported) == (0, "", []) and output.startswith(f"usage: hf-ddpm {command}".rstrip())
 
@@ -42,10 +42,10 @@ def test_help_is_printed_before_anything_slow_is_imported(command):
     ("words", "error"),
     [
         ("train --num_epochs 3", "hf-ddpm train: error: unknown option --num_epochs: did you mean --num_train_epochs?"),
-        ("train --dataset digits --dropout 1", "hf-ddpm train: error: dropout=1.0 is not allowed: in [0, 1)"),
+        ("train --dataset digits --dropout 1", "hf-ddpm train: error: --dropout 1.0: expected a value in [0, 1)"),
         ("sample --model m", "hf-ddpm sample: error: the following arguments are required: --output"),
         ("evaluate --batch_size x", "hf-ddpm evaluate: error: argument --batch_size: invalid int value: 'x'"),
-        ("push --model nowhere --hub_model_id a/b", "model='nowhere' is not allowed: there is no such folder"),
+        ("push --model nowhere --hub_model_id a/b", "--model nowhere: expected an existing folder"),
         ("convert --from what", "hf-ddpm convert: error: argument --from: invalid choice: 'what'"),
         ("reproduce step", "hf-ddpm reproduce: error: unknown command 'step': did you mean steps?"),
         ("reproduce steps --modle m", "hf-ddpm reproduce: error: unknown option --modle: did you mean --model?"),
@@ -56,13 +56,13 @@ def test_help_is_printed_before_anything_slow_is_imported(command):
         ),
     ],
 )
-def test_a_wrong_word_is_one_line_before_anything_slow_is_imported(words, error):
+def test_errors_for_invalid_arguments_are_one_line_without_slow_imports(words, error):
     code, output, errors, imported = end(*words.split())
     assert code == 2 and error in errors and errors.count("\n") == 1 and output == "" and imported == []
 
 
 @pytest.mark.parametrize(("script", "command"), [("train", "train"), ("push_to_hub", "push"), ("space/app", "demo")])
-def test_scripts_are_the_commands_under_their_own_name(script, command):
+def test_scripts_run_their_commands(script, command):
     process = subprocess.run(
         [sys.executable, f"scripts/{script}.py", "--nonsense", "1"], capture_output=True, text=True, cwd=ROOT
     )
@@ -71,7 +71,7 @@ def test_scripts_are_the_commands_under_their_own_name(script, command):
     assert f'run("{command}")' in (ROOT / "scripts" / f"{script}.py").read_text()
 
 
-def test_the_commands_are_listed_with_a_line_each(capsys):
+def test_commands_are_listed_with_one_line_each(capsys):
     for words in ([], ["--help"], ["-h"]):
         assert cli.list_commands(words) == 0
         lines = capsys.readouterr().out.splitlines()
@@ -79,7 +79,7 @@ def test_the_commands_are_listed_with_a_line_each(capsys):
         assert tuple(listed) == cli.COMMANDS
 
 
-def test_the_presets_are_listed_with_a_line_each(capsys):
+def test_presets_are_listed_with_one_line_each(capsys):
     assert importlib.import_module("hf_ddpm.cli.presets").main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines]
@@ -90,7 +90,7 @@ def test_the_presets_are_listed_with_a_line_each(capsys):
     assert rows["small-32"] == ["32x32", "5.6M", "32", "1.0", "GiB", "auto"]
 
 
-def test_the_time_per_step_of_presets_is_measured_when_asked(capsys, monkeypatch):
+def test_presets_measures_the_time_per_step_with_measure(capsys, monkeypatch):
     presets = importlib.import_module("hf_ddpm.cli.presets")
     monkeypatch.setattr(presets, "preset_names", lambda: ["digits"])
     assert presets.main(["--measure", "true"]) == 0
@@ -114,11 +114,11 @@ def test_the_help_of_training_has_groups_defaults_presets_and_examples(capsys):
         assert options == [field.name for field in dataclasses.fields(part)]
     words = " ".join(text.split())
     for line in (
-        "--max_train_steps N|auto optimizer steps; auto: 100 passes over the images, at least 10,000 and at most "
-        "100,000 steps; 800,000 by default, as in the paper --num",
+        "--max_train_steps N|auto optimizer steps; auto: 100 epochs, but at least 10,000 and at most 100,000 steps; "
+        "800,000 by default, as in the paper --num",
         "--adam_beta1 X decay of Adam's first moment (default: 0.9)",
         "(default: 128 256 256 256)",
-        "--ema_warmup [true|false] let decays start small, as min(decay, (1 + step) / (10 + step)) (default: true)",
+        "--ema_warmup [true|false] start with smaller decays: min(decay, (1 + step) / (10 + step)) (default: true)",
     ):
         assert line in words
     assert all(name in words.replace("- ", "-") for name in preset_names())
@@ -126,7 +126,7 @@ def test_the_help_of_training_has_groups_defaults_presets_and_examples(capsys):
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_the_help_of_a_command_has_each_option_once_and_examples(command, capsys):
+def test_the_help_of_each_command_has_each_option_once_and_examples(command, capsys):
     text = help_of(command, capsys, *(["steps"] if command == "reproduce" else []))
     options = re.findall(r"^  (--\w+)", text, re.M)
     assert len(set(options)) == len(options)
@@ -142,7 +142,7 @@ def test_required_options_are_in_the_usage_without_a_default(capsys):
 
 
 @pytest.mark.slow
-def test_every_launcher_starts_the_same_run_from_the_package_and_from_the_script(tmp_path):
+def test_all_launchers_start_the_same_run(tmp_path):
     accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     starts = {
         "script": [*accelerate, str(ROOT / "scripts" / "train.py")],
@@ -160,7 +160,7 @@ def test_every_launcher_starts_the_same_run_from_the_package_and_from_the_script
         assert all(torch.equal(weights[name][key], value) for key, value in weights["script"].items())
 
 
-def test_options_in_python_are_those_of_the_command_line():
+def test_python_options_equal_command_line_options():
     options = {"preset": "digits", "resolution": (8, 16), "horizontal_flip": True, "eval_metrics": "", "seed": 3}
     config = Config.of(**options, image_column=None)
     assert config.data.size == (8, 16) and config.data.horizontal_flip is True and config.training.seed == 3

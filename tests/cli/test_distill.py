@@ -1,4 +1,4 @@
-"""Distillation: stages that resume exactly, a model that plain diffusers samples, and what is refused."""
+"""Distillation: stages, resuming, loading the result with diffusers, and errors."""
 
 import json
 import os
@@ -32,7 +32,7 @@ STAGES = ("16-steps", "8-steps", "4-steps")
 
 @pytest.fixture(scope="module")
 def distilled(trained, tmp_path_factory):
-    """The folder of a model distilled to 4 steps; not to be written to."""
+    """The folder of a model distilled to 4 steps; tests must not write to it."""
     folder = tmp_path_factory.mktemp("distilled") / "model"
     assert hf_ddpm.distill(trained, 4, folder, **FEW, eval_metrics="fd", eval_num_images=8) == folder
     return folder
@@ -53,9 +53,9 @@ def scheduler(folder):
     return json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
 
 
-def test_each_stage_is_a_run_whose_teacher_is_the_stage_before(distilled, trained):
-    found = [json.loads((distilled / name / "status.json").read_text()) for name in STAGES]
-    assert [(status["status"], status["step"]) for status in found] == [("finished", 4)] * 3
+def test_each_stage_is_a_run_whose_teacher_is_the_previous_stage(distilled, trained):
+    statuses = [json.loads((distilled / name / "status.json").read_text()) for name in STAGES]
+    assert [(status["status"], status["step"]) for status in statuses] == [("finished", 4)] * 3
     options = [hf_ddpm.Config.of(config=distilled / name / "config.yaml") for name in STAGES]
     assert [config.distillation.student_steps for config in options] == [16, 8, 4]
     assert [config.distillation.student_target for config in options] == ["images", "teacher", "teacher"]
@@ -70,8 +70,8 @@ def test_each_stage_is_a_run_whose_teacher_is_the_stage_before(distilled, traine
         assert figures["made_by"]["sampling"]["num_inference_steps"] == int(name.removesuffix("-steps"))
 
 
-def test_a_student_starts_as_its_teacher(distilled):
-    # One step of Adam moves a weight by the learning rate at most, here 1e-3; four of a falling one by less than 4e-3.
+def test_a_student_starts_from_the_weights_of_its_teacher(distilled):
+    # An Adam step changes a weight by at most the learning rate of 1e-3, so four steps change it by less than 4e-3.
     for teacher, student in zip(STAGES, STAGES[1:], strict=False):
         before = weights(distilled / teacher)
         after = load_file(newest(distilled / student) / "unet.safetensors")
@@ -79,7 +79,7 @@ def test_a_student_starts_as_its_teacher(distilled):
         assert any(not torch.equal(after[name], before[name]) for name in before)
 
 
-def test_the_folder_holds_the_last_stage_with_a_card_of_all(distilled):
+def test_the_folder_has_the_last_stage_and_a_card_of_all_stages(distilled):
     assert all(torch.equal(value, weights(distilled / "4-steps")[name]) for name, value in weights(distilled).items())
     card = (distilled / "README.md").read_text()
     distances = [json.loads((distilled / name / "results.json").read_text())["fd"]["value"] for name in STAGES]
@@ -91,18 +91,18 @@ def test_the_folder_holds_the_last_stage_with_a_card_of_all(distilled):
 
 
 @pytest.mark.parametrize("pipeline", [diffusers.DDPMPipeline, diffusers.DDIMPipeline])
-def test_plain_diffusers_samples_the_student_equally(distilled, pipeline):
+def test_diffusers_samples_the_same_images_from_the_student(distilled, pipeline):
     options = {"batch_size": 3, "output_type": "np"}
     stock, ours = pipeline.from_pretrained(distilled), DDPMPipeline.from_pretrained(distilled)
     assert type(stock.scheduler) is diffusers.DDIMScheduler and type(stock.unet) is diffusers.UNet2DModel
     assert ours.default_steps == 4
     expected = ours(generator=torch.Generator().manual_seed(1), **options).images  # in 4 steps by default
-    found = stock(generator=torch.Generator().manual_seed(1), num_inference_steps=4, **options).images
+    images = stock(generator=torch.Generator().manual_seed(1), num_inference_steps=4, **options).images
     assert ours.scheduler.timesteps.tolist() == stock.scheduler.timesteps.tolist() == [999, 749, 499, 249]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(images, expected, atol=1e-5)
 
 
-def test_samples_and_checkpoints_are_of_as_many_steps_as_the_student(distilled, tmp_path):
+def test_samples_and_checkpoints_have_the_steps_of_the_student(distilled, tmp_path):
     sample_images(distilled, tmp_path / "out", 4)
     assert json.loads((tmp_path / "out" / "sampling.json").read_text())["num_inference_steps"] == 4
     pipe = DDPMPipeline.from_pretrained(newest(distilled / "4-steps"))
@@ -111,8 +111,8 @@ def test_samples_and_checkpoints_are_of_as_many_steps_as_the_student(distilled, 
     assert DDPMPipeline.from_pretrained(tmp_path / "saved").default_steps == 4
 
 
-def test_stages_that_diffusers_would_walk_otherwise_are_not_for_it(distilled):
-    # 1000 / 16 is no whole number: its DDIMScheduler would step from 999 to 937 and then from 936.
+def test_stages_that_diffusers_would_sample_differently_do_not_load_in_diffusers(distilled):
+    # 1000 / 16 is not an integer: the DDIMScheduler of diffusers would step from 999 to 937 and then from 936.
     index = json.loads((distilled / "16-steps" / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "HFDDIMScheduler"]
     pipe = DDPMPipeline.from_pretrained(distilled / "16-steps")
@@ -123,14 +123,14 @@ def test_stages_that_diffusers_would_walk_otherwise_are_not_for_it(distilled):
 
 
 class Killed(BaseException):
-    """Ends a session as a kill does: nothing is cleaned up after it."""
+    """Ends a run like a kill, without cleaning up."""
 
 
 EVERY = [(steps, step) for steps in (16, 8, 4) for step in (2, 4)]
 
 
 @pytest.mark.parametrize("places", [[(8, 2)], pytest.param(EVERY, marks=pytest.mark.slow)], ids=["one", "all"])
-def test_a_distillation_that_is_cut_at_checkpoints_is_the_uninterrupted_one(
+def test_a_distillation_interrupted_at_checkpoints_equals_an_uninterrupted_one(
     trained, distilled, tmp_path, monkeypatch, places
 ):
     save, left = Checkpoints.on_checkpoint, list(places)
@@ -165,7 +165,7 @@ def start(*words, launcher=(), **environment):
 
 
 @pytest.mark.slow
-def test_kills_at_any_moment_lose_nothing(trained, tmp_path):
+def test_a_distillation_killed_at_any_step_equals_an_uninterrupted_one(trained, tmp_path):
     words = ["--model", str(trained), "--steps", "4", "--start_steps", "8", "--max_train_steps", "60"]
     words += ["--checkpointing_steps", "20", "--log_steps", "1", "--num_samples", "4"]
     process = start(*words, "--output", str(tmp_path / "whole"))
@@ -184,7 +184,7 @@ def test_kills_at_any_moment_lose_nothing(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_distill_what_one_does(trained, tmp_path):
+def test_two_processes_distill_the_same_model_as_one(trained, tmp_path):
     words = ["--model", str(trained), "--steps", "4", *WORDS, "--max_grad_norm", "1e6", "--train_batch_size"]
     one = start(*words, "8", "--output", str(tmp_path / "one"))
     two = start(*words, "4", "--output", str(tmp_path / "two"), launcher=LAUNCH, ACCELERATE_USE_CPU="true")
@@ -195,12 +195,12 @@ def test_two_processes_distill_what_one_does(trained, tmp_path):
             [json.loads(line) for line in (tmp_path / kind / name / "metrics.jsonl").read_text().splitlines()]
             for kind in ("one", "two")
         ]
-        for mine, yours in zip(*lines, strict=True):
-            assert (mine["loss"], mine["grad_norm"]) == pytest.approx((yours["loss"], yours["grad_norm"]), rel=1e-2)
+        for a, b in zip(*lines, strict=True):
+            assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-2)
 
 
 @pytest.mark.slow
-def test_a_signal_ends_a_stage_with_a_checkpoint_and_the_same_command_resumes(trained, tmp_path, monkeypatch, capsys):
+def test_a_signal_stops_a_stage_with_a_checkpoint_and_the_same_command_resumes(trained, tmp_path, monkeypatch, capsys):
     def stop(self, run):
         run.stopped_by = signal.SIGTERM if run.step == 3 and not stopped else None
         stopped.append(run.stopped_by) if run.stopped_by else None
@@ -210,33 +210,33 @@ def test_a_signal_ends_a_stage_with_a_checkpoint_and_the_same_command_resumes(tr
     words = ["--model", str(trained), "--steps", "4", *WORDS, "--output", str(tmp_path / "model")]
     assert distill.main(words) == 128 + signal.SIGTERM
     assert newest(tmp_path / "model" / "16-steps").name == "step-000000003"
-    assert "resume:      the same command of hf-ddpm distill" in capsys.readouterr().out
+    assert "resume:      run the same hf-ddpm distill command" in capsys.readouterr().out
     assert distill.main(words) == 0 and DDPMPipeline.from_pretrained(tmp_path / "model").default_steps == 4
 
 
-def test_a_distilled_model_is_distilled_further(distilled, tmp_path):
+def test_a_distilled_model_can_be_distilled_further(distilled, tmp_path):
     options = {**FEW, "start_steps": None, "prediction_type": "sample"}
     folder = hf_ddpm.distill(distilled, 1, tmp_path / "one", dataset="digits", **options)
     assert sorted(path.name for path in folder.glob("*-steps")) == ["1-steps", "2-steps"]
     stock, ours = diffusers.DDPMPipeline.from_pretrained(folder), DDPMPipeline.from_pretrained(folder)
     expected = ours(2, torch.Generator().manual_seed(1), output_type="np").images
-    found = stock(2, torch.Generator().manual_seed(1), num_inference_steps=1, output_type="np").images
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    images = stock(2, torch.Generator().manual_seed(1), num_inference_steps=1, output_type="np").images
+    np.testing.assert_allclose(images, expected, atol=1e-5)
 
 
-def test_another_teacher_is_another_distillation(trained, distilled, tmp_path):
+def test_resuming_with_another_teacher_is_an_error(trained, distilled, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(distilled, folder)
     other = tmp_path / "other"
     shutil.copytree(trained, other, ignore=shutil.ignore_patterns("checkpoints"))
     file = other / "unet" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(file) | {"conv_in.bias": torch.ones(8)}, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"of another run, .*teacher=.* \(its weights were others\)"):
+    with pytest.raises(ValueError, match=r"of a run with other options: .*teacher=.* \(with other weights\)"):
         hf_ddpm.distill(other, 4, folder, **FEW)
     assert all(torch.equal(value, weights(distilled)[name]) for name, value in weights(folder).items())
 
 
-def test_without_data_the_images_are_samples_of_the_model(trained, tmp_path):
+def test_data_free_distillation_trains_on_samples_of_the_model(trained, tmp_path):
     folder = hf_ddpm.distill(trained, 4, tmp_path / "free", data_free=True, free_images=12, **FEW)
     images = load_from_disk(str(folder / "teacher-images"))
     expected = np.load(folder / "teacher-samples" / "shards" / "000000.npy")
@@ -249,7 +249,7 @@ def test_without_data_the_images_are_samples_of_the_model(trained, tmp_path):
     assert torch.equal(store[torch.arange(12)], torch.from_numpy(expected))
 
 
-def test_the_guidance_of_the_teacher_is_distilled_once_with_classes(conditional, tmp_path):
+def test_guidance_is_distilled_once_for_models_with_classes(conditional, tmp_path):
     folder = hf_ddpm.distill(conditional, 4, tmp_path / "model", guidance_scale=3.0, **FEW)
     options = [hf_ddpm.Config.of(config=folder / name / "config.yaml") for name in STAGES]
     assert [config.distillation.teacher_guidance for config in options] == [1.0, 3.0, 1.0]
@@ -257,11 +257,11 @@ def test_the_guidance_of_the_teacher_is_distilled_once_with_classes(conditional,
     assert pipe.class_names == [str(digit) for digit in range(10)] and pipe.null_class == 10
     assert pipe(2, class_labels=["3", "7"], output_type="pt").images.shape == (2, 1, 8, 8)
     assert "`16-steps`, guidance scale 3" in (folder / "8-steps" / "README.md").read_text()
-    assert "guidance_scale" not in (folder / "README.md").read_text()  # which is not guided any more
+    assert "guidance_scale" not in (folder / "README.md").read_text()  # the final model needs no guidance
 
 
 @pytest.mark.slow
-def test_samples_of_a_model_with_classes_have_theirs(conditional, tmp_path):
+def test_data_free_samples_of_a_conditional_model_have_classes(conditional, tmp_path):
     free = hf_ddpm.distill(conditional, 8, tmp_path / "free", guidance_scale=3.0, data_free=True, free_images=12, **FEW)
     images = load_from_disk(str(free / "teacher-images"))
     assert images["label"] == [*range(10), 0, 1] and images.features["label"].names == [
@@ -270,7 +270,7 @@ def test_samples_of_a_model_with_classes_have_theirs(conditional, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "length"), [(["--max_train_steps", "5"], 5), (["--num_train_epochs", "2"], 4)])
-def test_a_halving_is_a_quarter_as_long_as_the_run_of_the_model(run_training, tmp_path, words, length):
+def test_a_halving_has_a_quarter_of_the_steps_of_the_run(run_training, tmp_path, words, length):
     run_training(tmp_path / "run", *words, "--max_train_samples", "16")
     pipe = DDPMPipeline.from_pretrained(tmp_path / "run")
     options = distill.DistillConfig(str(tmp_path / "run"), 4, str(tmp_path / "model"))
@@ -292,7 +292,7 @@ def plan(scheduler=None, steps=4, default_steps=1000, **options):
     return plan_stages(distill.DistillConfig("m", steps, "o", **options), pipe)
 
 
-def test_the_stages_halve_to_the_steps_asked_for():
+def test_stages_halve_down_to_the_requested_steps():
     halvings = [(64, "teacher"), (32, "teacher"), (16, "teacher"), (8, "teacher"), (4, "teacher")]
     assert plan() == [(128, "images"), *halvings]
     predicts_v = DDPMScheduler(prediction_type="v_prediction")
@@ -308,40 +308,40 @@ def test_the_stages_halve_to_the_steps_asked_for():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 3}, "steps=3 is not allowed: a divisor of the 1000 diffusion steps of the model"),
-        ({"steps": 1000}, "steps=1000 is not allowed: at most 500, half of the steps of the model"),
-        ({"steps": 0}, "steps=0 is not allowed: at least 1"),
-        ({"start_steps": 2}, "start_steps=2 is not allowed: steps=4 times 1, 2, 4, ..."),
-        ({"start_steps": 12}, "start_steps=12 is not allowed: steps=4 times 1, 2, 4, ..."),
-        ({"start_steps": 512}, "start_steps=512 is not allowed: at most 500, half of the steps of the model"),
+        ({"steps": 3}, "--steps 3: expected a divisor of the 1000 diffusion steps of the model"),
+        ({"steps": 1000}, "--steps 1000: expected at most 500, half of the steps of the model"),
+        ({"steps": 0}, "--steps 0: expected at least 1"),
+        ({"start_steps": 2}, "--start_steps 2: expected --steps 4 times 1, 2, 4, ..."),
+        ({"start_steps": 12}, "--start_steps 12: expected --steps 4 times 1, 2, 4, ..."),
+        ({"start_steps": 512}, "--start_steps 512: expected at most 500, half of the steps of the model"),
         ({"model": "nothing/there"}, "model 'nothing/there' cannot be loaded"),
-        ({"block_out_channels": [8]}, "--block_out_channels is not an option of distill: that of the model"),
+        ({"block_out_channels": [8]}, "--block_out_channels: not an option of distill; the model sets it"),
         ({"prediction_type": "epsilon"}, "prediction_type='epsilon': expected one of 'v_prediction'"),
-        ({"output_dir": "x"}, "--output_dir is not an option of distill: --output is the folder"),
-        ({"push_to_hub": True}, "--push_to_hub is not an option of distill: hf-ddpm push does it afterwards"),
-        ({"eval_metrics": "fd,nll"}, "eval_metrics='fd,nll' is not allowed: a student has no bound on the nll"),
+        ({"output_dir": "x"}, "--output_dir: not an option of distill; use --output"),
+        ({"push_to_hub": True}, "--push_to_hub: not an option of distill; use hf-ddpm push after"),
+        ({"eval_metrics": "fd,nll"}, "--eval_metrics fd,nll: expected no nll for a student"),
         ({"learning_rat": 1}, r"unknown option --learning_rat: did you mean --learning_rate\?"),
-        ({"guidance_scale": 2.0}, "guidance_scale=2.0 is not allowed: the model was trained without it"),
-        ({"dataset": "nothing/there/at/all"}, "dataset 'nothing/there/at/all' is not there"),
+        ({"guidance_scale": 2.0}, "--guidance_scale 2.0: expected 1, because the model was not trained"),
+        ({"dataset": "nothing/there/at/all"}, "dataset 'nothing/there/at/all' does not exist"),
     ],
 )
-def test_what_cannot_be_distilled_is_refused_in_a_line(trained, tmp_path, options, message):
+def test_errors_are_one_line(trained, tmp_path, options, message):
     given = {"model": trained, "steps": 4, "output": tmp_path / "model", **FEW, **options}
     with pytest.raises(ValueError, match=message) as caught:
         hf_ddpm.distill(**given)
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_of_no_run_needs_a_data_set_and_takes_it(trained, tmp_path):
+def test_a_model_without_a_run_needs_a_data_set(trained, tmp_path):
     DDPMPipeline.from_pretrained(trained).save_pretrained(tmp_path / "stock")
-    with pytest.raises(ValueError, match=r"dataset is missing: .*expected --dataset NAME or --data_free true"):
+    with pytest.raises(ValueError, match=r"--dataset is missing: .*expected --dataset NAME or --data_free true"):
         hf_ddpm.distill(tmp_path / "stock", 4, tmp_path / "model", **FEW)
     options = {**FEW, "dataset": "digits", "levels": 17, "train_batch_size": 8}
     hf_ddpm.distill(tmp_path / "stock", 4, tmp_path / "model", **options)
     assert DDPMPipeline.from_pretrained(tmp_path / "model").default_steps == 4
 
 
-def test_a_folder_that_holds_something_else_is_not_written_to(trained, tmp_path):
+def test_an_output_that_is_a_file_is_an_error(trained, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="output=.* is not allowed: it is a file, a folder is wanted"):
+    with pytest.raises(ValueError, match="--output .*: expected a folder, not a file"):
         hf_ddpm.distill(trained, 4, tmp_path / "file", **FEW)

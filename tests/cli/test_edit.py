@@ -21,7 +21,7 @@ def main():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of pictures, and one of a mask for each: the lower half, none, the upper half."""
+    """A folder of images, and one with a mask for each: the lower half, nothing, the upper half."""
     path = tmp_path_factory.mktemp("pictures")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
     masks = np.zeros((3, 8, 8), np.uint8)
@@ -37,41 +37,41 @@ def loaded(folder, names="abc"):
     return np.stack([np.asarray(Image.open(folder / f"{name}.png")) for name in names])
 
 
-def test_pictures_are_filled_where_their_masks_are_white(main, trained, folder, tmp_path):
+def test_inpaint_fills_white_pixels_of_the_masks(main, trained, folder, tmp_path):
     words = ["inpaint", "--model", str(trained), "--images", str(folder / "pictures"), "--seed", "3", *SHORT]
     assert main([*words, "--masks", str(folder / "masks"), "--output", str(tmp_path / "all")]) == 0
-    found, pixels, is_filled = loaded(tmp_path / "all"), loaded(folder / "pictures"), loaded(folder / "masks") > 0
-    assert np.array_equal(found[~is_filled], pixels[~is_filled]) and (found != pixels)[is_filled].mean() > 0.9
+    filled, pixels, is_filled = loaded(tmp_path / "all"), loaded(folder / "pictures"), loaded(folder / "masks") > 0
+    assert np.array_equal(filled[~is_filled], pixels[~is_filled]) and (filled != pixels)[is_filled].mean() > 0.9
 
     pipe = DDPMPipeline.from_pretrained(trained)
     pipe.set_progress_bar_config(disable=True)
     sources = [generator(3, SAMPLES, i) for i in range(3)]
     pictures = [Image.fromarray(image) for image in pixels]
     expected = pipe.inpaint(pictures, is_filled, sources, 3, jump_length=1, jump_n_sample=2).images
-    assert np.array_equal(found, np.stack([np.asarray(picture) for picture in expected]))
+    assert np.array_equal(filled, np.stack([np.asarray(picture) for picture in expected]))
 
     assert main([*words, "--masks", str(folder / "masks"), "--output", str(tmp_path / "b"), "--batch_size", "2"]) == 0
-    assert np.array_equal(loaded(tmp_path / "b"), found)
+    assert np.array_equal(loaded(tmp_path / "b"), filled)
     record = json.loads((tmp_path / "all" / "edit.json").read_text())
     assert record["edit"] == "inpaint" and record["seed"] == 3 and record["num_inference_steps"] == 3
     assert Image.open(tmp_path / "all" / "grid.png").size[1] == 6 + 3 * 70
     page = np.asarray(Image.open(tmp_path / "all" / "grid.png"))[-3 * 70 :, -3 * 70 :]  # a row of tiles each
     tiles = page.reshape(3, 70, 3, 70).transpose(0, 2, 1, 3)[:, :, :64:8, :64:8]
-    assert np.array_equal(tiles, [pixels, np.where(is_filled, 128, pixels), found])
+    assert np.array_equal(tiles, [pixels, np.where(is_filled, 128, pixels), filled])
 
 
-def test_one_mask_serves_all_pictures_and_one_picture_needs_no_folder(main, trained, folder, tmp_path):
+def test_one_mask_may_be_used_for_all_images_and_one_image_needs_no_folder(main, trained, folder, tmp_path):
     mask = folder / "masks" / "a.png"
     words = ["inpaint", "--model", str(trained), "--masks", str(mask), *SHORT]
     main([*words, "--images", str(folder / "pictures"), "--output", str(tmp_path / "all")])
     main([*words, "--images", str(folder / "pictures" / "a.png"), "--output", str(tmp_path / "one")])
-    found, pixels = loaded(tmp_path / "all"), loaded(folder / "pictures")
-    assert np.array_equal(found[:, :4], pixels[:, :4]) and all((found != pixels)[:, 4:].mean((1, 2)) > 0.9)
-    assert np.array_equal(loaded(tmp_path / "one", "a"), found[:1])
+    filled, pixels = loaded(tmp_path / "all"), loaded(folder / "pictures")
+    assert np.array_equal(filled[:, :4], pixels[:, :4]) and all((filled != pixels)[:, 4:].mean((1, 2)) > 0.9)
+    assert np.array_equal(loaded(tmp_path / "one", "a"), filled[:1])
 
 
-def test_masks_of_the_size_of_their_pictures_are_fitted_as_these(tmp_path):
-    """32x16 pixels become 8x8: the square in the middle, each pixel of which is two by two."""
+def test_masks_of_the_size_of_the_images_are_cropped_and_resized_like_them(tmp_path):
+    """An image of 32x16 pixels becomes 8x8: its central square at half the size."""
     pattern = np.random.default_rng(0).integers(0, 2, (8, 8)).astype(np.uint8) * 255
     wide = np.full((16, 32), 255, np.uint8)
     wide[:, 8:24] = pattern.repeat(2, axis=0).repeat(2, axis=1)
@@ -81,27 +81,27 @@ def test_masks_of_the_size_of_their_pictures_are_fitted_as_these(tmp_path):
     Image.new("L", (16, 32)).save(other)
     assert np.array_equal(edits.read_mask_files(mask, [picture], (8, 8))[0, 0], pattern > 0)
     for files in ([other], [picture, other]):
-        with pytest.raises(ValueError, match="mask.png cannot be used: masks of shape .16, 32. are not allowed"):
+        with pytest.raises(ValueError, match="mask.png: mask cannot be used: masks of shape .16, 32.: expected"):
             edits.read_mask_files(mask, files, (8, 8))
 
 
 def test_a_mask_may_have_any_name(folder, tmp_path):
     mask = tmp_path / "grid.png"
     Image.open(folder / "masks" / "a.png").save(mask)
-    found = edits.read_mask_files(mask, [folder / "pictures" / f"{name}.png" for name in "abc"], (8, 8))
-    assert found.shape == (3, 1, 8, 8) and found[:, :, 4:].all() and not found[:, :, :4].any()
+    masks = edits.read_mask_files(mask, [folder / "pictures" / f"{name}.png" for name in "abc"], (8, 8))
+    assert masks.shape == (3, 1, 8, 8) and masks[:, :, 4:].all() and not masks[:, :, :4].any()
 
 
-def test_folders_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
+def test_errors_for_unreadable_folders_are_one_line(tmp_path, monkeypatch):
     def iterdir(path):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(edits.Path, "iterdir", iterdir)
-    with pytest.raises(ValueError, match="^masks=.* cannot be read: Permission denied$"):
+    with pytest.raises(ValueError, match="^--masks .*: cannot be read: Permission denied$"):
         edits.find_pictures("masks", tmp_path)
 
 
-def test_variations_are_those_of_the_pipeline(main, trained, folder, tmp_path):
+def test_variations_equal_those_of_the_pipeline(main, trained, folder, tmp_path):
     words = ["--model", str(trained), "--images", str(folder / "pictures"), "--output", str(tmp_path / "out")]
     main(["vary", *words, "--strength", "0.01", "--num_inference_steps", "4"])
     pipe = DDPMPipeline.from_pretrained(trained)
@@ -112,7 +112,7 @@ def test_variations_are_those_of_the_pipeline(main, trained, folder, tmp_path):
     assert np.array_equal(loaded(tmp_path / "out"), np.stack([np.asarray(picture) for picture in expected]))
 
 
-def test_the_noise_of_a_picture_makes_it_again(main, trained, folder, tmp_path, capsys):
+def test_sampling_from_the_inverted_noise_reproduces_the_image(main, trained, folder, tmp_path, capsys):
     words = ["--model", str(trained), "--images", str(folder / "pictures"), "--output", str(tmp_path / "out")]
     main(["invert", *words, "--num_inference_steps", "5", "--num_iterations", "1"])
     pipe = DDPMPipeline.from_pretrained(trained)
@@ -123,17 +123,17 @@ def test_the_noise_of_a_picture_makes_it_again(main, trained, folder, tmp_path, 
     assert noise.dtype == torch.float32 and noise.shape == (3, 1, 8, 8)
     drawn = page.reshape(70, 3, 70).transpose(1, 0, 2)[:, :64:8, :64:8]
     assert np.abs(drawn - (noise[:, 0] / 2 + 0.5).clamp(0, 1).numpy() * 255).max() <= 1
-    found = loaded(tmp_path / "out")
-    made = pipe(3, latents=noise, num_inference_steps=5).images
-    assert np.abs(np.stack([np.asarray(picture) for picture in made]).astype(int) - found).max() <= 1
-    error = np.sqrt(np.square(found.astype(float) - loaded(folder / "pictures")).mean())
-    assert f"made of their noise: {error:.3g}, on the scale [0, 255]" in capsys.readouterr().out
+    written = loaded(tmp_path / "out")
+    sampled = pipe(3, latents=noise, num_inference_steps=5).images
+    assert np.abs(np.stack([np.asarray(picture) for picture in sampled]).astype(int) - written).max() <= 1
+    error = np.sqrt(np.square(written.astype(float) - loaded(folder / "pictures")).mean())
+    assert f"reconstructions: {error:.3g}, for pixel values in [0, 255]" in capsys.readouterr().out
 
 
-def test_a_second_run_never_writes_into_the_folder_of_a_first(main, trained, folder, tmp_path, monkeypatch):
+def test_a_run_does_not_write_to_the_folder_of_another_run(main, trained, folder, tmp_path, monkeypatch):
     words = ["vary", "--model", str(trained), "--images", str(folder / "pictures"), "--output", str(tmp_path)]
     short = ["--strength", "0.01", "--num_inference_steps", "1"]
-    with exclusive(tmp_path), pytest.raises(ValueError, match="output=.* is in use by another run"):
+    with exclusive(tmp_path), pytest.raises(ValueError, match="--output .*: folder is in use by another run"):
         main([*words, *short])
     load = edits.load_pipeline
 
@@ -142,12 +142,12 @@ def test_a_second_run_never_writes_into_the_folder_of_a_first(main, trained, fol
         return load(*args)
 
     monkeypatch.setattr(edits, "load_pipeline", meanwhile)
-    with pytest.raises(ValueError, match="output=.* is not allowed: expected a new or empty folder"):
+    with pytest.raises(ValueError, match="--output .*: expected a new or empty folder"):
         main([*words, *short])
     assert (tmp_path / "a.png").read_text() == "of another run, since the check"
     (tmp_path / "a.png").unlink()
     monkeypatch.setattr(edits, "load_pipeline", load)
-    assert main([*words, *short]) == 0  # the lock of a run that was refused is no obstacle
+    assert main([*words, *short]) == 0  # the lock of the failed run is released
 
 
 @pytest.mark.parametrize(
@@ -157,27 +157,30 @@ def test_a_second_run_never_writes_into_the_folder_of_a_first(main, trained, fol
         ("inpant --model m", "unknown command 'inpant': did you mean inpaint?"),
         ("vary --model m", "the following arguments are required: --images, --output"),
         ("inpaint --model m --images pictures --output o", "the following arguments are required: --masks"),
-        ("vary --model m --images nowhere --output o", "images='nowhere' is not allowed: there is no such file"),
-        ("vary --model m --images pictures --output masks", "output='masks' is not allowed: expected a new or empty"),
-        ("vary --model m --images pictures --output o --strength 0", "strength=0.0 is not allowed: above 0, at most 1"),
+        ("vary --model m --images nowhere --output o", "--images nowhere: expected an existing file"),
+        ("vary --model m --images pictures --output masks", "--output masks: expected a new or empty"),
+        ("vary --model m --images pictures --output o --strength 0", r"--strength 0.0: expected a number in \(0, 1\]"),
         ("vary --model m --images pictures --output o --masks masks", "unknown option --masks"),
-        ("inpaint --model m --images pictures --output o --masks no", "masks='no' is not allowed: there is no such"),
+        ("inpaint --model m --images pictures --output o --masks no", "--masks no: expected an existing"),
         ("inpaint --model MODEL --images pictures --output o --masks large.png",
-         r"large.png cannot be used: masks of shape \(9, 9\) are not allowed"),
-        ("inpaint --model MODEL --images pictures --output o --masks few", "there is no mask b.png for pictures/b.png"),
-        ("inpaint --model MODEL --images pictures --output o --masks text.png", "text.png cannot be used: it is no im"),
-        ("inpaint --model MODEL --images text.png --output o --masks masks", "text.png cannot be used: it is no image"),
-        ("vary --model MODEL --images empty --output o", "images='empty' is not allowed: there are no pictures in it"),
+         r"large.png: mask cannot be used: masks of shape \(9, 9\): expected"),
+        ("inpaint --model MODEL --images pictures --output o --masks few",
+         "mask for pictures/b.png is missing; expected b.png"),
+        ("inpaint --model MODEL --images pictures --output o --masks text.png",
+         "text.png: mask cannot be used: not an im"),
+        ("inpaint --model MODEL --images text.png --output o --masks masks",
+         "text.png: image cannot be used: not an image"),
+        ("vary --model MODEL --images empty --output o", "--images empty: folder contains no images"),
         ("vary --model MODEL --images twice --output o", "a.jpg and a.png have the same name"),
-        ("vary --model m --images grid.png --output o", "results of a picture named grid would replace grid.png"),
-        ("vary --model m --images grids --output o", "results of a picture named grid would replace grid.png"),
+        ("vary --model m --images grid.png --output o", "expected no image named grid, whose result would"),
+        ("vary --model m --images grids --output o", "expected no image named grid, whose result would"),
         ("vary --model MODEL --images pictures --output o --strength 0.01 --num_inference_steps 11",
-         "num_inference_steps=11 is not allowed: at most the 10 steps of strength=0.01"),
+         "--num_inference_steps 11: expected at most the 10 steps of --strength 0.01"),
         ("invert --model MODEL --images pictures --output o --num_inference_steps 1001",
-         "num_inference_steps=1001 is not allowed: 1 to 1000"),
+         "num_inference_steps=1001: expected 1 to 1000"),
     ],
 )  # fmt: skip
-def test_wrong_requests_are_one_line(main, trained, folder, tmp_path, monkeypatch, words, message):
+def test_errors_are_one_line(main, trained, folder, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     for name in ("pictures", "masks"):
         (tmp_path / name).symlink_to(folder / name)

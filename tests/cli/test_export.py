@@ -30,14 +30,14 @@ def run(run_training, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("words", "name"), [((), "ema-0.995"), (("--average", "0.5"), "ema-0.5")])
-def test_diffusers_loads_the_export_of_a_step_and_an_average(run, tmp_path, words, name):
+def test_diffusers_loads_the_export_of_any_step_and_average(run, tmp_path, words, name):
     assert export.main([str(run), "--step", "2", *words, "--output", str(tmp_path / "model")]) == 0
     weights = diffusers.DDPMPipeline.from_pretrained(tmp_path / "model").unet.state_dict()
     stored = load_file(run / "checkpoints" / "step-000000002" / f"{name}.safetensors")
     assert all(torch.equal(weights[key], stored[key]) for key in stored)
     card, record = (tmp_path / "model" / "README.md").read_text(), json.loads((run / "export.json").read_text())
-    assert "2, batch size 8: 16 images seen" in card  # of the checkpoint, not of the run
-    assert record["step"] == 4  # the run is as it was
+    assert "2, batch size 8: 16 images seen" in card  # the step of the checkpoint, not of the run
+    assert record["step"] == 4  # the run is unchanged
 
 
 def test_an_export_in_float16_loads_in_float32_with_rounded_weights(run, tmp_path):
@@ -46,36 +46,36 @@ def test_an_export_in_float16_loads_in_float32_with_rounded_weights(run, tmp_pat
     kept = load_file(run / "checkpoints" / "step-000000004" / "ema-0.995.safetensors")
     assert all(torch.equal(stored[key], kept[key].half()) for key in kept)
     pipe = hf_ddpm.DDPMPipeline.from_pretrained(folder)
-    assert pipe.unet.dtype == torch.float32 and not (folder / "samples.png").exists()  # drawn with other weights
+    assert pipe.unet.dtype == torch.float32 and not (folder / "samples.png").exists()  # made with other weights
     assert json.loads((folder / "export.json").read_text())["checksum"] == model_checksum(pipe)
     weights = diffusers.DDPMPipeline.from_pretrained(folder).unet.state_dict()
     assert all(torch.equal(weights[key], stored[key].float()) for key in stored)
-    with pytest.raises(ValueError, match="dtype='float16'.*the run's folder keeps float32; expected --output"):
+    with pytest.raises(ValueError, match="--dtype float16: the folder of a run is always float32; expected"):
         export.export_model(run, dtype="float16")
 
 
-def test_without_an_output_the_run_has_the_export(run, tmp_path):
+def test_without_output_the_export_is_in_the_folder_of_the_run(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
-    drawn = (folder / "samples.png").read_bytes()
-    assert export.export_model(folder) == (folder, 4) and (folder / "samples.png").read_bytes() == drawn
+    grid = (folder / "samples.png").read_bytes()
+    assert export.export_model(folder) == (folder, 4) and (folder / "samples.png").read_bytes() == grid
     assert export.export_model(folder, average="0.5") == (folder / "ema-0.5", 4)
-    assert not (folder / "ema-0.5" / "samples.png").exists()  # the run's is of the first average
-    # An older step would not be what loads: the newest checkpoint is.
-    for again in ({"step": 2}, {"step": 2, "output": folder / ".." / "run"}):
-        with pytest.raises(ValueError, match="--step 2: the run's folder is for its newest step, 4; give --output"):
-            export.export_model(folder, **again)
+    assert not (folder / "ema-0.5" / "samples.png").exists()  # the grid of the run is from the first average
+    # The folder of a run loads its newest checkpoint, so it cannot have an export of an older step.
+    for older in ({"step": 2}, {"step": 2, "output": folder / ".." / "run"}):
+        with pytest.raises(ValueError, match="--step 2: only the newest step, 4, is exported to the folder of the run"):
+            export.export_model(folder, **older)
     for same in ({}, {"output": folder / ".." / "run"}):
-        with exclusive(folder), pytest.raises(ValueError, match="in use by another run; --output takes another folder"):
+        with exclusive(folder), pytest.raises(ValueError, match="in use by another run; set another --output"):
             export.export_model(folder, **same)
 
 
-def test_an_export_overwrites_nothing_but_an_earlier_one(run, tmp_path):
+def test_an_export_overwrites_only_an_earlier_export(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").touch()
     for folder in (other, tmp_path / "pictures", tmp_path / "pictures" / "a.png"):
         before = sorted(path.name for path in folder.rglob("*"))
-        with pytest.raises(ValueError, match="expected a new or empty folder, or that of an earlier export"):
+        with pytest.raises(ValueError, match="expected a new or empty folder, or the folder of an earlier export"):
             export.export_model(run, output=folder)
         assert sorted(path.name for path in folder.rglob("*")) == before
     for step in (4, 2):
@@ -84,22 +84,22 @@ def test_an_export_overwrites_nothing_but_an_earlier_one(run, tmp_path):
         assert (tmp_path / "model" / "samples.png").exists() is (step == 4)
 
 
-def test_an_export_has_the_results_of_its_weights_and_a_card_of_a_person(run, tmp_path):
+def test_an_export_has_the_results_of_its_weights_and_a_card_written_by_hand(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     record = json.loads((folder / "export.json").read_text())
     (folder / "results.json").write_text(json.dumps({"model": {"name": "x", "checksum": record["checksum"]}}))
     (folder / "README.md").write_text("---\nlicense: mit\n---\nMy model.\n")
     (folder / "samples").mkdir()
-    (folder / "samples" / "step-000000002.png").write_bytes(b"drawing")
+    (folder / "samples" / "step-000000002.png").write_bytes(b"grid")
     for step in (4, 2):
         model = tmp_path / f"model-{step}"
         export.export_model(folder, step=step, output=model)
         assert (model / "README.md").read_text().endswith("My model.\n")
         assert (model / "results.json").exists() is (step == 4)
-    assert (model / "samples.png").read_bytes() == b"drawing"
+    assert (model / "samples.png").read_bytes() == b"grid"
 
 
-def test_what_is_no_run_of_this_package_has_no_status(run, tmp_path):
+def test_the_status_of_a_folder_without_a_run_is_an_error(run, tmp_path):
     export.export_model(run, output=tmp_path / "model")
     with pytest.raises(ValueError, match="expected the folder of a run"):
         status.main([str(tmp_path / "model")])
@@ -109,17 +109,17 @@ def test_what_is_no_run_of_this_package_has_no_status(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--step", "3"), "step=3 is not allowed: checkpoints are kept of 2, 4"),
-        (("--average", "0.9"), "average='0.9' is not allowed: the run has ema-0.995, ema-0.5"),
+        (("--step", "3"), r"--step 3: expected a step with a checkpoint \(2, 4\)"),
+        (("--average", "0.9"), "average='0.9': expected an average of the run: ema-0.995, ema-0.5"),
     ],
 )
-def test_what_a_run_does_not_have_is_refused(run, tmp_path, words, message):
+def test_missing_steps_and_averages_are_errors(run, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         export.main([str(run), *words, "--output", str(tmp_path / "model")])
     assert not (tmp_path / "model").exists()
 
 
-def test_a_killed_run_has_a_status_and_is_a_model(tmp_path):
+def test_a_killed_run_has_a_status_and_can_be_exported(tmp_path):
     folder = tmp_path / "run"
     words = [*TINY_RUN, "--max_train_steps", "1000000", "--checkpointing_steps", "5", "--output_dir", str(folder)]
     process = subprocess.Popen(
@@ -152,10 +152,10 @@ def test_the_status_of_a_finished_run(run, capsys):
     assert lines["checkpoints"].strip() == "2, 4" and "(step 4)" in lines["last losses"]
 
 
-def test_a_damaged_status_is_one_line(tmp_path):
+def test_the_error_for_a_damaged_status_is_one_line(tmp_path):
     (tmp_path / "status.json").write_text("[]")
     (tmp_path / ".lock").touch()
-    with pytest.raises(ValueError, match="status.json cannot be read: status or step is missing"):
+    with pytest.raises(ValueError, match="status.json: cannot be read; status or step is missing"):
         status.main([str(tmp_path)])
-    with pytest.raises(ValueError, match="run='nowhere' is not allowed: expected the folder of a run"):
+    with pytest.raises(ValueError, match="--run nowhere: expected the folder of a run"):
         status.main(["nowhere"])

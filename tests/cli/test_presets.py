@@ -13,8 +13,8 @@ from tests.conftest import load_script
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*preset_names()} - {"digits"}))
-def test_every_preset_trains_and_samples_when_it_is_small(name, tmp_path):
-    # A quarter of the width at 32x32: everything else, data in parquet and streaming among it, as the preset says.
+def test_each_preset_trains_and_samples_at_a_small_size(name, tmp_path):
+    # At 32x32 with a quarter of the channels; all other options, such as streaming, are those of the preset.
     pixels = np.random.default_rng(0).integers(0, 256, (4, 40, 36, 3), dtype=np.uint8)
     data = Dataset.from_dict({"image": [Image.fromarray(image) for image in pixels]})
     (tmp_path / "data").mkdir()

@@ -25,15 +25,15 @@ def config(tmp_path):
     return parse_config([*TINY_RUN, "--max_train_steps", "2", "--output_dir", str(tmp_path / "run")])
 
 
-def test_a_run_in_python_is_that_of_the_command(config, trained, run_training, tmp_path):
+def test_train_in_python_equals_the_command(config, trained, run_training, tmp_path):
     assert hf_ddpm.train(config) == tmp_path / "run"
     run_training(tmp_path / "other", "--max_train_steps", "2")
     for name in ("unet/diffusion_pytorch_model.safetensors", "samples.png", "scheduler/scheduler_config.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
-def test_a_run_in_python_resumes_and_leaves_its_options_alone(config, tmp_path):
-    # Attributes that are set later count, too, when a run is resumed.
+def test_train_in_python_resumes_and_does_not_change_the_config(config, tmp_path):
+    # Attributes set after the creation of the config are used, too.
     config.training.max_train_steps, config.training.num_train_epochs = None, 1
     config.data.max_train_samples = 16
     before = config.to_dict()
@@ -42,18 +42,18 @@ def test_a_run_in_python_resumes_and_leaves_its_options_alone(config, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000000002"]
 
 
-def test_a_config_and_options_are_not_given_both(config):
-    with pytest.raises(ValueError, match="options seed, preset are given beside a config: expected one of both"):
+def test_a_config_with_further_options_is_an_error(config):
+    with pytest.raises(ValueError, match="options seed, preset: not used with config; expected either config or"):
         hf_ddpm.train(config, seed=3, preset="digits")
 
 
-def test_a_dry_run_makes_no_folder(config, capsys):
+def test_a_dry_run_creates_no_folder(config, capsys):
     config.training.dry_run = True
     folder = hf_ddpm.train(config)
     assert "training:       2 steps of 8 images" in capsys.readouterr().out and not Path(folder).exists()
 
 
-def test_a_stopped_session_is_an_interrupt_in_python_and_a_code_of_the_command(config, monkeypatch, tmp_path):
+def test_a_stopped_run_raises_in_python_and_sets_the_exit_code_of_the_command(config, monkeypatch, tmp_path):
     def stop(run, images, callbacks):
         run.stopped_by = signal.SIGTERM
 
@@ -83,14 +83,14 @@ BF16, FLOAT32 = Choice("bf16", "precision bf16: chosen"), Choice("no", "precisio
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Sets what `auto` stands for; returns a list that gets the arguments of each choice."""
+    """Sets the precision chosen for `auto`; returns a list to which the arguments of each call are added."""
 
     def set_choice(choice):
-        asked = []
+        calls = []
         monkeypatch.setattr(
-            "hf_ddpm.training.build.choose_precision", lambda *args, **options: asked.append((args, options)) or choice
+            "hf_ddpm.training.build.choose_precision", lambda *args, **options: calls.append((args, options)) or choice
         )
-        return asked
+        return calls
 
     yield set_choice
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -100,28 +100,28 @@ def stored_precision(folder):
     return yaml.safe_load((folder / "config.yaml").read_text())["mixed_precision"]
 
 
-def test_a_run_records_the_precision_of_auto_and_keeps_it(run_training, choose, tmp_path, capsys):
-    asked, state = choose(BF16), torch.get_rng_state()
+def test_a_run_stores_the_precision_of_auto_and_keeps_it(run_training, choose, tmp_path, capsys):
+    calls, state = choose(BF16), torch.get_rng_state()
     run_training(tmp_path / "run", "--max_train_steps", "2", "--dropout", "0.1")
     assert torch.equal(torch.get_rng_state(), state)
-    ((network, shape, batch), options) = asked[0]
-    assert (shape, batch, options) == ((1, 8, 8), 8, {"training": True}) and len(asked) == 1
+    ((network, shape, batch), options) = calls[0]
+    assert (shape, batch, options) == ((1, 8, 8), 8, {"training": True}) and len(calls) == 1
     assert network.config.block_out_channels == (8, 16) and network.config.dropout == 0.1
     assert capsys.readouterr().out.count("precision bf16: chosen\n") == 1
     assert stored_precision(tmp_path / "run") == "bf16"
-    asked = choose(FLOAT32)
+    calls = choose(FLOAT32)
     for steps, words in (("3", []), ("4", ["--mixed_precision", "auto"])):
         run_training(tmp_path / "run", "--max_train_steps", steps, "--dropout", "0.1", *words)
-    assert asked == [] and stored_precision(tmp_path / "run") == "bf16"
+    assert calls == [] and stored_precision(tmp_path / "run") == "bf16"
     assert "| precision | bf16 |" in (tmp_path / "run" / "README.md").read_text()
-    # The same run as one to which the precision was given.
+    # The result is the same as with the precision given.
     given = ["--max_train_steps", "4", "--dropout", "0.1", "--mixed_precision"]
     run_training(tmp_path / "given", *given, "bf16")
     weights = Path("unet") / "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "given" / weights).read_bytes()
 
 
-def test_auto_in_float32_is_the_run_without_it(run_training, choose, trained, tmp_path):
+def test_auto_in_float32_gives_the_same_run_as_no(run_training, choose, trained, tmp_path):
     choose(FLOAT32)
     run_training(tmp_path, "--max_train_steps", "4", "--mixed_precision", "auto")
     assert stored_precision(tmp_path) == stored_precision(trained) == "no"
@@ -129,28 +129,28 @@ def test_auto_in_float32_is_the_run_without_it(run_training, choose, trained, tm
     assert (tmp_path / weights).read_bytes() == (trained / weights).read_bytes()
 
 
-def test_samples_of_a_run_are_of_its_precision(run_training, choose, tmp_path, monkeypatch):
-    drawn = []
+def test_samples_of_a_run_use_its_precision(run_training, choose, tmp_path, monkeypatch):
+    precisions = []
     monkeypatch.setattr("hf_ddpm.cli.callbacks.generate_images", lambda pipe, ids, sampling, **options: (
-        drawn.append(sampling.mixed_precision), generate_images(pipe, ids, sampling, **options))[1])  # fmt: skip
+        precisions.append(sampling.mixed_precision), generate_images(pipe, ids, sampling, **options))[1])  # fmt: skip
     for choice in (BF16, FLOAT32):
         choose(choice)
         run_training(tmp_path / choice.precision, "--max_train_steps", "1")
-    assert drawn == ["bf16", "no"]
+    assert precisions == ["bf16", "no"]
 
 
-def test_memory_is_that_of_the_precision_of_auto(run_training, choose, tmp_path, capsys):
+def test_memory_is_estimated_for_the_precision_of_auto(run_training, choose, tmp_path, capsys):
     lines = {}
     for choice in (BF16, FLOAT32):
         choose(choice)
         run_training(tmp_path, "--train_batch_size", "512", "--max_train_steps", "1", "--dry_run")
         (lines[choice],) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory:")]
-    passes = {choice: int(re.search("([0-9]+) MiB for a pass", line)[1]) for choice, line in lines.items()}
-    assert passes[BF16] < 0.8 * passes[FLOAT32]  # feature maps take half, the images and the mask as much
+    passes = {choice: int(re.search("([0-9]+) MiB for a forward", line)[1]) for choice, line in lines.items()}
+    assert passes[BF16] < 0.8 * passes[FLOAT32]  # feature maps need half the memory, images and masks the same
 
 
 @pytest.mark.parametrize("config", ["runs/a/config.yaml", {"preset": "digits"}])
-def test_what_is_no_config_is_refused(config):
+def test_a_config_of_another_type_is_an_error(config):
     with pytest.raises(ValueError, match="expected a hf_ddpm.Config"):
         train(config)
     with pytest.raises(ValueError, match="unknown option help"):
@@ -158,7 +158,7 @@ def test_what_is_no_config_is_refused(config):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_kernels_of_a_gpu_are_fast_or_deterministic(monkeypatch, deterministic):
+def test_gpu_kernels_are_fast_or_deterministic(monkeypatch, deterministic):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
         start_accelerator(Config.of(preset="digits", mixed_precision="no", deterministic=deterministic))
@@ -170,7 +170,7 @@ def test_kernels_of_a_gpu_are_fast_or_deterministic(monkeypatch, deterministic):
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_a_launcher_that_shards_weights_is_refused(monkeypatch, kind):
+def test_a_launcher_that_shards_weights_is_an_error(monkeypatch, kind):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
     with pytest.raises(ValueError, match=f"distributed_type {kind} of the launcher: .*; expected MULTI_GPU"):
         start_accelerator(Config.of(preset="digits", mixed_precision="no"))

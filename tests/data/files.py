@@ -1,4 +1,4 @@
-"""Small data sets of files."""
+"""Helpers that write and open small data sets."""
 
 import io
 
@@ -12,12 +12,12 @@ from hf_ddpm.data.store import load_images
 from hf_ddpm.data.streaming.stream import open_stream
 from hf_ddpm.data.transforms import ImageFormat
 
-# Arguments of those who open images; all others are options.
+# Arguments of `load_images` and `open_stream`; all others are options of `DataConfig`.
 ARGUMENTS = ("seed", "batch_size", "report", "device", "workers", "log")
 
 
 def data(dataset, resolution=8, channels=1, **options):
-    """Options of gray images of 8 x 8 pixels, unless told otherwise."""
+    """Options of a data set, by default for gray images of 8x8 pixels."""
     sides = [resolution] if isinstance(resolution, int) else list(resolution)
     return DataConfig(str(dataset), resolution=sides, channels=channels, **options)
 
@@ -63,14 +63,14 @@ def png(array):
 
 
 def numbered(index, size=8, format="PNG"):
-    """An image of one gray value, by which it is known; JPEG keeps it to within 1 or 2."""
+    """An image filled with the gray value `index`, which identifies it; with JPEG the value may change by 1 or 2."""
     file = io.BytesIO()
     PILImage.new("L", (size, size), index).save(file, format)
     return {"bytes": file.getvalue(), "path": f"{index}.{format.lower()}"}
 
 
 def shards(folder, images, files=4, group=5):
-    """Writes images into parquet files, in order; their class is their number modulo 3."""
+    """Writes images to parquet files, in order; the class of an image is its index modulo 3."""
     folder.mkdir(exist_ok=True)
     features = Features({"image": Image(), "label": ClassLabel(names=["a", "b", "c"])})
     data = Dataset.from_dict({"image": images, "label": [i % 3 for i in range(len(images))]}, features)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from hf_ddpm.data.batches import ShuffledImages, _epoch_order, batch_indices, crop_places
+from hf_ddpm.data.batches import ShuffledImages, _epoch_order, batch_indices, crop_positions
 from hf_ddpm.data.sources import choose
 from hf_ddpm.data.transforms import crop_at
 from tests.data.files import load, numbered, parquet
@@ -17,7 +17,7 @@ def store(tmp_path_factory):
     return load(parquet(path, image=[numbered(i) for i in range(50)]))
 
 
-def test_batches_are_those_of_the_order_of_training(store):
+def test_batches_follow_batch_indices(store):
     source = ShuffledImages(store, seed=3, batch_size=16)
     for step in (0, 1, 2, 100):
         batch = source.batch(step, slice(0, 16))
@@ -29,15 +29,17 @@ def test_batches_are_those_of_the_order_of_training(store):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """Images wider or higher than 6 x 4, whose pixels tell the image and the place."""
+    """Images wider or higher than 6 x 4; the pixels encode the index of the image and their position."""
     folder = tmp_path_factory.mktemp("wide")
     for i, (height, width) in enumerate([(6, 4), (6, 9), (11, 4), (6, 7)]):
-        places = np.arange(height * width, dtype=np.uint8).reshape(height, width)
-        PILImage.fromarray(np.stack([places, np.full_like(places, i), places], axis=2)).save(folder / f"{i}.png")
+        positions = np.arange(height * width, dtype=np.uint8).reshape(height, width)
+        PILImage.fromarray(np.stack([positions, np.full_like(positions, i), positions], axis=2)).save(
+            folder / f"{i}.png"
+        )
     return load(folder, resolution=(6, 4), channels=3, crop="random")
 
 
-def test_random_crops_are_a_function_of_seed_step_and_row(wide):
+def test_random_crops_depend_only_on_seed_step_and_row(wide):
     source = ShuffledImages(wide, seed=0, batch_size=8)
     batches = [source.batch(step, slice(0, 8)).images for step in range(30)]
     assert all(torch.equal(batch, source.batch(step, slice(0, 8)).images) for step, batch in enumerate(batches))
@@ -45,29 +47,31 @@ def test_random_crops_are_a_function_of_seed_step_and_row(wide):
     assert torch.equal(torch.cat(halves), batches[7])
     seen = torch.cat(batches)
     corners = {(int(image[1, 0, 0]), int(image[0, 0, 0])) for image in seen}
-    columns, rows = {(1, place) for place in range(6)}, {(2, place * 4) for place in range(6)}
-    assert corners == {(0, 0)} | columns | rows | {(3, place) for place in range(4)}
+    columns, rows = {(1, position) for position in range(6)}, {(2, position * 4) for position in range(6)}
+    assert corners == {(0, 0)} | columns | rows | {(3, position) for position in range(4)}
     other = ShuffledImages(wide, seed=1, batch_size=8)
     assert not torch.equal(other.batch(0, slice(0, 8)).images, batches[0])
 
 
-def test_crops_are_cut_where_the_draw_says(wide):
+def test_crops_are_at_crop_places(wide):
     source = ShuffledImages(wide, seed=5, batch_size=4)
-    places = crop_places(5, 9, 4)
+    positions = crop_positions(5, 9, 4)
     order = batch_indices(5, 9, 4, 4)
     sizes = [(6, 4), (6, 9), (11, 4), (6, 7)]
-    for image, index, place in zip(source.batch(9, slice(0, 4)).images, order.tolist(), places.tolist(), strict=True):
+    for image, index, position in zip(
+        source.batch(9, slice(0, 4)).images, order.tolist(), positions.tolist(), strict=True
+    ):
         height, width = sizes[index]
         whole = np.arange(height * width).reshape(1, height, width)
-        np.testing.assert_array_equal(image[0].numpy(), crop_at(whole, wide.image_format, place)[0])
+        np.testing.assert_array_equal(image[0].numpy(), crop_at(whole, wide.image_format, position)[0])
 
 
-def test_images_for_random_crops_are_central_by_index(wide):
+def test_indexing_crops_at_the_center(wide):
     (image,) = wide[torch.tensor([1])]
     assert image[0, 0].tolist() == [2, 3, 4, 5] or image[0, 0].tolist() == [3, 4, 5, 6]
 
 
-def test_a_limited_set_is_a_draw_that_the_seed_decides(tmp_path):
+def test_max_train_samples_draws_by_seed(tmp_path):
     file = parquet(tmp_path / "a.parquet", image=[numbered(i) for i in range(40)])
 
     def values(**options):
@@ -78,14 +82,14 @@ def test_a_limited_set_is_a_draw_that_the_seed_decides(tmp_path):
     assert len(set(first)) == 10 and first == sorted(first) and first != list(range(10))
     assert values(max_train_samples=10, seed=0) == first != values(max_train_samples=10, seed=1)
     assert values(max_train_samples=100) == list(range(40))
-    with pytest.raises(ValueError, match="max_train_samples=0 is not allowed: at least 1"):
+    with pytest.raises(ValueError, match="--max_train_samples 0: expected at least 1"):
         values(max_train_samples=0)
-    with pytest.raises(ValueError, match="max_samples=0 is not allowed: at least 1"):
+    with pytest.raises(ValueError, match="--max_samples 0: expected at least 1"):
         choose(40, 0, seed=0)
 
 
-def test_every_image_once_an_epoch_and_no_epoch_like_another():
-    # Batches of 8 do not divide 50 images: they straddle epochs, and still nothing is lost or repeated.
+def test_each_epoch_is_another_permutation():
+    # 50 images are not a multiple of the batch size 8, so some batches span two epochs.
     stream = torch.cat([batch_indices(0, step, 8, 50) for step in range(25)])
     epochs = stream.view(4, 50)
     for epoch in epochs:
@@ -107,19 +111,19 @@ def test_no_batch_waits_for_a_copy_to_the_device(classes, monkeypatch):
     source, copies, to = ShuffledImages(store, seed=0, batch_size=64), [], torch.Tensor.to
     _epoch_order.cache_clear()
 
-    def note(tensor, *args, **options):
+    def count_copies(tensor, *args, **options):
         result = to(tensor, *args, **options)
         if result.device != tensor.device:
             copies.append(tensor.shape)
         return result
 
-    monkeypatch.setattr(torch.Tensor, "to", note)
-    batches = [source.batch(step, slice(0, 64)) for step in range(15)]  # 898 images: the last batch is of two epochs
+    monkeypatch.setattr(torch.Tensor, "to", count_copies)
+    batches = [source.batch(step, slice(0, 64)) for step in range(15)]  # 898 images: the last batch spans two epochs
     assert copies == [(898,), (898,)] and all(batch.images.device.type == "meta" for batch in batches)
     assert [batch.labels is None for batch in batches] == [classes is None] * 15
 
 
-def test_batches_that_are_read_ahead_are_the_same(wide):
+def test_prefetched_batches_are_the_same(wide):
     plain = ShuffledImages(wide, seed=0, batch_size=8)
     ahead, calls = ShuffledImages(wide, seed=0, batch_size=8, ahead=True), []
     read = ahead._batch
@@ -128,12 +132,12 @@ def test_batches_that_are_read_ahead_are_the_same(wide):
     for step, rows in ((0, whole), (1, whole), (2, whole), (2, whole), (7, whole), (8, first)):
         assert torch.equal(ahead.batch(step, rows).images, plain.batch(step, rows).images)
     ahead.close()
-    here = [step for step, name in calls if name == threading.current_thread().name]
-    assert here == [0, 2, 7, 8]  # where what was read ahead is something else
+    direct = [step for step, name in calls if name == threading.current_thread().name]
+    assert direct == [0, 2, 7, 8]  # the steps whose batch was not prefetched
     assert plain.ahead is False
 
 
-def test_a_thread_that_reads_ahead_raises_in_the_step_of_its_images(wide):
+def test_errors_of_prefetching_are_raised_at_their_step(wide):
     source = ShuffledImages(wide, seed=0, batch_size=8, ahead=True)
     source.batch(0, slice(0, 8))
     source.batch(1, slice(0, 8))

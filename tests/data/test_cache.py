@@ -1,4 +1,4 @@
-"""The cache of decoded images: what its key sees, and what a kill or a second process does to it."""
+"""The cache of decoded images: its key, killed processes and concurrent processes."""
 
 import os
 import signal
@@ -18,13 +18,13 @@ from tests.data.files import load, numbered, parquet, write_images
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Returns how many images have been decoded since it was last asked."""
+    """Returns a function that returns the number of images decoded since its last call."""
     counts = [0]
     real = decoding._decode_rows
 
-    def counting(batch, places, **options):
-        counts[0] += len(places)
-        return real(batch, places, **options)
+    def counting(batch, indices, **options):
+        counts[0] += len(indices)
+        return real(batch, indices, **options)
 
     monkeypatch.setattr(decoding, "_decode_rows", counting)
 
@@ -35,7 +35,7 @@ def decoded(monkeypatch):
     return since
 
 
-def test_images_are_decoded_once_for_each_way_to_fit_them(tmp_path, decoded):
+def test_images_are_decoded_once_per_format(tmp_path, decoded):
     folder = str(write_images(tmp_path / "images", count=3, size=(12, 9)))
     rgb, gray = {"resolution": 8, "channels": 3}, {"resolution": 8, "channels": 1}
     ways = [rgb, gray, rgb | {"resolution": 9}, rgb | {"resolution": (8, 12)}, rgb | {"crop": "random"},
@@ -47,12 +47,12 @@ def test_images_are_decoded_once_for_each_way_to_fit_them(tmp_path, decoded):
         first.append(images[torch.arange(2)])
     for way, expected in zip(ways, first, strict=True):
         assert torch.equal(load(folder, **way)[torch.arange(2)].float(), expected.float())
-        # Labels and levels of 8 bits change nothing about the pixels.
+        # The number of 8-bit levels does not change the decoded pixels.
         load(folder, **({"levels": 17} | way))
     assert decoded() == 0
 
 
-def test_a_changed_file_is_seen(tmp_path, decoded):
+def test_a_changed_file_is_decoded_again(tmp_path, decoded):
     folder = write_images(tmp_path / "images", count=3)
     load(folder)
     PILImage.new("L", (8, 8), 77).save(folder / "1.png")
@@ -91,13 +91,13 @@ def whole(many, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_kill_while_decoding_leaves_nothing_behind_that_is_taken_for_the_images(many, whole, tmp_path):
+def test_a_kill_while_decoding_leaves_no_partial_cache(many, whole, tmp_path):
     home = tmp_path / "home"
     process = start(many, HF_HOME=str(home))
     deadline = time.monotonic() + LIMIT
-    # datasets writes what it maps into a file of another name, and renames it at the end.
+    # datasets writes to a temporary file and renames it at the end.
     while not any(path.stat().st_size > 2**20 for path in home.rglob("tmp*")) and time.monotonic() < deadline:
-        assert process.poll() is None, "it was too fast to be killed"
+        assert process.poll() is None, "the process ended before it was killed"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -107,7 +107,7 @@ def test_a_kill_while_decoding_leaves_nothing_behind_that_is_taken_for_the_image
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_get_the_same_images(many, whole, tmp_path):
+def test_two_concurrent_processes_get_the_same_images(many, whole, tmp_path):
     both = [start(many, HF_HOME=str(tmp_path)) for _ in range(2)]
     for process in both:
         out, error = process.communicate()

@@ -1,4 +1,4 @@
-"""Caches that a kill or a full disk has cut short are made anew, and a full disk is named."""
+"""Damaged caches are rebuilt, and the error for a full disk names its folder."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from hf_ddpm.data.caching import full_disk_named, is_full
+from hf_ddpm.data.caching import explain_full_disk, is_full
 from tests.data.files import load, numbered, parquet
 from tests.data.test_kinds import image, pack, saved
 
@@ -31,7 +31,7 @@ def values(name, lines):
 
 
 def last_batch(path):
-    """Returns where the last batch of rows of an arrow file begins: a file that ends there reads without an error."""
+    """Returns the offset of the last record batch of an arrow file; a file truncated there reads without an error."""
     with pa.memory_map(str(path)) as file:
         reader = pa.ipc.open_stream(file)
         at = file.tell()
@@ -51,26 +51,26 @@ CUTS = {
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("kind", ["parquet", "zip"])
 @pytest.mark.parametrize("which", ["source", "decoded"])
-def test_torn_caches_are_told_removed_and_made_anew(tmp_path, cache, kind, which, cut):
-    numbers = list(range(1, 251)) * 2
+def test_truncated_caches_are_logged_and_rebuilt(tmp_path, cache, kind, which, cut):
+    grays = list(range(1, 251)) * 2
     if kind == "parquet":
-        name = parquet(tmp_path / "a.parquet", image=[numbered(number) for number in numbers])
+        name = parquet(tmp_path / "a.parquet", image=[numbered(gray) for gray in grays])
     else:
-        name = pack(tmp_path / "a.zip", {f"{i:03d}.png": image(number) for i, number in enumerate(numbers)})
+        name = pack(tmp_path / "a.zip", {f"{i:03d}.png": image(gray) for i, gray in enumerate(grays)})
     lines = []
-    assert values(name, lines) == numbers
+    assert values(name, lines) == grays
     (file,) = [path for path in cache.rglob("*.arrow") if path.name.startswith("cache-") == (which == "decoded")]
     os.truncate(file, cut(file))
     lines.clear()
-    assert values(name, lines) == numbers
-    told = [line for line in lines if "was damaged: it is removed and made anew" in line]
-    assert told and str(file if which == "decoded" else file.parent) in told[0]
+    assert values(name, lines) == grays
+    logged = [line for line in lines if "was damaged: rebuilding it" in line]
+    assert logged and str(file if which == "decoded" else file.parent) in logged[0]
     lines.clear()
-    assert values(name, lines) == numbers and not any("damaged" in line for line in lines)
+    assert values(name, lines) == grays and not any("damaged" in line for line in lines)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
-def test_a_torn_description_of_a_cache_is_made_anew(tmp_path, cache, text):
+def test_a_damaged_description_of_a_cache_is_rebuilt(tmp_path, cache, text):
     name = parquet(tmp_path / "a.parquet", image=[numbered(number) for number in (1, 2)])
     assert values(name, []) == [1, 2]
     (info,) = cache.rglob("dataset_info.json")
@@ -82,8 +82,8 @@ def test_a_torn_description_of_a_cache_is_made_anew(tmp_path, cache, text):
     assert any("was damaged" in line for line in lines)
 
 
-def test_nothing_but_caches_is_removed(tmp_path, cache):
-    kept = cache / "of_someone"
+def test_only_caches_are_removed(tmp_path, cache):
+    kept = cache / "of_a_user"
     saved([1, 2]).save_to_disk(kept)
     (data,) = kept.glob("*.arrow")
     os.truncate(data, 10)
@@ -94,7 +94,7 @@ def test_nothing_but_caches_is_removed(tmp_path, cache):
     assert values(name, []) == [1, 2] and data.exists()
 
 
-def test_a_damaged_source_is_no_damaged_cache(tmp_path, cache):
+def test_a_damaged_source_is_not_a_damaged_cache(tmp_path, cache):
     name = parquet(tmp_path / "a.parquet", image=[numbered(1)])
     Path(name).write_bytes(Path(name).read_bytes()[:100])
     lines = []
@@ -104,11 +104,11 @@ def test_a_damaged_source_is_no_damaged_cache(tmp_path, cache):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_names_the_folder_and_the_way_out(cache, number):
+def test_the_error_for_a_full_disk_names_the_folder_and_the_remedy(cache, number):
     for cause in (OSError(number, os.strerror(number)), OSError("Not enough disk space. Needed: 3 GB")):
         with (
-            pytest.raises(OSError, match=r"cache.*is full: .*HF_DATASETS_CACHE or HF_HOME") as caught,
-            full_disk_named(),
+            pytest.raises(OSError, match=r"^cache .*: the disk is full; .*HF_DATASETS_CACHE or HF_HOME") as caught,
+            explain_full_disk(),
         ):
             try:
                 raise cause
@@ -119,7 +119,7 @@ def test_a_full_disk_names_the_folder_and_the_way_out(cache, number):
 
 
 @pytest.mark.slow
-def test_a_limit_on_files_ends_a_run_in_one_line(tmp_path):
+def test_the_error_for_a_full_disk_is_one_line(tmp_path):
     name = parquet(tmp_path / "a.parquet", image=[numbered(number % 256, size=64) for number in range(300)])
     code = f"""
 from hf_ddpm.config import DataConfig
@@ -140,5 +140,5 @@ run_script(lambda argv: load_images(DataConfig({name!r}, resolution=[64])) and 0
         preexec_fn=limit,
     )
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and f"{home}/datasets" in last and "is full: free some space, or set" in last
+    assert done.returncode == 1 and f"{home}/datasets" in last and "the disk is full; free some space, or set" in last
     assert "Traceback" not in done.stderr

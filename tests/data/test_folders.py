@@ -1,4 +1,4 @@
-"""Folders of images: every file is used, or counted with the reason."""
+"""Image folders: each file is used, or counted with the reason."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from hf_ddpm.data.layout import arrange
+from hf_ddpm.data.layout import find_layout
 from tests.data.files import load, write_images
 from tests.data.files import opened as open_data
 
@@ -19,15 +19,15 @@ def gray(path, value):
 
 
 def opened(folder, split="train", **options):
-    """Returns the gray values of the images of a split, what is left out as file and kind, and the printed line."""
+    """Returns the gray values of the images of a split, the unused files with their reasons, and the log line."""
     lines = []
     images = load(folder, split=split, log=lines.append, **options)
-    _, left_out = open_data(folder, split=split, class_column=options.get("class_column"))
+    _, unused_files = open_data(folder, split=split, class_column=options.get("class_column"))
     values = images[torch.arange(len(images))][:, 0, 0, 0].tolist()
-    return values, {(os.path.relpath(file.file, folder), file.kind) for file in left_out}, lines[0]
+    return values, {(os.path.relpath(file.file, folder), file.kind) for file in unused_files}, lines[0]
 
 
-def test_links_to_files_and_folders_are_followed_and_never_in_circles(tmp_path):
+def test_links_are_followed_except_in_cycles(tmp_path):
     write_images(tmp_path / "pool", count=3)
     data = tmp_path / "data"
     gray(data / "own" / "a.png", 7)
@@ -37,17 +37,17 @@ def test_links_to_files_and_folders_are_followed_and_never_in_circles(tmp_path):
     (data / "own" / "back").symlink_to(data)
     (data / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (data / "self.png").symlink_to(data / "self.png")
-    values, left_out, line = opened(data)
+    values, unused_files, line = opened(data)
     assert len(values) == 1 + 3 + 3 + 1
-    assert left_out == {
-        ("own/back", "link to a folder that it is in"),
-        ("gone.png", "link that leads nowhere"),
-        ("self.png", "link that leads nowhere"),
+    assert unused_files == {
+        ("own/back", "link to a parent folder"),
+        ("gone.png", "broken link"),
+        ("self.png", "broken link"),
     }
-    assert "8 images in train; files not used: link that leads nowhere: 2, link to a folder that it is in: 1" in line
+    assert "8 images in train; unused files: broken link: 2, link to a parent folder: 1" in line
 
 
-def test_every_other_file_is_counted_by_its_reason_and_listed_if_bad_images_are_skipped(tmp_path):
+def test_unused_files_are_counted_by_reason_and_reported(tmp_path):
     data = tmp_path / "data"
     gray(data / "0.PNG", 1)
     gray(data / "1.webp", 2)
@@ -60,13 +60,13 @@ def test_every_other_file_is_counted_by_its_reason_and_listed_if_bad_images_are_
     (data / "README").write_text("1")
     os.mkfifo(data / "pipe.png")
     report = tmp_path / "bad_images.jsonl"
-    values, left_out, line = opened(data, skip_bad_images=True, report=report)
+    values, unused_files, line = opened(data, skip_bad_images=True, report=report)
     assert values == [1, 2]
     expected = {
         "hidden": 2, "in __MACOSX/": 1, "unknown format .heic": 7, "unknown format .txt": 1, "no suffix": 1,
-        "neither a file nor a folder": 1,
+        "not a regular file or folder": 1,
     }  # fmt: skip
-    kinds = [kind for _, kind in left_out]
+    kinds = [kind for _, kind in unused_files]
     assert {kind: kinds.count(kind) for kind in kinds} == expected
     assert "2 images in train" in line and ".heic: 7 (install pillow-heif)" in line and "\n" not in line
     assert all(f"{kind}: {count}" in line for kind, count in expected.items())
@@ -75,19 +75,19 @@ def test_every_other_file_is_counted_by_its_reason_and_listed_if_bad_images_are_
     assert "unknown format .heic (install pillow-heif)" in {line["reason"] for line in lines}
 
 
-def test_formats_that_pillow_reads_are_images(tmp_path):
+def test_formats_that_pillow_decodes_are_images(tmp_path):
     suffixes = [s for s in (".png", ".jpg", ".jfif", ".bmp", ".avif", ".jp2", ".tga", ".ppm", ".qoi")
                 if s in PILImage.registered_extensions()]  # fmt: skip
     for suffix in suffixes:
         PILImage.new("RGB", (8, 8), (200, 200, 200)).save(tmp_path / f"a{suffix}")
-    (tmp_path / "features.h5").write_bytes(b"\x89HDF\r\n\x1a\n")  # recognized by Pillow, but no image
-    values, left_out, _ = opened(tmp_path)
+    (tmp_path / "features.h5").write_bytes(b"\x89HDF\r\n\x1a\n")  # recognized by Pillow but not decoded
+    values, unused_files, _ = opened(tmp_path)
     assert len(values) == len(suffixes) and np.abs(np.array(values) - 200).max() <= 2
-    assert left_out == {("features.h5", "unknown format .h5")}
+    assert unused_files == {("features.h5", "unknown format .h5")}
 
 
 LAYOUTS = [
-    # folders, images of the splits, how many are left out
+    # folders, number of images per split, number of unused images
     (["train/", "validation/"], {"train": 1, "validation": 1}, 0),
     (["train/a/", "train/b/", "validation/a/", "test/b/"], {"train": 2, "validation": 1, "test": 1}, 0),
     (["validation/"], {"validation": 1}, 0),
@@ -110,36 +110,39 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("folders", "splits", "left_out"), LAYOUTS, ids=[" ".join(row[0]) or "." for row in LAYOUTS])
-def test_folders_of_splits_are_splits_and_held_out_images_are_never_for_training(folders, splits, left_out):
-    layout = arrange([f"{folder}{number}.png" for number, folder in enumerate(folders)])
+@pytest.mark.parametrize(
+    ("folders", "splits", "unused_files"), LAYOUTS, ids=[" ".join(row[0]) or "." for row in LAYOUTS]
+)
+def test_split_folders_are_splits_and_held_out_images_are_not_used_for_training(folders, splits, unused_files):
+    layout = find_layout([f"{folder}{number}.png" for number, folder in enumerate(folders)])
     assert {split: len(names) for split, names in layout.splits.items()} == splits
-    assert len(layout.left_out) == left_out
+    assert len(layout.unused_files) == unused_files
     held_out = {"validation", "valid", "val", "dev", "test"} & {f.casefold().strip("/") for f in folders}
     assert not any(name.split("/")[0].casefold() in held_out for name in layout.splits.get("train", []))
 
 
-def test_validation_images_beside_train_are_another_split_and_alone_no_split_to_train_on(tmp_path):
+def test_validation_images_are_not_in_the_training_split(tmp_path):
     gray(tmp_path / "both" / "train" / "0.png", 1)
     gray(tmp_path / "both" / "validation" / "1.png", 2)
     assert opened(tmp_path / "both")[0] == [1]
     assert opened(tmp_path / "both", "validation")[0] == [2]
     gray(tmp_path / "alone" / "validation" / "1.png", 2)
-    with pytest.raises(ValueError, match="has no split 'train': one of validation"):
+    with pytest.raises(ValueError, match="has no split 'train': expected one of validation"):
         opened(tmp_path / "alone")
     gray(tmp_path / "alone" / "cats" / "0.png", 1)
-    with pytest.raises(ValueError, match=r"no split 'train': one of validation .*cats/, beside .* splits validation/"):
+    message = r"no split 'train': expected one of validation .*in cats/, outside the split folders validation/"
+    with pytest.raises(ValueError, match=message):
         opened(tmp_path / "alone")
 
 
-def test_a_class_named_as_a_split_is_a_class_beside_others(tmp_path):
+def test_a_train_folder_next_to_class_folders_is_a_class(tmp_path):
     for number, name in enumerate(("bicycle", "bus", "train")):
         gray(tmp_path / name / "a.png", number)
     images = load(tmp_path, class_column="label")
     assert images.class_names == ("bicycle", "bus", "train") and images.labels.tolist() == [0, 1, 2]
 
 
-def test_classes_are_the_same_in_all_splits_and_folders_of_splits_are_none(tmp_path):
+def test_classes_are_the_same_in_all_splits_and_split_folders_are_not_classes(tmp_path):
     for name in ("train/dog", "train/cat", "val/cat", "val/ant"):
         gray(tmp_path / name / "a.png", 1)
     for split, labels in (("train", [1, 2]), ("validation", [0, 1])):
@@ -147,12 +150,12 @@ def test_classes_are_the_same_in_all_splits_and_folders_of_splits_are_none(tmp_p
         assert images.class_names == ("ant", "cat", "dog") and images.labels.tolist() == labels
     for name in ("train", "test"):
         gray(tmp_path / "flat" / name / "a.png", 1)
-    with pytest.raises(ValueError, match="class_column='label' does not exist"):
+    with pytest.raises(ValueError, match="--class_column label: there is no such column"):
         load(tmp_path / "flat", class_column="label")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_images_that_metadata_do_not_list_are_used_unless_classes_come_from_there(tmp_path, kind):
+def test_images_without_metadata_are_used_unless_the_metadata_has_the_classes(tmp_path, kind):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -166,28 +169,28 @@ def test_images_that_metadata_do_not_list_are_used_unless_classes_come_from_ther
         pairs = list(zip(*rows.values(), strict=True))
         text = [json.dumps(dict(zip(rows, pair, strict=True))) for pair in pairs]
         file.write_text("\n".join(text if kind == "jsonl" else [",".join(pair) for pair in [tuple(rows), *pairs]]))
-    values, left_out, line = opened(tmp_path)
+    values, unused_files, line = opened(tmp_path)
     assert values == [0, 1, 2, 3]
-    assert left_out == {("sub/9.png", f"missing, but listed in metadata.{kind}")}
+    assert unused_files == {("sub/9.png", f"missing, but listed in metadata.{kind}")}
     for column in ("category", "auto"):
-        values, left_out, line = opened(tmp_path, class_column=column)
+        values, unused_files, line = opened(tmp_path, class_column=column)
         images = load(tmp_path, class_column=column)
         assert values == [0, 2] and [images.class_names[label] for label in images.labels] == ["y", "x"]
-        assert {("sub/1.png", "not listed in metadata"), ("sub/3.png", "not listed in metadata")} < left_out
+        assert {("sub/1.png", "not listed in metadata"), ("sub/3.png", "not listed in metadata")} < unused_files
         assert "not listed in metadata: 2" in line
 
 
-def test_images_of_other_columns_of_metadata_are_no_rows(tmp_path):
+def test_images_of_other_metadata_columns_are_not_rows(tmp_path):
     for number, name in enumerate(("image", "mask", "loose")):
         gray(tmp_path / f"{name}.png", number)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "image.png", "mask_file_name": "mask.png"}\n')
-    values, left_out, _ = opened(tmp_path)
+    values, unused_files, _ = opened(tmp_path)
     assert values == [0]
-    assert left_out == {("mask.png", "in another column of metadata"), ("loose.png", "not listed in metadata")}
+    assert unused_files == {("mask.png", "in another metadata column"), ("loose.png", "not listed in metadata")}
     assert opened(tmp_path, image_column="mask")[0] == [1]
 
 
-def test_classes_of_metadata_go_before_those_of_folders(tmp_path):
+def test_classes_of_metadata_override_those_of_folders(tmp_path):
     for number, folder in enumerate("ab"):
         gray(tmp_path / folder / "0.png", number)
     (tmp_path / "metadata.csv").write_text("file_name,category\na/0.png,y\nb/0.png,x\n")
@@ -195,23 +198,23 @@ def test_classes_of_metadata_go_before_those_of_folders(tmp_path):
     assert images.class_names == ("x", "y") and images.labels.tolist() == [1, 0]
 
 
-def test_bad_metadata_are_named(tmp_path):
+def test_unusable_metadata_files_are_reported(tmp_path):
     gray(tmp_path / "a.png", 1)
     (tmp_path / "metadata.jsonl").write_text('{"text": "x"}\n')
-    assert opened(tmp_path)[1] == {("metadata.jsonl", "metadata.jsonl without a column file_name")}
+    assert opened(tmp_path)[1] == {("metadata.jsonl", "metadata.jsonl without a file_name column")}
     (tmp_path / "metadata.jsonl").write_text('{"file_name": ')
     with pytest.raises(ValueError, match=r"metadata\.jsonl' cannot be read: ") as caught:
         opened(tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_names_that_are_not_utf_8_are_used_and_printable(tmp_path):
+def test_file_names_that_are_not_utf_8_are_supported(tmp_path):
     for folder, file, value in ((b"caf\xe9", b"\xff.png", 3), (b"tea", b"a b%.png", 4)):
         os.makedirs(os.fsencode(tmp_path) + b"/" + folder)
         gray(tmp_path / os.fsdecode(folder) / os.fsdecode(file), value)
     with open(os.fsencode(tmp_path) + b"/caf\xe9/\xfe.png", "wb") as bad:
         bad.write(b"no image")
-    with pytest.raises(ValueError, match=r"image in row 0 \(file:///.*caf%E9/%FE\.png\) is not usable"):
+    with pytest.raises(ValueError, match=r"^row 0 \(file:///.*caf%E9/%FE\.png\): "):
         opened(tmp_path)
     report = tmp_path / "report"
     values, _, _ = opened(tmp_path, skip_bad_images=True, report=report, class_column="label")
@@ -221,50 +224,50 @@ def test_names_that_are_not_utf_8_are_used_and_printable(tmp_path):
     assert images.class_names == ("caf\\xe9", "tea")
 
 
-def test_a_folder_without_images_says_what_it_holds(tmp_path):
+def test_the_error_for_a_folder_without_images_lists_its_files(tmp_path):
     for number in range(2):
         (tmp_path / f"{number}.heic").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds no image \(files not used: unknown format \.heic: 2 \(install"):
+    with pytest.raises(ValueError, match=r"contains no images \(unused files: unknown format \.heic: 2 \(install"):
         opened(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([{"file_name": 5}], "metadata.jsonl': file_name=5: expected the path of a file"),
+        ([{"file_name": 5}], "metadata.jsonl': file_name=5 is not text; expected the path of a file"),
         (
             [{"file_name": "0.png", "c": "a"}, {"file_name": "0.png", "c": "b"}],
-            "lists '0.png' twice with different values",
+            "metadata.jsonl': '0.png' is listed twice with different values",
         ),
     ],
 )
-def test_metadata_that_cannot_be_meant_are_named(tmp_path, lines, message):
+def test_invalid_metadata_is_an_error(tmp_path, lines, message):
     write_images(tmp_path, count=2)
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(ValueError, match=message):
         opened(tmp_path)
 
 
-def test_metadata_files_that_disagree_about_a_column_are_named(tmp_path):
+def test_metadata_files_with_different_types_of_a_column_are_an_error(tmp_path):
     for name, value in (("a", 1), ("b", "x")):
         write_images(tmp_path / name, count=1)
         (tmp_path / name / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "size": value}))
-    with pytest.raises(ValueError, match="column 'size' of metadata in '.*': "):
+    with pytest.raises(ValueError, match="'.*': metadata column 'size' cannot be read; "):
         opened(tmp_path)
 
 
-def test_a_column_of_metadata_called_image_leaves_the_images(tmp_path):
+def test_a_metadata_column_named_image_is_ignored(tmp_path):
     write_images(tmp_path, count=2)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "image": "x"}))
     assert len(opened(tmp_path)[0]) == 2
 
 
-def test_splits_below_different_folders_are_splits():
-    layout = arrange(["2020/train/0.png", "2021/val/1.png"])
+def test_split_folders_may_be_in_different_folders():
+    layout = find_layout(["2020/train/0.png", "2021/val/1.png"])
     assert layout.splits == {"train": ["2020/train/0.png"], "validation": ["2021/val/1.png"]}
 
 
-def test_frames_that_are_not_read_are_counted(tmp_path):
+def test_images_with_unread_frames_are_counted(tmp_path):
     frames = [PILImage.new("L", (8, 8), value) for value in (10, 200)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     lines = []

@@ -1,4 +1,4 @@
-"""Data sets of every kind that is not a folder of image files: saved, archived, configured, in tables of others."""
+"""Saved data sets, archives, configurations, and tables written by other tools."""
 
 import io
 import json
@@ -21,27 +21,28 @@ def values(name, split="train", **options):
     return sorted(images[torch.arange(len(images))][:, 0, 0, 0].tolist())
 
 
-def saved(numbers):
+def saved(grays):
     features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
-    rows = {"image": [numbered(number) for number in numbers], "label": [number % 2 for number in numbers]}
+    rows = {"image": [numbered(gray) for gray in grays], "label": [gray % 2 for gray in grays]}
     return Dataset.from_dict(rows, features)
 
 
-def test_data_sets_that_were_saved_to_disk(tmp_path):
+def test_data_sets_saved_to_disk(tmp_path):
     saved([1, 2, 3]).save_to_disk(tmp_path / "one")
     assert values(tmp_path / "one") == [1, 2, 3]
     images = load(tmp_path / "one", class_column="auto")
     assert images.class_names == ("a", "b") and images.labels.tolist() == [1, 0, 1]
     DatasetDict(train=saved([1, 2]), test=saved([3])).save_to_disk(tmp_path / "two")
     assert values(tmp_path / "two") == [1, 2] and values(tmp_path / "two", "test") == [3]
-    with pytest.raises(ValueError, match="has no split 'validation': one of train, test"):
+    with pytest.raises(ValueError, match="has no split 'validation': expected one of train, test"):
         values(tmp_path / "two", "validation")
-    with pytest.raises(ValueError, match="dataset_config='x': a data set that was saved to disk has no configurations"):
+    message = "--dataset_config x: a data set saved by save_to_disk has no configurations; remove --dataset_config"
+    with pytest.raises(ValueError, match=message):
         values(tmp_path / "one", dataset_config="x")
     saved([]).save_to_disk(tmp_path / "empty")
-    with pytest.raises(ValueError, match="empty' is empty: a split holds no image"):
+    with pytest.raises(ValueError, match="empty' is empty: a split contains no images"):
         values(tmp_path / "empty")
-    # Other rows in the same place are not taken for the former ones, and nothing is written there.
+    # Other rows in the same folder are read again, and nothing is written to the folder.
     before = {path.name for path in (tmp_path / "one").iterdir()}
     saved([4, 5, 6]).save_to_disk(tmp_path / "one")
     assert values(tmp_path / "one") == [4, 5, 6]
@@ -49,7 +50,7 @@ def test_data_sets_that_were_saved_to_disk(tmp_path):
 
 
 def pack(path, files):
-    """Writes files, bytes by name, into an archive."""
+    """Writes files, given as bytes by name, to an archive."""
     if path.name.endswith(".zip"):
         with zipfile.ZipFile(path, "w") as archive:
             for name, data in files.items():
@@ -69,7 +70,7 @@ def image(value, format="PNG"):
 
 @pytest.mark.parametrize("suffix", ["zip", "tar", "tar.gz", "tgz"])
 @pytest.mark.parametrize("is_file", [True, False])
-def test_archives_are_read_as_the_folders_that_they_hold(tmp_path, suffix, is_file):
+def test_archives_are_read_like_folders(tmp_path, suffix, is_file):
     file = pack(
         tmp_path / f"all.{suffix}",
         {
@@ -80,19 +81,19 @@ def test_archives_are_read_as_the_folders_that_they_hold(tmp_path, suffix, is_fi
     name, lines = str(file if is_file else tmp_path), []
     images = load(name, class_column="label", log=lines.append)
     assert images.class_names == ("cats", "dogs") and images.labels.tolist() == [0, 1]
-    found = images[torch.arange(2)][:, 0, 0, 0].tolist()
-    assert found[0] == 1 and abs(found[1] - 200) <= 2
+    grays = images[torch.arange(2)][:, 0, 0, 0].tolist()
+    assert grays[0] == 1 and abs(grays[1] - 200) <= 2
     assert values(name, "validation") == [3]
-    assert "2 images in train, 1 images in validation; files not used: " in lines[0]
+    assert "2 images in train, 1 images in validation; unused files: " in lines[0]
     assert "hidden: 1" in lines[0] and "unknown format .md: 1" in lines[0]
-    # A changed archive is read anew; folders at its top are classes, too.
+    # A changed archive is read again; folders at its top are classes, too.
     pack(file, {"x/0.png": image(9), "y/1.png": image(10)})
     assert values(name) == [9, 10]
     images = load(name, class_column="label")
     assert images.class_names == ("x", "y") and images.labels.tolist() == [0, 1]
 
 
-def test_web_data_sets_have_classes_and_splits_by_the_names_of_their_shards(tmp_path):
+def test_web_data_sets_have_classes_and_splits_by_shard_name(tmp_path):
     for name, numbers in (("train-000000", [1, 2]), ("train-000001", [3]), ("val-000000", [4])):
         files = {}
         for number in numbers:
@@ -102,11 +103,11 @@ def test_web_data_sets_have_classes_and_splits_by_the_names_of_their_shards(tmp_
     assert values(tmp_path) == [1, 2, 3] and values(tmp_path, "validation") == [4]
     images = load(tmp_path, class_column="cls")
     assert images.class_names == ("0", "1") and images.labels.tolist() == [1, 0, 1]
-    _, left_out = opened(tmp_path)
-    assert [file.kind for file in left_out] == ["unknown format .json"] * 4
+    _, unused_files = opened(tmp_path)
+    assert [file.kind for file in unused_files] == ["unknown format .json"] * 4
 
 
-def test_classes_of_web_data_sets_may_be_words_and_names_may_have_dots(tmp_path):
+def test_web_data_sets_may_have_text_classes_and_dots_in_names(tmp_path):
     files = {}
     for number, name in enumerate(("cat", "dog", "cat")):
         files |= {f"{number:05d}.rgb.png": image(number), f"{number:05d}.cls": name.encode()}
@@ -116,11 +117,13 @@ def test_classes_of_web_data_sets_may_be_words_and_names_may_have_dots(tmp_path)
     assert images.class_names == ("cat", "dog") and images.labels.tolist() == [0, 1, 0]
     assert values(name) == [0, 1, 2]
     pack(tmp_path / "two.tar", {**files, "00000.depth.png": image(9)})
-    with pytest.raises(ValueError, match=r"a sample holds several images, 00000.rgb.png and 00000.depth.png"):
+    with pytest.raises(
+        ValueError, match=r"a sample contains several images \(00000.rgb.png and 00000.depth.png\); expected one"
+    ):
         values(str(tmp_path / "two.tar"))
 
 
-def test_damaged_archives_and_members_are_named(tmp_path):
+def test_errors_for_damaged_archives_and_members_name_them(tmp_path):
     file = pack(tmp_path / "a.zip", {"0.png": image(1), "1.png": image(2)})
     whole = file.read_bytes()
     file.write_bytes(whole[:-30])
@@ -128,14 +131,14 @@ def test_damaged_archives_and_members_are_named(tmp_path):
         values(file)
     at = whole.index(b"IDAT") + 6
     file.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
-    with pytest.raises(ValueError, match=r"image in row 0 \(.*a\.zip/0\.png\) is not usable"):
+    with pytest.raises(ValueError, match=r"^row 0 \(.*a\.zip/0\.png\): "):
         values(file)
     assert values(file, skip_bad_images=True) == [2]
     (tmp_path / "b.tar").write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"archive '.*b\.tar' cannot be read: "):
         values(tmp_path / "b.tar")
     pack(tmp_path / "c.zip", {"a.txt": b""})
-    with pytest.raises(ValueError, match=r"archive '.*c\.zip' holds no image"):
+    with pytest.raises(ValueError, match=r"archive '.*c\.zip' contains no images"):
         values(tmp_path / "c.zip")
 
 
@@ -148,11 +151,11 @@ def configured(path):
     return str(path)
 
 
-def test_configurations_are_named_by_an_option(tmp_path):
+def test_dataset_config_selects_a_configuration(tmp_path):
     name = configured(tmp_path / "data")
     assert values(name, dataset_config="small") == [1, 2] and values(name, dataset_config="big") == [3, 4, 5]
-    several = "'.*data' has several configurations, name one by dataset_config: small, big$"
-    unknown = "'.*data' has no configuration dataset_config='huge': one of small, big$"
+    several = "'.*data' has several configurations: set --dataset_config to one of small, big$"
+    unknown = "'.*data' has no configuration 'huge': expected --dataset_config with one of small, big$"
     options = {"seed": 0, "batch_size": 2, "resolution": 8, "channels": 1, "workers": 0}
     for config, message in ((None, several), ("huge", unknown)):
         with pytest.raises(ValueError, match=message):
@@ -163,13 +166,13 @@ def test_configurations_are_named_by_an_option(tmp_path):
     assert len(source) == 3
     source.close()
     for other in ("digits", str(tmp_path / "data" / "small" / "train.parquet")):
-        with pytest.raises(ValueError, match="dataset_config='x': .* has no configurations"):
+        with pytest.raises(ValueError, match="--dataset_config x: .* has no configurations; remove --dataset_config"):
             values(other, dataset_config="x")
-        with pytest.raises(ValueError, match="dataset_config='x': .* has no configurations"):
+        with pytest.raises(ValueError, match="--dataset_config x: .* has no configurations; remove --dataset_config"):
             stream(other, dataset_config="x", **options)
 
 
-def test_files_beside_tables_are_counted_in_memory_and_in_streams(tmp_path):
+def test_other_files_next_to_tables_are_counted(tmp_path):
     name, lines, report = configured(tmp_path / "data"), [], tmp_path / "report"
     (tmp_path / "data" / "figure.png").write_bytes(image(9))
     load(name, dataset_config="small", log=lines.append)
@@ -180,14 +183,14 @@ def test_files_beside_tables_are_counted_in_memory_and_in_streams(tmp_path):
         ).close()  # fmt: skip
     assert "2 images in train" in lines[0] and len(lines) == 3
     for line in lines:
-        assert ".png, beside the .parquet files: 1" in line
-        assert ".parquet, in no split of this configuration: 1" in line
-    found = [os.path.relpath(json.loads(line)["file"], name) for line in report.read_text().splitlines()]
-    assert sorted(found) == ["big/train.parquet", "figure.png"]
+        assert ".png, only .parquet files are read: 1" in line
+        assert ".parquet, not in a split of this configuration: 1" in line
+    unused = [os.path.relpath(json.loads(line)["file"], name) for line in report.read_text().splitlines()]
+    assert sorted(unused) == ["big/train.parquet", "figure.png"]
 
 
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "struct", "more"])
-def test_images_in_tables_of_other_tools_are_found(tmp_path, kind):
+def test_images_in_tables_of_other_tools_are_read(tmp_path, kind):
     files = [image(number) for number in (5, 6, 7)]
     if kind in ("struct", "more"):
         column = pa.array([{"bytes": data, "path": None} for data in files])
@@ -205,19 +208,19 @@ def test_images_in_tables_of_other_tools_are_found(tmp_path, kind):
     assert [(value - 5) % 2 for value in batch.images[:, 0, 0, 0].tolist()] == batch.labels.tolist()
 
 
-def test_a_column_of_images_goes_before_one_of_bytes(tmp_path):
+def test_an_image_column_is_preferred_to_a_binary_column(tmp_path):
     features = Features({"scan": Image()})
     data = Dataset.from_dict({"scan": [numbered(3)]}, features).add_column("image", [b"no image"])
     data.to_parquet(str(tmp_path / "a.parquet"))
     assert values(tmp_path / "a.parquet") == [3]
     pq.write_table(pa.table({"x": [image(1)], "y": [image(2)]}), tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match=r"name it by image_column: columns are x \(binary\), y \(binary\)"):
+    with pytest.raises(ValueError, match=r"set --image_column; the columns are x \(binary\), y \(binary\)"):
         values(tmp_path / "b.parquet")
     assert values(tmp_path / "b.parquet", image_column="y") == [2]
 
 
-def test_bytes_that_are_no_images_are_named(tmp_path):
+def test_bytes_that_are_not_images_are_errors(tmp_path):
     pq.write_table(pa.table({"image": [image(1), b"text", None]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="image in row 1 .* is no image of a known format"):
+    with pytest.raises(ValueError, match=r"^row 1 \(.*\): not an image of a known format"):
         values(tmp_path / "a.parquet")
     assert values(tmp_path / "a.parquet", skip_bad_images=True) == [1]

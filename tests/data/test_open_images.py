@@ -1,4 +1,4 @@
-"""Images of a run, in memory or as a stream."""
+"""Opening the images of a run, decoded in advance or as a stream."""
 
 import json
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ def first(entered):
     yield
 
 
-def test_images_in_memory_are_decoded_by_one_process_first_and_drawn_and_shuffled_by_the_seed(tmp_path):
+def test_decoded_images_are_decoded_by_the_main_process_first_and_shuffled_by_the_seed(tmp_path):
     folder, entered = shards(tmp_path / "data", [numbered(i) for i in range(40)]), []
     options = {"class_column": "label", "max_train_samples": 20}
     images = open_images(data(folder, **options), seed=3, batch_size=6, device="cpu", main_process_first=first(entered))
@@ -30,7 +30,7 @@ def test_images_in_memory_are_decoded_by_one_process_first_and_drawn_and_shuffle
         assert torch.equal(batch.images, other.images) and torch.equal(batch.labels, other.labels)
 
 
-def test_streams_are_not_decoded_beforehand_and_follow_the_options(tmp_path):
+def test_streams_are_not_decoded_in_advance_and_use_the_options(tmp_path):
     folder, entered = shards(tmp_path / "data", [numbered(i) for i in range(40)]), []
     options = {"class_column": "label", "max_train_samples": 20, "streaming": True}
     images = open_images(data(folder, **options), seed=3, batch_size=6, device="cpu", main_process_first=first(entered))

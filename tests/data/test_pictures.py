@@ -1,4 +1,4 @@
-"""Metadata of image files do not decide over their pixels."""
+"""Image files with damaged metadata are loaded, upright."""
 
 import io
 import struct
@@ -37,35 +37,35 @@ def xmp(orientation):
 
 
 def upright(data):
-    """Returns the pixels of a file of `PIXELS` turned a quarter; the format must be lossless."""
+    """Returns the pixels of an image file, turned upright."""
     return np.asarray(open_picture({"bytes": data, "path": None}))
 
 
 @pytest.mark.parametrize("orientation", TURNED)
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
-def test_every_orientation_is_undone(format, orientation):
+def test_each_exif_orientation_is_applied(format, orientation):
     np.testing.assert_array_equal(upright(encoded(format, exif=exif(orientation))), TURNED[orientation])
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_orientations_of_xmp_are_undone(orientation):
+def test_xmp_orientations_are_applied(orientation):
     info = PngImagePlugin.PngInfo()
     info.add_itxt("XML:com.adobe.xmp", xmp(orientation))
     np.testing.assert_array_equal(upright(encoded("PNG", pnginfo=info)), TURNED[orientation])
     np.testing.assert_array_equal(upright(encoded("WEBP", xmp=xmp(orientation).encode())), TURNED[orientation])
-    # Broken EXIF data do not hide it.
+    # With damaged EXIF data, too.
     np.testing.assert_array_equal(
         upright(encoded("WEBP", xmp=xmp(orientation).encode(), exif=b"Exif\0\0nothing")), TURNED[orientation]
     )
 
 
 @pytest.mark.parametrize("value", [0, 9, 77])
-def test_orientations_that_do_not_exist_are_upright(value):
+def test_invalid_orientations_are_ignored(value):
     np.testing.assert_array_equal(upright(encoded("PNG", exif=exif(value))), PIXELS)
 
 
 def with_chunk(kind, content, checksum=None):
-    """Returns a PNG, turned a quarter, with another chunk before its pixels."""
+    """Returns a PNG with orientation 6 and another chunk before its pixels."""
     data = encoded("PNG", exif=exif(6))
     checksum = zlib.crc32(kind + content) if checksum is None else checksum
     chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
@@ -91,16 +91,16 @@ CHUNKS = {
 
 
 @pytest.mark.parametrize("chunk", CHUNKS.values(), ids=CHUNKS)
-def test_no_chunk_of_a_png_that_pixels_do_not_depend_on_refuses_them(chunk):
+def test_a_png_with_damaged_metadata_chunks_is_loaded(chunk):
     np.testing.assert_array_equal(upright(with_chunk(*chunk)), TURNED[6])
 
 
-def test_many_texts_beyond_the_memory_for_texts_are_no_reason_either(monkeypatch):
+def test_a_png_with_more_text_than_pillow_allows_is_loaded(monkeypatch):
     monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 10)
     np.testing.assert_array_equal(upright(with_chunk(b"tEXt", b"key\0" + bytes(100))), TURNED[6])
 
 
-def test_damaged_pixels_are_refused_whatever_the_metadata():
+def test_damaged_pixels_are_an_error():
     data = bytearray(with_chunk(*CHUNKS["a text bomb"]))
     data[data.index(b"IDAT") + 8] ^= 255
     with pytest.raises(Exception, match="."):
@@ -111,7 +111,7 @@ def test_damaged_pixels_are_refused_whatever_the_metadata():
 
 @pytest.mark.parametrize("kind", [0, 1, 2, 3, 4, 5, 7, 10, 12, 99])
 @pytest.mark.parametrize("tag", [271, 282, 283, 296, 305, 315, 34665, 34853])
-def test_odd_types_of_tags_of_a_tiff_refuse_nothing(tag, kind):
+def test_a_tiff_with_tags_of_wrong_types_is_loaded(tag, kind):
     exif = PILImage.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"
     exif[0x8769], exif[0x8825] = {0x829A: 0.5}, {1: "N"}
@@ -128,7 +128,7 @@ def test_odd_types_of_tags_of_a_tiff_refuse_nothing(tag, kind):
 
 @pytest.mark.parametrize("kind", [1, 2, 3, 4, 5, 7, 11, 12])
 @pytest.mark.parametrize("tag", [259, 271, 282, 296, 305])
-def test_odd_types_of_the_exif_of_a_jpeg_refuse_nothing(tag, kind):
+def test_a_jpeg_with_exif_tags_of_wrong_types_is_loaded(tag, kind):
     entry = struct.pack("<HHLL", tag, kind, 1, 7)
     turned = struct.pack("<HHLHH", 0x0112, 3, 1, 6, 0)
     entries = sorted([entry, turned], key=lambda entry: struct.unpack("<H", entry[:2]))
@@ -140,19 +140,19 @@ def test_odd_types_of_the_exif_of_a_jpeg_refuse_nothing(tag, kind):
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP"])
-def test_no_change_of_bytes_in_metadata_refuses_an_image(format):
+def test_images_with_changed_metadata_bytes_are_loaded(format):
     rng = np.random.default_rng(0)
     parts = exif(1).removeprefix(b"Exif\0\0"), xmp(1).encode(), b"profile" * 30
     data = encoded(format, exif=exif(1), xmp=parts[1], icc_profile=parts[2])
-    places = [data.index(part) + offset for part in parts for offset in range(len(part))]
+    offsets = [data.index(part) + offset for part in parts for offset in range(len(part))]
     for _ in range(300):
         changed = bytearray(data)
-        for place in rng.choice(places, 4):
-            changed[place] = rng.integers(256)
+        for offset in rng.choice(offsets, 4):
+            changed[offset] = rng.integers(256)
         assert upright(bytes(changed)).size == PIXELS.size
 
 
-def test_bombs_of_pixels_stay_refused(monkeypatch):
+def test_decompression_bombs_are_errors(monkeypatch):
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 20)
     with pytest.raises(PILImage.DecompressionBombError):
         upright(encoded("PNG"))
@@ -171,9 +171,9 @@ def png16(array, color):
 
 
 @pytest.mark.parametrize(("color", "channels"), [(2, 3), (4, 2), (6, 4)])
-def test_16_bits_are_refused_where_they_would_be_lost_and_told_elsewhere(tmp_path, color, channels):
+def test_lost_16_bit_depth_is_an_error_with_16_bit_levels_and_logged_otherwise(tmp_path, color, channels):
     row = png16(np.full((8, 8, channels), 65535, np.uint16) - 255, color)
-    with pytest.raises(ValueError, match="16 bits, which PIL reads as 8"):
+    with pytest.raises(ValueError, match="16-bit color or transparency, which PIL reads with 8 bits"):
         fit(row, image_format(8, 1, levels=65536))
     notes = []
     fit(row, image_format(8, 3), notes)
@@ -189,7 +189,7 @@ def test_16_bits_are_refused_where_they_would_be_lost_and_told_elsewhere(tmp_pat
 @pytest.mark.parametrize(
     ("options", "gray"), [({}, 65535), ({"background": "black"}, 0), ({"background": "#808080"}, 128 * 257),
                           ({"background": "blue"}, 29 * 257)])  # fmt: skip
-def test_transparent_gray_of_16_bits_shows_the_background_in_gray(options, gray):
+def test_transparent_16_bit_gray_shows_the_background_in_gray(options, gray):
     levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     file = io.BytesIO()
     PILImage.fromarray(levels).save(file, "PNG", transparency=5000)
@@ -197,9 +197,10 @@ def test_transparent_gray_of_16_bits_shows_the_background_in_gray(options, gray)
     np.testing.assert_array_equal(pixels, np.where(levels == 5000, gray, levels))
 
 
-def test_small_images_are_enlarged_only_if_asked(tmp_path):
+def test_small_images_are_enlarged_only_with_enlarge(tmp_path):
     folder = str(write_images(tmp_path / "images", size=(4, 4)))
-    with pytest.raises(ValueError, match=r"4x4 is smaller than resolution=8 \(--enlarge true scales small images up"):
+    message = r"size 4x4 is smaller than the resolution 8x8 \(height x width\); use --enlarge true to upscale"
+    with pytest.raises(ValueError, match=message):
         load(folder, channels=3)
     assert len(load(folder, channels=3, enlarge=True)) == 3
     flat = {"bytes": encoded("PNG"), "path": None}
@@ -207,6 +208,6 @@ def test_small_images_are_enlarged_only_if_asked(tmp_path):
         pixels = fit(flat, image_format((12, 12), 3, enlarge=True, crop=crop))
         assert pixels.shape == ((3, 12, 12) if crop == "center" else (3, 12, 18))
     means = [fit(flat, image_format((6, 9), 3)).mean(), fit(flat, image_format((12, 18), 3, enlarge=True)).mean()]
-    assert means[0] == pytest.approx(means[1], abs=2)  # the same picture, twice as large
-    # One side alone may be too small.
+    assert means[0] == pytest.approx(means[1], abs=2)  # the same image, twice as large
+    # With only one side too small, too.
     assert fit(flat, image_format((7, 4), 3, enlarge=True)).shape == (3, 7, 4)

@@ -9,7 +9,7 @@ from hf_ddpm.data.columns import find_image_column
 from tests.data.files import load, opened, parquet, png, write_images
 
 
-def test_digits_are_those_of_scikit_learn():
+def test_digits_equal_those_of_scikit_learn():
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     order = np.random.default_rng(0).permutation(1797)
     for split, rows in [("train", order[:898]), ("test", order[898:])]:
@@ -20,7 +20,7 @@ def test_digits_are_those_of_scikit_learn():
 
 
 @pytest.mark.parametrize("resident", [True, False])
-def test_batches_hold_the_images_asked_for(monkeypatch, resident):
+def test_batches_contain_the_requested_images(monkeypatch, resident):
     if not resident:
         monkeypatch.setattr(store, "RESIDENT_BYTES", 0)
     images = load("digits")
@@ -31,7 +31,7 @@ def test_batches_hold_the_images_asked_for(monkeypatch, resident):
         np.testing.assert_array_equal(row[0].numpy(), np.asarray(pictures[index]))
 
 
-def test_folders_of_images_and_of_parquet_load_alike(tmp_path):
+def test_image_folders_and_parquet_files_load_the_same_images(tmp_path):
     folder = write_images(tmp_path / "images", count=4)
     from_folder = load(folder, channels=3)
     arrays = [np.asarray(PILImage.open(folder / f"{i}.png")) for i in range(4)]
@@ -42,23 +42,23 @@ def test_folders_of_images_and_of_parquet_load_alike(tmp_path):
         np.testing.assert_array_equal(images[torch.arange(4)].numpy(), np.stack(arrays).transpose(0, 3, 1, 2))
 
 
-def test_class_folders_are_classes_whatever_their_names(tmp_path):
-    # datasets would take testing/ for a split, and a text file beside an image for the data.
-    tmp_path = tmp_path / "cats [8px]"  # no glob pattern
+def test_class_folders_may_have_any_names(tmp_path):
+    # datasets would read testing/ as a split, and a text file next to images as data.
+    tmp_path = tmp_path / "cats [8px]"  # not a glob pattern
     for name in ("testing", "training_set", "other"):
         write_images(tmp_path / name, count=2)
     (tmp_path / "notes.txt").write_text("not an image")
     assert len(load(tmp_path, channels=3)) == 6
 
 
-def test_folders_named_as_splits_are_splits(tmp_path):
+def test_folders_with_split_names_are_splits(tmp_path):
     write_images(tmp_path / "train" / "cat", count=3)
     write_images(tmp_path / "test" / "cat", count=2)
     assert len(load(tmp_path, channels=3)) == 3
     assert len(load(tmp_path, split="test", channels=3)) == 2
 
 
-def test_transparent_pixels_are_white_not_what_is_hidden_behind_them(tmp_path):
+def test_transparent_pixels_are_white(tmp_path):
     PILImage.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a.png")
     rgb = load(tmp_path, channels=3)[torch.tensor([0])]
     assert bool((rgb == 255).all())
@@ -67,25 +67,25 @@ def test_transparent_pixels_are_white_not_what_is_hidden_behind_them(tmp_path):
 
 
 def test_palettes_and_cmyk_are_converted(tmp_path):
-    picture = PILImage.new("RGB", (16, 16), (200, 40, 40))
-    picture.convert("P").save(tmp_path / "a.png")
-    picture.convert("CMYK").save(tmp_path / "b.jpg", quality=100)
+    color = PILImage.new("RGB", (16, 16), (200, 40, 40))
+    color.convert("P").save(tmp_path / "a.png")
+    color.convert("CMYK").save(tmp_path / "b.jpg", quality=100)
     images = load(tmp_path, channels=3)[torch.arange(2)]
     expected = torch.tensor([200.0, 40.0, 40.0]).view(1, 3, 1, 1).expand(2, 3, 8, 8)
-    torch.testing.assert_close(images.float(), expected, rtol=0, atol=12)  # the palette is one of 216 colours
+    torch.testing.assert_close(images.float(), expected, rtol=0, atol=12)  # the palette has 216 colors
 
 
-def test_images_are_fitted_and_converted(tmp_path):
+def test_images_are_cropped_resized_and_converted(tmp_path):
     left, right = np.zeros((16, 12, 3), np.uint8), np.full((16, 12, 3), 255, np.uint8)
     PILImage.fromarray(np.concatenate([left, right], axis=1)).save(tmp_path / "a.png")  # 24 x 16: black, white
     (gray,) = load(tmp_path)[torch.tensor([0])]
     assert gray.shape == (1, 8, 8)
-    assert gray[0, :, 0].max() <= 2 and gray[0, :, -1].min() >= 253  # the middle square, halved
+    assert gray[0, :, 0].max() <= 2 and gray[0, :, -1].min() >= 253  # the central square at half its size
     rgba = load(tmp_path, resolution=16, channels=4)[torch.tensor([0])]
     assert rgba.shape == (1, 4, 16, 16) and bool((rgba[0, 3] == 255).all())
 
 
-def test_the_camera_orientation_is_applied(tmp_path):
+def test_the_exif_orientation_is_applied(tmp_path):
     picture = PILImage.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4)
     exif = PILImage.Exif()
     exif[0x0112] = 3  # upside down
@@ -94,7 +94,7 @@ def test_the_camera_orientation_is_applied(tmp_path):
     np.testing.assert_array_equal(image[0, 0].numpy(), np.asarray(picture)[::-1, ::-1])
 
 
-def test_image_columns_are_guessed_or_named(tmp_path):
+def test_image_columns_are_guessed_or_given(tmp_path):
     pixel = png(np.zeros((8, 8), np.uint8))
 
     def columns(name, **values):
@@ -102,26 +102,24 @@ def test_image_columns_are_guessed_or_named(tmp_path):
 
     two = columns("two.parquet", left=[pixel], right=[pixel], label=[1])
     assert find_image_column(two, "right") == "right"
-    with pytest.raises(
-        ValueError, match=r"name it by image_column: columns are left \(Image\), right \(Image\), label"
-    ):
+    with pytest.raises(ValueError, match=r"set --image_column; the columns are left \(Image\), right \(Image\), label"):
         find_image_column(two)
-    with pytest.raises(ValueError, match="image_column='up' does not exist: columns are left"):
+    with pytest.raises(ValueError, match="--image_column up: there is no such column; the columns are left"):
         find_image_column(two, "up")
-    with pytest.raises(ValueError, match="image_column='label' holds no images"):
+    with pytest.raises(ValueError, match="--image_column label: the column has no images"):
         find_image_column(two, "label")
     assert find_image_column(columns("one.parquet", scan=[pixel], mask=[0])) == "scan"
     assert find_image_column(columns("usual.parquet", mask=[pixel], img=[pixel])) == "img"
 
 
-def test_missing_and_empty_data_sets_are_refused_by_name(tmp_path):
+def test_errors_for_missing_and_empty_data_sets_name_them(tmp_path):
     (tmp_path / "note.txt").write_text("no image")
     for name, message in [
-        ("./nowhere", "dataset './nowhere' is not there"),
-        ("a/b/c", "dataset 'a/b/c' is not there"),
-        (str(tmp_path / "nowhere"), "is not there"),
-        ("somebody/something", "dataset 'somebody/something' is (neither a|no) folder here"),
-        (str(tmp_path / "note.txt"), "is not allowed: of files, only parquet, .npy and .npz are, and archives"),
+        ("./nowhere", "dataset './nowhere' does not exist: expected a folder, a file, a Hub id or digits"),
+        ("a/b/c", "dataset 'a/b/c' does not exist"),
+        (str(tmp_path / "nowhere"), "does not exist"),
+        ("somebody/something", "dataset 'somebody/something' (does not exist, neither|is not a local folder)"),
+        (str(tmp_path / "note.txt"), "has an unknown format: expected a parquet, .npy or .npz file, or an archive"),
     ]:
         with pytest.raises(ValueError, match=message):
             load(name, channels=3)
@@ -129,31 +127,31 @@ def test_missing_and_empty_data_sets_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="bad.parquet' cannot be read: Parquet magic bytes not found"):
         load(tmp_path / "bad.parquet", channels=3)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="is empty: the folder holds no image"):
+    with pytest.raises(ValueError, match="is empty: the folder contains no images"):
         load(tmp_path / "empty", channels=3)
-    with pytest.raises(ValueError, match="dataset 'digits' has no split 'validation': one of train, test"):
+    with pytest.raises(ValueError, match="dataset 'digits' has no split 'validation': expected one of train, test"):
         load("digits", split="validation")
 
 
 UNUSABLE = {
-    "text": (lambda file: file.write_bytes(b"this is no picture"), "no image of a known format"),
+    "text": (lambda file: file.write_bytes(b"not an image"), "not an image of a known format"),
     "cut": (lambda file: file.write_bytes((file.parent / "0.png").read_bytes()[:90]), "truncated|broken|unrecognized"),
-    "small": (lambda file: PILImage.new("RGB", (7, 30)).save(file), "7x30 is smaller than resolution=8"),
+    "small": (lambda file: PILImage.new("RGB", (7, 30)).save(file), "size 30x7 is smaller than the resolution 8x8"),
     "deep": (lambda file: PILImage.fromarray(np.full((8, 8), 40_000, np.uint16)).save(file), "more than 8 bits"),
 }
 
 
 @pytest.mark.parametrize(("spoil", "reason"), UNUSABLE.values(), ids=UNUSABLE)
-def test_unusable_images_are_refused_with_row_file_and_reason(tmp_path, spoil, reason):
+def test_errors_for_unusable_images_name_row_file_and_reason(tmp_path, spoil, reason):
     folder = write_images(tmp_path / "images")
     spoil(folder / "x.png")
-    with pytest.raises(ValueError, match=rf"image in row 3 \(.*x\.png\) is not usable: .*({reason})"):
+    with pytest.raises(ValueError, match=rf"^row 3 \(.*x\.png\): .*({reason})"):
         load(folder, channels=3)
 
 
-def test_a_missing_image_is_named_by_its_row(tmp_path):
+def test_the_error_for_a_missing_image_names_its_row(tmp_path):
     features = Features({"image": Image()})
     data = Dataset.from_dict({"image": [png(np.zeros((8, 8), np.uint8)), None]}, features)
     data.to_parquet(str(tmp_path / "a.parquet"))
-    with pytest.raises(ValueError, match=r"image in row 1 \(column 'image'\) is not usable: there is none"):
+    with pytest.raises(ValueError, match=r"^row 1 \(column 'image'\): image is missing"):
         load(tmp_path / "a.parquet")

@@ -23,7 +23,7 @@ def encoded(picture, format="PNG", **options):
     [("1", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("P", "GIF"), ("RGB", "PNG"), ("RGBA", "PNG"),
      ("RGBA", "WEBP"), ("CMYK", "JPEG"), ("L", "JPEG"), ("RGB", "JPEG"), ("RGB", "BMP"), ("RGB", "TIFF")],
 )  # fmt: skip
-def test_every_mode_becomes_every_number_of_channels(mode, format, channels):
+def test_each_mode_is_converted_to_each_number_of_channels(mode, format, channels):
     options = {"lossless": True} if format == "WEBP" else {}
     picture = PILImage.new("RGB", (10, 9), (255, 255, 255)).convert(mode)
     pixels = fit(encoded(picture, format, **options), image_format((9, 10), channels))
@@ -32,7 +32,7 @@ def test_every_mode_becomes_every_number_of_channels(mode, format, channels):
 
 
 def over(front, alpha, back):
-    """The color of a pixel of an opacity of `alpha` / 255 in front of an opaque color."""
+    """Returns the color of a pixel with opacity `alpha` / 255 over an opaque color."""
     return [alpha / 255 * f + (1 - alpha / 255) * b for f, b in zip(front, back, strict=True)]
 
 
@@ -41,7 +41,7 @@ def luma(rgb):
 
 
 def transparent(kind):
-    """A picture of one color and opacity, and both."""
+    """Returns an image of one color and opacity, with its color and its alpha."""
     if kind == "palette":
         picture = PILImage.new("P", (8, 8))
         picture.putpalette([255, 0, 0])
@@ -73,18 +73,18 @@ def test_transparent_pixels_show_the_background(kind, background, color):
         pixels = fit(row, image_format(8, channels, **options))
         np.testing.assert_allclose(pixels, np.array(pixel).reshape(-1, 1, 1) * np.ones((1, 8, 8)), atol=1)
     pixels = fit(row, image_format(8, 4, **options))
-    assert (pixels[3] == alpha).all() and (alpha == 0 or (pixels[:3, 0, 0] == front).all())  # kept as they are
+    assert (pixels[3] == alpha).all() and (alpha == 0 or (pixels[:3, 0, 0] == front).all())  # unchanged
 
 
-def test_transparency_is_put_on_the_background_before_it_is_scaled():
-    picture = PILImage.new("RGBA", (16, 16), (255, 255, 255, 0))  # white where nothing is seen of it
+def test_the_background_is_added_before_resizing():
+    picture = PILImage.new("RGBA", (16, 16), (255, 255, 255, 0))  # transparent white, which must not be visible
     picture.paste((0, 0, 0, 255), (0, 0, 16, 8))
     pixels = fit(encoded(picture), image_format(8, 3, background="black"))
     assert pixels.max() == 0
 
 
 @pytest.mark.parametrize("resident", [True, False])
-def test_gray_of_16_bits_keeps_every_level(tmp_path, monkeypatch, resident):
+def test_16_bit_gray_keeps_every_level(tmp_path, monkeypatch, resident):
     if not resident:
         monkeypatch.setattr(store, "RESIDENT_BYTES", 0)
     levels = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
@@ -103,34 +103,36 @@ def test_gray_of_16_bits_keeps_every_level(tmp_path, monkeypatch, resident):
     assert to_signed(torch.tensor([65535], dtype=torch.uint16), 65536).item() == 1
 
 
-def test_gray_of_16_bits_is_resized_without_losing_depth():
+def test_16_bit_gray_is_resized_without_losing_depth():
     ramp = np.repeat(np.arange(256, dtype=np.uint16)[:, None] + 30_000, 256, axis=1)
     (pixels,) = fit(encoded(PILImage.fromarray(ramp)), image_format(128, 1, levels=65536))
     middle = pixels[16:-16, 64].astype(int)
     np.testing.assert_array_equal(np.diff(middle), 2)
 
 
-def test_depth_is_refused_where_it_would_be_lost():
+def test_losing_bit_depth_is_an_error():
     deep = encoded(PILImage.fromarray(np.full((8, 8), 300, np.uint16)))
-    with pytest.raises(ValueError, match=r"more than 8 bits.*levels=65536 with channels=1 keeps them"):
+    with pytest.raises(
+        ValueError, match=r"more than 8 bits per channel.*use --levels 65536 with --channels 1 to keep them"
+    ):
         fit(deep, image_format(8, 1))
     floats = encoded(PILImage.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF")
     with pytest.raises(ValueError, match="--value_range LOW HIGH"):
         fit(floats, image_format(8, 1, levels=65536))
     beyond = encoded(PILImage.fromarray(np.full((8, 8), 70_000, np.int32)), "TIFF")
-    with pytest.raises(ValueError, match="from 70000 to 70000, beyond 16 bits"):
+    with pytest.raises(ValueError, match="from 70000 to 70000 do not fit in 16 bits"):
         fit(beyond, image_format(8, 1, levels=65536))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"resolution": 0, "channels": 3}, "resolution=.0. is not allowed"),
-     ({"resolution": (8, 0), "channels": 3}, "resolution=.8, 0. is not allowed"),
-     ({"resolution": 8, "channels": 0}, "channels=0 is not allowed: at least 1"),
+    [({"resolution": 0, "channels": 3}, "--resolution 0: "),
+     ({"resolution": (8, 0), "channels": 3}, "--resolution 8 0: "),
+     ({"resolution": 8, "channels": 0}, "--channels 0: expected at least 1"),
      ({"resolution": 8, "channels": 3, "crop": "left"}, "crop='left': expected one of 'center', 'random'"),
-     ({"resolution": 8, "channels": 3, "levels": 1}, "levels=1 is not allowed")],
+     ({"resolution": 8, "channels": 3, "levels": 1}, "--levels 1: ")],
 )  # fmt: skip
-def test_wrong_formats_are_refused_by_name(options, message):
+def test_invalid_formats_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         image_format(**options)
 
@@ -139,11 +141,11 @@ def test_height_comes_before_width():
     picture = PILImage.fromarray(np.arange(12 * 20, dtype=np.uint8).reshape(12, 20))
     np.testing.assert_array_equal(fit(encoded(picture), image_format((12, 20), 1))[0], np.asarray(picture))
     np.testing.assert_array_equal(fit(encoded(picture), image_format((12, 10), 1))[0], np.asarray(picture)[:, 5:15])
-    with pytest.raises(ValueError, match=r"20x12 is smaller than resolution=20x12 \(height x width\)"):
+    with pytest.raises(ValueError, match=r"size 12x20 is smaller than the resolution 20x12 \(height x width\)"):
         fit(encoded(picture), image_format((20, 12), 1))
 
 
-def test_the_camera_turns_an_image_before_it_is_measured():
+def test_the_orientation_is_applied_before_the_size_check():
     exif = PILImage.Exif()
     exif[0x0112] = 6  # a quarter to the right
     upright = np.zeros((16, 8), np.uint8)
@@ -155,26 +157,26 @@ def test_the_camera_turns_an_image_before_it_is_measured():
 
 def test_one_pixel_is_an_image():
     assert fit(encoded(PILImage.new("RGB", (1, 1), (1, 2, 3))), image_format(1, 3)).flatten().tolist() == [1, 2, 3]
-    with pytest.raises(ValueError, match="1x1 is smaller than resolution=8"):
+    with pytest.raises(ValueError, match="size 1x1 is smaller than the resolution 8x8"):
         fit(encoded(PILImage.new("RGB", (1, 1))), image_format(8, 3))
 
 
-def test_random_crops_reach_every_place_and_nothing_beyond():
-    form = image_format((4, 4), 1, crop="random")
+def test_random_crops_reach_every_position():
+    target = image_format((4, 4), 1, crop="random")
     wide = np.tile(np.arange(11, dtype=np.uint8), (4, 1))
-    pixels = fit(encoded(PILImage.fromarray(wide)), form)
-    assert pixels.shape == (1, 4, 11)  # the smaller side fits already
+    pixels = fit(encoded(PILImage.fromarray(wide)), target)
+    assert pixels.shape == (1, 4, 11)  # the smaller side already has the target size
     just_below_one = float(np.nextafter(np.float32(1), np.float32(0)))
-    for place in range(8):
-        for share in (place / 8, min((place + 0.99) / 8, just_below_one)):
-            np.testing.assert_array_equal(crop_at(pixels, form, (0.3, share))[0], wide[:, place : place + 4])
-    half = fit(encoded(PILImage.new("L", (40, 16))), form)
-    assert half.shape == (1, 4, 10)  # shrunk until the smaller side fits
+    for left in range(8):
+        for fraction in (left / 8, min((left + 0.99) / 8, just_below_one)):
+            np.testing.assert_array_equal(crop_at(pixels, target, (0.3, fraction))[0], wide[:, left : left + 4])
+    half = fit(encoded(PILImage.new("L", (40, 16))), target)
+    assert half.shape == (1, 4, 10)  # the smaller side is resized to the target size
 
 
-def test_central_and_random_crops_show_the_same_scale():
+def test_center_and_random_crops_have_the_same_scale():
     gradient = PILImage.fromarray(np.tile(np.arange(0, 240, 4, dtype=np.uint8), (30, 1)))  # 60 x 30
     center = fit(encoded(gradient), image_format(10, 1))
-    form = image_format(10, 1, crop="random")
-    middle = crop_at(fit(encoded(gradient), form), form, (0.5, 0.5))
+    target = image_format(10, 1, crop="random")
+    middle = crop_at(fit(encoded(gradient), target), target, (0.5, 0.5))
     np.testing.assert_allclose(center[0].astype(int), middle[0].astype(int), atol=7)  # within half a pixel

@@ -322,7 +322,7 @@ def test_invalid_input_shows_a_message(page, tmp_path):
     expect_message("Interpolate", "First image is missing: upload an image")
     Image.new("L", (4, 4)).save(tmp_path / "small.png")
     (tmp_path / "text.png").write_text("no picture")
-    for name, reason in [("small", "4x4 is smaller than resolution=8"), ("text", "unknown image format")]:
+    for name, reason in [("small", "size 4x4 is smaller than the resolution 8x8"), ("text", "unknown image format")]:
         page.locator("input[type=file]").first.set_input_files(tmp_path / f"{name}.png")
         page.get_by_label("Remove Image").first.wait_for()
         expect_message("Interpolate", f"First image: {reason}")

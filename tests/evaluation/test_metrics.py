@@ -86,7 +86,7 @@ def test_invalid_rows_raise_errors(load, sets):
     for bad, options, message in [
         ([b"1234", b"12345678"], {}, r"rows of \[4, 8\] bytes: expected equal lengths, a multiple of 4"),
         ([b"1234", b"1234"], {"dtype": "float64"}, r"rows of \[4\] bytes: expected .* a multiple of 8"),
-        ([b"1234", b"1234"], {"dtype": "int8"}, "dtype.*int8.*: .*one of float32, float64"),
+        ([b"1234", b"1234"], {"dtype": "int8"}, "dtype='int8': expected one of float32, float64"),
     ]:
         metric = load("frechet_distance")
         metric.add_batch(features=bad, is_real=[True, False])

@@ -1,6 +1,6 @@
-"""Tests that need a GPU; they skip themselves where there is none.
+"""Tests that need a GPU, and are skipped without one.
 
-`HF_DDPM_GPU_TESTS_ON=cpu pytest -m gpu tests/gpu` runs those that can run without one, to see that they are sound.
+`HF_DDPM_GPU_TESTS_ON=cpu pytest -m gpu tests/gpu` runs those tests that also work on a CPU, to check them.
 """
 
 import os
@@ -15,15 +15,15 @@ from tests.conftest import load_script
 def device():
     name = os.environ.get("HF_DDPM_GPU_TESTS_ON", "cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
+        pytest.skip("no GPU")
     return torch.device(name)
 
 
 @pytest.fixture
 def cuda(device):
-    """For what only a GPU has."""
+    """The device of tests that require CUDA."""
     if device.type != "cuda":
-        pytest.skip("there is no GPU")
+        pytest.skip("no GPU")
     return device
 
 
@@ -35,7 +35,7 @@ def without_tf32():
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-# Two resolutions, attention, dropout: compiled in half a minute, stepped in milliseconds.
+# Two resolutions, attention, dropout: takes half a minute to compile, and milliseconds per step.
 SMALL_RUN = [
     *("--preset", "digits", "--block_out_channels", "32", "64", "--norm_num_groups", "8", "--dropout", "0.1"),
     *("--train_batch_size", "64", "--num_samples", "4", "--num_inference_steps", "2", "--log_steps", "5"),

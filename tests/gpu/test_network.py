@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 
 
 def passed(network, x, t, precision=None):
-    """Returns output and gradients of a pass, float64 on the CPU; a function of float64 weights gives the reference."""
+    """Returns the output and gradients of a pass, as float64 on the CPU; with a float64 network, the reference."""
     network.seed_dropout(torch.arange(len(x), dtype=torch.int32, device=x.device))
     with torch.autocast(x.device.type, precision or torch.bfloat16, enabled=precision is not None):
         output = network(x, t).sample
@@ -22,24 +22,25 @@ def passed(network, x, t, precision=None):
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(None, 1e-5), (torch.bfloat16, 5e-2)])
-def test_output_and_gradients_are_those_of_float64(device, without_tf32, precision, tolerance):
+def test_output_and_gradients_match_float64(device, without_tf32, precision, tolerance):
     torch.manual_seed(0)
     network = UNet2DModel(**TINY_UNET).train()
     x, t = torch.randn(8, 1, 8, 8), torch.arange(0, 800, 100)
     exact = passed(copy.deepcopy(network).double(), x.double(), t)
-    found = passed(network.to(device), x.to(device), t.to(device), precision)
-    pairs = [(exact[0], found[0]), [torch.cat([value.flatten() for value in values[1:]]) for values in (exact, found)]]
-    assert all((mine - right).norm() <= tolerance * right.norm() for right, mine in pairs)
+    actual = passed(network.to(device), x.to(device), t.to(device), precision)
+    gradients = [torch.cat([value.flatten() for value in values[1:]]) for values in (exact, actual)]
+    for right, mine in ((exact[0], actual[0]), gradients):
+        assert (mine - right).norm() <= tolerance * right.norm()
 
 
-def test_masks_of_dropout_are_those_of_a_cpu(device):
+def test_dropout_masks_match_the_cpu(device):
     from hf_ddpm.models.dropout import hashed_mask
 
     keys, x = torch.arange(16, dtype=torch.int32), torch.empty(16, 8, 8, 8)
     assert torch.equal(hashed_mask(keys.to(device), x.to(device), 0.9).cpu(), hashed_mask(keys, x, 0.9))
 
 
-def test_normalizations_and_what_follows_work_in_half_precision(device):
+def test_normalizations_and_convolutions_run_in_half_precision(device):
     network, dtypes = UNet2DModel(**TINY_UNET).train().to(device), set()
     for module in network.modules():
         if isinstance(module, torch.nn.GroupNorm | torch.nn.Conv2d):
@@ -50,7 +51,7 @@ def test_normalizations_and_what_follows_work_in_half_precision(device):
 
 
 def test_convolutions_convert_no_layouts(cuda):
-    """The network of CIFAR-10, eager: norms may convert, convolutions not."""
+    """The CIFAR-10 network, not compiled: normalizations may convert layouts, but convolutions must not."""
     network = UNet2DModel(**preset_config("cifar10").unet()).to(cuda).train()
     network.lay_out_kernels()
     x, t = torch.randn(8, 3, 32, 32, device=cuda), torch.zeros(8, dtype=torch.int64, device=cuda)

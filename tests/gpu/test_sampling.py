@@ -29,22 +29,23 @@ def images_of(pipe, device, ids, batch_size=8, **options):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_an_image_is_the_same_alone_and_in_a_batch(pipe, device, without_tf32, precision):
+def test_an_image_does_not_depend_on_its_batch(pipe, device, without_tf32, precision):
     together = images_of(pipe, device, range(8), mixed_precision=precision).int()
     alone = torch.cat([images_of(pipe, device, [i], mixed_precision=precision) for i in range(8)]).int()
     assert (together - alone).abs().max() <= (1 if precision == "no" else 16)
 
 
-def test_compiled_sampling_is_eager_sampling(cuda, pipe, without_tf32):
+def test_compiled_sampling_matches_eager_sampling(cuda, pipe, without_tf32):
     eager = images_of(pipe, cuda, range(20)).int()
     compile_for_sampling(pipe.unet)
     compiled = images_of(pipe, cuda, range(20)).int()  # two batches and a remainder
     assert (compiled - eager).abs().max() <= 1
-    assert torch.equal(images_of(pipe, cuda, range(20)).int(), compiled)  # outputs of a graph are not overwritten
+    assert torch.equal(images_of(pipe, cuda, range(20)).int(), compiled)  # outputs of a CUDA graph are not overwritten
 
 
-def test_images_are_those_of_diffusers(pipe, device, without_tf32):
-    pipe.scheduler = DDPMScheduler(num_train_timesteps=20, beta_end=0.5)  # all steps: the two space fewer otherwise
+def test_images_match_diffusers(pipe, device, without_tf32):
+    # With fewer than all steps, diffusers would space them differently.
+    pipe.scheduler = DDPMScheduler(num_train_timesteps=20, beta_end=0.5)
     stock = diffusers.DDPMPipeline(
         diffusers.UNet2DModel.from_config(pipe.unet.config), diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     ).to(device)
@@ -71,7 +72,7 @@ def test_a_pipeline_works_in_half_precision_and_offloaded(cuda, pipe):
     assert (images_of(pipe, cuda, range(4)).int() - full).abs().max() <= 2
 
 
-def test_the_bound_is_that_of_a_cpu(pipe, device, without_tf32):
+def test_the_likelihood_bound_matches_the_cpu(pipe, device, without_tf32):
     reports = []
     for place in ("cpu", device):
         images = load_images(DataConfig("digits", resolution=[8], channels=1, levels=17), device=place)

@@ -243,12 +243,12 @@ def test_space_that_requires_payment_raises_one_line_error(hub, tmp_path):
 def test_push_script(hub, folder):
     script = ROOT / "scripts" / "push_to_hub.py"
     options = ["--model", folder, "--hub_model_id", "org/x"]
-    space = f"{hub.url}/spaces/org/demo shows it\n"
+    space = f"demo: {hub.url}/spaces/org/demo\n"
     (folder / "README.md").unlink()
     for name in ("config.yaml", "status.json", "results.json", "metrics.jsonl"):
         (folder / name).unlink()
     code, output, _ = hub.run(script, *options, "--private", "--revision_message", "Mine", "--space", "org/demo")
-    assert (code, output) == (0, f"{hub.url}/org/x holds {folder}\n{space}")
+    assert (code, output) == (0, f"pushed {folder} to {hub.url}/org/x\n{space}")
     pushed = hub.files("org/demo", "spaces")
     (wheel,) = [name for name in pushed if name.endswith(".whl")]
     assert wheel.startswith("hf_ddpm-") and b"\ngradio" in pushed["requirements.txt"]
@@ -266,9 +266,9 @@ def test_push_script(hub, folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--hub_model_id x", "hub_model_id='x' is not allowed: namespace/name"),
-        ("--model nowhere", "model='nowhere' is not allowed: there is no such folder"),
-        ("--space demo", "space='demo' is not allowed: namespace/name"),
+        ("--hub_model_id x", "--hub_model_id x: expected namespace/name"),
+        ("--model nowhere", "--model nowhere: expected an existing folder"),
+        ("--space demo", "--space demo: expected namespace/name"),
         ("--private maybe", "argument --private: 'maybe': expected true or false"),
     ],
 )

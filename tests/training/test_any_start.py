@@ -1,4 +1,4 @@
-"""Runs on any data and from any start: streams, bad and deep images, shapes, classes, other people's models."""
+"""Runs on different data and from existing models: streams, bad and 16-bit images, shapes, classes, fine-tuning."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests.data.files import numbered, shards
 from tests.training.test_checkpoints import assert_same_run, end, losses, newest, start, wait_for_step
 
 
-def test_a_streamed_run_resumes_where_it_stood(run_training, tmp_path):
+def test_a_streamed_run_resumes_with_identical_results(run_training, tmp_path):
     data = shards(tmp_path / "data", [numbered(i) for i in range(45)])
     words = ["--dataset", str(data), "--streaming", "--levels", "256", "--log_steps", "1", "--checkpointing_steps", "4"]
     run_training(tmp_path / "whole", *words, "--max_train_steps", "12")  # more than two epochs
@@ -33,20 +33,20 @@ def test_a_streamed_run_resumes_where_it_stood(run_training, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_bad_images_are_counted_listed_and_left_out(run_training, tmp_path, capsys):
+def test_bad_images_are_counted_listed_and_skipped(run_training, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for number in range(9):
         Image.fromarray(np.full((8, 8), number, np.uint8)).save(tmp_path / "images" / f"{number}.png")
     (tmp_path / "images" / "bad.png").write_bytes(b"no picture")
     run_training(tmp_path / "run", "--dataset", str(tmp_path / "images"), "--max_train_steps", "2", "--skip_bad_images")
-    said = capsys.readouterr().out
-    assert "9 images, " in said and "1 images or other files are not used" in said
+    output = capsys.readouterr().out
+    assert "9 images, " in output and "1 images or other files are not used" in output
     (line,) = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
     assert json.loads(line)["file"].endswith("bad.png")
 
 
-def test_deep_images_keep_their_depth(run_training, tmp_path, monkeypatch):
-    # Two values 1/65535 apart, which 8 bits would make one.
+def test_16_bit_images_keep_their_depth(run_training, tmp_path, monkeypatch):
+    # Two values that differ by 1/65535 and would be equal in 8 bits.
     (tmp_path / "images").mkdir()
     for number, value in enumerate([1000, 1001]):
         Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / "images" / f"{number}.png")
@@ -61,7 +61,7 @@ def test_deep_images_keep_their_depth(run_training, tmp_path, monkeypatch):
     assert sorted(seen) == pytest.approx([2 * 1000 / 65535 - 1, 2 * 1001 / 65535 - 1], abs=1e-7)
 
 
-def test_images_need_not_be_square(run_training, tmp_path):
+def test_images_may_be_rectangular(run_training, tmp_path):
     run_training(tmp_path, "--resolution", "8", "4", "--max_train_steps", "2")
     pipe = DDPMPipeline.from_pretrained(tmp_path)
     assert pipe(batch_size=2, num_inference_steps=2, output_type="pt").images.shape == (2, 1, 8, 4)
@@ -74,28 +74,28 @@ def conditional(run_training, tmp_path_factory):
     return folder
 
 
-def test_the_network_learns_classes_and_none(run_training, tmp_path, monkeypatch):
-    asked = []
+def test_class_dropout_replaces_labels_by_the_null_class(run_training, tmp_path, monkeypatch):
+    seen = []
     forward = UNet2DModel.forward
 
     def note(self, sample, timestep, class_labels=None, return_dict=True):
-        if self.training and not isinstance(sample, FakeTensor):  # which only count memory
-            asked.append(class_labels)
+        if self.training and not isinstance(sample, FakeTensor):  # fake tensors only count memory
+            seen.append(class_labels)
         return forward(self, sample, timestep, class_labels, return_dict)
 
     monkeypatch.setattr(UNet2DModel, "forward", note)
     run_training(tmp_path, "--class_column", "label", "--class_dropout", "0.25", "--max_train_steps", "40")
-    labels = torch.cat(asked)
-    # 320 images, a quarter without a class, and the others as often as in the data: within five deviations.
+    labels = torch.cat(seen)
+    # 320 images, a quarter without a class, the others with the class frequencies of the data: within 5 deviations.
     assert abs((labels == 10).sum() - 80) < 5 * 60**0.5
     hidden = torch.cat([draw(0, step, range(8), (1, 8, 8), 1000, "cpu").hide < 0.25 for step in range(40)])
     assert torch.equal(labels == 10, hidden)
     share = np.bincount(open_split(DataConfig("digits"))[0]["label"], minlength=10) / 898
-    found = torch.bincount(labels[labels < 10], minlength=10) / (labels < 10).sum()
-    assert np.abs(found.numpy() - share).max() < 5 * (0.1 * 0.9 / 240) ** 0.5
+    actual = torch.bincount(labels[labels < 10], minlength=10) / (labels < 10).sum()
+    assert np.abs(actual.numpy() - share).max() < 5 * (0.1 * 0.9 / 240) ** 0.5
 
 
-def test_a_conditional_model_is_sampled_by_name(conditional, tmp_path):
+def test_a_conditional_model_is_sampled_by_class_name(conditional, tmp_path):
     pipe = DDPMPipeline.from_pretrained(conditional)
     assert pipe.class_names == [str(digit) for digit in range(10)] and pipe.null_class == 10
     assert type(diffusers.DDPMPipeline.from_pretrained(conditional).unet) is diffusers.UNet2DModel
@@ -109,11 +109,11 @@ def test_a_conditional_model_is_sampled_by_name(conditional, tmp_path):
         sample([*common, "--output", str(tmp_path / name), *words.split()])
     pictures = {name: (tmp_path / name / "00000.png").read_bytes() for name in ("name", "none", "guided")}
     assert len(set(pictures.values())) == 3
-    with pytest.raises(ValueError, match="class_labels: 'cat' is not allowed: one of"):
+    with pytest.raises(ValueError, match="class_labels: unknown class 'cat'; expected one of"):
         sample([*common, "--output", str(tmp_path / "x"), "--class_labels", "cat"])
 
 
-def test_the_bound_of_a_conditional_model_is_given_the_classes(conditional, tmp_path, monkeypatch):
+def test_the_likelihood_bound_of_a_conditional_model_uses_the_classes(conditional, tmp_path, monkeypatch):
     seen, forward = [], UNet2DModel.forward
 
     def note(self, sample, timestep, class_labels=None, return_dict=True):
@@ -127,35 +127,35 @@ def test_the_bound_of_a_conditional_model_is_given_the_classes(conditional, tmp_
         load_images(DataConfig("digits", split="test", resolution=[8], channels=1))[torch.arange(899)], 17
     )
     classes = torch.tensor(open_split(DataConfig("digits", split="test"))[0]["label"])
-    found = {}
+    bounds = {}
     for name, words in {"classes": ["--class_column", "label"], "none": []}.items():
         seen.clear()
         evaluate([*common, *words, "--output", str(tmp_path / f"{name}.json")])
-        found[name] = json.loads((tmp_path / f"{name}.json").read_text())["nll"]["total_bpd"]
-        samples, t, asked = map(torch.cat, zip(*seen, strict=True))
+        bounds[name] = json.loads((tmp_path / f"{name}.json").read_text())["nll"]["total_bpd"]
+        samples, t, labels = map(torch.cat, zip(*seen, strict=True))
         if name == "none":
-            assert set(asked.tolist()) == {10}
+            assert set(labels.tolist()) == {10}
             continue
-        # At the first step hardly any noise has been added: what each x_t was made from can be told.
+        # At t = 0 there is little noise: the nearest image is the one that x_t was made from.
         nearest = torch.cdist(samples[t == 0].flatten(1), images.flatten(1)).argmin(dim=1)
-        assert len(nearest.unique()) == 40 and torch.equal(asked[t == 0], classes[nearest])
-        assert torch.equal(torch.bincount(asked), 5 * torch.bincount(classes[nearest]))
-    assert found["classes"] != found["none"] and all(np.isfinite(value) for value in found.values())
+        assert len(nearest.unique()) == 40 and torch.equal(labels[t == 0], classes[nearest])
+        assert torch.equal(torch.bincount(labels), 5 * torch.bincount(classes[nearest]))
+    assert bounds["classes"] != bounds["none"] and all(np.isfinite(value) for value in bounds.values())
 
 
-def test_guidance_needs_a_network_that_was_trained_without_classes_too(run_training, tmp_path):
+def test_guidance_needs_a_network_with_a_null_class(run_training, tmp_path):
     run_training(tmp_path, "--class_column", "label", "--class_dropout", "0", "--max_train_steps", "2")
     pipe = DDPMPipeline.from_pretrained(tmp_path)
     assert pipe.null_class is None and pipe.unet.config.num_class_embeds == 10
-    with pytest.raises(ValueError, match="guidance_scale=2.0 is not allowed: the network was trained without it"):
+    with pytest.raises(ValueError, match="guidance_scale=2.0: the network was trained without class_dropout; expected"):
         pipe(class_labels=[3], guidance_scale=2.0)
-    with pytest.raises(ValueError, match="class_labels are missing: 1 of"):
+    with pytest.raises(ValueError, match="class_labels are missing: expected 1 of"):
         pipe()
 
 
 @pytest.fixture(scope="module")
 def learned(run_training, tmp_path_factory):
-    """A model of diffusers that has learned something: its repository."""
+    """Folder with a partly trained model (`ours`), and the same model saved by diffusers (`stock`)."""
     folder = tmp_path_factory.mktemp("learned")
     words = ["--learning_rate", "3e-3", "--ema_decay", "0.5", "--prediction_type", "v_prediction"]
     run_training(folder / "ours", "--max_train_steps", "80", *words)
@@ -184,13 +184,13 @@ def test_fine_tuning_starts_from_the_loss_of_the_model(run_training, learned, tm
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--resolution 16", r"resolution=\[16\] is not allowed: init_from=.* is for \[8, 8\]"),
-        ("--dataset digits --channels 3 --levels 256", "channels=3 is not allowed: init_from=.* has 1"),
-        ("--class_column label", "has num_class_embeds=None, but 10 classes with class_dropout=0.1 need 11"),
-        ("--objective hybrid", "objective='hybrid' is not allowed with variance_type='fixed_small'"),
+        ("--resolution 16", r"--resolution 16: expected 8 8, as in --init_from "),
+        ("--dataset digits --channels 3 --levels 256", "--channels 3: expected 1, as in --init_from "),
+        ("--class_column label", "num_class_embeds=None; expected 11 for 10 classes with --class_dropout 0.1"),
+        ("--objective hybrid", "objective='hybrid': not supported with variance_type='fixed_small'"),
     ],
 )
-def test_a_model_that_does_not_fit_is_refused_by_name(run_training, learned, tmp_path, words, message):
+def test_init_from_rejects_a_model_that_does_not_fit(run_training, learned, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         run_training(tmp_path, "--init_from", str(learned / "ours"), *words.split())
     with pytest.raises(ValueError, match="model 'nowhere' cannot be loaded"):
@@ -208,38 +208,38 @@ def twelve_classes(folder, names, shuffle):
     return str(folder)
 
 
-def test_a_class_keeps_its_number_from_the_data_to_the_sample_and_the_bound(run_training, tmp_path, monkeypatch):
-    # Twelve classes: as text, 10 comes before 2. The evaluated split has other numbers: it lacks the first classes.
+def test_a_class_keeps_its_index_in_data_samples_and_likelihood_bound(run_training, tmp_path, monkeypatch):
+    # Twelve classes: as text, 10 comes before 2. The evaluated split lacks the first classes, so its indices differ.
     names = [f"c{number:02d}" for number in range(12)]
     words = ["--class_column", "label", "--levels", "256", "--max_train_steps", "2"]
     run_training(tmp_path / "run", "--dataset", twelve_classes(tmp_path / "data", names, 0), *words)
     pipe = DDPMPipeline.from_pretrained(tmp_path / "run")
     assert pipe.class_names == names
 
-    asked = []
+    seen = []
     forward = UNet2DModel.forward
 
     def note(self, sample, timestep, class_labels=None, return_dict=True):
-        asked.append(class_labels)
+        seen.append(class_labels)
         return forward(self, sample, timestep, class_labels, return_dict)
 
     monkeypatch.setattr(UNet2DModel, "forward", note)
     load_script("sample").main(["--model", str(tmp_path / "run"), "--num_inference_steps", "1", "--num_images", "3",
                                 "--class_labels", "c10", "c02", "--output", str(tmp_path / "out")])  # fmt: skip
-    assert asked.pop().tolist() == [10, 2, 10]
-    asked.clear()
+    assert seen.pop().tolist() == [10, 2, 10]
+    seen.clear()
     held_out = twelve_classes(tmp_path / "held_out", names[9:], 9)
     load_script("evaluate").main(["--model", str(tmp_path / "run"), "--dataset", held_out, "--split", "train",
                                   "--class_column", "label", "--steps_per_image", "2", "--output",
                                   str(tmp_path / "results.json")])  # fmt: skip
-    assert torch.cat(asked).unique().tolist() == [9, 10, 11]
+    assert torch.cat(seen).unique().tolist() == [9, 10, 11]
     with pytest.raises(ValueError, match="class 'dog' of the data: expected a class of the model"):
         load_script("evaluate").main(["--model", str(tmp_path / "run"), "--dataset",
                                       twelve_classes(tmp_path / "other", ["c01", "dog"], 0), "--split", "train",
                                       "--class_column", "label", "--output", str(tmp_path / "x.json")])  # fmt: skip
 
 
-def test_a_run_does_not_go_on_with_other_data(run_training, tmp_path):
+def test_a_run_does_not_resume_with_other_data(run_training, tmp_path):
     data = twelve_classes(tmp_path / "data", ["a", "b", "c"], 0)
     words = ["--dataset", data, "--class_column", "label", "--levels", "256"]
     run_training(tmp_path / "run", *words, "--max_train_steps", "2")
@@ -252,7 +252,7 @@ def test_a_run_does_not_go_on_with_other_data(run_training, tmp_path):
         run_training(tmp_path / "run", *words, "--max_train_steps", "4")
 
 
-def test_a_tuned_run_goes_on_without_its_source(run_training, learned, tmp_path):
+def test_a_fine_tuned_run_resumes_without_its_source(run_training, learned, tmp_path):
     source = tmp_path / "source"
     DDPMPipeline.from_pretrained(learned / "ours").save_pretrained(source)
     words = ["--init_from", str(source), "--checkpointing_steps", "2", "--dropout", "0.3"]
@@ -265,16 +265,16 @@ def test_a_tuned_run_goes_on_without_its_source(run_training, learned, tmp_path)
     assert pipe.scheduler.config.prediction_type == "v_prediction" and pipe.unet.config.dropout == 0.3
 
 
-def test_more_sampling_steps_than_the_source_has_are_refused_before_training(run_training, learned, tmp_path):
-    with pytest.raises(ValueError, match="num_inference_steps=1000 is not allowed: at most the 20 of the process"):
+def test_too_many_sampling_steps_are_rejected_before_training(run_training, learned, tmp_path):
+    with pytest.raises(ValueError, match="--num_inference_steps 1000: expected at most 20, the number of diffusion"):
         run_training(tmp_path / "short", "--num_train_timesteps", "20", "--max_train_steps", "2")
         run_training(tmp_path, "--init_from", str(tmp_path / "short"), "--num_inference_steps", "1000")
     assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_whole_group_of_a_streamed_run_loses_nothing(tmp_path):
-    # As timeout and batch systems send it: the decoding processes get it too.
+def test_a_streamed_run_handles_a_signal_to_its_process_group(tmp_path):
+    # `timeout` and batch systems signal the whole process group, including the decoding processes.
     data = shards(tmp_path / "data", [numbered(i) for i in range(45)])
     words = ["--dataset", str(data), "--streaming", "--levels", "256", "--max_train_steps", "100000"]
     process = start(tmp_path / "run", *words, "--log_steps", "1", launcher=["setsid", sys.executable])

@@ -36,7 +36,7 @@ def newest(folder):
 
 
 def assert_same_run(one, other):
-    """Weights, averages and optimizer bit for bit, and every line of the metrics but the speed."""
+    """Check that two runs agree bit for bit: weights, averages, optimizer, and all metrics except the speed."""
     assert newest(one).name == newest(other).name
     for name in FILES:
         mine, yours = load_file(newest(one) / name), load_file(newest(other) / name)
@@ -63,21 +63,21 @@ def test_the_newest_checkpoints_are_kept(uninterrupted):
     assert all(verify_checkpoint(path) is None for path in (uninterrupted / "checkpoints").iterdir())
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(run_training, uninterrupted, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(run_training, uninterrupted, tmp_path):
     run_training(tmp_path, "--max_train_steps", "8", "--checkpointing_steps", "4")
     run_training(tmp_path, "--max_train_steps", "12", "--checkpointing_steps", "4")
     assert_same_run(uninterrupted, tmp_path)
 
 
-def test_a_damaged_checkpoint_is_passed_over_by_name(run_training, uninterrupted, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(run_training, uninterrupted, tmp_path, capsys):
     run_training(tmp_path, "--max_train_steps", "8", "--checkpointing_steps", "4")
     weights = newest(tmp_path) / "unet.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    (tmp_path / "metrics.jsonl").open("a").write('{"step": 8, "los')  # as a kill leaves it
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 8, "los')  # as after a kill
     run_training(tmp_path, "--max_train_steps", "12", "--checkpointing_steps", "4")
-    assert "step-000000008 is passed over: unet.safetensors differs from its checksum" in capsys.readouterr().out
+    assert "step-000000008 is skipped: unet.safetensors does not match its checksum" in capsys.readouterr().out
     assert_same_run(uninterrupted, tmp_path)
 
 
@@ -90,8 +90,8 @@ def names(folder):
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def test_new_checkpoints_survive_rotation_after_a_fall_back(run_training, tmp_path):
-    # Sorted by step, the damaged one would be the newest for ever.
+def test_new_checkpoints_are_kept_after_resuming_before_a_damaged_one(run_training, tmp_path):
+    # Without renaming, the damaged checkpoint would remain the newest one by step.
     words = ["--checkpointing_steps", "2", "--keep_checkpoints", "2"]
     run_training(tmp_path, "--max_train_steps", "8", *words)
     damage(newest(tmp_path))
@@ -100,10 +100,10 @@ def test_new_checkpoints_survive_rotation_after_a_fall_back(run_training, tmp_pa
     assert verify_checkpoint(newest(tmp_path)) is None
 
 
-def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(run_training, tmp_path):
+def test_resuming_from_an_older_checkpoint_renames_later_ones(run_training, tmp_path):
     run_training(tmp_path, "--max_train_steps", "6", "--checkpointing_steps", "2", "--keep_checkpoints", "3")
-    (tmp_path / "checkpoints" / "step-best").mkdir()  # the user's own
-    (tmp_path / "checkpoints" / ".step-000000009.partial").mkdir()  # what a kill leaves
+    (tmp_path / "checkpoints" / "step-best").mkdir()  # a folder of the user
+    (tmp_path / "checkpoints" / ".step-000000009.partial").mkdir()  # left by a kill
     (tmp_path / "checkpoints" / ".trash-step-000000001").mkdir()
     old = str(tmp_path / "checkpoints" / "step-000000002")
     for _ in range(2):
@@ -114,18 +114,18 @@ def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(run_trainin
     ]
 
 
-def test_a_folder_has_one_run(run_training, trained, tmp_path):
-    with exclusive(tmp_path), pytest.raises(ValueError, match="output_dir=.* is in use by another run"):
+def test_a_folder_is_locked_for_one_run(run_training, trained, tmp_path):
+    with exclusive(tmp_path), pytest.raises(ValueError, match="--output_dir .*: folder is in use by another run"):
         run_training(tmp_path)
     for _ in range(2):
         with exclusive(tmp_path):
             pass
 
 
-def test_a_run_is_ended_where_it_stands(run_training, tmp_path, capsys):
+def test_fewer_max_train_steps_than_done_end_the_run_at_once(run_training, tmp_path, capsys):
     words = ["--lr_schedule", "cosine", "--warmup_steps", "0", "--checkpointing_steps", "4", "--log_steps", "1"]
     run_training(tmp_path, *words, "--max_train_steps", "8")
-    shutil.rmtree(newest(tmp_path))  # it was killed after step 4: the export of step 8 cannot be its end
+    shutil.rmtree(newest(tmp_path))  # as if killed after step 4, without an export
     (tmp_path / "model_index.json").unlink()
     before = load_file(newest(tmp_path) / "ema-0.995.safetensors")
     assert run_training(tmp_path, *words, "--max_train_steps", "3") == 0
@@ -138,7 +138,7 @@ def test_a_run_is_ended_where_it_stands(run_training, tmp_path, capsys):
     assert "scheduled for 8 steps, ended at step 4 |" in (tmp_path / "README.md").read_text()
 
 
-def test_a_cosine_run_is_prolonged_along_its_new_schedule(run_training, tmp_path, capsys):
+def test_a_longer_cosine_run_resumes_on_the_new_schedule(run_training, tmp_path, capsys):
     words = ["--lr_schedule", "cosine", "--warmup_steps", "0", "--log_steps", "1", "--max_train_steps"]
     run_training(tmp_path, *words, "4")
     run_training(tmp_path, *words, "8")
@@ -151,19 +151,19 @@ def test_a_cosine_run_is_prolonged_along_its_new_schedule(run_training, tmp_path
     assert "scheduled for 4 steps, changed to 8 steps at step 4, ended at step 8 |" in card
 
 
-def test_half_a_checkpoint_is_none(trained, tmp_path):
+def test_incomplete_checkpoints_are_rejected(trained, tmp_path):
     for name in ("step-000000001", ".step-000000002.partial", ".trash-step-000000003"):
         (tmp_path / name).mkdir()
-    assert "no whole checkpoint" in verify_checkpoint(tmp_path / "step-000000001")
-    with pytest.raises(ValueError, match="no checkpoint in .* is sound: step-000000001 is passed over"):
+    assert "incomplete or not a checkpoint" in verify_checkpoint(tmp_path / "step-000000001")
+    with pytest.raises(ValueError, match="all checkpoints are damaged: step-000000001 is skipped: incomplete"):
         find_checkpoint(tmp_path, "latest")
-    with pytest.raises(ValueError, match="resume=.*step-000000001' is not allowed"):
+    with pytest.raises(ValueError, match="--resume .*step-000000001: incomplete or not a checkpoint"):
         find_checkpoint(tmp_path, str(tmp_path / "step-000000001"))
     assert find_checkpoint(tmp_path / "nothing", "latest") == (None, [])
 
 
-def test_starting_anew_loses_nothing(run_training, trained):
-    with pytest.raises(ValueError, match="resume=never, but .* holds checkpoints"):
+def test_resume_never_rejects_existing_checkpoints(run_training, trained):
+    with pytest.raises(ValueError, match="--resume never: checkpoints exist in .*; choose another --output_dir"):
         run_training(trained, "--resume", "never")
 
 
@@ -173,21 +173,21 @@ def test_starting_anew_loses_nothing(run_training, trained):
         ("--learning_rate 0.5", r"learning_rate=0.5 \(was 0.0"),
         ("--seed 5", r"seed=5 \(was 0\)"),
         ("--block_out_channels 8 24", r"block_out_channels=\[8, 24\]"),
-        ("--train_batch_size 16", r"images a step: 16 \(was 8\)"),
+        ("--train_batch_size 16", r"images per step: 16 \(was 8\)"),
         ("--lr_schedule cosine", r"lr_schedule='cosine' \(was 'constant'\)"),
     ],
 )
-def test_a_run_is_not_continued_as_another_one(run_training, trained, words, message):
+def test_a_run_does_not_resume_with_other_options(run_training, trained, words, message):
     with pytest.raises(ValueError, match=message):
         run_training(trained, "--max_train_steps", "6", *words.split())
 
 
-# Clipping hides the scale of gradients as Adam does: out of reach here.
+# Clipping and Adam hide the scale of gradients: a large limit switches clipping off.
 UNCLIPPED = ["--max_train_steps", "6", "--dropout", "0.1", "--log_steps", "1", "--max_grad_norm", "1e6"]
 
 
 def assert_same_gradients(one, other):
-    """Losses, gradient norms and Adam's moments but for rounding: steps of Adam do not see the scale of a gradient."""
+    """Check losses, gradient norms and Adam's moments up to rounding; weights would not show the scale of gradients."""
     for name in ("loss", "grad_norm"):
         mine, yours = ([line[name] for line in metrics(folder)] for folder in (one, other))
         assert len(mine) == 6 and mine == pytest.approx(yours, rel=1e-4), name
@@ -195,34 +195,34 @@ def assert_same_gradients(one, other):
     for moment in ("exp_avg", "exp_avg_sq"):
         largest = max(value.norm() for name, value in mine.items() if name.endswith(f".{moment}"))
         for name in (name for name in mine if name.endswith(f".{moment}")):
-            # Gradients that are rounding, such as those of the keys' biases, have no relative error.
+            # Gradients that are zero but for rounding, such as of the keys' biases, have no useful relative error.
             assert (mine[name] - yours[name]).norm() <= 1e-3 * mine[name].norm() + 1e-5 * largest, name
 
 
 @pytest.mark.parametrize(("batch", "passes"), [(4, 2), (2, 4)])
-def test_accumulation_is_the_same_run(run_training, tmp_path, batch, passes):
+def test_gradient_accumulation_gives_the_same_run(run_training, tmp_path, batch, passes):
     run_training(tmp_path / "one", *UNCLIPPED, "--train_batch_size", "8")
     divided = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(passes)]
     run_training(tmp_path / "two", *UNCLIPPED, *divided)
     assert_same_gradients(tmp_path / "one", tmp_path / "two")
 
 
-def test_accumulation_in_low_precision_is_the_same_run_but_for_its_rounding(run_in, tmp_path):
+def test_gradient_accumulation_in_bf16_gives_the_same_run_up_to_rounding(run_in, tmp_path):
     words = [*UNCLIPPED, "--train_batch_size"]
     run_in("bf16", tmp_path / "one", *words, "8")
     run_in("bf16", tmp_path / "two", *words, "4", "--gradient_accumulation_steps", "2")
-    # Gradients of weights are sums over the images, of which each pass rounds its own to 8 bits.
+    # Gradients are sums over images, and each pass rounds its part of the sum to 8 bits.
     for name, error in (("loss", 2**-9), ("grad_norm", 2**-7)):
         mine, yours = ([line[name] for line in metrics(folder)] for folder in (tmp_path / "one", tmp_path / "two"))
         assert len(mine) == 6 and mine == pytest.approx(yours, rel=error), name
 
 
 def note_inputs(monkeypatch):
-    """Returns lists that get the input of each training pass, and the type that its first convolution works in."""
+    """Returns a list of the inputs of all training passes, and a set of the dtypes of the first convolution."""
     inputs, types, forward = [], set(), UNet2DModel.forward
 
     def note(self, sample, *args, **kwargs):
-        is_noted = self.training and not isinstance(sample, FakeTensor)  # which only count memory
+        is_noted = self.training and not isinstance(sample, FakeTensor)  # fake tensors only count memory
         if is_noted:
             inputs.append(sample.clone())
             hook = self.conv_in.register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
@@ -237,7 +237,7 @@ def note_inputs(monkeypatch):
 
 @pytest.fixture
 def run_in(run_training):
-    """Trains in a precision, of which a process has one only, unless accelerate forgets it."""
+    """Trains in a given precision, after resetting accelerate, which allows one precision per process."""
 
     def run(precision, folder, *words):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -247,7 +247,7 @@ def run_in(run_training):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_low_precision_is_for_the_passes_of_the_network_alone(run_in, tmp_path, monkeypatch):
+def test_only_network_passes_use_low_precision(run_in, tmp_path, monkeypatch):
     words = ["--max_train_steps", "6", "--checkpointing_steps", "3", "--log_steps", "1", "--dropout", "0.1"]
     seen = {}
     for precision in ("no", "bf16"):
@@ -255,15 +255,15 @@ def test_low_precision_is_for_the_passes_of_the_network_alone(run_in, tmp_path, 
         run_in(precision, tmp_path / precision, *words)
         assert types == {torch.float32 if precision == "no" else torch.bfloat16}
         monkeypatch.undo()
-    # The same x_t bit for bit: rounded to bfloat16, it would hold no noise at all at small t.
+    # x_t is identical bit for bit. Rounded to bfloat16, it would contain no noise at small t.
     assert len(seen["no"]) == len(seen["bf16"]) == 6
-    assert all(torch.equal(exact, found) for exact, found in zip(seen["no"], seen["bf16"], strict=True))
-    exact, found = losses(tmp_path / "no"), losses(tmp_path / "bf16")
-    assert found == pytest.approx(exact, rel=1e-2) and found != exact
+    assert all(torch.equal(exact, actual) for exact, actual in zip(seen["no"], seen["bf16"], strict=True))
+    exact, actual = losses(tmp_path / "no"), losses(tmp_path / "bf16")
+    assert actual == pytest.approx(exact, rel=1e-2) and actual != exact
     for name in FILES:
         values = load_file(newest(tmp_path / "bf16") / name)
         assert {value.dtype for value in values.values()} == {torch.float32}, name
-        # Sums of many small steps, too: no value is one that bfloat16 could hold.
+        # The stored values are not rounded to bfloat16.
         assert not all(torch.equal(value, value.bfloat16().float()) for value in values.values()), name
     assert next(DDPMPipeline.from_pretrained(tmp_path / "bf16").unet.parameters()).dtype == torch.float32
 
@@ -279,13 +279,13 @@ def test_a_run_in_low_precision_resumes_bit_for_bit(run_in, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_digits_are_learned_as_well_in_low_precision(tmp_path):
+def test_digits_are_learned_equally_well_in_bf16(tmp_path):
     few = {"max_train_steps": 150, "log_steps": 25, "num_samples": 1, "num_inference_steps": 1, "eval_metrics": ""}
     for precision in ("no", "bf16"):
         AcceleratorState._reset_state(reset_partial_state=True)
         train(preset="digits", output_dir=tmp_path / precision, mixed_precision=precision, **few)
-    exact, found = losses(tmp_path / "no"), losses(tmp_path / "bf16")
-    assert exact[-1] < exact[0] / 3 and found == pytest.approx(exact, rel=0.02)
+    exact, actual = losses(tmp_path / "no"), losses(tmp_path / "bf16")
+    assert exact[-1] < exact[0] / 3 and actual == pytest.approx(exact, rel=0.02)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -293,8 +293,8 @@ def scaler(folder):
     return json.loads((newest(folder) / "state.json").read_text())["scaler"]
 
 
-def test_the_scale_of_losses_is_part_of_a_checkpoint(run_training, tmp_path, monkeypatch):
-    # As float16 needs it. Here it doubles every second step: resumed at step 3, it does so at step 4 and not at 5.
+def test_the_loss_scale_is_part_of_a_checkpoint(run_training, tmp_path, monkeypatch):
+    # A loss scale as in float16, which doubles every second step: after resuming at step 3, at step 4 and not at 5.
     def with_scaler(*args, **kwargs):
         accelerator = Accelerator(*args, **kwargs)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
@@ -312,7 +312,7 @@ def test_the_scale_of_losses_is_part_of_a_checkpoint(run_training, tmp_path, mon
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_run_in_float16_resumes_bit_for_bit_with_its_scale(run_in, tmp_path, monkeypatch, request):
+def test_a_float16_run_resumes_bit_for_bit_with_its_loss_scale(run_in, tmp_path, monkeypatch, request):
     request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -321,8 +321,8 @@ def test_a_run_in_float16_resumes_bit_for_bit_with_its_scale(run_in, tmp_path, m
     run_in("fp16", tmp_path / "whole", *words, "6")
     assert types == {torch.float16} and {x_t.dtype for x_t in inputs} == {torch.float32}
     run_in("no", tmp_path / "exact", *words, "6")
-    found, exact = losses(tmp_path / "whole"), losses(tmp_path / "exact")
-    assert found == pytest.approx(exact, rel=5e-2) and found != exact  # the first steps may be skipped
+    actual, exact = losses(tmp_path / "whole"), losses(tmp_path / "exact")
+    assert actual == pytest.approx(exact, rel=5e-2) and actual != exact  # the first steps may be skipped
     for name in FILES:
         assert {value.dtype for value in load_file(newest(tmp_path / "whole") / name).values()} == {torch.float32}
     run_in("fp16", tmp_path / "parts", *words, "3")
@@ -334,28 +334,28 @@ def test_a_run_in_float16_resumes_bit_for_bit_with_its_scale(run_in, tmp_path, m
     assert scaler(tmp_path / "parts")["scale"] == 4096
 
 
-def test_a_failed_run_says_so(run_training, tmp_path):
-    with pytest.raises(FloatingPointError, match="loss (nan|inf) and gradient norm .* at step"):
+def test_a_failed_run_writes_its_status(run_training, tmp_path):
+    with pytest.raises(FloatingPointError, match="the run has diverged: loss (nan|inf) and gradient norm .* at step"):
         run_training(tmp_path, "--learning_rate", "1e30", "--max_train_steps", "20", "--warmup_steps", "0")
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["status"] == "failed" and "FloatingPointError" in status["error"]
 
 
 def test_weights_that_are_not_finite_are_never_saved(run_training, tmp_path):
-    # The loss of the only step is finite, the weights after it are not, and no line of metrics is due before the end.
+    # The loss of the first step is finite, but the weights after it are not, and no metrics are written before the end.
     with pytest.raises(FloatingPointError):
         run_training(tmp_path, "--learning_rate", "1e38", "--max_train_steps", "4", "--checkpointing_steps", "1",
                      "--log_steps", "50", "--warmup_steps", "0")  # fmt: skip
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "unet").exists()
 
 
-def test_a_full_disk_costs_no_checkpoint(run_training, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_earlier_checkpoints(run_training, tmp_path, monkeypatch):
     def flush(path):
         if "step-000000004" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("hf_ddpm.training.checkpoints.flush", flush)
-    with pytest.raises(OSError, match="checkpoint .*4 cannot be written, the last one is .*2: .*No space left"):
+    with pytest.raises(OSError, match="4: checkpoint cannot be written: .*No space left.*; the newest .* is .*2$"):
         run_training(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "2")
     assert names(tmp_path) == ["step-000000002"] and verify_checkpoint(newest(tmp_path)) is None
     assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
@@ -373,26 +373,26 @@ def start(folder, *words, launcher=(), **environment):
 
 
 def wait_until(is_so, process):
-    """Waits until something is so; fails if the process ends before, or is stuck."""
+    """Waits until a condition is true; fails if the process ends first, or after `LIMIT` seconds."""
     end = time.monotonic() + LIMIT
     while not is_so():
         assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < end, "nothing happens any more"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.05)
 
 
 def wait_for_step(folder, step, process):
-    def is_there():
-        # The last line may be half written.
+    def has_step():
+        # The last line may be incomplete.
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return any(json.loads(line)["step"] >= step for line in lines if line.endswith("\n"))
 
-    wait_until(is_there, process)
+    wait_until(has_step, process)
 
 
 def wait_for_output(text, process):
-    """Waits until a process has printed something."""
+    """Waits until a process has printed a text."""
     output, guard = "", threading.Timer(LIMIT, process.kill)
     guard.daemon = True
     guard.start()
@@ -404,17 +404,17 @@ def wait_for_output(text, process):
 
 
 def end(process):
-    """Returns what a process that was sent a signal has printed, once it has ended."""
+    """Waits for the end of a process, and returns its output."""
     output, _ = process.communicate(timeout=LIMIT)
     return output
 
 
 @pytest.mark.slow
-def test_signals_and_kills_lose_nothing(run_training, tmp_path):
+def test_runs_resume_after_signals_and_kills(run_training, tmp_path):
     words = ["--checkpointing_steps", "50", "--log_steps", "1", "--max_train_steps"]
     folder = tmp_path / "interrupted"
     for number, status in [(signal.SIGTERM, "preempted"), (signal.SIGKILL, "running")]:
-        process = start(folder, *words, "1000000")  # so that it cannot end by itself
+        process = start(folder, *words, "1000000")  # too many steps to finish
         wait_for_step(folder, 60 if status == "preempted" else 120, process)
         process.send_signal(number)
         output = end(process)
@@ -430,7 +430,7 @@ def test_signals_and_kills_lose_nothing(run_training, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_in_the_last_sampling_ends_it_at_once(run_training, tmp_path, number):
+def test_a_signal_interrupts_the_final_sampling(run_training, tmp_path, number):
     words = ["--max_train_steps", "2", "--num_samples", "64"]
     process = start(tmp_path, *words, "--num_inference_steps", "1000")
     wait_for_output("Sampling", process)  # on its progress bar
@@ -457,18 +457,18 @@ def losses(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_and_two_machines_are_the_same_run(run_training, tmp_path):
+def test_two_processes_or_machines_give_the_same_run(run_training, tmp_path):
     run_training(tmp_path / "one", *UNCLIPPED)
 
-    here = [*LAUNCH, "--num_machines", "1", "--main_process_port", "0"]
+    local = [*LAUNCH, "--num_machines", "1", "--main_process_port", "0"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    there = [*LAUNCH, "--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    remote = [*LAUNCH, "--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
     for name, launchers, passes in [
-        ("processes", [here], 1),
-        ("processes and passes", [here], 2),
-        ("machines", [[*there, "--machine_rank", rank] for rank in ("0", "1")], 1),
+        ("processes", [local], 1),
+        ("processes and passes", [local], 2),
+        ("machines", [[*remote, "--machine_rank", rank] for rank in ("0", "1")], 1),
     ]:
         divided = ["--train_batch_size", str(4 // passes), "--gradient_accumulation_steps", str(passes)]
         options = [*UNCLIPPED, *divided]
@@ -480,7 +480,7 @@ def test_two_processes_and_two_machines_are_the_same_run(run_training, tmp_path)
         assert (tmp_path / name / "samples.png").read_bytes() == (tmp_path / "one" / "samples.png").read_bytes()
 
 
-# Only the main process finds that bf16 pays; in the other one the measurement fails.
+# Only the main process measures that bf16 is faster; in the other process the measurement fails.
 CHOOSING = """
 import importlib, os, sys
 from hf_ddpm.models import precision
@@ -493,7 +493,7 @@ importlib.import_module("hf_ddpm.cli." + sys.argv[1]).main(sys.argv[2:])
 
 
 @pytest.mark.slow
-def test_all_processes_take_the_precision_of_the_main_one(tmp_path):
+def test_all_processes_use_the_precision_of_the_main_process(tmp_path):
     program = tmp_path / "choosing.py"
     program.write_text(CHOOSING)
     launcher = [*LAUNCH, "--num_machines", "1", "--main_process_port", "0"]
@@ -511,7 +511,7 @@ def test_all_processes_take_the_precision_of_the_main_one(tmp_path):
     assert settings["mixed_precision"] == "bf16"
 
 
-def test_a_signal_during_a_checkpoint_stops_what_follows_it(run_training, tmp_path, monkeypatch):
+def test_a_signal_during_a_checkpoint_skips_the_following_callbacks(run_training, tmp_path, monkeypatch):
     drawn, save = [], Checkpoints.on_checkpoint
 
     def on_checkpoint(self, run):
@@ -530,7 +530,7 @@ def test_a_signal_during_a_checkpoint_stops_what_follows_it(run_training, tmp_pa
     assert run_training(tmp_path, *words) == 0 and drawn == [4]
 
 
-def test_a_checkpoint_is_on_disk_before_its_name_and_older_ones_go_after_that(run_training, tmp_path, monkeypatch):
+def test_a_checkpoint_is_flushed_before_its_rename_and_old_ones_are_removed_after(run_training, tmp_path, monkeypatch):
     calls, fsync, rename = [], os.fsync, Path.rename
     monkeypatch.setattr(
         os, "fsync", lambda fd: (calls.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
@@ -554,7 +554,7 @@ def test_a_checkpoint_is_on_disk_before_its_name_and_older_ones_go_after_that(ru
 @pytest.mark.parametrize(
     "spoil", ["{}", "[]", "null", '{"state.json": {}}', '{"state.json": 3}', "no unet", "no bytes"]
 )
-def test_a_manifest_that_is_not_whole_is_damage(trained, tmp_path, spoil):
+def test_an_incomplete_manifest_counts_as_damage(trained, tmp_path, spoil):
     path = tmp_path / "step-000000004"
     shutil.copytree(newest(trained), path)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -568,7 +568,7 @@ def test_a_manifest_that_is_not_whole_is_damage(trained, tmp_path, spoil):
 
 
 def rewrite_state(folder, change):
-    """Changes `state.json` of the newest checkpoint, and its manifest, as another version would have written them."""
+    """Changes `state.json` of the newest checkpoint and its manifest, as if written by another version."""
     path = newest(folder)
     state = json.loads((path / "state.json").read_text())
     change(state)
@@ -594,7 +594,7 @@ def rewrite_state(folder, change):
         "background",
     ],
 )
-def test_a_run_of_an_older_version_lacks_options_and_continues(run_training, trained, tmp_path, option):
+def test_a_run_of_an_older_version_resumes_with_missing_options(run_training, trained, tmp_path, option):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
 
@@ -605,20 +605,20 @@ def test_a_run_of_an_older_version_lacks_options_and_continues(run_training, tra
 
     rewrite_state(folder, change)
     words = [f"--{option}", str(default_options()[option])] if option in ("levels", "background") else []
-    if option == "levels":  # of which the preset has another value: compared with the default
-        with pytest.raises(ValueError, match=rf"of another run, .*{option}=.* \(was "):
+    if option == "levels":  # the preset's value differs from the default, which the old run used
+        with pytest.raises(ValueError, match=rf"checkpoint of a run with other options: .*{option}=.* \(was "):
             run_training(folder, "--max_train_steps", "5")
     if option == "background":
-        with pytest.raises(ValueError, match=r"of another run, .*background='blue' \(was 'white'\)"):
+        with pytest.raises(ValueError, match=r"of a run with other options: .*background='blue' \(was 'white'\)"):
             run_training(folder, "--max_train_steps", "5", "--background", "blue")
     assert run_training(folder, "--max_train_steps", "5", *words) == 0
 
 
-def test_a_changed_default_is_that_of_the_runs_beginning(run_training, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_the_old_default_of_an_option(run_training, tmp_path, monkeypatch):
     words = ["--max_train_steps", "1"]
     assert run_training(tmp_path, *words) == 0
     stored = json.loads((newest(tmp_path) / "state.json").read_text())["config"]["learning_rate"]
-    # As if the default had been what the run has, and were another one now.
+    # Simulate a changed default: the run used 0.999, the default is now 0.95.
     monkeypatch.setitem(FORMER_DEFAULTS, "adam_beta2", 0.999)
     monkeypatch.setattr(TrainingConfig.__dataclass_fields__["adam_beta2"], "default", 0.95)
     assert parse_config(["--preset", "digits"]).training.adam_beta2 == 0.95

@@ -1,4 +1,4 @@
-"""The loop against Algorithm 1 by hand: on diffusers' network, with Adam, clipping and average as formulas."""
+"""Compare the training loop with a manual Algorithm 1: diffusers' network, and formulas of Adam, clipping and EMA."""
 
 import json
 
@@ -26,7 +26,7 @@ WORDS = [
 
 
 def initial_network():
-    """diffusers' network with the initial weights of the run."""
+    """Returns diffusers' network with the initial weights of the run."""
     from hf_ddpm import UNet2DModel
     from hf_ddpm.models.blocks import initialize_like_paper
 
@@ -42,7 +42,7 @@ def initial_network():
 
 
 class Dropout(torch.nn.Module):
-    """A fifth is dropped, by a hash of step, row of the global batch, layer and place."""
+    """Dropout of 0.2 by a hash of step, row of the global batch, layer and position."""
 
     def forward(self, x):
         step, layer = self.place
@@ -51,7 +51,7 @@ class Dropout(torch.nn.Module):
         keys = scrambled(rows ^ golden(np.int64(layer + 1)))
         channel, row, column = np.ogrid[: x.shape[1], : x.shape[2], : x.shape[3]]
         place = (row * x.shape[3] + column) * x.shape[1] + channel
-        kept = mixed(keys[:, None, None, None] ^ golden(place)) < 0.3 * 2**32  # signed: 0.8 - 0.5
+        kept = mixed(keys[:, None, None, None] ^ golden(place)) < 0.3 * 2**32  # 0.8 - 0.5, as the hash is signed
         return torch.where(torch.from_numpy(kept), x / 0.8, 0)
 
 
@@ -64,7 +64,7 @@ def golden(numbers):
 
 
 def scrambled(bits):
-    """A hash in 64 bits, of which each step keeps the lower 32; its shifts are signed."""
+    """The hash in 64-bit integers, truncated to 32 bits after each operation; shifts are signed."""
     return mixed(signed(bits ^ (bits >> 16)))
 
 
@@ -106,23 +106,23 @@ def train_by_hand(prediction_type):
             m, v = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - BETA2 ** (step + 1))
             with torch.no_grad():
                 weights[name] -= lr * m / (v.sqrt() + 1e-8)
-            for asked, average in averages.items():
-                decay = min(asked, (1 + step) / (10 + step))
+            for full_decay, average in averages.items():
+                decay = min(full_decay, (1 + step) / (10 + step))
                 average[name] = decay * average[name] + (1 - decay) * weights[name].detach()
     return {name: weight.detach() for name, weight in weights.items()}, averages, lines
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_loop_is_algorithm_1(run_training, tmp_path, prediction_type):
+def test_the_loop_matches_algorithm_1(run_training, tmp_path, prediction_type):
     run_training(tmp_path, *WORDS, "--prediction_type", prediction_type)
     weights, averages, lines = train_by_hand(prediction_type)
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert max(line["grad_norm"] for line in lines) > CLIP  # the clip is at work
-    for found, expected in zip(metrics, lines, strict=True):
-        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert max(line["grad_norm"] for line in lines) > CLIP  # gradients are clipped
+    for actual, expected in zip(metrics, lines, strict=True):
+        assert {name: actual[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     checkpoint = tmp_path / "checkpoints" / f"step-{STEPS:09d}"
     for file, expected in [("unet", weights), *((f"ema-{decay}", average) for decay, average in averages.items())]:
         for name, value in load_file(checkpoint / f"{file}.safetensors").items():
             if name.endswith("to_k.bias"):
-                continue  # softmax does not see it: its gradient is rounding, which Adam blows up
+                continue  # softmax cancels it: its gradient is zero but for rounding, which Adam amplifies
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -26,7 +26,7 @@ def plan(*words):
 
 
 def kept_by_autograd(unet, x, t, precision):
-    """Return the bytes of real tensors that autograd saves, and that recomputed blocks keep as their inputs."""
+    """Return the bytes that autograd saves for the backward pass, including the inputs of recomputed blocks."""
     weights = {parameter.data_ptr() for parameter in unet.parameters()}
     sizes, alive = {}, []
 
@@ -43,13 +43,13 @@ def kept_by_autograd(unet, x, t, precision):
     half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     with half, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         unet(x, t)
-    sizes.pop(x.data_ptr(), None)  # it is counted with the images
+    sizes.pop(x.data_ptr(), None)  # counted with the images
     return sum(sizes.values())
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_a_pass_keeps_is_counted_exactly(precision, checkpointing):
+def test_bytes_kept_by_a_pass_are_counted_exactly(precision, checkpointing):
     torch.manual_seed(0)
     unet = UNet2DModel(**TINY_UNET).train()
     if checkpointing:
@@ -61,7 +61,7 @@ def test_what_a_pass_keeps_is_counted_exactly(precision, checkpointing):
         if checkpointing:
             fake.enable_gradient_checkpointing()
         counted, most, _ = count_pass(fake, torch.empty(B, 1, 8, 8), torch.zeros(B, dtype=torch.int64), precision)
-    # Mean and reciprocal deviation of each group are float32 in CPU kernels; fake ones have the dtype of their input.
+    # CPU kernels keep the mean and reciprocal deviation of each group in float32, fake tensors in the input's dtype.
     norms = sum(isinstance(part, torch.nn.GroupNorm) and ".resnets" not in name * checkpointing
                 for name, part in unet.named_modules())  # fmt: skip
     fewer = norms * B * TINY_UNET["norm_num_groups"] * 2 * (4 - 2) if precision == "bf16" else 0
@@ -69,7 +69,7 @@ def test_what_a_pass_keeps_is_counted_exactly(precision, checkpointing):
 
 
 def test_a_convolution_keeps_its_input():
-    # y = conv(2 x): 2 x lives until the backward pass; x and the weights are counted elsewhere.
+    # y = conv(2 x): 2 x is kept until the backward pass; x and the weights are counted elsewhere.
     network = torch.nn.Conv2d(4, 4, 3, padding=1)
     kept, most, small = count_pass(lambda_network(network), torch.ones(4, 4, 8, 8), torch.zeros(4))
     assert kept == 4 * 4 * 4 * 64 and most == small > kept
@@ -80,15 +80,15 @@ def lambda_network(network):
     return network
 
 
-def test_weights_are_counted_in_all_their_copies():
-    # The weights, an average and two moments; with several passes gradients outlive a pass; another average is a copy.
+def test_all_copies_of_weights_are_counted():
+    # Weights, an average and two moments; plus gradients with several passes, and plus one copy per further average.
     weights = 4 * UNet2DModel(**parse_config(TINY_RUN).unet()).num_parameters()
     assert plan().count().weights == 4 * weights
     assert plan("--gradient_accumulation_steps", "2").count().weights == 5 * weights
     assert plan("--ema_decay", "0.9", "0.99").count().weights == 5 * weights
 
 
-def test_only_what_does_not_fit_is_refused(monkeypatch):
+def test_only_runs_that_do_not_fit_are_rejected(monkeypatch):
     need, config = plan().count().total, parse_config([*TINY_RUN, "--mixed_precision", "no"])
     set_free(monkeypatch, need)
     assert fit_memory(config, Accelerator(cpu=True)) is config
@@ -122,7 +122,7 @@ def test_auto_divides_the_global_batch_so_that_it_fits(monkeypatch):
     [("--preset cifar10", 128), ("", 64), ("--preset digits --train_batch_size 16", 16), ("--config FILE", 64),
      ("--preset cifar10 --config FILE", 128)],
 )  # fmt: skip
-def test_auto_takes_the_batch_that_was_given_before(words, batch, tmp_path):
+def test_auto_starts_from_the_batch_size_given_before(words, batch, tmp_path):
     (tmp_path / "auto.yaml").write_text("dataset: digits\ntrain_batch_size: auto\n")
     argv = words.replace("FILE", str(tmp_path / "auto.yaml")).split()
     argv += [] if "--config" in words else ["--dataset", "digits", "--train_batch_size=auto"]
@@ -131,7 +131,7 @@ def test_auto_takes_the_batch_that_was_given_before(words, batch, tmp_path):
     assert not isinstance(parse_config([*argv, "--train_batch_size", "5"]).training.train_batch_size, Auto)
 
 
-def test_a_run_records_and_resumes_the_batch_that_auto_took(run_training, monkeypatch, tmp_path):
+def test_a_run_records_and_resumes_the_batch_size_of_auto(run_training, monkeypatch, tmp_path):
     words = ["--train_batch_size", "auto", "--max_train_steps"]
     set_free(monkeypatch, plan("--train_batch_size", "4", "--gradient_accumulation_steps", "2").count().total)
     run_training(tmp_path, *words, "2")
@@ -150,11 +150,11 @@ def test_an_unresolved_auto_is_saved_as_its_number(tmp_path):
 def test_a_dry_run_that_does_not_fit_prints_the_count(run_training, monkeypatch, tmp_path, capsys):
     set_free(monkeypatch, 1000)
     assert run_training(tmp_path / "run", "--dry_run") == 0
-    said = capsys.readouterr().out
-    assert "parameters:" in said and "memory:" in said and "not measured:   --train_batch_size 8" in said
+    output = capsys.readouterr().out
+    assert "parameters:" in output and "memory:" in output and "not measured:   --train_batch_size 8" in output
 
 
-def test_a_lack_of_memory_in_training_is_one_line(monkeypatch, capsys):
+def test_an_out_of_memory_error_in_training_is_one_line(monkeypatch, capsys):
     def fail(argv):
         with out_of_memory_explained(parse_config(TINY_RUN)):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes.\n")
@@ -176,7 +176,7 @@ def test_a_lack_of_memory_in_training_is_one_line(monkeypatch, capsys):
                                      "memory.stat": "total_inactive_file 100\n"}),
     ],
 )  # fmt: skip
-def test_free_memory_is_that_of_the_machine_or_the_control_group(monkeypatch, tmp_path, groups, folder, files):
+def test_free_memory_of_the_machine_or_the_control_group(monkeypatch, tmp_path, groups, folder, files):
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       1 kB\n")
     (tmp_path / "own").write_text(f"{groups}\n2:cpu:/x\n")
     for name, path in (("MEMINFO", "meminfo"), ("OWN_CGROUPS", "own"), ("CGROUPS", "")):
@@ -193,7 +193,7 @@ def test_free_memory_is_that_of_the_machine_or_the_control_group(monkeypatch, tm
     assert free_memory(cpu) is None
 
 
-def test_processes_agree_on_the_least_free_memory(monkeypatch):
+def test_processes_use_the_smallest_free_memory(monkeypatch):
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), num_processes=2, gather=lambda mine: torch.stack([mine, torch.tensor(70)])
     )

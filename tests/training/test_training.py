@@ -21,13 +21,13 @@ from hf_ddpm.training.randomness import draw, dropout_keys
 from tests.conftest import TINY_RUN
 
 
-def test_draws_depend_on_the_place_alone():
+def test_draws_depend_only_on_seed_step_and_position():
     def drawn(seed, step, rows):
         torch.manual_seed(torch.seed())
         return draw(seed, step, rows, (1, 8, 8), 1000, "cpu")
 
     whole = drawn(0, 7, range(80))
-    # However a global batch is divided, within blocks and across them.
+    # For any division of a global batch, within blocks and across them.
     for rows in (range(80), range(0, 32), range(5, 6), range(30, 70)):
         part = drawn(0, 7, rows)
         for name in ("t", "noise", "flip"):
@@ -37,7 +37,7 @@ def test_draws_depend_on_the_place_alone():
     assert not torch.equal(whole.noise[:32], whole.noise[32:64])
 
 
-def test_dropout_keys_depend_on_the_place_alone():
+def test_dropout_keys_depend_only_on_seed_step_and_position():
     whole = dropout_keys(0, 7, range(80), "cpu")
     for rows in (range(0, 32), range(5, 6), range(30, 70)):
         assert torch.equal(dropout_keys(0, 7, rows, "cpu"), whole[rows.start : rows.stop])
@@ -54,7 +54,7 @@ def test_draws_have_the_distributions_of_algorithm_1():
     assert abs(draws.noise.mean()) < 5 / math.sqrt(320_000) and abs(draws.noise.var() - 1) < 5 * math.sqrt(2 / 320_000)
 
 
-def test_the_learning_rate_rises_then_stays_or_falls_to_zero():
+def test_the_learning_rate_warms_up_then_stays_or_decays_to_zero():
     words = ["--preset", "digits", "--learning_rate", "1e-3", "--warmup_steps", "10", "--max_train_steps", "110"]
     constant = parse_config([*words, "--lr_schedule", "constant"]).training
     assert [learning_rate(constant, step) for step in (0, 4, 9, 10, 109)] == pytest.approx(
@@ -74,7 +74,7 @@ def test_the_learning_rate_rises_then_stays_or_falls_to_zero():
     assert [learning_rate(default, step) for step in range(111)] == [learning_rate(linear, step) for step in range(111)]
 
 
-def test_a_step_of_adam_is_that_of_its_formula_with_and_without_decoupled_weight_decay():
+def test_adam_matches_its_formula_with_and_without_decoupled_weight_decay():
     rate, beta1, beta2, eps = 1e-2, 0.8, 0.95, 1e-8
     words = ["--preset", "digits", "--learning_rate", str(rate), "--adam_beta1", str(beta1), "--adam_beta2", str(beta2)]
     for decay in (0.0, 0.3):
@@ -89,12 +89,12 @@ def test_a_step_of_adam_is_that_of_its_formula_with_and_without_decoupled_weight
             optimizer.step()
             mean = beta1 * mean + (1 - beta1) * gradient.double()
             square = beta2 * square + (1 - beta2) * gradient.double() ** 2
-            weight = weight - rate * decay * weight  # of the weight alone: not in the moments, as L2 would be
+            weight = weight - rate * decay * weight  # decoupled: not part of the moments, unlike L2
             weight = weight - rate * mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + eps)
             torch.testing.assert_close(model.weight.detach().double(), weight, rtol=1e-6, atol=1e-7)
 
 
-def test_the_default_optimizer_is_adam_of_torch_to_the_bit():
+def test_the_default_optimizer_equals_adam_of_torch():
     weights = []
     for make in (
         lambda model: adam(model, parse_config(["--preset", "cifar10"]).training),
@@ -121,7 +121,7 @@ def test_the_default_optimizer_is_adam_of_torch_to_the_bit():
         (2, 101, 10, 1, 1, 21),
     ],
 )
-def test_epochs_are_as_many_steps_as_show_each_image_so_often(epochs, images, batch, accumulation, processes, steps):
+def test_epochs_are_converted_to_steps(epochs, images, batch, accumulation, processes, steps):
     training = Config.of(
         preset="digits", num_train_epochs=epochs, train_batch_size=batch, gradient_accumulation_steps=accumulation
     ).training
@@ -131,8 +131,8 @@ def test_epochs_are_as_many_steps_as_show_each_image_so_often(epochs, images, ba
 
 
 @pytest.mark.parametrize("words", [[], ["--streaming", "true"]], ids=["decoded", "streamed"])
-def test_a_run_of_epochs_trains_resumes_and_is_read_again(run_training, tmp_path, words):
-    # 20 images of 4 x 2 a step: 2 epochs are 5 steps, 3 are 8.
+def test_a_run_with_epochs_trains_and_resumes(run_training, tmp_path, words):
+    # 20 images, 4 x 2 per step: 2 epochs are 5 steps, 3 epochs are 8.
     folder = tmp_path / "digits"
     folder.mkdir()
     for number in range(20):
@@ -154,7 +154,7 @@ def test_a_run_of_epochs_trains_resumes_and_is_read_again(run_training, tmp_path
     assert json.loads((run / "status.json").read_text())["step"] == 9
 
 
-def test_the_average_is_that_of_its_formula():
+def test_the_average_matches_its_formula():
     model = torch.nn.Linear(2, 2)
     ema, expected = EMA(model, 0.9), model.weight.detach().clone()
     for step in range(5):
@@ -182,8 +182,8 @@ def metrics(folder):
 
 
 @pytest.mark.parametrize(("decay", "warmup"), [(0.99, False), (0.9999, True)])
-def test_the_share_of_initial_weights_is_known(decay, warmup):
-    # An average of weights that are 1 from the first step on, and were 0: what is missing to 1 are initial weights.
+def test_initial_share_matches_the_average(decay, warmup):
+    # The initial weights are 0 and all later ones 1: the difference of the average from 1 is the initial share.
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
     ema = EMA(model, decay, warmup=warmup)
@@ -193,24 +193,24 @@ def test_the_share_of_initial_weights_is_known(decay, warmup):
         ema.update(step)
 
 
-def test_an_average_of_initial_weights_is_told(run_training, tmp_path, capsys):
+def test_an_average_of_mostly_initial_weights_prints_a_warning(run_training, tmp_path, capsys):
     run_training(tmp_path / "warm", "--max_train_steps", "2", "--ema_decay", "0.9999")
     assert "initial weights" not in capsys.readouterr().out
     run_training(tmp_path / "cold", "--max_train_steps", "2", "--ema_decay", "0.9999", "--ema_warmup", "false")
     assert "100% of the averaged weights, which are exported, will be initial weights" in capsys.readouterr().out
 
 
-def test_a_process_that_does_not_end_in_noise_needs_a_word(run_training, tmp_path):
+def test_a_process_that_does_not_end_in_noise_needs_an_option(run_training, tmp_path):
     words = ["--max_train_steps", "1", "--num_train_timesteps", "50", "--beta_schedule", "linear"]
     literal = ["--beta_start", "0.0001", "--beta_end", "0.02"]
-    with pytest.raises(ValueError, match=r"x_T keeps 60.3% of the variance of images \(L_T up to 0.67 bits/dim\)"):
+    with pytest.raises(ValueError, match=r"x_T keeps 60.3% of the variance of the images \(L_T up to 0.67 bits/dim\)"):
         run_training(tmp_path / "a", *words, *literal)
     assert run_training(tmp_path / "b", *words, *literal, "--allow_terminal_signal", "true") == 0
     assert run_training(tmp_path / "c", *words) == 0
 
 
 def test_digits_are_learned(run_training, tmp_path):
-    # A hundred steps of a tiny network: the loss falls from 1, that of predicting no noise, and the result is used.
+    # A hundred steps of a tiny network: the loss falls from 1, the loss of predicting no noise.
     run_training(tmp_path, "--max_train_steps", "100", "--log_steps", "10", "--learning_rate", "3e-3")
     losses = [line["loss"] for line in metrics(tmp_path)]
     assert losses[0] > 0.8 and np.mean(losses[-3:]) < 0.5
@@ -220,17 +220,17 @@ def test_digits_are_learned(run_training, tmp_path):
     assert (status["status"], status["step"], status["images"]) == ("finished", 100, 898)
 
 
-def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(run_training, tmp_path, capsys):
+def test_a_dry_run_prints_the_cost_and_writes_nothing(run_training, tmp_path, capsys):
     later = ["--eval_metrics", "fd", "--eval_steps", "100", "--checkpointing_steps", "100"]
     run_training(tmp_path / "run", "--max_train_steps", "1000", *later, "--dry_run")
-    said = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     unet = UNet2DModel(**parse_config(TINY_RUN).unet())
-    assert said["parameters"].strip() == f"{unet.num_parameters():,}"
-    assert "1,000 steps of 8 images" in said["training"] and "898 of 1 x 8 x 8" in said["images"]
+    assert lines["parameters"].strip() == f"{unet.num_parameters():,}"
+    assert "1,000 steps of 8 images" in lines["training"] and "898 of 1 x 8 x 8" in lines["images"]
     assert not any(tmp_path.iterdir())
 
 
-def test_what_is_done_between_steps_is_no_time_of_a_step(tmp_path, monkeypatch):
+def test_speed_excludes_the_time_between_steps(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("hf_ddpm.training.progress.time.perf_counter", lambda: now[0])
     training = SimpleNamespace(max_train_steps=8, log_steps=4)
@@ -252,7 +252,7 @@ def test_what_is_done_between_steps_is_no_time_of_a_step(tmp_path, monkeypatch):
     assert [line["images_per_second"] for line in metrics(tmp_path)] == [4, 4]
 
 
-def test_metrics_reach_the_tracker(run_training, tmp_path):
+def test_metrics_are_logged_to_the_tracker(run_training, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run_training(tmp_path, "--max_train_steps", "4", "--tracker", "tensorboard")
@@ -260,19 +260,19 @@ def test_metrics_reach_the_tracker(run_training, tmp_path):
     events = EventAccumulator(str(tmp_path / "hf_ddpm"))
     events.Reload()
     for name in ("loss", "grad_norm", "learning_rate"):
-        told = {event.step: event.value for event in events.Scalars(name)}
-        assert told == pytest.approx({line["step"]: line[name] for line in metrics(tmp_path)})
+        logged = {event.step: event.value for event in events.Scalars(name)}
+        assert logged == pytest.approx({line["step"]: line[name] for line in metrics(tmp_path)})
     assert [event.step for event in events.Images("samples")] == [4, 6]
 
 
-def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
+def test_a_missing_tracker_package_is_an_error(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="tracker='wandb' is not installed: pip install wandb"):
+    with pytest.raises(ValueError, match="--tracker wandb: package is not installed; run `pip install wandb`"):
         check_tracker("wandb")
 
 
-def test_activations_computed_twice_are_the_same(run_training, tmp_path):
-    # Dropout too: its masks are functions of the place.
+def test_gradient_checkpointing_gives_the_same_run(run_training, tmp_path):
+    # Dropout masks are recomputed identically.
     words = ["--max_train_steps", "3", "--dropout", "0.2", "--log_steps", "1"]
     run_training(tmp_path / "kept", *words)
     run_training(tmp_path / "twice", *words, "--gradient_checkpointing")
@@ -283,7 +283,7 @@ def test_activations_computed_twice_are_the_same(run_training, tmp_path):
 @pytest.mark.parametrize("defect", [False, True])
 def test_a_compiled_network_is_checked(run_training, tmp_path, monkeypatch, defect):
     def compile(unet):
-        if defect:  # as a compiler that forgets a branch of the backward pass
+        if defect:  # simulates a compiler that drops a branch of the backward pass
             block = unet.down_blocks[0].resnets[0]
             forward = block.forward
             block.forward = lambda x, emb: forward(x, emb.detach())
@@ -293,20 +293,20 @@ def test_a_compiled_network_is_checked(run_training, tmp_path, monkeypatch, defe
     monkeypatch.setattr(UNet2DModel, "compile", compile)
     words = ["--max_train_steps", "2", "--log_steps", "1", "--dropout", "0.2"]
     if defect:
-        with pytest.raises(FloatingPointError, match="wrong gradients for .* of .* parameters, time_embedding"):
+        with pytest.raises(FloatingPointError, match="wrong gradients for .* of .* parameters, such as time_emb"):
             run_training(tmp_path, *words, "--compile")
     else:
         run_training(tmp_path / "compiled", *words, "--compile")
         run_training(tmp_path / "plain", *words)
         lines = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("compiled", "plain")]
-        assert lines[0] == lines[1]  # the check leaves no trace
+        assert lines[0] == lines[1]  # the check does not change the run
     assert len(called) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="nothing compiles here")
-def test_a_compiled_run_is_the_same_run(run_training, tmp_path):
-    # One resolution, with attention in its middle: to compile more takes minutes.
+def test_a_compiled_run_matches_an_eager_one(run_training, tmp_path):
+    # One resolution, with attention in the middle block: larger networks take minutes to compile.
     small = ["--block_out_channels", "8", "--attention_resolutions", "0", "--dropout", "0.2"]
     words = ["--max_train_steps", "4", "--log_steps", "1", "--max_grad_norm", "1e6", *small]
     torch.compiler.reset()
@@ -315,40 +315,40 @@ def test_a_compiled_run_is_the_same_run(run_training, tmp_path):
     run_training(tmp_path / "plain", *words)
     compiled, plain = metrics(tmp_path / "compiled"), metrics(tmp_path / "plain")
     assert len(compiled) == 4
-    for name in ("loss", "grad_norm"):  # the code is another one: equal but for rounding
+    for name in ("loss", "grad_norm"):  # equal up to rounding, as the kernels differ
         assert [line[name] for line in compiled] == pytest.approx([line[name] for line in plain], rel=1e-3)
     for file in ("unet", "ema-0.995"):
         files = [tmp_path / run / "checkpoints/step-000000004" / f"{file}.safetensors" for run in ("compiled", "plain")]
         mine, yours = map(load_file, files)
-        assert mine.keys() == yours.keys()  # no name of the compiler's reaches a file
+        assert mine.keys() == yours.keys()  # without the compiler's prefix of names
     assert mine["conv_out.weight"].abs().sum() > 0
 
 
-def test_another_number_of_processes_than_was_asked_for_is_refused(run_training, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="world_size=2, but there are 1 processes"):
+def test_another_number_of_processes_than_world_size_is_rejected(run_training, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="--world_size 2: expected 1, the number of processes"):
         run_training(tmp_path, "--world_size", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="3 processes were launched, but they do not see each other"):
+    with pytest.raises(ValueError, match="WORLD_SIZE 3: only 1 of the processes are connected; start them with"):
         run_training(tmp_path)
     assert not any(tmp_path.iterdir())
 
 
-def test_the_launcher_decides_precision_and_compiling_unless_an_option_does(monkeypatch):
+def test_options_override_the_launchers_precision_and_compiling(monkeypatch):
     words = ["--preset", "digits"]
     assert chosen(words) == ("auto", False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     assert chosen(words) == ("bf16", True)
     assert chosen([*words, "--mixed_precision", "no", "--compile", "false"]) == ("no", False)
-    # A run keeps its precision; how fast it is computed may differ between its sessions.
+    # A resumed run keeps its precision; options that only affect speed may change.
     stored = {**default_options(), "mixed_precision": "fp16", "compile": False}
     assert parse_config(words).resumed(stored).training.mixed_precision == "fp16"
     assert parse_config(words).resumed(stored).training.compile is True
     given = parse_config([*words, "--mixed_precision", "no"])
-    assert given.resumed(stored).training.mixed_precision == "no"  # and is refused, see test_checkpoints.py
+    assert given.resumed(stored).training.mixed_precision == "no"  # raises an error later, see test_checkpoints.py
     auto = parse_config([*words, "--mixed_precision", "auto"])
     assert auto.training.mixed_precision == "auto" and auto.resumed(stored).training.mixed_precision == "fp16"
-    del stored["mixed_precision"]  # of a version without the option
+    del stored["mixed_precision"]  # as stored by a version without this option
     assert parse_config(words).resumed(stored).training.mixed_precision == "no"
 
 
@@ -363,22 +363,22 @@ def chosen(words):
         (
             "MIXED_PRECISION",
             "fp8",
-            "mixed_precision='fp8' of the launcher: expected no, bf16, fp16, or --mixed_precisi",
+            "mixed_precision='fp8' of the launcher: not supported; expected no, bf16, fp16, or --",
         ),
         (
             "DYNAMO_BACKEND",
             "AOT_EAGER",
-            "dynamo_backend='aot_eager' of the launcher: expected no, inductor, or --compile",
+            "dynamo_backend='aot_eager' of the launcher: not supported; expected no, inductor, or --compile",
         ),
     ],
 )
-def test_what_the_launcher_may_not_decide_is_one_line(monkeypatch, name, value, message):
+def test_unsupported_launcher_settings_are_one_line(monkeypatch, name, value, message):
     monkeypatch.setenv(f"ACCELERATE_{name}", value)
     with pytest.raises(ValueError, match=message):
         parse_config(["--preset", "digits"])
 
 
-def test_a_run_is_trained_and_resumed_in_the_precision_of_the_launcher(run_training, tmp_path, monkeypatch):
+def test_a_run_keeps_the_launchers_precision_when_resumed(run_training, tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     run_training(tmp_path, "--max_train_steps", "2")

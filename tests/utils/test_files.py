@@ -13,7 +13,7 @@ from hf_ddpm.utils.files import atomic_write, make_folder, write_text
 from hf_ddpm.utils.jsonl import append_line, cut_lines, read_lines, to_json
 
 
-def test_a_file_is_there_whole_or_as_it_was(tmp_path):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     file = tmp_path / "file.txt"
     write_text(file, "before")
     with pytest.raises(KeyboardInterrupt), atomic_write(file) as partial:
@@ -27,7 +27,7 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_lines_are_cut_to_a_step_and_what_a_kill_has_left_is_none(tmp_path):
+def test_lines_of_later_steps_and_incomplete_lines_are_removed(tmp_path):
     file = tmp_path / "lines.jsonl"
     assert read_lines(file) == []
     cut_lines(file, 3)
@@ -44,7 +44,7 @@ def test_lines_are_cut_to_a_step_and_what_a_kill_has_left_is_none(tmp_path):
     assert file.read_text() == "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2))
 
 
-def test_bytes_that_are_not_text_cost_only_their_line(tmp_path):
+def test_invalid_bytes_affect_only_their_line(tmp_path):
     file = tmp_path / "lines.jsonl"
     for step in (1, 2, 3):
         append_line(file, {"step": step})
@@ -56,7 +56,7 @@ def test_bytes_that_are_not_text_cost_only_their_line(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_numbers_that_are_not_finite_are_never_json(tmp_path, value):
+def test_numbers_that_are_not_finite_are_rejected(tmp_path, value):
     file = tmp_path / "lines.jsonl"
     append_line(file, {"step": 1})
     with pytest.raises(FloatingPointError, match=rf"fd\.value is {value}"):
@@ -68,7 +68,7 @@ def test_numbers_that_are_not_finite_are_never_json(tmp_path, value):
 
 @pytest.fixture
 def trace(monkeypatch):
-    """Records what reaches the disk, in order."""
+    """Records flushes and renames in order."""
     calls, fsync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(
         os, "fsync", lambda fd: (calls.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
@@ -77,7 +77,7 @@ def trace(monkeypatch):
     return calls
 
 
-def test_contents_are_on_disk_before_their_name_and_that_before_the_end(tmp_path, trace):
+def test_contents_are_flushed_before_the_rename_and_the_rename_before_the_end(tmp_path, trace):
     save_picture(Image.new("L", (2, 2)), tmp_path / "a.png")
     partial = str(tmp_path / ".a.png.partial")
     assert trace == [("fsync", partial), ("rename", str(tmp_path / "a.png")), ("fsync", str(tmp_path))]
@@ -96,19 +96,19 @@ def test_errors_of_a_full_disk_name_the_file(tmp_path):
         lambda path: path.symlink_to(full) or path.write_text("x" * 100_000),
         lambda path: save_file({"a": torch.zeros(10)}, path / "no" / "folder"),
     ):
-        with pytest.raises(OSError, match=rf"^{tmp_path}/file cannot be written: ") as caught:
+        with pytest.raises(OSError, match=rf"^{tmp_path}/file: file cannot be written: ") as caught:
             with atomic_write(tmp_path / "file") as partial:
                 write(partial)
         assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
     (tmp_path / "lines.jsonl").symlink_to(full)
-    with pytest.raises(OSError, match="lines.jsonl cannot be written: No space left on device") as caught:
+    with pytest.raises(OSError, match="lines.jsonl: file cannot be written: No space left on device") as caught:
         append_line(tmp_path / "lines.jsonl", {"step": 1})
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_of_its_option(tmp_path):
+def test_a_folder_that_is_not_writable_is_an_error_of_its_option(tmp_path):
     make_folder(tmp_path / "a" / "b", "output")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="output: folder '.*file/c' cannot be written to: Not a directory"):
+    with pytest.raises(ValueError, match="--output .*file/c: folder is not writable: Not a directory"):
         make_folder(tmp_path / "file" / "c", "output")

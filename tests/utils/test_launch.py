@@ -1,4 +1,4 @@
-"""Signals: one flag, that no lost exception clears."""
+"""Signals set one flag, which a lost exception does not clear."""
 
 import os
 import signal
@@ -81,12 +81,12 @@ def made_into_an_error_of_its_own(number):
         made_into_an_error_of_its_own,
     ],
 )
-def test_a_signal_is_one_line_and_its_code_whatever_becomes_of_the_exception(capsys, number, main):
+def test_a_signal_prints_one_line_even_if_its_exception_is_lost(capsys, number, main):
     assert code_of(lambda argv: main(number)) == 128 + number
     assert capsys.readouterr().err == f"sample.py: stopped by {signal.Signals(number).name}\n"
 
 
-def test_cleaning_up_is_not_cut_short(monkeypatch):
+def test_cleanup_is_not_interrupted(monkeypatch):
     monkeypatch.setattr("hf_ddpm.utils.launch.AGAIN", 0.01)
     cleaned = []
 
@@ -106,7 +106,7 @@ def test_cleaning_up_is_not_cut_short(monkeypatch):
     assert code_of(main) == 128 + signal.SIGTERM and cleaned == [True]
 
 
-def test_deferred_signals_wait_for_the_moment_but_not_a_second_ctrl_c():
+def test_signals_are_deferred_except_a_second_ctrl_c():
     with signals.handled(deferred=True):
         signal.raise_signal(signal.SIGTERM)
         assert signals.number == signal.SIGTERM
@@ -122,14 +122,14 @@ def test_deferred_signals_wait_for_the_moment_but_not_a_second_ctrl_c():
         signals.settle()
 
 
-def test_a_signal_of_an_earlier_session_does_not_stop_the_next():
+def test_a_signal_of_an_earlier_call_does_not_stop_the_next():
     with signals.handled(deferred=True):
         signal.raise_signal(signal.SIGTERM)
     with signals.handled(deferred=True):
         assert signals.number == 0
 
 
-def test_training_gives_the_handlers_back(run_training, tmp_path):
+def test_training_restores_the_signal_handlers(run_training, tmp_path):
     before = [signal.getsignal(number) for number in HANDLED]
     assert run_training(tmp_path, "--max_train_steps", "1") == 0
     assert [signal.getsignal(number) for number in HANDLED] == before
@@ -154,7 +154,7 @@ def command(script, folder, trained):
 
 
 def start(script, words):
-    # Each import is a line: the moments at which signals are sent are counted in these, not in seconds.
+    # Each import prints a line: signals are sent after a number of lines, not of seconds.
     return subprocess.Popen(
         [sys.executable, "-X", "importtime", str(ROOT / "scripts" / f"{script}.py"), *words],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -171,7 +171,7 @@ def is_import(line):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("script", ["train", "sample"])
-def test_a_signal_at_any_moment_of_the_start_is_quiet(trained, tmp_path, script, number):
+def test_a_signal_at_any_time_during_startup_prints_one_line(trained, tmp_path, script, number):
     whole = start(script, command(script, tmp_path / "whole", trained))
     lines = [line for line in whole.stderr if is_import(line)]
     first = next(i for i, line in enumerate(lines) if line.split("|")[-1].strip() == "hf_ddpm.cli") + 1

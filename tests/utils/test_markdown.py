@@ -4,7 +4,7 @@ import pytest
 
 from hf_ddpm.utils.markdown import code, escape, plain
 
-# What names of classes, data sets and models may hold: folders may be called almost anything.
+# Possible names of classes, datasets and models: folders may have almost any name.
 HOSTILE = [
     "a|b", r"a\|b", "back`tick", "``two``", "```", "*bold*", "__init__", "_i_", "snake_case", "[text](http://e.org)",
     "![picture](x.png)", "<script>alert(1)</script>", "<!-- hidden", "&lt;", "http://e.org", "www.e.org", "$x$",
@@ -15,13 +15,13 @@ HOSTILE = [
 
 
 def parse(text):
-    """Returns the tokens of Markdown as GitHub and the Hub read it."""
+    """Returns the tokens of Markdown as GitHub and the Hub parse it."""
     markdown_it = pytest.importorskip("markdown_it")
     return markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
 
 
 def cells(text):
-    """Returns the rows of the tables in a text, each cell as what is seen of it; anything but text fails."""
+    """Returns the rows of the tables in a text, each cell as its visible text; other content fails."""
     rows = []
     for before, token in pairwise(parse(text)):
         if before.type == "tr_open":
@@ -33,7 +33,7 @@ def cells(text):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_name_is_seen_as_it_is_in_every_place(name):
+def test_a_name_is_rendered_unchanged_everywhere(name):
     (_, row) = cells(f"| a | b | c |\n| --- | --- | --- |\n| {escape(name)} | {code(name)} | x, {escape(name)} |")
     assert row == [plain(name), plain(name), f"x, {plain(name)}"]
     opening, inline, closing, *more = parse(f"# x {escape(name)} y")
@@ -42,7 +42,7 @@ def test_a_name_is_seen_as_it_is_in_every_place(name):
     assert inline.children[0].content == f"x {plain(name)} y"
 
 
-def test_a_plain_name_is_one_line_and_keeps_its_characters():
+def test_plain_returns_one_line_and_keeps_characters():
     assert plain("a\r\n\tb\u2029c\x07 ") == "a b c" and plain("Zoë 🐱 👩‍🚀 a|b") == "Zoë 🐱 👩‍🚀 a|b"
 
 

@@ -13,36 +13,36 @@ OPTIONS = option_names([*PARTS, Sources])
 
 
 @pytest.mark.parametrize(("title", "table"), [("diffusers", DIFFUSERS), ("denoising-diffusion-pytorch", LUCIDRAINS)])
-def test_the_page_has_the_table_of_the_code(title, table):
+def test_the_docs_page_matches_the_table_in_the_code(title, table):
     section = re.search(rf"\n## {title}\n(.*?)(?=\n## |\Z)", PAGE.read_text(), re.DOTALL)[1]
     rows = [[cell.strip(" `") for cell in line.split(" | ")] for line in section.splitlines() if line.startswith("| `")]
-    written = {name.strip("| `").removeprefix("--"): there.strip("| ").replace("`", "") for name, there in rows}
-    assert written == {name: there.replace("`", "") for name, there in table.items()}
+    written = {name.strip("| `").removeprefix("--"): entry.strip("| ").replace("`", "") for name, entry in rows}
+    assert written == {name: entry.replace("`", "") for name, entry in table.items()}
 
 
-@pytest.mark.parametrize(("name", "there"), MIGRATION.items())
-def test_a_word_of_another_package_is_answered_by_what_takes_its_place(name, there):
-    assert name not in OPTIONS  # else it would not be answered
-    assert set(re.findall(r"--(\w+)", there)) <= set(OPTIONS)
+@pytest.mark.parametrize(("name", "entry"), MIGRATION.items())
+def test_an_option_of_another_package_suggests_its_replacement(name, entry):
+    assert name not in OPTIONS  # otherwise there would be no error
+    assert set(re.findall(r"--(\w+)", entry)) <= set(OPTIONS)
     with pytest.raises(ValueError, match=f"^unknown option --{name}: ") as caught:
         Config.of(preset="digits", **{name: "x"})
     answer = str(caught.value).partition(": ")[2]
-    assert answer == (f"did you mean {there}?" if there.startswith("--") else there)
+    assert answer == (f"did you mean {entry}?" if entry.startswith("--") else entry)
 
 
-def test_options_that_are_named_take_the_value_that_is_named():
-    for there in MIGRATION.values():
-        for name, value in re.findall(r"^--(\w+) (\w+)$", there):
+def test_suggested_values_are_valid():
+    for entry in MIGRATION.values():
+        for name, value in re.findall(r"^--(\w+) (\w+)$", entry):
             Config.of(preset="digits", **{name: value})
 
 
-def test_a_word_in_a_file_is_answered_too(tmp_path):
+def test_options_of_other_packages_in_a_yaml_file_get_a_suggestion(tmp_path):
     (tmp_path / "x.yaml").write_text("random_flip: true")
     with pytest.raises(ValueError, match=r"unknown option random_flip: did you mean horizontal_flip\?"):
         Config.of(preset="digits", config=tmp_path / "x.yaml")
 
 
-def test_an_option_that_a_command_lacks_is_not_proposed():
+def test_options_of_other_commands_are_not_suggested():
     required = ["--model", "m", "--output", "o"]
     with pytest.raises(ValueError, match=r"--ddpm_num_inference_steps: did you mean --num_inference_steps\?"):
         parse_options([*required, "--ddpm-num-inference-steps", "4"], SampleConfig, Sampling)

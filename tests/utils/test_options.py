@@ -12,7 +12,7 @@ from hf_ddpm.utils.options import option, parse_command, parse_first, parse_opti
 
 @dataclass
 class Common:
-    """What all have."""
+    """Common options."""
 
     seed: int = option("a seed", 0)
 
@@ -21,7 +21,7 @@ class Common:
 class Draw:
     """Draws.
 
-    More of it.
+    A second paragraph.
     """
 
     size: int = option("a size", 1)
@@ -37,13 +37,13 @@ class Count:
 COMMANDS = {"draw-all": (Common, Draw), "count": (Common, Count)}
 
 
-def test_a_file_beside_the_script_is_not_read_without_being_named(tmp_path, monkeypatch):
+def test_an_args_file_next_to_the_script_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "draw.args").write_text("--size 7")
     monkeypatch.setattr("sys.argv", [str(tmp_path / "draw.py")])
     assert parse_options([], Draw) == [Draw(1)] and parse_first([], Draw)[0] == Draw(1)
 
 
-def test_a_command_is_read_with_its_own_options():
+def test_a_command_is_parsed_with_its_own_options():
     assert parse_command(["draw-all", "--size", "3"], COMMANDS) == ("draw-all", [Common(0), Draw(3)])
     assert parse_command(["count", "--upto", "3", "--seed", "1"], COMMANDS) == ("count", [Common(1), Count(3)])
 
@@ -59,7 +59,7 @@ def test_a_command_is_read_with_its_own_options():
         ("count", "the following arguments are required: --upto"),
     ],
 )
-def test_what_is_no_command_is_one_line(words, message):
+def test_an_invalid_command_is_one_line(words, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse_command(words.split(), COMMANDS)
     assert "\n" not in str(caught.value)
@@ -83,16 +83,16 @@ def test_floats_of_every_option_are_finite(part):
 
 
 @pytest.mark.parametrize("text", ["", " "])
-def test_an_empty_text_is_refused_unless_it_is_the_default(text):
+def test_an_empty_text_is_rejected_unless_it_is_the_default(text):
     for words in (["--output", text, "--model", "m"], ["--model", text, "--output", "o"]):
-        with pytest.raises(ValueError, match=f"argument {words[0]}: '{text}' is not allowed"):
+        with pytest.raises(ValueError, match=f"argument {words[0]}: '{text}': expected a text that is not empty"):
             parse_options(words, FigureOptions)
     with pytest.raises(ValueError, match="argument --eval_split: "):
         parse_options(["--eval_split", text], EvaluationConfig)
     assert parse_options(["--eval_metrics", ""], EvaluationConfig)[0].eval_metrics == ""
 
 
-def test_a_number_beyond_63_bits_is_refused():
+def test_a_number_beyond_63_bits_is_rejected():
     assert parse_options(["--size", str(2**63 - 1)], Draw) == [Draw(2**63 - 1)]
     for value in (2**63, -(2**63)):
         with pytest.raises(ValueError, match=f"--size: '{value}' is too large"):
@@ -100,21 +100,21 @@ def test_a_number_beyond_63_bits_is_refused():
 
 
 @pytest.mark.parametrize("words", [["--no-ema_warmup=false"], ["--no-ema_warmup=true"], ["--no_eval_floor=x"]])
-def test_an_option_that_is_switched_off_takes_no_value(words):
+def test_a_no_option_takes_no_value(words):
     with pytest.raises(ValueError, match=rf"^{words[0]}: expected --no_\w+ without a value"):
         parse_config(["--preset", "digits", *words])
 
 
-def test_small_negative_numbers_are_values():
+def test_negative_numbers_in_scientific_notation_are_values():
     assert parse_config(["--preset", "digits", "--value_range", "-1e-3", "1"]).data.value_range == [-1e-3, 1]
     assert Config.of(preset="digits", value_range=[-1e-05, 1]).data.value_range == [-1e-05, 1]
 
 
-def test_false_options_may_be_switched_off_and_stray_words_are_named_first():
+def test_no_options_and_unexpected_arguments():
     assert not parse_config(["--preset", "digits", "--no-streaming"]).data.streaming
-    with pytest.raises(ValueError, match="unexpected word 'x': expected"):
+    with pytest.raises(ValueError, match="unexpected argument 'x': expected"):
         parse_config(["x"])
-    with pytest.raises(ValueError, match="unexpected word '0' after --value_range=1: expected"):
+    with pytest.raises(ValueError, match="unexpected argument '0' after --value_range=1: expected"):
         parse_config(["--preset", "digits", "--value_range=1", "0"])
 
 
@@ -128,7 +128,7 @@ def test_false_options_may_be_switched_off_and_stray_words_are_named_first():
         (lambda: EvaluateConfig(model=3), "model=3: expected text or null"),
     ],
 )
-def test_options_given_in_python_are_of_their_types(make, message):
+def test_types_of_options_given_in_python_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
     assert SampleConfig(Path("m"), Path("o")).model == "m"

@@ -3,7 +3,7 @@ import pytest
 from hf_ddpm.utils.public import hub_ids, public_values, strip_local_path
 
 
-def test_what_is_a_path_here_is_no_hub_id(tmp_path, monkeypatch):
+def test_an_existing_path_is_not_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "acme-confidential").mkdir(parents=True)
     names = [
@@ -25,8 +25,8 @@ def test_what_is_a_path_here_is_no_hub_id(tmp_path, monkeypatch):
     ("name", "expected"),
     [
         ("digits", "digits"),
-        ("org/name", "org/name"),  # known
-        ("data/acme-confidential", "acme-confidential"),  # not known: seen from elsewhere it looks like an id
+        ("org/name", "org/name"),  # a known Hub id
+        ("data/acme-confidential", "acme-confidential"),  # an unknown name of the form of a Hub id
         ("/home/acme/faces/", "faces"),
         ("../acme/faces", "faces"),
         ("~/acme/faces", "faces"),

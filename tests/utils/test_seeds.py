@@ -5,26 +5,26 @@ import torch
 from hf_ddpm.utils.seeds import derived_seed, generator, hashed_keys, normal_noise
 
 
-def test_no_two_places_share_a_stream():
-    # numpy's SeedSequence pads with zeros: mixed naively, (0, 1) and (0, 1, 0) would be one place.
+def test_derived_seeds_are_distinct():
+    # numpy's SeedSequence pads with zeros: without a spawn key, (0, 1) and (0, 1, 0) would give the same seed.
     small = range(4)
     places = [p for length in (2, 3, 4) for p in itertools.product(small, repeat=length)]
     places += [(2**32, 1), (0, 2**31)]
     assert len({derived_seed(*place) for place in places}) == len(places)
 
 
-def test_a_place_is_always_the_same():
+def test_generators_are_reproducible():
     draws = [torch.rand(3, generator=generator(1, 2, 3)) for _ in range(2)]
     assert torch.equal(*draws)
 
 
-def test_keys_of_places_differ_and_are_those_of_a_hash_by_hand():
+def test_hashed_keys_are_distinct_and_match_the_hash_by_hand():
     images, steps = torch.arange(300, dtype=torch.int32).repeat(40), torch.arange(40, dtype=torch.int32)
     keys = hashed_keys(derived_seed(0, 1), images, steps.repeat_interleave(300))
     assert len(keys.unique()) == 12_000 and keys.dtype == torch.int32
     assert not torch.equal(keys, hashed_keys(derived_seed(1, 1), images, steps.repeat_interleave(300)))
 
-    def scrambled(bits):  # with signed shifts, as of C
+    def scrambled(bits):  # with signed shifts, as in C
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
             bits = (bits ^ ((bits - (bits >> 31 << 32)) >> shift)) * factor % 2**32
         return bits
@@ -50,6 +50,6 @@ def test_noise_is_standard_normal_and_independent():
     torch.testing.assert_close(quantiles, torch.tensor([-1.8808, 0, 1.8808]).double(), rtol=0, atol=0.02)
 
 
-def test_noise_of_a_key_is_the_same_in_any_batch():
+def test_noise_of_a_key_does_not_depend_on_the_batch():
     keys = torch.tensor([5, -6, 7], dtype=torch.int32)
     assert torch.equal(normal_noise(keys, (1, 8, 8))[1:2], normal_noise(keys[1:2], (1, 8, 8)))

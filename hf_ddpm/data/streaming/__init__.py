@@ -1,1 +1,1 @@
-"""Image sets larger than memory and disk."""
+"""Streams of image data sets larger than memory and disk."""

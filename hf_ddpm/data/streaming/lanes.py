@@ -1,13 +1,14 @@
-r"""The rows of each batch of a set too large to shuffle, as a pure function of (seed, step): arithmetic only.
+r"""Row order of a stream as a pure function of (seed, step), without shuffling the whole data set.
 
-The set comes in groups of rows, which are read as a whole. Each epoch takes the groups in a random order, end to end,
-and divides this sequence of rows into lanes, one for each stretch of the global batch. A lane is read in windows of
-some groups, whose rows are shuffled. So a process, whose rows of the batch lie in some lanes only, reads little that
-it does not use; and nothing has to be replayed to find a place.
+The data set consists of row groups, each read as a whole. Each epoch concatenates the groups in a random order and
+divides the resulting sequence of rows into lanes. Each lane fills a fixed range of rows of the global batch. A lane is
+read in windows of a few groups, and the rows of a window are shuffled. The rows of a process belong to few lanes, so it
+reads little that it does not use. Resuming at any step needs no replay.
 
-Epochs are permutations of all rows, end to end, without a gap or a repetition, as those of images in memory: place `p`
-of the stream of all batches, the row :math:`p \bmod B` of step :math:`\lfloor p / B \rfloor`, belongs to epoch
-:math:`\lfloor p / N \rfloor`, and a lane has as many rows in an epoch as that epoch has places in its stretch.
+As for images in memory, each epoch is a permutation of all rows, and epochs follow each other without a gap. Position
+`p` of the stream of all batches is row :math:`p \bmod B` of step :math:`\lfloor p / B \rfloor` and belongs to epoch
+:math:`\lfloor p / N \rfloor`. The number of rows of a lane in an epoch is the number of positions of the epoch that are
+in the range of the lane.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from hf_ddpm.utils.seeds import ORDER, generator
 
 
 class Piece(NamedTuple):
-    """Rows of a group, from `start` up to `stop`."""
+    """Rows of a group, from `start` to `stop`, exclusive."""
 
     group: int
     start: int
@@ -38,9 +39,9 @@ class Window:
     Attributes:
         epoch: The epoch.
         lane: The lane.
-        number: Its number in the lane, from 0.
-        start: Its first place in the lane.
-        pieces: What it consists of, before the shuffle.
+        number: Index of the window in the lane, from 0.
+        start: Position of its first row in the lane.
+        pieces: Its rows, before the shuffle.
     """
 
     epoch: int
@@ -51,16 +52,16 @@ class Window:
 
     @property
     def rows(self) -> int:
-        """The number of its rows."""
+        """The number of rows."""
         return sum(piece.stop - piece.start for piece in self.pieces)
 
     def order(self, seed: int) -> Tensor:
-        """Returns the shuffle: which of its rows stands at each place, int64, shape `(rows,)`."""
+        """Returns the shuffled order: the row at each position, int64, shape `(rows,)`."""
         return torch.randperm(self.rows, generator=generator(seed, ORDER, self.epoch, self.lane, self.number))
 
 
 class Stretch(NamedTuple):
-    """Places of a window, after its shuffle, from `start` up to `stop`."""
+    """Positions in a shuffled window, from `start` to `stop`, exclusive."""
 
     window: Window
     start: int
@@ -68,14 +69,14 @@ class Stretch(NamedTuple):
 
 
 class Lanes:
-    """The plan of a stream.
+    """The row order of a stream.
 
     Args:
         seed: Seed of the run.
-        batch_size: Images in a global batch.
+        batch_size: Images per global batch.
         groups: The number of rows of each group, at least 1.
-        lanes: Number of lanes that a batch is divided into; a process reads the lanes that its rows lie in.
-        window_rows: Rows of a window at least, if a lane has so many: more are shuffled better and take more memory.
+        lanes: Number of lanes; a process reads the lanes of its rows of the batch.
+        window_rows: Minimum rows per window, except in short lanes. More rows shuffle better but need more memory.
     """
 
     def __init__(self, seed: int, batch_size: int, groups: Sequence[int], *, lanes: int, window_rows: int):
@@ -91,49 +92,49 @@ class Lanes:
         return self.size
 
     def stretches(self, step: int, rows: slice) -> list[Stretch]:
-        """Returns what some rows of the global batch of a step consist of, in order.
+        """Returns the positions in windows of some rows of a global batch, in order.
 
         Args:
             step: Optimizer step, from 0.
-            rows: Which rows of the batch: a slice with start and stop.
+            rows: Rows of the batch: a slice with start and stop.
 
         Returns:
-            Places in windows, as many as there are rows.
+            Positions in windows, one per row.
         """
-        found: list[Stretch] = []
+        stretches: list[Stretch] = []
         for lane, (first, last) in enumerate(pairwise(self._edges)):
             start, stop = (step * self.batch_size + min(max(row, first), last) for row in (rows.start, rows.stop))
             while start < stop:
                 epoch = start // self.size
                 end = min(stop, (epoch + 1) * self.size)
-                place = self._before(lane, start) - self._before(lane, epoch * self.size)
-                found += self._cut(epoch, lane, place, place + end - start)
+                position = self._before(lane, start) - self._before(lane, epoch * self.size)
+                stretches += self._cut(epoch, lane, position, position + end - start)
                 start = end
-        return found
+        return stretches
 
     def after(self, window: Window) -> Window:
-        """Returns the window that its lane goes on with, maybe in a later epoch."""
+        """Returns the next window of the lane, which may be in a later epoch."""
         epoch, number = window.epoch, window.number + 1
         while number >= len(self._windows(epoch)[window.lane]):
             epoch, number = epoch + 1, 0
         return self._windows(epoch)[window.lane][number]
 
-    def _before(self, lane: int, place: int) -> int:
-        """Returns how many places of the stream before `place` are in a lane."""
+    def _before(self, lane: int, position: int) -> int:
+        """Returns the number of positions of a lane before `position` of the stream."""
         first, last = self._edges[lane], self._edges[lane + 1]
-        batches, row = divmod(place, self.batch_size)
+        batches, row = divmod(position, self.batch_size)
         return batches * (last - first) + min(max(row, first), last) - first
 
     def _cut(self, epoch: int, lane: int, start: int, stop: int) -> list[Stretch]:
         windows = self._windows(epoch)[lane]
         number = int(np.searchsorted([window.start for window in windows], start, side="right")) - 1
-        found = []
+        stretches = []
         while start < stop:
             window = windows[number]
             end = min(stop, window.start + window.rows)
-            found.append(Stretch(window, start - window.start, end - window.start))
+            stretches.append(Stretch(window, start - window.start, end - window.start))
             start, number = end, number + 1
-        return found
+        return stretches
 
     def _divide(self, epoch: int) -> list[list[Window]]:
         """Returns the windows of all lanes in an epoch."""
@@ -160,7 +161,7 @@ class Lanes:
 
 
 def _pieces(order: np.ndarray, sizes: np.ndarray, ends: np.ndarray, start: int, stop: int) -> list[Piece]:
-    """Cuts rows `start` to `stop` out of groups that stand end to end, in this order."""
+    """Returns rows `start` to `stop` of the groups concatenated in this order."""
     pieces = []
     number = int(np.searchsorted(ends, start, side="right"))
     while start < stop:

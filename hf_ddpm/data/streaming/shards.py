@@ -1,4 +1,4 @@
-"""Parquet files, here or anywhere that fsspec reaches, as groups of rows that are read one at a time."""
+"""Row groups of local or remote parquet files."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,18 +14,18 @@ from fsspec.core import url_to_fs
 from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.seeds import SUBSET, generator
 
-# Threads that read footers: from a server, each costs a request or two.
+# Number of threads that read footers; from a server, each footer needs one or two requests.
 FOOTER_READERS = 16
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A group of rows of a file.
+    """A row group of a parquet file.
 
     Attributes:
-        path: The file, as it was named.
-        number: The number of the group in the file.
-        first_row: The row of the file that it starts with.
+        path: Path or URL of the file, as given.
+        number: Index of the group in the file.
+        first_row: Row of the file at which the group starts.
         rows: The number of rows.
         footer: Metadata of the file.
     """
@@ -40,7 +40,7 @@ class RowGroup:
         """Returns the rows.
 
         Raises:
-            ValueError: If they cannot be read; file and group are named.
+            ValueError: If they cannot be read; the message names file and group.
         """
         try:
             with _open(self.path, self.footer) as file:
@@ -54,14 +54,14 @@ class Shards:
     """The files of a split.
 
     Args:
-        paths: Paths or URLs of parquet files of the same columns.
+        paths: Paths or URLs of parquet files with the same columns.
 
     Attributes:
-        groups: Their groups of rows, in order; none is empty.
-        features: Their columns.
+        groups: The non-empty row groups, in order.
+        features: The columns.
 
     Raises:
-        ValueError: If a file cannot be read, or has other columns than the first, or there are no rows.
+        ValueError: If a file cannot be read, the columns differ from those of the first file, or there are no rows.
     """
 
     def __init__(self, paths: Sequence[str]):
@@ -71,7 +71,7 @@ class Shards:
         self.groups = []
         for path, footer in zip(paths, footers, strict=True):
             if footer.schema.to_arrow_schema().names != schema.names:
-                raise ValueError(f"{path!r} has other columns than {paths[0]!r}")
+                raise ValueError(f"{path!r}: columns differ from those of {paths[0]!r}")
             first_row = 0
             for number in range(footer.num_row_groups):
                 rows = footer.row_group(number).num_rows
@@ -79,11 +79,11 @@ class Shards:
                     self.groups.append(RowGroup(path, number, first_row, rows, footer))
                 first_row += rows
         if not self.groups:
-            raise ValueError(f"{paths[0]!r} is empty: it holds no image")
+            raise ValueError(f"{paths[0]!r} is empty: it contains no images")
         self.features = Features.from_arrow_schema(schema)
 
     def some(self, max_rows: int | None, seed: int) -> list[RowGroup]:
-        """Returns the groups to use, in order: all, or random ones of `max_rows` rows, the last drawn in part."""
+        """Returns the groups to use, in order: all, or random groups of `max_rows` rows; the last one may be cut."""
         left = sum(group.rows for group in self.groups) if max_rows is None else max_rows
         chosen: dict[int, RowGroup] = {}
         for number in torch.randperm(len(self.groups), generator=generator(seed, SUBSET)).tolist():
@@ -93,7 +93,7 @@ class Shards:
         return [chosen[number] for number in sorted(chosen)]
 
     def values(self, column: str) -> Iterator[Any]:
-        """Yields all values of a column; nothing is read before the first one is asked for."""
+        """Yields all values of a column, read lazily."""
         for group in self.groups:
             yield from group.read([column])[column].to_pylist()
 

@@ -1,4 +1,4 @@
-"""Images of a set larger than memory and disk: read, decoded and shuffled as they are needed."""
+"""Streams of training images: parquet files read, shuffled and decoded on demand."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hf_ddpm.config import DataConfig
-from hf_ddpm.data.batches import Batch, crop_places
+from hf_ddpm.data.batches import Batch, crop_positions
 from hf_ddpm.data.columns import find_class_column, find_classes, find_image_column
 from hf_ddpm.data.decoding import BadImage, attempt, read_report
 from hf_ddpm.data.sources import find_shards
@@ -28,37 +28,37 @@ from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.jsonl import append_line
 from hf_ddpm.utils.launch import own_cores
 
-# Of a stream; see `Lanes`. Up to 16 processes read little that they do not use, and hold about 2 * 16 * 1024 encoded
-# images together. A change changes every streamed run.
+# Parameters of `Lanes`. Up to 16 processes read little that they do not use, and hold about 2 * 16 * 1024 encoded
+# images together. Another value changes the images of every streamed run.
 LANES, WINDOW_ROWS = 16, 1024
-# More decoding processes are not started unless asked for.
+# Default limit of the number of decoding processes.
 MOST_WORKERS = 8
 
-Place = Sequence[float]
+Position = Sequence[float]
 
 
 class ImageStream:
-    """Images of parquet files, in the order of training, with the epochs of `Lanes`.
+    """Images of parquet files, in the order of `Lanes`.
 
-    Threads read encoded rows ahead of their use. Processes decode: each a batch at a time, and of it only the rows
-    asked for. What is ahead is bounded, so memory stays flat. Asking for the steps in order, and for the same rows, is
-    fast; any other call is answered alike, after a moment.
+    Threads prefetch encoded rows. Worker processes decode them; each decodes the requested rows of one batch at a time.
+    Prefetching is bounded, so memory use stays constant. Consecutive steps with the same rows are fast; any other
+    request restarts prefetching and returns the same images.
 
-    An image that cannot be used raises a `ValueError`; with `skip_bad_images` the next usable one of its window stands
-    in for it, and is seen twice in that epoch.
+    An unusable image raises a `ValueError`. With `skip_bad_images`, the next usable image of its window replaces it and
+    so appears twice in that epoch.
 
     Args:
         reader: Reads the windows of the lanes.
         image_format: Format of the decoded images.
         device: Device of the batches.
-        skip_bad_images: Whether to skip images that cannot be used.
-        report: File to which these are added, as lines of JSON; each process adds those that it meets.
-        workers: Processes that decode; 0 to decode in this one, when asked. By default one per core, up to 8.
+        skip_bad_images: Whether to skip unusable images.
+        report: JSON Lines file to which unusable images are added; each process adds the ones it finds.
+        workers: Number of decoding processes; 0 to decode in this process on request. By default one per core, up to 8.
 
     Attributes:
         shape: Shape `(C, H, W)` of an image.
-        class_names: Names of the classes; empty if none were asked for.
-        skipped: Images that could not be used, so far: those of the report, and those that this process has met.
+        class_names: Names of the classes; empty without a class column.
+        skipped: The number of unusable images so far: those of the report, and those found by this process.
     """
 
     def __init__(
@@ -87,72 +87,73 @@ class ImageStream:
             collate_fn=_as_it_is,
             worker_init_fn=_serve_parent if workers else None,
             persistent_workers=workers > 0,
-            generator=torch.Generator(),  # the global one is not touched
+            generator=torch.Generator(),  # keeps the global generator unchanged
         )
         self._decoded: Iterator[Any] | None = None
 
     def __len__(self) -> int:
-        """Returns the images of an epoch, usable or not."""
+        """Returns the number of images per epoch, including unusable ones."""
         return len(self.reader.lanes)
 
     @property
     def skipped(self) -> int:
-        """The number of images that could not be used, so far."""
+        """The number of unusable images so far."""
         return len(self._known_bad)
 
     def batch(self, step: int, rows: slice) -> Batch:
         """Returns images of the global batch of a step; see `BatchSource`.
 
         Raises:
-            ValueError: If an image or a file is not usable; it is named, with the reason.
+            ValueError: If an image or a file is not usable; the message names it and the reason.
+            OSError: If a decoding process has died.
         """
         rows = slice(*rows.indices(self.reader.lanes.batch_size)[:2])
         if self._decoded is None or self._next != (step, rows):
             self._jobs.start(step, rows)
             self._decoded = iter(self._loader)
-        self._next = None  # unless all goes well
+        self._next = None  # set again below if there is no error
         try:
             images, bad = next(self._decoded)
         except RuntimeError as error:
-            raise OSError(f"a process that decodes images has ended: {one_line(error)}") from error
-        picks, places = self._jobs.under_way.popleft()
+            raise OSError(f"a process that decodes images has died: {one_line(error)}") from error
+        picks, positions = self._jobs.pending.popleft()
         if isinstance(picks, ValueError):
             raise picks
         for row, reason in bad:
-            picks[row], images[row] = self._stand_in(picks[row], reason, places[row])
+            picks[row], images[row] = self._replacement(picks[row], reason, positions[row])
         self._next = step + 1, rows
         labels = None
         if self.reader.classes is not None:
-            labels = self._sent(torch.tensor([pick.window.labels[pick.row] for pick in picks], dtype=torch.int64))
-        return Batch(self._sent(torch.from_numpy(images)), labels)
+            labels = self._moved(torch.tensor([pick.window.labels[pick.row] for pick in picks], dtype=torch.int64))
+        return Batch(self._moved(torch.from_numpy(images)), labels)
 
     def close(self) -> None:
         """Ends the processes and threads."""
         self._decoded = self._next = self._loader = None  # the processes end with the loader
-        self._jobs.under_way.clear()
+        self._jobs.pending.clear()
         self.reader.close()
 
-    def _sent(self, tensor: Tensor) -> Tensor:
+    def _moved(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def _stand_in(self, pick: Pick, reason: str, place: Place) -> tuple[Pick, np.ndarray]:
-        """Returns the next usable image of the window of a bad one, or raises what is wrong with that."""
+    def _replacement(self, pick: Pick, reason: str, position: Position) -> tuple[Pick, np.ndarray]:
+        """Returns the next usable image of the window of a bad image; raises an error unless bad images are skipped."""
         window = pick.window
-        self._note(BadImage(*window.origins[pick.row], reason))
+        self._report(BadImage(*window.origins[pick.row], reason))
         for further in range(1, len(window.images)):
             row = (pick.row + further) % len(window.images)
             image = attempt(window.images[row], self.image_format)
             if not isinstance(image, str):
-                return Pick(window, row), crop_at(image, self.image_format, place)
-            self._note(BadImage(*window.origins[row], image))
+                return Pick(window, row), crop_at(image, self.image_format, position)
+            self._report(BadImage(*window.origins[row], image))
         path, row = window.origins[pick.row]
-        raise ValueError(f"none of {len(window.images)} images is usable, such as row {row} of {path!r}: {reason}")
+        raise ValueError(f"all {len(window.images)} images read together are unusable; row {row} of {path!r}: {reason}")
 
-    def _note(self, bad: BadImage) -> None:
+    def _report(self, bad: BadImage) -> None:
         if not self.skip_bad_images:
-            raise bad.refusal(self.reader.column)
+            raise bad.error(self.reader.column)
         key = (bad.file, bad.row)
         if key not in self._known_bad:
             self._known_bad.add(key)
@@ -170,25 +171,25 @@ def open_stream(
     workers: int | None = None,
     log: Callable[[str], object] = lambda line: None,
 ) -> ImageStream:
-    """Opens a data set of parquet files as a stream; nothing is fetched but the footers of the files.
+    """Opens a data set of parquet files as a stream; only the footers of the files are read.
 
     Args:
-        data: Options of the images; of data sets see `find_shards`. Of `max_train_samples` images, random groups of
-            rows are used, and of the last one the first rows. A `class_column` without names of classes is read wholly.
+        data: Options of the images; see `find_shards` for data sets. With `max_train_samples`, random row groups are
+            used, and of the last one only the first rows. A `class_column` without class names is read completely.
         seed: Seed of the run.
-        batch_size: Images in a global batch, over all processes.
-        report: File to which bad images and other unused files are added, as lines of JSON.
+        batch_size: Images per global batch, over all processes.
+        report: JSON Lines file to which bad images and other unused files are added.
         device: Device of the batches.
-        workers: Processes that decode; by default one per core, up to 8.
-        log: Called with a line on files of a folder that are not used.
+        workers: Number of decoding processes; by default one per core, up to 8.
+        log: Called with a line about unused files of a folder.
 
     Returns:
-        The images, to be closed.
+        The source of images; the caller closes it.
 
     Raises:
-        ValueError: If the data set or a column is not usable; each is named, with the reason.
+        ValueError: If the data set or a column is not usable; the message names it and the reason.
     """
-    paths, left_out = find_shards(data, log)
+    paths, unused_files = find_shards(data, log)
     shards = Shards(paths)
     column, classes = find_image_column(shards.features, data.image_column), None
     if data.class_column is not None:
@@ -198,7 +199,7 @@ def open_stream(
     plan = Lanes(seed, batch_size, [group.rows for group in groups], lanes=LANES, window_rows=WINDOW_ROWS)
     if report is not None:
         listed = read_report(report)
-        for file in left_out:
+        for file in unused_files:
             if (file.file, None) not in listed:
                 append_line(report, asdict(BadImage(file.file, None, file.reason)))
     return ImageStream(
@@ -212,67 +213,69 @@ def open_stream(
 
 
 class _Jobs:
-    """Rows to be decoded, of one step after another, and where they are cut."""
+    """Decoding jobs: the rows of consecutive steps and their crop positions."""
 
     def __init__(self, reader: WindowReader, image_format: ImageFormat):
         self.reader, self.image_format = reader, image_format
-        self.under_way: deque[tuple[list[Pick] | ValueError, list[Place]]] = deque()
+        self.pending: deque[tuple[list[Pick] | ValueError, list[Position]]] = deque()
         self.start(0, slice(0, 0))
 
     def start(self, step: int, rows: slice) -> None:
-        """Sets the step and rows that the next iteration begins with."""
+        """Sets the first step and the rows of the next iteration."""
         self.step, self.rows = step, rows
-        self.under_way.clear()
+        self.pending.clear()
 
-    def __iter__(self) -> Iterator[tuple[list[dict[str, Any] | None], list[Place]]]:
-        """Yields encoded images and places; waits for what is not read yet."""
+    def __iter__(self) -> Iterator[tuple[list[dict[str, Any] | None], list[Position]]]:
+        """Yields encoded images and crop positions; waits until they are read."""
         step = self.step
         while True:
             try:
                 picks = self.reader.picks(step, self.rows)
             except ValueError as error:
-                # It is raised when its step has come.
-                self.under_way.append((error, []))
+                # `batch` raises the error at its step, not while prefetching.
+                self.pending.append((error, []))
                 yield [], []
             else:
-                places = self._places(step, len(picks))
-                self.under_way.append((picks, places))
-                yield [pick.window.images[pick.row] for pick in picks], places
+                positions = self._positions(step, len(picks))
+                self.pending.append((picks, positions))
+                yield [pick.window.images[pick.row] for pick in picks], positions
             step += 1
 
-    def _places(self, step: int, count: int) -> list[Place]:
+    def _positions(self, step: int, count: int) -> list[Position]:
         if self.image_format.crop == "center":
             return [(0.0, 0.0)] * count
         lanes = self.reader.lanes
-        return crop_places(lanes.seed, step, lanes.batch_size)[self.rows].tolist()
+        return crop_positions(lanes.seed, step, lanes.batch_size)[self.rows].tolist()
 
 
 class _Decoder(Dataset[Any]):
-    """Decodes a job of `_Jobs`, given as an index: its images, and the rows and reasons of bad ones."""
+    """Decodes a job of `_Jobs`, given as an index, to its images and the rows and reasons of bad images."""
 
     def __init__(self, image_format: ImageFormat):
         self.image_format = image_format
 
-    def __getitem__(self, job: tuple[list[dict[str, Any] | None], list[Place]]) -> tuple[np.ndarray, list[Any]]:
+    def __getitem__(self, job: tuple[list[dict[str, Any] | None], list[Position]]) -> tuple[np.ndarray, list[Any]]:
         images = np.zeros((len(job[0]), *self.image_format.shape), self.image_format.dtype)
         bad = []
-        for row, (encoded, place) in enumerate(zip(*job, strict=True)):
+        for row, (encoded, position) in enumerate(zip(*job, strict=True)):
             image = attempt(encoded, self.image_format)
             if isinstance(image, str):
                 bad.append((row, image))
             else:
-                images[row] = crop_at(image, self.image_format, place)
+                images[row] = crop_at(image, self.image_format, position)
         return images, bad
 
 
 def _as_it_is(decoded: Any) -> Any:
-    return decoded  # as numpy, which travels by pipe: tensors would need shared memory, of which containers have little
+    return (
+        decoded  # numpy arrays are sent through a pipe; tensors would need shared memory, which is small in containers
+    )
 
 
 def _serve_parent(worker: int) -> None:
     """Ignores signals (the parent handles them) and exits when the parent dies."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # a whole process group gets them, and the parent needs its last batch
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole process group, but the parent needs its last batch
     parent = os.getppid()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""Windows of a stream, read in the background: the one in use and the next one of each lane."""
+"""Read the windows of a stream in the background: the current and the next one of each lane."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,12 +15,12 @@ HELD_WINDOWS = 2
 
 @dataclass(frozen=True)
 class LoadedWindow:
-    """The rows of a window, in their shuffled order.
+    """The rows of a window, in shuffled order.
 
     Attributes:
-        images: Encoded images, as `datasets` keeps them.
-        labels: Their classes; empty if none were asked for.
-        origins: The file and the row there that each comes from.
+        images: Encoded images, as `datasets` stores them.
+        labels: Their classes; empty without a class column.
+        origins: The file of each image, and its row in the file.
     """
 
     images: list[dict[str, Any] | None]
@@ -29,36 +29,36 @@ class LoadedWindow:
 
 
 class Pick(NamedTuple):
-    """A row of a batch: its window and its place there."""
+    """A row of a batch: its window and its row in the window."""
 
     window: LoadedWindow
     row: int
 
 
 class WindowReader:
-    """Reads windows, each once while it is in use, and ahead of that.
+    """Reads and caches windows, and prefetches the next one of each lane.
 
     Args:
-        groups: The groups of rows.
-        lanes: The plan.
-        column: The column of the images.
-        classes: The classes to read with them.
+        groups: The row groups.
+        lanes: The row order.
+        column: The image column.
+        classes: The classes to read with the images.
     """
 
     def __init__(self, groups: Sequence[RowGroup], lanes: Lanes, column: str, classes: Classes | None = None):
         self.groups, self.lanes, self.column, self.classes = groups, lanes, column, classes
         self._held: dict[int, dict[Window, Future[LoadedWindow]]] = {}
-        # Without threads as long as nothing is read: processes may be forked until then.
+        # Threads start with the first read, so processes can be forked before it.
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="windows")
 
     def picks(self, step: int, rows: slice) -> list[Pick]:
-        """Returns some rows of the global batch of a step; waits for what is not read yet.
+        """Returns some rows of the global batch of a step; waits until they are read.
 
         Raises:
             ValueError: If a file cannot be read, or a row has no class.
         """
         stretches = self.lanes.stretches(step, rows)
-        requests = [self._request(stretch.window) for stretch in stretches]  # all, before one is waited for
+        requests = [self._request(stretch.window) for stretch in stretches]  # start all reads before waiting
         windows = [request.result() for request in requests]
         return [
             Pick(window, row)
@@ -67,18 +67,18 @@ class WindowReader:
         ]
 
     def close(self) -> None:
-        """Ends the reading; what is being read is waited for."""
+        """Stops reading; waits for running reads."""
         self._readers.shutdown(cancel_futures=True)
         self._held.clear()
 
     def _request(self, window: Window) -> "Future[LoadedWindow]":
-        """Returns the window to come, and has the next one of its lane read too."""
+        """Returns the future of a window, and starts to read the next window of its lane, too."""
         held = self._held.setdefault(window.lane, {})
-        for wanted in (window, self.lanes.after(window)):
-            # Put last, and so let go last.
-            held[wanted] = held.pop(wanted) if wanted in held else self._readers.submit(self._load, wanted)
+        for each in (window, self.lanes.after(window)):
+            # Reinserted at the end, so that the least recently used window is dropped first.
+            held[each] = held.pop(each) if each in held else self._readers.submit(self._load, each)
         while len(held) > HELD_WINDOWS:
-            del held[next(iter(held))]  # who has asked for it still gets it
+            del held[next(iter(held))]  # callers that hold its future still get it
         return held[window]
 
     def _load(self, window: Window) -> LoadedWindow:

@@ -6,16 +6,16 @@ from hf_ddpm.data.streaming.lanes import Lanes
 
 
 def rows_of(lanes, step, rows):
-    """The rows of a batch as (group, row): what a reader of the plan gets."""
-    found = []
+    """Returns the rows of a batch as (group, row)."""
+    batch = []
     for window, start, stop in lanes.stretches(step, rows):
-        everything = [(piece.group, row) for piece in window.pieces for row in range(piece.start, piece.stop)]
-        found += [everything[place] for place in window.order(lanes.seed)[start:stop].tolist()]
-    return found
+        window_rows = [(piece.group, row) for piece in window.pieces for row in range(piece.start, piece.stop)]
+        batch += [window_rows[index] for index in window.order(lanes.seed)[start:stop].tolist()]
+    return batch
 
 
 @pytest.mark.parametrize("trial", range(40))
-def test_epochs_are_permutations_end_to_end_whatever_the_sizes(trial):
+def test_epochs_are_permutations_for_any_sizes(trial):
     draw = random.Random(trial)
     groups = [draw.randint(1, 20) for _ in range(draw.randint(1, 12))]
     batch = draw.randint(1, 40)
@@ -34,20 +34,20 @@ def test_epochs_are_permutations_end_to_end_whatever_the_sizes(trial):
         assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_each_epoch_mixes_other_groups():
-    # With windows of a group each, only the order of the groups brings them together.
+def test_each_epoch_has_another_order_of_groups():
+    # With one group per window, only the order of the groups changes.
     lanes = Lanes(0, 8, [10] * 20, lanes=1, window_rows=1)
     groups = [[group for step in range(25) for group, _ in rows_of(lanes, 25 * epoch + step, slice(0, 8))][::10]
               for epoch in range(3)]  # fmt: skip
     assert groups[0] != groups[1] != groups[2] != groups[0]
 
 
-def test_the_plan_depends_on_the_seed():
+def test_row_order_depends_on_the_seed():
     first, second = (rows_of(Lanes(seed, 32, [10] * 20, lanes=8, window_rows=40), 3, slice(0, 32)) for seed in (0, 1))
     assert first != second
 
 
-def test_a_process_reads_the_groups_of_its_lanes_only():
+def test_a_process_reads_only_the_groups_of_its_lanes():
     lanes = Lanes(0, 64, [10] * 640, lanes=8, window_rows=40)
     steps = len(lanes) // 64
     read = [set(), set()]
@@ -56,18 +56,18 @@ def test_a_process_reads_the_groups_of_its_lanes_only():
             for window, *_ in lanes.stretches(step, rows):
                 read[process] |= {piece.group for piece in window.pieces}
     assert len(read[0] | read[1]) == 640
-    assert len(read[0] & read[1]) <= 1  # the group in which the one's lanes end and the other's begin
+    assert len(read[0] & read[1]) <= 1  # the group at the border between the lanes of both processes
 
 
-def test_windows_mix_at_least_so_many_rows_and_hold_no_more_than_needed():
+def test_windows_have_the_minimum_number_of_rows():
     lanes = Lanes(0, 8, [10] * 100, lanes=2, window_rows=64)
     windows = {window for step in range(len(lanes) // 8) for window, *_ in lanes.stretches(step, slice(0, 8))}
     sizes = sorted(window.rows for window in windows)
-    assert all(64 <= size < 64 + 10 for size in sizes[2:])  # but the last of each lane
+    assert all(64 <= size < 64 + 10 for size in sizes[2:])  # except the last window of each lane
     assert sum(sizes) == 1000
 
 
-def test_windows_follow_each_other_into_the_next_epoch():
+def test_the_window_after_the_last_one_is_in_the_next_epoch():
     lanes = Lanes(0, 8, [10] * 12, lanes=2, window_rows=20)
     window = lanes.stretches(0, slice(0, 4))[0].window
     followed = []

@@ -50,7 +50,7 @@ def digest(batch):
     return hashlib.sha256(batch.images.numpy().tobytes() + batch.labels.numpy().tobytes()).hexdigest()
 
 
-def test_every_image_comes_once_an_epoch_in_another_order_each_time(folder):
+def test_each_epoch_has_every_image_once_in_another_order(folder):
     with stream(folder) as source:
         assert len(source) == 97
         seen = [value for step in range(25) for value in values(source.batch(step, ALL))]
@@ -62,7 +62,7 @@ def test_every_image_comes_once_an_epoch_in_another_order_each_time(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_the_same_for_any_number_of_processes_and_after_a_resume(folder, workers):
+def test_batches_do_not_depend_on_the_number_of_processes_or_on_resuming(folder, workers):
     with stream(folder, class_column="auto") as alone:
         expected = [digest(alone.batch(step, ALL)) for step in range(20)]
     with (
@@ -80,7 +80,7 @@ def test_batches_are_the_same_for_any_number_of_processes_and_after_a_resume(fol
         assert [digest(resumed.batch(step, ALL)) for step in (4, 4, 9)] == [expected[4], expected[4], expected[9]]
 
 
-def test_labels_belong_to_their_images(folder):
+def test_labels_match_their_images(folder):
     with stream(folder, class_column="label") as source:
         assert source.class_names == ("a", "b", "c")
         for step in range(9):
@@ -89,7 +89,7 @@ def test_labels_belong_to_their_images(folder):
             assert batch.labels.tolist() == [value % 3 for value in values(batch)]
 
 
-def test_classes_without_names_are_those_that_the_files_hold(tmp_path):
+def test_classes_without_names_are_the_values_of_the_column(tmp_path):
     features = Features({"image": Image(), "kind": Value("string")})
     data = Dataset.from_dict({"image": [numbered(i) for i in range(9)], "kind": list("zyxzyxzyx")}, features)
     data.to_parquet(str(tmp_path / "a.parquet"))
@@ -99,7 +99,7 @@ def test_classes_without_names_are_those_that_the_files_hold(tmp_path):
         assert batch.labels.tolist() == [2 - value % 3 for value in values(batch)]
 
 
-def test_random_crops_are_a_function_of_seed_step_and_row(tmp_path):
+def test_random_crops_depend_only_on_seed_step_and_row(tmp_path):
     wide = np.tile(np.arange(20, dtype=np.uint8), (8, 1))
     folder = str(shards(tmp_path / "wide", [png(wide)] * 24))
     with stream(folder, crop="random") as source, stream(folder, crop="random", workers=1) as other:
@@ -109,23 +109,23 @@ def test_random_crops_are_a_function_of_seed_step_and_row(tmp_path):
     assert set(left.tolist()) == set(range(13))
 
 
-def spoil(images, bad):
+def with_bad_images(images, bad):
     return [{"bytes": b"nothing", "path": f"{i}.png"} if i in bad else image for i, image in enumerate(images)]
 
 
-def test_a_bad_image_is_refused_with_file_and_row(tmp_path):
-    folder = str(shards(tmp_path / "data", spoil([numbered(i) for i in range(24)], {13})))
-    with stream(folder) as source, pytest.raises(ValueError) as refused:
+def test_the_error_for_a_bad_image_names_file_and_row(tmp_path):
+    folder = str(shards(tmp_path / "data", with_bad_images([numbered(i) for i in range(24)], {13})))
+    with stream(folder) as source, pytest.raises(ValueError) as caught:
         for step in range(2):
             source.batch(step, ALL)
-    message = str(refused.value)
-    assert "\n" not in message and "image in row 1 (" in message and "train-00002-of-00004.parquet" in message
-    assert "it is no image of a known format" in message and "skip_bad_images" in message
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith("row 1 (") and "train-00002-of-00004.parquet)" in message
+    assert "not an image of a known format; use --skip_bad_images true" in message
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_images_are_reported_and_stood_in_for_alike_on_all_processes(tmp_path, workers):
-    folder = str(shards(tmp_path / "data", spoil([numbered(i) for i in range(48)], {13, 22, 40})))
+def test_bad_images_are_reported_and_replaced_in_the_same_way_on_all_processes(tmp_path, workers):
+    folder = str(shards(tmp_path / "data", with_bad_images([numbered(i) for i in range(48)], {13, 22, 40})))
     report = tmp_path / "report.jsonl"
     options = {"skip_bad_images": True, "class_column": "label"}
     with stream(folder, **options, report=report, workers=workers) as source:
@@ -134,7 +134,7 @@ def test_bad_images_are_reported_and_stood_in_for_alike_on_all_processes(tmp_pat
         assert [label for batch in batches for label in batch.labels.tolist()] == [value % 3 for value in seen]
         assert source.skipped == 3
     good = set(range(48)) - {13, 22, 40}
-    assert len(seen) == 48 and set(seen) == good  # all of the others, and three of them twice
+    assert len(seen) == 48 and set(seen) == good  # all good images, three of them twice
     lines = [json.loads(line) for line in report.read_text().splitlines()]
     assert sorted((Path(line["file"]).name[6:11], line["row"]) for line in lines) == [
         ("00001", 1), ("00001", 10), ("00003", 4)]  # fmt: skip
@@ -148,17 +148,18 @@ def test_bad_images_are_reported_and_stood_in_for_alike_on_all_processes(tmp_pat
             assert torch.equal(second.batch(step, slice(7, 12)).images, batch.images[7:])
 
 
-def test_nothing_but_bad_images_is_an_error(tmp_path):
-    folder = str(shards(tmp_path / "data", spoil([None] * 24, set(range(24)))))
-    with stream(folder, skip_bad_images=True) as source, pytest.raises(ValueError, match="none of .* images is usable"):
+def test_a_data_set_of_only_bad_images_is_an_error(tmp_path):
+    folder = str(shards(tmp_path / "data", with_bad_images([None] * 24, set(range(24)))))
+    message = r"all \d+ images read together are unusable; row \d+ of '.*parquet'"
+    with stream(folder, skip_bad_images=True) as source, pytest.raises(ValueError, match=message):
         source.batch(0, ALL)
 
 
-def test_a_torn_file_is_named(tmp_path):
+def test_the_error_for_a_damaged_file_names_it(tmp_path):
     folder = shards(tmp_path / "data", [numbered(i) for i in range(24)])
     torn = folder / "train-00002-of-00004.parquet"
     content = torn.read_bytes()
-    torn.write_bytes(content[:4] + b"\xff" * 200 + content[204:])  # the footer is whole, the rows are not
+    torn.write_bytes(content[:4] + b"\xff" * 200 + content[204:])  # damages the rows, not the footer
     with stream(str(folder)) as source, pytest.raises(ValueError, match="row group 0 of .*00002-of-.* cannot be read"):
         for step in range(2):
             source.batch(step, ALL)
@@ -167,29 +168,30 @@ def test_a_torn_file_is_named(tmp_path):
         open_stream(folder, **OPTIONS)
 
 
-def test_what_cannot_be_streamed_is_refused_by_name(tmp_path, folder):
+def test_the_error_for_data_that_cannot_be_streamed_names_it(tmp_path, folder):
     PILImage.new("L", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="cannot be streamed: .*a.png' is not parquet"):
+    with pytest.raises(ValueError, match="cannot be streamed: .*a.png' is not parquet; expected parquet files"):
         open_stream(tmp_path, **OPTIONS)
-    with pytest.raises(ValueError, match="has no split 'test': one of train"):
+    with pytest.raises(ValueError, match="has no split 'test': expected one of train"):
         open_stream(folder, split="test", **OPTIONS)
     with pytest.raises(ValueError, match="dataset '.*nowhere' cannot be streamed"):
         open_stream(str(tmp_path / "nowhere"), **OPTIONS)
-    with pytest.raises(ValueError, match="image_column='picture' does not exist"):
+    with pytest.raises(ValueError, match="--image_column picture: there is no such column"):
         open_stream(folder, image_column="picture", **OPTIONS)
 
 
-def test_files_of_other_columns_and_files_without_rows_are_refused_by_name(tmp_path):
+def test_files_with_other_columns_or_without_rows_are_errors(tmp_path):
     folder = shards(tmp_path / "data", [numbered(i) for i in range(8)], files=2)
     parquet(folder / "train-00002-of-00003.parquet", image=[numbered(8)])
-    with pytest.raises(ValueError, match="00002-of-00003.parquet' has other columns than '.*00000-of-00002.parquet'"):
+    message = "00002-of-00003.parquet': columns differ from those of '.*00000-of-00002.parquet'"
+    with pytest.raises(ValueError, match=message):
         open_stream(folder, **OPTIONS)
     Dataset.from_dict({"image": []}, Features({"image": Image()})).to_parquet(str(tmp_path / "empty.parquet"))
-    with pytest.raises(ValueError, match="empty.parquet' is empty: it holds no image"):
+    with pytest.raises(ValueError, match="empty.parquet' is empty: it contains no images"):
         open_stream(tmp_path / "empty.parquet", **OPTIONS)
 
 
-def test_a_limited_stream_holds_random_groups(folder):
+def test_a_limited_stream_uses_random_groups(folder):
     with stream(folder, max_train_samples=23) as source:
         assert len(source) == 23
         seen = [value for step in range(4) for value in values(source.batch(step, ALL))]
@@ -197,7 +199,7 @@ def test_a_limited_stream_holds_random_groups(folder):
 
 
 class Ranges(SimpleHTTPRequestHandler):
-    """Serves parts of files, as every real server does."""
+    """Serves byte ranges of files."""
 
     def do_GET(self):
         content = Path(self.translate_path(self.path)).read_bytes()
@@ -215,7 +217,7 @@ class Ranges(SimpleHTTPRequestHandler):
         pass
 
 
-def test_a_stream_comes_over_http(folder):
+def test_files_are_streamed_over_http(folder):
     server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: Ranges(*args, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -228,7 +230,7 @@ def test_a_stream_comes_over_http(folder):
     assert sorted(seen) == list(range(25, 49))
 
 
-def test_closing_leaves_no_process_and_no_thread(folder):
+def test_closing_ends_all_processes_and_threads(folder):
     before = threading.active_count()
     source = open_stream(folder, **(OPTIONS | {"workers": 2}))
     source.batch(0, ALL)
@@ -240,15 +242,15 @@ def test_closing_leaves_no_process_and_no_thread(folder):
     assert not multiprocessing.active_children() and threading.active_count() <= before
 
 
-def test_a_stream_leaves_the_global_generator_alone(folder):
+def test_a_stream_does_not_change_the_global_generator(folder):
     state = torch.get_rng_state()
     with stream(folder) as source:
         source.batch(0, ALL)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_what_is_held_does_not_grow(tmp_path, monkeypatch):
-    """Counts encoded rows that are alive: less noisy than the memory of the process, and the same question."""
+def test_memory_use_is_bounded(tmp_path, monkeypatch):
+    """Counts the encoded rows in memory, which is less noisy than the memory use of the process."""
     alive = []
     held = []
 
@@ -267,15 +269,15 @@ def test_what_is_held_does_not_grow(tmp_path, monkeypatch):
         for step in range(300):  # three epochs
             source.batch(step, ALL)
             held.append(sum(alive))
-    # Of 4 lanes, 2 windows of 10 to 14 rows, and those that the last batch came from.
+    # 2 windows of 10 to 14 rows for each of 4 lanes, and the windows of the last batch.
     assert max(held) <= 4 * 4 * 15
     assert max(held[200:]) <= max(held[:100]) + 30
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked up in /proc")
-def test_workers_end_with_a_parent_that_is_killed(tmp_path):
-    # Large images: a worker is then mostly in the middle of a message, which nobody reads to its end.
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc to find processes")
+def test_workers_exit_when_the_parent_is_killed(tmp_path):
+    # With large images, a worker is usually killed in the middle of sending a message.
     data = shards(tmp_path / "data", [numbered(i, size=256) for i in range(64)])
     code = f"""
 from hf_ddpm.config import DataConfig
@@ -295,5 +297,5 @@ for step in range(1000):
     parent.wait()
     deadline = time.monotonic() + LIMIT
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < deadline, "workers live on"
+        assert time.monotonic() < deadline, "workers are still alive"
         time.sleep(0.05)

@@ -132,7 +132,7 @@ def test_conversion_prints_a_summary(convert, ported_file, tmp_path, capsys):
     convert("ho2020", ported_file, tmp_path / "out")
     state = torch.load(ported_file, weights_only=True)
     count = sum(value.numel() for value in state.values())
-    line = f"{count:,} parameters in {len(state)} tensors: names, shapes and values are complete"
+    line = f"{count:,} parameters in {len(state)} tensors: all names, shapes and values are valid"
     assert line in capsys.readouterr().out.splitlines()
 
 
