@@ -128,7 +128,7 @@ def _their_name(ours: str, levels: int) -> str:
     if place.stage == "mid":
         block = f"mid.{'block' if place.kind == 'resnets' else 'attn'}_{place.number + 1}"
     else:
-        level = place.index if place.stage == "down" else levels - 1 - place.index  # the port numbers both alike
+        level = place.index if place.stage == "down" else levels - 1 - place.index  # same indices in both paths
         block = f"{place.stage}.{level}.{BLOCKS[place.kind].format(place.number)}"
     return f"{block}.{LAYERS[place.layer]}.{leaf}"
 
