@@ -9,11 +9,11 @@ from hf_ddpm.presets import preset_names
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "paper.md").read_text()
-QUOTED = re.findall(r"`([^`]+)`", PAGE[PAGE.index("## Equations") : PAGE.index("## What came out")])
+QUOTED = re.findall(r"`([^`]+)`", PAGE[PAGE.index("## Equations") : PAGE.index("## Results")])
 
 
 def resolve(name):
-    """Returns the object with a dotted name."""
+    """Return the object of a dotted name."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         try:
@@ -27,12 +27,12 @@ def resolve(name):
 
 
 @pytest.mark.parametrize("name", sorted({name for name in QUOTED if name.startswith("hf_ddpm.")}))
-def test_page_refers_to_existing_documented_functions(name):
+def test_page_names_existing_functions(name):
     target = resolve(name)
     assert callable(target) and target.__doc__
 
 
-def test_page_refers_to_existing_scripts_presets_and_figures():
+def test_page_names_existing_scripts_presets_and_figures():
     assert all((ROOT / name.split()[0]).exists() for name in QUOTED if name.startswith("scripts/"))
     presets = [name.split()[1] for name in QUOTED if name.startswith("--preset")]
     assert {*preset_names()} - {"digits", "small-32", "small-64"} == {*presets}
@@ -40,7 +40,7 @@ def test_page_refers_to_existing_scripts_presets_and_figures():
     assert {name for name in QUOTED if re.fullmatch(r"[a-z-]+", name)} - {"vlb", "simple"} == commands
 
 
-def test_page_lists_all_equations_algorithms_tables_and_figures():
+def test_page_lists_every_equation_algorithm_figure_and_table():
     def numbers(title):
         section = re.search(rf"## {title}\n(.*?)(?=\n## |\Z)", PAGE, re.DOTALL)[1]
         cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("|")]
@@ -49,4 +49,4 @@ def test_page_lists_all_equations_algorithms_tables_and_figures():
 
     assert numbers("Equations") == {*range(1, 17), 26}
     assert numbers("Algorithms") == {1, 2, 3, 4} and numbers("Tables") == {1, 2, 3, 4}
-    assert numbers("Figures") == {*range(1, 20)} - {2}  # Fig. 2 is a drawing
+    assert numbers("Figures") == {*range(1, 20)} - {2}  # which is a drawing

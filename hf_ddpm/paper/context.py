@@ -29,7 +29,7 @@ from hf_ddpm.utils.plots import Curve, save_curves
 
 # Time per frame of an animation.
 MILLISECONDS = 80
-PARTS = 10  # of the jackknife
+PARTS = 10  # parts of the jackknife
 # Least signal sqrt(alpha-bar_t) at which the image is still visible in x_t.
 VISIBLE_SIGNAL = 0.2
 

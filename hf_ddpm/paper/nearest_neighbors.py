@@ -47,10 +47,10 @@ def nearest_neighbors(context: FigureContext, options: NearestNeighborsOptions) 
     data, extractor, count = real.made_by["dataset"], real.made_by["extractor"], real.count
     head = ["distance by", "samples", *(["held-out images"] if pixels[1:] else [])]
     caption = (
-        f"The samples, out of {count}, closest to an image of {data['name']} ({data['reference_split']}), each with "
-        "its three nearest images of that set. Distances are between {}."
+        f"Of {count} samples, those closest to an image of {data['name']} ({data['reference_split']}), each with its "
+        "three nearest images of that set. Distances are computed from {}."
     )
-    by_features = f"features of {extractor['name']}"
+    by_features = f"features ({extractor['name']})"
     comparison = f", compared with those of {count} held-out images" if pixels[1:] else ""
     paragraphs = [
         captioned("nearest-neighbors_pixels.png", "Nearest by pixels", caption.format("pixels")),
