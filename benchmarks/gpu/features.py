@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/features.py DATASET FOLDER [gpu|cpu|test]
 
-Takes half a minute on an H100 (gpu, the default) or 20 minutes on one CPU core (cpu, a smaller network). `test` trains a
-tiny network on 256 images.
+Takes half a minute on an H100 (gpu, the default) or 20 minutes on one CPU core (cpu, a smaller network). `test` trains
+a tiny network on 256 images.
 """
 
 import json
