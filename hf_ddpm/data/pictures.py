@@ -36,7 +36,7 @@ TIFF_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 28
 
 
 def open_picture(row: dict[str, Any]) -> Image.Image:
-    """Loads an image and turns it upright, without other conversions. Damaged metadata is ignored.
+    """Loads an image upright, without other conversions. Ignores damaged metadata.
 
     Raises:
         Exception: If its pixels cannot be read (any exception of PIL), or are too many (`DecompressionBombError`).
