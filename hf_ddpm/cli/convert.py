@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hf_ddpm.hub.convert.hints import Hints
+from hf_ddpm.utils.files import check_free
 from hf_ddpm.utils.options import option, parse_options
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def plan(config: ConvertConfig, hints: Hints) -> "Conversion":
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit code."""
     config, hints = parse_options(argv, ConvertConfig, Hints, doc=__doc__)
-    from hf_ddpm.hub.convert.conversion import check_free, write_pipeline  # slow import
+    from hf_ddpm.hub.convert.conversion import write_pipeline  # slow import
 
     output = Path(config.output)
     check_free(output)

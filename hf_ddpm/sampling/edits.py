@@ -25,7 +25,7 @@ from hf_ddpm.sampling.generate import in_precision
 from hf_ddpm.sampling.options import EditConfig, InpaintConfig, InvertConfig, Sampling, VaryConfig
 from hf_ddpm.sampling.samplers import find_scheduler
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
-from hf_ddpm.utils.files import atomic_write, is_free, make_folder, one_line, write_text
+from hf_ddpm.utils.files import atomic_write, check_free, make_folder, one_line, write_text
 from hf_ddpm.utils.jsonl import to_json
 from hf_ddpm.utils.launch import exclusive, use_own_cores
 from hf_ddpm.utils.options import require_value
@@ -76,7 +76,7 @@ def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | Inve
     make_folder(output, "output")
     with exclusive(output, "output") if state.is_main_process else nullcontext():
         if state.is_main_process:  # another run may have written files before the lock
-            require_value("output", config.output, is_free(output), "a new or empty folder")
+            check_free(output)
         state.wait_for_everyone()
         precision = config.mixed_precision
         if precision == "auto":

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_ddpm.utils.files import is_free
+from hf_ddpm.utils.files import check_free
 from hf_ddpm.utils.options import option, require, require_at_least, require_color, require_types
 
 # Images per shard, for any batch size and number of processes: a killed process loses fewer images than this.
@@ -109,7 +109,7 @@ class EditConfig:
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "batch_size")
         require_color(self, "background")
-        require(self, "output", is_free(Path(self.output)), "a new or empty folder")
+        check_free(Path(self.output))
 
 
 @dataclass(kw_only=True)

@@ -103,9 +103,11 @@ def make_folder(folder: Path, option: str) -> None:
         raise ValueError(f"--{option} {folder}: folder is not writable: {error.strerror}") from error
 
 
-def is_free(folder: Path) -> bool:
-    """Returns whether a folder is missing or empty; the lock file of a run does not count."""
-    return not folder.is_file() and not (folder.is_dir() and any(file.name != ".lock" for file in folder.iterdir()))
+def check_free(folder: Path) -> None:
+    """Raises a `ValueError` unless the folder of `--output` is new or empty; a lock file does not count."""
+    if folder.is_file() or (folder.is_dir() and any(file.name != ".lock" for file in folder.iterdir())):
+        reason = "is a file" if folder.is_file() else "folder is not empty"
+        raise ValueError(f"--output {folder}: {reason}; expected a new or empty folder")
 
 
 def one_line(error: object) -> str:

@@ -142,7 +142,7 @@ def test_a_run_does_not_write_to_the_folder_of_another_run(main, trained, folder
         return load(*args)
 
     monkeypatch.setattr(edits, "load_pipeline", meanwhile)
-    with pytest.raises(ValueError, match="--output .*: expected a new or empty folder"):
+    with pytest.raises(ValueError, match="--output .*: folder is not empty; expected a new or empty folder"):
         main([*words, *short])
     assert (tmp_path / "a.png").read_text() == "of another run, since the check"
     (tmp_path / "a.png").unlink()

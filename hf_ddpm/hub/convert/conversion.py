@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
-from hf_ddpm.utils.files import atomic_write
+from hf_ddpm.utils.files import atomic_write, check_free
 
 _BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
@@ -196,13 +196,6 @@ def layer_shape(tensors: Mapping[str, Tensor], name: str, dims: int = 4) -> tupl
     if len(shape) != dims or 0 in shape:
         raise ValueError(f"{name}: shape {shape}; expected {dims} non-empty dimensions")
     return shape
-
-
-def check_free(folder: Path) -> None:
-    """Raise a `ValueError` unless a folder is new or empty."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        reason = "is a file" if folder.is_file() else "folder is not empty"
-        raise ValueError(f"--output {folder}: {reason}; expected a new or empty folder")
 
 
 def write_pipeline(pipe: DDPMPipeline, folder: Path) -> None:
