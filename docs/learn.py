@@ -38,13 +38,13 @@ def parts(page: str) -> list[tuple[str, str]]:
 
 def cell(kind: str, text: str, number: int, outputs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a cell of a notebook, format 4.5."""
-    found: dict[str, Any] = {"cell_type": kind, "id": f"cell-{number}", "metadata": {}}
-    found["source"] = text.splitlines(keepends=True)
-    return found if kind == "markdown" else found | {"execution_count": number, "outputs": outputs}
+    content: dict[str, Any] = {"cell_type": kind, "id": f"cell-{number}", "metadata": {}}
+    content["source"] = text.splitlines(keepends=True)
+    return content if kind == "markdown" else content | {"execution_count": number, "outputs": outputs}
 
 
 def main() -> None:
-    """Write all."""
+    """Run the page; write its pictures and the notebook."""
     page = PAGE.read_text(encoding="utf-8")
     pictures = iter(PICTURE.findall(page))
     names: dict[str, Any] = {}

@@ -1,14 +1,14 @@
-"""The Hub on this machine: the part of its HTTP API that the unmodified huggingface_hub client pushes and loads with.
+"""A local Hub server: the part of the HTTP API that the unmodified huggingface_hub client uses to push and load.
 
     python tests/hub_server.py FOLDER
 
-prints its URL. Repositories and uploads live in FOLDER and outlive a kill, as those of the Hub do. Whatever arrives is
-told by a line of FOLDER/requests.log, `METHOD PATH`, before it is answered. FOLDER/faults.json, a list that is read at
-each request, makes requests whose line starts with `match` fail with a `status` and a `message`, take `wait` seconds,
-or, if `stall` is true, be read by half and never answered.
+prints its URL. Repositories and uploads are stored in FOLDER and survive a kill. Each request is logged as a line
+`METHOD PATH` in FOLDER/requests.log before the response. FOLDER/faults.json is a list of faults, read at each request:
+a request whose line starts with `match` fails with `status` and `message`, is delayed by `wait` seconds, or, if `stall`
+is true, is read by half and never answered.
 
-TOKENS says whose tokens are known and what they may do. There is one branch, main; files of LFS_SUFFIXES, or of more
-than 10 MB, are sent as LFS objects, and come from another origin than the API.
+TOKENS lists the valid tokens and their permissions. There is one branch, main. Files of LFS_SUFFIXES and files above
+10 MB are uploaded as LFS objects, and downloaded from another origin than the API.
 """
 
 import base64
@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-TOKENS = {  # token: user, role, namespaces that are the user's
+TOKENS = {  # token: user, role, namespaces of the user
     "hf_write": ("tester", "write", ("tester", "org")),
     "hf_read": ("tester", "read", ("tester", "org")),
     "hf_stranger": ("stranger", "write", ("stranger",)),
@@ -59,7 +59,7 @@ ROUTES = {
 
 
 class Refused(Exception):
-    """A request that is answered by an error."""
+    """A request with an error response."""
 
     def __init__(self, status, message, code=None, **headers):
         super().__init__(message)
@@ -69,7 +69,7 @@ class Refused(Exception):
 
 
 class Store:
-    """What the server keeps: repositories as JSON, contents as files by their hash."""
+    """Storage of the server: repositories as JSON, contents as files named by their hash."""
 
     def __init__(self, folder):
         self.folder, self.lock = folder, threading.RLock()
@@ -98,8 +98,8 @@ class Store:
         return self.blob(text.encode()) | {"size": size, "lfs": {"oid": sha256, "size": size, "pointerSize": len(text)}}
 
     def content(self, file):
-        where = ("lfs", file["lfs"]["oid"]) if file["lfs"] else ("blobs", file["oid"])
-        return self.folder.joinpath(*where).read_bytes()
+        parts = ("lfs", file["lfs"]["oid"]) if file["lfs"] else ("blobs", file["oid"])
+        return self.folder.joinpath(*parts).read_bytes()
 
     def add_commit(self, repo, title, files):
         before = repo["commits"][-1]["oid"] if repo["commits"] else ""
@@ -112,10 +112,10 @@ class Store:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # 40 ms a request otherwise
+    disable_nagle_algorithm = True  # saves 40 ms per request
 
     def log_message(self, *words):
-        """Says nothing."""
+        """Disables the log of the base class."""
 
     def do_GET(self):
         url = urlsplit(self.path)
@@ -126,9 +126,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.body = self.read_body(self.fault(line))
             for route, name in ROUTES.items():
-                found = re.fullmatch(route, line)
-                if found:
-                    getattr(self, name)(**{k: v for k, v in found.groupdict().items() if v is not None})
+                match = re.fullmatch(route, line)
+                if match:
+                    getattr(self, name)(**{k: v for k, v in match.groupdict().items() if v is not None})
                     return
             raise Refused(404, f"no such route: {line}")
         except Refused as error:
@@ -139,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
 
     def fault(self, line):
-        """Does what faults.json says of a request; returns whether to stall."""
+        """Applies faults.json to a request; returns whether to stall."""
         file = self.store.folder / "faults.json"
         for fault in json.loads(file.read_text()) if file.exists() else []:
             if line.startswith(fault["match"]):
@@ -180,14 +180,14 @@ class Handler(BaseHTTPRequestHandler):
         return f"http://{host}:{self.server.server_port}{path}"
 
     def who(self):
-        """Returns user, role and namespaces of the token; an anonymous user has none."""
+        """Returns user, role and namespaces of the token; without a token, None, None and no namespaces."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in TOKENS:
             raise Refused(401, "Invalid credentials in Authorization header")
         return TOKENS.get(token, (None, None, ()))
 
     def repo(self, kind, id, write=False):
-        """Returns a repository that the token may see, or write to."""
+        """Returns a repository if the token may read it, or write to it if `write`."""
         user, role, namespaces = self.who()
         repo = self.store.repos.get(f"{kind}/{id}")
         is_mine = id.split("/")[0] in namespaces
@@ -227,7 +227,7 @@ class Handler(BaseHTTPRequestHandler):
     # Repositories
 
     def named(self):
-        """Returns kind and id of the repository that a body names, and the body."""
+        """Returns kind and id of the repository named in the body, and the body."""
         body = json.loads(self.body)
         user, role, namespaces = self.who()
         namespace = body.get("organization") or user
@@ -270,13 +270,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def list_repos(self, kind):
         _, _, namespaces = self.who()
-        found = []
+        visible = []
         for name, repo in self.store.repos.items():
             its_kind, author, _ = name.split("/")
             if its_kind == kind and self.query.get("author") in (None, author):
                 if not repo["private"] or author in namespaces:
-                    found.append(self.described(name.removeprefix(f"{kind}/"), repo, repo["commits"][-1]))
-        self.json(found)
+                    visible.append(self.described(name.removeprefix(f"{kind}/"), repo, repo["commits"][-1]))
+        self.json(visible)
 
     def info(self, kind, id, rev="main"):
         repo = self.repo(kind, id)
@@ -310,39 +310,39 @@ class Handler(BaseHTTPRequestHandler):
         entries = [entry(name, files[name]) for name in inside]
         entries += [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
         if self.query.get("recursive", "false").lower() != "true":
-            entries = [found for found in entries if "/" not in found["path"].removeprefix(prefix)]
+            entries = [item for item in entries if "/" not in item["path"].removeprefix(prefix)]
         self.json(entries)
 
     def paths_info(self, kind, id, rev):
         files = self.revision(self.repo(kind, id), rev)["files"]
-        form = self.headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded")
-        paths = parse_qs(self.body.decode())["paths"] if form else json.loads(self.body)["paths"]
+        is_form = self.headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded")
+        paths = parse_qs(self.body.decode())["paths"] if is_form else json.loads(self.body)["paths"]
         self.json([entry(path, files[path]) for path in paths if path in files])
 
     def preupload(self, kind, id, rev):
         files = self.revision(self.repo(kind, id, write=True), rev)["files"]
         answers = []
         for file in json.loads(self.body)["files"]:
-            path, there = file["path"], files.get(file["path"])
+            path, existing = file["path"], files.get(file["path"])
             mode = "lfs" if path.endswith(LFS_SUFFIXES) or file["size"] > 10_000_000 else "regular"
-            oid = there and (there["lfs"] or there)["oid"]
+            oid = existing and (existing["lfs"] or existing)["oid"]
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.json({"files": answers})
 
     def lfs_batch(self, id, kind="models"):
         self.repo(kind, id, write=True)
         objects = []
-        for wanted in json.loads(self.body)["objects"]:
-            oid = wanted["oid"]
+        for requested in json.loads(self.body)["objects"]:
+            oid = requested["oid"]
             if not (self.store.folder / "lfs" / oid).exists():
                 actions = {"upload": self.url(f"/lfs/{oid}"), "verify": self.url(f"/lfs/{oid}/verify")}
-                wanted = wanted | {"actions": {name: {"href": href} for name, href in actions.items()}}
-            objects.append(wanted)
+                requested = requested | {"actions": {name: {"href": href} for name, href in actions.items()}}
+            objects.append(requested)
         self.json({"transfer": "basic", "objects": objects})
 
     def lfs_put(self, oid):
         if hashlib.sha256(self.body).hexdigest() != oid:
-            raise Refused(400, "the content is not that of its hash")
+            raise Refused(400, "the content does not match its hash")
         self.store.write(self.store.folder / "lfs" / oid, self.body)
         self.answer()
 
@@ -374,10 +374,10 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(422, f"the object of {path} was never uploaded")
             files[path] = self.store.pointer(value["oid"])
         else:
-            gone = [name for name in files if name == path or name.startswith(path.rstrip("/") + "/")]
-            if not gone:
+            deleted = [name for name in files if name == path or name.startswith(path.rstrip("/") + "/")]
+            if not deleted:
                 raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
-            for name in gone:
+            for name in deleted:
                 del files[name]
 
     def resolve(self, id, rev, path, kind="models"):
@@ -388,13 +388,13 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "Entry not found", "EntryNotFound", **headers)
         if file["lfs"]:
             headers |= {"X-Linked-Etag": f'"{file["lfs"]["oid"]}"', "X-Linked-Size": str(file["size"])}
-            elsewhere = self.url(f"/cdn/{file['lfs']['oid']}", "localhost")
-            return self.answer(status=302, Location=elsewhere, **headers)
+            location = self.url(f"/cdn/{file['lfs']['oid']}", "localhost")
+            return self.answer(status=302, Location=location, **headers)
         self.send_content(self.store.content(file), ETag=f'"{file["oid"]}"', **headers)
 
     def cdn(self, oid):
         if "Authorization" in self.headers:
-            raise Refused(400, "the token went to another origin")
+            raise Refused(400, "the token was sent to another origin")
         self.send_content((self.store.folder / "lfs" / oid).read_bytes(), ETag=f'"{oid}"')
 
     def send_content(self, content, **headers):
@@ -416,10 +416,10 @@ def entry(path, file):
 
 
 def front_matter(text):
-    found = re.match(r"---\n(.*?)\n---(\n|$)", text, flags=re.DOTALL)
-    data = yaml.safe_load(found[1]) if found else {}
+    match = re.match(r"---\n(.*?)\n---(\n|$)", text, flags=re.DOTALL)
+    data = yaml.safe_load(match[1]) if match else {}
     if not isinstance(data, dict):
-        raise ValueError("the metadata are no mapping")
+        raise ValueError("the metadata is not a mapping")
     return data
 
 

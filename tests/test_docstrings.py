@@ -35,7 +35,9 @@ def test_docstrings_list_all_arguments_in_order():
             more = [argument for argument in (arguments.vararg, arguments.kwarg) if argument is not None]
             in_order = sorted([*every, *more], key=lambda argument: (argument.lineno, argument.col_offset))
             names = [argument.arg for argument in in_order if argument.arg not in ("self", "cls")]
-            listed = [word for line in re.findall(r"^ {4}(\w[\w, ]*):", section, re.M) for word in line.split(", ")]
+            listed = [
+                word for line in re.findall(r"^ {4}\*{0,2}(\w[\w, ]*):", section, re.M) for word in line.split(", ")
+            ]
             if arguments.kwarg is not None:  # its options may be listed one by one
                 names = [name for name in names if name != arguments.kwarg.arg]
                 listed = [word for word in listed if word in names]

@@ -19,7 +19,7 @@ def code_of(learn):
     return [text for kind, text in learn.parts(learn.PAGE.read_text()) if kind == "code"]
 
 
-def test_the_notebook_is_that_of_the_page(learn):
+def test_notebook_has_the_text_and_code_of_the_page(learn):
     cells = json.loads(learn.NOTEBOOK.read_text())["cells"]
     assert ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"] == code_of(learn)
     text = "\n\n".join(text for kind, text in learn.parts(learn.PAGE.read_text()) if kind == "markdown")
@@ -28,14 +28,14 @@ def test_the_notebook_is_that_of_the_page(learn):
     assert words[0] == words[1]
 
 
-def test_the_page_is_as_long_as_it_says(learn):
+def test_code_of_the_page_has_about_100_lines(learn):
     lines = [line for text in code_of(learn) for line in text.splitlines() if line.strip()]
     assert 85 <= len(lines) <= 115
 
 
 @pytest.mark.slow
-def test_the_code_of_the_page_runs(learn):
-    """It learns, samples and evaluates; the two slips are what the page says."""
+def test_code_of_the_page_runs(learn):
+    """It trains, samples and evaluates, and shows the effect of the two slips."""
     names, printed = {}, ""
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     try:

@@ -9,30 +9,30 @@ from hf_ddpm.presets import preset_names
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "paper.md").read_text()
-QUOTED = re.findall(r"`([^`]+)`", PAGE[PAGE.index("## Equations") : PAGE.index("## What came out")])
+QUOTED = re.findall(r"`([^`]+)`", PAGE[PAGE.index("## Equations") : PAGE.index("## Results")])
 
 
-def found(name):
-    """Returns what a dotted name stands for."""
+def resolve(name):
+    """Return the object of a dotted name."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         try:
-            thing = import_module(".".join(parts[:length]))
+            target = import_module(".".join(parts[:length]))
         except ModuleNotFoundError:
             continue
         for attribute in parts[length:]:
-            thing = getattr(thing, attribute)
-        return thing
+            target = getattr(target, attribute)
+        return target
     raise AttributeError(name)
 
 
 @pytest.mark.parametrize("name", sorted({name for name in QUOTED if name.startswith("hf_ddpm.")}))
-def test_the_page_names_functions_that_are_there(name):
-    thing = found(name)
-    assert callable(thing) and thing.__doc__
+def test_page_names_existing_functions(name):
+    target = resolve(name)
+    assert callable(target) and target.__doc__
 
 
-def test_the_page_names_scripts_presets_and_figures_that_are_there():
+def test_page_names_existing_scripts_presets_and_figures():
     assert all((ROOT / name.split()[0]).exists() for name in QUOTED if name.startswith("scripts/"))
     presets = [name.split()[1] for name in QUOTED if name.startswith("--preset")]
     assert {*preset_names()} - {"digits", "small-32", "small-64"} == {*presets}
@@ -40,7 +40,7 @@ def test_the_page_names_scripts_presets_and_figures_that_are_there():
     assert {name for name in QUOTED if re.fullmatch(r"[a-z-]+", name)} - {"vlb", "simple"} == commands
 
 
-def test_no_equation_algorithm_or_table_is_left_out():
+def test_page_lists_every_equation_algorithm_figure_and_table():
     def numbers(title):
         section = re.search(rf"## {title}\n(.*?)(?=\n## |\Z)", PAGE, re.DOTALL)[1]
         cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("|")]

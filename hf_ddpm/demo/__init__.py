@@ -1,1 +1,1 @@
-"""The demo in the browser."""
+"""Demo of a model in the browser."""

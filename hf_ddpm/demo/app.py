@@ -1,4 +1,4 @@
-"""The demo of a model in the browser: images form out of noise, between two of them, or around what is kept of one."""
+"""Browser demo of a model: generate images, interpolate between two images, or inpaint an image."""
 
 import asyncio
 import html
@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
-from hf_ddpm.demo.demo import MOST_PASSES, Demo
+from hf_ddpm.demo.demo import MAX_PASSES, Demo
 from hf_ddpm.demo.layout import CSS, progress_bar, row, sheet, strip
 from hf_ddpm.demo.preview import PAUSE, Moment
 from hf_ddpm.images import to_pictures
@@ -27,29 +27,29 @@ from hf_ddpm.utils.markdown import plain
 from hf_ddpm.utils.public import hub_ids, strip_local_path
 from hf_ddpm.utils.runs import run_folder
 
-INTRODUCTION = "This model makes new images: it starts from random noise and removes the noise step by step."
+INTRODUCTION = "This model generates images: it starts from random noise and removes the noise step by step."
 BETWEEN = SEEDS, IMAGES = "Two seeds", "Two images"
 UPLOADS = "First image", "Second image"
-BACK_FROM_LATENTS = ("ddpm", "ddim")  # samplers that start from a noised image
-CANVAS = 480  # largest side of an image to paint on, in pixels
-UPLOAD = "32mb"  # largest uploaded file
-WAITING = 32  # requests in the queue; further ones are refused
-AT_ONCE = 2  # requests that sample at the same time
+INTERPOLATION_SAMPLERS = ("ddpm", "ddim")  # samplers that can start from a noisy image
+CANVAS = 480  # maximum side of the canvas for painting, in pixels
+MAX_UPLOAD = "32mb"  # maximum size of an uploaded file
+MAX_WAITING = 32  # requests in the queue; further requests are refused
+MAX_RUNNING = 2  # requests that sample at the same time
 
 
 def generate(demo: Demo, count: float, seed: float, *settings: Any) -> Iterator[tuple]:
-    """Yield images, their strip when it has a new frame, the images of a distilled model, and the progress."""
+    """Yield images, their strip if it has a new frame, the images of a distilled model, and the progress."""
     sampling, frames = demo.read(seed, *settings), 0
-    few = show_shortcut(demo.shortcut(sampling, count), sampling)
+    update = distilled_update(demo.generate_distilled(sampling, count), sampling)
     for moment in demo.generate(sampling, count):
         frames, before = len(moment.frames), frames
         images = sheet(moment.images, sampling.class_labels)
-        yield images, strip(moment) if frames > before else gr.skip(), few, progress_bar(moment)
-        few = gr.skip()
+        yield images, strip(moment) if frames > before else gr.skip(), update, progress_bar(moment)
+        update = gr.skip()
 
 
-def show_shortcut(moment: Moment | None, sampling: Sampling) -> Any:
-    """Return the update that shows the images of a distilled model with their steps and time, or nothing."""
+def distilled_update(moment: Moment | None, sampling: Sampling) -> Any:
+    """Return the update that shows the images of a distilled model with their steps and time; skip it without one."""
     if moment is None:
         return gr.skip()
     steps = "1 step" if moment.steps == 1 else f"{moment.steps} steps"
@@ -57,9 +57,9 @@ def show_shortcut(moment: Moment | None, sampling: Sampling) -> Any:
     return gr.update(value=sheet(moment.images, sampling.class_labels), label=label)
 
 
-def interpolate(demo: Demo, between: str, t: float, count: float, *typed: Any) -> Iterator[tuple]:
-    """Yield the images from one to the other, and the progress."""
-    seeds, paths, settings = typed[:2], typed[2:4], typed[4:]
+def interpolate(demo: Demo, between: str, t: float, count: float, *inputs: Any) -> Iterator[tuple]:
+    """Yield the images between two images, and the progress."""
+    seeds, paths, settings = inputs[:2], inputs[2:4], inputs[4:]
     samplings = [demo.read(seed, *settings) for seed in seeds]
     if between == IMAGES:
         first, second = (demo.read_image(name, path) for name, path in zip(UPLOADS, paths, strict=True))
@@ -75,7 +75,7 @@ def interpolate(demo: Demo, between: str, t: float, count: float, *typed: Any) -
 
 
 def sample_background(demo: Demo, seed: float, *settings: Any) -> Iterator[tuple]:
-    """Yield an image to paint on, and the progress, at the end: an update on the way would replace the editor."""
+    """Yield an image to paint on, and the progress, only once at the end: each update replaces the editor."""
     *_, moment = demo.generate(demo.read(seed, *settings), 1)
     (image,) = to_pictures(moment.images)
     yield image.resize(canvas(demo), Image.Resampling.NEAREST), progress_bar(moment)
@@ -84,39 +84,39 @@ def sample_background(demo: Demo, seed: float, *settings: Any) -> Iterator[tuple
 def inpaint(
     demo: Demo, drawing: tuple[bytes | None, list[bytes]], count: float, passes: float, seed: float, *settings: Any
 ) -> Iterator[tuple]:
-    """Yield fills of the painted part of an image, and the progress."""
+    """Yield images whose painted area is filled, and the progress."""
     image, mask = demo.read_drawing(*drawing)
     sampling = demo.read(seed, *settings)
     for moment in demo.inpaint(image, mask, count, passes, sampling):
         yield sheet(moment.images), progress_bar(moment)
 
 
-def answer(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[..., Iterator[tuple]]:
-    """Return the handler of a button; wrong input becomes a message."""
+def with_errors(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[..., Iterator[tuple]]:
+    """Return the event handler of a button, which shows invalid input as a message."""
 
     @wraps(handler)
-    def handle(*typed: Any) -> Iterator[tuple]:
+    def handle(*inputs: Any) -> Iterator[tuple]:
         try:
-            yield from handler(demo, *typed)
+            yield from handler(demo, *inputs)
         except ValueError as error:
             raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
 
     return handle
 
 
-def draw_seeds(handler: Callable[..., Iterator[tuple]], places: list[int]) -> Callable[..., Iterator[tuple]]:
-    """Return a handler that takes random seeds instead of those at some places of its input, and yields them, too."""
+def draw_seeds(handler: Callable[..., Iterator[tuple]], positions: list[int]) -> Callable[..., Iterator[tuple]]:
+    """Return a handler that replaces the inputs at some positions by random seeds, and also yields the seeds."""
 
-    def handle(*typed: Any) -> Iterator[tuple]:
-        drawn = {place: secrets.randbelow(2**31) for place in places}
-        for shown in handler(*(drawn.get(place, value) for place, value in enumerate(typed))):
-            yield *shown, *drawn.values()
+    def handle(*inputs: Any) -> Iterator[tuple]:
+        seeds = {position: secrets.randbelow(2**31) for position in positions}
+        for outputs in handler(*(seeds.get(position, value) for position, value in enumerate(inputs))):
+            yield *outputs, *seeds.values()
 
     return handle
 
 
 class FirstView:
-    """Images for the first view: sampled once, when the first visitor comes, and shown to all.
+    """Images of the first view: sampled once, for the first visitor, and shown to all visitors.
 
     Args:
         demo: The demo; its default request is sampled.
@@ -125,28 +125,28 @@ class FirstView:
     def __init__(self, demo: Demo):
         self.demo = demo
         self.moment: Moment | None = None
-        self.shortcut: Moment | None = None
+        self.distilled: Moment | None = None
         self.worker = threading.Thread(target=self._run, daemon=True)
         self.starting = threading.Lock()
 
     async def show(self) -> AsyncIterator[tuple]:
-        """Yield images, strip, images of a distilled model, and progress until the images are complete."""
+        """Yield images, strip, images of a distilled model, and progress, until the images are complete."""
         with self.starting:
             if self.worker.ident is None:
                 self.worker.start()
-        is_running, shown = True, None
+        is_running, last = True, None
         while is_running:
             is_running = self.worker.is_alive()
-            if (moment := self.moment) is not shown and moment is not None:
-                few = show_shortcut(self.shortcut, self.demo.usual)
-                yield sheet(moment.images), strip(moment), few, progress_bar(moment)
-                shown = moment
+            if (moment := self.moment) is not last and moment is not None:
+                update = distilled_update(self.distilled, self.demo.default_request)
+                yield sheet(moment.images), strip(moment), update, progress_bar(moment)
+                last = moment
             await asyncio.sleep(PAUSE if is_running else 0)
 
     def _run(self) -> None:
-        count = self.demo.usual_images
-        self.shortcut = self.demo.shortcut(self.demo.usual, count)
-        for moment in self.demo.generate(self.demo.usual, count):
+        request, count = self.demo.default_request, self.demo.default_images
+        self.distilled = self.demo.generate_distilled(request, count)
+        for moment in self.demo.generate(request, count):
             self.moment = moment
 
 
@@ -160,98 +160,97 @@ def build(demo: Demo) -> gr.Blocks:
             interpolate_tab(demo)
         with gr.Tab("Inpaint"):
             inpaint_tab(demo)
-    return app.queue(max_size=WAITING)
+    return app.queue(max_size=MAX_WAITING)
 
 
 def generate_tab(demo: Demo, app: gr.Blocks) -> None:
-    """Lay out the generation of images of a seed, with images for the first view."""
+    """Lay out the tab that generates images, with images for the first view."""
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             with gr.Row():
-                images, few = (picture(label) for label in ("Images", "Distilled"))
-                few.visible = demo.distilled is not None
+                images, distilled = (picture(label) for label in ("Images", "Distilled"))
+                distilled.visible = demo.distilled is not None
             progress = gr.HTML(progress_bar())
         with gr.Column(scale=2, min_width=320):
-            pressed = buttons("Generate", "Random seed")
+            controls = buttons("Generate", "Random seed")
             with gr.Row():
-                count = gr.Slider(1, demo.most_images, demo.usual_images, step=1, label="Number of images")
+                count = gr.Slider(1, demo.max_images, demo.default_images, step=1, label="Number of images")
                 seed = gr.Number(0, label="Seed")
-            chosen = settings(demo, f"Steps (1 to {demo.num_train_timesteps})", list(SCHEDULERS))
-            gr.Markdown("The first images, step by step:")
+            options = settings(demo, f"Steps (1 to {demo.num_train_timesteps})", list(SCHEDULERS))
+            gr.Markdown("The first images during sampling:")
             frames = gr.HTML(elem_classes="frames")
     first_view = FirstView(demo)
-    outputs = [images, frames, few, progress]
+    outputs = [images, frames, distilled, progress]
     view = app.load(
         first_view.show, None, outputs, show_progress="hidden", concurrency_limit=None, api_visibility="private"
     )
-    connect(pressed, answer(generate, demo), [count, seed, *chosen], outputs, [seed], [view])
+    connect(controls, with_errors(generate, demo), [count, seed, *options], outputs, [seed], [view])
 
 
 def interpolate_tab(demo: Demo) -> None:
-    """Lay out the interpolation between two images."""
-    total, most = demo.num_train_timesteps, demo.most_images
-    usual = min(9, most)
-    path, progress = gr.HTML(row([None] * (usual + 2), demo.size)), gr.HTML(progress_bar())
+    """Lay out the tab that interpolates between two images."""
+    total, default_count = demo.num_train_timesteps, min(9, demo.max_images)
+    path, progress = gr.HTML(row([None] * (default_count + 2), demo.size)), gr.HTML(progress_bar())
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            pressed = buttons("Interpolate", "Random seeds")
-            between = gr.Radio(BETWEEN, value=SEEDS, label="Between")
+            controls = buttons("Interpolate", "Random seeds")
+            between = gr.Radio(BETWEEN, value=SEEDS, label="Interpolate between")
             with gr.Row() as seeds:
                 ends = [gr.Number(0, label="First seed"), gr.Number(1, label="Second seed")]
             with gr.Row(visible=False) as images:
                 ends += [upload(name) for name in UPLOADS]
         with gr.Column(scale=2, min_width=320):
             t = gr.Slider(0, total - 1, total // 2, step=1, label="Noise added before mixing (t)")
-            count = gr.Slider(2, most, usual, step=1, label="Number of images")
-            chosen = settings(demo, "Steps (at most t + 1)", list(BACK_FROM_LATENTS))
+            count = gr.Slider(2, demo.max_images, default_count, step=1, label="Number of images")
+            options = settings(demo, "Steps (at most t + 1)", list(INTERPOLATION_SAMPLERS))
     between.change(lambda kind: [gr.Row(visible=kind == own) for own in BETWEEN], between, [seeds, images])
-    inputs = [between, t, count, *ends, *chosen]
-    connect(pressed, answer(interpolate, demo), inputs, [path, progress], ends[:2], [])
+    inputs = [between, t, count, *ends, *options]
+    connect(controls, with_errors(interpolate, demo), inputs, [path, progress], ends[:2], [])
 
 
 def inpaint_tab(demo: Demo) -> None:
-    """Lay out the inpainting of an image, uploaded or sampled, with a brush."""
+    """Lay out the tab that inpaints an uploaded or sampled image."""
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             drawing = editor(demo)
             sample = gr.Button("Sample an image", size="sm")
-            pressed = buttons("Inpaint", "Random seed")
+            controls = buttons("Inpaint", "Random seed")
         with gr.Column(scale=2, min_width=320):
             images = picture("Images")
             progress = gr.HTML(progress_bar())
             with gr.Row():
-                count = gr.Slider(1, demo.most_images, min(4, demo.most_images), step=1, label="Number of fills")
-                passes = gr.Slider(1, MOST_PASSES, 5, step=1, label="Passes (1: no jumps)")
+                count = gr.Slider(1, demo.max_images, min(4, demo.max_images), step=1, label="Number of images")
+                passes = gr.Slider(1, MAX_PASSES, 5, step=1, label="RePaint passes (1: no resampling)")
             seed = gr.Number(0, label="Seed")
-            chosen = settings(demo, f"Steps (1 to {demo.num_train_timesteps})", ["ddpm"])
-    waiting = {"concurrency_limit": AT_ONCE, "concurrency_id": "sampling", "show_progress_on": progress}
-    sampled = sample.click(answer(sample_background, demo), [seed, *chosen], [drawing, progress], **waiting)
-    inputs = [drawing, count, passes, seed, *chosen]
-    connect(pressed, answer(inpaint, demo), inputs, [images, progress], [seed], [sampled])
+            options = settings(demo, f"Steps (1 to {demo.num_train_timesteps})", ["ddpm"])
+    queue = {"concurrency_limit": MAX_RUNNING, "concurrency_id": "sampling", "show_progress_on": progress}
+    sampled = sample.click(with_errors(sample_background, demo), [seed, *options], [drawing, progress], **queue)
+    inputs = [drawing, count, passes, seed, *options]
+    connect(controls, with_errors(inpaint, demo), inputs, [images, progress], [seed], [sampled])
 
 
 class Recent(dict):
-    """The newest `WAITING` drawings: those that a page has sent, and then not requested a fill of, are dropped."""
+    """The newest `MAX_WAITING` drawings, to limit memory: a page may send drawings that it never uses."""
 
     def __setitem__(self, key: str, value: Any) -> None:
-        """Add a drawing, and drop the oldest ones."""
+        """Add a drawing, and drop the oldest drawings."""
         super().__setitem__(key, value)
-        while len(self) > WAITING:
+        while len(self) > MAX_WAITING:
             del self[next(iter(self))]
 
 
 def canvas(demo: Demo) -> tuple[int, int]:
-    """Return width and height of the canvas: images are enlarged to be painted on."""
+    """Return width and height of the canvas; small images are enlarged for painting."""
     width, height = demo.size
     scale = max(1, CANVAS // max(width, height))
     return width * scale, height * scale
 
 
 def editor(demo: Demo) -> gr.ImageEditor:
-    """Return an image to paint on, whose files are passed on unread, as in `upload`."""
+    """Return an image editor that passes on the contents of its files without decoding them, as `upload` does."""
     brush = gr.Brush(default_size=CANVAS // 8, colors=["#e04040"], color_mode="fixed")
-    place = gr.ImageEditor(
-        label="Paint what to fill",
+    component = gr.ImageEditor(
+        label="Paint over the area to fill",
         sources=["upload"],
         brush=brush,
         layers=False,
@@ -262,10 +261,10 @@ def editor(demo: Demo) -> gr.ImageEditor:
         elem_classes="editor",
     )
 
-    place.blob_storage = Recent()
+    component.blob_storage = Recent()
 
     def read(payload: Any) -> tuple[bytes | None, list[bytes]]:
-        files = payload if payload is None or payload.id is None else place.blob_storage.pop(payload.id, None)
+        files = payload if payload is None or payload.id is None else component.blob_storage.pop(payload.id, None)
         if files is None:
             return None, []
         first, *layers = (
@@ -274,59 +273,60 @@ def editor(demo: Demo) -> gr.ImageEditor:
         )
         return first, [layer for layer in layers if layer is not None]
 
-    place.preprocess = read
-    return place
+    component.preprocess = read
+    return component
 
 
 def settings(demo: Demo, steps: str, schedulers: list[str]) -> list:
-    """Lay out the settings of sampling."""
+    """Lay out the sampling settings."""
+    default = demo.default_request
     with gr.Row():
-        chosen = [gr.Number(demo.usual.num_inference_steps, label=steps), gr.Dropdown(schedulers, label="Sampler")]
-    classes, first = demo.classes, demo.usual.class_labels
-    chosen.append(gr.Dropdown(classes, value=first, multiselect=True, label="Classes", visible=bool(classes)))
+        options = [gr.Number(default.num_inference_steps, label=steps), gr.Dropdown(schedulers, label="Sampler")]
+    classes, selected = demo.classes, default.class_labels
+    options.append(gr.Dropdown(classes, value=selected, multiselect=True, label="Classes", visible=bool(classes)))
     is_guided = demo.pipe.null_class is not None
-    return [*chosen, gr.Slider(0, 8, 1, step=0.5, label="Guidance scale (1: none)", visible=is_guided)]
+    return [*options, gr.Slider(0, 8, 1, step=0.5, label="Guidance scale (1: off)", visible=is_guided)]
 
 
 def upload(label: str) -> gr.Image:
-    """Return an upload whose file is passed on unread: gradio has no message for a damaged one."""
-    place = gr.Image(label=label, height=240, elem_classes=["picture", "upload"])
-    place.preprocess = lambda file: file and file.path
-    return place
+    """Return an upload that passes on the file's path without decoding it: gradio has no error for damaged files."""
+    component = gr.Image(label=label, height=240, elem_classes=["picture", "upload"])
+    component.preprocess = lambda file: file and file.path
+    return component
 
 
 def picture(label: str) -> gr.Image:
-    """Return a place for images, to be downloaded and enlarged."""
+    """Return an output for images, with buttons to download and enlarge it."""
     return gr.Image(
         label=label, format="png", min_width=240, buttons=["download", "fullscreen"], elem_classes="picture"
     )
 
 
 def buttons(start: str, random: str) -> list[gr.Button]:
-    """Lay out buttons to start, to start with random seeds, and to stop."""
+    """Lay out the buttons: start, start with random seeds, stop."""
     kinds = {start: "primary", random: "secondary", "Stop": "secondary"}
     with gr.Row(elem_classes="buttons"):
         return [gr.Button(name, variant=kind, size="md", min_width=60) for name, kind in kinds.items()]
 
 
 def connect(
-    pressed: list[gr.Button],
+    controls: list[gr.Button],
     handler: Callable[..., Iterator[tuple]],
     inputs: list,
     outputs: list,
     seeds: list,
     earlier: list,
 ) -> None:
-    """Connect the buttons; each of the first two ends `earlier` events and what the other one has started.
+    """Connect the buttons; each start button cancels `earlier` events and those of the other start button.
 
-    Waits are shown on the progress, the last of `outputs`: over pictures, they would hide them.
+    Waiting is shown on the progress bar, the last of `outputs`, since it would hide pictures.
     """
-    start, random, stop = pressed
-    options = {"show_progress_on": outputs[-1], "concurrency_limit": AT_ONCE, "concurrency_id": "sampling"}
-    drawing = draw_seeds(handler, [inputs.index(seed) for seed in seeds])
-    # The events of a button wait for each other in this order: what ends others comes before what takes long.
-    drawn = random.click(None, js="() => []", api_visibility="private")
-    restarted = drawn.then(drawing, inputs, [*outputs, *seeds], api_visibility="private", **options)
+    start, random, stop = controls
+    options = {"show_progress_on": outputs[-1], "concurrency_limit": MAX_RUNNING, "concurrency_id": "sampling"}
+    handler_with_random_seeds = draw_seeds(handler, [inputs.index(seed) for seed in seeds])
+    # Gradio runs the events of a button in this order: cancel other events before starting a long one.
+    clicked = random.click(None, js="() => []", api_visibility="private")
+    restarted = clicked.then(handler_with_random_seeds, inputs, [*outputs, *seeds], api_visibility="private", **options)
     start.click(None, cancels=[*earlier, restarted])
     started = start.click(handler, inputs, outputs, **options)
     random.click(None, cancels=[*earlier, started])
@@ -334,20 +334,20 @@ def connect(
 
 
 def serve(demo: Demo, **options: Any) -> str:
-    """Start the app; return its address."""
-    return build(demo).launch(css=CSS, show_error=True, max_file_size=UPLOAD, **options)[1]
+    """Start the app; return its URL."""
+    return build(demo).launch(css=CSS, show_error=True, max_file_size=MAX_UPLOAD, **options)[1]
 
 
 def describe_images(pipe: DDPMPipeline) -> str:
-    """Return a line on the images that a model draws: size, channels, classes."""
+    """Return a text with size, channels and classes of the images of a model."""
     channels, height, width = pipe.image_shape
     embeddings = pipe.unet.config.num_class_embeds or 0
-    classes = ", ".join(pipe.class_names) or (f"{embeddings} numbers" if embeddings else "none")
+    classes = ", ".join(pipe.class_names) or (f"{embeddings} without names" if embeddings else "none")
     return f"images of {height}x{width} pixels with {channels} channels, classes: {classes}"
 
 
 def show(model: str, background: str = "white", precision: str = "auto", distilled: str | None = None) -> None:
-    """Load a model and one distilled from it, serve their demo, and return when that ends."""
+    """Load a model, and optionally a model distilled from it, and serve their demo until the server stops."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = load_pipeline(model, device)
     if hub_ids(model):
@@ -356,10 +356,10 @@ def show(model: str, background: str = "white", precision: str = "auto", distill
         demo = Demo(pipe, strip_local_path(str(run_folder(model))), background=background)
     if distilled:
         demo.distilled = load_pipeline(distilled, device)
-        if (found := describe_images(demo.distilled)) != (expected := describe_images(pipe)):
-            raise ValueError(f"--distilled {distilled}: draws {found}; expected {expected}, like the model")
+        if (images := describe_images(demo.distilled)) != (expected := describe_images(pipe)):
+            raise ValueError(f"--distilled {distilled}: {images}; expected {expected}, as of the model")
     if precision == "auto":
-        choice = choose_precision(pipe.unet, pipe.image_shape, demo.most_images)
+        choice = choose_precision(pipe.unet, pipe.image_shape, demo.max_images)
         print(choice.line, flush=True)
         precision = choice.precision
     serve(replace(demo, precision=precision))

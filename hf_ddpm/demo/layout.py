@@ -1,4 +1,4 @@
-"""Pictures of a request in the browser: a grid, strips that wrap on a phone, a progress bar."""
+"""Visual elements of the demo: image grid, strips of images that wrap on a phone, progress bar."""
 
 import base64
 import html
@@ -12,13 +12,13 @@ from torch import Tensor
 from hf_ddpm.demo.preview import Moment
 from hf_ddpm.images import MOST_CLASSES, grid, to_pictures
 
-# Pixels up to which small images are enlarged: of a grid, of a picture in a strip.
-GRID, TILE = 768, 192
-# Images whose estimates are shown during sampling.
-FIRST = 4
-# Largest width of a picture in a strip, in pixels of the browser.
-WIDEST = 160
-# Labels and buttons lie over pictures: they get room above them.
+# Small images are enlarged up to this number of pixels: in the grid, in a strip.
+GRID_SIZE, TILE_SIZE = 768, 192
+# Number of images in each frame of the strip.
+STRIP_IMAGES = 4
+# Maximum width of a picture in a strip, in CSS pixels.
+MAX_WIDTH = 160
+# Labels and buttons would cover pictures: add padding above them.
 CSS = """
 .picture .image-container {padding-top: 2.2em}
 .picture img {max-height: 26rem}
@@ -38,14 +38,14 @@ CSS = """
 
 
 def sheet(images: Tensor, classes: Sequence[str] = ()) -> Image.Image:
-    """Return images, bytes, as a grid; a column per class if several classes take turns."""
-    return _enlarged(images, GRID, classes[: len(images)] if 1 < len(classes) <= MOST_CLASSES else ())
+    """Draw images (uint8) as a grid; several classes in turn get one column each."""
+    return _enlarged(images, GRID_SIZE, classes[: len(images)] if 1 < len(classes) <= MOST_CLASSES else ())
 
 
 def strip(moment: Moment) -> str:
-    """Return HTML of the frames of the first images; frames to come are blank."""
+    """Return HTML of the frames of the first images; future frames are blank."""
     captions = [f"step {step}" for step in moment.frame_steps]
-    frames = [_enlarged(frame[:FIRST], TILE) for frame in moment.frames]
+    frames = [_enlarged(frame[:STRIP_IMAGES], TILE_SIZE) for frame in moment.frames]
     return _figures(frames + [None] * (len(captions) - len(frames)), captions, frames[0].size)
 
 
@@ -53,36 +53,36 @@ def row(images: Sequence[Tensor | None], size: tuple[int, int]) -> str:
     """Return HTML of an interpolation.
 
     Args:
-        images: The first image, those between, the second image, bytes, shape `(C, H, W)`; None is blank.
+        images: The first image, the images in between, the second image, uint8, shape `(C, H, W)`; None for a blank.
         size: Width and height of an image.
     """
     weights = [f"{i / (len(images) - 3):.2f}" for i in range(len(images) - 2)]
-    pictures = [None if image is None else _enlarged(image[None], TILE) for image in images]
+    pictures = [None if image is None else _enlarged(image[None], TILE_SIZE) for image in images]
     return _figures(pictures, ["first", *weights, "second"], size)
 
 
 def progress_bar(moment: Moment | None = None, task: str = "") -> str:
-    """Return HTML of a progress bar with the step."""
+    """Return HTML of a progress bar with the current step."""
     step, steps = (0, 1) if moment is None else (moment.step, moment.steps)
     line = "Ready" if moment is None else f"{task}step {step} of {steps}, {moment.seconds:.1f} s"
     return f'<div class="progress"><progress value="{step}" max="{steps}"></progress><span>{line}</span></div>'
 
 
-def _enlarged(images: Tensor, most: int, labels: Sequence[str] = ()) -> Image.Image:
+def _enlarged(images: Tensor, max_size: int, labels: Sequence[str] = ()) -> Image.Image:
     pictures = to_pictures(images)
     columns = len(labels) or math.ceil(math.sqrt(len(pictures)))
-    return grid(pictures, columns, max(1, most // (columns * pictures[0].width)), column_labels=labels)
+    return grid(pictures, columns, max(1, max_size // (columns * pictures[0].width)), column_labels=labels)
 
 
 def _figures(pictures: Sequence[Image.Image | None], captions: Sequence[str], size: tuple[int, int]) -> str:
     width, height = size
     figures = []
     for picture, caption in zip(pictures, captions, strict=True):
-        shown = f'<div class="blank" style="aspect-ratio: {width} / {height}"></div>'
+        content = f'<div class="blank" style="aspect-ratio: {width} / {height}"></div>'
         if picture is not None:
-            shown = f'<img src="{_data_url(picture)}" alt="{html.escape(caption)}">'
-        figures.append(f"<figure>{shown}<figcaption>{html.escape(caption)}</figcaption></figure>")
-    return f'<div class="strip" style="max-width: {WIDEST * len(figures)}px">{"".join(figures)}</div>'
+            content = f'<img src="{_data_url(picture)}" alt="{html.escape(caption)}">'
+        figures.append(f"<figure>{content}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    return f'<div class="strip" style="max-width: {MAX_WIDTH * len(figures)}px">{"".join(figures)}</div>'
 
 
 def _data_url(picture: Image.Image) -> str:

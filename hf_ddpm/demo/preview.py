@@ -1,4 +1,4 @@
-r"""Preview of a reverse process: estimates of the images, step by step."""
+r"""Preview of sampling: estimates of the final images at each step."""
 
 import threading
 import time
@@ -14,22 +14,22 @@ from hf_ddpm.diffusion.gaussian import GaussianDiffusion
 from hf_ddpm.images import to_bytes, to_signed, to_unit
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 
-# Evenly spread moments of a chain that are always shown, the first and the last among them.
+# Number of evenly spaced moments that are always shown, including the first and the last.
 FRAMES = 8
-# Seconds between two further ones.
+# Minimum number of seconds before any other moment is shown.
 PAUSE = 0.3
 
 
 @dataclass(frozen=True)
 class Moment:
-    r"""A moment of a chain.
+    r"""A moment during sampling.
 
     Attributes:
-        step: Number of steps taken, in [0, steps].
-        steps: Number of all steps.
-        images: :math:`\hat x_0` at that step, at the end the images; bytes, shape `(B, C, H, W)`.
-        frames: The same of the evenly spread moments from the first to this one.
-        seconds: Time since the start.
+        step: Number of steps done, in [0, steps].
+        steps: Total number of steps.
+        images: :math:`\hat x_0` at that step, at the end the final images; uint8, shape `(B, C, H, W)`.
+        frames: Images of the evenly spaced moments up to this one.
+        seconds: Seconds since the start.
     """
 
     step: int
@@ -40,18 +40,18 @@ class Moment:
 
     @property
     def frame_steps(self) -> list[int]:
-        """Numbers of steps after which there is a frame; those of `frames` come first."""
+        """The steps of all frames, past and future."""
         return _frame_steps(self.steps)
 
 
 def watch(work: Callable[..., Tensor]) -> Iterator[Moment]:
-    """Run a reverse process in a thread of its own, and yield its moments.
+    """Run sampling in a separate thread, and yield its moments.
 
     Args:
-        work: Calls a pipeline with the keyword arguments given, and returns the images as bytes.
+        work: Calls a pipeline with the given keyword arguments, and returns the images as uint8.
 
     Yields:
-        Moments, the last one with the images. Closing the iterator ends the work after the current step.
+        Moments; the last one has the final images. Closing the iterator ends the work after the current step.
     """
 
     def run(emit: Callable[[tuple[int, int, Tensor]], None]) -> None:
@@ -82,7 +82,7 @@ def watch(work: Callable[..., Tensor]) -> Iterator[Moment]:
 
 
 def in_background(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
-    """Yield what `work(emit)` emits while it runs in a thread of its own.
+    """Run `work(emit)` in a separate thread, and yield the emitted items.
 
     After the iterator is closed, the next `emit` ends the work. Exceptions of the work are raised here.
     """
@@ -91,7 +91,7 @@ def in_background(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any
 
     def emit(item: Any) -> None:
         if closed.is_set():
-            raise _Unwatched
+            raise _Closed
         emitted.put(("item", item))
 
     def run() -> None:
@@ -111,7 +111,7 @@ def in_background(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any
         raise message[1]
 
 
-class _Unwatched(Exception):
+class _Closed(Exception):
     """Ends work whose iterator is closed."""
 
 
@@ -120,7 +120,7 @@ def _frame_steps(steps: int) -> list[int]:
 
 
 def _estimate(pipe: DDPMPipeline, t: Tensor, x_t: Tensor | None, tensors: dict[str, Tensor]) -> Tensor:
-    r"""Return :math:`\hat x_0`, computed if the scheduler does not give it; its first step is then shown as noise."""
+    r"""Return :math:`\hat x_0`; compute it if the scheduler does not return it (the first step then shows noise)."""
     if tensors["pred_original_sample"] is not None:
         return tensors["pred_original_sample"]
     if x_t is None:

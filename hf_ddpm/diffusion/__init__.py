@@ -1,4 +1,4 @@
-"""The one home of the mathematics: torch only, networks excluded, nats throughout."""
+"""The mathematics of diffusion: needs only torch, contains no networks, and measures in nats."""
 
 from hf_ddpm.diffusion.gaussian import GaussianDiffusion
 

@@ -1,4 +1,4 @@
-"""Progressive distillation: the objective of a student that takes one step for two of its teacher."""
+"""Progressive distillation: train a student to match two steps of its teacher in one step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,56 +11,60 @@ from hf_ddpm.diffusion.schedules import check_one_of, trailing_timesteps
 
 STUDENT_PREDICTIONS = ("v_prediction", "sample")
 
-# Returns the teacher's bounded estimate of x_0 at steps of its process: of x_t, the steps, and classes if it has any.
+# The teacher's clipped estimate of x_0 as a function of x_t, the timesteps of the teacher's process, and the classes.
 Estimate = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def halved(diffusion: GaussianDiffusion, steps: int) -> tuple[GaussianDiffusion, GaussianDiffusion]:
-    """Returns the processes of a student and of its teacher, which takes twice as many steps.
+    """Returns the respaced processes of a student and of its teacher, which takes twice as many steps.
 
-    Step `t` of the student is the steps `2 t + 1` and `2 t` of the teacher.
+    Step `t` of the student covers the steps `2 t + 1` and `2 t` of the teacher.
 
     Args:
-        diffusion: The process that the first teacher was trained for.
-        steps: Steps of the student, at least 1 and at most half of those of `diffusion`.
+        diffusion: The process that the first teacher was trained for, with `T` steps.
+        steps: Number of steps of the student, in [1, T / 2].
 
     Returns:
-        The process of the student, of `steps` steps, and that of the teacher.
+        The student's process, with `steps` steps.
+        The teacher's process, with `2 * steps` steps.
 
     Raises:
-        ValueError: If `steps` is not allowed.
+        ValueError: If `steps` is out of range, or rounding makes the timesteps of the two processes differ.
     """
     total = len(diffusion)
     if not 1 <= 2 * steps <= total:
-        raise ValueError(f"student_steps={steps} is not allowed: 1 to {total // 2}, half of the {total} of the process")
+        raise ValueError(f"student_steps={steps}: expected 1 to {total // 2}, half of the {total} diffusion steps")
     student, teacher = (trailing_timesteps(total, count) for count in (steps, 2 * steps))
     if teacher[::2] != student:  # by rounding
-        raise ValueError(f"student_steps={steps} is not allowed: a divisor of {total}, times 1, 2, 4, ...")
+        raise ValueError(f"student_steps={steps}: expected a divisor of {total}, or one multiplied by 2, 4, 8, ...")
     return diffusion.respaced(student), diffusion.respaced(teacher)
 
 
 @dataclass(frozen=True)
 class Distillation:
-    r"""Progressive distillation (Salimans & Ho 2022, Algorithm 2): one DDIM step of a student is two of its teacher.
+    r"""Objective of progressive distillation (Salimans & Ho 2022, Algorithm 2).
 
-    From :math:`z_t = \alpha_t x_0 + \sigma_t \epsilon` of an image the teacher takes two deterministic steps, over
-    :math:`t' = t - 1/2N` to :math:`t'' = t - 1/N`. The student is to estimate the image that takes it there in one:
+    From $z_t = \alpha_t x_0 + \sigma_t \epsilon$ the teacher takes two deterministic steps: to $t' = t - 1/2N$, then to
+    $t'' = t - 1/N$. The student learns the estimate $\tilde x$ that leads to the same $z_{t''}$ in a single step:
 
-    .. math:: \tilde x = \frac{z_{t''} - (\sigma_{t''} / \sigma_t) \, z_t}
-        {\alpha_{t''} - (\sigma_{t''} / \sigma_t) \, \alpha_t}, \quad
-        L = \max\Big( \frac{\alpha_t^2}{\sigma_t^2}, 1 \Big) \, \| \tilde x - \hat x(z_t) \|^2
+    $$
+    \tilde x = \frac{z_{t''} - (\sigma_{t''} / \sigma_t) \, z_t}
+    {\alpha_{t''} - (\sigma_{t''} / \sigma_t) \, \alpha_t}, \quad
+    L = \max\Big( \frac{\alpha_t^2}{\sigma_t^2}, 1 \Big) \, \| \tilde x - \hat x(z_t) \|^2
+    $$
 
     Args:
-        estimate: The teacher; what it returns has no gradient, and is clipped as its sampler clips it.
-        teacher: Its process, see `halved`.
-        prediction_type: What the student predicts, one of `STUDENT_PREDICTIONS`: where :math:`z_t` is noise, noise that
-            is predicted gives no image.
+        estimate: The teacher's estimate of $x_0$ as a function of $x_t$, the timesteps and the classes. It has no
+            gradient and is clipped as in the teacher's sampler.
+        teacher: The teacher's process, see `halved`.
+        prediction_type: Quantity that the student predicts, one of `STUDENT_PREDICTIONS`. Predicting the noise is not
+            possible: where $z_t$ is pure noise, it does not determine the image.
 
     Raises:
-        ValueError: If `prediction_type` is not allowed.
+        ValueError: If `prediction_type` is unknown.
 
-    Example:
-        A teacher that knows the image, and a student that is wrong by 1/2, where the weight is 1.
+    Examples:
+        A teacher with a perfect estimate, and a student with an error of 1/2 at steps where the weight is 1:
 
         >>> import torch
         >>> full = GaussianDiffusion(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
@@ -76,7 +80,7 @@ class Distillation:
     prediction_type: str = "v_prediction"
 
     def __post_init__(self) -> None:
-        """Checks the prediction."""
+        """Checks the prediction type."""
         check_one_of("prediction_type", self.prediction_type, STUDENT_PREDICTIONS)
 
     def __call__(
@@ -89,19 +93,19 @@ class Distillation:
         x_t: Tensor,
         classes: Tensor | None = None,
     ) -> Tensor:
-        """Evaluates the objective; arguments are those of `Objective`.
+        """Evaluates the objective; the arguments are those of `Objective`.
 
         Args:
-            diffusion: The process of the student.
-            output: What the student predicts at `x_t`, shape `(B, C, H, W)`.
-            x_start: The images; not used, as the teacher has the say.
-            t: Their steps, int64, shape `(B,)`.
+            diffusion: The student's process.
+            output: The student's prediction at `x_t`, shape `(B, C, H, W)`.
+            x_start: Not used: the teacher's estimates replace the images.
+            t: Timesteps of the student's process, int64, shape `(B,)`.
             noise: Not used.
-            x_t: The diffused images :math:`z_t`, same shape.
-            classes: Their classes, int64, shape `(B,)`, if the networks have any.
+            x_t: The diffused images $z_t$, shape of `output`.
+            classes: Class labels, int64, shape `(B,)`; None for unconditional networks.
 
         Returns:
-            The loss of each image, the mean over its pixels, float32, shape `(B,)`.
+            The loss per image, averaged over its pixels, float32, shape `(B,)`.
         """
         error = diffusion.predict_start(output.float(), x_t, t, self.prediction_type) - self.target(
             diffusion, x_t, t, classes
@@ -109,16 +113,16 @@ class Distillation:
         return error.square().flatten(1).mean(dim=1) * truncated_snr(diffusion, t, x_t)
 
     def target(self, diffusion: GaussianDiffusion, x_t: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
-        r"""Returns :math:`\tilde x`, the image that leads the student in one step to where two of the teacher lead.
+        r"""Returns the student's target: the estimate $\tilde x$ with which one step equals two steps of the teacher.
 
         Args:
-            diffusion: The process of the student.
-            x_t: The diffused images :math:`z_t`, shape `(B, C, H, W)`.
-            t: Their steps in it, int64, shape `(B,)`.
-            classes: Their classes, if the teacher has any.
+            diffusion: The student's process.
+            x_t: The diffused images $z_t$, shape `(B, C, H, W)`.
+            t: Timesteps of the student's process, int64, shape `(B,)`.
+            classes: Class labels, int64, shape `(B,)`; None for an unconditional teacher.
 
         Returns:
-            :math:`\tilde x`, same shape.
+            $\tilde x$, same shape.
         """
         z = x_t
         for step in (2 * t + 1, 2 * t):

@@ -1,8 +1,10 @@
-r"""The terms of the variational bound, in nats.
+r"""Terms of the variational bound, in nats per dimension.
 
-.. math:: -\log p_\theta(x_0) \le L_T + \sum_{t > 1} L_{t-1} + L_0 \tag{5}
+$$
+-\log p_\theta(x_0) \le L_T + \sum_{t > 1} L_{t-1} + L_0 \tag{5}
+$$
 
-Sums over the dimensions of an image are the caller's: everything here is a value a dimension.
+Nothing here sums over the dimensions of an image; the caller does.
 """
 
 import math
@@ -12,15 +14,17 @@ from torch import Tensor
 
 from hf_ddpm.diffusion.gaussian import GaussianDiffusion
 
-# Probabilities below this are not told apart from it, as in the paper's code.
+# Probabilities are clamped to at least this, as in the paper's code.
 SMALLEST_PROBABILITY = 1e-12
 
 
 def gaussian_kl(mean_q: Tensor, log_var_q: float | Tensor, mean_p: Tensor | float, log_var_p: float | Tensor) -> Tensor:
-    r"""Returns the divergence between two Gaussians with diagonal covariances.
+    r"""Returns the KL divergence between two Gaussians with diagonal covariances.
 
-    .. math:: D_{KL}(q \| p) = \frac{1}{2} \left( \log\frac{\sigma_p^2}{\sigma_q^2} - 1
-        + \frac{\sigma_q^2 + (\mu_q - \mu_p)^2}{\sigma_p^2} \right)
+    $$
+    D_{KL}(q \| p) = \frac{1}{2} \left( \log\frac{\sigma_p^2}{\sigma_q^2} - 1
+    + \frac{\sigma_q^2 + (\mu_q - \mu_p)^2}{\sigma_p^2} \right)
+    $$
 
     Args:
         mean_q: Mean of `q`, any shape.
@@ -29,7 +33,7 @@ def gaussian_kl(mean_q: Tensor, log_var_q: float | Tensor, mean_p: Tensor | floa
         log_var_p: Log-variance of `p`, broadcastable.
 
     Returns:
-        The divergence a dimension, in nats.
+        The divergence per dimension, in nats, shape of `mean_q`.
     """
     log_ratio = torch.as_tensor(log_var_q - log_var_p, dtype=mean_q.dtype, device=mean_q.device)
     precision = torch.exp(-torch.as_tensor(log_var_p, dtype=mean_q.dtype, device=mean_q.device))
@@ -39,21 +43,24 @@ def gaussian_kl(mean_q: Tensor, log_var_q: float | Tensor, mean_p: Tensor | floa
 def decoder_log_likelihood(x_start: Tensor, mean: Tensor, log_var: float | Tensor, levels: int = 256) -> Tensor:
     r"""Returns the log-probability of discrete pixel values under the decoder.
 
-    .. math:: p_\theta(x_0 \mid x_1) = \prod_i \int_{\delta_-(x_0^i)}^{\delta_+(x_0^i)}
-        \mathcal{N}(x; \mu_\theta^i(x_1, 1), \sigma_1^2) \, dx \tag{13}
+    $$
+    p_\theta(x_0 \mid x_1) = \prod_i \int_{\delta_-(x_0^i)}^{\delta_+(x_0^i)}
+    \mathcal{N}(x; \mu_\theta^i(x_1, 1), \sigma_1^2) \, dx \tag{13}
+    $$
 
-    where a bin reaches half a level to either side, and the outermost ones to infinity. The normal distribution
-    function is the approximation of the paper's code,
-    :math:`\Phi(z) \approx (1 + \tanh(\sqrt{2 / \pi} \, (z + 0.044715 z^3))) / 2`.
+    Each bin extends half a level to both sides of its pixel value; the first and the last bin extend to infinity. The
+    normal cumulative distribution function is approximated as in the paper's code:
+    $\Phi(z) \approx (1 + \tanh(\sqrt{2 / \pi} \, (z + 0.044715 z^3))) / 2$.
 
     Args:
-        x_start: Images in [-1, 1] on the grid of levels, shape `(B, C, H, W)`.
-        mean: :math:`\mu_\theta`, same shape.
-        log_var: :math:`\log \sigma_1^2`, broadcastable.
-        levels: Number of pixel values that the data take, evenly spaced over [-1, 1]: a bin is `2 / (levels - 1)` wide.
+        x_start: Images $x_0$ in [-1, 1], each value one of the `levels`, shape `(B, C, H, W)`.
+        mean: $\mu_\theta$, same shape.
+        log_var: $\log \sigma_1^2$, broadcastable.
+        levels: Number of distinct pixel values of the data, evenly spaced over [-1, 1]: a bin is `2 / (levels - 1)`
+            wide.
 
     Returns:
-        The log-probability a dimension, in nats; at least :math:`\log 10^{-12}`.
+        The log-probability per dimension, in nats, at least $\log 10^{-12}$, same shape.
     """
     half_bin = 1 / (levels - 1)
     precision = torch.exp(-0.5 * torch.as_tensor(log_var, dtype=mean.dtype, device=mean.device))
@@ -68,14 +75,14 @@ def decoder_log_likelihood(x_start: Tensor, mean: Tensor, log_var: float | Tenso
 
 
 def prior_nats(diffusion: GaussianDiffusion, x_start: Tensor) -> Tensor:
-    r"""Returns :math:`L_T = D_{KL}(q(x_T \mid x_0) \| \mathcal{N}(0, I))`: what the chain's end gives away.
+    r"""Returns the prior term $L_T = D_{KL}(q(x_T \mid x_0) \| \mathcal{N}(0, I))$.
 
     Args:
-        diffusion: The process.
-        x_start: Images in [-1, 1], shape `(B, C, H, W)`.
+        diffusion: The diffusion process.
+        x_start: Images $x_0$ in [-1, 1], shape `(B, C, H, W)`.
 
     Returns:
-        The divergence a dimension, in nats, same shape.
+        The divergence per dimension, in nats, same shape.
     """
     last = len(diffusion) - 1
     mean = diffusion.q_sample(x_start, last, torch.zeros_like(x_start))
@@ -92,23 +99,25 @@ def bound_nats(
     log_var: float | Tensor,
     levels: int = 256,
 ) -> Tensor:
-    r"""Returns the term of the bound that belongs to the reverse step from `t`.
+    r"""Returns the term of the variational bound for the reverse step from `t`.
 
-    .. math:: L_{t-1} = D_{KL}(q(x_{t-1} \mid x_t, x_0) \| p_\theta(x_{t-1} \mid x_t)), \quad
-        L_0 = -\log p_\theta(x_0 \mid x_1)
+    $$
+    L_{t-1} = D_{KL}(q(x_{t-1} \mid x_t, x_0) \| p_\theta(x_{t-1} \mid x_t)), \quad
+    L_0 = -\log p_\theta(x_0 \mid x_1)
+    $$
 
     Args:
-        diffusion: The process.
-        x_start: Images :math:`x_0` in [-1, 1], shape `(B, C, H, W)`.
-        mean: Mean of the reverse step, see `GaussianDiffusion.p_mean`, same shape; in evaluation, not in training, of
-            clipped estimates of the images.
+        diffusion: The diffusion process.
+        x_start: Images $x_0$ in [-1, 1], shape `(B, C, H, W)`.
+        mean: Mean of the reverse step, same shape, see `GaussianDiffusion.p_mean`. In evaluation (not in training) it
+            is computed from clipped estimates of the images.
         x_t: The diffused images, same shape.
-        t: Steps in [0, T), int64, shape `(B,)`; at 0 the term is :math:`L_0`.
-        log_var: Log-variance of the reverse step.
-        levels: Number of pixel values that the data take.
+        t: Timesteps in [0, T), int64, shape `(B,)`; at `t = 0` the term is $L_0$.
+        log_var: Log-variance of the reverse step, broadcastable.
+        levels: Number of distinct pixel values of the data.
 
     Returns:
-        The mean over the dimensions of each image, in nats, shape `(B,)`.
+        The term per image, averaged over its dimensions, in nats, shape `(B,)`.
     """
     true_mean, true_log_var = diffusion.q_posterior(x_start, x_t, t)
     kl = gaussian_kl(true_mean, true_log_var, mean, log_var).flatten(1).mean(dim=1)

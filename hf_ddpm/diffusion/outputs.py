@@ -1,4 +1,4 @@
-"""What a network says: which of its channels are what, and estimates of images that leave the range of images."""
+"""Split a network's output into prediction and variance; dynamic thresholding."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,12 @@ from hf_ddpm.diffusion.gaussian import LEARNED
 
 
 def output_channels(channels: int, variance_type: str) -> int:
-    """Returns the number of channels of a network for images of so many: twice that with a learned variance."""
+    """Returns the number of output channels of a network: twice the image channels with a learned variance."""
     return channels * (2 if variance_type in LEARNED else 1)
 
 
 def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """Splits a network's output into its prediction and, where there are twice the channels, its variance output."""
+    """Splits a network's output into prediction and variance output; without extra channels, the latter is missing."""
     if output.shape[1] == channels:
         return output, None
     prediction, variance_output = output.chunk(2, dim=1)
@@ -20,15 +20,15 @@ def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
 
 
 def dynamic_threshold(x_start: Tensor, ratio: float, max_value: float) -> Tensor:
-    r"""Pulls over-saturated images back into [-1, 1] (Saharia et al. 2022, Section 2.3).
+    r"""Scales over-saturated images to [-1, 1] by dynamic thresholding (Saharia et al. 2022, Section 2.3).
 
-    With :math:`s` the `ratio` quantile of the absolute pixel values of an image, kept within [1, `max_value`], the
-    image is clipped to :math:`[-s, s]` and divided by :math:`s`.
+    Each image is clipped to $[-s, s]$ and divided by $s$, where $s$ is the `ratio` quantile of its absolute pixel
+    values, clamped to [1, `max_value`].
 
     Args:
-        x_start: Estimated images, float32 or float64, shape `(B, C, H, W)`.
-        ratio: Quantile in [0, 1].
-        max_value: Largest allowed :math:`s`, at least 1.
+        x_start: Estimates $\hat x_0$, float32 or float64, shape `(B, C, H, W)`.
+        ratio: Quantile, in [0, 1].
+        max_value: Upper limit of $s$, at least 1.
 
     Returns:
         Images in [-1, 1], same shape.

@@ -1,7 +1,7 @@
-"""Feature extractors: networks that turn images into the points that the metrics compare.
+"""Feature extractors: networks that map images to the features compared by the metrics.
 
-Figures of different extractors, or of different weights of one, are not comparable: results state the `name` and the
-`checksum`.
+Results of different extractors, or of different weights, are not comparable. Each result includes the `name` and the
+`checksum` of the extractor.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from hf_ddpm.provenance import weights_checksum
 
-SIZE, CLASSES = 8, 10  # of the digits
+SIZE, CLASSES = 8, 10  # image size and number of classes of the digits
 
 
 class Extracted(NamedTuple):
@@ -24,7 +24,7 @@ class Extracted(NamedTuple):
 
     Attributes:
         features: Float32, shape `(B, D)`.
-        probabilities: Probabilities of the classes, float32, shape `(B, C)`; None unless the extractor classifies.
+        probabilities: Class probabilities, float32, shape `(B, C)`; None if the extractor is not a classifier.
     """
 
     features: Tensor
@@ -32,15 +32,15 @@ class Extracted(NamedTuple):
 
 
 class Extractor(ABC):
-    """A network in eval mode that takes bytes, NCHW uint8.
+    """A feature network in eval mode, for uint8 images of shape `(B, C, H, W)`.
 
     Attributes:
-        name: The name that `load_extractor` takes.
+        name: Name for `load_extractor`.
         checksum: SHA-256 of the names and values of all weights, in hex.
-        recipe: Preprocessing of the images, where it is not the same for all networks of a class.
-        classifies: Whether there are probabilities, which the Inception score needs.
-        channels: The numbers of channels that images may have. Gray images are repeated into three where needed.
-        size: The height and width that images must have; any if None.
+        recipe: Settings of the image preprocessing, if they vary between networks of a class.
+        classifies: Whether the extractor returns class probabilities, which the Inception score needs.
+        channels: Supported numbers of channels. Grayscale images are repeated to three channels if needed.
+        size: Required height and width; None for any size.
     """
 
     recipe = ""
@@ -55,21 +55,22 @@ class Extractor(ABC):
         self.device = torch.device(device)
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise a `ValueError` unless images may have the shape `(C, H, W)`."""
+        """Raise a `ValueError` unless images of shape `(C, H, W)` are supported."""
         channels, height, width = shape
         if channels not in self.channels:
             allowed = " or ".join(map(str, self.channels))
-            hint = "" if channels in (1, 3) else "; metrics=nll takes any number"
-            raise ValueError(f"extractor {self.name!r} takes no images of {channels} channels: {allowed}{hint}")
+            hint = "" if channels in (1, 3) else ", or --metrics nll, which supports any number"
+            raise ValueError(f"extractor {self.name!r}: images with {channels} channels; expected {allowed}{hint}")
         if self.size is not None and (height, width) != (self.size, self.size):
-            raise ValueError(f"extractor {self.name!r} takes no images of {height}x{width}: {self.size}x{self.size}")
+            size = f"{self.size}x{self.size}"
+            raise ValueError(f"extractor {self.name!r}: images of {height}x{width} pixels; expected {size}")
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Extracted:
-        """Extract from images, uint8, shape `(B, C, H, W)`; raise a `ValueError` if they have another type or shape."""
+        """Extract features of images, uint8, shape `(B, C, H, W)`; raise a `ValueError` for another type or shape."""
         if pixels.dtype != torch.uint8 or pixels.ndim != 4:
             kind = f"{str(pixels.dtype).removeprefix('torch.')} of shape {tuple(pixels.shape)}"
-            raise ValueError(f"images as {kind} are not allowed: uint8 of shape (images, channels, height, width)")
+            raise ValueError(f"images: {kind}; expected uint8 of shape (images, channels, height, width)")
         self.check(tuple(pixels.shape[1:]))
         if pixels.shape[1] < max(self.channels):
             pixels = pixels.expand(-1, max(self.channels), -1, -1)
@@ -77,14 +78,14 @@ class Extractor(ABC):
 
     @abstractmethod
     def _extract(self, pixels: Tensor) -> Extracted:
-        """Extract from images of the right shape, with the most channels that are allowed."""
+        """Extract features of images of a supported shape, with the maximum number of channels."""
 
 
 class DigitsClassifier(nn.Module):
-    """A small convolutional network: 8x8 digits to 64 features and ten logits.
+    """A small convolutional network that maps 8x8 digits to 64 features and ten logits.
 
-    Its weights, `digits.safetensors` beside this file, were trained on the training half of the embedded digits by
-    `python scripts/train_digits_classifier.py`. Distances depend on them: they are never to change.
+    Its weights, `digits.safetensors` in this folder, were trained on the training half of the embedded digits by
+    `python scripts/train_digits_classifier.py`. They must never change, since all distances depend on them.
     """
 
     def __init__(self) -> None:
@@ -106,7 +107,7 @@ class DigitsClassifier(nn.Module):
 
 
 class DigitsExtractor(Extractor):
-    """The classifier of this package, for gray 8x8 digits: 64 features, ten classes."""
+    """The classifier of this package for 8x8 grayscale digits: 64 features, ten classes."""
 
     classifies = True
     channels = (1,)
@@ -125,40 +126,42 @@ class DigitsExtractor(Extractor):
 
 
 class TransformersExtractor(Extractor):
-    """An image model of transformers, such as DINOv2: the pooled output, or the first token where there is none.
+    """An image model of transformers, such as DINOv2.
 
-    Images pass through the model's own processor, except that they are resized, whole, to its final size: nothing is
-    cropped. For DINOv2 that is 224x224, bicubic, with ImageNet's mean and standard deviation, the recipe of
-    Stein et al. 2023 (arXiv 2306.04675) for FD-DINOv2. PIL resizes, with smoothing, on the CPU.
+    The features are the pooled output, or the first token if the model has no pooler. Images are preprocessed by the
+    model's own processor, but without cropping: whole images are resized to its final size. For DINOv2, this is
+    224x224, bicubic, with ImageNet's mean and standard deviation, as for FD-DINOv2 in Stein et al. 2023
+    (arXiv 2306.04675). Resizing is done by PIL, with antialiasing, on the CPU.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
         from transformers import AutoImageProcessor, AutoModel
 
         try:
-            # The other backend needs torchvision, and resizes slightly differently.
+            # The default backend needs torchvision, and resizes slightly differently.
             self._processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
             network, report = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().split("\n")[0].split(". ")[0]
-            raise ValueError(f"extractor {name!r} is not allowed: {', '.join(NAMES)}, or a model: {reason}") from error
+            message = f"cannot be loaded ({reason}); expected {', '.join(NAMES)}, or an image model"
+            raise ValueError(f"extractor {name!r}: {message}") from error
         if network.main_input_name != "pixel_values":
-            raise ValueError(f"extractor {name!r} is not allowed: its input is {network.main_input_name}, not images")
-        # Models that were trained as classifiers often have no pooler: transformers then makes one up.
+            raise ValueError(f"extractor {name!r}: input is {network.main_input_name}; expected an image model")
+        # Classifiers often have no pooler; transformers then adds one with random weights.
         missing = sorted(report["missing_keys"])
         self._is_pooled = not missing
         if any("pooler" not in key for key in missing):
-            raise ValueError(f"extractor {name!r} is not allowed: it lacks the weights {missing[0]}")
+            raise ValueError(f"extractor {name!r}: weights {missing[0]} are missing; expected a complete model")
         crops = getattr(self._processor, "do_center_crop", False)
         size = self._processor.crop_size if crops else self._processor.size
         if not (size.get("height") and size.get("width")):
-            raise ValueError(f"extractor {name!r} is not allowed: its processor names no height and width")
+            raise ValueError(f"extractor {name!r}: the processor has no fixed image size; expected height and width")
         self._size = {"height": size["height"], "width": size["width"]}
         self.recipe = self._processor.to_json_string()
         super().__init__(name, network.float(), device)
 
     def transform(self, pixels: Tensor) -> Tensor:
-        """Return the network's input, float32, shape `(B, 3, height, width)`, for uint8 `(B, 3, H, W)`."""
+        """Convert images, uint8, shape `(B, 3, H, W)`, to network input, float32, shape `(B, 3, height, width)`."""
         inputs = self._processor(
             list(pixels.cpu().numpy()),
             size=self._size,
@@ -179,7 +182,7 @@ class TransformersExtractor(Extractor):
 
 
 class InceptionExtractor(Extractor):
-    """The Inception network of the published figures, as torch-fidelity ports it: 2048 features, 1008 classes."""
+    """The Inception network used in publications, as ported by torch-fidelity: 2048 features, 1008 classes."""
 
     classifies = True
 
@@ -188,14 +191,14 @@ class InceptionExtractor(Extractor):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise ValueError(
-                "extractor 'inception' needs torch-fidelity: pip install hf_ddpm[inception], or name an image model of "
+                "extractor 'inception' needs torch-fidelity: pip install hf_ddpm[inception], or use an image model of "
                 "transformers as the extractor, such as facebook/dinov2-small"
             ) from error
         if weights is not None and not Path(weights).is_file():
-            raise ValueError(f"weights={weights!r} is not allowed: there is no such file")
-        # The logits without their bias are what the original code scores.
-        wanted = ["2048", "logits_unbiased"]
-        network = FeatureExtractorInceptionV3("inception-v3-compat", wanted, feature_extractor_weights_path=weights)
+            raise ValueError(f"weights={weights!r}: file does not exist; expected a weights file of inception")
+        # The original code computes the Inception score from logits without bias.
+        outputs = ["2048", "logits_unbiased"]
+        network = FeatureExtractorInceptionV3("inception-v3-compat", outputs, feature_extractor_weights_path=weights)
         super().__init__("inception", network, device)
 
     def _extract(self, pixels: Tensor) -> Extracted:
@@ -212,16 +215,16 @@ def load_extractor(name: str, device: torch.device | str = "cpu", *, weights: st
     Args:
         name: `digits`, `inception`, or a folder or Hub id of an image model of transformers.
         device: Device of the network.
-        weights: `inception`: file of its weights; downloaded by torch-fidelity if None.
+        weights: Weights file of `inception`; downloaded by torch-fidelity if None.
 
     Returns:
         The extractor.
 
     Raises:
-        ValueError: If there is no such extractor, or it cannot be loaded; one line.
+        ValueError: If the extractor is unknown or cannot be loaded; one line.
     """
     if weights is not None and name != "inception":
-        raise ValueError(f"weights={weights!r} is not allowed with extractor {name!r}: only with inception")
+        raise ValueError(f"weights={weights!r}: does not apply to extractor {name!r}; expected extractor 'inception'")
     if name == "digits":
         return DigitsExtractor(device)
     if name == "inception":

@@ -1,4 +1,4 @@
-"""Memorized training images: exact copies among samples, and the training images nearest to samples."""
+"""Memorization of training images: exact copies among samples, and nearest training images."""
 
 from collections.abc import Sequence
 
@@ -15,16 +15,16 @@ ROWS = 8
 
 
 def nearest_picture(images: Images, features: Tensor, reference: Images, reference_features: Tensor) -> Image.Image:
-    """Draw the generated images that are nearest to a training image, one per row, each with the 3 nearest to it.
+    """Draw the generated images closest to the training images, one per row, each with its 3 nearest training images.
 
     Args:
         images: Generated images.
-        features: The features of the first of them, shape `(n, D)`.
+        features: Features of the first `n` generated images, shape `(n, D)`.
         reference: Training images.
-        reference_features: Their features, shape `(len(reference), D)`.
+        reference_features: Features of the training images, shape `(len(reference), D)`.
 
     Returns:
-        The picture: generated images in the first column, their neighbors in the others, nearest first.
+        The picture: generated images in the first column, then their nearest training images, nearest first.
     """
     distances, neighbors = nearest(features, reference_features, min(NEIGHBORS, len(reference)))
     rows = distances[:, 0].argsort(stable=True)[:ROWS].cpu()
@@ -40,9 +40,9 @@ def copied_fraction(images: Images, indices: Sequence[int], reference: Images, l
 
     Args:
         images: Generated images.
-        indices: Which of them.
+        indices: Indices of the generated images to check.
         reference: Training images.
-        levels: Evenly spaced values that a pixel takes: generated images are moved onto the nearest first.
+        levels: Number of evenly spaced pixel values; all images are rounded to these values first.
     """
-    known = set(digests(reference, range(len(reference)), levels))
-    return sum(digest in known for digest in digests(images, indices, levels)) / len(indices)
+    reference_digests = set(digests(reference, range(len(reference)), levels))
+    return sum(digest in reference_digests for digest in digests(images, indices, levels)) / len(indices)

@@ -1,16 +1,17 @@
-r"""The variational bound on the negative log-likelihood of images, in bits per dimension, term by term.
+r"""The variational bound on the negative log-likelihood of images, in bits per dimension.
 
 .. math:: L = L_T + \sum_{t > 1} L_{t-1} + L_0 \tag{5}
 
-One fresh noise is drawn for each image and step. It depends on the seed, the image and the step alone, so that the
-figures are the same for any batch size and any number of processes.
+Each image and step has its own noise, which depends only on the seed, the image and the step. So the results are the
+same for any batch size and any number of processes.
 
-Fewer steps give an estimate: the steps above 0 are divided into stretches, as geometric a progression as whole numbers
-allow since the terms fall with `t`, and of each stretch one step is evaluated for all,
+The bound can be estimated from fewer steps: the steps above 0 are divided into intervals, and one random step per
+interval represents all its steps,
 
-.. math:: \hat L = L_T + L_0 + \sum_k w_k L_{t_k}, \quad t_k \sim U\{e_k, \dots, e_k + w_k - 1\},
+.. math:: \hat L = L_T + L_0 + \sum_k w_k L_{t_k}, \quad t_k \sim U\{e_k, \dots, e_k + w_k - 1\}.
 
-whose expectation is the bound.
+The expectation of the estimate is the bound. Since the terms decrease with `t`, the interval lengths grow with `t`,
+about geometrically.
 """
 
 import math
@@ -30,20 +31,20 @@ from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.seeds import BOUND_NOISE, BOUND_STEPS, derived_seed, generator, hashed_keys, normal_noise
 
-# Position of the image in `ids`, image, step, and the number of steps that this one stands for.
+# Position of the image in `ids`, image, step, and the number of steps it represents.
 Evaluation = tuple[int, int, int, float]
 
 
 @dataclass(frozen=True)
 class Bound:
-    r"""Sums over images, by `t`, float64 of shape `(T,)`; those of several processes add up.
+    r"""Sums over images, float64, by `t` with shape `(T,)` unless stated otherwise.
 
     Attributes:
-        terms: :math:`L_0` at 0 and :math:`L_t` elsewhere, in nats per dimension.
+        terms: :math:`L_0` at index 0 and :math:`L_t` at index `t`, in nats per dimension.
         squared_errors: Mean squared errors of the clipped :math:`\hat x_0` on the scale [-1, 1].
-        evaluations: Images whose step `t` was evaluated.
+        evaluations: Number of images evaluated at step `t`.
         prior: :math:`L_T`, shape `()`.
-        squared_totals: Squares of the whole bound of an image, shape `()`.
+        squared_totals: Squares of the total bound of each image, shape `()`.
         images: Number of images, shape `()`.
     """
 
@@ -55,17 +56,18 @@ class Bound:
     images: Tensor
 
     def summed(self, add_up: Callable[[Tensor], Tensor]) -> "Bound":
-        """Return the sums over all processes; `add_up` does it for a tensor."""
+        """Return the sums over all processes; `add_up` sums one tensor over the processes."""
         return Bound(*(add_up(value) for value in vars(self).values()))
 
     def report(self) -> dict[str, object]:
-        r"""Return the figures, means over the images in bits per dimension.
+        r"""Return the results: means over the images, in bits per dimension.
 
         `total_bpd` is `prior_bpd` (:math:`L_T`) + `vlb_bpd` (:math:`\sum_{t > 1} L_{t-1}`) + `decoder_bpd`
-        (:math:`L_0`). `standard_error` is that of the total over the images; missing for one image. `is_estimate`: not
-        all steps of all images were evaluated, the figures are unbiased estimates. Otherwise also the points of Fig. 5
-        by `t`: `rate_bpd`, :math:`L_T + \sum_{s > t} L_s`, received when the reverse process is at `t`, and
-        `distortion`, the root mean squared error of :math:`\hat x_0` at that moment on the scale [0, 255].
+        (:math:`L_0`). `standard_error` is the standard error of the total over images; missing for one image. If
+        `is_estimate`, only some of the steps were evaluated, and the values are unbiased estimates. Otherwise the
+        results include `terms_bpd` and the points of Fig. 5, by `t`: `rate_bpd` is :math:`L_T + \sum_{s > t} L_s`, the
+        bits received when the reverse process is at `t`, and `distortion` the root mean squared error of
+        :math:`\hat x_0` at `t` on the scale [0, 255].
         """
         terms = self.terms / self.images / math.log(2)
         prior = (self.prior / self.images).item() / math.log(2)
@@ -105,31 +107,32 @@ def variational_bound(
     precision: str = "no",
     progress: Callable[[int], object] = lambda count: None,
 ) -> Bound:
-    """Evaluate the bound on images, :math:`T` network evaluations per image.
+    """Evaluate the bound on images, with :math:`T` network evaluations per image.
 
     Args:
         pipe: The model, with a `DDPMScheduler`, on the device of the images.
-        images: The images, with their classes if the model is conditioned.
+        images: The images, with their classes if the model is class-conditional.
         ids: Indices of the images to evaluate.
         seed: Seed of the noise.
-        batch_size: Network evaluations at a time, over images and steps alike.
-        levels: Number of evenly spaced values that a pixel takes.
-        steps_per_image: Number of steps evaluated per image, from 2; all by default. Fewer give an unbiased estimate.
-        precision: Precision of the network's passes: `no`, `bf16` or `fp16`; all else is float32 or float64.
-        progress: Called with the number of evaluations after each batch.
+        batch_size: Number of network evaluations per batch, over images and steps.
+        levels: Number of evenly spaced pixel values.
+        steps_per_image: Number of steps evaluated per image, from 2 to `T`; by default `T`. Fewer steps give an
+            unbiased estimate.
+        precision: Precision of the network: `no`, `bf16` or `fp16`. Other computations use float32 or float64.
+        progress: Called after each batch with its number of evaluations.
 
     Returns:
         Sums over these images.
 
     Raises:
-        ValueError: If `steps_per_image` is not allowed, or the classes are not those of the model.
+        ValueError: If `steps_per_image` is out of range, or the classes do not match those of the model.
     """
     diffusion, unet = pipe.scheduler.diffusion, pipe.unet.eval()
     classes = classes_for(pipe, images)
     total = len(diffusion)
     per_image = total if steps_per_image is None else steps_per_image
     if not 2 <= per_image <= total:
-        raise ValueError(f"steps_per_image={steps_per_image} is not allowed: 2 to {total}")
+        raise ValueError(f"steps_per_image={steps_per_image}: expected 2 to {total}")
     sums = torch.zeros(3, total, dtype=torch.float64, device=images.device)
     priors = torch.zeros(len(ids), dtype=torch.float64, device=images.device)
     for start in range(0, len(ids), batch_size):
@@ -142,14 +145,14 @@ def variational_bound(
     while batch := list(islice(evaluations, batch_size)):
         indices = torch.tensor([i for _, i, _, _ in batch])
         x_start = to_signed(images[indices], levels)
-        packed = torch.tensor(batch, dtype=torch.float64).to(x_start.device, non_blocking=True)  # one copy for all
-        places, numbers, t = packed[:, :3].long().unbind(1)
-        noise = normal_noise(hashed_keys(derived_seed(seed, BOUND_NOISE), numbers.int(), t.int()), images.shape)
+        packed = torch.tensor(batch, dtype=torch.float64).to(x_start.device, non_blocking=True)  # one transfer for all
+        positions, image_ids, t = packed[:, :3].long().unbind(1)
+        noise = normal_noise(hashed_keys(derived_seed(seed, BOUND_NOISE), image_ids.int(), t.int()), images.shape)
         labels = None if classes is None else classes[indices.to(classes.device)].to(x_start.device)
         terms, squared_errors = _evaluate(unet, pipe.scheduler, x_start, t, noise, labels, levels, precision)
         weighted = packed[:, 3] * terms.double()
         sums.index_add_(1, t, torch.stack([weighted, squared_errors.double(), torch.ones_like(weighted)]))
-        totals.index_add_(0, places, weighted)
+        totals.index_add_(0, positions, weighted)
         progress(len(batch))
     count = torch.tensor(float(len(ids)), dtype=torch.float64, device=images.device)
     return Bound(sums[0], sums[1], sums[2], priors.sum(), totals.square().sum(), count)
@@ -179,34 +182,34 @@ def _evaluate(
 
 
 def _evaluations(ids: Sequence[int], seed: int, total: int, per_image: int) -> Iterator[Evaluation]:
-    """Yield what is to be evaluated."""
+    """Yield the evaluations of all images."""
     edges = _edges(total, per_image - 1)
-    for place, i in enumerate(ids):
-        yield place, i, 0, 1.0
+    for position, i in enumerate(ids):
+        yield position, i, 0, 1.0
         offsets = torch.rand(per_image - 1, generator=generator(seed, BOUND_STEPS, i), dtype=torch.float64)
         for first, end, offset in zip(edges, edges[1:], offsets.tolist(), strict=False):
-            yield place, i, first + int(offset * (end - first)), float(end - first)
+            yield position, i, first + int(offset * (end - first)), float(end - first)
 
 
-def _edges(total: int, stretches: int) -> list[int]:
-    """Return where the stretches of the steps from 1 to `total - 1` begin, and `total`."""
+def _edges(total: int, intervals: int) -> list[int]:
+    """Return the first step of each interval of the steps from 1 to `total - 1`, followed by `total`."""
     edges = [1]
-    for k in range(1, stretches + 1):
-        geometric = round(total ** (k / stretches))
-        edges.append(min(max(geometric, edges[-1] + 1), total - stretches + k))
+    for k in range(1, intervals + 1):
+        geometric = round(total ** (k / intervals))
+        edges.append(min(max(geometric, edges[-1] + 1), total - intervals + k))
     return edges
 
 
 def classes_for(pipe: DDPMPipeline, images: ImageStore) -> Tensor | None:
-    """Return the classes of images by the model's indices, int64, shape `(N,)`; None for a network without."""
+    """Return the classes of images as indices of the model, int64, shape `(N,)`; None for a model without classes."""
     if pipe.unet.config.num_class_embeds is None:
         return None
     if images.labels is None:
         if pipe.null_class is None:
-            raise ValueError("the model is conditioned on classes: class_column is missing")
+            raise ValueError("--class_column is missing: the model is class-conditional; expected a column of classes")
         return torch.full((len(images),), pipe.null_class)
-    known = pipe.class_names or list(images.class_names)
+    names = pipe.class_names or list(images.class_names)
     for name in images.class_names:
-        if name not in known:
-            raise ValueError(f"class {name!r} of the data is none of the model's: {', '.join(known)}")
-    return torch.tensor([known.index(name) for name in images.class_names], device=images.labels.device)[images.labels]
+        if name not in names:
+            raise ValueError(f"class {name!r} of the data: expected a class of the model: {', '.join(names)}")
+    return torch.tensor([names.index(name) for name in images.class_names], device=images.labels.device)[images.labels]

@@ -1,4 +1,4 @@
-"""Figures computed from features, and `results.json`, the file that records them."""
+"""Metrics computed from features, and the results file `results.json`."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,28 +18,28 @@ from hf_ddpm.evaluation.precision_recall import precision_recall
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.jsonl import to_json
 
-# Blocks of the kernel distance, as is usual; from fewer images than two of them it is taken over all pairs.
+# Usual block size of the kernel distance; with fewer than two blocks, it is computed from all pairs.
 KERNEL_BLOCK = 1000
 SPLITS = 10
 NEIGHBORS = 3
-# Shuffles and draws of the metrics, the same for all models: the floor is to be one number.
+# Seed for shuffling and selecting images, fixed so that the floor is the same for all models.
 METRIC_SEED = 0
 
-# Entries of a file of results by the name of the metric.
+# Entries of a results file by metric.
 Figures = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class RealFeatures:
-    """Features of the real images that generated ones are measured by.
+    """Features of the real images to compare with.
 
     Attributes:
-        extractor: What they were extracted with.
+        extractor: The feature extractor.
         count: Number `n` of generated images to compare.
-        reference: Of all images of the reference split, shape `(m, D)`; None if there are only `stats`.
-        held_out: Of `n` held-out images, shape `(n, D)`; None for no floor.
-        stats: What the Frechet distance is measured by instead of `reference`, if it is given.
-        made_by: Data set and extractor, for the record.
+        reference: Features of the reference split, shape `(m, D)`; None if only `stats` are given.
+        held_out: Features of `n` held-out images, shape `(n, D)`; None for no floor.
+        stats: Moments for the Frechet distance, used instead of `reference` if given.
+        made_by: Data set and extractor, for the results file.
     """
 
     extractor: Extractor
@@ -51,15 +51,15 @@ class RealFeatures:
 
 
 def figures(metric: str, generated: Extracted, real: RealFeatures) -> dict[str, Any]:
-    """Compute `fd`, `kid`, `is` or `pr` of generated images; `floor` is what the held-out images score.
+    """Compute a metric of generated images.
 
     Args:
-        metric: Which.
-        generated: What was extracted from `n` generated images.
-        real: What to compare with.
+        metric: `fd`, `kid`, `is` or `pr`.
+        generated: Features of `n` generated images.
+        real: Features of the real images to compare with.
 
     Returns:
-        The figures by name, with numbers of images.
+        The values by name, with the numbers of images. `floor` and `held_out_*` are the values of held-out images.
     """
     count = len(generated.features)
     report: dict[str, Any] = {"num_images": count}
@@ -77,7 +77,7 @@ def figures(metric: str, generated: Extracted, real: RealFeatures) -> dict[str, 
 
 
 def _measure(metric: str, features: Tensor, real: RealFeatures) -> dict[str, Any]:
-    """Return a distance of features to those of real images, in the setting that is usual for it."""
+    """Return the values of `fd`, `kid` or `pr`, with the usual settings of the metric."""
     reference = real.reference
     if metric == "fd" and real.stats is not None:
         return {"value": frechet_distance(Moments.of(features), real.stats)}
@@ -90,16 +90,17 @@ def _measure(metric: str, features: Tensor, real: RealFeatures) -> dict[str, Any
         mean, error = kernel_distance(features, reference, block_size=KERNEL_BLOCK, seed=METRIC_SEED)
         figure = {"value": mean, "standard_error": error, "block_size": KERNEL_BLOCK}
     else:
-        # Both depend on the numbers of images: as many real as generated ones, drawn at random, as sets may be sorted.
-        drawn = torch.tensor(choose(len(reference), len(features), METRIC_SEED), device=reference.device)
-        reference = reference[drawn]
+        # Precision and recall depend on the numbers of images: select as many real as generated images, at random since
+        # the images may be sorted.
+        indices = torch.tensor(choose(len(reference), len(features), METRIC_SEED), device=reference.device)
+        reference = reference[indices]
         precision, recall = precision_recall(features, reference, k=NEIGHBORS)
         figure = {"precision": precision, "recall": recall, "k": NEIGHBORS}
     return figure | {"reference_images": len(reference)}
 
 
 def scalars(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return figures by metric without their lists and without what they were made by."""
+    """Return the results by metric, without lists and without `made_by`."""
     return {
         name: {key: value for key, value in figure.items() if not isinstance(value, list | dict)}
         for name, figure in figures.items()
@@ -107,7 +108,7 @@ def scalars(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 
 def summary(figures: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return figures in one line."""
+    """Return a one-line summary of results."""
     parts = []
     for name, figure in figures.items():
         if "value" in figure:
@@ -121,30 +122,30 @@ def summary(figures: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Return the results in a file, none if there is no file; a `ValueError` if it holds something else."""
+    """Return the results in a file, empty if the file is missing; raise a `ValueError` if it is not a results file."""
     if not path.exists():
         return {}
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"output={str(path)!r} is not allowed: what is there is no results.json ({error})") from error
+        raise ValueError(f"{path}: not a results file ({error}); move it, or choose another path") from error
     model = results.get("model") if isinstance(results, dict) else None
     if results != {} and not (isinstance(model, dict) and "checksum" in model):
-        raise ValueError(f"output={str(path)!r} is not allowed: what is there is no results.json")
+        raise ValueError(f"{path}: not a results file; move it, or choose another path")
     return dict(results)
 
 
 @dataclass
 class Record:
-    """Figures of a model, each written as soon as it is known; the file keeps earlier figures of the same model.
+    """Results file of a model, updated after each metric; earlier results of the same model are kept.
 
     Attributes:
         path: The file.
-        model: `name` and `checksum` of the model. Results of a model with another checksum are dropped.
-        made_by: What all figures are made by.
+        model: `name` and `checksum` of the model. Results of a model with another checksum are deleted.
+        made_by: Settings shared by all metrics.
         on_figures: Called with the entry of each metric.
-        log: Called with a line if results of another model were dropped.
-        figures: The entries added.
+        log: Called with a line if results of another model were deleted.
+        figures: The new entries.
     """
 
     path: Path
@@ -155,12 +156,12 @@ class Record:
     figures: Figures = field(default_factory=dict)
 
     def add(self, name: str, figure: dict[str, Any]) -> None:
-        """Add the figures of a metric; what they alone are `made_by` is put behind what all are."""
+        """Add the results of a metric; its own `made_by` settings are added to the shared ones."""
         entry = {name: figure | {"made_by": self.made_by | figure.get("made_by", {})}}
         existing = read_results(self.path)
         if existing and existing["model"]["checksum"] != self.model["checksum"]:
             existing = {}
-            self.log(f"{self.path} held results of another model: they are gone")
+            self.log(f"{self.path}: replaced the results of another model")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, to_json({**existing, "model": self.model, **entry}, indent=2) + "\n")
         self.figures |= entry

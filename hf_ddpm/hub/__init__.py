@@ -1,1 +1,1 @@
-"""Models shared: their cards, pushing them to the Hub, converting those of others."""
+"""Share models: model cards, pushes to the Hub, conversion of foreign checkpoints."""

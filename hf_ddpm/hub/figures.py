@@ -1,4 +1,4 @@
-"""Rows of a card's table and its metadata, from `results.json`."""
+"""Table rows and metadata of a model card, from `results.json`."""
 
 import logging
 import math
@@ -11,8 +11,7 @@ from huggingface_hub import EvalResult
 from hf_ddpm.utils.markdown import escape, plain
 from hf_ddpm.utils.public import strip_local_path
 
-# In the order of the table: the metric, its key in results.json, its name for readers and for the Hub, and the key of
-# the figure of real images.
+# In table order: metric, key of its value in results.json, display name, Hub name, key of the value of real images.
 KINDS = (
     ("fd", "value", "Frechet distance", "frechet_distance", "floor"),
     ("kid", "value", "kernel distance", "kernel_distance", "floor"),
@@ -23,25 +22,25 @@ KINDS = (
     ("memorization", "exact_copies", "share of exact copies of training images", "exact_copies", None),
 )
 
-# Settings that are not mentioned.
-USUAL = {"eta": 0, "guidance_scale": 1}
+# Defaults that the settings column does not show.
+DEFAULTS = {"eta": 0, "guidance_scale": 1}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A figure.
+    """One value of a metric.
 
     Attributes:
-        name: Name for readers.
-        type: Name for the Hub.
-        value: The figure.
-        error: Its standard error, or its standard deviation over splits, as text.
-        floor: The figure of real images.
+        name: Display name.
+        type: Name on the Hub.
+        value: The value.
+        error: Standard error, or standard deviation over splits, as text.
+        floor: The value of real images.
         count: Number of images.
         data: Data set of the real images.
         split: Its split; None for statistics from a file.
-        how: Settings, in words.
-        arguments: Settings, for the Hub.
+        how: Settings, as text.
+        arguments: Settings, as metadata for the Hub.
     """
 
     name: str
@@ -66,7 +65,7 @@ class Row:
         return escape(self.how)
 
     def eval_result(self) -> EvalResult:
-        """Return the figure as metadata of a model card."""
+        """Return the value as metadata of a model card."""
         return EvalResult(
             task_type="unconditional-image-generation",
             dataset_type=self.data,
@@ -80,30 +79,30 @@ class Row:
 
 
 def rows(results: Mapping[str, Any]) -> Iterator[Row]:
-    """Yield the figures of results, as `hf-ddpm evaluate` writes them."""
+    """Yield the rows of results written by `hf-ddpm evaluate`; skip damaged entries with a warning."""
     for metric, key, name, kind, floor in KINDS:
         if metric not in results:
             continue
         try:
             row = _row(results[metric], metric, key, name, kind, floor)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            logging.getLogger(__name__).warning("results: %s is left out, its entry is damaged: %r", metric, error)
+            logging.getLogger(__name__).warning("results: skipped %s, its entry is damaged: %r", metric, error)
             continue
         if row is not None:
             yield row
 
 
 def _row(figure: Mapping[str, Any], metric: str, key: str, name: str, kind: str, floor: str | None) -> Row | None:
-    """Return the row of a figure, None for one of images of unknown origin."""
+    """Return the row of a value, or None if the origin of the images is unknown."""
     made_by = figure["made_by"]
     if not math.isfinite(figure[key]):
         raise ValueError(f"{key} is {figure[key]}")
     if metric != "nll" and made_by["sampling"] is None:
         return None
     if metric == "nll":
-        how, arguments = _of_the_bound(figure, made_by)
+        how, arguments = _bound_settings(figure, made_by)
     else:
-        how, arguments = _of_samples(made_by, has_features=metric != "memorization")
+        how, arguments = _sampling_settings(made_by, has_features=metric != "memorization")
     estimated = bool(figure.get("is_estimate"))
     error = figure.get("standard_deviation", figure.get("standard_error"))
     data, split = _compared_with(made_by)
@@ -123,7 +122,7 @@ def _row(figure: Mapping[str, Any], metric: str, key: str, name: str, kind: str,
 
 
 def _compared_with(made_by: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Return data set and split of the real images, or the file of their statistics."""
+    """Return the data set and split of the real images, or the name of their statistics file."""
     if "reference_stats" in made_by:
         return plain(strip_local_path(made_by["reference_stats"]["name"])), None
     dataset = made_by.get("dataset") or {"name": "none"}
@@ -131,35 +130,37 @@ def _compared_with(made_by: Mapping[str, Any]) -> tuple[str, str | None]:
     return plain(strip_local_path(dataset["name"], made_by.get("hub_ids", ()))), None if split is None else plain(split)
 
 
-def _of_samples(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, dict[str, Any]]:
+def _sampling_settings(made_by: Mapping[str, Any], has_features: bool) -> tuple[str, dict[str, Any]]:
     arguments: dict[str, Any] = {}
-    words = []
+    parts = []
     if has_features:
         extractor = made_by["extractor"]
         name = plain(strip_local_path(extractor["name"], made_by.get("hub_ids", ())))
         arguments |= {"extractor": name, "extractor_sha256": extractor["checksum"]}
-        words.append(f"{arguments['extractor']} features")
+        parts.append(f"{arguments['extractor']} features")
     keys = ("scheduler", "num_inference_steps", "eta", "seed", "guidance_scale")
     sampling = {key: made_by["sampling"][key] for key in keys}
     arguments |= sampling
-    words.append(f"{sampling['scheduler']} in {sampling['num_inference_steps']} steps, seed {sampling['seed']}")
-    if variance := made_by["sampling"].get("variance"):  # unless it is the model's
+    steps = "1 step" if sampling["num_inference_steps"] == 1 else f"{sampling['num_inference_steps']} steps"
+    parts.append(f"{sampling['scheduler']} in {steps}, seed {sampling['seed']}")
+    if variance := made_by["sampling"].get("variance"):  # set if it differs from the model's
         arguments["variance"] = variance
-        words.append(f"variance {variance}")
+        parts.append(f"variance {variance}")
     if classes := made_by["sampling"]["class_labels"]:
         arguments["class_labels"] = classes
-        words.append("a class" if len(classes) == 1 else f"{len(classes)} classes in turn")
+        parts.append("1 class" if len(classes) == 1 else f"{len(classes)} classes in turn")
     if (precision := made_by["sampling"].get("mixed_precision", "no")) != "no":
         arguments["mixed_precision"] = precision
-        words.append(f"precision {precision}")
-    words += [f"{key.split('_')[0]} {sampling[key]:g}" for key, usual in USUAL.items() if sampling[key] != usual]
-    return ", ".join(words), arguments
+        parts.append(f"precision {precision}")
+    changed = [key for key, default in DEFAULTS.items() if sampling[key] != default]
+    parts += [f"{key.split('_')[0]} {sampling[key]:g}" for key in changed]
+    return ", ".join(parts), arguments
 
 
-def _of_the_bound(figure: Mapping[str, Any], made_by: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _bound_settings(figure: Mapping[str, Any], made_by: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     arguments = {name: figure[name] for name in ("evaluations_per_image", "is_estimate")} | {"seed": made_by["seed"]}
-    words = f"{figure['evaluations_per_image']} terms per image, seed {made_by['seed']}"
+    text = f"{figure['evaluations_per_image']} terms per image, seed {made_by['seed']}"
     if (precision := made_by.get("mixed_precision", "no")) != "no":
         arguments["mixed_precision"] = precision
-        words += f", precision {precision}"
-    return words, arguments
+        text += f", precision {precision}"
+    return text, arguments

@@ -1,4 +1,4 @@
-"""Pushes of a pipeline in memory, with its model card."""
+"""Push a pipeline in memory, with its model card."""
 
 import shutil
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from huggingface_hub import HfApi
 from hf_ddpm.hub.card import Sources, is_generated, read_sources, write_card
 from hf_ddpm.hub.push import public_content
 
-# Files of a run's folder that are pushed with a pipeline: those of its results, and those of its training.
-OF_RESULTS = ("results.json", "results_nearest.png")
-OF_TRAINING = ("config.yaml", "metrics.jsonl", "samples.png")
-# Read for the card only.
-OF_CARD = ("export.json", "status.json")
+# Files of a run's folder that are pushed with a pipeline.
+RESULTS_FILES = ("results.json", "results_nearest.png")
+TRAINING_FILES = ("config.yaml", "metrics.jsonl", "samples.png")
+# Files that are only read for the card.
+CARD_FILES = ("export.json", "status.json")
 
 
 def push_pipeline(
@@ -31,22 +31,22 @@ def push_pipeline(
     subfolder: str | None = None,
     is_saved: bool = False,
 ) -> Any:
-    """Push a pipeline and its card; a card on the Hub or in the folder that a person wrote is kept.
+    """Push a pipeline and its card; keep a card on the Hub or in the folder that was written by a person.
 
     Args:
         pipe: The pipeline.
         save: Writes the pipeline's files to a folder.
-        folder: A folder that may hold results and training records of the same weights, such as that of a run.
-        repo_id: `namespace/name`, or a name in the namespace of the token; created if it is missing.
-        commit_message: The commit's first line.
+        folder: A folder that may contain results and training records of the same weights, such as a run's folder.
+        repo_id: `namespace/name`, or a name in the token's own namespace; created if it is missing.
+        commit_message: First line of the commit message.
         private: Make a new repository private.
-        token: Token for the Hub; that of the login by default.
+        token: Token for the Hub; by default the one saved at login.
         create_pr: Open a pull request instead of committing.
-        subfolder: A folder of the repository; the card is left as it is then.
-        is_saved: Whether the pipeline was just saved to the folder, which gets the card, too.
+        subfolder: Target folder in the repository; the card is then not changed.
+        is_saved: The pipeline was just saved to `folder`, so the card is written there, too.
 
     Returns:
-        The commit, as `huggingface_hub` describes it.
+        The `CommitInfo` of `huggingface_hub`.
     """
     api = HfApi(library_name="hf_ddpm", token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -71,20 +71,20 @@ def push_pipeline(
 
 
 def _add_card(staged: Path, pipe: Any, folder: Path | None, repo_id: str, is_saved: bool) -> None:
-    """Write the card beside a saved pipeline, with the files of the folder that are about the same weights."""
+    """Write the card of a staged pipeline, and copy the folder's files that belong to the same weights."""
     sources = Sources(pipe, {}) if folder is None else read_sources(folder, pipe)
-    names = [*(OF_RESULTS if sources.results else ()), *(OF_TRAINING if sources.options else ())]
+    names = [*(RESULTS_FILES if sources.results else ()), *(TRAINING_FILES if sources.options else ())]
     if folder is not None and (names or is_saved):
-        for file in [folder / name for name in ("README.md", *names, *OF_CARD)]:
+        for file in [folder / name for name in ("README.md", *names, *CARD_FILES)]:
             if file.is_file():
                 _copy_public(file, staged / file.name)
     write_card(staged, pipe=pipe, model_id=repo_id)
-    for name in OF_CARD:
+    for name in CARD_FILES:
         (staged / name).unlink(missing_ok=True)
 
 
 def _copy_public(file: Path, target: Path) -> None:
-    """Copy a file as `hf_ddpm.hub.push.public_content` has it."""
+    """Copy the public content of a file, see `hf_ddpm.hub.push.public_content`."""
     content = public_content(file)
     if isinstance(content, bytes):
         target.write_bytes(content)
@@ -93,7 +93,7 @@ def _copy_public(file: Path, target: Path) -> None:
 
 
 def _has_own_card(api: HfApi, repo_id: str) -> bool:
-    """Return whether a person wrote the card that is on the Hub."""
+    """Return whether the repository has a card that was written by a person."""
     if not api.file_exists(repo_id, "README.md"):
         return False
     return not is_generated(Path(api.hf_hub_download(repo_id, "README.md")).read_bytes())

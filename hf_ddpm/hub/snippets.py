@@ -1,4 +1,4 @@
-"""Code of a model card: how to install, load and sample."""
+"""Code snippets of a model card: install, load, sample."""
 
 import json
 from typing import Any
@@ -8,39 +8,39 @@ import diffusers
 from hf_ddpm.images import MODES
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
-# The package is not on PyPI and has no address yet. Change these two lines once it has one.
+# The package is not on PyPI and has no URL yet. Change these two lines once it has one.
 ADDRESS: str | None = None
 INSTALL = "pip install ./hf_ddpm  # a clone of the repository"
 
-STOCK_STEPS = 1000  # of diffusers.DDPMPipeline, whatever the model's T
+STOCK_STEPS = 1000  # default of diffusers.DDPMPipeline, regardless of the model's T
 
 
 def obstacle(pipe: Any) -> str | None:
-    """Return why `diffusers.DDPMPipeline` cannot sample from a model as `hf_ddpm` does, None if it can."""
+    """Return the reason why `diffusers.DDPMPipeline` cannot sample from a model correctly, or None if it can."""
     scheduler, config = pipe.scheduler, pipe.scheduler.config
     is_distilled = type(scheduler) is diffusers.DDIMScheduler and pipe.config.get("num_inference_steps")
     if not is_distilled and type(scheduler) not in (DDPMScheduler, diffusers.DDPMScheduler):
-        return f"it does not sample with the {type(scheduler).__name__} of this model"
+        return f"does not support the {type(scheduler).__name__} of this model"
     if config.get("variance_type") == "learned":
-        return "it does not support a learned variance"
+        return "does not support a learned variance"
     if config.prediction_type == "mean":
-        return "it does not support predictions of the mean"
+        return "does not support predictions of the mean"
     if pipe.unet.config.num_class_embeds:
-        return "it has no class labels"
+        return "does not support class labels"
     return None
 
 
 def is_guided(pipe: Any) -> bool:
-    """Return whether a model is sampled with guidance; that of a distilled one is part of it."""
+    """Return whether a model supports guidance at sampling time; distilled models have it built in."""
     return pipe.null_class is not None and not pipe.config.get("num_inference_steps")
 
 
 def sampling_call(pipe: Any, stock: bool) -> str:
-    """Return the arguments of a call that samples from a model, as Python code.
+    """Return the arguments of a sampling call, as Python code.
 
     Args:
         pipe: The model.
-        stock: Whether the pipeline is that of diffusers, which takes 1000 steps by default.
+        stock: Write the call for the pipeline of diffusers, which takes 1000 steps by default.
     """
     count = pipe.unet.config.num_class_embeds
     if count:
@@ -60,6 +60,6 @@ def sampling_call(pipe: Any, stock: bool) -> str:
 
 
 def literal(value: str | int) -> str:
-    """Return a value as Python code in one line; JSON would split characters such as emoji in two."""
+    """Return a value as one line of Python code; JSON would escape an emoji as two surrogates."""
     text = str(value)
     return json.dumps(value) if text.isascii() else repr(text)

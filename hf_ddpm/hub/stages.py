@@ -1,4 +1,4 @@
-"""The stages of a distillation, for a card: from the folders below that of the distilled model."""
+"""Distillation stages for a model card, read from the subfolders of the distilled model."""
 
 import json
 import re
@@ -15,14 +15,14 @@ from hf_ddpm.utils.public import strip_local_path
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the table of a card; what is not known is empty.
+    """A row of the distillation table; unknown values are empty.
 
     Attributes:
-        steps: Steps that its model samples in.
-        teacher: Name of its teacher.
-        length: Optimizer steps.
-        distance: Frechet distance of its samples.
-        count: Number of them.
+        steps: Number of sampling steps.
+        teacher: Name of the teacher.
+        length: Number of optimizer steps.
+        distance: Frechet distance of the samples.
+        count: Number of samples.
     """
 
     steps: int
@@ -33,14 +33,14 @@ class Stage:
 
 
 def stages_of(folder: Path) -> list[Stage]:
-    """Return the stages of a distilled model, in their order; none for other models."""
+    """Return the stages of a distilled model in order; an empty list for other models."""
     return [_stage(steps, path) for steps, path in stage_folders(folder).items()]
 
 
 def stage_folders(folder: Path) -> dict[int, Path]:
-    """Return the folders of the stages below a distilled model by their steps, most steps first."""
-    found = {int(path.name.removesuffix("-steps")): path for path in folder.glob("*-steps") if _is_stage(path)}
-    return dict(sorted(found.items(), reverse=True))
+    """Return the stage folders of a distilled model by number of steps, most steps first."""
+    folders = {int(path.name.removesuffix("-steps")): path for path in folder.glob("*-steps") if _is_stage(path)}
+    return dict(sorted(folders.items(), reverse=True))
 
 
 def _is_stage(path: Path) -> bool:
@@ -61,7 +61,7 @@ def _stage(steps: int, path: Path) -> Stage:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the contents of a file; nothing if it is missing or damaged."""
+    """Return the contents of a file; empty if it is missing or damaged."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

@@ -1,1 +1,1 @@
-"""The U-Net."""
+"""The U-Net: its blocks, stages, dropout and precision."""

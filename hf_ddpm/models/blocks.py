@@ -1,7 +1,7 @@
-"""The parts of the U-Net: embedding of time, residual block, attention, resampling; their initial weights.
+"""Building blocks of the U-Net: time embedding, residual block, attention, resampling; initial weights.
 
-The attribute names are the keys of the checkpoints of diffusers, and the order of construction and of registration
-is that of its U-Net: the same seed gives the same weights, and `parameters()` the same list.
+Attribute names equal the keys of diffusers checkpoints. Modules are constructed and registered in the same order as in
+diffusers, so that the same seed gives the same weights and `parameters()` returns them in the same order.
 """
 
 import math
@@ -14,16 +14,18 @@ from hf_ddpm.models.dropout import Dropout
 
 
 def sinusoidal(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
-    r"""Returns the Transformer sinusoidal position embedding (Vaswani et al. 2017) of the time.
+    r"""Returns the Transformer sinusoidal position embedding (Vaswani et al. 2017) of timesteps.
 
-    .. math:: (\sin(\omega_0 t), \dots, \cos(\omega_0 t), \dots), \quad
-        \omega_k = 10000^{-k / (d/2 - s)}
+    $$
+    (\sin(\omega_0 t), \dots, \cos(\omega_0 t), \dots), \quad
+    \omega_k = 10000^{-k / (d/2 - s)}
+    $$
 
     Args:
-        t: Times, shape `(B,)`.
-        dim: Size :math:`d` of the embedding; an odd one is padded with a zero.
-        flip_sin_to_cos: Whether the cosines come first. The paper's code has them last.
-        freq_shift: The :math:`s` above: 1 in the paper's code.
+        t: Timesteps, shape `(B,)`.
+        dim: Size $d$ of the embedding; if it is odd, the last entry is zero.
+        flip_sin_to_cos: Put the cosines first. In the paper's code they are last.
+        freq_shift: The shift $s$; 1 in the paper's code.
 
     Returns:
         The embedding, float32, shape `(B, dim)`.
@@ -36,7 +38,7 @@ def sinusoidal(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float)
 
 
 class TimestepEmbedding(nn.Module):
-    """The two-layer network behind the sinusoids: `(B, in_dim)` to `(B, dim)`."""
+    """Two-layer network applied to the sinusoidal embedding."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
@@ -48,12 +50,12 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-# Devices whose normalizations take float32 weights with inputs in half precision, and whose autocast leaves it at that.
+# Devices whose group normalization supports inputs in half precision with float32 weights, also under autocast.
 MIXED_NORMS = ("cpu",)
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalization in the precision of its input, under autocast too, which would run it in float32 on CUDA."""
+    """Group normalization in the precision of its input, also under autocast on CUDA, which would use float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `(B, C, ...)`."""
@@ -64,21 +66,23 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResnetBlock(nn.Module):
-    r"""The residual block of the paper's Appendix B, with the time embedding added between its two convolutions.
+    r"""Residual block (Appendix B of the paper); the time embedding is added between its two convolutions.
 
-    .. math:: h = \text{conv}_1(\text{silu}(\text{norm}_1(x))) + W \, \text{silu}(e_t), \quad
-        y = \text{shortcut}(x) + \text{conv}_2(\text{dropout}(\text{silu}(\text{norm}_2(h))))
+    $$
+    h = \text{conv}_1(\text{silu}(\text{norm}_1(x))) + W \, \text{silu}(e_t), \quad
+    y = \text{shortcut}(x) + \text{conv}_2(\text{dropout}(\text{silu}(\text{norm}_2(h))))
+    $$
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        time_dim: Channels of the activated time embedding :math:`\text{silu}(e_t)`.
-        groups: Groups of the normalizations.
-        eps: Their epsilon.
-        dropout: Probability in [0, 1).
-        scale_shift: Whether the embedding scales and shifts the normalized features, instead of being added
+        time_dim: Channels of the activated time embedding $\text{silu}(e_t)$.
+        groups: Number of groups of the normalizations.
+        eps: Epsilon of the normalizations.
+        dropout: Dropout probability in [0, 1).
+        scale_shift: Let the embedding scale and shift the normalized features instead of adding it
             (Nichol & Dhariwal 2021).
-        resample: What happens to both branches before the first convolution, if anything.
+        resample: Module that resamples both branches before the first convolution; None for no resampling.
         scale: Divisor of the output.
     """
 
@@ -119,7 +123,7 @@ class ResnetBlock(nn.Module):
             scale, shift = emb.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
-            h = self.norm2(h.add_(emb))  # no gradient needs the output of a convolution
+            h = self.norm2(h.add_(emb))  # in place: backward does not need the output of a convolution
 
         h = self.conv2(self.dropout(activate(h)))
         h += x if self.conv_shortcut is None else self.conv_shortcut(x)
@@ -127,23 +131,23 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    r"""Self-attention over the :math:`HW` positions of a feature map, around a residual.
+    r"""Self-attention over the $HW$ positions of a feature map, with a residual connection.
 
     Args:
         channels: Channels of the input and the output.
-        head_dim: Channels of one head.
-        groups: Groups of the normalization; none if None.
-        eps: Its epsilon.
+        head_dim: Channels per attention head.
+        groups: Number of groups of the normalization; None for no normalization.
+        eps: Epsilon of the normalization.
         scale: Divisor of the output.
     """
 
-    # Old checkpoints say query, key, value and proj_attn; the diffusers loader renames them where this stands.
+    # The diffusers loader renames the keys of old checkpoints (query, key, value, proj_attn) in modules with this flag.
     _from_deprecated_attn_block = True
 
     def __init__(self, channels: int, *, head_dim: int, groups: int | None, eps: float, scale: float = 1.0):
         super().__init__()
         if channels < head_dim:
-            raise ValueError(f"attention_head_dim={head_dim} is not allowed: at most the {channels} channels there")
+            raise ValueError(f"attention_head_dim={head_dim}: expected at most {channels}, the channels of that block")
         self.heads = channels // head_dim
         inner = self.heads * head_dim
         self.group_norm = GroupNorm(groups, channels, eps=eps) if groups is not None else nn.Identity()
@@ -164,14 +168,14 @@ class Attention(nn.Module):
         return _divide(h + x, self.scale)
 
 
-# On a CPU in bf16, plain products are faster than torch's fused kernel with more entries of the queries than
-# this, and up to this many positions, whose square is the size of the scores.
+# On CPUs in bf16, plain matrix products are faster than torch's fused kernel if q has more entries than FEWEST_ENTRIES.
+# They store all attention scores (positions squared), so they are used for at most MOST_POSITIONS positions.
 FEWEST_ENTRIES, MOST_POSITIONS = 2**13, 2**10
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    r"""Return :math:`\text{softmax}(q k^T / \sqrt{d}) v`, shape `(B, heads, positions, d)`."""
-    is_bf16 = q.dtype == torch.bfloat16  # scores may exceed the range of float16
+    r"""Return $\text{softmax}(q k^T / \sqrt{d}) v$, shape `(B, heads, positions, d)`."""
+    is_bf16 = q.dtype == torch.bfloat16  # not float16: scores may exceed its range
     if q.device.type == "cpu" and is_bf16 and q.numel() > FEWEST_ENTRIES and q.shape[-2] <= MOST_POSITIONS:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return scores.softmax(dim=-1).to(v.dtype) @ v  # autocast leaves the softmax in float32
@@ -179,31 +183,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Halves a feature map by a convolution of stride 2; padding 0 pads below and to the right, as TensorFlow does."""
+    """Halves height and width by a convolution with stride 2; padding 0 pads right and bottom only, as TensorFlow."""
 
     def __init__(self, channels: int, padding: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Maps `(B, C, H, W)` to `(B, C, H/2, W/2)`, whatever the time."""
+        """Maps `(B, C, H, W)` to `(B, C, H/2, W/2)`; ignores the time embedding."""
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.conv.padding == (0, 0) else x)
 
 
 class Upsample(nn.Module):
-    """Doubles a feature map by repetition and a convolution."""
+    """Doubles height and width by nearest-neighbor upsampling, followed by a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Maps `(B, C, H, W)` to `(B, C, 2H, 2W)`, whatever the time."""
+        """Maps `(B, C, H, W)` to `(B, C, 2H, 2W)`; ignores the time embedding."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 def activate(x: Tensor) -> Tensor:
-    """Returns SiLU; in the place of its input, a normalization's output, where no gradient will ask for that."""
+    """Applies SiLU, in place when gradients are disabled."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -211,16 +215,16 @@ def _divide(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x / scale
 
 
-# The layers that end a residual branch: starting at zero, each block starts as the identity.
+# Last layers of residual branches: zero weights make each block start as the identity.
 ZERO = ("conv2", "to_out.0", "conv_out")
 
 
 def initialize_like_paper(unet: nn.Module) -> None:
-    r"""Initializes a U-Net in place, as Ho et al. do.
+    r"""Initializes the weights of a U-Net in place as in the code of Ho et al. 2020.
 
-    Convolutions and linear layers get uniform weights of variance :math:`2 / (n_\text{in} + n_\text{out})` and zero
-    biases; the last layer of each residual block, of each attention and of the network gets zero weights. The
-    constructor itself starts as diffusers does, whose checkpoints need no other.
+    Convolutions and linear layers get uniform weights with variance $2 / (n_\text{in} + n_\text{out})$ and zero
+    biases. The last layer of each residual block, of each attention and of the network gets zero weights. (The
+    constructor of `UNet2DModel` initializes as diffusers does.)
 
     Args:
         unet: The network, on any device.
@@ -231,5 +235,5 @@ def initialize_like_paper(unet: nn.Module) -> None:
             if name.endswith(ZERO):
                 nn.init.zeros_(module.weight)
             else:
-                # Drawn in the order of the shape: the same weights, however they lie in memory.
+                # Draw in contiguous order, so that the weights do not depend on their memory layout.
                 module.weight.data.copy_(nn.init.xavier_uniform_(module.weight.new_empty(module.weight.shape)))

@@ -1,4 +1,4 @@
-"""Precision of a network's passes: autocast, and a choice by measurement."""
+"""Mixed precision: autocast, and automatic choice of bf16 or float32 by measurement."""
 
 import copy
 import statistics
@@ -15,14 +15,14 @@ from hf_ddpm.utils.launch import is_out_of_memory
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISION_NAMES = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
-# Speed of bf16 relative to float32 from which it is chosen: above the noise of a measurement.
+# Smallest speedup over float32 at which bf16 is chosen; larger than the measurement noise.
 GAIN = 1.15
-# Operations below which bf16 is not tried, since casts and calls take most of the time: per image, or per pass of a
-# compiled network.
+# Networks with fewer operations stay in float32, as casts and kernel launches take most of their time. Counted per
+# image, or per pass for compiled networks.
 FEWEST_FLOPS = 2e8
-# Operations of a measured forward pass: a fraction of a second on a CPU core, more than the calls take on a GPU.
+# Size of a measured forward pass: a fraction of a second on one CPU core; on a GPU more than the launch overhead.
 MEASURED_FLOPS = {"cpu": 1.6e10, "cuda": 2e12}
-# Length of a measurement: seconds, and the fewest and most passes per precision after the first.
+# Duration of a measurement: seconds, and minimum and maximum number of passes per precision after the warm-up.
 SECONDS, FEWEST_PASSES, MOST_PASSES = 1.5, 3, 15
 
 T = TypeVar("T")
@@ -30,20 +30,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Choice:
-    """A precision, and a line on the reason."""
+    """A precision, and one line with the reason for the log."""
 
     precision: str
     line: str
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:
-    """Return the context of passes in `no` (that of the weights), `bf16` or `fp16` on a device."""
+    """Return the autocast context for a device and a precision; `no` keeps the precision of the weights."""
     return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "no")
 
 
 def cast_copy(network: Any, precision: str) -> Any:
-    """Return a copy of a network with weights in `bf16` or `fp16`, for inference: autocast casts them in every pass."""
-    half = nn.Module.to(copy.deepcopy(network), PRECISIONS[precision])  # the method of diffusers logs a false warning
+    """Return a copy with weights in `bf16` or `fp16` for inference; autocast would cast them again in every pass."""
+    half = nn.Module.to(copy.deepcopy(network), PRECISIONS[precision])  # `to` of diffusers logs a wrong warning
     for weight in half.parameters():
         weight.grad = None
     return half
@@ -52,29 +52,32 @@ def cast_copy(network: Any, precision: str) -> Any:
 def choose_precision(
     network: Any, shape: Sequence[int], batch: int, training: bool = False, compiled: bool = False
 ) -> Choice:
-    """Choose `bf16` if the device has it and the network is at least `GAIN` times as fast in it, else `no`.
+    """Choose `bf16` if the device supports it and it makes the network at least `GAIN` times as fast, else `no`.
 
-    Weights, gradients, mode and random state stay as they are. It takes two or three seconds on a CPU.
+    Weights, gradients, mode and random state do not change. The measurement takes two or three seconds on a CPU.
 
     Args:
         network: The network, on its device, not compiled.
         shape: Shape of an image, `(C, H, W)`.
-        batch: Batch size of a pass; on a CPU fewer images, and smaller ones, are measured.
-        training: Whether to measure a forward and a backward pass instead of one without gradients.
-        compiled: Whether it is for sampling with a compiled network: `bf16` without a measurement, since fused casts
-            cost nothing, unless a pass is tiny.
+        batch: Batch size of a pass; on a CPU fewer and smaller images are measured.
+        training: Measure a forward and a backward pass instead of a forward pass without gradients.
+        compiled: Choose for sampling with a compiled network: `bf16` without a measurement, since fused casts cost
+            nothing, but `no` for very small networks.
+
+    Returns:
+        The precision and the reason.
     """
     weight = next(network.parameters())
     if weight.dtype != torch.float32:
-        return Choice("no", f"precision {str(weight.dtype).removeprefix('torch.')}: that of the weights")
+        return Choice("no", f"precision {str(weight.dtype).removeprefix('torch.')}: the precision of the weights")
     if not has_bf16(weight.device):
         return Choice("no", f"precision float32: no native bf16 on this {weight.device.type.upper()} device")
     # An upper bound: each weight is multiplied and added at most once per pixel.
     most_flops = 2 * sum(weight.numel() for weight in network.parameters()) * shape[-2] * shape[-1]
     if most_flops * (batch if compiled else 1) < FEWEST_FLOPS:
-        return Choice("no", "precision float32: the network is too small for bf16 to pay")
+        return Choice("no", "precision float32: the network is too small for bf16 to be faster")
     if compiled:
-        return Choice("bf16", "precision bf16: faster in compiled networks on this device")
+        return Choice("bf16", "precision bf16: faster for compiled networks on this device")
     try:
         gain = measure_gain(network, shape, batch, training)
     except RuntimeError as error:
@@ -87,7 +90,7 @@ def choose_precision(
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Return whether a device has instructions for products in bf16; others emulate them."""
+    """Return whether a device has native instructions for bf16 matrix products, rather than emulating them."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
@@ -99,16 +102,16 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def on_main_process(compute: Callable[[], T]) -> T:
-    """Return what the main process computes; every process must call it."""
+    """Compute a value on the main process and return it on all processes; every process must call this function."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return compute()
-    found = [compute() if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]  # type: ignore[return-value]
+    result = [compute() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(result, src=0)
+    return result[0]  # type: ignore[return-value]
 
 
 def measure_gain(network: Any, shape: Sequence[int], batch: int, training: bool) -> float:
-    """Return how many times as fast as in float32 a network is in bf16."""
+    """Return the speedup of a network in bf16 over float32."""
     weights, modes = list(network.parameters()), [(module, module.training) for module in network.modules()]
     device = weights[0].device
     x, *conditions = _inputs(network, shape, batch)
@@ -125,7 +128,7 @@ def measure_gain(network: Any, shape: Sequence[int], batch: int, training: bool)
     try:
         network.train(training)
         if training:
-            network.seed_dropout(torch.zeros(len(x), dtype=torch.int32, device=device))  # as in a run
+            network.seed_dropout(torch.zeros(len(x), dtype=torch.int32, device=device))  # as in training
         else:
             networks = {"no": network, "bf16": cast_copy(network, "bf16")}
         one_pass = train if training else sample
@@ -138,8 +141,8 @@ def measure_gain(network: Any, shape: Sequence[int], batch: int, training: bool)
 
 
 def _gain(seconds: Callable[[str], float]) -> float:
-    """Return the median ratio of the times of passes in turn; `seconds` takes a pass in a precision."""
-    seconds("no"), seconds("bf16")  # the first passes are slower
+    """Return the median speedup over alternating passes; `seconds` times one pass in a precision."""
+    seconds("no"), seconds("bf16")  # warm-up
     ratios: list[float] = []
     total = 0.0
     while len(ratios) < FEWEST_PASSES or (total < SECONDS and len(ratios) < MOST_PASSES):
@@ -158,7 +161,7 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
 
 
 def _inputs(network: Any, shape: Sequence[int], batch: int) -> tuple[Tensor, int, Tensor | None]:
-    """Return images, a timestep and classes for a pass of at most `MEASURED_FLOPS`, or of one small image."""
+    """Return images, a timestep and classes for a pass of at most `MEASURED_FLOPS`, but at least one image."""
     device = next(network.parameters()).device
     channels, height, width = shape
     multiple = 2 * 2 ** (len(network.config.block_out_channels) - 1)
@@ -175,7 +178,7 @@ def _inputs(network: Any, shape: Sequence[int], batch: int) -> tuple[Tensor, int
 
 
 def _flops(network: Any, *inputs: Any) -> float:
-    """Count the operations of a forward pass on a copy without weights, which computes nothing."""
+    """Count the operations of a forward pass, on a copy on the meta device that computes nothing."""
     with torch.device("meta"):
         copy = type(network).from_config(network.config).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""The stages of the U-Net, one a resolution: blocks on the way down, at the bottom and on the way up."""
+"""Stages of the U-Net, one per resolution: down, middle and up."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,39 +10,41 @@ from hf_ddpm.models.blocks import Attention, Downsample, ResnetBlock, Upsample
 
 
 class Stage(nn.Module):
-    """What the stages of the U-Net share: their parts, and gradient checkpointing of the residual blocks."""
+    """Base class of the stages: residual blocks, attentions, and gradient checkpointing of the residual blocks."""
 
     _gradient_checkpointing_func: Callable[..., Tensor]
 
     def __init__(self, resnets: list[ResnetBlock], attentions: list[Attention]):
         super().__init__()
-        # Attentions are registered first: see the head of blocks.py.
+        # Attentions are registered first, as in diffusers: see the docstring of blocks.py.
         self.attentions = nn.ModuleList(attentions)
         self.resnets = nn.ModuleList(resnets)
         self.gradient_checkpointing = False
 
     def attend(self, i: int, x: Tensor) -> Tensor:
-        """Applies the attention behind residual block `i`, if this stage has one."""
+        """Applies the attention after residual block `i`, if this stage has attention."""
         return self.attentions[i](x) if self.attentions else x
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """Calls a block, forgetting its activations until the backward pass if gradient checkpointing is on."""
+        """Calls a block; with gradient checkpointing, the backward pass recomputes its activations."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
 
 
 class DownStage(Stage):
-    """One resolution on the way down: residual blocks, each perhaps followed by attention, then a downsampling.
+    """One resolution of the down path: residual blocks, optionally each with attention, then downsampling.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of all outputs.
         layers: Number of residual blocks.
-        head_dim: Channels of an attention head; None for no attention.
+        head_dim: Channels per attention head; None for no attention.
         downsample: `conv`, `resnet`, or None at the lowest resolution.
-        padding: Padding of the convolution that downsamples.
-        time_dim, groups, eps, dropout, scale_shift: As in `ResnetBlock`.
+        padding: Padding of the downsampling convolution.
+        groups: Number of groups of the normalizations.
+        eps: Epsilon of the normalizations.
+        **resnet: `time_dim`, `dropout` and `scale_shift` of `ResnetBlock`.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class DownStage(Stage):
             self.downsamplers.append(block)
 
     def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
-        """Maps `(B, C, H, W)` to every feature map of the stage, for the skips; the last one is its output."""
+        """Maps `(B, C, H, W)` to all feature maps of the stage, used as skips; the last one is its output."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = self.attend(i, self.run(resnet, x, emb))
@@ -85,13 +87,15 @@ class DownStage(Stage):
 
 
 class MidStage(Stage):
-    """The bottom: a residual block, attention, a residual block.
+    """The middle stage at the lowest resolution: residual block, attention, residual block.
 
     Args:
-        channels: Channels throughout.
-        head_dim: Channels of an attention head; None for no attention.
-        attn_groups: Groups of the normalization of the attention; none if None.
-        time_dim, groups, eps, dropout, scale_shift, scale: As in `ResnetBlock`.
+        channels: Channels of the input and the output.
+        head_dim: Channels per attention head; None for no attention.
+        attn_groups: Number of groups of the attention's normalization; None for no normalization.
+        eps: Epsilon of the normalizations.
+        scale: Divisor of the outputs of residual blocks and attention.
+        **resnet: `time_dim`, `groups`, `dropout` and `scale_shift` of `ResnetBlock`.
     """
 
     def __init__(
@@ -117,15 +121,17 @@ class MidStage(Stage):
 
 
 class UpStage(Stage):
-    """One resolution on the way up: residual blocks that each take in a skip, perhaps attention, then an upsampling.
+    """One resolution of the up path: residual blocks with one skip each, optionally with attention, then upsampling.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        skip_channels: Channels of the skips, in the order in which they are taken in; one a residual block.
-        head_dim: Channels of an attention head; None for no attention.
+        skip_channels: Channels of the skips in the order of their use, one per residual block.
+        head_dim: Channels per attention head; None for no attention.
         upsample: `conv`, `resnet`, or None at the highest resolution.
-        time_dim, groups, eps, dropout, scale_shift: As in `ResnetBlock`.
+        groups: Number of groups of the normalizations.
+        eps: Epsilon of the normalizations.
+        **resnet: `time_dim`, `dropout` and `scale_shift` of `ResnetBlock`.
     """
 
     def __init__(
@@ -156,8 +162,9 @@ class UpStage(Stage):
             self.upsamplers.append(block)
 
     def forward(self, x: Tensor, skips: tuple[Tensor, ...], emb: Tensor) -> Tensor:
-        """Maps `(B, C, H, W)` upwards with one skip per residual block, the last skip first."""
-        # Tensors in, tensors out: hooks (offloading, sharding) pass on copies of containers.
+        """Maps `(B, C, H, W)` to the output of the stage; uses one skip per residual block, the last skip first."""
+        # Take a tuple and return a tensor: hooks of offloading and sharding pass copies of containers, so popping
+        # skips from the caller's list would have no effect.
         for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
             x = torch.cat([x, skip], dim=1)
             x = self.attend(i, self.run(resnet, x, emb))

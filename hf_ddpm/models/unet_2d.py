@@ -1,4 +1,4 @@
-"""The U-Net of the paper, drop-in for that of diffusers: same options, same keys, same initial weights."""
+"""The U-Net of the paper: a drop-in replacement for that of diffusers."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from hf_ddpm.utils.schema import CheckedConfig, check_range
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
-# Options that are numbers of something.
+# Options that are counts.
 COUNTS = (
     *("sample_size", "in_channels", "out_channels", "time_embedding_dim", "block_out_channels", "attention_head_dim"),
     *("norm_num_groups", "attn_norm_num_groups", "num_class_embeds", "num_train_timesteps"),
@@ -29,7 +29,7 @@ COUNTS = (
 
 
 class _EqualToStock(type):
-    """Makes `UNet2DModel == diffusers.UNet2DModel`, which `from_pipe` of diffusers asks of the types of components."""
+    """Makes `UNet2DModel == diffusers.UNet2DModel`: `from_pipe` of diffusers requires equal component types."""
 
     def __eq__(cls, other: object) -> bool:
         return cls is other or (cls is UNet2DModel and other is diffusers.UNet2DModel)
@@ -38,46 +38,46 @@ class _EqualToStock(type):
 
 
 class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStock):
-    r"""Predicts from :math:`x_t` and `t`, at every pixel, the noise (or what else it was trained for).
+    r"""U-Net that predicts, from $x_t$ and `t`, the noise or another target of the same shape.
 
     The network of Ho et al. 2020, Appendix B: a U-Net of residual blocks with group normalization, a sinusoidal time
     embedding added in each block, and self-attention at chosen resolutions. Configuration and state dict are those of
-    `diffusers.UNet2DModel`, so that either class loads what the other saves.
+    `diffusers.UNet2DModel`: each class loads models saved by the other.
 
     Args:
-        sample_size: Height and width of the images, one number if they are equal.
+        sample_size: Height and width of the images; one number if they are equal.
         in_channels: Channels of the images.
-        out_channels: Channels of the prediction; twice as many with a learned variance.
-        center_input_sample: Whether images come in [0, 1] and are to be brought to [-1, 1] here.
-        time_embedding_type: Only `positional`, the sinusoids.
-        time_embedding_dim: Size of the time embedding; four times the first of `block_out_channels` by default.
-        freq_shift: See `sinusoidal`; 1 in the paper's code.
-        flip_sin_to_cos: See `sinusoidal`; False in the paper's code.
-        down_block_types: `DownBlock2D` or, with attention, `AttnDownBlock2D`, from the highest resolution down.
-        mid_block_type: `UNetMidBlock2D`, or None.
-        up_block_types: `UpBlock2D` or `AttnUpBlock2D`, from the lowest resolution up.
-        block_out_channels: Channels at each resolution.
-        layers_per_block: Residual blocks a resolution on the way down; one more on the way up.
-        mid_block_scale_factor: Divisor of the outputs of the middle.
-        downsample_padding: 1, or 0 for the asymmetric padding of the paper's code.
-        downsample_type: `conv` or, where there is attention, `resnet`.
-        upsample_type: `conv` or, where there is attention, `resnet`.
-        dropout: Probability in [0, 1).
-        act_fn: Only `silu`, also called `swish`.
-        attention_head_dim: Channels of an attention head; None for one head, as in the paper.
-        norm_num_groups: Groups of the normalizations.
-        attn_norm_num_groups: Those of the attention in the middle.
+        out_channels: Channels of the output: those of the images, or twice as many with a learned variance.
+        center_input_sample: Convert images from [0, 1] to [-1, 1] in `forward`.
+        time_embedding_type: Only `positional`, the sinusoidal embedding.
+        time_embedding_dim: Size of the time embedding; by default four times the first of `block_out_channels`.
+        freq_shift: See `hf_ddpm.models.blocks.sinusoidal`; 1 in the paper's code.
+        flip_sin_to_cos: See `hf_ddpm.models.blocks.sinusoidal`; False in the paper's code.
+        down_block_types: `DownBlock2D`, or `AttnDownBlock2D` with attention, per resolution from highest to lowest.
+        mid_block_type: `UNetMidBlock2D`, or None for no middle block.
+        up_block_types: `UpBlock2D`, or `AttnUpBlock2D` with attention, per resolution from lowest to highest.
+        block_out_channels: Channels per resolution, from highest to lowest.
+        layers_per_block: Residual blocks per resolution in the down path; the up path has one more.
+        mid_block_scale_factor: Divisor of the outputs of residual blocks and attention in the middle block.
+        downsample_padding: Padding of downsampling convolutions: 1, or 0 for asymmetric padding as in the paper's code.
+        downsample_type: Downsampling of blocks with attention: `conv` or `resnet`. Other blocks use `conv`.
+        upsample_type: Upsampling of blocks with attention: `conv` or `resnet`. Other blocks use `conv`.
+        dropout: Dropout probability in [0, 1).
+        act_fn: Activation function: only `silu`, also called `swish`.
+        attention_head_dim: Channels per attention head; None for a single head, as in the paper.
+        norm_num_groups: Number of groups of the normalizations.
+        attn_norm_num_groups: Number of groups of the normalization of the middle block's attention.
         norm_eps: Epsilon of the normalizations.
-        resnet_time_scale_shift: How time enters: `default` (added) or `scale_shift`.
-        add_attention: Whether there is attention in the middle.
+        resnet_time_scale_shift: Use of the time embedding: `default` (added) or `scale_shift`.
+        add_attention: Use attention in the middle block.
         class_embed_type: Only None.
-        num_class_embeds: Number of classes that the network is conditioned on; None for no conditioning.
-        num_train_timesteps: Unused with `positional` embeddings; kept because checkpoints name it.
+        num_class_embeds: Number of class embeddings; None for an unconditional network.
+        num_train_timesteps: Not used with `positional` embeddings; kept because checkpoints contain it.
 
     Raises:
-        ValueError: If an option asks for an architecture other than the above.
+        ValueError: If an option has an unsupported value or is out of range.
 
-    Example:
+    Examples:
         >>> unet = UNet2DModel(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8,
         ...                    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         ...                    up_block_types=("AttnUpBlock2D", "UpBlock2D"))
@@ -88,7 +88,7 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
 
-    # Names of stored weights that the network has no place for.
+    # Names of weights in the loaded file that do not belong to this architecture.
     unexpected_keys: tuple[str, ...] = ()
 
     @register_to_config
@@ -143,7 +143,7 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
         self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds, time_dim)
 
         self.down_blocks = nn.ModuleList()
-        self.up_blocks = nn.ModuleList()  # registered before, filled after the middle: see blocks.py
+        self.up_blocks = nn.ModuleList()  # registered before the middle block, filled after it: see blocks.py
         skip_channels = [channels[0]]
         last = len(channels) - 1
         for i, (block_type, width) in enumerate(zip(down_block_types, channels, strict=True)):
@@ -196,19 +196,21 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        r"""Predicts.
+        r"""Predicts the training target of $x_t$.
 
         Args:
-            sample: :math:`x_t`, shape `(B, C, H, W)`; `H` and `W` are multiples of `size_multiple`.
-            timestep: `t` in [0, T), one number or shape `(B,)`.
-            class_labels: Classes in [0, `num_class_embeds`), int64, shape `(B,)`, for a conditioned network.
-            return_dict: Whether to wrap the result.
+            sample: $x_t$, shape `(B, C, H, W)`; `H` and `W` must be multiples of `size_multiple`.
+            timestep: Timestep `t` in [0, T): one number, or shape `(B,)`.
+            class_labels: Class labels in [0, `num_class_embeds`), int64, shape `(B,)`; None for an unconditional
+                network.
+            return_dict: Return a `UNet2DOutput` instead of a tuple.
 
         Returns:
             The prediction, shape `(B, out_channels, H, W)`, as `.sample` or in a tuple.
 
         Raises:
-            ValueError: If the size cannot be halved often enough, or classes are missing or superfluous.
+            ValueError: If `H` or `W` is not a multiple of `size_multiple`, if a conditional network gets no class
+                labels, or if an unconditional network gets some.
         """
         self._check_input(sample, class_labels)
         if sample.is_cuda and not self._has_run and not torch.compiler.is_compiling():
@@ -219,9 +221,10 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
         emb = self.time_embedding(self._sinusoids(timestep, sample))
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(class_labels)
-        emb = F.silu(emb)  # every residual block begins with this
+        emb = F.silu(emb)  # once here instead of in every residual block
 
-        x = self.conv_in(sample).contiguous(memory_format=torch.channels_last)  # gray inputs have no such order
+        # After conv_in, since one-channel tensors have no channels-last layout.
+        x = self.conv_in(sample).contiguous(memory_format=torch.channels_last)
         skips = [x]
         for down in self.down_blocks:
             skips += down(x, emb)
@@ -229,33 +232,34 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
         if self.mid_block is not None:
             x = self.mid_block(x, emb)
         for up in self.up_blocks:
-            taken = len(up.resnets)
-            skips, own = skips[:-taken], skips[-taken:]
-            x = up(x, tuple(own), emb)
+            count = len(up.resnets)
+            skips, stage_skips = skips[:-count], skips[-count:]
+            x = up(x, tuple(stage_skips), emb)
         x = self.conv_out(activate(self.conv_norm_out(x))).contiguous()
 
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     @property
     def size_multiple(self) -> int:
-        """What height and width must be multiples of: they are halved once a resolution but the last."""
+        """The number that height and width must be multiples of: each resolution after the first halves them."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     def seed_dropout(self, keys: Tensor | None) -> None:
-        """Make the masks of dropout a function of a key per image, of layer and place.
+        """Make dropout masks reproducible: a function of one key per image, the layer and the position.
 
         Args:
-            keys: The keys, int32, shape `(B,)`, for passes of so many images; None for torch's own masks.
+            keys: One key per image of the following passes, int32, shape `(B,)`; None restores torch's random masks.
         """
         seed_dropout(self, keys)
 
     @torch.inference_mode(False)
     def lay_out_kernels(self) -> None:
-        """Lays out the kernels of convolutions channels-last, as their feature maps are.
+        """Converts the kernels of convolutions to channels-last, the memory layout of the feature maps.
 
-        Convolutions on GPUs need it. In a single process the first pass on a GPU does it. It is not done at
-        construction because FSDP2 shards contiguous weights only; with several processes, call it before DDP wraps the
-        network. `unet.to(memory_format=torch.contiguous_format)` undoes it.
+        Convolutions on GPUs are fast only in matching layouts. With a single process, the first forward pass on a GPU
+        calls this method. With several processes, call it before wrapping the network in DDP. The constructor does not
+        call it because FSDP2 shards only contiguous weights. To undo it, call
+        `unet.to(memory_format=torch.contiguous_format)`.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and type(module.weight) is nn.Parameter:
@@ -263,7 +267,15 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "UNet2DModel":
-        """Loads a network as diffusers does, and a pickle only where there are no safetensors under any name."""
+        """Loads a network as diffusers does; loads a pickle only if the folder contains no safetensors file.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id of the network.
+            **kwargs: Arguments of `diffusers.ModelMixin.from_pretrained`.
+
+        Returns:
+            The network, or a tuple of the network and a dictionary with `output_loading_info=True`.
+        """
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if kwargs.get("use_safetensors") is None and folder.is_dir():
             kwargs["use_safetensors"] = any(folder.glob("*.safetensors*")) or not any(folder.glob("*.bin*"))
@@ -273,20 +285,20 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
         return (network, info) if with_info else network
 
     def to_json_string(self) -> str:
-        """Serializes the configuration, without the local path that the weights were read from."""
+        """Returns the configuration as JSON, without the local path of the weights."""
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def _prepare_for_gpu(self) -> None:
-        """Lay out the kernels before the first pass on a GPU, unless DDP or the like may hold views of them."""
+        """Call `lay_out_kernels`, unless a distributed wrapper such as DDP may hold views of the kernels."""
         self._has_run = True
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             self.lay_out_kernels()
 
     def _sinusoids(self, timestep: Tensor | float | int, sample: Tensor) -> Tensor:
         if not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu"):
-            # A number is filled in on the device: no copy, no wait. One row does for the whole batch.
+            # torch.full on the device avoids a copy and a synchronization; one row is broadcast over the batch.
             t = torch.full((1,), float(timestep), device=sample.device)
         else:
             t = timestep.to(sample.device).view(-1)
@@ -302,16 +314,24 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
         height, width = sample.shape[-2:]
         if height % self.size_multiple or width % self.size_multiple:
             raise ValueError(
-                f"images of {height}x{width} cannot be halved {len(self.config.block_out_channels) - 1} times: "
-                f"height and width must be multiples of {self.size_multiple}"
+                f"images of {height}x{width}: expected height and width to be multiples of {self.size_multiple}, since "
+                f"the U-Net halves them {len(self.config.block_out_channels) - 1} times"
             )
         if (class_labels is None) != (self.class_embedding is None):
-            state = "needs class_labels" if class_labels is None else "takes no class_labels: num_class_embeds is None"
-            raise ValueError(f"this U-Net {state}")
+            if class_labels is None:
+                raise ValueError("class_labels are missing: the U-Net is class-conditional")
+            raise ValueError("class_labels: expected None, since the U-Net is unconditional (num_class_embeds=None)")
 
     @classmethod
     def check_values(cls, config: Mapping[str, Any]) -> None:
-        """Raises a `ValueError` that names an option and its value, unless this network can be built."""
+        """Checks the options of a network.
+
+        Args:
+            config: Values of all options of the constructor.
+
+        Raises:
+            ValueError: If an option has an unsupported value or is out of range; the message names option and value.
+        """
         allowed = {
             "time_embedding_type": ("positional",),
             "mid_block_type": ("UNetMidBlock2D", None),
@@ -328,8 +348,9 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
         for name, value, options in given:
             if value not in options:
                 raise ValueError(
-                    f"hf_ddpm's UNet2DModel has no {name}={value!r}, only {', '.join(map(repr, options))}; for other "
-                    "architectures pass unet=diffusers.UNet2DModel.from_pretrained(...) to the pipeline"
+                    f"{name}={value!r}: not supported by hf_ddpm.UNet2DModel; expected "
+                    f"{' or '.join(map(repr, options))}. For other architectures pass "
+                    "unet=diffusers.UNet2DModel.from_pretrained(...) to the pipeline"
                 )
         check_range(config, 1, 2**20, *COUNTS)
         check_range(config, 1, 2**10, "layers_per_block")
@@ -337,15 +358,15 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
         check_range(config, 1e-30, 1e30, "norm_eps", "mid_block_scale_factor")
         widths, groups = config["block_out_channels"], config["norm_num_groups"]
         if not widths:
-            raise ValueError(f"block_out_channels={widths}: expected at least one")
+            raise ValueError(f"block_out_channels={widths}: expected at least one number")
         check_range(config, 0, widths[0] // 2 - 1, "freq_shift")
         if not len(config["down_block_types"]) == len(config["up_block_types"]) == len(widths):
             raise ValueError(
-                f"down_block_types={config['down_block_types']}, up_block_types={config['up_block_types']} and "
-                f"block_out_channels={widths} must be equally long: one entry per resolution"
+                f"down_block_types={config['down_block_types']}, up_block_types={config['up_block_types']}, "
+                f"block_out_channels={widths}: expected the same number of entries, one per resolution"
             )
         if any(width % groups for width in widths):
-            raise ValueError(f"block_out_channels={widths} must be multiples of norm_num_groups={groups}")
+            raise ValueError(f"block_out_channels={widths}: expected multiples of norm_num_groups={groups}")
         if widths[-1] % (config["attn_norm_num_groups"] or 1):
             raise ValueError(
                 f"attn_norm_num_groups={config['attn_norm_num_groups']}: expected a divisor of {widths[-1]}"

@@ -1,4 +1,4 @@
-"""Prediction targets and objectives (Section 4.2, Table 2): train every row, from several seeds, and compare."""
+"""Ablation of prediction targets and objectives (Section 4.2, Table 2): train every row with several seeds."""
 
 import itertools
 import json
@@ -30,13 +30,13 @@ class Row:
 
     Attributes:
         title: Name in tables.
-        words: Its options of `hf-ddpm train`.
-        paper: Its FID in the paper; None if training was unstable and the samples poor.
+        arguments: Arguments of `hf-ddpm train`.
+        paper_fid: FID in the paper; None if training was unstable and the samples poor.
     """
 
     title: str
-    words: tuple[str, ...]
-    paper: float | None
+    arguments: tuple[str, ...]
+    paper_fid: float | None
 
 
 MEAN, EPSILON = ("--prediction_type", "mean"), ("--prediction_type", "epsilon")
@@ -56,20 +56,23 @@ SHOWN = 10
 
 
 def ablation(options: AblationOptions, run: Callable[[str, list[str]], int]) -> None:
-    """Train and evaluate what is missing, and write `ablation`, .json, .md and .png; resume after a kill.
+    """Train and evaluate the missing runs, then write `ablation.json`, `ablation.md` and `ablation.png`.
+
+    Calling it again after an interruption resumes the runs.
 
     Args:
         options: Rows, seeds, and settings of the runs.
-        run: Runs `hf-ddpm train` or `evaluate` with a command line, and returns its exit code.
+        run: Function that runs `hf-ddpm train` or `evaluate` with the given arguments and returns its exit code.
 
     Raises:
-        ValueError: If an option is not allowed, or there are runs of other options: before anything is trained.
-        OSError: If a run ends otherwise than finished or diverged.
+        ValueError: If an option is invalid, or a run with other options exists. Raised before training starts.
+        OSError: If a run neither finishes nor diverges.
     """
     cells = list(itertools.product(options.rows, options.seeds))
     configs = [parse_config(training(options, *cell)) for cell in cells]
     for cell, config in zip(cells, configs, strict=True):
-        require(config.training, "num_train_epochs", config.training.max_train_steps is not None, "not in an ablation")
+        has_steps = config.training.max_train_steps is not None
+        require(config.training, "num_train_epochs", has_steps, "no epochs in an ablation; use --max_train_steps N")
         check_same(run_folder(options, *cell), config)
         parse_options(evaluation(options, run_folder(options, *cell), config), EvaluateConfig, Sampling)
     runs: dict[str, list[dict[str, Any]]] = {row: [] for row in options.rows}
@@ -78,13 +81,13 @@ def ablation(options: AblationOptions, run: Callable[[str, list[str]], int]) -> 
         if outcome(folder, steps) is None:
             code = run("train", training(options, row, seed))
             if outcome(folder, steps) is None:
-                raise OSError(f"{folder}: the training ended with code {code}, see above")
+                raise OSError(f"{folder}: training failed with exit code {code}; see its error above")
         result = outcome(folder, steps) or evaluated(options, folder, config)
         if result is None:
             code = run("evaluate", evaluation(options, folder, config))
             result = evaluated(options, folder, config)
             if result is None:
-                raise OSError(f"{folder}: the evaluation ended with code {code}, see above")
+                raise OSError(f"{folder}: evaluation failed with exit code {code}; see its error above")
         runs[row].append({"seed": seed, **result})
     report(options, runs)
 
@@ -95,8 +98,8 @@ def run_folder(options: AblationOptions, row: str, seed: int) -> Path:
 
 
 def training(options: AblationOptions, row: str, seed: int) -> list[str]:
-    """Return the command line of `hf-ddpm train` for a run."""
-    given = {
+    """Return the arguments of `hf-ddpm train` for a run."""
+    values = {
         "preset": options.preset,
         "config": options.config,
         "seed": seed,
@@ -104,42 +107,42 @@ def training(options: AblationOptions, row: str, seed: int) -> list[str]:
         "max_train_steps": options.max_train_steps,
         "eval_metrics": "",
     }
-    words = [*command_line(given), *ROWS[row].words]
-    is_auto = parse_config(words).training.mixed_precision == "auto"
-    return [*words, "--mixed_precision", "no"] if is_auto else words  # all rows in one precision
+    arguments = [*command_line(values), *ROWS[row].arguments]
+    is_auto = parse_config(arguments).training.mixed_precision == "auto"
+    return [*arguments, "--mixed_precision", "no"] if is_auto else arguments  # the same precision for all rows
 
 
 def check_same(folder: Path, config: Config) -> None:
-    """Raise a `ValueError` if a folder holds a run of other options."""
+    """Raise a `ValueError` if a folder contains a run with other options."""
     try:
         stored = default_options() | yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
-    asked = {name: value for name, value in config.to_dict().items() if name not in {*BESIDE_TRAINING, "output_dir"}}
-    if asked["max_train_steps"] > (stored["max_train_steps"] or 0):
-        del asked["max_train_steps"]  # it is resumed
-    changed = [f"{name}={asked[name]!r} (was {stored[name]!r})" for name in asked if stored[name] != asked[name]]
+    new = {name: value for name, value in config.to_dict().items() if name not in {*BESIDE_TRAINING, "output_dir"}}
+    if new["max_train_steps"] > (stored["max_train_steps"] or 0):
+        del new["max_train_steps"]  # the run is resumed
+    changed = [f"{name}={new[name]!r} (was {stored[name]!r})" for name in new if stored[name] != new[name]]
     if changed:
-        raise ValueError(f"{folder} holds a run of other options, choose another output: {', '.join(changed)}")
+        raise ValueError(f"{folder}: contains a run with other options ({', '.join(changed)}); choose another --output")
 
 
 def outcome(folder: Path, steps: int) -> dict[str, Any] | None:
-    """Return `diverged_at` of a run that has diverged, nothing of one that has finished; None if it is missing."""
+    """Return `diverged_at` of a diverged run, an empty dictionary for a finished run, None for any other."""
     try:
         status = json.loads((folder / "status.json").read_text())
         if status["status"] == "failed" and status["error"].startswith("FloatingPointError"):
             return {"diverged_at": status["step"]}
         return {} if status["status"] == "finished" and status["step"] >= steps else None
-    except (FileNotFoundError, KeyError, ValueError):  # a kill may have left an empty file
+    except (FileNotFoundError, KeyError, ValueError):  # a killed process may leave an empty file
         return None
 
 
 def evaluation(options: AblationOptions, folder: Path, config: Config) -> list[str]:
-    """Return the command line of `hf-ddpm evaluate` for a run."""
+    """Return the arguments of `hf-ddpm evaluate` for a run."""
     total = config.diffusion.num_train_timesteps
     steps = options.num_inference_steps or total
-    require(options, "num_inference_steps", steps <= total, f"at most the {total} of the process")
-    given = {
+    require(options, "num_inference_steps", steps <= total, f"at most {total}, the number of diffusion steps")
+    values = {
         **real_images(config),
         "model": folder,
         "output": folder / RESULTS,
@@ -149,19 +152,19 @@ def evaluation(options: AblationOptions, folder: Path, config: Config) -> list[s
         "seed": config.training.seed,
         "mixed_precision": "no",
     }
-    return command_line(given)
+    return command_line(values)
 
 
-def command_line(given: dict[str, Any]) -> list[str]:
-    """Return options as the words of a command line; None is left to the default."""
-    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+def command_line(values: dict[str, Any]) -> list[str]:
+    """Return options as command-line arguments; options with the value None are left out."""
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def evaluated(options: AblationOptions, folder: Path, config: Config) -> dict[str, Any] | None:
-    """Return the figures of a run, or None if they are missing, of other weights, or of another request."""
+    """Return the results of a run, or None if they are missing or were made with other weights or options."""
     request, sampling = parse_options(evaluation(options, folder, config), EvaluateConfig, Sampling)
     replaced = sampling.replaced_variance(config.diffusion.variance_type, config.diffusion.num_train_timesteps)
-    asked = {"request": asdict(request), "sampling": asdict(sampling) | {"variance": replaced}}
+    expected = {"request": asdict(request), "sampling": asdict(sampling) | {"variance": replaced}}
     try:
         results, exported = (json.loads((folder / name).read_text()) for name in (RESULTS, "export.json"))
         figures = {name: results[name] for name in METRICS}
@@ -170,31 +173,31 @@ def evaluated(options: AblationOptions, folder: Path, config: Config) -> dict[st
     same = results["model"]["checksum"] == exported["checksum"] and all(
         figure["made_by"][kind].get(name) == value
         for figure in figures.values()
-        for kind, values in asked.items()
+        for kind, values in expected.items()
         for name, value in values.items()
         if name not in NOT_OF_FIGURES
     )
     return figures if same else None
 
 
-def report(options: AblationOptions, found: dict[str, list[dict[str, Any]]]) -> None:
+def report(options: AblationOptions, results: dict[str, list[dict[str, Any]]]) -> None:
     """Write the three files."""
     rows = {}
-    for row, runs in found.items():
-        rows[row] = {"title": ROWS[row].title, "words": ROWS[row].words, "paper_fid": ROWS[row].paper}
+    for row, runs in results.items():
+        rows[row] = {"title": ROWS[row].title, "words": ROWS[row].arguments, "paper_fid": ROWS[row].paper_fid}
         rows[row] |= {metric: spread([run[metric]["value"] for run in runs if metric in run]) for metric in METRICS}
         rows[row] |= {"diverged": sum("diverged_at" in run for run in runs), "runs": runs}
     same, pairs = agreement({row: None if entry["diverged"] else entry["fd"] for row, entry in rows.items()})
     figures = {"options": asdict(options), "rows": rows, "pairs": pairs, "pairs_in_the_order_of_the_paper": same}
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, words in (("json", to_json(figures, indent=2) + "\n"), ("md", text(figures))):
-        write_text(folder / f"ablation.{name}", words)
-    draw(options, found)
+    for suffix, content in (("json", to_json(figures, indent=2) + "\n"), ("md", text(figures))):
+        write_text(folder / f"ablation.{suffix}", content)
+    draw(options, results)
 
 
 def spread(values: list[float]) -> dict[str, float] | None:
-    """Return mean and standard deviation of the values of several seeds; None if there is none."""
+    """Return mean and standard deviation of the values of several seeds, or None without values."""
     if not values:
         return None
     deviation = {"standard_deviation": statistics.stdev(values)} if len(values) > 1 else {}
@@ -202,14 +205,17 @@ def spread(values: list[float]) -> dict[str, float] | None:
 
 
 def agreement(distances: dict[str, dict[str, float] | None]) -> tuple[int, int]:
-    """Return how many pairs of rows are in the order of the paper, and how many pairs it orders; a dash is last."""
+    """Return the number of row pairs ordered as in the paper, and the number of pairs that the paper orders.
+
+    Rows without a value rank last.
+    """
     same = pairs = 0
     for row, other in itertools.combinations(distances, 2):
-        paper = [math.inf if ROWS[name].paper is None else ROWS[name].paper for name in (row, other)]
-        here = [math.inf if found is None else found["mean"] for found in (distances[row], distances[other])]
+        paper = [math.inf if ROWS[name].paper_fid is None else ROWS[name].paper_fid for name in (row, other)]
+        ours = [math.inf if entry is None else entry["mean"] for entry in (distances[row], distances[other])]
         if paper[0] != paper[1]:
             pairs += 1
-            same += here[0] != here[1] and (here[0] < here[1]) == (paper[0] < paper[1])
+            same += ours[0] != ours[1] and (ours[0] < ours[1]) == (paper[0] < paper[1])
     return same, pairs
 
 
@@ -220,37 +226,38 @@ def text(figures: dict[str, Any]) -> str:
     for row in rows:
         paper = "-" if row["paper_fid"] is None else row["paper_fid"]
         diverged = f"{row['diverged']} of {len(row['runs'])}"
-        cells.append([row["title"], *(in_words(row[metric]) for metric in METRICS), diverged, paper])
-    words = [
-        "## What to predict and what to minimize (Table 2)",
-        table(["what is predicted: what is minimized", *METRICS.values(), "diverged", "FID in the paper"], cells),
+        cells.append([row["title"], *(as_text(row[metric]) for metric in METRICS), diverged, paper])
+    paragraphs = [
+        "## Ablation of prediction targets and objectives (Table 2)",
+        table(["prediction: objective", *METRICS.values(), "diverged", "FID in the paper"], cells),
     ]
     finished = [run["fd"] for row in rows for run in row["runs"] if "fd" in run]
     if finished:
         fd, made_by, data = finished[0], finished[0]["made_by"], finished[0]["made_by"]["dataset"]
-        words += [
-            f"Preset {options['preset']}, seeds {', '.join(map(str, options['seeds']))}: mean and standard deviation "
-            f"over the seeds that finished. {fd['num_images']} images in {made_by['sampling']['num_inference_steps']} "
-            f"steps against the {fd['reference_images']} of {data['name']} ({data['reference_split']}), features: "
-            f"{made_by['extractor']['name']}. The paper's figures are of CIFAR-10.",
-            captioned("ablation.png", "Samples of every row", "Samples of the first seed that finished, row by row."),
+        paragraphs += [
+            f"Preset {options['preset']}, seeds {', '.join(map(str, options['seeds']))}: mean ± standard deviation "
+            f"over the finished runs. {fd['num_images']} samples with {made_by['sampling']['num_inference_steps']} "
+            f"steps, compared with {fd['reference_images']} images of {data['name']} ({data['reference_split']}); "
+            f"features: {made_by['extractor']['name']}. The paper's FID is for CIFAR-10.",
+            captioned("ablation.png", "Samples of every row", "Samples of every row, for the first finished seed."),
         ]
-    words.append(
-        f"{figures['pairs_in_the_order_of_the_paper']} of the {figures['pairs']} pairs of rows that the paper's FID "
-        "orders are in the same order here; a row of which a run diverged, like a dash of the paper, is last."
+    paragraphs.append(
+        f"The FID of the paper orders {figures['pairs']} pairs of rows; here, "
+        f"{figures['pairs_in_the_order_of_the_paper']} of them have the same order. Rows with a diverged run, or "
+        "without a FID in the paper, rank last."
     )
-    return "\n\n".join(words) + "\n"
+    return "\n\n".join(paragraphs) + "\n"
 
 
-def in_words(found: dict[str, float] | None) -> str:
+def as_text(entry: dict[str, float] | None) -> str:
     """Return mean and standard deviation as text."""
-    return "-" if found is None else with_error(found["mean"], found.get("standard_deviation"))
+    return "-" if entry is None else with_error(entry["mean"], entry.get("standard_deviation"))
 
 
-def draw(options: AblationOptions, found: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw samples of every row, those of its first seed that finished."""
+def draw(options: AblationOptions, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Draw samples of every row, for its first finished seed."""
     rows = []
-    for row, runs in found.items():
+    for row, runs in results.items():
         finished = [run for run in runs if "fd" in run]
         if finished:
             name = Path(finished[0]["fd"]["made_by"]["samples"]).name

@@ -1,4 +1,4 @@
-"""The shell of a figure: model, data and output folder; tables, sheets of images, and the files of a figure."""
+"""Shared parts of all figures: model, data and output folder; tables, image sheets, and output files."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -29,18 +29,18 @@ from hf_ddpm.utils.plots import Curve, save_curves
 
 # Time per frame of an animation.
 MILLISECONDS = 80
-PARTS = 10  # of the jackknife
-# Least share of x_t that is image, sqrt(alpha-bar_t), for the image to be seen in x_t.
+PARTS = 10  # parts of the jackknife
+# Least signal sqrt(alpha-bar_t) at which the image is still visible in x_t.
 VISIBLE_SIGNAL = 0.2
 
 
 class FigureContext:
-    """A model with its data, and the folder of its figures.
+    """A model, its data set, and the output folder of its figures.
 
     Args:
-        options: Options that all figures share.
-        accelerator: The processes; all of them make a context, and call the functions of this package.
-        log: Called with a line on unused files of the data set, and on damaged caches.
+        options: Options shared by all figures.
+        accelerator: The accelerator. Every process must create a context and call the functions of this package.
+        log: Called with one line of text about unused files of the data set, and about damaged caches.
 
     Raises:
         ValueError: If the model cannot be loaded.
@@ -57,22 +57,22 @@ class FigureContext:
 
     @property
     def levels(self) -> int:
-        """Number of values that a pixel of the data takes."""
+        """Number of distinct pixel values of the data."""
         return self.options.levels or default_levels(self.options.dataset)
 
     def reference(self, metrics: str, num_images: int | None = None) -> Reference:
-        """Return the real images for metrics of this model; raise a `ValueError` if there are none, or too few."""
+        """Return the real images for metrics of this model; raise a `ValueError` if images are missing or too few."""
         options = asdict(self.options)
         del options["output"], options["seed"]
         if options["dataset"] is None:
-            raise ValueError(f"dataset is missing: there is no config.yaml of a run in model={options['model']!r}")
+            raise ValueError(f"--dataset is missing: --model {options['model']} contains no config.yaml of a run")
         config = EvaluateConfig(metrics=metrics, num_images=num_images, **options)
         reference = Reference(config, self.pipe.image_shape, self.accelerator, self.log)
         reference.count()
         return reference
 
     def samples(self, count: int, sampling: Sampling) -> SampleFolder:
-        """Return generated images, which are kept in a folder below `samples/`."""
+        """Return generated images, stored in a folder below `samples/`; existing ones are reused."""
         batch_size = min(self.options.batch_size, count)
         sampling = settle_precision(self.pipe, sampling, batch_size, self._samples_folder, self.log)
         return fill_folder(
@@ -89,8 +89,8 @@ class FigureContext:
         """Compute the Frechet distance of the first `real.count` images, as `hf-ddpm evaluate` does.
 
         Returns:
-            `value`, with numbers of images; `floor`, the distance of as many held-out images; `standard_error` of the
-            value, from 3 images on.
+            A dictionary with `value` and the numbers of images; `floor`, the distance of the same number of held-out
+                images, if there are any; and `standard_error` of the value, for at least 3 images.
         """
         generated = extract(real.extractor, images, range(real.count), self.accelerator)
         figure = figures("fd", generated, real)
@@ -101,25 +101,25 @@ class FigureContext:
         return figure
 
     def diffused(self, chosen: Sequence[int]) -> list[int]:
-        """Return numbers of diffusion steps, the paper's `t`, ascending: the chosen ones, or quarters of all."""
+        """Return numbers of diffusion steps (the paper's `t`), ascending: `chosen`, or by default quarters of T."""
         total = len(self.pipe.scheduler)
         require_value("diffused", list(chosen), all(1 <= number <= total for number in chosen), f"1 to {total}")
         return sorted(set(chosen)) or [max(1, round(part * total / 4)) for part in (1, 2, 3, 4)]
 
-    def informed(self, chosen: Sequence[int]) -> list[int]:
-        """Return numbers of diffusion steps: the chosen ones, or the eighths of all after which x_t shows the image."""
+    def visible(self, chosen: Sequence[int]) -> list[int]:
+        """Return `chosen`, or by default the eighths of T at which the image is still visible in x_t, ascending."""
         signal = self.pipe.scheduler.alphas_cumprod.sqrt()
         eighths = sorted({max(1, round(part * len(signal) / 8)) for part in range(1, 9)})
-        seen = [t for t in eighths if signal[t - 1] >= VISIBLE_SIGNAL] or eighths[:1]
-        return self.diffused(chosen) if chosen else seen
+        default = [t for t in eighths if signal[t - 1] >= VISIBLE_SIGNAL] or eighths[:1]
+        return self.diffused(chosen) if chosen else default
 
     def draw(self, name: str, picture: Image.Image) -> None:
-        """Write a picture into the folder, once for all processes."""
+        """Write a picture to the output folder, on the main process only."""
         if self.accelerator.is_main_process:
             save_picture(picture, self._path(name))
 
     def animate(self, name: str, frames: Sequence[Tensor], titles: Sequence[str]) -> None:
-        """Write unit images, shape `(N, C, H, W)` per frame, as an animation; each frame has a title."""
+        """Write unit images, shape `(N, C, H, W)` per frame, as an animation with one title per frame."""
         if self.accelerator.is_main_process:
             pictures = [
                 grid(to_pictures(to_bytes(frame)), title=title) for frame, title in zip(frames, titles, strict=True)
@@ -127,7 +127,7 @@ class FigureContext:
             save_animation(pictures, self._path(name), MILLISECONDS)
 
     def plot(self, name: str, curves: Mapping[str, Curve], **options: Any) -> None:
-        """Write curves into the folder, once for all processes; options as of `save_curves`."""
+        """Plot curves to the output folder, on the main process only; options are those of `save_curves`."""
         if self.accelerator.is_main_process:
             save_curves(self._path(name), curves, **options)
 
@@ -140,15 +140,15 @@ class FigureContext:
         options: Any,
         made_by: Mapping[str, Any],
     ) -> None:
-        """Write the numbers of a figure as `NAME.json`, with their origin, and its text as `NAME.md`.
+        """Write the results of a figure and their origin to `NAME.json`, and its text to `NAME.md`.
 
         Args:
             name: Name of the figure.
             title: Heading of the text.
             paragraphs: The text, in Markdown.
-            numbers: The numbers by name.
+            numbers: The results by name.
             options: The options of the figure, a dataclass.
-            made_by: Data and extractor, as an evaluation reports them.
+            made_by: Data set and feature extractor, as reported by an evaluation.
         """
         if not self.accelerator.is_main_process:
             return
@@ -167,7 +167,7 @@ class FigureContext:
 
 
 def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table in Markdown; numbers are right-aligned, floats have four digits."""
+    """Return a Markdown table; numbers are right-aligned, floats have four significant digits."""
     lines = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in (head, *rows)]
     ruler = ["---" if isinstance(value, str) else "---:" for value in (rows[0] if rows else head)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ruler, *lines[1:]))
@@ -179,17 +179,17 @@ def with_error(value: float, error: float | None) -> str:
 
 
 def captioned(file: str, name: str, caption: str) -> str:
-    """Return a picture and its caption in Markdown."""
+    """Return Markdown of a picture and its caption."""
     return f"![{name}]({file})\n\n*{caption}*"
 
 
-def what_was_compared(figure: dict[str, Any], made_by: dict[str, Any]) -> str:
-    """Describe what a distance compares, in a sentence or two."""
+def describe_distance(figure: dict[str, Any], made_by: dict[str, Any]) -> str:
+    """Return one or two sentences about the images and features of a distance."""
     data, extractor = made_by["dataset"], made_by["extractor"]
-    floor = f" As many held-out images score {figure['floor']:.4g}." if "floor" in figure else ""
+    floor = f" The same number of held-out images scores {figure['floor']:.4g}." if "floor" in figure else ""
     return (
-        f"Frechet distance of {figure['num_images']} images to the {figure['reference_images']} of {data['name']} "
-        f"({data['reference_split']}), features: {extractor['name']}.{floor}"
+        f"Frechet distance between {figure['num_images']} samples and {figure['reference_images']} images of "
+        f"{data['name']} ({data['reference_split']}); features: {extractor['name']}.{floor}"
     )
 
 
@@ -197,8 +197,8 @@ def sheet(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str]) -> Image.I
     """Draw images in labeled rows and columns.
 
     Args:
-        rows: Labels and unit images, shape `(len(columns), C, H, W)`.
-        columns: Labels.
+        rows: Label and unit images of each row; images have shape `(len(columns), C, H, W)`.
+        columns: Labels of the columns.
 
     Returns:
         The picture.

@@ -1,6 +1,6 @@
-"""Frechet distance against the number of steps, a model beside what it is distilled to, and samples from one noise.
+"""Progressive distillation: Frechet distance against the number of steps for teacher and students; samples.
 
-Progressive distillation (Salimans & Ho 2022) halves the steps of a deterministic sampler again and again.
+Progressive distillation (Salimans & Ho 2022) repeatedly halves the number of steps of a deterministic sampler.
 """
 
 from collections.abc import Sequence
@@ -13,24 +13,24 @@ from torch import Tensor
 
 from hf_ddpm.evaluation.results import RealFeatures
 from hf_ddpm.hub.stages import stage_folders
-from hf_ddpm.paper.context import FigureContext, captioned, sheet, table, what_was_compared
+from hf_ddpm.paper.context import FigureContext, captioned, describe_distance, sheet, table
 from hf_ddpm.paper.options import DistillationOptions
-from hf_ddpm.paper.steps import caution, in_words
+from hf_ddpm.paper.steps import as_text, error_note
 from hf_ddpm.sampling.folder import SampleFolder
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.options import require
 
-# Samplers of the teacher: its own, in fewer steps with the small variance, and the one that is distilled.
+# Samplers of the teacher: its own (with fixed_small for fewer than all steps), and the distilled one.
 SAMPLERS = ("ddpm", "ddim")
 
 
 def distillation(context: FigureContext, options: DistillationOptions) -> None:
-    """Measure the students and the samplers of their teacher; an interrupted call can be repeated."""
+    """Measure the students and the samplers of their teacher; call it again after an interruption to resume."""
     folders = stage_folders(Path(options.distilled))
-    require(options, "distilled", bool(folders), "expected the output of hf-ddpm distill, with folders such as 8-steps")
+    require(options, "distilled", bool(folders), "an output folder of hf-ddpm distill, with folders such as 8-steps")
     total = len(context.pipe.scheduler)
     chosen = options.steps or [*(number for number in folders if number < total), total]
-    require(options, "steps", 1 <= min(chosen) <= max(chosen) <= total, f"1 to the {total} of the process")
+    require(options, "steps", 1 <= min(chosen) <= max(chosen) <= total, f"1 to {total}, the number of diffusion steps")
     real = context.reference("fd", options.num_images).features()
     rows, samples = [], {}
     for sampler in SAMPLERS:
@@ -54,7 +54,7 @@ def distillation(context: FigureContext, options: DistillationOptions) -> None:
 
 
 def measure(context: FigureContext, real: RealFeatures, sampling: Sampling) -> tuple[SampleFolder, dict[str, Any]]:
-    """Return images of a model, and their distance."""
+    """Return samples of a model and their distance."""
     images = context.samples(real.count, sampling)
     return images, {"steps": sampling.steps(context.pipe), **context.distance(real, images)}
 
@@ -65,7 +65,7 @@ def draw(
     samples: dict[tuple[str, int], SampleFolder],
     rows: Sequence[dict[str, Any]],
 ) -> None:
-    """Draw curves, and the first images of each student and of the teacher: the same noise in a column."""
+    """Plot the distances, and draw the first samples of each student and of the teacher, one noise per column."""
     held_out = rows[0]["points"][0].get("floor")
     curves = {row["model"]: ([p["steps"] for p in row["points"]], [p["value"] for p in row["points"]]) for row in rows}
     levels = {} if held_out is None else {"held-out images": held_out}
@@ -93,22 +93,26 @@ def report(
     cells = []
     for row in rows:
         points = {point["steps"]: point for point in row["points"]}
-        cells.append([row["model"], *(in_words(points[number]) if number in points else "" for number in columns)])
+        cells.append([row["model"], *(as_text(points[number]) if number in points else "" for number in columns)])
     teacher = min((point for row in rows[:-1] for point in row["points"]), key=lambda point: point["value"])
     factors = {point["steps"]: point["value"] / teacher["value"] for point in rows[-1]["points"]}
     fewest = min((steps for steps, factor in factors.items() if factor <= options.within), default=None)
     reached = "no number of steps" if fewest is None else f"{fewest} step{'' if fewest == 1 else 's'}"
     paragraphs = [
         table(["", *columns], cells),
-        f"{what_was_compared(teacher, made_by)} The best distance of the teacher is {teacher['value']:.4g}, in "
-        f"{teacher['steps']} steps; distilled, it is at most {options.within:g} times that in {reached}. "
-        f"{caution(teacher)}",
-        captioned("distillation.png", "Distance against the number of steps", "The distances of the table."),
+        f"{describe_distance(teacher, made_by)} The best distance of the teacher is {teacher['value']:.4g}, with "
+        f"{teacher['steps']} steps. The distilled model reaches at most {options.within:g} times this distance with "
+        f"{reached}. {error_note(teacher)}",
+        captioned(
+            "distillation.png",
+            "Distance against the number of steps",
+            "Frechet distance against the number of steps, as in the table.",
+        ),
         captioned(
             "distillation-samples.png",
             "Samples from the same noise",
-            "A column has the same noise. Each stage learns to take one step for two of the one above it, so that its "
-            "samples should be those above.",
+            "Samples of each stage. All images of a column start from the same noise. Each stage learns to replace two "
+            "steps of the stage above by one, so its samples should look the same as those above.",
         ),
     ]
     numbers = {

@@ -1,4 +1,4 @@
-"""Inpainting of held-out images (RePaint, Lugmayr et al. 2022): several fills for each of four masks."""
+"""Inpainting of held-out images (RePaint, Lugmayr et al. 2022): several results for each of four masks."""
 
 import torch
 from torch import Tensor
@@ -8,49 +8,49 @@ from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.images import to_signed, to_unit
 from hf_ddpm.paper.context import FigureContext, captioned, rmse, sheet, table
 from hf_ddpm.paper.options import InpaintingOptions
-from hf_ddpm.paper.shared_latent import variety
+from hf_ddpm.paper.shared_latent import rmse_within
 from hf_ddpm.sampling.samplers import find_scheduler
 from hf_ddpm.utils.seeds import FIGURES, generator
 
 
 def inpainting(context: FigureContext, options: InpaintingOptions) -> None:
-    """Draw fills of held-out images by mask, and measure their distance from the images and from each other."""
+    """Draw inpainted held-out images per mask, and measure their distances to the images and to each other."""
     reference = context.reference("nll", options.num_images)
     assert reference.held_out is not None
     indices = choose(len(reference.held_out), options.num_images, METRIC_SEED)
     x_start = to_signed(reference.held_out[torch.tensor(indices)], context.levels).cpu()
     images = to_unit(x_start)
     rows, measured = [], []
-    for name, mask in hidden_parts(*x_start.shape[-2:]).items():
-        fills, at_once = (filled(context, x_start, mask, options, jumps) for jumps in (options.jump_n_sample, 1))
-        part, again, real = (unit[..., mask] for unit in (fills, at_once, images[:, None].expand_as(fills)))
+    for name, mask in masks(*x_start.shape[-2:]).items():
+        fills, no_jumps = (inpaint(context, x_start, mask, options, jumps) for jumps in (options.jump_n_sample, 1))
+        part, part_no_jumps, real = (unit[..., mask] for unit in (fills, no_jumps, images[:, None].expand_as(fills)))
         measured.append({"mask": name, "filled": mask.float().mean().item(), "rmse": rmse(part, real)})
-        measured[-1] |= {"rmse_between_fills": variety(part), "rmse_without_jumps": rmse(again, real)}
+        measured[-1] |= {"rmse_between_fills": rmse_within(part), "rmse_without_jumps": rmse(part_no_jumps, real)}
         masked = torch.where(mask, 0.5, images)
         for i in range(len(images)):
-            rows.append((name if i == 0 else "", torch.stack([images[i], masked[i], *fills[i], at_once[i, 0]])))
+            rows.append((name if i == 0 else "", torch.stack([images[i], masked[i], *fills[i], no_jumps[i, 0]])))
     columns = ["image", "masked", *(f"{i + 1}" for i in range(options.fills)), "no jumps"]
     context.draw("inpainting.png", sheet(rows, columns))
     caption = (
-        f"Held-out images, what is known of them, {options.fills} fills with other noise, and one without jumps, in "
-        "which both parts fit together less well."
+        f"From left to right: held-out image, masked image, {options.fills} results with different noise, and a result "
+        "without jumps, in which the filled pixels fit the known ones less well."
     )
-    head = ["mask", "share filled", "RMSE", "RMSE between fills", "RMSE without jumps"]
+    head = ["mask", "filled fraction", "RMSE to the image", "RMSE between results", "RMSE without jumps"]
     paragraphs = [
         captioned("inpainting.png", "Inpainted images", caption),
         table(head, [list(row.values()) for row in measured]),
-        f"Distance of the filled pixels from those of the image and from each other, RMSE on the scale [0, 255], over "
-        f"{len(images)} images. Both distances agree if the image and its fills have the same distribution.",
+        f"RMSE of the filled pixels on the scale [0, 255], for {len(images)} images: to the image, and between two "
+        "results. Both are equal if the image and the results have the same distribution.",
     ]
     context.write("inpainting", "Inpainting (RePaint)", paragraphs, {"masks": measured}, options, {})
 
 
-def hidden_parts(height: int, width: int) -> dict[str, Tensor]:
-    """Return masks, bool, shape `(H, W)`, true where to fill."""
+def masks(height: int, width: int) -> dict[str, Tensor]:
+    """Return masks by name, bool, shape `(H, W)`, True at pixels to fill."""
     row, column = torch.arange(height).view(-1, 1), torch.arange(width).view(1, -1)
     everywhere = torch.ones(height, width, dtype=torch.bool)
     in_rows, in_columns = (
-        (place >= size // 4) & (place < size - size // 4) for place, size in ((row, height), (column, width))
+        (index >= size // 4) & (index < size - size // 4) for index, size in ((row, height), (column, width))
     )
     return {
         "lower half": (row >= height // 2) & everywhere,
@@ -60,10 +60,10 @@ def hidden_parts(height: int, width: int) -> dict[str, Tensor]:
     }
 
 
-def filled(
+def inpaint(
     context: FigureContext, x_start: Tensor, mask: Tensor, options: InpaintingOptions, jump_n_sample: int
 ) -> Tensor:
-    """Return fills of signed images as unit images on the CPU, shape `(N, fills, C, H, W)`."""
+    """Return inpainted signed images as unit images on the CPU, shape `(N, fills, C, H, W)`."""
     pipe, seed, device = context.pipe, context.options.seed, context.accelerator.device
     steps, own = min(options.num_inference_steps, len(pipe.scheduler)), pipe.scheduler
     repeated = x_start.repeat_interleave(options.fills, dim=0)

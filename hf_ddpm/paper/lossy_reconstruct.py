@@ -1,4 +1,4 @@
-"""Progressive reconstruction of real images (Section 4.3): estimates, and samples that agree with them."""
+"""Progressive reconstruction of real images (Section 4.3): estimates and samples at several timesteps."""
 
 import torch
 from torch import Tensor
@@ -12,44 +12,44 @@ from hf_ddpm.utils.seeds import FIGURES, generator
 
 
 def lossy_reconstruct(context: FigureContext, options: LossyReconstructOptions) -> None:
-    """Draw estimates and samples of held-out images at several moments, and measure rate and distortion."""
-    moments = context.informed(options.diffused)[::-1]
+    """Draw estimates and samples of held-out images at several timesteps, and measure rate and distortion."""
+    timesteps = context.visible(options.diffused)[::-1]
     reference = context.reference("nll", options.num_images)
     bound = reference.bound(context.pipe, context.options.seed)
     assert reference.held_out is not None
-    indices = choose(len(reference.held_out), options.num_images, METRIC_SEED)  # those of the bound
+    indices = choose(len(reference.held_out), options.num_images, METRIC_SEED)  # the images of the bound
     x_start = to_signed(reference.held_out[torch.tensor(indices)], context.levels)
 
     images, errors, columns = to_unit(x_start).cpu(), [], []
-    for t in moments:
-        estimates, samples = received(context, x_start, t - 1)
+    for t in timesteps:
+        estimates, samples = reconstruct(context, x_start, t - 1)
         columns.append((estimates, samples))
         distortions = {"rmse_of_estimates": rmse(estimates, images), "rmse_of_samples": rmse(samples, images)}
         errors.append({"t": t, "rate_bpd": bound["rate_bpd"][t - 1], **distortions})
     rows = []
     for image in range(len(images)):
         for kind, name in enumerate(("estimate", "sample")):
-            seen = [pair[kind][image] for pair in columns]
-            rows.append((f"image {image + 1}, {name}", torch.stack([*seen, images[image]])))
-    context.draw("lossy-reconstruct.png", sheet(rows, [*(f"t = {t}" for t in moments), "image"]))
+            shown = [pair[kind][image] for pair in columns]
+            rows.append((f"image {image + 1}, {name}", torch.stack([*shown, images[image]])))
+    context.draw("lossy-reconstruct.png", sheet(rows, [*(f"t = {t}" for t in timesteps), "image"]))
     paragraphs = [
         captioned(
             "lossy-reconstruct.png",
             "Estimates and samples of real images",
-            "Held-out images (right) diffused by t steps and received again: the estimate (Eq. 15) and a sample of "
-            "p(x_0 | x_t). By default t are the eighths of T at which sqrt(alpha-bar_t) is at least "
-            f"{VISIBLE_SIGNAL:g}.",
+            "Reconstructions of held-out images (right) from x_t after t diffusion steps: the estimate of the image "
+            "(Eq. 15), and a sample of p(x_0 | x_t). By default t are the eighths of T with "
+            f"sqrt(alpha-bar_t) >= {VISIBLE_SIGNAL:g}.",
         ),
-        table(["t", "rate", "RMSE of estimates", "RMSE of samples"], [list(moment.values()) for moment in errors]),
-        "The rate is what has to be sent for them, in bits per dimension; RMSE on the scale [0, 255], over "
+        table(["t", "rate", "RMSE of estimates", "RMSE of samples"], [list(entry.values()) for entry in errors]),
+        "Rate: bits per dimension needed to transmit x_t. RMSE on the scale [0, 255]. Means over "
         f"{len(images)} images of {bound['made_by']['dataset']['name']}.",
     ]
     title = "Lossy reconstruction (Section 4.3)"
     context.write("lossy-reconstruct", title, paragraphs, {"moments": errors}, options, bound["made_by"])
 
 
-def received(context: FigureContext, x_start: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """Return the estimates and samples, as unit images on the CPU, from one draw of the latents at `t`."""
+def reconstruct(context: FigureContext, x_start: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """Return estimates and samples from the same latents at `t`, as unit images on the CPU."""
     source = generator(context.options.seed, FIGURES, t, device=context.accelerator.device)
     x_t = context.pipe.encode(x_start, t, source)
     estimates = context.pipe(len(x_t), source, output_type="pt", latents=x_t, timesteps=[t]).images  # one step to x_0

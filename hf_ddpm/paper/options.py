@@ -1,4 +1,4 @@
-"""Options of the figures. Imports nothing slow: `--help` needs them."""
+"""Options of the figures; imports no slow modules, so that `--help` is fast."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +17,17 @@ ROWS = [f"{target}-{objective}" for target in ("mean", "epsilon") for objective 
 
 @dataclass(kw_only=True)
 class FigureOptions(ReferenceOptions):
-    """Model, data and folder of the figures; data and splits are those of the run of the model by default."""
+    """Figures: model, data and output folder. Data options default to those of the model's run."""
 
-    model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
-    output: str = option("folder of the figures", "figures")
+    model: str = option("folder or Hub id of a DDPM pipeline, from hf_ddpm or diffusers")
+    output: str = option("output folder of the figures", "figures")
     seed: int = option("random seed", 0)
 
     def __post_init__(self) -> None:
-        """Check the values, and find the data set of a model of a run."""
+        """Check the values, and take the data options from the model's run."""
         output = Path(self.output)
         no_file = not any(path.is_file() for path in (output, *output.parents))
-        require(self, "output", no_file, "a file stands there, a folder is wanted")
+        require(self, "output", no_file, "is a file or lies below a file; expected a folder")
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "batch_size")
         super().__post_init__()
@@ -47,44 +47,43 @@ class DistanceOptions:
 
 @dataclass
 class DiffusedOptions:
-    """Options of figures of moments of the process."""
+    """Options of figures with several timesteps."""
 
-    diffused: list[int] = option("moments: steps of diffusion, from 1 to T; quarters of T by default", factory=list)
+    diffused: list[int] = option("timesteps t to show, from 1 to T (default: quarters of T)", factory=list)
 
 
 @dataclass
-class InformedOptions:
-    """Options of figures of images that are diffused."""
+class VisibleOptions:
+    """Options of figures with diffused real images."""
 
     diffused: list[int] = option(
-        "moments: steps of diffusion, from 1 to T; by default the eighths of T after which images are still seen",
-        factory=list,
+        "timesteps t to show, from 1 to T (default: eighths of T at which the image is still visible)", factory=list
     )
 
 
 @dataclass
 class ProgressiveOptions:
-    """Estimates of images while they are sampled (Figs. 6, 10): a picture, an animation, and distances."""
+    """Estimates of images during sampling (Figs. 6, 10): a picture, an animation, and distances."""
 
     shown: int = option("images in the picture", 8)
-    columns: int = option("moments in the picture, and of the distances", 11)
-    frames: int = option("moments in the animation", 51)
-    num_images: int = option("images for the distance at each moment, at least 2; 0 for no distances", 100)
+    columns: int = option("timesteps in the picture and for the distances", 11)
+    frames: int = option("timesteps in the animation", 51)
+    num_images: int = option("samples for the distance per timestep, at least 2; 0 for no distances", 100)
     animation: Literal["gif", "webp"] = option("format of the animation", "gif")
 
     def __post_init__(self) -> None:
         """Check the values."""
         require_at_least(self, 1, "shown")
         require_at_least(self, 2, "columns")
-        require(self, "frames", self.frames >= self.columns, f"at least columns={self.columns}")
-        require(self, "num_images", self.num_images == 0 or self.num_images >= 2, "0, or at least 2")
+        require(self, "frames", self.frames >= self.columns, f"at least --columns {self.columns}")
+        require(self, "num_images", self.num_images == 0 or self.num_images >= 2, "0 or at least 2")
 
 
 @dataclass
 class SharedLatentOptions(DiffusedOptions):
-    """Several images from one latent, at several moments of the process (Fig. 7), and how much they differ."""
+    """Several images from the same latent, for several timesteps (Fig. 7), and their differences."""
 
-    latents: int = option("latents; the first two are shown", 4)
+    latents: int = option("number of latents; the picture shows the first two", 4)
     num_images: int = option("images per latent, at least 2", 6)
 
     def __post_init__(self) -> None:
@@ -94,13 +93,13 @@ class SharedLatentOptions(DiffusedOptions):
 
 
 @dataclass
-class InterpolateOptions(InformedOptions):
-    """Two images mixed after some steps of diffusion, and denoised (Figs. 8, 9)."""
+class InterpolateOptions(VisibleOptions):
+    """Interpolation between two images at several timesteps (Figs. 8, 9)."""
 
-    first: str | None = option("file of an image", None)
-    second: str | None = option("file of another image", None)
+    first: str | None = option("file of the first image", None)
+    second: str | None = option("file of the second image", None)
     rows: list[int] = option(
-        "without files: indices of two held-out images; by default the least alike of the first 16", factory=list
+        "without files: indices of two held-out images (default: the least similar two of the first 16)", factory=list
     )
     weights: list[float] = option(
         "weights of the second image, in [0, 1]", factory=lambda: [tenth / 10 for tenth in range(11)]
@@ -108,16 +107,16 @@ class InterpolateOptions(InformedOptions):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        require(self, "second", (self.first is None) == (self.second is None), "both files, or none")
-        require(self, "rows", len(self.rows) in (0, 2) and min(self.rows, default=0) >= 0, "two numbers, at least 0")
-        require(self, "weights", all(0 <= weight <= 1 for weight in self.weights), "in [0, 1]")
+        require(self, "second", (self.first is None) == (self.second is None), "both --first and --second, or neither")
+        require(self, "rows", len(self.rows) in (0, 2) and min(self.rows, default=0) >= 0, "two indices, at least 0")
+        require(self, "weights", all(0 <= weight <= 1 for weight in self.weights), "numbers in [0, 1]")
 
 
 @dataclass
 class RateDistortionOptions:
     """Rate and distortion of progressive decoding (Fig. 5, Table 4)."""
 
-    num_images: int = option("held-out images; each takes T evaluations of the network", 50)
+    num_images: int = option("held-out images; each needs T network evaluations", 50)
     rows: int = option("rows of the table", 10)
 
     def __post_init__(self) -> None:
@@ -127,8 +126,8 @@ class RateDistortionOptions:
 
 
 @dataclass
-class LossyReconstructOptions(InformedOptions):
-    """Progressive reconstruction of real images: estimates and samples, with their rate and distortion."""
+class LossyReconstructOptions(VisibleOptions):
+    """Progressive reconstruction of real images: estimates and samples, with rate and distortion."""
 
     num_images: int = option("held-out images", 4)
 
@@ -139,13 +138,13 @@ class LossyReconstructOptions(InformedOptions):
 
 @dataclass
 class InpaintingOptions:
-    """Held-out images with four masks, filled several times each (RePaint)."""
+    """Inpainting of held-out images with four masks (RePaint), several results each."""
 
     num_images: int = option("held-out images", 2)
-    fills: int = option("fills per image and mask, at least 2", 4)
-    num_inference_steps: int = option("steps of the reverse process; all if there are fewer", 250)
-    jump_length: int = option("steps that a jump goes back", 10)
-    jump_n_sample: int = option("passes through each part of jump_length steps", 10)
+    fills: int = option("results per image and mask, at least 2", 4)
+    num_inference_steps: int = option("sampling steps without jumps; at most all T", 250)
+    jump_length: int = option("length of a jump in steps", 10)
+    jump_n_sample: int = option("passes over each part of jump_length steps; 1 for no jumps", 10)
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -155,7 +154,7 @@ class InpaintingOptions:
 
 @dataclass
 class NearestNeighborsOptions(DistanceOptions):
-    """The samples that are nearest to a training image, by pixels and by features (Figs. 12, 15)."""
+    """Samples closest to a training image, by pixels and by features (Figs. 12, 15)."""
 
 
 @dataclass
@@ -163,10 +162,12 @@ class StepsOptions(DistanceOptions):
     """Distance to real images against the number of steps, for each sampler."""
 
     steps: list[int] = option(
-        "numbers of steps, 10, 20, 50 and 100 by default; the process of the paper takes all of them, too",
+        "numbers of steps (default: 10 20 50 100); the DDPM sampler of the paper is also measured with all steps",
         factory=list,
     )
-    samplers: list[str] = option(f"beside the paper's, any of {', '.join(SAMPLERS)}", factory=lambda: list(SAMPLERS))
+    samplers: list[str] = option(
+        f"samplers in addition to DDPM, any of {', '.join(SAMPLERS)}", factory=lambda: list(SAMPLERS)
+    )
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -178,17 +179,18 @@ class StepsOptions(DistanceOptions):
 
 @dataclass
 class DistillationOptions(DistanceOptions):
-    """Distance of a model and of what it is distilled to against the number of steps, and samples from one noise."""
+    """Distance of a model and its distilled students against the number of steps, and samples from the same noise."""
 
-    distilled: str = option("folder that hf-ddpm distill made from the model", "")
-    steps: list[int] = option("numbers of steps of the model; those of the stages and all by default", factory=list)
-    within: float = option("factor of the best distance of the model that counts as reached", 1.5)
-    shown: int = option("images of each in the picture", 12)
+    distilled: str = option("output folder of hf-ddpm distill for this model", "")
+    steps: list[int] = option("numbers of steps of the model (default: those of the stages, and all)", factory=list)
+    within: float = option("largest ratio to the model's best distance at which a student is considered as good", 1.5)
+    shown: int = option("samples per row of the picture", 12)
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        require(self, "distilled", Path(self.distilled).is_dir() and bool(self.distilled), "the folder of --output")
+        is_folder = Path(self.distilled).is_dir() and bool(self.distilled)
+        require(self, "distilled", is_folder, "an output folder of hf-ddpm distill")
         require(self, "steps", min(self.steps, default=1) >= 1, "at least 1")
         require(self, "within", self.within >= 1, "at least 1")
         require_at_least(self, 1, "shown")
@@ -196,10 +198,10 @@ class DistillationOptions(DistanceOptions):
 
 @dataclass
 class SchedulesOptions:
-    """Loss and bits by timestep of one network with several schedules, by default linear and cosine."""
+    """Loss and bits per timestep of one network with several noise schedules."""
 
     schedules: list[str] = option(f"any of {', '.join(SCHEDULES)}", factory=lambda: ["linear", "squaredcos_cap_v2"])
-    num_images: int = option("held-out images; each takes T evaluations of the network per schedule", 10)
+    num_images: int = option("held-out images; each needs T network evaluations per schedule", 10)
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -210,28 +212,30 @@ class SchedulesOptions:
 
 @dataclass
 class AllOptions(DistanceOptions):
-    """All of these but the ablation, and one report of them: report.md."""
+    """All figures except distillation and ablation, and one report: report.md."""
 
 
 @dataclass
 class AblationOptions(DistanceOptions):
-    """Table 2: trains with either prediction and each objective, from several seeds; takes a run for each."""
+    """Ablation of Table 2: trains one run per prediction target, objective and seed."""
 
-    output: str = option("folder of the figures; the runs are below it", "figures")
-    preset: str = option("what is trained otherwise", "digits")
-    config: str | None = option("YAML file of further options", None)
+    output: str = option("output folder of the figure and the runs", "figures")
+    preset: str = option("preset for all other training options", "digits")
+    config: str | None = option("YAML file with more training options", None)
     rows: list[str] = option("any of " + ", ".join(ROWS), factory=lambda: list(ROWS))
-    seeds: list[int] = option("seeds of the runs of a row", factory=lambda: [0, 1, 2])
-    max_train_steps: int | None = option("optimizer steps; those of the preset by default", None)
-    num_inference_steps: int | None = option("sampling steps; all by default, which means and variances need", None)
-    launcher: str = option("command that starts a script in place of python, such as accelerate launch", "")
+    seeds: list[int] = option("seeds of the runs per row", factory=lambda: [0, 1, 2])
+    max_train_steps: int | None = option("optimizer steps (default: those of the preset)", None)
+    num_inference_steps: int | None = option(
+        "sampling steps (default: all; predicted means and learned variances need all)", None
+    )
+    launcher: str = option("command that runs a script instead of python, such as accelerate launch", "")
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        require(self, "output", not Path(self.output).is_file(), "it is a file, a folder is wanted")
+        require(self, "output", not Path(self.output).is_file(), "is a file; expected a folder")
         require(self, "rows", set(self.rows) <= set(ROWS), f"any of {', '.join(ROWS)}")
-        require(self, "seeds", bool(self.seeds) and min(self.seeds) >= 0, "at least one, at least 0")
+        require(self, "seeds", bool(self.seeds) and min(self.seeds) >= 0, "one or more seeds, at least 0")
         require_distinct(self, "rows", "seeds")
         require_at_least(self, 1, "max_train_steps", "num_inference_steps")
 

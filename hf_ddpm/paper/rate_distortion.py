@@ -8,7 +8,7 @@ from hf_ddpm.paper.context import FigureContext, captioned, table
 from hf_ddpm.paper.options import RateDistortionOptions
 
 RATE, DISTORTION = "rate, bits per dimension", "distortion, RMSE on [0, 255]"
-STEPS = "T - t + 1, evaluations of the network"
+STEPS = "T - t + 1, network evaluations"
 
 
 def rate_distortion(context: FigureContext, options: RateDistortionOptions) -> None:
@@ -16,7 +16,7 @@ def rate_distortion(context: FigureContext, options: RateDistortionOptions) -> N
     bound = context.reference("nll", options.num_images).bound(context.pipe, context.options.seed)
     made_by, data = bound.pop("made_by"), bound
     rate, distortion, total = data["rate_bpd"], data["distortion"], len(data["rate_bpd"])
-    steps = [total - t for t in range(total)]  # taken at t
+    steps = [total - t for t in range(total)]  # network evaluations for the estimate at t
     for suffix, curve, labels in (
         ("", (rate, distortion), (RATE, DISTORTION)),
         ("_rate", (steps, rate), (STEPS, RATE)),
@@ -26,38 +26,38 @@ def rate_distortion(context: FigureContext, options: RateDistortionOptions) -> N
     count = min(options.rows, total)
     chosen = [round(row * total / count) for row in range(count)]
     rows = [{"steps": total - t, "rate_bpd": rate[t], "distortion": distortion[t]} for t in chosen]
-    manner = "throughout" if falls(rows) else "but not throughout"
+    trend = "in every row" if is_monotonic(rows) else "but not in every row"
     paragraphs = [
         table(["T - t + 1", "rate (bits per dimension)", "RMSE on [0, 255]"], [list(row.values()) for row in rows]),
-        f"Means over {data['num_images']} images of {made_by['dataset']['name']} ({made_by['dataset']['split']}): what "
-        "has been received when the network has been evaluated so many times, and how far the estimate of the image is "
-        f"from it then. From row to row the distortion falls as the rate rises, {manner}.",
-        f"All in all: {data['total_bpd']:.4g} bits per dimension, of which {rate[0]:.4g} are the rate (L_1 to L_T) and "
-        f"{data['decoder_bpd']:.4g} what remains to be said of the pixels (L_0).",
+        f"Means over {data['num_images']} images of {made_by['dataset']['name']} ({made_by['dataset']['split']}): the "
+        "bits transmitted after the given number of network evaluations, and the RMSE between the image and its "
+        f"estimate at that point. The distortion falls as the rate rises, {trend}.",
+        f"Total: {data['total_bpd']:.4g} bits per dimension, {rate[0]:.4g} for the rate (L_1 to L_T) and "
+        f"{data['decoder_bpd']:.4g} for the remaining details of the pixels (L_0).",
         captioned(
             "rate-distortion.png",
             "Distortion against rate",
-            "Distortion against rate: how far the estimate is from the image when so many bits have been received.",
+            "Distortion against rate: RMSE between the image and its estimate, against the bits transmitted so far.",
         ),
         captioned(
             "rate-distortion_rate.png",
             "Rate against steps",
-            "Rate against steps: the bits received when the network has been evaluated so many times. The last steps, "
-            "in which details are settled, take most of them.",
+            "Rate against steps: bits transmitted against the number of network evaluations. Most bits are transmitted "
+            "in the last steps, which determine details.",
         ),
         captioned(
             "rate-distortion_distortion.png",
             "Distortion against steps",
-            "Distortion against steps. The curve is rough where few images were evaluated.",
+            "Distortion against steps. With few images the curve is noisy.",
         ),
     ]
-    numbers = {**data, "table": rows, "falls_throughout": falls(rows)}
+    numbers = {**data, "table": rows, "falls_throughout": is_monotonic(rows)}
     title = "Rate and distortion (Fig. 5, Table 4)"
     context.write("rate-distortion", title, paragraphs, numbers, options, made_by)
 
 
-def falls(rows: Sequence[dict[str, Any]]) -> bool:
-    """Return whether from row to row, from the last to the first, the rate rises and the distortion falls."""
+def is_monotonic(rows: Sequence[dict[str, Any]]) -> bool:
+    """Return whether the rate rises and the distortion falls in every row, from the last to the first."""
     return all(
         before["rate_bpd"] < after["rate_bpd"] and before["distortion"] > after["distortion"]
         for after, before in pairwise(rows)

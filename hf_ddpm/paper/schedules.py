@@ -1,8 +1,8 @@
-r"""Schedules side by side: the signal, the loss and the bits of each timestep, of one network.
+r"""Comparison of noise schedules for one network: signal, loss and bits per timestep.
 
-The prediction of a network about :math:`x_t` depends on the noise in it, not on the index `t`. So a network that was
-trained with one schedule serves another: its input is the time, fractional if need be, at which its own schedule has
-the same signal-to-noise ratio.
+The prediction of a network for $x_t$ depends on the amount of noise in it, not on the index `t`. A network trained with
+one schedule can therefore be used with another: its time input is the (fractional) timestep at which its own schedule
+has the same signal-to-noise ratio.
 """
 
 from typing import Any
@@ -16,15 +16,15 @@ from hf_ddpm.paper.options import SchedulesOptions
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 
-LOSS, SIGNAL = "squared error of the noise, of clipped estimates", "share of the image in the variance of x_t"
+LOSS, SIGNAL = "squared error of the noise (clipped estimates)", "alpha-bar_t, signal in the variance of x_t"
 
 
 class Retimed(nn.Module):
-    """A network for another process than its own.
+    """A network used with a different process than the one it was trained for.
 
     Args:
         unet: The network.
-        times: Its time input at each step of the process, shape `(T,)`.
+        times: Time input of the network at each timestep of the process, shape `(T,)`.
     """
 
     def __init__(self, unet: nn.Module, times: Tensor):
@@ -38,18 +38,18 @@ class Retimed(nn.Module):
 
 
 def schedules(context: FigureContext, options: SchedulesOptions) -> None:
-    """Evaluate the bound of one network with each schedule; plot bits, loss and signal by timestep."""
+    """Evaluate the bound of one network with each schedule; plot bits, loss and signal per timestep."""
     reference = context.reference("nll", options.num_images)
     own = context.pipe.scheduler
     if not isinstance(own, DDPMScheduler):
-        raise ValueError(f"schedules needs a DDPMScheduler, not a {type(own).__name__}")
+        raise ValueError(f"--model: its scheduler is a {type(own).__name__}; expected a DDPMScheduler")
     curves, made_by = {}, {}
     for name in options.schedules:
         pipe = with_schedule(context.pipe, name)
         bound = reference.bound(pipe, context.options.seed)
         made_by = bound.pop("made_by")
         bars = pipe.scheduler.diffusion.alphas_cumprod
-        # The error of the noise that an error of the image amounts to (Eq. 4): the terms of Eq. 14, but for clipping.
+        # Convert the error of the image to the error of the noise by Eq. 4: except for clipping, the terms of Eq. 14.
         errors = (torch.tensor(bound["distortion"], dtype=torch.float64) / 127.5) ** 2
         losses = errors * bars / (1 - bars)
         curves[name] = {**bound, "mean_loss": losses.mean().item(), "losses": losses.tolist(), "signal": bars.tolist()}
@@ -59,34 +59,34 @@ def schedules(context: FigureContext, options: SchedulesOptions) -> None:
         plotted = {name: (steps, curve[kind]) for name, curve in curves.items()}
         file = f"schedules_{kind.removesuffix('_bpd')}.png"
         context.plot(file, plotted, x_label="t", y_label=label, log_y=kind != "signal")
-    own_name = own.config.beta_schedule if own.config.trained_betas is None else "a schedule of its own"
+    own_name = own.config.beta_schedule if own.config.trained_betas is None else "a custom schedule"
     parts = ("total_bpd", "prior_bpd", "vlb_bpd", "decoder_bpd", "mean_loss")
     head = ["schedule", "bits per dimension", "L_T", "L_1 to L_T-1", "L_0", "mean squared error of the noise"]
     count = next(iter(curves.values()))["num_images"]
     paragraphs = [
         table(head, [[name, *(curve[part] for part in parts)] for name, curve in curves.items()]),
-        f"One network, trained with {own_name}, on {count} images of {made_by['dataset']['name']}; in the process of "
-        "another schedule it is shown the time at which its own has as much noise, or the nearest there is. The "
-        "squared error of the noise (Eq. 14) is that of the estimate of the image, clipped as for the bound.",
+        f"One network, trained with {own_name}, evaluated on {count} images of {made_by['dataset']['name']}. With "
+        "another schedule, its time input is the timestep at which its own schedule has the same amount of noise, or "
+        "the closest one. The squared error of the noise (Eq. 14) is computed from the estimate of the image, which is "
+        "clipped as in the bound.",
         captioned(
             "schedules_terms.png",
-            "Bits by timestep",
-            "The terms of the bound, L_0 to L_{T-1}. The axis leaves out lone terms that are far smaller than all "
-            "others.",
+            "Bits per timestep",
+            "Terms of the bound, L_0 to L_{T-1}, per timestep. Single outliers far below all other terms are cut off.",
         ),
         captioned(
             "schedules_losses.png",
-            "Loss by timestep",
-            "The squared error of the noise. Near T, where x_t holds almost nothing of the image, clipping bounds it "
-            "near zero; the axis leaves lone points out.",
+            "Loss per timestep",
+            "Squared error of the noise per timestep. Near T, where x_t contains almost no signal, clipping keeps the "
+            "error close to zero. Single outliers are cut off.",
         ),
         captioned(
             "schedules_signal.png",
-            "Signal by timestep",
-            "alpha-bar_t, the share of the image in the variance of x_t: what a schedule chooses.",
+            "Signal per timestep",
+            "The signal alpha-bar_t in the variance of x_t per timestep, which defines a schedule.",
         ),
     ]
-    title = "Schedules (loss and bits by timestep)"
+    title = "Schedules (loss and bits per timestep)"
     context.write("schedules", title, paragraphs, {"schedules": curves}, options, made_by)
 
 
@@ -96,7 +96,7 @@ def with_schedule(pipe: DDPMPipeline, name: str) -> DDPMPipeline:
     process = DDPMScheduler.from_config(own.config, beta_schedule=name, trained_betas=None)
     bars = [scheduler.diffusion.alphas_cumprod.numpy() for scheduler in (process, own)]
     target, source = (np.log(bar / (1 - bar)) for bar in bars)
-    # Both fall; np.interp takes rising ones.
+    # Both fall with t, but np.interp requires rising values.
     times = np.interp(-target, -source, np.arange(len(source)))
     unet = Retimed(pipe.unet, torch.tensor(times, dtype=torch.float32, device=pipe.device))
     return DDPMPipeline(unet, process, pipe.config.get("id2label"))

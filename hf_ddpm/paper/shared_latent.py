@@ -1,4 +1,4 @@
-"""Images that share a latent (Section 4.3, Fig. 7): the later it is in the reverse process, the more they agree."""
+"""Images from a shared latent (Section 4.3, Fig. 7), and their differences per timestep."""
 
 import torch
 from torch import Tensor
@@ -8,25 +8,25 @@ from hf_ddpm.paper.context import FigureContext, captioned, sheet, table
 from hf_ddpm.paper.options import SharedLatentOptions
 from hf_ddpm.utils.seeds import FIGURES, SAMPLES, generator
 
-# Latents in the picture; more serve the measurement alone.
+# Number of latents in the picture; the others are only measured.
 SHOWN = 2
 
 
 def shared_latent(context: FigureContext, options: SharedLatentOptions) -> None:
-    """Draw images from the same latents at several moments, and measure how much they differ."""
+    """Draw images from the same latents at several timesteps, and measure their differences."""
     pipe, seed, device = context.pipe, context.options.seed, context.accelerator.device
-    moments = context.diffused(options.diffused)[::-1]
+    timesteps = context.diffused(options.diffused)[::-1]
     sources = [generator(seed, SAMPLES, index, device=device) for index in range(options.latents)]
-    latents, _ = pipe.trace([t - 1 for t in moments], options.latents, sources, "pt")
+    latents, _ = pipe.trace([t - 1 for t in timesteps], options.latents, sources, "pt")
     rows, differences = {}, []
-    for t in moments:
+    for t in timesteps:
         x_t, source = latents[t - 1], generator(seed, FIGURES, t, device=device)
         images = pipe.share_latent(t - 1, options.num_images, source, "pt", x_t).cpu()
         groups = images.view(options.latents, options.num_images, *pipe.image_shape)
-        differences.append({"t": t, "rmse_between_images": variety(groups)})
+        differences.append({"t": t, "rmse_between_images": rmse_within(groups)})
         for latent in range(min(SHOWN, options.latents)):
             rows[latent, t] = torch.cat([to_unit(x_t[latent : latent + 1].cpu()), groups[latent]])
-    # Latent by latent, from T down.
+    # Grouped by latent, with descending t.
     in_order = sorted(rows.items(), key=lambda row: (row[0][0], -row[0][1]))
     labeled = [(f"latent {latent + 1}, t = {t}", row) for (latent, t), row in in_order]
     context.draw("shared-latent.png", sheet(labeled, ["x_t", *(f"{i + 1}" for i in range(options.num_images))]))
@@ -34,22 +34,22 @@ def shared_latent(context: FigureContext, options: SharedLatentOptions) -> None:
         captioned(
             "shared-latent.png",
             "Images from one latent",
-            f"Each row: a latent x_t, on the left, and {options.num_images} images that the reverse process makes from "
-            "it with different noise. The rows of a latent are moments of one reverse process: the smaller t, the more "
-            "of the image is settled.",
+            f"Each row shows a latent x_t on the left, and {options.num_images} images that the reverse process "
+            "generates from it with different noise. The rows of a latent belong to the same reverse process: the "
+            "smaller t is, the more of the image is already determined.",
         ),
         table(["t", "RMSE between two images of a latent"], [list(row.values()) for row in differences]),
-        f"On the scale [0, 255], over {options.latents} latents of {options.num_images} images each.",
+        f"RMSE on the scale [0, 255], over {options.latents} latents with {options.num_images} images each.",
     ]
     title = "Images from one latent (Fig. 7)"
     context.write("shared-latent", title, paragraphs, {"moments": differences}, options, {})
 
 
-def variety(unit: Tensor) -> float:
-    """Return the root mean squared difference, on the scale [0, 255], of two images of a group.
+def rmse_within(unit: Tensor) -> float:
+    """Return the root mean squared difference of two images of the same group, on the scale [0, 255].
 
     Args:
-        unit: Unit images, shape `(groups, N, C, H, W)`, `N` at least 2.
+        unit: Unit images, shape `(groups, N, C, H, W)`, with `N` at least 2.
     """
-    # Over all pairs the mean of (x - y)^2 is twice the unbiased variance.
+    # The mean of (x - y)^2 over all pairs is twice the unbiased variance.
     return 255 * (2 * unit.var(dim=1)).mean().sqrt().item()

@@ -1,7 +1,7 @@
-"""Frechet distance of generated images against the number of steps, for each sampler.
+"""Frechet distance of samples against the number of sampling steps, for each sampler.
 
-The paper samples in all `T` steps, with either of two fixed variances (Section 3.2); DDIM and later solvers take fewer
-steps through the same reverse process.
+The paper samples with all `T` steps and one of two fixed variances (Section 3.2). DDIM and later solvers need fewer
+steps.
 """
 
 import math
@@ -11,26 +11,27 @@ from typing import Any
 
 from hf_ddpm.diffusion.gaussian import LEARNED
 from hf_ddpm.evaluation.results import RealFeatures
-from hf_ddpm.paper.context import FigureContext, captioned, table, what_was_compared, with_error
+from hf_ddpm.paper.context import FigureContext, captioned, describe_distance, table, with_error
 from hf_ddpm.paper.options import StepsOptions
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import find_scheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.options import require
 
-# Distances up to this multiple of that in all steps count as equal to it.
+# Distances up to this multiple of the distance with all steps are considered equal to it.
 TOLERANCE = 1.1
 
 WHY_SMALL = (
-    "The two fixed variances are bounds on that of a step (Section 3.2). They agree when steps are many and short; "
-    "when they are few and long, fixed_large adds more noise than the remaining steps remove, which is seen as grain. "
-    "So sampling in fewer than all steps takes fixed_small, unless `--variance model` keeps the model's own."
+    "The two fixed variances are bounds of the true variance of a step (Section 3.2). With many short steps they are "
+    "nearly equal. With few long steps, fixed_large adds more noise than the remaining steps remove, which is visible "
+    "as grain. Sampling with fewer than all steps therefore uses fixed_small by default; `--variance model` keeps the "
+    "variance of the model."
 )
 
 
 @dataclass(frozen=True)
-class Walk:
-    """A way through the reverse process.
+class SamplerVariant:
+    """A sampler with its settings.
 
     Attributes:
         name: Name in tables.
@@ -44,42 +45,42 @@ class Walk:
 
 
 def steps(context: FigureContext, options: StepsOptions) -> None:
-    """Measure the distance of each sampler at each number of steps; an interrupted call can be repeated."""
+    """Measure the distance of each sampler for each number of steps; call it again after an interruption to resume."""
     total = len(context.pipe.scheduler)
     chosen = options.steps or [number for number in (10, 20, 50, 100) if number < total]
-    require(options, "steps", max(chosen, default=1) <= total, f"at most the {total} of the process")
+    require(options, "steps", max(chosen, default=1) <= total, f"at most {total}, the number of diffusion steps")
     real = context.reference("fd", options.num_images).features()
     rows = []
-    for walk in walks(context.pipe.scheduler, options.samplers):
-        numbers = {*chosen, total} if walk.sampler == "ddpm" else set(chosen)
-        points = [measure(context, real, walk, number) for number in sorted(numbers)]
-        rows.append({"sampler": walk.name, "points": points, "fewest": None})
+    for variant in sampler_variants(context.pipe.scheduler, options.samplers):
+        numbers = {*chosen, total} if variant.sampler == "ddpm" else set(chosen)
+        points = [measure(context, real, variant, number) for number in sorted(numbers)]
+        rows.append({"sampler": variant.name, "points": points, "fewest": None})
     report(context, options, rows, real.made_by)
 
 
-def walks(scheduler: Any, others: Sequence[str]) -> list[Walk]:
-    """Return the ways through the process of a scheduler: the paper's, first with its own variance, and others."""
+def sampler_variants(scheduler: Any, others: Sequence[str]) -> list[SamplerVariant]:
+    """Return DDPM with the scheduler's own variance, DDPM with the fixed variances, then the other samplers."""
     own = DDPMScheduler.from_config(scheduler.config).variance_type
     fixed = ("fixed_small", "fixed_large") if own not in LEARNED else ()
     paper = [
-        Walk(f"ddpm, {variance}", "ddpm", DDPMScheduler.from_config(scheduler.config, variance_type=variance))
+        SamplerVariant(f"ddpm, {variance}", "ddpm", DDPMScheduler.from_config(scheduler.config, variance_type=variance))
         for variance in dict.fromkeys((own, *fixed))
     ]
-    return [*paper, *(Walk(sampler, sampler, scheduler) for sampler in others)]
+    return [*paper, *(SamplerVariant(sampler, sampler, scheduler) for sampler in others)]
 
 
-def measure(context: FigureContext, real: RealFeatures, walk: Walk, number: int) -> dict[str, Any]:
-    """Return the distance of images made in a number of steps, or the reason why there are none."""
-    variance = "model" if walk.sampler == "ddpm" else None
-    sampling = Sampling(context.options.seed, number, walk.sampler, variance=variance)
+def measure(context: FigureContext, real: RealFeatures, variant: SamplerVariant, number: int) -> dict[str, Any]:
+    """Return the distance of samples with a number of steps, or the error if the sampler does not support it."""
+    variance = "model" if variant.sampler == "ddpm" else None
+    sampling = Sampling(context.options.seed, number, variant.sampler, variance=variance)
     try:
         find_scheduler(context.pipe, sampling.scheduler, sampling.steps(context.pipe))
     except ValueError as error:
         return {"steps": number, "failed": str(error)}
-    own, context.pipe.scheduler = context.pipe.scheduler, walk.scheduler
+    own, context.pipe.scheduler = context.pipe.scheduler, variant.scheduler
     try:
         images = context.samples(real.count, sampling)
-        scheduler = find_scheduler(context.pipe, walk.sampler, number)
+        scheduler = find_scheduler(context.pipe, variant.sampler, number)
         scheduler.set_timesteps(number)
         evaluations = len(scheduler.timesteps)
     finally:
@@ -88,7 +89,7 @@ def measure(context: FigureContext, real: RealFeatures, walk: Walk, number: int)
 
 
 def report(context: FigureContext, options: StepsOptions, rows: list[dict[str, Any]], made_by: dict[str, Any]) -> None:
-    """Write the three files; add to each row the fewest steps that are within 10% of all steps."""
+    """Write the three files; add to each row the fewest steps with a distance within 10% of that with all steps."""
     full = rows[0]["points"][-1]
     for row in rows:
         near = [point["steps"] for point in row["points"] if point.get("value", math.inf) <= TOLERANCE * full["value"]]
@@ -112,38 +113,39 @@ def paragraphs(rows: list[dict[str, Any]], made_by: dict[str, Any]) -> list[str]
     cells, notes = [], []
     for row in rows:
         points = {point["steps"]: point for point in row["points"]}
-        shown = [in_words(points[number]) if number in points else "" for number in columns]
+        shown = [as_text(points[number]) if number in points else "" for number in columns]
         cells.append([row["sampler"], *shown, row["fewest"] or "-"])
         notes += [f"- {row['sampler']}, {n} steps: {p['failed']}" for n, p in points.items() if "failed" in p]
-        more = max((point.get("evaluations", 0) - number for number, point in points.items()), default=0)
-        notes += [f"- {row['sampler']} evaluates the network {more} times more than it takes steps"] if more > 0 else []
+        extra = max((point.get("evaluations", 0) - number for number, point in points.items()), default=0)
+        notes += [f"- {row['sampler']} needs {extra} more network evaluations than steps"] if extra > 0 else []
     full = rows[0]["points"][-1]
     best = min((row for row in rows if row["fewest"]), key=lambda row: row["fewest"])
     return [
         table(["sampler", *columns, "within 10%"], cells),
-        f"{what_was_compared(full, made_by)} The last column is the fewest steps within 10% of the "
-        f"{full['value']:.4g} of {rows[0]['sampler']} in all {full['steps']} steps: {best['sampler']} needs "
-        f"{best['fewest']}. {caution(full)}",
+        f"{describe_distance(full, made_by)} Last column: the smallest number of steps whose distance is within 10% of "
+        f"{full['value']:.4g}, the distance of {rows[0]['sampler']} with all {full['steps']} steps. "
+        f"{best['sampler']} needs the fewest: {best['fewest']}. {error_note(full)}",
         *([WHY_SMALL] if any("fixed_large" in row["sampler"] for row in rows) else []),
         *(["\n".join(notes)] if notes else []),
         captioned(
             "steps.png",
             "Distance against the number of steps",
-            "The distances of the table, both axes logarithmic; a point is left out where a sampler is refused.",
+            "Frechet distance against the number of steps, as in the table; both axes are logarithmic. Numbers of "
+            "steps that a sampler does not support are left out.",
         ),
     ]
 
 
-def in_words(point: dict[str, Any]) -> str:
+def as_text(point: dict[str, Any]) -> str:
     """Return the distance of a point as text."""
     return with_error(point["value"], point.get("standard_error")) if "value" in point else "-"
 
 
-def caution(full: dict[str, Any]) -> str:
-    """Return what the standard error means for the comparison."""
+def error_note(full: dict[str, Any]) -> str:
+    """Return a sentence about the standard errors of a comparison."""
     error = full.get("standard_error")
     if error is None:
-        return "Of so few images no error is known: differences may be chance."
+        return "With so few images there is no standard error: differences may be random."
     if error > (TOLERANCE - 1) * full["value"]:
-        return "With so few images 10% is less than a standard error (after ±): differences may be chance."
-    return "After ± are standard errors."
+        return "Values are given ± standard error. With so few images it exceeds 10%: differences may be random."
+    return "Values are given ± standard error."

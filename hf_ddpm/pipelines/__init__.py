@@ -1,1 +1,1 @@
-"""The model as a pipeline of diffusers."""
+"""The diffusers pipeline: sampling, editing, latents, loading and sharing."""

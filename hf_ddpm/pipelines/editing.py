@@ -1,6 +1,6 @@
-r"""Image editing without further training: inpainting, variation, inversion.
+r"""Image editing without further training: inpainting, variations, DDIM inversion.
 
-Time `t` is 0-based, and images are given as in `hf_ddpm.pipelines.latents`.
+Timesteps `t` are 0-based. Images may be PIL images, arrays or tensors, see `hf_ddpm.images.read_signed`.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,9 +25,9 @@ StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict | None]
 
 
 class EditingMethods(LatentMethods):
-    """The part of `DDPMPipeline` that edits images."""
+    """Methods of `DDPMPipeline` that edit images."""
 
-    # Of the pipeline.
+    # Defined by DDPMPipeline.
     _callback_tensor_inputs: tuple[str, ...]
     _check_arguments: Callable[..., None]
     _set_timesteps: Callable[..., None]
@@ -51,50 +51,53 @@ class EditingMethods(LatentMethods):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
-        r"""Fills a part of images by RePaint (Lugmayr et al. 2022, Algorithm 1); the other pixels are kept exactly.
+        r"""Inpaints parts of images with RePaint (Lugmayr et al. 2022, Algorithm 1); other pixels do not change.
 
-        With the mask :math:`m`, 1 where an image is known, each step of the reverse process is
+        Let $m$ be 1 at known pixels and 0 at pixels to fill. Each step of the reverse process is
 
-        .. math:: x_{t-1} = m \odot x_{t-1}^\text{known} + (1 - m) \odot x_{t-1}^\text{unknown}, \quad
-            x_{t-1}^\text{known} \sim q(x_{t-1} \mid x_0), \; x_{t-1}^\text{unknown} \sim p_\theta(x_{t-1} \mid x_t)
-            \tag{8}
+        $$
+        x_{t-1} = m \odot x_{t-1}^\text{known} + (1 - m) \odot x_{t-1}^\text{unknown}, \quad
+        x_{t-1}^\text{known} \sim q(x_{t-1} \mid x_0), \; x_{t-1}^\text{unknown} \sim p_\theta(x_{t-1} \mid x_t)
+        \tag{8}
+        $$
 
-        Then, at every `jump_length`-th step :math:`s`, the images are diffused again,
-        :math:`x_{s+j} \sim q(x_{s+j} \mid x_s)`, and come back, so that both parts fit together (Section 4.2).
-        Line 5 of Algorithm 1 prints :math:`\bar\alpha_t`; here it is :math:`\bar\alpha_{t-1}`, that of
-        :math:`q(x_{t-1} \mid x_0)`.
+        At every `jump_length`-th step $s$, the images are then diffused again, $x_{s+j} \sim q(x_{s+j} \mid x_s)$ with
+        $j$ = `jump_length`, and the reverse process repeats these steps, so that both parts fit together (Section 4.2).
+        Line 5 of Algorithm 1 is printed with $\bar\alpha_t$; this implementation uses $\bar\alpha_{t-1}$, as
+        $q(x_{t-1} \mid x_0)$ requires.
 
-        The fills are not exactly distributed as :math:`p_\theta` given the known pixels: each step sees these with
-        fresh noise, so the fills depend too little on them. The error falls with more jumps, shorter ones and more
-        steps, not to zero. For Gaussian data with neighbors correlated by 0.9, the mean is off by 0.65 standard
-        deviations without jumps, by 0.15 with 5 passes and by 0.07 with 20 (`tests/pipelines/test_editing.py`).
+        The filled pixels do not exactly follow $p_\theta$ given the known pixels: each step sees the known pixels with
+        new noise, so the filled pixels depend too weakly on them. More jumps, shorter jumps and more steps reduce the
+        error, but not to zero. For Gaussian data with a correlation of 0.9 between neighbors, the mean is off by 0.65
+        standard deviations without jumps, by 0.15 with `jump_n_sample=5` and by 0.07 with `jump_n_sample=20`
+        (`tests/pipelines/test_editing.py`).
 
-        An image with an empty mask is returned unchanged; one with a full mask is sampled as in a call.
+        An image with an empty mask is returned unchanged. An image with a full mask is sampled as in `__call__`.
 
         Args:
-            images: :math:`x_0`: pictures of PIL, arrays or tensors, see `hf_ddpm.images.read_signed`.
-            masks: White, or 1, where to fill; gray is white from one half on. One mask for all images, or one per
-                image: pictures of PIL, arrays or tensors of the images' height and width, see
-                `hf_ddpm.images.read_masks`.
-            generator: Source of the noise; a list gives each image its own, and the image is then the same in any
-                batch.
-            num_inference_steps: Number of steps of the reverse process, at least 1; all of the network's if it has
-                fewer, or if None.
-            jump_length: Steps that a jump diffuses by, :math:`j`, at least 1.
-            jump_n_sample: How often each part of `jump_length` steps is walked, at least 1; 1 for no jumps. Together
-                the network is evaluated about `num_inference_steps * jump_n_sample` times.
-            class_labels: As in a call, one per image.
-            guidance_scale: As in a call.
-            output_type: As in a call.
-            return_dict: Whether to wrap the result.
-            callback_on_step_end: As in a call, after each step, with its `latents` as in the equation above.
-            callback_on_step_end_tensor_inputs: As in a call.
+            images: The images $x_0$: PIL images, arrays or tensors, see `hf_ddpm.images.read_signed`.
+            masks: Masks that are white, or 1, at the pixels to fill; gray counts as white from one half of the range.
+                One mask for all images, or one per image: PIL images, arrays or tensors with the height and width of
+                the images, see `hf_ddpm.images.read_masks`.
+            generator: Random generator for the noise, or a list with one per image; with a list, results do not depend
+                on the batch.
+            num_inference_steps: Number of steps of the reverse process, at least 1; None, or more than the network
+                has, for all timesteps.
+            jump_length: Length $j$ of a jump in steps, at least 1.
+            jump_n_sample: Number of passes over each part of `jump_length` steps, at least 1; 1 for no jumps. The
+                network is evaluated about `num_inference_steps * jump_n_sample` times.
+            class_labels: Class labels, one per image, see `__call__`.
+            guidance_scale: See `__call__`.
+            output_type: See `__call__`.
+            return_dict: Return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: See `__call__`. Called after each step; its `latents` are $x_{t-1}$ of Eq. 8.
+            callback_on_step_end_tensor_inputs: See `__call__`.
 
         Returns:
             The images, as `.images` or in a tuple.
 
         Raises:
-            ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
+            ValueError: If an argument is invalid, or the scheduler is not a `DDPMScheduler` of this package.
             FloatingPointError: If the network's output is not finite.
         """
         self._check_step(0)
@@ -107,7 +110,10 @@ class EditingMethods(LatentMethods):
         plain = list(reversed(range(len(self.scheduler.timesteps))))
         path = resampled(len(plain), jump_length, jump_n_sample)
         if jump_n_sample > 1 and path == plain:
-            logger.warning(f"jump_length={jump_length}: no jumps in {len(plain)} steps; expected more steps")
+            logger.warning(
+                f"jump_length={jump_length}: too long for a jump in {len(plain)} steps; use a smaller jump_length or "
+                "more steps"
+            )
         classes = self._classes(class_labels, len(x_start), guidance_scale)
 
         x_0 = randn_tensor(x_start.shape, generator=generator, device=x_start.device, dtype=torch.float32)
@@ -116,12 +122,12 @@ class EditingMethods(LatentMethods):
             rows = rows.nonzero().flatten()
             if len(rows) == 0:
                 continue
-            own = [generator[row] for row in rows.tolist()] if isinstance(generator, list) else generator
+            generators = [generator[row] for row in rows.tolist()] if isinstance(generator, list) else generator
             callback, inputs = callback_on_step_end, callback_on_step_end_tensor_inputs
             if states is path:
-                callback = _keeping(self.scheduler, path, x_start[rows], is_filled[rows], own, callback, inputs)
+                callback = _keeping(self.scheduler, path, x_start[rows], is_filled[rows], generators, callback, inputs)
                 inputs = self._callback_tensor_inputs
-            step = partial(self.scheduler.step, **self._step_options(own, eta=0.0))
+            step = partial(self.scheduler.step, **self._step_options(generators, eta=0.0))
             timesteps, labels = self.scheduler.timesteps.flip(0)[states], None if classes is None else classes[rows]
             x_0[rows] = self._walk(x_0[rows], timesteps, step, labels, guidance_scale, callback, inputs)
 
@@ -136,28 +142,33 @@ class EditingMethods(LatentMethods):
         output_type: str = "pil",
         **options: Any,
     ) -> Any:
-        r"""Makes variations of images by SDEdit (Meng et al. 2022, Algorithm 1): `reconstruct` by a share of the steps.
+        r"""Generates variations of images with SDEdit (Meng et al. 2022, Algorithm 1).
 
-        .. math:: x_t \sim q(x_t \mid x_0), \quad \bar x_0 \sim p_\theta(x_0 \mid x_t), \quad t + 1 = s \, T
+        This is `reconstruct` at the timestep that belongs to `strength`:
 
-        It also makes an image of a rough drawing: what is lost in the noise comes back as the model's images have it.
+        $$
+        x_t \sim q(x_t \mid x_0), \quad \bar x_0 \sim p_\theta(x_0 \mid x_t), \quad t + 1 = s \, T
+        $$
+
+        It can also turn a rough drawing into a realistic image: the model replaces the details lost in the noise.
 
         Args:
-            images: :math:`x_0`.
-            strength: :math:`s` in (0, 1]: near 0 all of an image is kept, at 1 nothing.
-            generator: Source of the noise, in both directions; a list gives each image its own.
-            output_type: As in a call.
-            options: `num_inference_steps`, by default all from `t` on; `class_labels` and `guidance_scale`, as in a
-                call.
+            images: The images $x_0$: PIL images, arrays or tensors, see `hf_ddpm.images.read_signed`.
+            strength: Strength $s$ in (0, 1]: near 0 an image hardly changes; at 1 nothing of it is preserved.
+            generator: Random generator for the noise of both directions, or a list with one per image.
+            output_type: See `__call__`.
+            **options: `num_inference_steps`, by default all steps from `t` down; `class_labels` and `guidance_scale`,
+                see `__call__`.
 
         Returns:
             The variations, one per image.
 
         Raises:
-            ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
+            ValueError: If an argument is invalid, or the scheduler is not a `DDPMScheduler` of this package.
+            FloatingPointError: If the network's output is not finite.
         """
         if not 0 < strength <= 1:
-            raise ValueError(f"strength={strength} is not allowed: above 0, at most 1")
+            raise ValueError(f"strength={strength}: expected a number above 0 and at most 1")
         self._check_step(0)
         t = max(1, round(strength * len(self.scheduler))) - 1
         return self.reconstruct(images, t, generator, output_type, **options)
@@ -172,35 +183,41 @@ class EditingMethods(LatentMethods):
         class_labels: Tensor | list[int | str] | None = None,
         guidance_scale: float = 1.0,
     ) -> Tensor:
-        r"""Finds the latents from which DDIM makes images, by its steps backwards (Song et al. 2021, Section 5.4).
+        r"""Finds the latents from which DDIM generates the given images (Song et al. 2021, Section 5.4).
 
-        .. math:: x_t = \sqrt{\bar\alpha_t / \bar\alpha_{t-1}} \left(x_{t-1}
-            - \sqrt{1 - \bar\alpha_{t-1}} \, \epsilon_\theta(x_t, t)\right)
-            + \sqrt{1 - \bar\alpha_t} \, \epsilon_\theta(x_t, t)
+        DDIM steps are taken in the forward direction:
 
-        an equation for :math:`x_t` that is solved by iteration from :math:`x_{t-1}` (Pan et al. 2023). Nothing is
-        random. A `DDIMScheduler` of this package leads back, with the same steps::
+        $$
+        x_t = \sqrt{\bar\alpha_t / \bar\alpha_{t-1}} \left(x_{t-1}
+        - \sqrt{1 - \bar\alpha_{t-1}} \, \epsilon_\theta(x_t, t)\right)
+        + \sqrt{1 - \bar\alpha_t} \, \epsilon_\theta(x_t, t)
+        $$
+
+        Each step solves this equation for $x_t$ by fixed-point iteration, starting from $x_{t-1}$ (Pan et al. 2023).
+        Inversion is deterministic. The `DDIMScheduler` of this package reverses it with the same number of steps:
 
             pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
             latents = pipe.invert(images, num_inference_steps=100)
             pipe(len(latents), latents=latents, num_inference_steps=100).images
 
-        and with `t`, `pipe.decode(latents, t, num_inference_steps=100)`. What is lost shrinks with more steps.
+        If `t` is given, `pipe.decode(latents, t, num_inference_steps=100)` reverses it. More steps give a smaller
+        reconstruction error.
 
         Args:
-            images: :math:`x_0`.
-            num_inference_steps: Number of steps; all by default.
-            t: Step in [0, T) to stop at, whose steps are those of `decode`; by default the steps are those of a call.
-            num_iterations: Passes of the network per step, at least 1; 1 takes the noise predicted at
-                :math:`x_{t-1}` for that at :math:`x_t`.
-            class_labels: As in a call, one per image.
-            guidance_scale: As in a call.
+            images: The images $x_0$: PIL images, arrays or tensors, see `hf_ddpm.images.read_signed`.
+            num_inference_steps: Number of steps; by default all.
+            t: Timestep of the latents, in [0, T), with the timesteps of `decode`; by default the last timestep, with
+                the timesteps of `__call__`.
+            num_iterations: Network evaluations per step, at least 1; with 1, the noise predicted at $x_{t-1}$ is used
+                in place of that at $x_t$.
+            class_labels: Class labels, one per image, see `__call__`.
+            guidance_scale: See `__call__`.
 
         Returns:
             The latents, float32, shape `(B, C, H, W)`.
 
         Raises:
-            ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
+            ValueError: If an argument is invalid, or the scheduler is not a `DDPMScheduler` of this package.
             FloatingPointError: If the network's output is not finite.
         """
         self._check_step(0 if t is None else t)
@@ -224,20 +241,25 @@ class EditingMethods(LatentMethods):
 
 
 def resampled(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
-    """Returns the steps of RePaint in order (Lugmayr et al. 2022, Fig. 9): each is a step to the number below.
+    """Returns the states visited by RePaint in order (Lugmayr et al. 2022, Fig. 9).
 
-    If the next number is larger, the images are diffused up to it. The steps to 0, `jump_length`,
-    `2 * jump_length`, ... (if a jump from there stays below the start) are followed by `jump_n_sample - 1` jumps each.
+    A state `i` is an index into the ascending timesteps. Each listed state is left by a reverse step to state `i - 1`;
+    if the next listed state is larger, the images are then diffused up to it: a jump. From each of the states 0,
+    `jump_length`, `2 * jump_length`, ... there are `jump_n_sample - 1` jumps of length `jump_length`, except where a
+    jump would pass the first state.
 
     Args:
         num_steps: Number of steps of the reverse process without jumps.
         jump_length: Length of a jump, at least 1.
-        jump_n_sample: How often each part is walked, at least 1.
+        jump_n_sample: Number of passes over each part, at least 1.
+
+    Returns:
+        The states, from `num_steps - 1` to 0.
 
     Raises:
-        ValueError: If an argument is not allowed.
+        ValueError: If `jump_length` or `jump_n_sample` is not a whole number of at least 1.
 
-    Example:
+    Examples:
         >>> resampled(5, jump_length=2, jump_n_sample=2)
         [4, 3, 4, 3, 2, 1, 2, 1, 0]
     """
@@ -254,10 +276,10 @@ def resampled(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]
 
 
 def _check_counts(**counts: Any) -> None:
-    """Raises a `ValueError` unless each is a whole number, at least 1."""
+    """Raises a `ValueError` unless each count is a whole number of at least 1."""
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name}={value!r} is not allowed: a whole number, at least 1")
+            raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
 
 
 def _keeping(
@@ -269,8 +291,8 @@ def _keeping(
     callback: StepCallback | None,
     tensor_inputs: Sequence[str],
 ) -> StepCallback:
-    """Returns a callback that puts the known pixels in place after each step, calls another one, and jumps."""
-    times = [*scheduler.timesteps.flip(0).tolist(), -1]  # by state; the last state is -1
+    """Returns a callback that inserts the known pixels after each step, calls the user's callback, and jumps."""
+    times = [*scheduler.timesteps.flip(0).tolist(), -1]  # timestep of each state; state -1 is the final image
 
     def draw() -> Tensor:
         return randn_tensor(x_start.shape, generator=generator, device=x_start.device, dtype=torch.float32)
@@ -280,8 +302,8 @@ def _keeping(
         known = x_start if state < 0 else scheduler.diffusion.q_sample(x_start, times[state], draw())
         tensors["latents"] = latents = torch.where(is_filled, tensors["latents"], known)
         if callback is not None:
-            wanted = {name: tensors[name] for name in tensor_inputs}
-            latents = (callback(pipe, i, t, wanted) or {}).get("latents", latents)
+            selected = {name: tensors[name] for name in tensor_inputs}
+            latents = (callback(pipe, i, t, selected) or {}).get("latents", latents)
         if following > state:
             latents = scheduler.diffusion.q_jump(latents, times[state], times[following], draw())
         return {"latents": latents}

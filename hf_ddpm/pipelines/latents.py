@@ -1,7 +1,8 @@
-r"""What the paper does with latents, the :math:`x_t` of an image: its figures as methods of the pipeline.
+r"""Pipeline methods for latents: encode, decode, reconstruct, interpolate, progressive sampling, shared latents.
 
-Time `t` is 0-based, as everywhere in this package: `t` is the paper's :math:`t` minus 1, and an image at `t` has been
-diffused by `t + 1` steps. Images are given as pictures of PIL, arrays or tensors, see `hf_ddpm.images.read_signed`.
+Latents are the diffused images $x_t$. Timesteps are 0-based, as everywhere in this package: `t` is the paper's $t$
+minus 1, and an image at `t` has been diffused by `t + 1` steps. Images may be PIL images, arrays or tensors, see
+`hf_ddpm.images.read_signed`.
 """
 
 from collections.abc import Container, Sequence
@@ -19,11 +20,11 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 class Frames(NamedTuple):
-    r"""Estimates along a reverse process.
+    r"""Estimates of the image during sampling.
 
     Attributes:
-        images: :math:`\hat x_0` of each frame in turn, in the output type asked for: the images of a batch.
-        timesteps: The `t` of each frame, descending: what :math:`x_t` the estimate was made from.
+        images: The estimates $\hat x_0$ of the batch, one entry per frame, in the requested output type.
+        timesteps: The timestep `t` of each frame, descending; the frame is estimated from $x_t$.
     """
 
     images: list[Any]
@@ -31,11 +32,11 @@ class Frames(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What reverse processes pass through.
+    """Latents of sampling, and the samples.
 
     Attributes:
-        latents: By step `t`, the :math:`x_t`, float32, shape `(batch_size, C, H, W)`.
-        images: The images that the processes end with, in the output type asked for.
+        latents: The $x_t$ by timestep `t`, float32, shape `(batch_size, C, H, W)`.
+        images: The samples, in the requested output type.
     """
 
     latents: dict[int, Tensor]
@@ -43,7 +44,7 @@ class Trace(NamedTuple):
 
 
 class LatentMethods:
-    """The part of `DDPMPipeline` that goes to latents and comes back from them."""
+    """Methods of `DDPMPipeline` that diffuse images to latents, and generate images from latents."""
 
     scheduler: Any
     image_shape: tuple[int, int, int]
@@ -51,20 +52,22 @@ class LatentMethods:
 
     @torch.no_grad()
     def encode(self, images: Any, t: int, generator: Generators = None) -> Tensor:
-        r"""Diffuses images to step `t`, by the stochastic encoder of Section 4.4.
+        r"""Diffuses images to timestep `t` (the stochastic encoder of Section 4.4).
 
-        .. math:: x_t \sim q(x_t \mid x_0) \tag{4}
+        $$
+        x_t \sim q(x_t \mid x_0) \tag{4}
+        $$
 
         Args:
-            images: :math:`x_0`.
-            t: Step in [0, T).
-            generator: Source of the noise; a list gives each image its own.
+            images: The images $x_0$: PIL images, arrays or tensors, see `hf_ddpm.images.read_signed`.
+            t: Timestep in [0, T).
+            generator: Random generator for the noise, or a list with one per image.
 
         Returns:
-            :math:`x_t`, float32, shape `(B, C, H, W)`.
+            $x_t$, float32, shape `(B, C, H, W)`.
 
         Raises:
-            ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
+            ValueError: If an argument is invalid, or the scheduler is not a `DDPMScheduler` of this package.
         """
         self._check_step(t)
         x_start = read_signed(images, self.image_shape).to(self._execution_device)
@@ -81,23 +84,26 @@ class LatentMethods:
         num_inference_steps: int | None = None,
         **options: Any,
     ) -> Any:
-        r"""Takes the reverse process from step `t` to its end, step by step.
+        r"""Generates images from latents: runs the reverse process from timestep `t` to its end.
 
-        .. math:: x_0 \sim p_\theta(x_0 \mid x_t)
+        $$
+        x_0 \sim p_\theta(x_0 \mid x_t)
+        $$
 
         Args:
-            latents: :math:`x_t`, shape `(B, C, H, W)`.
-            t: Step in [0, T).
-            generator: Source of the noise; a list gives each image its own.
-            output_type: As in a call.
-            num_inference_steps: Number of steps, evenly spread and the first at `t`, in [1, t + 1]; all by default.
-            options: `class_labels` and `guidance_scale`, as in a call.
+            latents: $x_t$, shape `(B, C, H, W)`.
+            t: Timestep of the latents, in [0, T).
+            generator: Random generator for the noise, or a list with one per image.
+            output_type: See `__call__`.
+            num_inference_steps: Number of steps, in [1, t + 1], evenly spaced and starting at `t`; by default `t + 1`.
+            **options: `class_labels` and `guidance_scale`, see `__call__`.
 
         Returns:
             The images.
 
         Raises:
-            ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
+            ValueError: If an argument is invalid, or the scheduler is not a `DDPMScheduler` of this package.
+            FloatingPointError: If the network's output is not finite.
         """
         self._check_step(t)
         steps = steps_from(t, num_inference_steps)
@@ -108,24 +114,27 @@ class LatentMethods:
     def reconstruct(
         self, images: Any, t: int, generator: Generators = None, output_type: str = "pil", **options: Any
     ) -> Any:
-        r"""Diffuses images to step `t` and takes the reverse process back from there: `encode`, then `decode`.
+        r"""Diffuses images to timestep `t` and reconstructs them from there: `encode`, then `decode`.
 
-        .. math:: x_t \sim q(x_t \mid x_0), \quad \bar x_0 \sim p_\theta(x_0 \mid x_t)
+        $$
+        x_t \sim q(x_t \mid x_0), \quad \bar x_0 \sim p_\theta(x_0 \mid x_t)
+        $$
 
-        The later the step the less of an image is kept: near 0 all, near `T` nothing (Section 4.3).
+        The larger `t` is, the less of an image is preserved: everything near 0, nothing near `T` (Section 4.3).
 
         Args:
-            images: :math:`x_0`.
-            t: Step in [0, T).
-            generator: Source of the noise, in both directions; a list gives each image its own.
-            output_type: As in a call.
-            options: `num_inference_steps` of `decode`; `class_labels` and `guidance_scale`, as in a call.
+            images: The images $x_0$: PIL images, arrays or tensors, see `hf_ddpm.images.read_signed`.
+            t: Timestep in [0, T).
+            generator: Random generator for the noise of both directions, or a list with one per image.
+            output_type: See `__call__`.
+            **options: `num_inference_steps`, see `decode`; `class_labels` and `guidance_scale`, see `__call__`.
 
         Returns:
             The reconstructions.
 
         Raises:
-            ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
+            ValueError: If an argument is invalid, or the scheduler is not a `DDPMScheduler` of this package.
+            FloatingPointError: If the network's output is not finite.
         """
         return self.decode(self.encode(images, t, generator), t, generator, output_type, **options)
 
@@ -139,45 +148,48 @@ class LatentMethods:
         output_type: str = "pil",
         **options: Any,
     ) -> Any:
-        r"""Mixes two images where they have been diffused to, and comes back (Section 4.4, Figs. 8 and 9).
+        r"""Interpolates between two images in latent space (Section 4.4, Figs. 8 and 9).
 
-        .. math:: x_t \sim q(x_t \mid x_0), \; x'_t \sim q(x_t \mid x'_0), \quad
-            \bar x_0 \sim p_\theta(x_0 \mid \bar x_t), \; \bar x_t = (1 - \lambda) \, x_t + \lambda \, x'_t
+        $$
+        x_t \sim q(x_t \mid x_0), \; x'_t \sim q(x_t \mid x'_0), \quad
+        \bar x_0 \sim p_\theta(x_0 \mid \bar x_t), \; \bar x_t = (1 - \lambda) \, x_t + \lambda \, x'_t
+        $$
 
-        All that is drawn is the same for all weights: :math:`x_t`, then :math:`x'_t`, as `encode([first, second], t,
-        generator)` draws them, then the noise of the reverse steps. So the images at the weights 0 and 1 are
-        reconstructions, `decode` of either latent with the generator as `encode` has left it.
+        All weights use the same random numbers: first those of `encode([first, second], t, generator)`, which returns
+        $x_t$ and $x'_t$, then the noise of the reverse steps. The weights 0 and 1 therefore give reconstructions: the
+        same as `decode` of $x_t$ or $x'_t$ with the generator in its state after `encode`.
 
         Args:
-            first: An image :math:`x_0`.
-            second: Another one, :math:`x'_0`.
-            t: Step in [0, T).
-            weights: The :math:`\lambda`, in [0, 1].
-            generator: Source of the noise.
-            output_type: As in a call.
-            options: `num_inference_steps` of `decode`; `class_labels`, one per weight, and `guidance_scale`, as in a
-                call.
+            first: The image $x_0$: a PIL image, an array or a tensor, see `hf_ddpm.images.read_signed`.
+            second: The image $x'_0$.
+            t: Timestep in [0, T).
+            weights: The weights $\lambda$, each in [0, 1].
+            generator: Random generator for the noise.
+            output_type: See `__call__`.
+            **options: `num_inference_steps`, see `decode`; `class_labels`, one per weight, and `guidance_scale`, see
+                `__call__`.
 
         Returns:
-            The images, one a weight.
+            The images, one per weight.
 
         Raises:
-            ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
+            ValueError: If an argument is invalid, or the scheduler is not a `DDPMScheduler` of this package.
+            FloatingPointError: If the network's output is not finite.
         """
         pair = [read_signed(image, self.image_shape) for image in (first, second)]
         for name, image in zip(("first", "second"), pair, strict=True):
             if len(image) != 1:
-                raise ValueError(f"{name} of {len(image)} images is not allowed: one image")
+                raise ValueError(f"{name} of {len(image)} images: expected one image")
         if isinstance(generator, list):
-            raise ValueError(f"a list of {len(generator)} generators is not allowed: one, for all weights")
+            raise ValueError(f"generator of {len(generator)} generators: expected one generator for all weights")
         if len(weights) == 0 or not all(0 <= weight <= 1 for weight in weights):
-            raise ValueError(f"weights={list(weights)} are not allowed: at least one, in [0, 1]")
+            raise ValueError(f"weights={list(weights)}: expected at least one number, each in [0, 1]")
         generator = generator or torch.Generator().manual_seed(int(torch.randint(2**63 - 1, ())))
         x_t, other = self.encode(pair, t, generator)
         mixed = torch.stack([(1 - weight) * x_t + weight * other for weight in weights])
-        # Generators in one state: the images of the batch get the same draws.
-        same = [generator, *(generator.clone_state() for _ in weights[1:])]
-        return self.decode(mixed, t, same, output_type, **options)
+        # Generators in the same state, so that all images get the same noise.
+        generators = [generator, *(generator.clone_state() for _ in weights[1:])]
+        return self.decode(mixed, t, generators, output_type, **options)
 
     def progressive(
         self,
@@ -188,30 +200,33 @@ class LatentMethods:
         output_type: str = "pil",
         **options: Any,
     ) -> Frames:
-        r"""Samples images and shows what is known of them on the way (Section 4.3, Fig. 6).
+        r"""Samples images and returns the estimates of them during sampling (Section 4.3, Fig. 6).
 
-        .. math:: \hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t} \, \epsilon_\theta(x_t)) / \sqrt{\bar\alpha_t} \tag{15}
+        $$
+        \hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t} \, \epsilon_\theta(x_t)) / \sqrt{\bar\alpha_t} \tag{15}
+        $$
 
-        as the scheduler keeps it within the range of images. With a `DDPMScheduler` the last frame is the images.
+        The estimates are clipped by the scheduler. With a `DDPMScheduler` the last frame equals the samples.
 
         Args:
             batch_size: Number of images.
-            generator: As in a call: the same images come out.
-            num_inference_steps: Number of steps of the reverse process; all of the network's by default.
-            frames: How many steps to show, evenly spread, the first and the last among them; or which, by their `t`;
-                all if None.
-            output_type: As in a call.
-            options: Further arguments of a call, such as `class_labels` or `latents`.
+            generator: See `__call__`; the same generator gives the same images as there.
+            num_inference_steps: Number of sampling steps; by default all timesteps of the network.
+            frames: Number of frames, evenly spaced over the steps and including the first and the last one; or the
+                timesteps `t` to return; None for all steps.
+            output_type: See `__call__`.
+            **options: Other arguments of `__call__`, such as `class_labels` or `latents`.
 
         Returns:
-            The estimates, in the order of the process, and the steps they belong to.
+            The estimates, in the order of sampling, and their timesteps.
 
         Raises:
-            ValueError: If an argument is not allowed, or the scheduler does not give the estimate.
+            ValueError: If an argument is invalid, or the scheduler does not return an estimate of the image.
+            FloatingPointError: If the network's output is not finite.
         """
         if isinstance(frames, int) and frames < 1:
-            raise ValueError(f"frames={frames} is not allowed: at least 1, or None for all steps")
-        seen = Frames([], [])
+            raise ValueError(f"frames={frames}: expected at least 1, or None for all steps")
+        shown = Frames([], [])
 
         def show(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor | None]) -> None:
             is_shown = (
@@ -223,9 +238,12 @@ class LatentMethods:
                 return
             x_start = tensors["pred_original_sample"]
             if x_start is None:
-                raise ValueError(f"progressive is not allowed with a {type(pipe.scheduler).__name__}: it has no x_0")
-            seen.images.append(as_output(to_unit(x_start), output_type))
-            seen.timesteps.append(int(t))
+                raise ValueError(
+                    f"scheduler {type(pipe.scheduler).__name__}: returns no estimate of x_0, which progressive needs; "
+                    "use a DDPMScheduler or DDIMScheduler"
+                )
+            shown.images.append(as_output(to_unit(x_start), output_type))
+            shown.timesteps.append(int(t))
 
         self(  # type: ignore[operator]
             batch_size,
@@ -236,7 +254,7 @@ class LatentMethods:
             callback_on_step_end_tensor_inputs=["pred_original_sample"],
             **options,
         )
-        return seen
+        return shown
 
     def trace(
         self,
@@ -246,31 +264,34 @@ class LatentMethods:
         output_type: str = "pil",
         **options: Any,
     ) -> Trace:
-        r"""Samples images and keeps some of the latents on the way, :math:`x_t \sim p_\theta(x_t)`.
+        r"""Samples images and returns them with the latents at some timesteps, $x_t \sim p_\theta(x_t)$.
 
         Args:
-            timesteps: Which, in [0, T); at `T - 1` it is :math:`x_T`, that the process starts from.
+            timesteps: Timesteps of the latents to return, in [0, T); at `T - 1` it is the noise that sampling starts
+                from.
             batch_size: Number of images.
-            generator: Source of the noise, as in a call of all steps: the same images come out.
-            output_type: As in a call.
-            options: `class_labels` and `guidance_scale`, as in a call.
+            generator: Random generator for the noise, or a list with one per image; gives the same images as
+                `__call__` with all timesteps.
+            output_type: See `__call__`.
+            **options: `class_labels` and `guidance_scale`, see `__call__`.
 
         Returns:
             The latents and the images.
 
         Raises:
-            ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
+            ValueError: If an argument is invalid, or the scheduler is not a `DDPMScheduler` of this package.
+            FloatingPointError: If the network's output is not finite.
         """
         for t in timesteps:
             self._check_step(t)
         check_generators(generator, batch_size)
         shape, last = (max(batch_size, 0), *self.image_shape), len(self.scheduler) - 1
         x_t = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        passed = {last: x_t}
+        kept = {last: x_t}
 
         def keep(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
             if int(t) - 1 in timesteps:
-                passed[int(t) - 1] = tensors["latents"]
+                kept[int(t) - 1] = tensors["latents"]
 
         images = self(  # type: ignore[operator]
             batch_size,
@@ -281,7 +302,7 @@ class LatentMethods:
             timesteps=list(range(last, -1, -1)),
             **options,
         ).images
-        return Trace({t: passed[t] for t in timesteps}, images)
+        return Trace({t: kept[t] for t in timesteps}, images)
 
     def share_latent(
         self,
@@ -292,28 +313,32 @@ class LatentMethods:
         latents: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        r"""Samples several images from each of some latents (Section 4.3, Fig. 7).
+        r"""Samples several images from each latent (Section 4.3, Fig. 7).
 
-        .. math:: x_0^{(1)}, x_0^{(2)}, \dots \sim p_\theta(x_0 \mid x_t)
+        $$
+        x_0^{(1)}, x_0^{(2)}, \dots \sim p_\theta(x_0 \mid x_t)
+        $$
 
-        The smaller `t`, the more the images of a latent have in common.
+        The smaller `t` is, the more the images of a latent have in common.
 
         Args:
-            t: Step in [0, T).
-            num_images: Images of each latent.
-            generator: Source of the noise.
-            output_type: As in a call.
-            latents: The :math:`x_t`, shape `(B, C, H, W)`; by default one, of the `trace` of the same generator.
-            options: `class_labels`, one a latent, and `guidance_scale`, as in a call.
+            t: Timestep of the latents, in [0, T).
+            num_images: Number of images per latent, at least 1.
+            generator: Random generator for the noise.
+            output_type: See `__call__`.
+            latents: The latents $x_t$, shape `(B, C, H, W)`; by default a single one, drawn by `trace` with
+                `generator`.
+            **options: `class_labels`, one per latent, and `guidance_scale`, see `__call__`.
 
         Returns:
-            The images, those of the first latent first.
+            The `B * num_images` images, grouped by latent.
 
         Raises:
-            ValueError: If an argument is not allowed, or the scheduler is not a `DDPMScheduler`.
+            ValueError: If an argument is invalid, or the scheduler is not a `DDPMScheduler` of this package.
+            FloatingPointError: If the network's output is not finite.
         """
         if num_images < 1:
-            raise ValueError(f"num_images={num_images} is not allowed: at least 1")
+            raise ValueError(f"num_images={num_images}: expected at least 1")
         if latents is None:
             latents = self.trace([t], 1, generator, **options).latents[t]
         labels = options.pop("class_labels", None)
@@ -326,27 +351,34 @@ class LatentMethods:
         if not isinstance(self.scheduler, DDPMScheduler):
             library, name = type(self.scheduler).__module__.split(".")[0], type(self.scheduler).__name__
             raise ValueError(
-                f"scheduler={library}.{name} is not allowed: expected a DDPMScheduler of hf_ddpm, "
-                "pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)"
+                f"scheduler={library}.{name}: expected a DDPMScheduler of hf_ddpm; set pipe.scheduler = "
+                "hf_ddpm.DDPMScheduler.from_config(pipe.scheduler.config)"
             )
         if isinstance(t, bool) or not isinstance(t, int | np.integer) or not 0 <= t < len(self.scheduler):
-            raise ValueError(f"t={t} is not in [0, {len(self.scheduler)})")
+            raise ValueError(f"t={t}: expected a whole number from 0 to {len(self.scheduler) - 1}")
 
 
 def steps_from(t: int, count: int | None) -> list[int]:
-    """Returns so many steps, evenly spread from `t` down, all by default; a `ValueError` unless there are as many."""
+    """Returns `count` timesteps, evenly spaced from `t` down; by default all `t + 1`.
+
+    Raises:
+        ValueError: If `count` is not in [1, t + 1].
+    """
     count = t + 1 if count is None else count
     if not 1 <= count <= t + 1:
-        raise ValueError(f"num_inference_steps={count} from t={t}: expected 1 to {t + 1}")
+        raise ValueError(f"num_inference_steps={count}: expected 1 to {t + 1} when starting at t={t}")
     return [(count - i) * (t + 1) // count - 1 for i in range(count)]
 
 
 def check_generators(generator: Generators, batch_size: int) -> None:
-    """Raises a `ValueError` if generators come as a list, but not one an image."""
+    """Raises a `ValueError` if a list of generators does not have one per image."""
     if isinstance(generator, list) and len(generator) != batch_size:
-        raise ValueError(f"{len(generator)} generators for batch_size={batch_size}: one an image, or one alone")
+        raise ValueError(
+            f"generator of {len(generator)} generators: expected a single generator or a list of {batch_size}, one per "
+            "image"
+        )
 
 
 def _spread(frames: int | None, total: int) -> Container[int]:
-    """Returns the places of evenly spread frames among `total` steps; a single one is the last."""
+    """Returns the indices of evenly spaced frames among `total` steps; a single frame is the last step."""
     return range(total) if frames is None else set(np.linspace(total - 1, 0, frames).round().astype(int).tolist())

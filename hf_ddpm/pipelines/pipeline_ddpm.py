@@ -1,4 +1,4 @@
-"""Sampling as a diffusers pipeline, and the on-disk format: stock on disk, ours in memory."""
+"""The DDPM pipeline: sampling, guidance, and loading and saving in the format of diffusers."""
 
 import inspect
 import json
@@ -35,8 +35,8 @@ from hf_ddpm.utils.schema import conforms
 
 logger = logging.get_logger(__name__)
 
-# Our classes by the names that they are stored under. diffusers has no class of the last two and refuses to load them:
-# it would take a learned log-variance for a variance, and walk DDIM otherwise.
+# Classes of this package by their names in files. diffusers has no classes with the last two names, so it refuses to
+# load them: its DDPMScheduler would treat a learned log-variance as a variance; its DDIMScheduler takes other steps.
 OURS = {
     "UNet2DModel": UNet2DModel,
     "DDPMScheduler": DDPMScheduler,
@@ -46,22 +46,22 @@ OURS = {
 
 
 class DDPMPipeline(EditingMethods, SharingMethods):
-    """Generates images with a denoising diffusion probabilistic model (Ho et al. 2020).
+    """Pipeline for image generation with a denoising diffusion probabilistic model (Ho et al. 2020).
 
-    `from_pretrained` reads every DDPM repository of diffusers, and `save_pretrained` writes one: weights and
-    configurations are the same, and `diffusers.DDPMPipeline` loads them where this package is not installed.
+    `from_pretrained` loads every DDPM repository of diffusers. `save_pretrained` writes the same format, so that
+    `diffusers.DDPMPipeline` can load the model where this package is not installed.
 
     Args:
-        unet: The network; one of diffusers for architectures that ours does not have.
-        scheduler: The reverse process: ours, or any of diffusers, by
+        unet: The network. A `diffusers.UNet2DModel` is accepted for architectures that `hf_ddpm.UNet2DModel` does not
+            support.
+        scheduler: The scheduler: of this package, or of diffusers. To change it, set
             `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`.
-        id2label: Names of the classes of a conditioned network by number, which JSON has as text. If the network has
-            one embedding more, that one stands for no class.
-        num_inference_steps: Steps that a call takes by default; those of the process by default. A distilled model is
-            made for so many.
+        id2label: Names of the classes of a class-conditional network, by index; the indices are text, as in JSON. If
+            the network has one class embedding more than names, the last embedding stands for "no class".
+        num_inference_steps: Default number of sampling steps, stored with distilled models; if None, all timesteps.
 
-    Example:
-        Of a network that is not trained, in two steps; `from_pretrained` loads one that is.
+    Examples:
+        An untrained network samples in two steps; use `from_pretrained` to load a trained model.
 
         >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 16), norm_num_groups=4,
         ...                    down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
@@ -78,7 +78,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
 
     def __init__(
         self,
-        # diffusers reads these, before 0.36 in no other spelling.
+        # diffusers reads these annotations; before 0.36 it only understands Union.
         unet: Union[UNet2DModel, diffusers.UNet2DModel],  # noqa: UP007
         scheduler: Union[DDPMScheduler, SchedulerMixin],  # noqa: UP007
         id2label: dict[str, str] | None = None,
@@ -87,7 +87,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self._num_timesteps = 0
-        self._alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)  # of the process that the network is for
+        self._alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)  # of the process the network was trained for
         if id2label is not None:
             self.register_to_config(id2label=id2label)
         if num_inference_steps is not None:
@@ -98,29 +98,29 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         """The shape `(C, H, W)` of an image."""
         size = self.unet.config.sample_size
         if size is None:
-            raise ValueError("the U-Net's sample_size is None: which size of images it was trained for is not known")
+            raise ValueError("sample_size=None in the configuration of the U-Net: expected the size of its images")
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
 
     @property
     def default_steps(self) -> int:
-        """The number of steps that a call takes by default."""
+        """Default number of sampling steps."""
         return self.config.get("num_inference_steps") or int(self.scheduler.config.num_train_timesteps)
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, in the order of their numbers; empty if the pipeline knows none."""
+        """Names of the classes, ordered by index; empty without class names."""
         id2label = self.config.get("id2label", {})
-        return [id2label[str(number)] for number in range(len(id2label))]  # files sort the numbers as text
+        return [id2label[str(index)] for index in range(len(id2label))]  # in files, indices are sorted as text
 
     @property
     def num_timesteps(self) -> int:
-        """The number of steps of the present or last call, each a pass of the network."""
+        """Number of network evaluations of the current or last call."""
         return self._num_timesteps
 
     @property
     def null_class(self) -> int | None:
-        """The number that stands for no class, if the network was trained with one."""
+        """Index of the "no class" embedding, or None if the network was trained without it."""
         embeddings, names = self.unet.config.num_class_embeds, self.class_names
         return len(names) if names and embeddings == len(names) + 1 else None
 
@@ -144,32 +144,33 @@ class DDPMPipeline(EditingMethods, SharingMethods):
 
         Args:
             batch_size: Number of images.
-            generator: Source of the noise; a list of `batch_size` gives each image its own.
-            num_inference_steps: Number of steps of the reverse process; by default all of the network's, or those that
-                the model was distilled to.
-            output_type: `pil`, `np` or `numpy` (NHWC in [0, 1]) or `pt` (NCHW in [0, 1]).
-            return_dict: Whether to wrap the result.
-            latents: :math:`x_T` to start from, shape `(batch_size, C, H, W)`; drawn by default.
-            callback_on_step_end: Called as `f(pipe, i, t, tensors)` after step `i`; `tensors` holds those asked for,
-                and a returned `latents` takes the place of :math:`x_{t-1}`.
-            callback_on_step_end_tensor_inputs: Any of `latents` (:math:`x_{t-1}`), `pred_original_sample`
-                (:math:`\hat x_0`, with schedulers that give it) and `model_output`.
-            class_labels: Classes of a conditioned network, `batch_size` numbers or names; none by default, where the
-                network knows what no class is.
-            guidance_scale: :math:`s` of classifier-free guidance (Ho & Salimans 2022),
-                :math:`\hat\epsilon = \epsilon_\theta(x_t) + s (\epsilon_\theta(x_t, c) - \epsilon_\theta(x_t))`; 1 for
-                none.
-            timesteps: The steps to take, descending, in place of `num_inference_steps`; with `latents`, a chain may
-                start anywhere.
-            eta: Noise of a DDIM scheduler, from 0 (none) to 1 (that of DDPM).
+            generator: Random generator for the noise, or a list of `batch_size` generators, one per image.
+            num_inference_steps: Number of sampling steps; by default `default_steps`: all timesteps of the network, or
+                the number of steps that the model was distilled to.
+            output_type: `pil`, `np` or `numpy` (NHWC in [0, 1]), or `pt` (NCHW in [0, 1]).
+            return_dict: Return an `ImagePipelineOutput` instead of a tuple.
+            latents: $x_T$ to start from, shape `(batch_size, C, H, W)`; by default standard normal noise.
+            callback_on_step_end: Called as `f(pipe, i, t, tensors)` after step `i`, where `tensors` is a dictionary of
+                the tensors in `callback_on_step_end_tensor_inputs`. If it returns a dictionary with `latents`, they
+                replace $x_{t-1}$.
+            callback_on_step_end_tensor_inputs: Names of tensors: `latents` ($x_{t-1}$), `pred_original_sample`
+                ($\hat x_0$, None if the scheduler does not return it) and `model_output`.
+            class_labels: Classes of a class-conditional network: `batch_size` indices or names. By default "no class",
+                if the network was trained with it.
+            guidance_scale: Scale $s$ of classifier-free guidance (Ho & Salimans 2022),
+                $\hat\epsilon = \epsilon_\theta(x_t) + s (\epsilon_\theta(x_t, c) - \epsilon_\theta(x_t))$; 1 for no
+                guidance.
+            timesteps: Timesteps to visit, descending, instead of `num_inference_steps`. With `latents`, the first one
+                may be any timestep.
+            eta: Amount of noise of a DDIM scheduler, from 0 (none) to 1 (as much as DDPM).
 
         Returns:
             The images, as `.images` or in a tuple.
 
         Raises:
-            ValueError: If an argument is not allowed, or the scheduler is one of diffusers in a setting in which its
-                images are wrong.
-            FloatingPointError: If the network's output is not finite; the step and the reason are named.
+            ValueError: If an argument is invalid, or if the scheduler is from diffusers and its settings would give
+                wrong images.
+            FloatingPointError: If the network's output is not finite; the message names the step and the cause.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1")
@@ -201,15 +202,19 @@ class DDPMPipeline(EditingMethods, SharingMethods):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DDPMPipeline":
-        """Load a pipeline as diffusers does; also the newest checkpoint of a run, or the checkpoint of a folder.
+        """Load a pipeline from a Hub id, a pipeline folder, a training run or a checkpoint.
 
         Args:
-            pretrained_model_name_or_path: Folder of a pipeline, of a run (even while it is trained) or of one of its
-                checkpoints, or Hub id. A run's export is taken unless a sound checkpoint is of a later step.
-            kwargs: As of `diffusers.DiffusionPipeline.from_pretrained`.
+            pretrained_model_name_or_path: Hub id, or the folder of a pipeline, of a training run (also while training
+                continues), or of a checkpoint. From a run, its newest intact checkpoint is loaded if that is of a later
+                step than the exported pipeline, else the exported pipeline.
+            **kwargs: Arguments of `diffusers.DiffusionPipeline.from_pretrained`.
+
+        Returns:
+            The pipeline.
 
         Raises:
-            ValueError: If a checkpoint is damaged; one line.
+            ValueError: If a checkpoint is damaged.
         """
         while (checkpoint := checkpoint_of(pretrained_model_name_or_path, logger.warning)) is not None:
             try:
@@ -218,16 +223,23 @@ class DDPMPipeline(EditingMethods, SharingMethods):
                 pipe.register_to_config(_name_or_path=str(checkpoint))
                 return pipe
             except Exception:
-                if checkpoint.exists():  # else the run has removed it meanwhile, and has a newer one
+                if checkpoint.exists():  # else the run has deleted it since, and has a newer one
                     raise
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Reads a pipeline's index as diffusers does, and maps its classes to ours of the same name.
+        """Reads the `model_index.json` of a pipeline, and replaces classes of diffusers by those of this package.
+
+        Args:
+            *args: Arguments of `diffusers.DiffusionPipeline.load_config`.
+            **kwargs: Keyword arguments of `diffusers.DiffusionPipeline.load_config`.
+
+        Returns:
+            The index, or a tuple that starts with the index, as in diffusers.
 
         Raises:
-            ValueError: If it is damaged; one line that names key and value.
+            ValueError: If the index has a missing or invalid entry; the message names key and value.
         """
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -241,11 +253,15 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         return loaded
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
-        """Write the pipeline's index, in which our classes go by the names of those of diffusers."""
+        """Write the index of the pipeline, with classes of this package under their names in diffusers.
+
+        Args:
+            json_file_path: The file to write.
+        """
         index = json.loads(self.to_json_string())
         index.pop("_name_or_path", None)
         for name, component in self.components.items():
-            component = getattr(component, "_orig_mod", component)  # look through torch.compile
+            component = getattr(component, "_orig_mod", component)  # the original module behind torch.compile
             if any(type(component) is own for own in OURS.values()):
                 index[name] = ["diffusers", stored_class(component)]
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -260,17 +276,17 @@ class DDPMPipeline(EditingMethods, SharingMethods):
     ) -> None:
         check_one_of("output_type", output_type, OUTPUT_TYPES)
         if output_type == "pil":
-            check_picture(shape[1], 'output_type="np" or "pt" returns them')
+            check_picture(shape[1], 'use output_type="np" or "pt"')
         check_generators(generator, shape[0])
         if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents of shape {tuple(latents.shape)} are not allowed: {shape}")
+            raise ValueError(f"latents of shape {tuple(latents.shape)}: expected shape {shape}")
         for name in tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 allowed = ", ".join(self._callback_tensor_inputs)
-                raise ValueError(f"callback_on_step_end_tensor_inputs: {name!r} is not allowed: any of {allowed}")
+                raise ValueError(f"callback_on_step_end_tensor_inputs: unknown tensor {name!r}; expected {allowed}")
 
     def _set_timesteps(self, count: int | None, timesteps: list[int] | None, *, from_noise: bool) -> None:
-        """Sets the scheduler's steps, and refuses those from which the samples would be wrong."""
+        """Sets the scheduler's timesteps; raises a `ValueError` if they would give wrong samples."""
         scheduler, pixels = self.scheduler, math.prod(self.image_shape[1:])
         if isinstance(scheduler, DDPMScheduler):
             scheduler.start_signal = start_signal(pixels)
@@ -280,12 +296,12 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
             scheduler.set_timesteps(timesteps=timesteps)
         else:
-            raise ValueError(f"timesteps are not allowed with a {type(scheduler).__name__}: num_inference_steps is")
+            raise ValueError(f"timesteps: not supported by {type(scheduler).__name__}; use num_inference_steps instead")
         end = float(getattr(scheduler, "alphas_cumprod", [0.0])[-1])
         if from_noise and end > NOISE_SIGNAL:
             logger.warning(
-                f"sampling starts from noise, but x_T of this process keeps {end:.1%} of the variance of images: "
-                "samples lack contrast; train with betas scaled to the number of steps"
+                f"sampling starts from noise, but x_T of this process keeps {end:.1%} of the variance of the image, so "
+                "samples lack contrast; train with betas scaled to the number of timesteps"
             )
         if not isinstance(scheduler, DDPMScheduler):
             check_stock(scheduler, None if timesteps else count, from_noise=from_noise, pixels=pixels)
@@ -293,28 +309,28 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         elif from_noise and not is_noise(scheduler.diffusion.alphas_cumprod, int(scheduler.timesteps[0]), NOISE_SIGNAL):
             first = int(scheduler.timesteps[0])
             raise ValueError(
-                f"timesteps from {first}: x_t is not noise there yet; pass latents, or start at a later time"
+                f"timesteps from {first}: x_t is not yet noise there; pass latents, or start at a larger timestep"
             )
 
     def _check_process(self) -> None:
-        """Raise a `ValueError` if a scheduler has other betas than the one that the pipeline was made with."""
+        """Raise a `ValueError` if the scheduler's betas differ from those of the pipeline's first scheduler."""
         own, other = self._alphas_cumprod, getattr(self.scheduler, "alphas_cumprod", None)
         if own is not None and other is not None and (len(own) != len(other) or not own.allclose(other, atol=0.01)):
             name = type(self.scheduler).__name__
             raise ValueError(
-                f"scheduler {name}: its betas are not those of the network; use {name}.from_config with the "
-                "configuration of the model's own scheduler"
+                f"scheduler {name}: its betas are not those the network was trained with; create it by "
+                f"{name}.from_config with the configuration of the model's own scheduler"
             )
 
     def _check_finite(self, sums: list[Tensor]) -> None:
-        """Raise a `FloatingPointError` that names the first step at which something was not finite, and the reason."""
-        is_finite = torch.stack(sums).isfinite()  # one wait for a whole chain
+        """Raise a `FloatingPointError` with the first step whose values are not finite, and the cause."""
+        is_finite = torch.stack(sums).isfinite()  # a single GPU synchronization per call
         if bool(is_finite.all()):
             return
         step = int((~is_finite).nonzero()[0])
         broken = [name for name, value in self.unet.named_parameters() if not bool(value.isfinite().all())]
         if broken:
-            reason = f"weights of the network are not finite, such as {broken[0]}"
+            reason = f"some weights of the network are not finite, such as {broken[0]}"
         elif torch.float16 in (self.unet.dtype, torch.get_autocast_dtype(self.device.type)):
             reason = "float16 may have overflowed: use bfloat16 or float32"
         else:
@@ -324,27 +340,31 @@ class DDPMPipeline(EditingMethods, SharingMethods):
     def _classes(
         self, labels: Tensor | list[int | str] | None, batch_size: int, guidance_scale: float
     ) -> Tensor | None:
-        """Return the numbers of the classes, or None for a network without."""
+        """Return the class indices, or None for an unconditional network."""
         count, names, null = self.unet.config.num_class_embeds, self.class_names, self.null_class
         if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale={guidance_scale} is not allowed: a finite number")
+            raise ValueError(f"guidance_scale={guidance_scale}: expected a finite number")
         if guidance_scale != 1 and null is None:
-            raise ValueError(f"guidance_scale={guidance_scale} is not allowed: the network was trained without it")
+            raise ValueError(
+                f"guidance_scale={guidance_scale}: the network was trained without class_dropout; expected 1"
+            )
         if count is None:
             if labels is not None:
-                raise ValueError("class_labels are not allowed: the network knows no classes")
+                raise ValueError("class_labels: expected None, since the network is unconditional")
             return None
         if labels is None:
             if null is None:
-                raise ValueError(f"class_labels are missing: {batch_size} of {names or f'0 to {count - 1}'}")
+                raise ValueError(f"class_labels are missing: expected {batch_size} of {names or f'0 to {count - 1}'}")
             labels = [null] * batch_size
         if not isinstance(labels, Tensor):
             for label in labels:
                 if label not in names and not isinstance(label, int):
-                    raise ValueError(f"class_labels: {label!r} is not allowed: one of {names or f'0 to {count - 1}'}")
+                    raise ValueError(
+                        f"class_labels: unknown class {label!r}; expected one of {names or f'0 to {count - 1}'}"
+                    )
             labels = torch.tensor([names.index(label) if label in names else int(label) for label in labels])
         if len(labels) != batch_size or not bool(((labels >= 0) & (labels < count)).all()):
-            raise ValueError(f"class_labels={labels.tolist()} are not allowed: {batch_size} numbers, 0 to {count - 1}")
+            raise ValueError(f"class_labels={labels.tolist()}: expected {batch_size} numbers from 0 to {count - 1}")
         return labels.to(self._execution_device, torch.int64)
 
     def _walk(
@@ -357,19 +377,19 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         callback: StepCallback | None = None,
         tensor_inputs: Sequence[str] = ("latents",),
     ) -> Tensor:
-        """Takes a step, a function of prediction, `t` and `x_t`, at each of some timesteps; returns the last result."""
+        """Calls `step(prediction, t, x_t)` at each of the timesteps and returns the last result."""
         unet, was_training = self.unet, self.unet.training
-        dtype = unet.dtype  # diffusers looks at every weight to tell it: not in every step
+        dtype = unet.dtype  # once, not per step: diffusers iterates over the weights
         takes_variance = isinstance(self.scheduler, DDPMScheduler | diffusers.DDPMScheduler)
         self._num_timesteps = len(timesteps)
         sums = []
 
         try:
-            unet.eval()  # dropout is for training
+            unet.eval()  # disable dropout
             for i, t in enumerate(self.progress_bar(timesteps)):
                 x_in = self.scheduler.scale_model_input(x_t, t).to(dtype)
-                # A copy: where the network is a CUDA graph, it writes its next output in the same place.
-                # A number filled in on the device: no copy, no wait; a compiled network sees a tensor, no new number.
+                # torch.full on the device avoids a copy and a synchronization; tensors cause no recompilation.
+                # The prediction is copied because a CUDA graph writes its next output to the same memory.
                 time = torch.full((1,), t.item(), dtype=t.dtype, device=x_t.device)
                 prediction = self.predict(x_in, time, classes, guidance_scale).to(torch.float32, copy=True)
                 sums.append(prediction.sum())
@@ -380,8 +400,8 @@ class DDPMPipeline(EditingMethods, SharingMethods):
                 if callback is not None:
                     x_start = getattr(output, "pred_original_sample", None)
                     tensors = {"latents": x_t, "pred_original_sample": x_start, "model_output": prediction}
-                    wanted = {name: tensors[name] for name in tensor_inputs}
-                    x_t = (callback(self, i, t, wanted) or {}).get("latents", x_t)
+                    selected = {name: tensors[name] for name in tensor_inputs}
+                    x_t = (callback(self, i, t, selected) or {}).get("latents", x_t)
             self._check_finite([*sums, x_t.sum()])
         finally:
             unet.train(was_training)
@@ -389,16 +409,16 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         return x_t
 
     def predict(self, x_t: Tensor, t: Tensor, classes: Tensor | None = None, guidance_scale: float = 1.0) -> Tensor:
-        """Return the network's output, guided.
+        """Return the network's output with classifier-free guidance.
 
         Args:
             x_t: Diffused images, shape `(B, C, H, W)`, in the dtype of the network.
-            t: Their timesteps, shape `(B,)`, or one for all, shape `(1,)`.
-            classes: Their classes as numbers, shape `(B,)`, for a network that has any.
-            guidance_scale: As of a call.
+            t: Timesteps, shape `(B,)`, or shape `(1,)` for the same timestep for all images.
+            classes: Class indices, int64, shape `(B,)`; None for an unconditional network.
+            guidance_scale: See `__call__`.
 
         Returns:
-            The output, shape `(B, C, H, W)`, or `(B, 2 C, H, W)` with a learned variance, which is not guided.
+            The output, shape `(B, C, H, W)`, or `(B, 2C, H, W)` with a learned variance, to which no guidance applies.
         """
         if guidance_scale == 1:
             return self.unet(x_t, t, class_labels=classes).sample
@@ -411,46 +431,52 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
 
     def _step_options(self, generator: Generators, eta: float) -> dict[str, Any]:
-        """Return what this scheduler's `step` understands: some are deterministic, and few have an eta."""
-        known = inspect.signature(self.scheduler.step).parameters
-        if eta and "eta" not in known:
-            raise ValueError(
-                f"eta={eta} is not allowed with a {type(self.scheduler).__name__}: with a DDIMScheduler it is"
-            )
-        return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in known}
+        """Return the arguments `generator` and `eta` as far as the scheduler's `step` accepts them."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        if eta and "eta" not in accepted:
+            raise ValueError(f"eta={eta}: not supported by {type(self.scheduler).__name__}; use a DDIMScheduler")
+        return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in accepted}
 
 
 def stored_class(component: Any) -> str:
-    """Return the name of the class that a network or scheduler goes by on disk."""
+    """Return the class name under which a network or scheduler is saved."""
     kind = type(component)
     learned = kind is DDPMScheduler and component.config.variance_type == "learned"
     return f"HF{kind.__name__}" if learned or kind is DDIMScheduler else kind.__name__
 
 
 def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
-    """Load the pipeline of a folder, also of a run or a checkpoint, or of a Hub id onto a device.
+    """Load the pipeline of a folder, a run, a checkpoint or a Hub id onto a device, and check its weights.
 
-    A warning is logged if the folder holds the export of a run, whose checksum differs: files were changed since.
+    Log a warning if the folder contains the export of a run and its files have changed since (by checksum).
+
+    Args:
+        model: Folder of a pipeline, a run or a checkpoint, or a Hub id.
+        device: The device.
+
+    Returns:
+        The pipeline.
 
     Raises:
-        ValueError: If it cannot be loaded, or weights are missing, superfluous or not finite; one line.
+        ValueError: If the pipeline cannot be loaded, weights are missing, unexpected or not finite, or the number of
+            class names and of class embeddings do not match.
     """
     pipe = read_pipeline(model)
     weights = dict(pipe.unet.named_parameters())
     broken = {
-        "lacks {} weights": [name for name, value in weights.items() if value.is_meta],
-        "holds {} weights that its network has no place for": getattr(pipe.unet, "unexpected_keys", ()),
-        "holds {} weights that are not finite": [
+        "{} weights are missing": [name for name, value in weights.items() if value.is_meta],
+        "{} weights do not belong to its network": getattr(pipe.unet, "unexpected_keys", ()),
+        "{} weights are not finite": [
             name for name, value in weights.items() if not value.is_meta and not bool(value.isfinite().all())
         ],
     }
-    for what, names in broken.items():
+    for problem, names in broken.items():
         if names:
-            raise ValueError(f"model {model!r} cannot be loaded: it {what.format(len(names))}, {names[0]} among them")
+            raise ValueError(f"model {model!r} cannot be loaded: {problem.format(len(names))}, such as {names[0]}")
     if pipe.class_names and pipe.unet.config.num_class_embeds not in (len(pipe.class_names), len(pipe.class_names) + 1):
         raise ValueError(
-            f"model {model!r} cannot be loaded: model_index.json: id2label names {len(pipe.class_names)} classes, "
-            f"unet/config.json: num_class_embeds={pipe.unet.config.num_class_embeds}"
+            f"model {model!r} cannot be loaded: id2label in model_index.json has {len(pipe.class_names)} classes, but "
+            f"unet/config.json has num_class_embeds={pipe.unet.config.num_class_embeds}"
         )
     compare_with_export(pipe)
     if type(pipe.unet) is UNet2DModel:
@@ -459,44 +485,44 @@ def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
 
 
 def read_pipeline(model: str) -> DDPMPipeline:
-    """Reads a pipeline as `load_pipeline` does; weights that are missing stay on the meta device."""
+    """Reads a pipeline for `load_pipeline`; missing weights stay on the meta device."""
     try:
         pipe = DDPMPipeline.from_pretrained(model)
         if not isinstance(pipe.unet, UNet2DModel | diffusers.UNet2DModel):
-            raise ValueError(f"model_index.json: unet is of class {type(pipe.unet).__name__}: expected UNet2DModel")
+            raise ValueError(f"model_index.json: unet is a {type(pipe.unet).__name__}; expected UNet2DModel")
         if not (isinstance(pipe.scheduler, SchedulerMixin) and hasattr(pipe.scheduler, "step")):
-            raise ValueError(f"model_index.json: scheduler is of class {type(pipe.scheduler).__name__}")
+            raise ValueError(f"model_index.json: scheduler is a {type(pipe.scheduler).__name__}; expected a scheduler")
         return pipe
-    except Exception as error:  # diffusers raises anything on a damaged file
-        # The Hub's answer, where diffusers reports on its cache.
-        why = (isinstance(error, OSError) and error.__cause__) or error
-        raise ValueError(f"model {model!r} cannot be loaded: {one_line(why) or type(why).__name__}") from error
+    except Exception as error:  # diffusers raises errors of many types on damaged files
+        # Prefer the error of the Hub to that of diffusers, which is about its cache.
+        cause = (isinstance(error, OSError) and error.__cause__) or error
+        raise ValueError(f"model {model!r} cannot be loaded: {one_line(cause) or type(cause).__name__}") from error
 
 
 def compare_with_export(pipe: DDPMPipeline) -> None:
-    """Logs a warning unless a pipeline is the one that a run exported to its folder, if a run did."""
+    """Logs a warning if the pipeline's folder contains the export of a run that has changed since."""
     record = Path(pipe.name_or_path) / "export.json"
     try:
         checksum = json.loads(record.read_text(encoding="utf-8"))["checksum"]
     except (OSError, ValueError, TypeError, KeyError):
         return
     if checksum != model_checksum(pipe):
-        logger.warning(f"{record.parent}: weights or configuration differ from those that the run exported")
+        logger.warning(f"{record.parent}: weights or configuration have changed since the run exported them")
 
 
 def _check_index(index: Any) -> None:
-    """Raise a `ValueError` that names a key and its value, unless an index names a network and a scheduler."""
+    """Raise a `ValueError` with key and value if a pipeline's index has an invalid entry."""
     if not isinstance(index, dict):
         raise ValueError("not a JSON object")
     for name in ("unet", "scheduler"):
         if not conforms(index.get(name), tuple[str, str]):
-            raise ValueError(f"{name}={index.get(name)!r}: expected the names of a library and a class")
+            raise ValueError(f"{name}={index.get(name)!r}: expected a list with the names of a library and a class")
     labels = index.get("id2label")
     if labels is not None and not conforms(labels, dict[str, str]):
-        raise ValueError(f"id2label={labels!r}: expected an object of text")
+        raise ValueError(f"id2label={labels!r}: expected an object with text values")
     steps = index.get("num_inference_steps")
     if steps is not None and (type(steps) is not int or steps < 1):
-        raise ValueError(f"num_inference_steps={steps!r}: expected a number of steps, at least 1")
-    missing = [str(number) for number in range(len(labels or ())) if str(number) not in labels]
+        raise ValueError(f"num_inference_steps={steps!r}: expected a whole number of at least 1")
+    missing = [str(i) for i in range(len(labels or ())) if str(i) not in labels]
     if missing:
         raise ValueError(f"id2label={labels!r}: class {missing[0]} is missing")

@@ -1,4 +1,4 @@
-"""Run and checkpoints as pipelines: a checkpoint in the format of diffusers, and exports."""
+"""Runs and checkpoints as pipelines: load a checkpoint in the format of diffusers, write exports."""
 
 import dataclasses
 import json
@@ -21,8 +21,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def labels_by_number(class_names: Sequence[str]) -> dict[str, str] | None:
-    """Return names of classes as a pipeline's `id2label`, None if there are none."""
-    return {str(number): name for number, name in enumerate(class_names)} or None
+    """Return class names as a pipeline's `id2label`, or None without classes."""
+    return {str(index): name for index, name in enumerate(class_names)} or None
 
 
 @contextmanager
@@ -31,11 +31,14 @@ def stock_folder(checkpoint: Path, average: str | None = None) -> Iterator[str]:
 
     Args:
         checkpoint: The folder of a checkpoint.
-        average: Which average of the weights, by its decay; the first of the run by default.
+        average: Decay of the average of weights (EMA) to use; by default the first one of the run.
+
+    Yields:
+        The path of the folder.
 
     Raises:
-        ValueError: If the checkpoint's state is damaged, of a version that did not store enough, or has no such
-            average.
+        ValueError: If the checkpoint's state is damaged or was written by a version that stored too little, or if the
+            run has no such average.
     """
     state = read_state(checkpoint)
     weights = checkpoint / f"{average_name(state, average)}.safetensors"
@@ -58,34 +61,34 @@ def stock_folder(checkpoint: Path, average: str | None = None) -> Iterator[str]:
         link = Path(folder) / "unet" / WEIGHTS
         try:
             link.symlink_to(weights.resolve())
-        except OSError:  # Windows allows links to some users only
+        except OSError:  # on Windows, only some users may create links
             shutil.copyfile(weights, link)
         yield folder
 
 
 def average_name(state: Mapping[str, Any], average: str | None = None) -> str:
-    """Return the name of an average of a checkpoint; raises a `ValueError` if the run has none of that decay."""
+    """Return the name of an average of a checkpoint; raise a `ValueError` if the run has no average of that decay."""
     decays = with_past_defaults(state["config"])["ema_decay"]
     names = [f"ema-{decay}" for decay in (decays if isinstance(decays, list) else [decays])]
     name = names[0] if average is None else f"ema-{average.removeprefix('ema-')}"
     if name not in names:
-        raise ValueError(f"average={average!r} is not allowed: the run has {', '.join(names)}")
+        raise ValueError(f"average={average!r}: expected an average of the run: {', '.join(names)}")
     return name
 
 
 def components(state: Mapping[str, Any], checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the configurations of the network and of the process of a checkpoint.
+    """Return the configurations of network and scheduler of a checkpoint.
 
     Raises:
-        ValueError: If an older version wrote it, and the run started from another model.
+        ValueError: If the checkpoint was written by an older version and the run started from another model.
     """
     if "unet" in state and "scheduler" in state:
         return state["unet"], state["scheduler"]
     options = {**with_past_defaults(state["config"]), "num_train_epochs": None}
     if options["init_from"] is not None:
         raise ValueError(
-            f"{checkpoint} is of an older version, which did not store the network of init_from: resume the run to get "
-            "a newer checkpoint"
+            f"{checkpoint}: written by an older version that did not store the network of init_from; resume the run to "
+            "write a new checkpoint"
         )
     parts = [part(**{field.name: options[field.name] for field in dataclasses.fields(part)}) for part in PARTS]
     config = Config(*parts)
@@ -95,13 +98,13 @@ def components(state: Mapping[str, Any], checkpoint: Path) -> tuple[dict[str, An
 def write_export(
     pipe: DiffusionPipeline, folder: Path, record: Mapping[str, Any], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a pipeline, file by file, and `export.json`: a record with the pipeline's checksum.
+    """Write a pipeline and `export.json`, a record with the pipeline's checksum.
 
-    A reader always finds a whole model, if any. Weights are stored in `dtype`: those of the pipeline are rounded to it,
-    and the checksum is of the rounded weights in float32, as they are loaded.
+    Files are replaced atomically, `model_index.json` last, so that readers never load partly written files. Weights are
+    rounded to `dtype`, and the checksum is of the rounded weights, converted to float32 as when they are loaded.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If a file cannot be written.
     """
     partial = folder / ".export"
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`push_to_hub` and `save_pretrained` of a pipeline, with a model card of this package."""
+"""Methods `push_to_hub` and `save_pretrained` of the pipeline, with the model card of this package."""
 
 import os
 from functools import partial
@@ -13,7 +13,7 @@ HUB_OPTIONS = ("commit_message", "private", "token", "create_pr")
 
 
 class SharingMethods(DiffusionPipeline):
-    """Methods of `DDPMPipeline` that push to the Hub."""
+    """Methods of `DDPMPipeline` that save it and push it to the Hub."""
 
     def save_pretrained(
         self,
@@ -27,13 +27,15 @@ class SharingMethods(DiffusionPipeline):
         """Saves the pipeline in the format of diffusers.
 
         Args:
-            save_directory: The folder; created if it is missing.
-            safe_serialization: Write safetensors rather than pickles.
-            variant: Part of the names of the weight files, such as `fp16`.
-            max_shard_size: Largest size of a weight file, such as `"5GB"`.
-            push_to_hub: Push the pipeline as `push_to_hub` does, and write the model card into the folder, too. Other
-                files of the folder are not pushed, unless they are results or training records of these weights.
-            **kwargs: Options of `push_to_hub` and of diffusers. `repo_id` is the folder's name by default.
+            save_directory: The folder; created if it does not exist.
+            safe_serialization: Write safetensors files instead of pickles.
+            variant: Suffix of the names of weight files, such as `fp16`.
+            max_shard_size: Maximum size of a weight file, such as `"5GB"`.
+            push_to_hub: Also push the pipeline, as the method `push_to_hub` does, and write the model card to the
+                folder. Other files of the folder are pushed only if they are results or training records of these
+                weights.
+            **kwargs: Arguments of the method `push_to_hub` and of `diffusers.DiffusionPipeline.save_pretrained`.
+                `repo_id` defaults to the name of the folder.
         """
         folder = Path(save_directory)
         options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
@@ -62,21 +64,22 @@ class SharingMethods(DiffusionPipeline):
     ) -> Any:
         """Pushes the pipeline to the Hub with a model card.
 
-        The card has what is known: training, results and pictures are those of the folder that the pipeline was loaded
-        from, if the weights are still the same. A card on the Hub or in that folder that a person wrote is kept.
+        The card describes the training, the results and the sample images found in the folder that the pipeline was
+        loaded from, if the weights have not changed since. A card written by hand, on the Hub or in that folder, is
+        kept.
 
         Args:
-            repo_id: `namespace/name`, or a name in your namespace; created if it is missing.
-            commit_message: The commit's first line.
+            repo_id: `namespace/name`, or a name in your namespace; created if it does not exist.
+            commit_message: First line of the commit message.
             private: Make a new repository private.
-            token: Token for the Hub; that of the login by default.
-            create_pr: Open a pull request instead of committing.
-            safe_serialization: Write safetensors rather than pickles.
-            variant: Part of the names of the weight files, such as `fp16`.
-            subfolder: Folder of the repository to push to; it gets no card.
+            token: Access token of the Hub; by default that of the current login.
+            create_pr: Open a pull request instead of committing to the main branch.
+            safe_serialization: Write safetensors files instead of pickles.
+            variant: Suffix of the names of weight files, such as `fp16`.
+            subfolder: Folder of the repository to push to; no card is written there.
 
         Returns:
-            The commit, as `huggingface_hub` describes it.
+            The commit, a `huggingface_hub.CommitInfo`.
         """
         save = partial(super().save_pretrained, safe_serialization=safe_serialization, variant=variant)
         origin = Path(self.config.get("_name_or_path") or "")

@@ -1,1 +1,1 @@
-"""The reverse process as a scheduler of diffusers."""
+"""Schedulers for diffusers: DDPM and DDIM; checks of diffusers' own schedulers."""

@@ -1,4 +1,4 @@
-"""The reverse process as a diffusers scheduler: an adapter over `hf_ddpm.diffusion`, with no mathematics of its own."""
+"""DDPM scheduler: adapts `hf_ddpm.diffusion` to the scheduler interface of diffusers."""
 
 import math
 from collections.abc import Mapping
@@ -24,48 +24,50 @@ from hf_ddpm.diffusion.schedules import (
 from hf_ddpm.diffusion.schedules import beta_schedule as named_beta_schedule
 from hf_ddpm.utils.schema import CheckedConfig, check_range
 
-# What a network was trained with. `from_config` of another class must not replace any of it by that class's default.
+# Options that the network was trained with: `from_config` of another class must not replace them by its defaults.
 PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 
 class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
-    r"""Walks from :math:`x_T` to :math:`x_0` (Ho et al. 2020, Algorithm 2), in all steps or in fewer.
+    r"""DDPM sampling (Ho et al. 2020, Algorithm 2), in all timesteps or in fewer.
 
-    Options and defaults are those of `diffusers.DDPMScheduler`: either class reads the other's configuration, and
-    `from_config` swaps it for the other schedulers of diffusers. It differs from it in these ways:
+    The options and defaults are those of `diffusers.DDPMScheduler`: each class can read the other's configuration, and
+    `from_config` converts to and from other schedulers of diffusers. Differences from `diffusers.DDPMScheduler`:
 
-    - Coefficients come from float64 tables and meet images in float32, whatever their dtype.
-    - No noise is added in the last step, wherever that is: with `trailing` spacing and `fixed_large`, diffusers returns
-      images with the noise of its last step, :math:`t = T/S - 1`, left in.
-    - Steps start from noise: where those of `leading` or `linspace` would start at a time when :math:`x_t` still shows
-      the image, as with 501 of 1000 steps (`leading` starts at 500), they are those of `trailing`.
-    - Predictions of type `mean` are the mean of the step, see `GaussianDiffusion.p_mean`.
-    - Unknown names are refused.
+    - Coefficients are computed in float64 and applied in float32, for images of any dtype.
+    - The last step never adds noise. In diffusers, `trailing` spacing with `fixed_large` leaves the noise of the last
+      step, $t = T/S - 1$, in the images.
+    - Sampling starts from noise. If the first timestep of `leading` or `linspace` is so small that $x_t$ still shows
+      the image, `trailing` timesteps are used instead; with 501 of 1000 steps, for example, `leading` starts at 500.
+    - With `prediction_type="mean"` the network predicts the mean of the step, see `GaussianDiffusion.p_mean`.
+    - Unknown values of options raise a `ValueError`.
 
     Args:
-        num_train_timesteps: Number :math:`T` of diffusion steps.
+        num_train_timesteps: Number $T$ of diffusion steps.
         beta_start: First variance of a named schedule.
         beta_end: Last variance of a named schedule.
-        beta_schedule: See `hf_ddpm.diffusion.schedules.beta_schedule`.
+        beta_schedule: Name of the schedule, see `hf_ddpm.diffusion.schedules.beta_schedule`.
         trained_betas: The variances themselves, shape `(T,)`, instead of a named schedule.
-        variance_type: See `GaussianDiffusion.log_var`; the `_log` forms of diffusers mean the same as those without.
-        clip_sample: Whether to clip the estimate of :math:`x_0` in each step.
-        prediction_type: What the network predicts: `epsilon`, `sample`, `mean` or `v_prediction`.
-        thresholding: Whether to use dynamic thresholding instead of clipping.
-        dynamic_thresholding_ratio: Quantile for it.
-        clip_sample_range: Largest absolute value that clipping leaves.
+        variance_type: See `GaussianDiffusion.log_var`. The names of diffusers that end in `_log` mean the same as
+            those without it.
+        clip_sample: Clip the estimate of $x_0$ in each step.
+        prediction_type: Quantity that the network predicts: `epsilon`, `sample`, `mean` or `v_prediction`.
+        thresholding: Use dynamic thresholding instead of clipping.
+        dynamic_thresholding_ratio: Quantile of dynamic thresholding.
+        clip_sample_range: Largest absolute value after clipping.
         sample_max_value: Largest threshold of dynamic thresholding.
-        timestep_spacing: How fewer steps are spread: `leading`, `linspace` or `trailing`; `trailing` is best.
-        steps_offset: Added to the steps of `leading`.
-        rescale_betas_zero_snr: Whether to leave no signal at the last step. With `epsilon` that step gives an estimate
-            of :math:`x_0` only if it is bounded, as `clip_sample` does.
+        timestep_spacing: Spacing of the timesteps if there are fewer than $T$: `leading`, `linspace` or `trailing`
+            (recommended).
+        steps_offset: Added to the timesteps of `leading` spacing.
+        rescale_betas_zero_snr: Rescale the variances so that $x_T$ contains no signal. With
+            `prediction_type="epsilon"` this requires `clip_sample` or `thresholding`.
 
     Raises:
-        ValueError: If an option is not allowed.
+        ValueError: If an option has an unknown value or is out of range.
 
-    Example:
+    Examples:
         >>> scheduler = DDPMScheduler(timestep_spacing="trailing")
         >>> scheduler.set_timesteps(4)
         >>> scheduler.timesteps
@@ -105,28 +107,36 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         else:
             betas = named_beta_schedule(beta_schedule, num_train_timesteps, beta_start, beta_end)
         if beta_schedule not in STOCK_SCHEDULES:
-            self.register_to_config(beta_schedule="linear", trained_betas=betas.tolist())  # for diffusers
-        # Heun's default betas, for one, are others: from_config drops what is recorded as a default.
+            # diffusers does not support these names, but reads the variances.
+            self.register_to_config(beta_schedule="linear", trained_betas=betas.tolist())
+        # from_config of another class drops values recorded as defaults, but its own defaults may differ: Heun's betas.
         defaults = [name for name in self.config.get("_use_default_values", []) if name not in PROCESS]
         self.register_to_config(_use_default_values=defaults)
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
 
         self.diffusion = GaussianDiffusion(betas)
-        # For code that reads them off a scheduler, as diffusers' training scripts do.
+        # Public attributes of diffusers' schedulers, used by its training scripts.
         self.betas = betas.float()
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = self.diffusion.alphas_cumprod.float()
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
-        self.timestep_spacing = timestep_spacing  # of the steps that are set
-        self.start_signal = NOISE_SIGNAL  # a pipeline knows the size of its images, and may set less
+        self.timestep_spacing = timestep_spacing  # of the current timesteps
+        self.start_signal = NOISE_SIGNAL  # pipelines lower it for large images
         self._set_chain(list(reversed(range(num_train_timesteps))), device=None)
 
     @classmethod
     def check_values(cls, config: Mapping[str, Any]) -> None:
-        """Raises a `ValueError` that names an option and its value, unless the scheduler can be built."""
+        """Checks the options of a scheduler.
+
+        Args:
+            config: Values of all options of the constructor.
+
+        Raises:
+            ValueError: If an option has an unknown value or is out of range; the message names option and value.
+        """
         check_one_of("variance_type", config["variance_type"].removesuffix("_log"), VARIANCE_TYPES)
         check_one_of("prediction_type", config["prediction_type"], PREDICTION_TYPES)
         check_one_of("timestep_spacing", config["timestep_spacing"], TIMESTEP_SPACINGS)
@@ -140,7 +150,8 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
             check_range({"trained_betas": torch.as_tensor(betas).tolist()}, 1e-30, 1, "trained_betas")
             if len(betas) != config["num_train_timesteps"]:
                 raise ValueError(
-                    f"trained_betas has {len(betas)} entries, num_train_timesteps is {config['num_train_timesteps']}"
+                    f"trained_betas of {len(betas)} entries: expected num_train_timesteps="
+                    f"{config['num_train_timesteps']} entries"
                 )
 
     def __len__(self) -> int:
@@ -153,32 +164,40 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """Chooses the steps of the reverse process.
+        """Sets the timesteps of the reverse process. Pass either `num_inference_steps` or `timesteps`.
 
         Args:
-            num_inference_steps: Their number, in [1, T].
-            device: Where `self.timesteps` goes. The CPU, the default, spares a wait for the GPU in every step.
-            timesteps: The steps themselves, descending, instead of their number.
+            num_inference_steps: Number of steps, in [1, T].
+            device: Device of `self.timesteps`. The default, the CPU, avoids a GPU synchronization in every step.
+            timesteps: The timesteps themselves, in descending order.
 
         Raises:
-            ValueError: If not exactly one of the two is given, or it is not allowed.
+            ValueError: If both or none of the two are given, or the given one is invalid.
         """
         if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("set_timesteps takes either num_inference_steps or timesteps")
+            raise ValueError("set_timesteps: expected either num_inference_steps or timesteps")
         if timesteps is None:
             if not 1 <= num_inference_steps <= len(self) or num_inference_steps != int(num_inference_steps):
-                raise ValueError(f"num_inference_steps={num_inference_steps} is not allowed: 1 to {len(self)}")
+                raise ValueError(f"num_inference_steps={num_inference_steps}: expected 1 to {len(self)}")
             steps = self._spaced(int(num_inference_steps))
         else:
             steps = [int(t) for t in timesteps]
             if not steps or any(after >= before for before, after in zip(steps[:-1], steps[1:], strict=True)):
-                raise ValueError(f"timesteps must be descending, at least one: {steps}")
+                raise ValueError(f"timesteps={steps}: expected at least one timestep, in descending order")
         self._set_chain(steps, device)
         self.num_inference_steps = num_inference_steps
         self.custom_timesteps = timesteps is not None
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """Returns `sample` as it is; schedulers of other families scale it."""
+        """Returns `sample` unchanged; part of the scheduler interface of diffusers.
+
+        Args:
+            sample: $x_t$.
+            timestep: Not used.
+
+        Returns:
+            `sample`.
+        """
         return sample
 
     def step(
@@ -191,24 +210,26 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         r"""Takes one step of the reverse process.
 
-        .. math:: x_{t-1} = \mu_\theta(x_t, t) + \sigma_t z, \quad z \sim \mathcal{N}(0, I) \tag{Alg. 2}
+        $$
+        x_{t-1} = \mu_\theta(x_t, t) + \sigma_t z, \quad z \sim \mathcal{N}(0, I) \tag{Alg. 2}
+        $$
 
-        where :math:`\mu_\theta` is the posterior mean (Eq. 7) at the clipped :math:`\hat x_0`, and there is no
-        noise in the last step.
+        Here $\mu_\theta$ is the posterior mean (Eq. 7) at the clipped $\hat x_0$. The last step adds no noise.
 
         Args:
-            model_output: Prediction of the network at `timestep`, shape `(B, C, H, W)`.
+            model_output: Output of the network at `timestep`, shape `(B, C, H, W)`, or `(B, 2C, H, W)` with a learned
+                variance.
             timestep: One of `self.timesteps`.
-            sample: :math:`x_t`, same shape.
-            generator: Source of :math:`z`; a list gives each image its own.
-            return_dict: Whether to wrap the result.
+            sample: $x_t$, shape `(B, C, H, W)`.
+            generator: Random generator for $z$, or a list with one per image.
+            return_dict: Return a `DDPMSchedulerOutput` instead of a tuple.
 
         Returns:
-            :math:`x_{t-1}` as `.prev_sample` and :math:`\hat x_0` as `.pred_original_sample`, or both in a tuple, in
-            the dtype of `sample`.
+            $x_{t-1}$ as `.prev_sample` and $\hat x_0$ as `.pred_original_sample`, or a tuple of both, in the dtype of
+                `sample`.
 
         Raises:
-            ValueError: If `timestep` is none of `self.timesteps`, or the shapes differ.
+            ValueError: If `timestep` is not one of `self.timesteps`, or the shapes do not match.
         """
         t, x_t, prediction, variance_output = self._read(model_output, timestep, sample)
         mean, x_start = self._estimate(prediction, x_t, t)
@@ -218,28 +239,45 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         return self._result(mean, std, x_start, model_output.dtype, sample, generator, return_dict)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Diffuses images to steps of the whole process (Eq. 4), in float32 or better inside.
+        """Diffuses images to the given timesteps (Eq. 4), computed in float32 or float64.
 
         Args:
             original_samples: Images in [-1, 1], shape `(B, C, H, W)`.
             noise: Standard normal noise, same shape.
-            timesteps: Steps in [0, T), int64, shape `(B,)` or `(1,)`.
+            timesteps: Timesteps in [0, T), int64, shape `(B,)` or `(1,)`.
 
         Returns:
-            The noisy images, same shape and dtype.
+            The noisy images, same shape and dtype as `original_samples`.
         """
         t = timesteps.to(original_samples.device)
         return self.diffusion.q_sample(original_samples, t, noise).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Returns the target of a network that predicts `v` (Salimans & Ho 2022); arguments as in `add_noise`."""
+        """Returns the training target of a network with `prediction_type="v_prediction"` (Salimans & Ho 2022).
+
+        Args:
+            sample: Images in [-1, 1], shape `(B, C, H, W)`.
+            noise: Standard normal noise, same shape.
+            timesteps: Timesteps in [0, T), int64, shape `(B,)` or `(1,)`.
+
+        Returns:
+            The target `v`, same shape and dtype as `sample`.
+        """
         t = timesteps.to(sample.device)
         return self.diffusion.target(sample, t, noise, "v_prediction").to(sample.dtype)
 
     def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
-        """Returns the step that `step` goes to from `timestep`, -1 from the last one.
+        """Returns the timestep that `step` leads to.
 
-        As in diffusers it is a tensor once steps were set, and of the kind of `timestep` before.
+        Args:
+            timestep: One of `self.timesteps`, or a tensor of several.
+
+        Returns:
+            The next timestep, or -1 after the last one. As in diffusers, it is a tensor after `set_timesteps` was
+                called, and before that of the same type as `timestep`.
+
+        Raises:
+            ValueError: If `timestep` is not one of `self.timesteps`.
         """
         indices = [self._index(t) for t in torch.as_tensor(timestep).reshape(-1)]
         if not (self.custom_timesteps or self.num_inference_steps):
@@ -250,26 +288,26 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
     def _read(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor
     ) -> tuple[int, Tensor, Tensor, Tensor | None]:
-        """Returns the index in the chain, :math:`x_t`, the prediction and what is said of the variance."""
+        """Returns the index of `timestep`, $x_t$, the prediction, and the network's output for the variance."""
         channels = output_channels(sample.shape[1], self.variance_type)
         if model_output.shape != (sample.shape[0], channels, *sample.shape[2:]):
             raise ValueError(
-                f"model_output of shape {tuple(model_output.shape)} does not fit sample of shape {tuple(sample.shape)} "
-                f"with variance_type={self.variance_type!r}"
+                f"model_output of shape {tuple(model_output.shape)}: does not match sample of shape "
+                f"{tuple(sample.shape)} with variance_type={self.variance_type!r}; expected {channels} channels"
             )
         prediction, variance_output = split_output(_at_least_float32(model_output), sample.shape[1])
         return self._index(timestep), _at_least_float32(sample), prediction, variance_output
 
     def _estimate(self, prediction: Tensor, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """Returns the mean of a step of the chain and the bounded estimate of the image."""
-        kind = self.config.prediction_type
+        """Returns the mean of the reverse step and the clipped estimate of the image."""
+        prediction_type = self.config.prediction_type
 
         def bound(x_start: Tensor) -> Tensor:
-            if kind == "epsilon" and self._chain.alphas_cumprod[t] == 0:
+            if prediction_type == "epsilon" and self._chain.alphas_cumprod[t] == 0:
                 x_start = self._without_signal(x_start, self._chain.timesteps[t])
             return self.bound(x_start)
 
-        return self._chain.p_mean(prediction, x_t, t, kind, bound)
+        return self._chain.p_mean(prediction, x_t, t, prediction_type, bound)
 
     def _result(
         self,
@@ -281,7 +319,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None,
         return_dict: bool,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Draws the next sample; a standard deviation that is the number 0 draws nothing."""
+        """Returns the next sample; draws no noise if `std` is the number 0."""
         if isinstance(std, Tensor) or std > 0:
             mean = mean + std * randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=noise_dtype)
         x_prev, x_start = mean.to(sample.dtype), x_start.to(sample.dtype)
@@ -290,14 +328,17 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_start)
 
     def _index(self, timestep: int | Tensor) -> int:
-        """Returns the place of a timestep in the chain, counted from its end."""
+        """Returns the index of a timestep in the respaced process; 0 is the last step taken."""
         index = self._index_of.get(float(timestep))
         if index is None:
-            raise ValueError(f"timestep={float(timestep):g} is not one of the {len(self.timesteps)} that were set")
+            raise ValueError(
+                f"timestep={float(timestep):g}: expected one of the {len(self.timesteps)} timesteps chosen by "
+                "set_timesteps"
+            )
         return index
 
     def _spaced(self, count: int) -> list[int]:
-        """Returns `count` steps, descending, as Lin et al. 2023, Table 2 name and space them, that start from noise."""
+        """Returns descending timesteps as in Lin et al. 2023, Table 2; `trailing` if others do not start from noise."""
         total, self.timestep_spacing = len(self), self.config.timestep_spacing
         if self.timestep_spacing == "leading":
             steps = np.arange(count)[::-1] * (total // count) + self.config.steps_offset
@@ -315,16 +356,24 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(descending, device=device)
 
     def _without_signal(self, x_start: Tensor, timestep: Tensor) -> Tensor:
-        """Returns estimates that were divided by a signal of 0: infinite as in diffusers, or 0 if undefined."""
+        """Replaces undefined estimates by 0 where the signal is 0; infinite ones stay infinite, as in diffusers."""
         if not (self.config.thresholding or self.config.clip_sample):
             raise ValueError(
-                f"timestep={int(timestep)}: rescale_betas_zero_snr leaves no signal there, so that prediction_type="
-                "'epsilon' gives no image; set clip_sample=True, or start below it with set_timesteps(timesteps=...)"
+                f"timestep={int(timestep)}: x_t contains no signal with rescale_betas_zero_snr=True, so "
+                "prediction_type='epsilon' cannot give an estimate of the image; set clip_sample=True, or start at a "
+                "smaller timestep with set_timesteps(timesteps=...)"
             )
         return x_start.nan_to_num(0.0, torch.inf, -torch.inf)
 
     def bound(self, x_start: Tensor) -> Tensor:
-        """Returns estimates of images, shape `(B, C, H, W)`, within the range that the configuration allows."""
+        r"""Clips estimates of images as configured, by `thresholding` or `clip_sample`.
+
+        Args:
+            x_start: Estimates $\hat x_0$, shape `(B, C, H, W)`.
+
+        Returns:
+            The clipped estimates, same shape.
+        """
         config = self.config
         if config.thresholding:
             return dynamic_threshold(x_start, config.dynamic_thresholding_ratio, config.sample_max_value)

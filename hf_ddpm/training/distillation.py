@@ -78,7 +78,7 @@ def open_teacher(config: Config, accelerator: Accelerator) -> tuple[GaussianDiff
 def student_scheduler(scheduler: DDPMScheduler, config: Config) -> Any:
     """Return the DDIM sampler of a student with `S` steps, of diffusers if possible.
 
-    DDIM steps of diffusers lead from :math:`t` to :math:`t - T / S`. If `S` does not divide `T`, the result is this
+    DDIM steps of diffusers lead from $t$ to $t - T / S$. If `S` does not divide `T`, the result is this
     package's `DDIMScheduler`, which diffusers cannot load.
 
     Args:

@@ -50,12 +50,12 @@ def adam(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
 
 
 class EMA:
-    r"""Exponential moving average of weights, :math:`\bar\theta \leftarrow \bar\theta + (1 - d)(\theta - \bar\theta)`.
+    r"""Exponential moving average of weights, $\bar\theta \leftarrow \bar\theta + (1 - d)(\theta - \bar\theta)$.
 
     Args:
         model: The trained network, on its final device.
-        decay: :math:`d` in [0, 1).
-        warmup: Whether the decay after `n` steps is at most :math:`(1 + n) / (10 + n)`, for short runs.
+        decay: $d$ in [0, 1).
+        warmup: Whether the decay after `n` steps is at most $(1 + n) / (10 + n)$, for short runs.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool = False):

@@ -79,7 +79,7 @@ def require_value(name: str, value: object, holds: bool, allowed: str) -> None:
         allowed: The valid values, such as "at least 1"; or a reason and the valid values, "REASON; expected VALUES".
     """
     if not holds:
-        given = f"--{name}" if value is None else f"--{name} {_words(value)}"
+        given = f"--{name} {'' if value is None else _words(value)}".rstrip()
         raise ValueError(f"{given}: {allowed if 'expected' in allowed else f'expected {allowed}'}")
 
 

@@ -87,7 +87,7 @@ def test_presets_are_listed_with_one_line_each(capsys):
     assert {*names[1:]} == {*preset_names()}
     rows = {line.split()[0]: line.split()[1:] for line in lines}
     assert rows["cifar10"] == ["32x32", "35.7M", "128", "7.3", "GiB", "800,000"]
-    assert rows["small-32"] == ["32x32", "5.6M", "32", "1.0", "GiB", "auto"]
+    assert rows["small-32"] == ["32x32", "2.7M", "32", "0.5", "GiB", "auto"]
 
 
 def test_presets_measures_the_time_per_step_with_measure(capsys, monkeypatch):

@@ -81,7 +81,7 @@ def test_masks_of_the_size_of_the_images_are_cropped_and_resized_like_them(tmp_p
     Image.new("L", (16, 32)).save(other)
     assert np.array_equal(edits.read_mask_files(mask, [picture], (8, 8))[0, 0], pattern > 0)
     for files in ([other], [picture, other]):
-        with pytest.raises(ValueError, match="mask.png cannot be used: masks of shape .16, 32.: expected"):
+        with pytest.raises(ValueError, match="mask.png: mask cannot be used: masks of shape .16, 32.: expected"):
             edits.read_mask_files(mask, files, (8, 8))
 
 
@@ -97,7 +97,7 @@ def test_errors_for_unreadable_folders_are_one_line(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(edits.Path, "iterdir", iterdir)
-    with pytest.raises(ValueError, match="^masks=.* cannot be read: Permission denied$"):
+    with pytest.raises(ValueError, match="^--masks .*: cannot be read: Permission denied$"):
         edits.find_pictures("masks", tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_sampling_from_the_inverted_noise_reproduces_the_image(main, trained, fo
     sampled = pipe(3, latents=noise, num_inference_steps=5).images
     assert np.abs(np.stack([np.asarray(picture) for picture in sampled]).astype(int) - written).max() <= 1
     error = np.sqrt(np.square(written.astype(float) - loaded(folder / "pictures")).mean())
-    assert f"made of their noise: {error:.3g}, on the scale [0, 255]" in capsys.readouterr().out
+    assert f"reconstructions: {error:.3g}, for pixel values in [0, 255]" in capsys.readouterr().out
 
 
 def test_a_run_does_not_write_to_the_folder_of_another_run(main, trained, folder, tmp_path, monkeypatch):
@@ -157,24 +157,27 @@ def test_a_run_does_not_write_to_the_folder_of_another_run(main, trained, folder
         ("inpant --model m", "unknown command 'inpant': did you mean inpaint?"),
         ("vary --model m", "the following arguments are required: --images, --output"),
         ("inpaint --model m --images pictures --output o", "the following arguments are required: --masks"),
-        ("vary --model m --images nowhere --output o", "--images nowhere: expected there is no such file"),
+        ("vary --model m --images nowhere --output o", "--images nowhere: expected an existing file"),
         ("vary --model m --images pictures --output masks", "--output masks: expected a new or empty"),
-        ("vary --model m --images pictures --output o --strength 0", "--strength 0.0: expected above 0, at most 1"),
+        ("vary --model m --images pictures --output o --strength 0", r"--strength 0.0: expected a number in \(0, 1\]"),
         ("vary --model m --images pictures --output o --masks masks", "unknown option --masks"),
-        ("inpaint --model m --images pictures --output o --masks no", "--masks no: expected there is no such"),
+        ("inpaint --model m --images pictures --output o --masks no", "--masks no: expected an existing"),
         ("inpaint --model MODEL --images pictures --output o --masks large.png",
-         r"large.png cannot be used: masks of shape \(9, 9\): expected"),
-        ("inpaint --model MODEL --images pictures --output o --masks few", "there is no mask b.png for pictures/b.png"),
-        ("inpaint --model MODEL --images pictures --output o --masks text.png", "text.png cannot be used: not an im"),
-        ("inpaint --model MODEL --images text.png --output o --masks masks", "text.png cannot be used: not an image"),
-        ("vary --model MODEL --images empty --output o", "--images empty: expected there are no pictures in it"),
+         r"large.png: mask cannot be used: masks of shape \(9, 9\): expected"),
+        ("inpaint --model MODEL --images pictures --output o --masks few",
+         "mask for pictures/b.png is missing; expected b.png"),
+        ("inpaint --model MODEL --images pictures --output o --masks text.png",
+         "text.png: mask cannot be used: not an im"),
+        ("inpaint --model MODEL --images text.png --output o --masks masks",
+         "text.png: image cannot be used: not an image"),
+        ("vary --model MODEL --images empty --output o", "--images empty: folder contains no images"),
         ("vary --model MODEL --images twice --output o", "a.jpg and a.png have the same name"),
-        ("vary --model m --images grid.png --output o", "results of a picture named grid would replace grid.png"),
-        ("vary --model m --images grids --output o", "results of a picture named grid would replace grid.png"),
+        ("vary --model m --images grid.png --output o", "expected no image named grid, whose result would"),
+        ("vary --model m --images grids --output o", "expected no image named grid, whose result would"),
         ("vary --model MODEL --images pictures --output o --strength 0.01 --num_inference_steps 11",
-         "--num_inference_steps 11: expected at most the 10 steps of strength=0.01"),
+         "--num_inference_steps 11: expected at most the 10 steps of --strength 0.01"),
         ("invert --model MODEL --images pictures --output o --num_inference_steps 1001",
-         "num_inference_steps.1001.*: .*1 to 1000"),
+         "num_inference_steps=1001: expected 1 to 1000"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line(main, trained, folder, tmp_path, monkeypatch, words, message):

@@ -110,7 +110,7 @@ def test_the_status_of_a_folder_without_a_run_is_an_error(run, tmp_path):
     ("words", "message"),
     [
         (("--step", "3"), r"--step 3: expected a step with a checkpoint \(2, 4\)"),
-        (("--average", "0.9"), "average.*0.9.*: .*ema-0.995, ema-0.5"),
+        (("--average", "0.9"), "average='0.9': expected an average of the run: ema-0.995, ema-0.5"),
     ],
 )
 def test_missing_steps_and_averages_are_errors(run, tmp_path, words, message):

@@ -52,7 +52,7 @@ def test_a_model_without_a_run_needs_a_data_set(main, trained, tmp_path):
 
     DDPMPipeline.from_pretrained(trained).save_pretrained(tmp_path / "model")
     words = ["steps", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "figures")]
-    with pytest.raises(ValueError, match="dataset is missing: there is no config.yaml of a run in model="):
+    with pytest.raises(ValueError, match="--dataset is missing: --model .* contains no config.yaml of a run"):
         main(words)
     assert not (tmp_path / "figures").exists()
 

@@ -102,7 +102,7 @@ def test_samples_of_other_seeds_differ(sample, trained, tmp_path):
         ("--model nowhere/at/all --output x", "model 'nowhere/at/all' cannot be loaded"),
         ("--model . --output x --num_images 0", "--num_images 0: expected at least 1"),
         ("--model . --output x --scheduler heun", "argument --scheduler: invalid choice: 'heun'"),
-        ("--model . --output x --eta 1", "eta.1.0.* scheduler.ddpm.*ddim"),
+        ("--model . --output x --eta 1", "--eta 1.0: expected 0 with --scheduler ddpm"),
         ("--output x", "the following arguments are required: --model"),
         ("--model . --output x --steps 4", "unknown option --steps"),
     ],
@@ -379,7 +379,7 @@ def test_sample_grids_are_written_at_checkpoints(run_training, tmp_path, monkeyp
 
 
 def test_incompatible_options_are_errors(run_training, tmp_path):
-    with pytest.raises(ValueError, match="objective.*simple.* variance_type.*learned"):
+    with pytest.raises(ValueError, match="objective='simple': not supported with variance_type='learned'"):
         run_training(tmp_path, "--variance_type", "learned")
     with pytest.raises(
         ValueError, match="--rescale_betas_zero_snr true with --prediction_type epsilon: .*; expected --pr"

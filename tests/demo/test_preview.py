@@ -7,7 +7,7 @@ from hf_ddpm.demo.preview import FRAMES, in_background, watch
 from tests.conftest import LIMIT
 
 
-def test_what_is_emitted_comes_in_order_from_another_thread():
+def test_items_arrive_in_order_from_another_thread():
     threads = set()
 
     def work(emit):
@@ -19,7 +19,7 @@ def test_what_is_emitted_comes_in_order_from_another_thread():
     assert threads and threading.current_thread() not in threads
 
 
-def test_an_error_of_the_work_comes_after_what_it_has_emitted():
+def test_error_of_the_work_is_raised_after_its_items():
     def work(emit):
         emit(1)
         raise ValueError("no more")
@@ -30,30 +30,30 @@ def test_an_error_of_the_work_comes_after_what_it_has_emitted():
         next(items)
 
 
-def test_work_ends_when_nobody_watches():
-    emitted, go_on, ended = [], threading.Semaphore(0), threading.Event()
+def test_work_ends_when_the_iterator_is_closed():
+    emitted, permits, ended = [], threading.Semaphore(0), threading.Event()
 
     def work(emit):
         try:
             for item in range(1000):
-                go_on.acquire(timeout=LIMIT)
+                permits.acquire(timeout=LIMIT)
                 emit(item)
                 emitted.append(item)
         finally:
             ended.set()
 
     items = in_background(work)
-    go_on.release()
+    permits.release()
     assert next(items) == 0
     items.close()
-    go_on.release()
+    permits.release()
     assert ended.wait(LIMIT)
     assert emitted == [0]
 
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 8, 50])
-def test_frames_are_spread_from_the_first_step_to_the_images(steps, monkeypatch):
-    # A chain whose estimate after i steps is gray i: so a moment can be told from its pixels.
+def test_frames_are_evenly_spaced_from_the_first_step_to_the_last(steps, monkeypatch):
+    # The estimate after i steps is gray level i, so pixels identify the moment.
     monkeypatch.setattr("hf_ddpm.demo.preview.PAUSE", float("inf"))
 
     class Chain:
@@ -67,11 +67,11 @@ def test_frames_are_spread_from_the_first_step_to_the_images(steps, monkeypatch)
         return torch.full((2, 1, 1, 1), steps, dtype=torch.uint8)
 
     moments = list(watch(work))
-    seen = [moment.step for moment in moments]
-    assert seen[0] == 0 and seen[-1] == steps and len(seen) == min(FRAMES, steps + 1)
-    gaps = [after - before for before, after in zip(seen[:-1], seen[1:], strict=True)]
+    frame_steps = [moment.step for moment in moments]
+    assert frame_steps[0] == 0 and frame_steps[-1] == steps and len(frame_steps) == min(FRAMES, steps + 1)
+    gaps = [after - before for before, after in zip(frame_steps[:-1], frame_steps[1:], strict=True)]
     assert max(gaps) - min(gaps) <= 1
-    for number, moment in enumerate(moments):
-        assert moment.steps == steps and moment.frame_steps == seen
+    for index, moment in enumerate(moments):
+        assert moment.steps == steps and moment.frame_steps == frame_steps
         assert moment.images.dtype == torch.uint8 and moment.images.flatten().tolist() == [moment.step] * 2
-        assert [int(frame[0]) for frame in moment.frames] == seen[: number + 1]
+        assert [int(frame[0]) for frame in moment.frames] == frame_steps[: index + 1]

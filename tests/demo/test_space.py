@@ -35,37 +35,41 @@ def demo(tiny_pipeline):
     return Demo(tiny_pipeline, "tiny")
 
 
-def test_generating_answers_with_images_their_strip_and_progress(app, demo):
-    answers = list(app.answer(app.generate, demo)(3, 0, 20, "ddpm", [], 1))
+def without_time(progress):
+    return re.sub(r", \d+\.\d s<", "<", progress)
+
+
+def test_generate_yields_images_strip_and_progress(app, demo):
+    outputs = list(app.with_errors(app.generate, demo)(3, 0, 20, "ddpm", [], 1))
     *_, last = demo.generate(demo.read(0, 20, "ddpm"), 3)
-    assert answers[-1][0].tobytes() == sheet(last.images).tobytes()
-    assert answers[-1][1] == strip(last) and answers[-1][2] == app.gr.skip()
-    assert re.search(r"step 0 of 20, 0\.\d s<", answers[0][3]) and "step 20 of 20, " in answers[-1][3]
-    shown = {picture.tobytes() for picture, *_ in answers[:-1]}
-    assert len(shown) >= 2 and answers[-1][0].tobytes() not in shown
-    strips = [frames for _, frames, *_ in answers if isinstance(frames, str)]
-    assert len(strips) == len(set(strips)) == 8  # sent when it has changed
+    assert outputs[-1][0].tobytes() == sheet(last.images).tobytes()
+    assert outputs[-1][1] == strip(last) and outputs[-1][2] == app.gr.skip()
+    assert re.search(r"step 0 of 20, 0\.\d s<", outputs[0][3]) and "step 20 of 20, " in outputs[-1][3]
+    previews = {picture.tobytes() for picture, *_ in outputs[:-1]}
+    assert len(previews) >= 2 and outputs[-1][0].tobytes() not in previews
+    strips = [frames for _, frames, *_ in outputs if isinstance(frames, str)]
+    assert len(strips) == len(set(strips)) == 8  # sent only if it has changed
 
 
-def test_a_distilled_model_draws_the_same_noise_in_its_own_steps(app, tiny_pipeline):
-    few = DDPMPipeline(tiny_pipeline.unet, DDPMScheduler(prediction_type="sample"), num_inference_steps=4)
-    demo = Demo(tiny_pipeline, "tiny", distilled=few)
-    answers = list(app.answer(app.generate, demo)(3, 7, 20, "ddim", [], 1))
-    *_, expected = Demo(few, "few").generate(demo.read(7, 4, "ddpm"), 3)
-    first, *later = [answer[2] for answer in answers]
+def test_distilled_model_samples_the_same_noise_in_its_own_steps(app, tiny_pipeline):
+    distilled = DDPMPipeline(tiny_pipeline.unet, DDPMScheduler(prediction_type="sample"), num_inference_steps=4)
+    demo = Demo(tiny_pipeline, "tiny", distilled=distilled)
+    outputs = list(app.with_errors(app.generate, demo)(3, 7, 20, "ddim", [], 1))
+    *_, expected = Demo(distilled, "distilled").generate(demo.read(7, 4, "ddpm"), 3)
+    first, *later = [output[2] for output in outputs]
     assert first["value"].tobytes() == sheet(expected.images).tobytes()
     assert re.fullmatch(r"Distilled: 4 steps, \d+\.\d s", first["label"])
     assert later and all(update == app.gr.skip() for update in later)
-    seen = asyncio.run(visit(app.FirstView(demo), is_patient=True))  # seed 0, 50 steps, 16 images
-    *_, expected = Demo(few, "few").generate(demo.read(0, 4, "ddpm"), 16)
-    assert seen[-1][2]["value"].tobytes() == sheet(expected.images).tobytes()
+    outputs = asyncio.run(visit(app.FirstView(demo), leaves_early=False))  # seed 0, 50 steps, 16 images
+    *_, expected = Demo(distilled, "distilled").generate(demo.read(0, 4, "ddpm"), 16)
+    assert outputs[-1][2]["value"].tobytes() == sheet(expected.images).tobytes()
 
 
-def test_a_distilled_model_of_other_images_is_rejected(app, tiny_pipeline, monkeypatch, tmp_path):
+def test_distilled_model_of_other_images_is_rejected(app, tiny_pipeline, monkeypatch, tmp_path):
     other = DDPMPipeline(UNet2DModel(**{**TINY_UNET, "sample_size": 16}), DDPMScheduler())
     pipes = {"model": tiny_pipeline, "other": other}
     monkeypatch.setattr(app, "load_pipeline", lambda model, device: pipes[model])
-    expected = r"--distilled other: draws images of 16x16 pixels .*; expected images of 8x8 pixels .*, like the model"
+    expected = r"--distilled other: images of 16x16 pixels .*; expected images of 8x8 pixels .*, as of the model"
     with pytest.raises(ValueError, match=expected):
         load_script("app").main(["--model", "model", "--distilled", "other", "--mixed_precision", "no"])
     served = []
@@ -75,32 +79,34 @@ def test_a_distilled_model_of_other_images_is_rejected(app, tiny_pipeline, monke
     assert served[0].distilled is tiny_pipeline
 
 
-def test_between_seeds_are_the_images_of_these_seeds(app, demo):
-    typed = (app.SEEDS, 20, 3, 4, 9, None, None, 5, "ddim", [], 1)
-    answers = list(app.answer(app.interpolate, demo)(*typed))
-    assert answers[0][0] == app.gr.skip() and "seed 4: step 0 of 5" in answers[0][1]
+def test_interpolation_between_seeds(app, demo):
+    inputs = (app.SEEDS, 20, 3, 4, 9, None, None, 5, "ddim", [], 1)
+    outputs = list(app.with_errors(app.interpolate, demo)(*inputs))
+    assert outputs[0][0] == app.gr.skip() and "seed 4: step 0 of 5" in outputs[0][1]
     ends = [list(demo.generate(demo.read(seed, 5, "ddim"), 1))[-1].images for seed in (4, 9)]
     *_, last = demo.interpolate(*ends, 20, 3, demo.read(4, 5, "ddim"))
-    assert answers[-1] == (row([*ends[0], *last.images, *ends[1]], (8, 8)), progress_bar(last))
+    path, progress = outputs[-1]
+    assert path == row([*ends[0], *last.images, *ends[1]], (8, 8))
+    assert without_time(progress) == without_time(progress_bar(last))
 
 
-def test_between_uploaded_images_are_these(app, demo, tmp_path):
+def test_interpolation_between_uploaded_images(app, demo, tmp_path):
     for name, gray in (("black", 0), ("white", 255)):
         Image.new("L", (30, 20), gray).save(tmp_path / f"{name}.png")
     paths = [str(tmp_path / f"{name}.png") for name in ("black", "white")]
-    *_, (picture, _) = app.answer(app.interpolate, demo)(app.IMAGES, 0, 2, 0, 0, *paths, 5, "ddpm", [], 1)
+    *_, (picture, _) = app.with_errors(app.interpolate, demo)(app.IMAGES, 0, 2, 0, 0, *paths, 5, "ddpm", [], 1)
     ends = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 8, 8)
     *_, last = demo.interpolate(ends[:1], ends[1:], 0, 2, demo.read(0, 5, "ddpm"))
     assert picture == row([ends[0], *last.images, ends[1]], (8, 8))
 
 
-def test_a_sampled_image_is_painted_on_and_filled(app, demo):
-    ((background, progress),) = app.answer(app.sample_background, demo)(4, 5, "ddpm", [], 1)
+def test_inpainting_of_a_sampled_image(app, demo):
+    ((background, progress),) = app.with_errors(app.sample_background, demo)(4, 5, "ddpm", [], 1)
     *_, sampled = demo.generate(demo.read(4, 5, "ddpm"), 1)
     assert background.size == app.canvas(demo) == (480, 480) and "step 5 of 5" in progress
     layer = Image.new("RGBA", (480, 480))
     layer.paste("red", (0, 240, 480, 480))
-    # What the browser sends: files, or blobs by an id.
+    # The browser sends either files or the id of uploaded blobs.
     editor, files = app.editor(demo), []
     for image in (background, layer):
         with io.BytesIO() as file:
@@ -110,40 +116,41 @@ def test_a_sampled_image_is_painted_on_and_filled(app, demo):
     sent = SimpleNamespace(id="1", background=None, layers=[])
     drawing = editor.preprocess(sent)
     assert drawing == (files[0], [files[1]]) and editor.blob_storage == {}
-    for place in range(100):
-        editor.blob_storage[f"{place}"] = sent
-    assert list(editor.blob_storage) == [f"{place}" for place in range(100 - app.WAITING, 100)]
+    for i in range(100):
+        editor.blob_storage[f"{i}"] = sent
+    assert list(editor.blob_storage) == [f"{i}" for i in range(100 - app.MAX_WAITING, 100)]
     editor.blob_storage.clear()
     assert editor.preprocess(None) == editor.preprocess(sent) == (None, [])
 
-    *_, (images, progress) = app.answer(app.inpaint, demo)(drawing, 2, 1, 0, 5, "ddpm", [], 1)
+    *_, (images, progress) = app.with_errors(app.inpaint, demo)(drawing, 2, 1, 0, 5, "ddpm", [], 1)
     mask = torch.arange(8).view(8, 1).expand(8, 8) >= 4
     *_, last = demo.inpaint(sampled.images, mask, 2, 1, demo.read(0, 5, "ddpm"))
-    assert images.tobytes() == sheet(last.images).tobytes() and progress == progress_bar(last)
-    with pytest.raises(app.gr.Error, match="image is missing: upload one, or sample one"):
-        list(app.answer(app.inpaint, demo)((None, []), 2, 1, 0, 5, "ddpm", [], 1))
+    assert images.tobytes() == sheet(last.images).tobytes()
+    assert without_time(progress) == without_time(progress_bar(last))
+    with pytest.raises(app.gr.Error, match="image is missing: upload or sample an image"):
+        list(app.with_errors(app.inpaint, demo)((None, []), 2, 1, 0, 5, "ddpm", [], 1))
 
 
-def test_random_seeds_are_sampled_and_shown(app, demo):
-    drawing = app.draw_seeds(app.answer(app.generate, demo), [1])
-    answers = [list(drawing(2, 0, 3, "ddpm", [], 1))[-1] for _ in range(2)]
-    seeds = [answer[-1] for answer in answers]
-    for seed, (images, *_) in zip(seeds, answers, strict=True):
+def test_random_seeds_are_used_and_shown(app, demo):
+    handler = app.draw_seeds(app.with_errors(app.generate, demo), [1])
+    outputs = [list(handler(2, 0, 3, "ddpm", [], 1))[-1] for _ in range(2)]
+    seeds = [output[-1] for output in outputs]
+    for seed, (images, *_) in zip(seeds, outputs, strict=True):
         *_, last = demo.generate(demo.read(seed, 3, "ddpm"), 2)
         assert images.tobytes() == sheet(last.images).tobytes()
     assert len({0, *seeds}) == 3 and all(0 <= seed < 2**31 for seed in seeds)
 
 
-async def visit(view, is_patient):
-    seen = []
-    async for shown in view.show():
-        seen.append(shown)
-        if not is_patient:
+async def visit(view, leaves_early):
+    outputs = []
+    async for output in view.show():
+        outputs.append(output)
+        if leaves_early:
             break
-    return seen
+    return outputs
 
 
-def test_the_first_view_is_sampled_once_for_all_visitors(app, demo):
+def test_first_view_is_sampled_once_for_all_visitors(app, demo):
     started, generate = [], demo.generate
 
     def sample(*request):
@@ -152,64 +159,64 @@ def test_the_first_view_is_sampled_once_for_all_visitors(app, demo):
 
     demo.generate = sample
     view = app.FirstView(demo)
-    assert not started  # before anybody comes
-    asyncio.run(visit(view, is_patient=False))  # the first visitor leaves
+    assert not started  # before the first visitor
+    asyncio.run(visit(view, leaves_early=True))
 
     async def visit_together():
-        return await asyncio.gather(*(visit(view, is_patient=True) for _ in range(3)))
+        return await asyncio.gather(*(visit(view, leaves_early=False) for _ in range(3)))
 
-    *_, last = generate(demo.usual, demo.usual_images)
-    for seen in asyncio.run(visit_together()):
-        assert seen[-1][0].tobytes() == sheet(last.images).tobytes()
-        assert seen[-1][1] == strip(last) and "step 50 of 50, " in seen[-1][3]
+    *_, last = generate(demo.default_request, demo.default_images)
+    for outputs in asyncio.run(visit_together()):
+        assert outputs[-1][0].tobytes() == sheet(last.images).tobytes()
+        assert outputs[-1][1] == strip(last) and "step 50 of 50, " in outputs[-1][3]
     assert started == [1]
 
 
-def test_the_first_view_is_what_the_form_requests(app, demo):
+def test_first_view_matches_the_initial_values_of_the_form(app, demo):
     values = {}
     for block in app.build(demo).blocks.values():
         if isinstance(block, app.gr.components.FormComponent):
-            values.setdefault(block.label, block.value)  # the first tab comes first
+            values.setdefault(block.label, block.value)  # keeps the values of the first tab
     form = [values[label] for label in ("Seed", "Steps (1 to 1000)", "Sampler")]
-    assert demo.usual == demo.read(*form) and demo.usual_images == values["Number of images"]
+    assert demo.default_request == demo.read(*form) and demo.default_images == values["Number of images"]
 
 
 @pytest.mark.parametrize(
-    ("name", "typed", "message"),
+    ("name", "inputs", "message"),
     [
         ("generate", (0, 0, 5, "ddpm", [], 1), "count=0: expected a whole number from 1 to 64"),
         ("generate", (1, 0.5, 5, "ddpm", [], 1), "seed=0.5: expected a whole number"),
         ("generate", (1, 0, 1001, "ddpm", [], 1), "steps=1001: expected a whole number from 1 to 1000"),
-        ("generate", (1, 0, 5, "ddpm", ["7"], 1), "class_labels are not allowed: the network knows no classes"),
+        ("generate", (1, 0, 5, "ddpm", ["7"], 1), "class_labels: expected None, since the network is unconditional"),
         ("interpolate", ("Two images", 5, 2, 0, 1, None, None, 5, "ddpm", [], 1), "First image is missing: upload"),
         ("interpolate", ("Two seeds", 1000, 2, 0, 1, None, None, 1, "ddpm", [], 1), "t=1000: expected a whole number"),
     ],
 )
-def test_what_is_typed_wrong_becomes_a_message(app, demo, name, typed, message):
+def test_invalid_input_is_shown_as_a_message(app, demo, name, inputs, message):
     with pytest.raises(app.gr.Error, match=message):
-        list(app.answer(getattr(app, name), demo)(*typed))
+        list(app.with_errors(getattr(app, name), demo)(*inputs))
 
 
-def test_what_is_typed_is_no_html_in_a_message(app, demo):
+def test_html_in_input_is_escaped_in_the_message(app, demo):
     with pytest.raises(app.gr.Error) as caught:
-        list(app.answer(app.generate, demo)(1, 0, 5, "<img src=x onerror=alert(1)>", [], 1))
+        list(app.with_errors(app.generate, demo)(1, 0, 5, "<img src=x onerror=alert(1)>", [], 1))
     assert "&lt;img src=x onerror=alert(1)&gt;" in caught.value.message and "<" not in caught.value.message
 
 
-def test_classes_are_asked_for_where_the_model_knows_them(app, demo):
-    def asked(demo):
+def test_class_inputs_are_only_visible_for_models_with_classes(app, demo):
+    def class_inputs(demo):
         blocks = [block for block in app.build(demo).blocks.values() if getattr(block, "label", None)]
         names = ("Classes", "Guidance")
         return {block.label: block.value for block in blocks if block.visible and block.label.startswith(names)}
 
-    assert asked(demo) == {}
-    for embeddings, expected in ((3, [[], 1]), (2, [["cat"]])):  # where none is no class, there is no guidance
+    assert class_inputs(demo) == {}
+    for embeddings, expected in ((3, [[], 1]), (2, [["cat"]])):  # guidance requires a null class, the third embedding
         unet = UNet2DModel(**TINY_UNET, num_class_embeds=embeddings)
         pipe = DDPMPipeline(unet, DDPMScheduler(), {"0": "cat", "1": "dog"})
-        assert list(asked(Demo(pipe, "classes")).values()) == expected
+        assert list(class_inputs(Demo(pipe, "classes")).values()) == expected
 
 
-def test_the_model_is_named_by_option_or_environment(app, monkeypatch, tmp_path):
+def test_model_is_selected_by_option_or_environment(app, monkeypatch, tmp_path):
     monkeypatch.delenv("MODEL_ID", raising=False)
     for missing in (None, ""):
         if missing is not None:
@@ -221,18 +228,18 @@ def test_the_model_is_named_by_option_or_environment(app, monkeypatch, tmp_path)
         load_script("space/app").main([])
 
 
-def test_a_model_is_shown_by_name_and_linked_on_the_hub(app, tiny_pipeline, monkeypatch, tmp_path):
-    shown = []
+def test_demo_shows_the_model_name_and_links_to_the_hub(app, tiny_pipeline, monkeypatch, tmp_path):
+    served = []
     monkeypatch.setattr(app, "load_pipeline", lambda model, device: tiny_pipeline)
-    monkeypatch.setattr(app, "serve", lambda demo: shown.append((demo.name, demo.url)))
+    monkeypatch.setattr(app, "serve", lambda demo: served.append((demo.name, demo.url)))
     monkeypatch.setattr(app.constants, "ENDPOINT", "https://hub")
     for model in ("org/ddpm-digits", tmp_path / "mine", tmp_path / "mine" / "checkpoints" / "step-000000100"):
         app.show(str(model))
-    assert shown == [("org/ddpm-digits", "https://hub/org/ddpm-digits"), ("mine", None), ("mine", None)]
+    assert served == [("org/ddpm-digits", "https://hub/org/ddpm-digits"), ("mine", None), ("mine", None)]
 
 
-def test_a_run_that_has_not_ended_is_shown(app, trained, monkeypatch, tmp_path):
-    run = tmp_path / "stopped"  # without an export
+def test_demo_of_an_unfinished_run(app, trained, monkeypatch, tmp_path):
+    run = tmp_path / "stopped"  # has checkpoints but no exported model
     (run / "checkpoints").mkdir(parents=True)
     for checkpoint in (trained / "checkpoints").iterdir():
         (run / "checkpoints" / checkpoint.name).symlink_to(checkpoint)
@@ -243,29 +250,29 @@ def test_a_run_that_has_not_ended_is_shown(app, trained, monkeypatch, tmp_path):
     assert demos[0].name == "stopped" and last.images.shape == (2, 1, 8, 8)
 
 
-def test_the_card_of_the_space_is_complete():
+def test_card_of_the_space_is_complete():
     _, front, _ = (SPACE / "README.md").read_text().split("---\n", 2)
     card = yaml.safe_load(front)
     assert card["sdk"] == "gradio" and (SPACE / card["app_file"]).is_file()
     assert isinstance(card["python_version"], str)
     constraints = (ROOT / "constraints.txt").read_text()
     assert f"gradio=={card['sdk_version']}\n" in constraints
-    assert len(card["short_description"]) <= 60  # what the Hub allows
+    assert len(card["short_description"]) <= 60  # limit of the Hub
 
 
 @pytest.mark.slow
 def test_uploads_and_waiting_requests_are_limited(app, tiny_pipeline, monkeypatch):
     httpx, client = pytest.importorskip("httpx"), pytest.importorskip("gradio_client")
-    for name, value in {"UPLOAD": "10kb", "WAITING": 1, "AT_ONCE": 1}.items():
-        assert getattr(app, name)  # there is a limit
+    for name, value in {"MAX_UPLOAD": "10kb", "MAX_WAITING": 1, "MAX_RUNNING": 1}.items():
+        assert getattr(app, name)  # the app has a limit
         monkeypatch.setattr(app, name, value)
     started, gate = threading.Event(), threading.Event()
 
     class Waiting(Demo):
-        def generate(self, *typed):
+        def generate(self, *inputs):
             started.set()
             assert gate.wait(LIMIT)
-            return super().generate(*typed)
+            return super().generate(*inputs)
 
     url = app.serve(Waiting(tiny_pipeline, "tiny"), prevent_thread_lock=True, quiet=True)
     try:
@@ -274,26 +281,26 @@ def test_uploads_and_waiting_requests_are_limited(app, tiny_pipeline, monkeypatc
             for size in (5_000, 20_000)
         ]
         assert sent == [200, 413]
-        asker = client.Client(url, verbose=False)
-        jobs = [asker.submit(1, 0, 2, "ddpm", [], 1, api_name="/generate")]
+        visitor = client.Client(url, verbose=False)
+        jobs = [visitor.submit(1, 0, 2, "ddpm", [], 1, api_name="/generate")]
         assert started.wait(LIMIT)
-        jobs += [asker.submit(1, 0, 2, "ddpm", [], 1, api_name="/generate") for _ in range(3)]
+        jobs += [visitor.submit(1, 0, 2, "ddpm", [], 1, api_name="/generate") for _ in range(3)]
         futures = [job.future for job in jobs]
         refused = [future.exception() for future in islice(as_completed(futures, timeout=LIMIT), 2)]
         assert all("Queue is full" in str(error) for error in refused)
         gate.set()
         errors = [job.exception(timeout=LIMIT) for job in jobs]
-        assert errors[0] is None and errors.count(None) == 2  # one at work, one waiting
+        assert errors[0] is None and errors.count(None) == 2  # one running, one waiting
     finally:
         gate.set()
         app.gr.close_all()
 
 
-@pytest.mark.parametrize(("words", "precision"), [([], "bf16"), (["--mixed_precision", "no"], "no")])
-def test_the_demo_has_the_precision_that_pays_or_is_given(app, trained, monkeypatch, capsys, words, precision):
+@pytest.mark.parametrize(("options", "precision"), [([], "bf16"), (["--mixed_precision", "no"], "no")])
+def test_precision_is_chosen_automatically_or_by_the_option(app, trained, monkeypatch, capsys, options, precision):
     served, choice = [], Choice("bf16", "precision bf16: chosen")
     monkeypatch.setattr(app, "choose_precision", lambda network, shape, batch: choice)
     monkeypatch.setattr(app, "serve", served.append)
-    load_script("app").main(["--model", str(trained), *words])
+    load_script("app").main(["--model", str(trained), *options])
     assert [demo.precision for demo in served] == [precision]
-    assert capsys.readouterr().out == ("" if words else "precision bf16: chosen\n")
+    assert capsys.readouterr().out == ("" if options else "precision bf16: chosen\n")

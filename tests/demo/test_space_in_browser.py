@@ -1,4 +1,4 @@
-"""The demo as a person sees it, in Chromium; nothing that it shows may come from elsewhere."""
+"""The demo in Chromium, without any requests to other servers."""
 
 import base64
 import io
@@ -30,7 +30,7 @@ FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update"),
 ]
-PATIENCE = 120  # seconds: gradio alone takes ten to import
+PATIENCE = 120  # time limit in seconds; importing gradio takes ten
 DESKTOP, PHONE = (1280, 800), (390, 844)
 
 
@@ -38,16 +38,16 @@ DESKTOP, PHONE = (1280, 800), (390, 844)
 def browser():
     pytest.importorskip("gradio")
     playwright = pytest.importorskip("playwright.sync_api")
-    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
-    if not found:
-        pytest.skip("no Chromium is installed")
+    paths = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
+    if not paths:
+        pytest.skip("Chromium is not installed")
     with playwright.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=found[0], args=FLAGS)
+        yield driver.chromium.launch(executable_path=paths[0], args=FLAGS)
 
 
 @pytest.fixture(scope="module")
 def address(trained, browser, tmp_path_factory):
-    """Where the app listens, a process of its own."""
+    """URL of the app, which runs in a separate process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,15 +73,15 @@ def address(trained, browser, tmp_path_factory):
 
 @pytest.fixture
 def page(browser, address, request):
-    """The app in a window of a size, opened; no request goes elsewhere."""
+    """A page with the app, in a window of a given size; asserts that there are no external requests."""
     width, height = getattr(request, "param", DESKTOP)
-    page, elsewhere = browser.new_page(viewport={"width": width, "height": height}), []
+    page, external = browser.new_page(viewport={"width": width, "height": height}), []
 
     def route(handled):
         if handled.request.url.startswith((address, "data:", "blob:")):
             handled.continue_()
         else:
-            elsewhere.append(handled.request.url)
+            external.append(handled.request.url)
             handled.abort()
 
     page.route("**/*", route)
@@ -90,11 +90,11 @@ def page(browser, address, request):
     page.get_by_role("button", name="Generate").wait_for()
     yield page
     page.close()
-    assert elsewhere == []
+    assert external == []
 
 
 def wait_for(page, pattern):
-    """Wait until the line next to the visible progress bar matches a pattern, up to the time."""
+    """Waits until the text of the visible progress bar, without the time, matches a pattern."""
     page.wait_for_function(
         """pattern => [...document.querySelectorAll('.progress')].some(
             line => line.offsetParent && RegExp('^' + pattern + '(, [0-9.]+ s)?$').test(line.innerText.trim()))""",
@@ -103,7 +103,7 @@ def wait_for(page, pattern):
 
 
 def last_line(page):
-    """Wait until the progress stands still, and return its line without the time."""
+    """Waits until the progress stops, and returns its text without the time."""
     line = page.evaluate(
         """async () => {
             const read = () => [...document.querySelectorAll('.progress')].find(one => one.offsetParent).innerText;
@@ -127,14 +127,14 @@ def fill(page, label, value):
 
 
 def download(page):
-    """Returns the grid that is shown, as it is downloaded."""
+    """Downloads the visible grid of images, and returns its pixels."""
     with page.expect_download() as download:
         page.get_by_label("Download").locator("visible=true").click()
     return np.asarray(Image.open(download.value.path()).convert("L"))
 
 
 def boxes(page, selector):
-    """Returns left, top, right and bottom of what is visible of a selector, in pixels."""
+    """Returns left, top, right and bottom of the visible elements of a selector, in pixels."""
     return page.evaluate(
         """selector => [...document.querySelectorAll(selector)].filter(one => one.offsetParent).map(one => {
             const box = one.getBoundingClientRect(); return [box.left, box.top, box.right, box.bottom]})""",
@@ -143,14 +143,14 @@ def boxes(page, selector):
 
 
 def check_layout(page, result, rows):
-    """Checks that the result and the buttons are above the fold, and that pictures of a strip wrap into rows."""
+    """Asserts that result and buttons are visible without scrolling, and that the strip wraps into `rows` rows."""
     width, height = page.viewport_size["width"], page.viewport_size["height"]
     page.evaluate("scrollTo(0, 0)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for selector in (result, ".progress", ".buttons button"):
-        shown = boxes(page, selector)
-        assert shown, selector
-        for left, top, right, bottom in shown:
+        visible = boxes(page, selector)
+        assert visible, selector
+        for left, top, right, bottom in visible:
             assert 0 <= left and right <= width and 0 <= top and bottom <= height, selector
     strip = boxes(page, ".strip figure")
     assert len({round(top) for _, top, _, _ in strip}) == rows
@@ -159,10 +159,10 @@ def check_layout(page, result, rows):
 
 
 @pytest.mark.parametrize("page", [DESKTOP, PHONE], indirect=True)
-def test_images_are_there_on_load(page, trained, tmp_path):
+def test_images_are_sampled_on_load(page, trained, tmp_path):
     wait_for(page, "step 50 of 50")
-    words = ["--num_images", "16", "--num_inference_steps", "50"]
-    load_script("sample").main(["--model", str(trained), "--output", str(tmp_path), *words])
+    options = ["--num_images", "16", "--num_inference_steps", "50"]
+    load_script("sample").main(["--model", str(trained), "--output", str(tmp_path), *options])
     files = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
     np.testing.assert_array_equal(download(page), sheet(torch.tensor(np.stack(files)).unsqueeze(1)))
     check_layout(page, ".picture img", rows=2)
@@ -172,7 +172,7 @@ def test_images_are_there_on_load(page, trained, tmp_path):
     page.screenshot(path=tmp_path / "generate.png", full_page=True)
 
 
-def test_images_form_on_the_way(page, trained, tmp_path):
+def test_images_are_updated_during_sampling(page, trained, tmp_path):
     wait_for(page, "step 50 of 50")
     page.evaluate(
         """() => {
@@ -190,14 +190,13 @@ def test_images_form_on_the_way(page, trained, tmp_path):
     page.get_by_label("number input for Number of images").locator("visible=true").fill("4")
     press(page, "Generate")
     wait_for(page, "step 60 of 60")
-    shown = download(page)
-    np.testing.assert_array_equal(shown, expected_sheet(trained, seed=2, steps=60, count=4))
-    assert not page.evaluate("window.covered")  # by what is shown of a wait
-    assert {0, 1} < set(page.evaluate("[...window.bars]"))  # the bar moves
-    addresses = [address for address in page.evaluate("[...window.seen]") if address]
-    assert len(addresses) >= 3  # two before the last: they hold a checksum
-    contents = {page.request.get(address).body() for address in addresses}
-    assert len(contents) == len(addresses)
+    np.testing.assert_array_equal(download(page), expected_sheet(trained, seed=2, steps=60, count=4))
+    assert not page.evaluate("window.covered")  # by a status overlay
+    assert {0, 1} < set(page.evaluate("[...window.bars]"))  # the progress bar moves
+    urls = [url for url in page.evaluate("[...window.seen]") if url]
+    assert len(urls) >= 3  # the result and at least two previews; a URL contains a checksum
+    contents = {page.request.get(url).body() for url in urls}
+    assert len(contents) == len(urls)
 
 
 def expected_sheet(model, seed, steps, count=16):
@@ -206,14 +205,14 @@ def expected_sheet(model, seed, steps, count=16):
     return np.asarray(sheet(last.images))
 
 
-def test_a_random_seed_is_shown_with_its_images(page, trained):
+def test_random_seed_is_shown_with_its_images(page, trained):
     seed = page.get_by_label("Seed", exact=True).locator("visible=true")
     fill(page, "Steps (1 to 1000)", 7)
     press(page, "Random seed")
     wait_for(page, "step 7 of 7")
     first = int(seed.input_value())
     np.testing.assert_array_equal(download(page), expected_sheet(trained, first, 7))
-    # Pressed again meanwhile, it keeps the seed of the images that are formed.
+    # After a second press during sampling, the seed still matches the images.
     fill(page, "Steps (1 to 1000)", 500)
     press(page, "Random seed")
     wait_for(page, r"step [1-9]\d* of 500")
@@ -224,7 +223,7 @@ def test_a_random_seed_is_shown_with_its_images(page, trained):
     assert len({0, first, second}) == 3
 
 
-def test_a_button_ends_what_the_other_has_started(page, trained):
+def test_each_start_button_cancels_the_other(page, trained):
     for former, latter in (("Random seed", "Generate"), ("Generate", "Random seed")):
         fill(page, "Steps (1 to 1000)", 1000)
         press(page, former)
@@ -238,7 +237,7 @@ def test_a_button_ends_what_the_other_has_started(page, trained):
 
 
 def visible_pictures(page):
-    """Returns the pictures of the strip that is visible."""
+    """Returns the pictures of the visible strip."""
     sources = page.evaluate(
         "[...document.querySelectorAll('.strip img')].filter(one => one.offsetParent).map(one => one.src)"
     )
@@ -247,9 +246,9 @@ def visible_pictures(page):
 
 
 @pytest.mark.parametrize(("page", "rows"), [(DESKTOP, 1), (PHONE, 3)], indirect=["page"])
-def test_two_seeds_and_two_images_are_interpolated(page, rows, tmp_path):
+def test_interpolation_between_two_seeds_and_two_images(page, rows, tmp_path):
     page.get_by_role("tab", name="Interpolate").click()
-    check_layout(page, ".strip .blank", rows)  # the place of the result
+    check_layout(page, ".strip .blank", rows)  # placeholders of the result
     page.get_by_label("number input for Noise").fill("20")
     fill(page, "Steps (at most t + 1)", 5)
     press(page, "Interpolate")
@@ -277,10 +276,10 @@ def test_two_seeds_and_two_images_are_interpolated(page, rows, tmp_path):
 
 
 @pytest.mark.parametrize("page", [DESKTOP, PHONE], indirect=True)
-def test_what_is_painted_over_is_filled(page, trained, tmp_path):
+def test_painted_area_is_filled(page, trained, tmp_path):
     page.get_by_role("tab", name="Inpaint").click()
     press(page, "Inpaint")
-    page.get_by_text("image is missing: upload one, or sample one").first.wait_for()
+    page.get_by_text("image is missing: upload or sample an image").first.wait_for()
     fill(page, "Steps (1 to 1000)", 5)
     press(page, "Sample an image")
     wait_for(page, "step 5 of 5")
@@ -291,7 +290,7 @@ def test_what_is_painted_over_is_filled(page, trained, tmp_path):
     page.mouse.move((left + right) / 2 + 20, (top + bottom) / 2, steps=10)
     page.mouse.up()
     press(page, "Inpaint")
-    # The stroke reaches the server some time after the mouse is up: until then, nothing is painted.
+    # The stroke reaches the server with a delay, until which "nothing is painted" is shown.
     page.wait_for_function("[...document.querySelectorAll('.picture img')].some(one => one.offsetParent)")
     wait_for(page, "step 21 of 21")
     page.screenshot(path=tmp_path / "inpaint.png", full_page=True)
@@ -303,35 +302,35 @@ def test_what_is_painted_over_is_filled(page, trained, tmp_path):
     *_, sampled = demo.generate(demo.read(0, 5, "ddpm"), 1)
     is_kept = np.all([tile == tiles[0] for tile in tiles], axis=0)
     assert is_kept[[0, -1]].all() and is_kept[:, [0, -1]].all() and not is_kept[3:5, 3:5].any()
-    # The browser blends the border of the canvas with what is behind it.
+    # The browser blends the border of the canvas with its background.
     assert np.abs(tiles[0].astype(int) - sampled.images[0, 0].numpy())[is_kept].max() <= 8
 
 
-def test_what_is_typed_wrong_is_said(page, tmp_path):
-    def is_said(button, message):
+def test_invalid_input_shows_a_message(page, tmp_path):
+    def expect_message(button, message):
         press(page, button)
         page.get_by_text(re.compile(message)).first.wait_for()
         assert page.get_by_text("Traceback").count() == 0
 
     fill(page, "Seed", 1.5)
-    is_said("Generate", "seed=1.5: expected a whole number from 0")
+    expect_message("Generate", "seed=1.5: expected a whole number from 0")
     fill(page, "Steps (1 to 1000)", 5000)
     fill(page, "Seed", 1)
-    is_said("Generate", "steps=5000: expected a whole number from 1 to 1000")
+    expect_message("Generate", "steps=5000: expected a whole number from 1 to 1000")
     page.get_by_role("tab", name="Interpolate").click()
     page.get_by_label("Two images").check()
-    is_said("Interpolate", "First image is missing: upload an image")
+    expect_message("Interpolate", "First image is missing: upload an image")
     Image.new("L", (4, 4)).save(tmp_path / "small.png")
     (tmp_path / "text.png").write_text("no picture")
     for name, reason in [("small", "size 4x4 is smaller than the resolution 8x8"), ("text", "unknown image format")]:
         page.locator("input[type=file]").first.set_input_files(tmp_path / f"{name}.png")
         page.get_by_label("Remove Image").first.wait_for()
-        is_said("Interpolate", f"First image: {reason}")
+        expect_message("Interpolate", f"First image: {reason}")
         page.get_by_label("Remove Image").first.click()
     page.screenshot(path=tmp_path / "wrong.png", full_page=True)
 
 
-def test_a_long_request_is_stopped(page):
+def test_stop_button_ends_a_long_request(page):
     fill(page, "Steps (1 to 1000)", 1000)
     press(page, "Generate")
     wait_for(page, r"step [1-9]\d* of 1000")

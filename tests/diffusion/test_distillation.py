@@ -15,7 +15,7 @@ FULL = GaussianDiffusion(beta_schedule("squaredcos_cap_v2", 1000))
 
 
 def alpha_sigma(time):
-    """Returns alpha and sigma of the paper where `time` steps are done, from the cosine of Nichol & Dhariwal."""
+    """Returns alpha and sigma of the paper after `time` diffusion steps of the cosine schedule."""
     if time == 0:
         return 1.0, 0.0
     ratios = [
@@ -33,23 +33,23 @@ def ddim(z, x, t, s):
 
 
 @pytest.mark.parametrize("total", [1000, 60, 7])
-def test_every_second_step_of_the_teacher_is_one_of_the_student(total):
-    process, refused = GaussianDiffusion([0.01] * total), []
+def test_every_second_step_of_the_teacher_is_a_step_of_the_student(total):
+    process, rejected = GaussianDiffusion([0.01] * total), []
     for count in range(1, total // 2 + 1):
         try:
             student, teacher = (chain.timesteps.tolist() for chain in halved(process, count))
         except ValueError:
-            refused.append(count)
+            rejected.append(count)
             continue
         assert teacher[1::2] == student and student[-1] == total - 1 and len(set(teacher)) == 2 * count
         if total % count == 0:
             assert [t - total // count for t in student] == [-1, *student[:-1]]
     multiples = {divisor << k for divisor in range(1, total + 1) if total % divisor == 0 for k in range(10)}
-    assert not multiples & set(refused)
+    assert not multiples & set(rejected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 8, 20, 100, 125, 500])
-def test_the_steps_are_those_of_diffusers(count):
+def test_trailing_timesteps_equal_those_of_diffusers(count):
     stock = diffusers.DDIMScheduler(timestep_spacing="trailing")
     stock.set_timesteps(count)
     assert stock.timesteps.tolist() == trailing_timesteps(1000, count)
@@ -61,88 +61,88 @@ def images():
     return torch.rand(2, 4, 3, 2, 2, generator=generator, dtype=torch.float64) * 2 - 1
 
 
-def test_a_deterministic_step_is_that_of_ddim_and_its_inverse_finds_the_image(images):
+def test_ddim_step_is_the_deterministic_ddim_posterior_and_ddim_start_its_inverse(images):
     x_start, x_t = images
     for chain in halved(FULL, 8):
         t = torch.tensor([0, 1, len(chain) - 2, len(chain) - 1])
         steps = chain.ddim_step(x_start, x_t, t)
-        for place, index in enumerate(t.tolist()):
-            mean, std = chain.ddim_posterior(x_start[place : place + 1], x_t[place : place + 1], index, 0.0)
-            torch.testing.assert_close(steps[place : place + 1], mean, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(steps[0], x_start[0], rtol=0, atol=0)  # the last step ends in the image
+        for i, index in enumerate(t.tolist()):
+            mean, std = chain.ddim_posterior(x_start[i : i + 1], x_t[i : i + 1], index, 0.0)
+            torch.testing.assert_close(steps[i : i + 1], mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(steps[0], x_start[0], rtol=0, atol=0)  # the last step returns the image
         torch.testing.assert_close(chain.ddim_start(steps, x_t, t), x_start, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8, 16])
-def test_the_target_is_that_of_algorithm_2(images, steps):
-    # 1000 / 16 is no whole number: the times of the teacher are rounded, those of its first step are 63 apart.
+def test_target_is_that_of_algorithm_2(images, steps):
+    # 1000 / 16 is not a whole number: the teacher's timesteps are rounded, and its first step has length 63.
     z, _ = images
     student, teacher = halved(FULL, steps)
     every = torch.arange(steps).repeat_interleave(len(z))
     z = z.repeat(steps, 1, 1, 1)
 
-    def guess(x_t, time):  # an odd network: what it says depends on time and place, and may be out of range
+    def guess(x_t, time):  # an arbitrary network: its output depends on time and position, and may be out of range
         return torch.sin(3 * x_t) * (1.5 - time / 1000)
 
     def estimate(x_t, t, classes):
         assert classes is None
         return guess(x_t, teacher.timesteps[t].view(-1, 1, 1, 1) + 1).clamp(-1, 1)
 
-    found = Distillation(estimate, teacher).target(student, z, every)
+    target = Distillation(estimate, teacher).target(student, z, every)
     times = [round(1000 - i * 1000 / (2 * steps)) for i in range(2 * steps)][::-1]
-    for place, index in enumerate(every.tolist()):
+    for i, index in enumerate(every.tolist()):
         t, middle = times[2 * index + 1], times[2 * index]
         end = times[2 * index - 1] if index else 0
-        z_t = z[place]
+        z_t = z[i]
         z_middle = ddim(z_t, guess(z_t, t).clamp(-1, 1), t, middle)
         z_end = ddim(z_middle, guess(z_middle, middle).clamp(-1, 1), middle, end)
         (alpha_t, sigma_t), (alpha_end, sigma_end) = alpha_sigma(t), alpha_sigma(end)
         expected = (z_end - sigma_end / sigma_t * z_t) / (alpha_end - sigma_end / sigma_t * alpha_t)
-        torch.testing.assert_close(found[place], expected, rtol=1e-6, atol=1e-6)
-        # It takes the student in one step where two of the teacher lead.
-        torch.testing.assert_close(ddim(z_t, found[place], t, end), z_end, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(target[i], expected, rtol=1e-6, atol=1e-6)
+        # With this target, one step of the student equals two steps of the teacher.
+        torch.testing.assert_close(ddim(z_t, target[i], t, end), z_end, rtol=1e-6, atol=1e-6)
 
 
-def of_gaussian(chain, variance):
-    """Returns the best estimate of x_0 of Gaussian data: alpha c / (alpha^2 c + sigma^2) times x_t."""
+def gaussian_estimate(chain, variance):
+    """Returns the optimal estimate of x_0 for Gaussian data: alpha c / (alpha^2 c + sigma^2) times x_t."""
     bars = chain.alphas_cumprod
     factors = bars.sqrt() * variance / (bars * variance + 1 - bars)
     return lambda x_t, t, classes: factors[t].view(-1, 1, 1, 1) * x_t
 
 
-def test_the_target_on_gaussian_data_is_the_exact_flow_in_the_limit_of_many_steps(images):
-    # The flow keeps x_t / sqrt(alpha^2 c + sigma^2), the standard score: in one step it leads there from z_t.
+def test_target_for_gaussian_data_converges_to_the_exact_flow(images):
+    # The exact flow keeps x_t / sqrt(alpha^2 c + sigma^2) constant.
     z, variance, errors = images[0], 0.3, []
     for steps in (5, 50, 500):
         student, teacher = halved(FULL, steps)
-        t = torch.full((len(z),), steps // 5 * 3)  # the same time in each
-        target = Distillation(of_gaussian(teacher, variance), teacher).target(student, z, t)
+        t = torch.full((len(z),), steps // 5 * 3)  # the same time for all numbers of steps
+        target = Distillation(gaussian_estimate(teacher, variance), teacher).target(student, z, t)
         end = student.ddim_step(target, z, t)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = (alpha_sigma(int(student.timesteps[i]) + 1) for i in (t[0], t[0] - 1))
         scale = math.sqrt((alpha_s**2 * variance + sigma_s**2) / (alpha_t**2 * variance + sigma_t**2))
         errors.append(float((end / z - scale).abs().max()) * steps)
-    # The error of a step falls as the square of its length: of all steps together, as the length.
+    # The error of a step is proportional to the square of its length; that of all steps together, to the length.
     assert errors[1] < errors[0] / 5 and errors[2] < errors[1] / 5
 
 
-def test_a_student_of_gaussian_data_has_no_loss_where_its_prediction_is_right_and_else_more(images):
+def test_loss_is_zero_only_for_the_exact_prediction(images):
     z = images[0]
     student, teacher = halved(FULL, 4)
     t = torch.arange(4)
     for kind in ("v_prediction", "sample"):
-        objective = Distillation(of_gaussian(teacher, 0.3), teacher, kind)
+        objective = Distillation(gaussian_estimate(teacher, 0.3), teacher, kind)
         target = objective.target(student, z, t)
         eps = (z - student.alphas_cumprod.sqrt().view(-1, 1, 1, 1) * target) / (1 - student.alphas_cumprod).sqrt().view(
             -1, 1, 1, 1
         )
         bars = student.alphas_cumprod.view(-1, 1, 1, 1)
-        right = target if kind == "sample" else bars.sqrt() * eps - (1 - bars).sqrt() * target
-        assert objective(student, right, z, t, z, z).abs().max() < 1e-10
-        assert objective(student, right + 0.1, z, t, z, z).min() > 1e-3
+        exact = target if kind == "sample" else bars.sqrt() * eps - (1 - bars).sqrt() * target
+        assert objective(student, exact, z, t, z, z).abs().max() < 1e-10
+        assert objective(student, exact + 0.1, z, t, z, z).min() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
-def test_the_loss_is_the_larger_error_of_image_and_noise(images, kind):
+def test_loss_is_the_larger_error_of_image_and_noise(images, kind):
     output, z = images
     student, teacher = halved(FULL, 4)
     t, bars = torch.arange(4), student.alphas_cumprod.view(-1, 1, 1, 1)
@@ -150,36 +150,36 @@ def test_the_loss_is_the_larger_error_of_image_and_noise(images, kind):
     objective = Distillation(lambda x_t, t, classes: torch.cos(x_t), teacher, kind)
     target = objective.target(student, z, t)
     start = output if kind == "sample" else bars.sqrt() * z - (1 - bars).sqrt() * output
-    of_image = (start - target).square().mean((1, 2, 3))
+    image_error = (start - target).square().mean((1, 2, 3))
     noises = [(z - bars.sqrt() * x) / (1 - bars).sqrt() for x in (start, target)]
-    of_noise = (noises[0] - noises[1]).square().mean((1, 2, 3))
-    found = objective(student, output, z, t, z, z)
-    torch.testing.assert_close(found, torch.maximum(of_image, of_noise), rtol=1e-5, atol=1e-6)
+    noise_error = (noises[0] - noises[1]).square().mean((1, 2, 3))
+    loss = objective(student, output, z, t, z, z)
+    torch.testing.assert_close(loss, torch.maximum(image_error, noise_error), rtol=1e-5, atol=1e-6)
 
 
-def test_the_weight_is_one_where_there_is_no_signal():
+def test_weight_is_one_without_signal():
     chain = GaussianDiffusion([0.1, 0.5, 1.0])
     snr = [0.9 / 0.1, 0.45 / 0.55, 0.0]
     weights = truncated_snr(chain, torch.arange(3), torch.zeros(3, 1))
     assert weights.tolist() == pytest.approx([max(ratio, 1) for ratio in snr])
 
 
-def test_classes_reach_the_teacher_at_both_steps():
-    seen = []
+def test_teacher_gets_the_classes_in_both_steps():
+    calls = []
     student, teacher = halved(FULL, 4)
 
     def estimate(x_t, t, classes):
-        seen.append((t.tolist(), classes.tolist()))
+        calls.append((t.tolist(), classes.tolist()))
         return x_t
 
     x, t = torch.zeros(2, 1, 2, 2), torch.tensor([0, 3])
     Distillation(estimate, teacher)(student, x, x, t, x, x, torch.tensor([5, 7]))
-    assert seen == [([1, 7], [5, 7]), ([0, 6], [5, 7])]
+    assert calls == [([1, 7], [5, 7]), ([0, 6], [5, 7])]
 
 
-def test_what_makes_no_student_is_refused():
-    with pytest.raises(ValueError, match="prediction_type='epsilon' is not allowed: one of v_prediction, sample"):
+def test_invalid_arguments_are_rejected():
+    with pytest.raises(ValueError, match="prediction_type='epsilon': expected one of v_prediction, sample"):
         Distillation(lambda x_t, t, classes: x_t, FULL, "epsilon")
     for steps in (0, 501):
-        with pytest.raises(ValueError, match=f"student_steps={steps} is not allowed: 1 to 500, half of the 1000"):
+        with pytest.raises(ValueError, match=f"student_steps={steps}: expected 1 to 500, half of the 1000"):
             halved(FULL, steps)

@@ -1,4 +1,4 @@
-"""The terms of the bound: divergences against quadrature, bins against their sum, identities of the paper."""
+"""Terms of the bound: divergences compared with quadrature, sums of bins, identities of the paper."""
 
 import math
 
@@ -25,13 +25,13 @@ def draw(count=6):
     return x_start, noise, error
 
 
-def test_gaussian_kl_is_its_integral():
+def test_gaussian_kl_equals_its_integral():
     x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
     p = torch.distributions.Normal(torch.tensor(0.4, dtype=torch.float64), math.exp(0.25))
     q = torch.distributions.Normal(torch.tensor(-0.3, dtype=torch.float64), math.exp(-0.4))
     integral = torch.trapezoid(q.log_prob(x).exp() * (q.log_prob(x) - p.log_prob(x)), x)
-    found = gaussian_kl(constant(-0.3), -0.8, constant(0.4), 0.5)
-    torch.testing.assert_close(found.squeeze(), integral, rtol=1e-9, atol=0)
+    divergence = gaussian_kl(constant(-0.3), -0.8, constant(0.4), 0.5)
+    torch.testing.assert_close(divergence.squeeze(), integral, rtol=1e-9, atol=0)
     assert gaussian_kl(constant(0.2), -3.0, constant(0.2), -3.0).item() == 0
 
 
@@ -41,41 +41,41 @@ def test_probabilities_of_all_levels_sum_to_one(levels, deviation):
     values = torch.linspace(-1, 1, levels, dtype=torch.float64)
     for mean in (-1.2, -1.0, 0.031, 1.0):
         log_p = decoder_log_likelihood(values, torch.full_like(values, mean), 2 * math.log(deviation), levels)
-        # Those below 1e-12 count as that.
+        # Probabilities are clamped to at least 1e-12.
         assert log_p.exp().sum().item() == pytest.approx(1, abs=levels * 1e-12)
 
 
-def test_a_bin_is_the_normal_distribution_over_it():
-    # The approximation of the distribution function, the paper's, is off by 3e-4 at most.
+def test_probability_of_a_level_is_the_normal_distribution_over_its_bin():
+    # The error of the paper's approximation of the distribution function is at most 3e-4.
     values = torch.linspace(-1, 1, 256, dtype=torch.float64)
     normal = torch.distributions.Normal(0.1, 0.05)
     edges = torch.cat([torch.tensor([-9.0]), (values[1:] + values[:-1]) / 2, torch.tensor([9.0])])
     expected = normal.cdf(edges[1:]) - normal.cdf(edges[:-1])
-    found = decoder_log_likelihood(values, torch.full_like(values, 0.1), 2 * math.log(0.05)).exp()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(found.cumsum(0), expected.cumsum(0), rtol=0, atol=3e-4)
+    probability = decoder_log_likelihood(values, torch.full_like(values, 0.1), 2 * math.log(0.05)).exp()
+    torch.testing.assert_close(probability, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(probability.cumsum(0), expected.cumsum(0), rtol=0, atol=3e-4)
 
 
-def test_numbers_of_the_linear_schedule():
+def test_terms_of_the_linear_schedule():
     bits = 1 / math.log(2)
     log_var = DIFFUSION.log_var(0, constant(0.0), "fixed_large")
-    # L_0 of an exact mean in an inner bin: 1.3054 with the true normal distribution, 3e-4 more with its approximation.
+    # L_0 for an exact mean in an inner bin: 1.3054, or up to 3e-4 more with the approximate distribution function.
     exact = -math.log2(math.erf(1 / 255 / math.sqrt(2 * 5.453188e-5)))
-    found = -decoder_log_likelihood(constant(0.0), constant(0.0), log_var).item() * bits
-    assert exact == pytest.approx(1.3054, abs=1e-4) and found == pytest.approx(exact, abs=3e-4)
-    # With beta_0 for the variance there it would be 1.7128.
+    decoder = -decoder_log_likelihood(constant(0.0), constant(0.0), log_var).item() * bits
+    assert exact == pytest.approx(1.3054, abs=1e-4) and decoder == pytest.approx(exact, abs=3e-4)
+    # With the variance beta_0 it would be 1.7128.
     wrong = -decoder_log_likelihood(constant(0.0), constant(0.0), math.log(1e-4)).item() * bits
     assert wrong == pytest.approx(1.7128, abs=3e-4)
-    # What the end of the chain tells of natural images, whose pixels have a mean square of about 0.25.
+    # L_T for natural images, whose pixels have a mean square of about 0.25.
     assert prior_nats(DIFFUSION, constant(0.5)).item() * bits == pytest.approx(9e-6, abs=3e-6)
-    # What beta_t costs where beta-tilde_t would be exact: a sum over t of pure variance mismatch.
+    # Cost of the variance beta_t if beta-tilde_t is exact, summed over t.
     zero = constant(0.0)
     terms = [gaussian_kl(zero, DIFFUSION.log_var(t, zero, "fixed_small"), zero,
                          DIFFUSION.log_var(t, zero, "fixed_large")).item() for t in range(1, T)]  # fmt: skip
     assert sum(terms) * bits == pytest.approx(0.4864, abs=1e-4)
 
 
-def test_the_prior_is_the_divergence_of_the_last_marginal():
+def test_prior_is_the_divergence_of_the_last_marginal():
     a = ALPHA_BARS[-1].item()
     for x in (-1.0, 0.3):
         expected = 0.5 * (a * x**2 + (1 - a) - 1 - math.log(1 - a))
@@ -90,15 +90,15 @@ def terms(x_start, x_start_hat, noise, t, variance_type):
     return bound_nats(DIFFUSION, x_start, mean, x_t, times, log_var)
 
 
-def test_the_true_noise_makes_every_divergence_zero():
+def test_divergences_are_zero_for_the_true_noise():
     x_start, noise, _ = draw()
     for t in range(1, T):
-        found = terms(x_start, lambda x_t, t: DIFFUSION.predict_start(noise, x_t, t), noise, t, "fixed_small")
-        torch.testing.assert_close(found, torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-12)
+        bound = terms(x_start, lambda x_t, t: DIFFUSION.predict_start(noise, x_t, t), noise, t, "fixed_small")
+        torch.testing.assert_close(bound, torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-def test_noise_errors_cost_what_equation_12_says(variance_type):
+def test_cost_of_noise_errors_is_equation_12(variance_type):
     x_start, noise, error = draw()
     betas, before = BETAS, torch.cat([torch.ones(1, dtype=torch.float64), ALPHA_BARS[:-1]])
     tilde = betas * (1 - before) / (1 - ALPHA_BARS)
@@ -107,13 +107,13 @@ def test_noise_errors_cost_what_equation_12_says(variance_type):
         weight = betas[t] ** 2 / (2 * sigma2 * (1 - betas[t]) * (1 - ALPHA_BARS[t]))
         ratio = tilde[t] / sigma2
         expected = weight * error.square().flatten(1).mean(dim=1) + (ratio - 1 - ratio.log()) / 2
-        found = terms(x_start, lambda x_t, t: DIFFUSION.predict_start(noise + error, x_t, t), noise, t, variance_type)
-        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
+        bound = terms(x_start, lambda x_t, t: DIFFUSION.predict_start(noise + error, x_t, t), noise, t, variance_type)
+        torch.testing.assert_close(bound, expected, rtol=1e-7, atol=1e-12)
 
 
-def test_the_first_term_is_the_decoder():
+def test_first_term_is_the_decoder():
     x_start, noise, error = draw()
-    found = terms(x_start, lambda x_t, t: x_start + 0.01 * error, noise, 0, "fixed_small")
+    bound = terms(x_start, lambda x_t, t: x_start + 0.01 * error, noise, 0, "fixed_small")
     # At t = 0 the mean is the estimate itself.
     log_p = decoder_log_likelihood(x_start, x_start + 0.01 * error, math.log(5.453188e-5))
-    torch.testing.assert_close(found, -log_p.flatten(1).mean(dim=1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(bound, -log_p.flatten(1).mean(dim=1), rtol=1e-5, atol=0)

@@ -30,7 +30,7 @@ def evaluate(objective, batch, output):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "mean", "v_prediction"])
-def test_simple_is_the_mean_squared_error_an_image_and_zero_for_the_target(batch, prediction_type):
+def test_simple_is_the_mean_squared_error_per_image(batch, prediction_type):
     inputs, output, _ = batch
     objective = Objective("simple", prediction_type)
     target = DIFFUSION.target(inputs["x_start"], inputs["t"], inputs["noise"], prediction_type)
@@ -40,20 +40,20 @@ def test_simple_is_the_mean_squared_error_an_image_and_zero_for_the_target(batch
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_min_snr_is_one_objective_whatever_is_predicted(batch, prediction_type):
-    # Its weight of an error of the image is min(SNR, 5); an error of the noise or of v is that error, scaled.
+def test_min_snr_is_the_same_for_all_prediction_types(batch, prediction_type):
+    # The squared error of the image has the weight min(SNR, 5).
     inputs, output, _ = batch
     a = DIFFUSION.alphas_cumprod[inputs["t"]].float()
     image_error = (
         DIFFUSION.predict_start(output, inputs["x_t"], inputs["t"], prediction_type) - inputs["x_start"]
     ) ** 2
     expected = (a / (1 - a)).clamp(max=5) * image_error.flatten(1).mean(dim=1)
-    found = evaluate(Objective("min_snr", prediction_type), inputs, output)
-    torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-5)
+    loss = evaluate(Objective("min_snr", prediction_type), inputs, output)
+    torch.testing.assert_close(loss, expected, rtol=2e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_truncated_snr_is_the_larger_error_of_image_and_noise_whatever_is_predicted(batch, prediction_type):
+def test_truncated_snr_is_the_larger_error_of_image_and_noise(batch, prediction_type):
     inputs, output, _ = batch
     a = DIFFUSION.alphas_cumprod[inputs["t"]].float().view(-1, 1, 1, 1)
     assert (a > 0.5).any() and (a < 0.5).any()
@@ -61,11 +61,11 @@ def test_truncated_snr_is_the_larger_error_of_image_and_noise_whatever_is_predic
     noise_hat = (inputs["x_t"] - a.sqrt() * x_hat) / (1 - a).sqrt()
     errors = [(x_hat - inputs["x_start"]) ** 2, (noise_hat - inputs["noise"]) ** 2]
     expected = torch.maximum(*(error.flatten(1).mean(dim=1) for error in errors))
-    found = evaluate(Objective("truncated_snr", prediction_type), inputs, output)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    loss = evaluate(Objective("truncated_snr", prediction_type), inputs, output)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_min_snr_is_finite_where_there_is_no_signal():
+def test_min_snr_is_finite_without_signal():
     diffusion = GaussianDiffusion([0.1, 0.5, 1.0])
     x, t = torch.randn(1, 1, 2, 2), torch.tensor([2])
     for name, expected in [("sample", 0.0), ("v_prediction", 0.0)]:
@@ -92,42 +92,42 @@ def test_hybrid_trains_the_mean_by_simple_and_the_variance_by_the_bound(batch, v
         gradients[name] = split_output(torch.autograd.grad(loss, both)[0], 1)
     simple = evaluate(Objective("simple"), inputs, both[:, :1]).sum()
     torch.testing.assert_close(gradients["hybrid"][0], torch.autograd.grad(simple, both)[0][:, :1])
-    # 0.001 times the bound in bits, as in the code of Nichol & Dhariwal; in nats it is 1.44 times as much.
+    # 0.001 times the bound in bits, as in the code of Nichol & Dhariwal; for a bound in nats divide by log 2.
     torch.testing.assert_close(gradients["hybrid"][1], 0.001 / math.log(2) * gradients["vlb"][1])
     assert gradients["hybrid"][1].abs().max() > 0
 
 
-def test_the_best_learned_variance_is_that_of_the_error():
-    # For a mean that is off by e the bound is least at sigma^2 = beta-tilde + e^2: setting the derivative to zero.
+def test_optimal_learned_variance_includes_the_error_of_the_mean():
+    # If the mean has an error e, the derivative of the bound is zero at sigma^2 = beta-tilde + e^2.
     t = torch.tensor([50])
     x_start, x_t = torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)
     x_hat = x_start + 0.3
-    (mean, log_tilde), (off, _) = (DIFFUSION.q_posterior(x, x_t, t) for x in (x_start, x_hat))
-    best = (log_tilde.exp() + (mean - off) ** 2).log().requires_grad_()
-    bound_nats(DIFFUSION, x_start, off, x_t, t, best).sum().backward()
-    assert abs(best.grad.item()) < 1e-12
+    (mean, log_tilde), (wrong_mean, _) = (DIFFUSION.q_posterior(x, x_t, t) for x in (x_start, x_hat))
+    optimum = (log_tilde.exp() + (mean - wrong_mean) ** 2).log().requires_grad_()
+    bound_nats(DIFFUSION, x_start, wrong_mean, x_t, t, optimum).sum().backward()
+    assert abs(optimum.grad.item()) < 1e-12
 
 
-def test_learned_range_runs_between_the_two_fixed_variances():
+def test_learned_range_interpolates_the_two_fixed_variances():
     x = torch.zeros(T, 1, 1, 1)
     t = torch.arange(T)
     for output, name in [(-1.0, "fixed_small"), (1.0, "fixed_large")]:
-        found = DIFFUSION.log_var(t, x, "learned_range", torch.full_like(x, output))
+        log_var = DIFFUSION.log_var(t, x, "learned_range", torch.full_like(x, output))
         expected = DIFFUSION.log_var(t, x, name)
-        torch.testing.assert_close(found[1:], expected[1:])  # at t = 0 its upper end is beta_0 itself
+        torch.testing.assert_close(log_var[1:], expected[1:])  # at t = 0 the upper end is beta_0
     assert DIFFUSION.log_var(t, x, "learned", x + 3).eq(3).all()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("mse",), "objective='mse' is not allowed: one of simple, vlb, hybrid, min_snr"),
-        (("simple", "epsilon", "learned"), "'simple' is not allowed with variance_type='learned': one of vlb, hybrid"),
-        (("hybrid", "epsilon", "fixed_small"), "'hybrid' is not allowed with variance_type='fixed_small'"),
-        (("min_snr", "mean"), "'min_snr' is not allowed with prediction_type='mean'"),
-        (("truncated_snr", "mean"), "'truncated_snr' is not allowed with prediction_type='mean'"),
+        (("mse",), "objective='mse': expected one of simple, vlb, hybrid, min_snr"),
+        (("simple", "epsilon", "learned"), "='simple': .*variance_type='learned'; expected one of vlb, hybrid"),
+        (("hybrid", "epsilon", "fixed_small"), "='hybrid': .*variance_type='fixed_small'; expected one of simple"),
+        (("min_snr", "mean"), "='min_snr': not supported with prediction_type='mean'; expected simple or vlb"),
+        (("truncated_snr", "mean"), "='truncated_snr': not supported with prediction_type='mean'"),
     ],
 )
-def test_combinations_that_train_nothing_are_refused(arguments, message):
+def test_unsupported_combinations_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         Objective(*arguments)

@@ -2,7 +2,7 @@ import torch
 
 
 class Pixels:
-    """Random images by index, in memory."""
+    """Random images in memory, accessed by index."""
 
     def __init__(self, count, shape=(1, 8, 8), seed=0):
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The processor of DINOv2, which has had several names."""
+"""The image processor of DINOv2, whose name depends on the version of transformers."""
 
 try:
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil as BitProcessor

@@ -29,36 +29,36 @@ def request_of(trained):
     return make
 
 
-def test_options_alone_are_enough(request_of, tmp_path):
-    config, seen = request_of(metrics="nll,pr,fd", steps_per_image=2, output=str(tmp_path / "r.json")), []
-    found = evaluate(config, FEW, on_figures=seen.append)
-    assert list(found) == ["nll", "pr", "fd", "memorization"]
-    assert [list(entry) for entry in seen] == [[name] for name in found]
+def test_evaluate_from_options(request_of, tmp_path):
+    config, entries = request_of(metrics="nll,pr,fd", steps_per_image=2, output=str(tmp_path / "r.json")), []
+    results = evaluate(config, FEW, on_figures=entries.append)
+    assert list(results) == ["nll", "pr", "fd", "memorization"]
+    assert [list(entry) for entry in entries] == [[name] for name in results]
     written = json.loads((tmp_path / "r.json").read_text())
-    assert written.pop("model")["name"] == config.model and written == json.loads(json.dumps(found))
+    assert written.pop("model")["name"] == config.model and written == json.loads(json.dumps(results))
     assert (tmp_path / "r_nearest.png").exists()
 
 
-def test_a_reference_is_opened_once_for_many_models(request_of, trained, tmp_path, monkeypatch):
+def test_reference_is_loaded_once_for_many_models(request_of, trained, tmp_path, monkeypatch):
     config = request_of(metrics="fd,kid")
     pipe, other = (DDPMPipeline.from_pretrained(trained) for _ in range(2))
     other.unet.conv_out.bias.data += 0.1
     reference = Reference(config, pipe.image_shape, Accelerator(cpu=True))
-    monkeypatch.setattr("hf_ddpm.evaluation.evaluate.load_images", lambda *args, **options: pytest.fail("opened again"))
-    monkeypatch.setattr("hf_ddpm.evaluation.evaluate.load_pipeline", lambda *args: pytest.fail("opened again"))
-    found = [
-        evaluate(config, FEW, pipe=model, reference=reference, output=tmp_path / f"{number}.json")
-        for number, model in enumerate((pipe, other, pipe))
+    monkeypatch.setattr("hf_ddpm.evaluation.evaluate.load_images", lambda *args, **options: pytest.fail("loaded again"))
+    monkeypatch.setattr("hf_ddpm.evaluation.evaluate.load_pipeline", lambda *args: pytest.fail("loaded again"))
+    results = [
+        evaluate(config, FEW, pipe=model, reference=reference, output=tmp_path / f"{i}.json")
+        for i, model in enumerate((pipe, other, pipe))
     ]
-    first, second, third = map(scalars, found)
+    first, second, third = map(scalars, results)
     assert first == third and first["fd"]["value"] != second["fd"]["value"]
     assert first["fd"]["floor"] == second["fd"]["floor"]
-    models = [json.loads((tmp_path / f"{number}.json").read_text())["model"]["checksum"] for number in range(3)]
+    models = [json.loads((tmp_path / f"{i}.json").read_text())["model"]["checksum"] for i in range(3)]
     assert models[0] == models[2] != models[1]
 
 
-def test_other_processes_help_and_write_nothing(request_of, trained, tmp_path):
-    """The second of two processes, whose first has the same share: gathered rows are twice its own."""
+def test_only_the_first_process_writes_results(request_of, trained, tmp_path):
+    """Simulates the second of two processes; `gather` repeats its rows in place of those of the first."""
     state = Accelerator(cpu=True)
     pipe = DDPMPipeline.from_pretrained(trained)
     config = request_of(metrics="fd", floor=False)
@@ -73,7 +73,7 @@ def test_other_processes_help_and_write_nothing(request_of, trained, tmp_path):
     assert not output.exists()
 
 
-def test_processes_share_the_images_of_the_bound(request_of, trained):
+def test_images_of_the_bound_are_distributed_over_processes(request_of, trained):
     config, pipe = request_of(metrics="nll", steps_per_image=3), DDPMPipeline.from_pretrained(trained)
     state = Accelerator(cpu=True)
 
@@ -89,29 +89,29 @@ def test_processes_share_the_images_of_the_bound(request_of, trained):
     assert sum(part["total_bpd"] for part in parts) / 2 == pytest.approx(alone["total_bpd"], rel=1e-5)
 
 
-def test_evaluations_of_a_run_put_real_images_on_its_background(tmp_path):
+def test_evaluation_of_a_run_uses_its_background_for_real_images(tmp_path):
     for split in ("train", "test"):
-        for number in range(2):
+        for i in range(2):
             (tmp_path / split).mkdir(exist_ok=True)
-            Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(tmp_path / split / f"{number}.png")
+            Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(tmp_path / split / f"{i}.png")
     dataset = {"dataset": str(tmp_path), "output_dir": str(tmp_path / "run"), "eval_metrics": "nll", "resolution": 8}
     network = {"block_out_channels": [32], "attention_resolutions": 0}
     for background, color in ((None, [255, 127, 127]), ("white", [255, 127, 127]), ("blue", [128, 0, 127])):
         request = training_request(Config.of(**dataset, **network, background=background))
-        assert request.background == ("blue" if background == "blue" else None)  # white: as in former results
-        found = Reference(request, (3, 8, 8), Accelerator(cpu=True)).held_out[torch.arange(2)]
-        assert (found.float() - torch.tensor(color).view(3, 1, 1)).abs().max() <= 1
+        assert request.background == ("blue" if background == "blue" else None)  # white: as in older results
+        images = Reference(request, (3, 8, 8), Accelerator(cpu=True)).held_out[torch.arange(2)]
+        assert (images.float() - torch.tensor(color).view(3, 1, 1)).abs().max() <= 1
 
 
-def test_samples_and_real_images_are_put_on_the_same_background(tmp_path):
+def test_samples_and_real_images_have_the_same_background(tmp_path):
     (tmp_path / "images").mkdir()
-    for number in range(3):
-        picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * (number + 1))
-        picture.save(tmp_path / "images" / f"{number}.png", transparency=0)
+    for i in range(3):
+        picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * (i + 1))
+        picture.save(tmp_path / "images" / f"{i}.png", transparency=0)
     paths = {"samples": str(tmp_path / "images"), "dataset": str(tmp_path / "images")}
     config = EvaluateConfig(metrics="fd", floor=False, extractor="digits", background="#404040", **paths)
-    found = evaluate(config, output=tmp_path / "r.json")
-    assert found["memorization"]["exact_copies"] == 1
+    results = evaluate(config, output=tmp_path / "r.json")
+    assert results["memorization"]["exact_copies"] == 1
 
 
 @pytest.mark.parametrize(
@@ -123,32 +123,34 @@ def test_samples_and_real_images_are_put_on_the_same_background(tmp_path):
         ("fd,nll", "eval_", "--eval_split train --eval_floor false"),
     ],
 )
-def test_without_held_out_images_the_message_has_the_options_that_work(trained, tmp_path, metrics, prefix, remedy):
-    for number in range(6):
-        Image.new("L", (8, 8), 40 * number).save(tmp_path / f"{number}.png")
-    given = {"model": str(trained), "dataset": str(tmp_path), "extractor": "digits", "steps_per_image": 2}
-    message = f"has no split 'test': expected one of train; without held-out images add {remedy}$"
+def test_error_without_held_out_images_suggests_working_options(trained, tmp_path, metrics, prefix, remedy):
+    for i in range(6):
+        Image.new("L", (8, 8), 40 * i).save(tmp_path / f"{i}.png")
+    common = {"model": str(trained), "dataset": str(tmp_path), "extractor": "digits", "steps_per_image": 2}
+    message = f"no split 'test'.*train; to evaluate without held-out images, add {remedy}$"
     with pytest.raises(ValueError, match=message):
-        Reference(EvaluateConfig(prefix=prefix, metrics=metrics, **given), (1, 8, 8), Accelerator(cpu=True))
-    words = remedy.replace(f"--{prefix}", "").split()
-    words = {name: False if value == "false" else value for name, value in zip(words[::2], words[1::2], strict=True)}
-    config = EvaluateConfig(prefix=prefix, metrics=metrics, output=str(tmp_path / "r.json"), **given, **words)
-    found = evaluate(config, FEW)
-    assert set(metrics.split(",")) <= set(found)
+        Reference(EvaluateConfig(prefix=prefix, metrics=metrics, **common), (1, 8, 8), Accelerator(cpu=True))
+    arguments = remedy.replace(f"--{prefix}", "").split()
+    arguments = {
+        name: False if value == "false" else value for name, value in zip(arguments[::2], arguments[1::2], strict=True)
+    }
+    config = EvaluateConfig(prefix=prefix, metrics=metrics, output=str(tmp_path / "r.json"), **common, **arguments)
+    results = evaluate(config, FEW)
+    assert set(metrics.split(",")) <= set(results)
     if "nll" in metrics:
-        assert found["nll"]["num_images"] == 6 and found["nll"]["made_by"]["dataset"]["split"] == "train"
+        assert results["nll"]["num_images"] == 6 and results["nll"]["made_by"]["dataset"]["split"] == "train"
 
 
-def test_with_several_splits_the_message_has_no_other_remedy(trained):
+def test_error_with_several_splits_lists_only_the_splits(trained):
     assert EvaluateConfig(metrics="fd,nll", floor=False, model="m", dataset="d").without_held_out("a") == "--split a"
     config = EvaluateConfig(model=str(trained), dataset="digits", split="dev")
-    with pytest.raises(ValueError, match="has no split 'dev': expected one of train, test$"):
+    with pytest.raises(ValueError, match="no split 'dev'.*train, test$"):
         Reference(config, (1, 8, 8), Accelerator(cpu=True))
 
 
 def test_skipped_images_are_counted(trained, tmp_path):
-    for number in range(3):
-        Image.new("L", (8, 8), 50 * number).save(tmp_path / f"{number}.png")
+    for i in range(3):
+        Image.new("L", (8, 8), 50 * i).save(tmp_path / f"{i}.png")
     (tmp_path / "broken.png").write_text("no picture")
     options = {"floor": False, "extractor": "digits", "skip_bad_images": True}
     config = EvaluateConfig(model=str(trained), dataset=str(tmp_path), metrics="fd", num_images=2, **options)
@@ -156,8 +158,8 @@ def test_skipped_images_are_counted(trained, tmp_path):
     assert len(real.reference) == 3 and real.made_by["dataset"]["reference_skipped"] == 1
 
 
-def note_types(monkeypatch):
-    """Returns a list that gets the types in which networks of pipelines work."""
+def record_dtypes(monkeypatch):
+    """Returns a list that collects the data types used by the networks of loaded pipelines."""
     types = []
 
     def load(model, device):
@@ -170,28 +172,28 @@ def note_types(monkeypatch):
 
 
 @pytest.mark.parametrize("metrics", ["fd,nll", "nll"])
-def test_auto_is_for_the_images_and_not_for_the_bound(request_of, tmp_path, monkeypatch, metrics):
-    asked, lines, types = [], [], note_types(monkeypatch)
+def test_automatic_precision_is_used_for_images_but_not_for_the_bound(request_of, tmp_path, monkeypatch, metrics):
+    choices, lines, types = [], [], record_dtypes(monkeypatch)
     monkeypatch.setattr("hf_ddpm.sampling.generate.choose_precision", lambda *args, **more: (
-        asked.append(args), Choice("bf16", "precision bf16: chosen"))[1])  # fmt: skip
+        choices.append(args), Choice("bf16", "precision bf16: chosen"))[1])  # fmt: skip
     config = request_of(metrics=metrics, steps_per_image=2, output=str(tmp_path / "r.json"))
-    found = evaluate(config, FEW, log=lines.append)
-    assert found["nll"]["made_by"]["mixed_precision"] == "no" and types[0] == torch.float32
+    results = evaluate(config, FEW, log=lines.append)
+    assert results["nll"]["made_by"]["mixed_precision"] == "no" and types[0] == torch.float32
     if metrics == "nll":
-        assert asked == lines == [] and set(types) == {torch.float32}
+        assert choices == lines == [] and set(types) == {torch.float32}
         return
-    assert len(asked) == 1 and lines == ["precision bf16: chosen"] and types[-1] == torch.bfloat16
-    assert found["fd"]["made_by"]["sampling"]["mixed_precision"] == "bf16"
-    assert "mixed_precision" not in found["fd"]["made_by"]  # which would be that of nll
-    # Once more: the images are there.
+    assert len(choices) == 1 and lines == ["precision bf16: chosen"] and types[-1] == torch.bfloat16
+    assert results["fd"]["made_by"]["sampling"]["mixed_precision"] == "bf16"
+    assert "mixed_precision" not in results["fd"]["made_by"]  # this key is only for nll
+    # The second evaluation reuses the images.
     del types[:]
     again = evaluate(request_of(metrics="fd", output=str(tmp_path / "r.json")), FEW, log=lines.append)
-    assert types == [] and len(asked) == 1 and again["fd"]["value"] == found["fd"]["value"]
+    assert types == [] and len(choices) == 1 and again["fd"]["value"] == results["fd"]["value"]
     assert lines[1].startswith("precision bf16, as of the existing images in ")
 
 
-def test_a_given_precision_is_for_the_bound_too(request_of, tmp_path, monkeypatch):
-    types, bounds = note_types(monkeypatch), {}
+def test_explicit_precision_is_also_used_for_the_bound(request_of, tmp_path, monkeypatch):
+    types, bounds = record_dtypes(monkeypatch), {}
     for precision in ("no", "bf16"):
         config = request_of(metrics="nll", steps_per_image=2, output=str(tmp_path / f"{precision}.json"))
         (bounds[precision],) = evaluate(config, replace(FEW, mixed_precision=precision)).values()
@@ -199,5 +201,5 @@ def test_a_given_precision_is_for_the_bound_too(request_of, tmp_path, monkeypatc
         del types[:]
         written = json.loads((tmp_path / f"{precision}.json").read_text())["nll"]
         assert written["made_by"]["mixed_precision"] == precision
-    exact, found = (bounds[precision]["total_bpd"] for precision in ("no", "bf16"))
-    assert found == pytest.approx(exact, rel=0.01) and found != exact
+    exact, rounded = (bounds[precision]["total_bpd"] for precision in ("no", "bf16"))
+    assert rounded == pytest.approx(exact, rel=0.01) and rounded != exact

@@ -11,7 +11,7 @@ from tests.evaluation.pixels import Pixels
 
 
 def process(rank=0, world=1, gather=lambda rows: rows):
-    """The part of an `Accelerator` that shares work."""
+    """The attributes of an `Accelerator` that distribute work."""
     return SimpleNamespace(process_index=rank, num_processes=world, is_main_process=rank == 0, gather=gather)
 
 
@@ -21,7 +21,7 @@ def extractor():
 
 
 class BatchDependent(Extractor):
-    """Features that tell which images they were extracted with: the sum of the batch."""
+    """An extractor whose features contain the sum of the whole batch, so that they depend on the batch."""
 
     name, checksum, device = "sums", "sums", torch.device("cpu")
 
@@ -36,7 +36,7 @@ class BatchDependent(Extractor):
 @pytest.mark.parametrize("count", [1, BATCH_SIZE, 3 * BATCH_SIZE + 5])
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_features_are_the_same_for_any_number_of_processes(count, world):
-    # Even of an extractor whose features depend on the batch: the batches are the same.
+    # This holds even for features that depend on the batch, since the batches are the same.
     images, indices, shares = Pixels(300), range(10, 10 + count), []
 
     def keep(rows):
@@ -45,33 +45,33 @@ def test_features_are_the_same_for_any_number_of_processes(count, world):
 
     for rank in range(world):
         extract(BatchDependent(), images, indices, process(rank, world, keep))
-    assert len({share.shape for share in shares}) == 1  # or they could not be gathered
+    assert len({share.shape for share in shares}) == 1  # as `gather` requires
     expected = torch.cat([BatchDependent()(images[torch.tensor(batch)]).features for batch in in_batches(indices)])
     everywhere = torch.cat(shares)
     for rank in range(world):
-        found = extract(BatchDependent(), images, indices, process(rank, world, lambda rows: everywhere))
-        assert torch.equal(found.features, expected)
+        extracted = extract(BatchDependent(), images, indices, process(rank, world, lambda rows: everywhere))
+        assert torch.equal(extracted.features, expected)
 
 
 def in_batches(indices):
     return [indices[start : start + BATCH_SIZE] for start in range(0, len(indices), BATCH_SIZE)]
 
 
-def test_probabilities_come_with_the_features(extractor):
+def test_probabilities_are_extracted_with_the_features(extractor):
     images = Pixels(100)
     extracted, whole = extract(extractor, images, range(100), process()), extractor(images.pixels)
     torch.testing.assert_close(extracted.features, whole.features)
     torch.testing.assert_close(extracted.probabilities, whole.probabilities)
 
 
-def test_tensors_are_images(extractor):
+def test_tensors_are_accepted_as_images(extractor):
     images = Pixels(70)
-    found = extract(extractor, images.pixels, range(70), process())
-    assert torch.equal(found.features, extract(extractor, images, range(70), process()).features)
+    extracted = extract(extractor, images.pixels, range(70), process())
+    assert torch.equal(extracted.features, extract(extractor, images, range(70), process()).features)
     assert fingerprint(images.pixels, range(70)) == fingerprint(images, range(70))
 
 
-def test_a_fingerprint_is_of_the_pixels_in_their_order():
+def test_fingerprint_depends_on_pixels_order_and_shape():
     one, same, other = Pixels(70), Pixels(70), Pixels(70)
     other.pixels[69, 0, 7, 7] ^= 1
     assert fingerprint(one, range(70)) == fingerprint(same, range(70))
@@ -84,7 +84,7 @@ def test_a_fingerprint_is_of_the_pixels_in_their_order():
 
 @pytest.fixture
 def extractions(monkeypatch):
-    """Counts how often features are really extracted."""
+    """A list with one entry per extraction."""
     calls = []
     monkeypatch.setattr(hf_ddpm.evaluation.extraction, "extract", lambda *args: (calls.append(1), extract(*args))[1])
     return calls
@@ -92,20 +92,20 @@ def extractions(monkeypatch):
 
 @pytest.fixture
 def features(monkeypatch):
-    """Returns the features of images with the cache in a folder."""
+    """A function that returns the features of images, with the cache in a given folder."""
     digits = load_extractor("digits")
 
-    def find(images, cache, extractor=digits, state=None):
+    def compute(images, cache, extractor=digits, state=None):
         monkeypatch.setattr(hf_ddpm.evaluation.extraction, "CACHE", cache)
         indices = range(len(images))
-        found, name = cached_features(extractor, images, indices, state or process())
+        values, name = cached_features(extractor, images, indices, state or process())
         assert name == fingerprint(images, indices)
-        return found
+        return values
 
-    return find
+    return compute
 
 
-def test_the_features_of_a_reference_are_extracted_once(features, extractions, tmp_path):
+def test_features_of_a_reference_are_extracted_once(features, extractions, tmp_path):
     images = Pixels(70)
     first, again = features(images, tmp_path), features(Pixels(70), tmp_path)
     assert len(extractions) == 1 and torch.equal(first, again)
@@ -114,7 +114,7 @@ def test_the_features_of_a_reference_are_extracted_once(features, extractions, t
     assert len(extractions) == 3 and len(list(tmp_path.iterdir())) == 3
 
 
-def test_other_weights_and_other_recipes_have_a_place_of_their_own(features, extractions, tmp_path):
+def test_other_weights_and_recipes_have_separate_cache_files(features, extractions, tmp_path):
     images, extractor = Pixels(5), load_extractor("digits")
     features(images, tmp_path, extractor)
     extractor.recipe = "other"
@@ -142,13 +142,13 @@ def flip_a_bit(path):
     [
         lambda path: path.write_bytes(path.read_bytes()[:-1]),
         lambda path: path.write_bytes(b""),
-        lambda path: path.write_text("nothing of the kind"),
+        lambda path: path.write_text("not a safetensors file"),
         lambda path: save_file({"other": torch.zeros(1)}, path),
         change_a_feature,
         flip_a_bit,
     ],
 )
-def test_a_damaged_cache_is_made_anew(features, extractions, tmp_path, damage):
+def test_damaged_cache_file_is_replaced(features, extractions, tmp_path, damage):
     images = Pixels(70)
     first = features(images, tmp_path)
     (path,) = tmp_path.iterdir()
@@ -157,7 +157,7 @@ def test_a_damaged_cache_is_made_anew(features, extractions, tmp_path, damage):
     assert torch.equal(features(images, tmp_path), first) and len(extractions) == 2
 
 
-def test_a_file_that_belongs_to_another_key_is_not_taken(features, extractions, tmp_path):
+def test_cache_file_of_another_key_is_not_used(features, extractions, tmp_path):
     features(Pixels(70), tmp_path)
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
@@ -168,14 +168,14 @@ def test_a_file_that_belongs_to_another_key_is_not_taken(features, extractions, 
     assert torch.equal(features(Pixels(70, seed=1), tmp_path), expected) and len(extractions) == 3
 
 
-def test_a_process_without_the_cache_makes_all_extract(features, extractions, tmp_path):
+def test_all_processes_extract_if_one_has_no_cache(features, extractions, tmp_path):
     images = Pixels(70)
     features(images, tmp_path)
-    lacks = lambda rows: rows * 0 if rows.dtype == torch.int64 else rows  # noqa: E731
-    features(images, tmp_path, state=process(gather=lacks))
+    gather = lambda rows: rows * 0 if rows.dtype == torch.int64 else rows  # noqa: E731
+    features(images, tmp_path, state=process(gather=gather))
     assert len(extractions) == 2
 
 
-def test_a_cache_that_cannot_be_written_costs_time_alone(features, tmp_path):
+def test_unwritable_cache_is_ignored(features, tmp_path):
     (tmp_path / "file").write_text("")
     assert features(Pixels(5), tmp_path / "file").shape == (5, 64)

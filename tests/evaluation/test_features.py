@@ -35,7 +35,7 @@ def train_half():
 
 
 def save_model(folder, kind="dinov2", size=28, processor=None, **options):
-    """A tiny model with random weights and the processor that DINOv2 has, at another size."""
+    """Saves a tiny model with random weights, and the image processor of DINOv2 with another image size."""
     torch.manual_seed(0)
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": size, "patch_size": 14}
     model = AutoModel.from_config(AutoConfig.for_model(kind, **small, **options))
@@ -56,20 +56,20 @@ def random_images(*shape):
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_shipped_classifier_knows_the_digits_it_has_not_seen(test_half):
+def test_shipped_classifier_is_accurate_on_held_out_digits(test_half):
     extracted = load_extractor("digits")(test_half)
     labels = torch.tensor(open_split(DataConfig("digits", split="test"))[0]["label"][:])
     assert (extracted.probabilities.argmax(dim=1) == labels).double().mean() >= 0.985
     assert extracted.features.shape == (899, 64) and extracted.features.dtype == torch.float32
     torch.testing.assert_close(extracted.probabilities.sum(dim=1), torch.ones(899))
-    # The head is linear on these features: they are what the classes are read from.
+    # The class logits are a linear function of these features.
     network = load_extractor("digits").network
     logits = extracted.features @ network.head.weight.T + network.head.bias
     torch.testing.assert_close(logits.softmax(dim=1), extracted.probabilities)
 
 
-def test_the_classifier_is_its_description():
-    # In float64 numpy, from the weights alone: any other input range, pooling or padding gives other distances.
+def test_classifier_equals_an_independent_implementation():
+    # In float64 numpy, from the weights: another input range, pooling or padding would change all distances.
     images = load_images(DataConfig("digits", split="test", resolution=[8], channels=1))[torch.arange(3)]
     extractor = load_extractor("digits")
     weights = {key: value.double().numpy() for key, value in extractor.network.state_dict().items()}
@@ -90,8 +90,8 @@ def test_the_classifier_is_its_description():
         np.testing.assert_allclose(probabilities, np.exp(logits) / np.exp(logits).sum(), rtol=1e-4, atol=1e-6)
 
 
-def test_distances_by_the_shipped_classifier_are_sensitive(test_half, train_half):
-    # At the same n: a Gaussian with the moments of the pixels, and missing classes, are far above real digits.
+def test_distances_with_the_shipped_classifier_are_sensitive(test_half, train_half):
+    # For equal n, a Gaussian fit of the pixels and a set with missing classes have a much larger distance than digits.
     extractor = load_extractor("digits")
     reference = Moments.of(extractor(train_half).features)
 
@@ -108,7 +108,7 @@ def test_distances_by_the_shipped_classifier_are_sensitive(test_half, train_half
     assert distance(test_half[without]) > 8 * floor
 
 
-def test_one_image_has_the_features_of_a_batch(test_half):
+def test_features_do_not_depend_on_the_batch(test_half):
     extractor = load_extractor("digits")
     together = extractor(test_half[:20]).features
     alone = torch.cat([extractor(test_half[i : i + 1]).features for i in range(20)])
@@ -116,21 +116,21 @@ def test_one_image_has_the_features_of_a_batch(test_half):
 
 
 @pytest.mark.slow
-def test_the_classifier_can_be_made_again(tmp_path, capsys):
-    # Bit by bit on one machine. Another one may round differently, so the shipped bytes are not compared with.
+def test_training_of_the_classifier_is_reproducible(tmp_path, capsys):
+    # Bit-identical on one machine; other machines may round differently, so the shipped weights are not compared.
     main = load_script("train_digits_classifier").main
     for name in ("first", "second"):
         assert main(["--output", str(tmp_path / name)]) == 0
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
     accuracies = re.findall(r"test accuracy (0\.\d+)", capsys.readouterr().out)
     assert len(accuracies) == 2 and float(accuracies[0]) >= 0.98
-    with safe_open(tmp_path / "first", "pt") as made:
-        shapes = {key: made.get_slice(key).get_shape() for key in made.keys()}
+    with safe_open(tmp_path / "first", "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
     assert shapes == {key: list(value.shape) for key, value in load_extractor("digits").network.state_dict().items()}
 
 
-def test_a_transformers_model_sees_what_pil_makes(dinov2):
-    # Whole, resized to the crop's size (not by the shorter edge, and then cropped), bicubic, ImageNet's statistics.
+def test_images_for_transformers_are_resized_by_pil(dinov2):
+    # Whole images are resized to the crop size, bicubic, without cropping, and normalized with ImageNet's statistics.
     images = random_images(3, 3, 40, 33)
     extractor = load_extractor(dinov2[0])
     mean, std = (np.array(IMAGENET[key], dtype=np.float32) for key in ("image_mean", "image_std"))
@@ -142,15 +142,17 @@ def test_a_transformers_model_sees_what_pil_makes(dinov2):
     assert torch.equal(extractor.transform(images), torch.tensor(np.stack(expected)))
 
 
-def test_the_size_is_what_comes_out_of_the_models_own_processor(tmp_path, dinov2):
-    # A crop size that is not used, as in the recipe of FD-DINOv2 itself, says nothing.
+def test_image_size_is_the_output_size_of_the_processor(tmp_path, dinov2):
+    # An unused crop size, as in the recipe of FD-DINOv2, is ignored.
     images, square = random_images(2, 3, 40, 33), {"height": 28, "width": 28}
     unused = {"do_center_crop": False, "crop_size": {"height": 14, "width": 14}}
     save_model(tmp_path, processor={"size": square, **unused}, mlp_ratio=2)
     extractor = load_extractor(str(tmp_path))
     assert torch.equal(extractor.transform(images), load_extractor(dinov2[0]).transform(images))
     save_model(tmp_path, processor={"size": {"shortest_edge": 28}, **unused}, mlp_ratio=2)
-    with pytest.raises(ValueError, match="is not allowed: its processor names no height and width"):
+    with pytest.raises(
+        ValueError, match="extractor .*: the processor has no fixed image size; expected height and width"
+    ):
         load_extractor(str(tmp_path))
 
 
@@ -164,19 +166,19 @@ def test_features_are_the_class_token(dinov2):
     assert extracted.probabilities is None and not extractor.classifies
 
 
-def test_gray_images_are_repeated(dinov2):
+def test_grayscale_images_are_repeated_to_three_channels(dinov2):
     extractor, gray = load_extractor(dinov2[0]), random_images(2, 1, 8, 8)
     assert torch.equal(extractor(gray).features, extractor(gray.repeat(1, 3, 1, 1)).features)
 
 
-def test_a_pooler_that_was_never_trained_is_not_used(tmp_path):
+def test_untrained_pooler_is_not_used(tmp_path):
     model = save_model(tmp_path, kind="vit", intermediate_size=64)
     saved = load_extractor(str(tmp_path))
     images = random_images(2, 3, 28, 28)
     with torch.no_grad():
         output = model(pixel_values=saved.transform(images))
     assert torch.equal(saved(images).features, output.pooler_output)
-    type(model)(model.config, add_pooling_layer=False).save_pretrained(tmp_path)  # what a classifier's file holds
+    type(model)(model.config, add_pooling_layer=False).save_pretrained(tmp_path)  # as the file of a classifier
     first, second = (load_extractor(str(tmp_path)) for _ in range(2))
     assert torch.equal(first(images).features, second(images).features)
     with torch.no_grad():
@@ -184,12 +186,12 @@ def test_a_pooler_that_was_never_trained_is_not_used(tmp_path):
     assert torch.equal(first(images).features, tokens[:, 0])
 
 
-def test_the_checksum_is_that_of_the_weights(dinov2):
+def test_checksum_depends_on_the_weights(dinov2):
     network = load_extractor("digits").network
     checksum = weights_checksum(network)
     assert checksum == load_extractor("digits").checksum != load_extractor(dinov2[0]).checksum
     assert re.fullmatch("[0-9a-f]{64}", checksum)
-    # Of the weights in this release: another file would make all published distances incomparable.
+    # The checksum of the shipped weights: with other weights, published distances would not be comparable.
     assert checksum == "059cf152f9c7e158afc7a2334019432e04ebc7450a649150ea2e2882b440a58c"
     with torch.no_grad():
         network.head.bias[0] = torch.nextafter(network.head.bias[0], torch.tensor(9.0))
@@ -197,24 +199,24 @@ def test_the_checksum_is_that_of_the_weights(dinov2):
     assert weights_checksum(network.bfloat16()) != checksum
 
 
-def test_images_of_a_wrong_kind_are_refused(dinov2):
+def test_invalid_images_raise_errors(dinov2):
     digits, model = load_extractor("digits"), load_extractor(dinov2[0])
     for act, message in [
-        (lambda: digits(random_images(1, 3, 8, 8)), "extractor 'digits' takes no images of 3 channels: 1$"),
-        (lambda: digits(random_images(1, 1, 8, 9)), "extractor 'digits' takes no images of 8x9: 8x8$"),
-        (lambda: digits(random_images(1, 1, 8, 8).float()), r"images as float32 of shape \(1, 1, 8, 8\) are not"),
-        (lambda: digits(random_images(1, 8, 8)), r"images as uint8 of shape \(1, 8, 8\) are not allowed"),
-        (lambda: digits.check((3, 8, 8)), "extractor 'digits' takes no images of 3 channels: 1$"),
+        (lambda: digits(random_images(1, 3, 8, 8)), "extractor 'digits': images with 3 channels; expected 1$"),
+        (lambda: digits(random_images(1, 1, 8, 9)), "extractor 'digits': images of 8x9 pixels; expected 8x8$"),
+        (lambda: digits(random_images(1, 1, 8, 8).float()), r"images: float32 of shape \(1, 1, 8, 8\); expected uint8"),
+        (lambda: digits(random_images(1, 8, 8)), r"images: uint8 of shape \(1, 8, 8\); expected uint8 of shape"),
+        (lambda: digits.check((3, 8, 8)), "extractor 'digits': images with 3 channels; expected 1$"),
         (
             lambda: model(random_images(1, 4, 8, 8)),
-            "takes no images of 4 channels: 1 or 3; metrics=nll takes any number$",
+            "images with 4 channels; expected 1 or 3, or --metrics nll, which supports any number$",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
             act()
 
 
-def test_what_is_no_extractor_is_refused_in_one_line(tmp_path, dinov2):
+def test_invalid_extractor_raises_one_line_error(tmp_path, dinov2):
     text, empty, cut = tmp_path / "text", tmp_path / "empty", tmp_path / "cut"
     for folder in (text, empty, cut):
         folder.mkdir()
@@ -225,45 +227,45 @@ def test_what_is_no_extractor_is_refused_in_one_line(tmp_path, dinov2):
     weights = {key: value for key, value in model.state_dict().items() if key != "layernorm.weight"}
     model.save_pretrained(cut, state_dict=weights)
     for name, message in [
-        ("inceptoin", "extractor 'inceptoin' is not allowed: digits, inception, or a model: "),
-        ("no/such-model", "extractor 'no/such-model' is not allowed: digits, inception, or a model: "),
-        (str(empty), "is not allowed: digits, inception, or a model: "),
-        (str(text), "is not allowed: its input is input_ids, not images"),
-        (str(cut), "is not allowed: it lacks the weights layernorm.weight"),
+        ("inceptoin", r"extractor 'inceptoin': cannot be loaded \(.*\); expected digits, inception, or an image model"),
+        ("no/such-model", r"extractor 'no/such-model': cannot be loaded \(.*\); expected digits, inception, or an im"),
+        (str(empty), r": cannot be loaded \(.*\); expected digits, inception, or an image model"),
+        (str(text), ": input is input_ids; expected an image model"),
+        (str(cut), ": weights layernorm.weight are missing; expected a complete model"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
             load_extractor(name)
         assert "\n" not in str(error.value) and len(str(error.value)) < 200 + len(name)
 
 
-def test_inception_says_what_it_needs(monkeypatch, tmp_path):
+def test_inception_without_torch_fidelity_raises_an_error(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ValueError, match=r"^extractor 'inception' needs torch-.*: pip install hf_ddpm\[.* or name"):
+    with pytest.raises(ValueError, match=r"^extractor 'inception' needs torch-.*: pip install hf_ddpm\[.* or use"):
         load_extractor("inception")
-    with pytest.raises(ValueError, match="weights='w.pth' is not allowed with extractor 'digits': only with inception"):
+    with pytest.raises(ValueError, match="weights='w.pth': does not apply to extractor 'digits'; expected extractor"):
         load_extractor("digits", weights="w.pth")
 
 
-def test_inception_gives_the_pooled_features_and_scores_the_logits_without_bias(monkeypatch, tmp_path):
-    # A stand-in with torch-fidelity's interface: the real one needs torchvision and 90 MB of weights.
+def test_inception_returns_pooled_features_and_probabilities_of_logits_without_bias(monkeypatch, tmp_path):
+    # A stub with torch-fidelity's interface: the real network needs torchvision and 90 MB of weights.
     class Stub(torch.nn.Module):
         def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
             super().__init__()
             assert (name, feature_extractor_weights_path) == ("inception-v3-compat", str(weights))
-            self.wanted = features_list
+            self.outputs = features_list
             self.weight = torch.nn.Parameter(torch.ones(1))
 
         def forward(self, pixels):
             assert pixels.dtype == torch.uint8 and pixels.shape[1] == 3
             values = {"2048": pixels.float().mean((2, 3)), "logits_unbiased": pixels.float().amax((2, 3)) / 255}
-            return tuple(values[name] for name in self.wanted)
+            return tuple(values[name] for name in self.outputs)
 
     module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
     module.FeatureExtractorInceptionV3 = Stub
     monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     weights = tmp_path / "inception.pth"
-    with pytest.raises(ValueError, match="weights='.*inception.pth' is not allowed: there is no such file"):
+    with pytest.raises(ValueError, match="weights='.*inception.pth': file does not exist; expected a weights file"):
         load_extractor("inception", weights=str(weights))
     weights.touch()
     extractor, images = load_extractor("inception", weights=str(weights)), random_images(2, 3, 5, 5)

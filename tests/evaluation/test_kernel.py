@@ -23,23 +23,23 @@ def brute_force(x, y):
     return xx + yy - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
 
 
-def test_the_estimate_is_that_of_the_formula(monkeypatch):
+def test_estimate_equals_the_formula(monkeypatch):
     x, y = draws(13, 0), draws(9, 1, shift=0.5)
     expected = brute_force(x, y)
     assert squared_mmd(x, y) == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr(kernel, "ROWS_AT_A_TIME", 4)
+    monkeypatch.setattr(kernel, "CHUNK_SIZE", 4)
     assert squared_mmd(x, y) == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_estimate_is_unbiased():
-    # Same distribution: mean 0 even from 8 images, where the biased estimate, with i = j, is far above.
+def test_estimate_is_unbiased():
+    # For equal distributions the mean is 0 even with 8 images; the biased estimate, with i = j, would be far above 0.
     values = np.array([squared_mmd(draws(8, 2 * seed), draws(8, 2 * seed + 1)) for seed in range(2000)])
     error = values.std(ddof=1) / math.sqrt(len(values))
     assert abs(values.mean()) < 4 * error < 0.2
     assert (values < 0).any()
 
 
-def test_shifted_gaussians_have_the_distance_of_their_moments():
+def test_distance_of_shifted_gaussians():
     # In one dimension MMD^2 = sum_p binom(3, p) (E x^p - E y^p)^2: for N(0, 1) and N(s, 1) the moments differ by
     # s, s^2 and s^3 + 3 s.
     s = 0.7
@@ -49,50 +49,50 @@ def test_shifted_gaussians_have_the_distance_of_their_moments():
     assert abs(np.mean(values) - expected) < 4 * error < 0.1 * expected
 
 
-def test_blocks_are_unbiased_with_an_honest_error():
+def test_block_estimate_is_unbiased_with_a_correct_error():
     results = [kernel_distance(draws(80, 2 * i), draws(90, 2 * i + 1), block_size=10, seed=i) for i in range(300)]
     values, errors = np.array(results).T
     spread = values.std(ddof=1)
     assert abs(values.mean()) < 4 * spread / math.sqrt(len(values))
-    # The errors that are stated are, in the mean square, the spread that there is.
+    # The root mean square of the reported errors equals the actual deviation.
     assert math.sqrt((errors**2).mean()) == pytest.approx(spread, rel=0.2)
 
 
 def test_blocks_are_shuffled_by_the_seed_and_disjoint(monkeypatch):
     x, y = draws(60, 0), draws(60, 1)
-    x[30:] += 3  # sorted by class: unshuffled blocks would be one or the other
+    x[30:] += 3  # sorted by class: without shuffling, each block would have one class
     first, again, other = (kernel_distance(x, y, block_size=10, seed=seed) for seed in (0, 0, 1))
     assert first == again != other
-    # Blocks of a set without repetition, in which every image has its own weight: all of it is used once.
-    seen = []
+    # The blocks contain each image exactly once.
+    blocks = []
 
     def record(a, b):
-        seen.append((a, b, squared_mmd(a, b)))
-        return seen[-1][2]
+        blocks.append((a, b, squared_mmd(a, b)))
+        return blocks[-1][2]
 
     monkeypatch.setattr(kernel, "squared_mmd", record)
     value, error = kernel_distance(x, y, block_size=20)
-    for place, rows in enumerate((x, y)):
-        together = torch.cat([block[place] for block in seen])
+    for i, rows in enumerate((x, y)):
+        together = torch.cat([block[i] for block in blocks])
         assert not torch.equal(together, rows)
         assert sorted(together.tolist()) == sorted(rows.tolist())
-    estimates = [block[2] for block in seen]
+    estimates = [block[2] for block in blocks]
     assert len(estimates) == 3 and value == pytest.approx(np.mean(estimates), rel=1e-12)
     assert error == pytest.approx(np.std(estimates, ddof=1) / math.sqrt(3), rel=1e-12)
 
 
-def test_unusable_input_is_refused():
+def test_invalid_input_raises_errors():
     x = draws(10, 0)
     broken = x.clone()
     broken[3, 0] = math.inf
     for act, message in [
-        (lambda: squared_mmd(x, x[:1]), "reference features of 1 images are not allowed: at least 2"),
-        (lambda: squared_mmd(x[:1], x), "features of 1 images are not allowed: at least 2"),
-        (lambda: squared_mmd(x, broken), "reference features of image 3 are not allowed"),
-        (lambda: squared_mmd(x, x[:, :2]), "features of 4 dimensions are not comparable with a reference of 2"),
-        (lambda: kernel_distance(x, x, block_size=6), "block_size=6 is not allowed: 2 to half of the 10 images"),
-        (lambda: kernel_distance(x, x, block_size=1), "block_size=1 is not allowed"),
-        (lambda: kernel_distance(x, x, block_size=0), "block_size=0 is not allowed"),
+        (lambda: squared_mmd(x, x[:1]), "reference features of 1 images: expected at least 2"),
+        (lambda: squared_mmd(x[:1], x), "features of 1 images: expected at least 2"),
+        (lambda: squared_mmd(x, broken), "reference features of image 3: expected finite values"),
+        (lambda: squared_mmd(x, x[:, :2]), "features of 4 dimensions: expected 2, as of the reference"),
+        (lambda: kernel_distance(x, x, block_size=6), "block_size=6: expected 2 to half of the 10 images"),
+        (lambda: kernel_distance(x, x, block_size=1), "block_size=1: expected"),
+        (lambda: kernel_distance(x, x, block_size=0), "block_size=0: expected"),
     ]:
         with pytest.raises(ValueError, match=message):
             act()

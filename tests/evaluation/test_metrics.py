@@ -1,4 +1,4 @@
-"""The modules of `evaluate`, whose import takes seconds."""
+"""Metric modules for `evaluate` (slow, since importing `evaluate` takes seconds)."""
 
 import math
 import subprocess
@@ -36,7 +36,7 @@ def sets():
 
 
 def compute(metric, generated, real, **options):
-    # Rows of both kinds mixed, in batches.
+    # Add rows of both kinds, mixed, in batches.
     rows = [(row.tobytes(), kind) for kind, part in ((False, generated), (True, real)) for row in part]
     for start in range(7):
         features, is_real = zip(*rows[start::7], strict=True)
@@ -44,7 +44,7 @@ def compute(metric, generated, real, **options):
     return metric.compute(**options)
 
 
-def test_modules_are_the_functions(load, sets):
+def test_modules_equal_the_functions(load, sets):
     generated, real = sets
     x, y = torch.tensor(generated), torch.tensor(real)
     distance = frechet_distance(Moments.of(x), Moments.of(y))
@@ -65,7 +65,7 @@ def test_blocks_are_shuffled_by_the_seed(load, sets):
     assert metric.compute(block_size=10, seed=3) == {"kernel_distance": value, "standard_error": error}
 
 
-def test_the_score_is_that_of_the_probabilities(load):
+def test_inception_score_module_equals_the_function(load):
     p = np.random.default_rng(1).dirichlet(np.ones(4), 40).astype(np.float32)
     metric = load("inception_score")
     metric.add_batch(probabilities=[row.tobytes() for row in p])
@@ -73,8 +73,8 @@ def test_the_score_is_that_of_the_probabilities(load):
     assert metric.compute(splits=4, seed=2) == {"inception_score": score, "standard_deviation": deviation}
 
 
-def test_nats_become_bits_a_dimension(load):
-    # A uniform byte costs ln 256 nats: 8 bits.
+def test_nats_are_converted_to_bits_per_dimension(load):
+    # A uniform byte has ln 256 nats, which are 8 bits.
     result = load("bits_per_dim").compute(nats=[12 * math.log(256)] * 3, dimensions=12)
     assert result == {"bits_per_dim": pytest.approx(8), "standard_error": pytest.approx(0)}
     result = load("bits_per_dim").compute(nats=[math.log(2), 3 * math.log(2)], dimensions=1)
@@ -82,17 +82,17 @@ def test_nats_become_bits_a_dimension(load):
     assert load("bits_per_dim").compute(nats=[math.log(2)], dimensions=1) == {"bits_per_dim": pytest.approx(1)}
 
 
-def test_unusable_rows_are_refused(load, sets):
+def test_invalid_rows_raise_errors(load, sets):
     for bad, options, message in [
-        ([b"1234", b"12345678"], {}, r"rows of \[4, 8\] bytes are not allowed: all of one length, a multiple of 4"),
-        ([b"1234", b"1234"], {"dtype": "float64"}, r"rows of \[4\] bytes are not allowed: .* a multiple of 8"),
-        ([b"1234", b"1234"], {"dtype": "int8"}, "dtype='int8' is not allowed: one of float32, float64"),
+        ([b"1234", b"12345678"], {}, r"rows of \[4, 8\] bytes: expected equal lengths, a multiple of 4"),
+        ([b"1234", b"1234"], {"dtype": "float64"}, r"rows of \[4\] bytes: expected .* a multiple of 8"),
+        ([b"1234", b"1234"], {"dtype": "int8"}, "dtype='int8': expected one of float32, float64"),
     ]:
         metric = load("frechet_distance")
         metric.add_batch(features=bad, is_real=[True, False])
         with pytest.raises(ValueError, match=message):
             metric.compute(**options)
-    with pytest.raises(ValueError, match="dimensions=0 is not allowed: at least 1"):
+    with pytest.raises(ValueError, match="dimensions=0: expected at least 1"):
         load("bits_per_dim").compute(nats=[1.0], dimensions=0)
 
 
@@ -109,11 +109,11 @@ print(result["frechet_distance"].hex() if rank == 0 else result)
 """
 
 
-def test_two_processes_compute_what_one_does(sets, tmp_path):
+def test_two_processes_give_the_result_of_one(sets, tmp_path):
     for name, part in zip(("generated", "real"), sets, strict=True):
         np.save(tmp_path / f"{name}.npy", part)
-    words = [sys.executable, "-c", PROCESS, str(METRICS / "frechet_distance"), str(tmp_path / "cache"), str(tmp_path)]
-    ranks = [subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    command = [sys.executable, "-c", PROCESS, str(METRICS / "frechet_distance"), str(tmp_path / "cache"), str(tmp_path)]
+    ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
     outputs = [process.communicate(timeout=LIMIT)[0].split() for process in ranks]
     alone = frechet_distance(*(Moments.of(torch.tensor(part)) for part in sets))
     assert float.fromhex(outputs[0][-1]) == pytest.approx(alone, rel=1e-12) and outputs[1][-1] == "None"

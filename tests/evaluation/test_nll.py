@@ -30,18 +30,18 @@ def cdf(z):
 
 
 def independent_bound(unet, levels_of_images, variance_type, images, total):
-    """The bound of Eq. 5 from the formulas alone, in float64 numpy; only the noise and the network are shared."""
+    """Computes the bound of Eq. 5 from its formulas in float64 numpy, with the same noise and network."""
     betas = np.linspace(1e-4, 0.02, total)
     bars = np.cumprod(1 - betas)
     before = np.append(1.0, bars[:-1])
     tilde = betas * (1 - before) / (1 - bars)
     tilde[0] = tilde[1]
     terms, prior = np.zeros(total), 0.0
-    for number, levels in zip(images, levels_of_images, strict=True):
+    for index, levels in zip(images, levels_of_images, strict=True):
         x0 = levels.astype(np.float64) / 8 - 1  # level 0..16 on [-1, 1]
         shape = (1, *x0.shape)
         steps = torch.arange(total, dtype=torch.int32)
-        keys = hashed_keys(derived_seed(SEED, BOUND_NOISE), torch.full_like(steps, number), steps)
+        keys = hashed_keys(derived_seed(SEED, BOUND_NOISE), torch.full_like(steps, index), steps)
         eps = normal_noise(keys, shape[1:]).double().numpy()
         root, noise = (np.sqrt(v).reshape(-1, 1, 1, 1) for v in (bars, 1 - bars))
         xt = root * x0 + noise * eps
@@ -73,7 +73,7 @@ def independent_bound(unet, levels_of_images, variance_type, images, total):
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
-def test_every_term_is_that_of_an_independent_implementation(digits, variance_type):
+def test_terms_equal_those_of_an_independent_implementation(digits, variance_type):
     unet, ids = network(variance_type), [0, 7, 31]
     pixels = digits[torch.tensor(ids)].numpy()
     levels = np.round(pixels.astype(np.float64) * 16 / 255)
@@ -85,7 +85,7 @@ def test_every_term_is_that_of_an_independent_implementation(digits, variance_ty
     assert report["prior_bpd"] == pytest.approx(prior, abs=1e-8)
     assert report["total_bpd"] == pytest.approx(terms.sum() + prior, abs=1e-4)
     assert report["total_bpd"] == pytest.approx(report["prior_bpd"] + report["vlb_bpd"] + report["decoder_bpd"])
-    # Fig. 5: at the last step all but L_0 has been received, at the first step of the reverse process only L_T.
+    # Fig. 5: at the last step of the reverse process, all bits except L_0 have been received; at the first, only L_T.
     assert report["rate_bpd"][0] == pytest.approx(report["prior_bpd"] + report["vlb_bpd"])
     assert report["rate_bpd"][-1] == pytest.approx(report["prior_bpd"])
     assert not report["is_estimate"]
@@ -101,7 +101,7 @@ def bound(small, digits, ids, **options):
     return variational_bound(small, digits, ids, **{"seed": 0, "batch_size": 64, "levels": 17, **options})
 
 
-def test_the_bound_depends_neither_on_batches_nor_on_processes(small, digits):
+def test_bound_is_independent_of_batch_size_and_processes(small, digits):
     alone = bound(small, digits, range(10)).report()
     batches = bound(small, digits, range(10), batch_size=7).report()
     parts = [bound(small, digits, range(10)[rank::3]) for rank in range(3)]
@@ -112,33 +112,33 @@ def test_the_bound_depends_neither_on_batches_nor_on_processes(small, digits):
         assert other["num_images"] == 10
 
 
-def test_the_standard_error_is_that_of_the_images(small, digits):
+def test_standard_error_over_images(small, digits):
     alone = [bound(small, digits, [i]).report() for i in range(12)]
     totals = np.array([report["total_bpd"] for report in alone])
     report = bound(small, digits, range(12)).report()
     assert report["standard_error"] == pytest.approx(totals.std(ddof=1) / math.sqrt(12), rel=1e-6)
-    assert "standard_error" not in alone[0]  # of one image nothing is known
+    assert "standard_error" not in alone[0]  # undefined for one image
 
 
-@pytest.mark.parametrize(("total", "stretches"), [(1000, 29), (1000, 999), (1000, 1), (20, 19), (20, 18), (1000, 500)])
-def test_stretches_cover_each_step_once(total, stretches):
-    edges = _edges(total, stretches)
-    assert edges[0] == 1 and edges[-1] == total and len(edges) == stretches + 1
+@pytest.mark.parametrize(("total", "intervals"), [(1000, 29), (1000, 999), (1000, 1), (20, 19), (20, 18), (1000, 500)])
+def test_intervals_cover_each_step_once(total, intervals):
+    edges = _edges(total, intervals)
+    assert edges[0] == 1 and edges[-1] == total and len(edges) == intervals + 1
     assert all(first < end for first, end in zip(edges, edges[1:], strict=False))
 
 
-def test_an_estimate_knows_how_good_it_is(small, digits):
+def test_standard_error_includes_the_randomness_of_the_steps(small, digits):
     runs = [bound(small, digits, range(100), steps_per_image=4, seed=seed).report() for seed in range(20)]
     exact = bound(small, digits, range(100)).report()
     spread = np.std([run["total_bpd"] for run in runs], ddof=1)
-    # The error contains what differs between images, which the same images in each run do not.
+    # The standard error also includes the variation between images, but all runs use the same images.
     between_images = exact["standard_error"]
     noise = np.sqrt(np.mean([run["standard_error"] ** 2 for run in runs]) - between_images**2)
     assert noise == pytest.approx(spread, rel=0.5)
 
 
-def test_a_subset_of_the_steps_is_an_unbiased_estimate_and_says_so(small, digits):
-    # Over many images the estimate from 4 of 20 steps must approach the exact value: within 5 standard errors.
+def test_estimate_from_fewer_steps_is_unbiased_and_marked(small, digits):
+    # Over many images, the estimate from 4 of 20 steps must be within 5 standard errors of the exact value.
     ids = range(300)
     exact = bound(small, digits, ids).report()
     runs = [bound(small, digits, ids, steps_per_image=4, seed=seed).report() for seed in range(8)]
@@ -148,24 +148,24 @@ def test_a_subset_of_the_steps_is_an_unbiased_estimate_and_says_so(small, digits
     assert runs[0]["is_estimate"] and runs[0]["evaluations_per_image"] == 4 and "rate_bpd" not in runs[0]
     assert exact["evaluations_per_image"] == 20
     for steps in (1, 21):
-        with pytest.raises(ValueError, match=f"steps_per_image={steps} is not allowed: 2 to 20"):
+        with pytest.raises(ValueError, match=f"steps_per_image={steps}: expected 2 to 20"):
             bound(small, digits, range(2), steps_per_image=steps)
 
 
-def test_the_script_writes_the_figures(trained, tmp_path):
+def test_script_writes_the_results(trained, tmp_path):
     main = load_script("evaluate").main
-    words = ["--model", str(trained), "--dataset", "digits", "--num_images", "2", "--output", str(tmp_path / "r.json")]
-    main([*words, "--metrics", "nll"])
+    common = ["--model", str(trained), "--dataset", "digits", "--num_images", "2", "--output", str(tmp_path / "r.json")]
+    main([*common, "--metrics", "nll"])
     results = json.loads((tmp_path / "r.json").read_text())
     nll = results["nll"]
     assert nll["total_bpd"] == pytest.approx(nll["prior_bpd"] + nll["vlb_bpd"] + nll["decoder_bpd"])
     assert nll["num_images"] == 2 and len(nll["terms_bpd"]) == 1000 and nll["made_by"]["request"]["levels"] == 17
-    for wrong, message in [
-        (["--output", str(tmp_path)], "it is a folder"),
-        (["--metrics", "fvd"], "metrics='fvd' is not allowed: any of fd, kid, is, pr, nll"),
-        (["--num_images", "1000"], "num_images=1000 is not allowed: at most the 899 of 'digits'"),
+    for options, message in [
+        (["--output", str(tmp_path)], "is a folder; expected a file"),
+        (["--metrics", "fvd"], "metrics.*fvd.*: .*any of fd, kid, is, pr, nll, separated by commas"),
+        (["--num_images", "1000"], "num_images.1000.*: .*at most the 899 images in split 'test' of 'digits'"),
         (["--split", "validation"], "no split 'validation'"),
         (["--model", "no/such/model"], "model 'no/such/model' cannot be loaded"),
     ]:
         with pytest.raises(ValueError, match=message):
-            main([*words, *wrong])
+            main([*common, *options])

@@ -23,28 +23,28 @@ def brute_force(features, reference, k):
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall_are_those_of_the_definition(monkeypatch, k):
+def test_precision_and_recall_equal_the_definition(monkeypatch, k):
     x, y = draws(40, 0, shift=0.8), draws(55, 1)
     expected = brute_force(x, y, k)
     assert 0 < expected[0] < 1 and 0 < expected[1] < 1 and expected[0] != expected[1]
     assert precision_recall(x, y, k=k) == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr(module, "ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr(module, "CHUNK_SIZE", 7)
     assert precision_recall(x, y, k=k) == pytest.approx(expected, rel=1e-12)
 
 
-def test_three_neighbors_are_the_default():
+def test_default_is_three_neighbors():
     x, y = draws(40, 0, shift=0.8), draws(55, 1)
     assert precision_recall(x, y) == precision_recall(x, y, k=3) != precision_recall(x, y, k=2)
 
 
-def test_the_extremes():
+def test_equal_and_disjoint_sets():
     x = draws(50, 0)
     assert precision_recall(x, x) == (1, 1)
     assert precision_recall(x + 100, x) == (0, 0)
 
 
-def test_dropped_modes_cost_recall_and_blurred_ones_precision():
-    # Four well separated modes; generated are two of them, or points between all of them.
+def test_missing_modes_lower_recall_and_spread_points_lower_precision():
+    # The real set has four well separated modes; the generated set has two of the modes, or points between all modes.
     modes = 10 * torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
     real = torch.cat([draws(100, i) + mode for i, mode in enumerate(modes)])
     dropped = torch.cat([draws(200, 10 + i) + mode for i, mode in enumerate(modes[:2])])
@@ -55,50 +55,50 @@ def test_dropped_modes_cost_recall_and_blurred_ones_precision():
     assert precision < 0.7 and recall > 0.9
 
 
-def test_nearest_is_that_of_all_distances(monkeypatch):
+def test_nearest_equals_brute_force(monkeypatch):
     x, y = draws(20, 0), draws(30, 1)
     expected = np.linalg.norm(x.double().numpy()[:, None] - y.double().numpy()[None], axis=2)
-    monkeypatch.setattr(module, "ROWS_AT_A_TIME", 6)
+    monkeypatch.setattr(module, "CHUNK_SIZE", 6)
     distances, indices = nearest(x, y, 4)
     assert indices.tolist() == np.argsort(expected, axis=1)[:, :4].tolist()
     np.testing.assert_allclose(distances, np.sort(expected, axis=1)[:, :4], rtol=1e-9)
     assert nearest(x, y)[1].shape == (20, 1)
 
 
-def test_copies_are_found_at_distance_0_far_from_the_origin():
-    # By |x|^2 + |y|^2 - 2 x y a copy has a rounding error of a distance; a real neighbor is not taken for a copy.
+def test_copies_far_from_the_origin_have_distance_0():
+    # Computed as |x|^2 + |y|^2 - 2 x y, the distance of a copy is a rounding error, which must be set to 0.
     reference = draws(500, 0, width=64, shift=30)
     copies = torch.arange(0, 500, 9)
     distances, indices = nearest(reference[copies], reference, 2)
     assert indices[:, 0].equal(copies) and bool((distances[:, 0] == 0).all()) and bool((distances[:, 1] > 1).all())
-    # So balls of radius 0, around what stands there k + 1 times, still hold their copies, and nothing else.
-    thrice = reference[:10].repeat(4, 1)
-    assert precision_recall(thrice, thrice) == (1, 1)
-    assert precision_recall(thrice + 1e-3, thrice) == (0, 0)
+    # So balls of radius 0, around points that occur k + 1 times, contain only the copies.
+    repeated = reference[:10].repeat(4, 1)
+    assert precision_recall(repeated, repeated) == (1, 1)
+    assert precision_recall(repeated + 1e-3, repeated) == (0, 0)
 
 
-def test_unusable_input_is_refused():
+def test_invalid_input_raises_errors():
     x = draws(10, 0)
     broken = x.clone()
     broken[3, 0] = math.nan
     for act, message in [
-        (lambda: precision_recall(x[:3], x), "k=3 is not allowed: 1 to 2, one less than the images of a set"),
-        (lambda: precision_recall(x, x[:3]), "k=3 is not allowed: 1 to 2"),
-        (lambda: precision_recall(x, x, k=0), "k=0 is not allowed: 1 to 9"),
-        (lambda: precision_recall(broken, x), "features of image 3 are not allowed"),
-        (lambda: precision_recall(x, broken), "features of image 3 are not allowed"),
-        (lambda: precision_recall(x[:, :2], x), "features of 2 dimensions are not comparable with a reference of 3"),
-        (lambda: nearest(x, x, 11), "k=11 is not allowed: 1 to the 10 images of the reference"),
-        (lambda: nearest(x, x[:0]), "reference features of 0 images are not allowed: at least 1"),
-        (lambda: nearest(x, x[:, :2]), "features of 3 dimensions are not comparable with a reference of 2"),
+        (lambda: precision_recall(x[:3], x), "k=3: expected 1 to 2, less than the number of images of a set"),
+        (lambda: precision_recall(x, x[:3]), "k=3: expected 1 to 2"),
+        (lambda: precision_recall(x, x, k=0), "k=0: expected 1 to 9"),
+        (lambda: precision_recall(broken, x), "features of image 3: expected finite values"),
+        (lambda: precision_recall(x, broken), "features of image 3: expected finite values"),
+        (lambda: precision_recall(x[:, :2], x), "features of 2 dimensions: expected 3, as of the reference"),
+        (lambda: nearest(x, x, 11), "k=11: expected 1 to 10, the number of reference images"),
+        (lambda: nearest(x, x[:0]), "reference features of 0 images: expected at least 1"),
+        (lambda: nearest(x, x[:, :2]), "features of 3 dimensions: expected 2, as of the reference"),
     ]:
         with pytest.raises(ValueError, match=message):
             act()
 
 
-def test_features_that_are_not_finite_are_refused_by_the_set_that_they_are_of():
+def test_error_names_the_set_with_nonfinite_features():
     good, bad = torch.randn(6, 2), torch.randn(6, 2)
     bad[2, 1] = float("nan")
     for sets, name in (((bad, good), "features"), ((good, bad), "reference features")):
-        with pytest.raises(ValueError, match=f"^{name} of image 2 are not allowed"):
+        with pytest.raises(ValueError, match=f"^{name} of image 2: expected finite values"):
             precision_recall(*sets)

@@ -18,7 +18,7 @@ def real(reference, held_out=None):
     return RealFeatures(load_extractor("digits"), 40, reference, held_out)
 
 
-def test_every_figure_stands_with_its_numbers_and_what_real_images_score():
+def test_results_include_numbers_of_images_and_the_values_of_real_images():
     generated, reference, held_out = rows(40, 2.0), rows(90, seed=1), rows(40, seed=2)
     compared = Extracted(generated), real(reference, held_out)
     fd = figures("fd", *compared)
@@ -37,8 +37,8 @@ def test_every_figure_stands_with_its_numbers_and_what_real_images_score():
     assert "floor" not in figures("fd", Extracted(generated), real(reference))
 
 
-def test_precision_and_recall_are_of_as_many_real_images_drawn_at_random():
-    # A reference that is sorted, as folders of classes are: its first images would be one class.
+def test_precision_and_recall_use_equally_many_random_real_images():
+    # The reference is sorted by class, as folders are: its first images are all of one class.
     reference = torch.cat([rows(50, 0.0), rows(50, 100.0, seed=1)])
     pr = figures("pr", Extracted(torch.cat([rows(20, 0.0, 2), rows(20, 100.0, 3)])), real(reference))
     assert pr["recall"] > 0.5 and pr["precision"] > 0.5
@@ -47,14 +47,14 @@ def test_precision_and_recall_are_of_as_many_real_images_drawn_at_random():
     assert (few["precision"], few["recall"]) == precision_recall(rows(90, seed=3), reference[:50])
 
 
-def test_the_kernel_distance_of_many_images_is_in_blocks_as_is_usual():
+def test_kernel_distance_of_many_images_uses_blocks():
     generated, reference = rows(2500, 0.1), rows(2000, seed=1)
     kid = figures("kid", Extracted(generated), real(reference))
     assert (kid["value"], kid["standard_error"]) == kernel_distance(generated, reference, block_size=1000)
     assert kid["block_size"] == 1000
 
 
-def test_the_inception_score_of_few_images_has_as_many_parts():
+def test_inception_score_has_at_most_one_part_per_image():
     probabilities = torch.eye(3)[torch.arange(6) % 3]
     score = figures("is", Extracted(rows(6), probabilities), real(rows(9)))
     assert (score["value"], score["splits"], score["num_images"]) == (1.0, 6, 6)  # each part has one image
@@ -65,14 +65,14 @@ def test_the_inception_score_of_few_images_has_as_many_parts():
 MODEL = {"name": "m", "checksum": "abc"}
 
 
-def test_results_of_the_same_model_stay_and_of_another_one_go(tmp_path):
-    path, lines, seen = tmp_path / "new" / "results.json", [], []
-    first = Record(path, MODEL, {"seed": 1}, seen.append, lines.append)
+def test_results_of_the_same_model_are_kept_and_those_of_another_deleted(tmp_path):
+    path, lines, entries = tmp_path / "new" / "results.json", [], []
+    first = Record(path, MODEL, {"seed": 1}, entries.append, lines.append)
     first.add("fd", {"value": 1.0})
     first.add("nll", {"value": 2.0, "made_by": {"data": "d"}})
     nll = {"value": 2.0, "made_by": {"seed": 1, "data": "d"}}
-    assert seen == [{"fd": {"value": 1.0, "made_by": {"seed": 1}}}, {"nll": nll}]
-    assert first.figures == seen[0] | seen[1]
+    assert entries == [{"fd": {"value": 1.0, "made_by": {"seed": 1}}}, {"nll": nll}]
+    assert first.figures == entries[0] | entries[1]
     Record(path, {"name": "a copy", "checksum": "abc"}, log=lines.append).add("fd", {"value": 3.0})
     fd = {"value": 3.0, "made_by": {}}
     assert json.loads(path.read_text()) == {"model": {"name": "a copy", "checksum": "abc"}, "fd": fd, "nll": nll}
@@ -82,14 +82,14 @@ def test_results_of_the_same_model_stay_and_of_another_one_go(tmp_path):
         "model": {"name": "m", "checksum": "def"},
         "is": {"value": 5.0, "made_by": {}},
     }
-    assert lines == [f"{path} held results of another model: they are gone"]
+    assert lines == [f"{path}: replaced the results of another model"]
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
 
 
 @pytest.mark.parametrize("content", [b"[]", b"half {", b"\xff\xfe"])
-def test_a_file_that_holds_no_results_is_not_overwritten(tmp_path, content):
+def test_file_that_is_not_a_results_file_is_not_overwritten(tmp_path, content):
     path = tmp_path / "results.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="what is there is no results.json"):
+    with pytest.raises(ValueError, match=f"^{path}: not a results file.*; move it, or choose another path$"):
         read_results(path)
     assert read_results(tmp_path / "none.json") == {}

@@ -1,4 +1,4 @@
-"""Does the shipped extractor see what a person would? Real digits beside 899 that are wrong in a known way."""
+"""Sensitivity of the metrics with the shipped extractor to 899 digits with known defects."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def features(sets):
 
 def distances(features, metric):
     real, others = features
-    return {name: metric(found, real) for name, found in others.items()}
+    return {name: metric(generated, real) for name, generated in others.items()}
 
 
 def check_order(of):
@@ -61,26 +61,27 @@ def check_order(of):
     assert of["held out"] < of["copies of 100"] < of["no 8 and 9"] < of["Gaussian fit"]
 
 
-def test_the_frechet_distance_orders_what_is_wrong_with_images(features):
-    of = distances(features, lambda found, real: frechet_distance(Moments.of(found), Moments.of(real)))
+def test_frechet_distance_increases_with_the_defects(features):
+    of = distances(features, lambda generated, real: frechet_distance(Moments.of(generated), Moments.of(real)))
     check_order(of)
-    assert of["Gaussian fit"] > 10 * of["held out"]  # over pixels instead of features it is 1.5 times
+    assert of["Gaussian fit"] > 10 * of["held out"]  # with pixels instead of features, the factor is only 1.5
 
 
-def test_the_kernel_distance_orders_what_is_wrong_with_images(features):
+def test_kernel_distance_increases_with_the_defects(features):
     check_order(distances(features, squared_mmd))
 
 
-def test_missing_classes_cost_recall_and_bad_images_precision(features):
+def test_missing_classes_lower_recall_and_bad_images_lower_precision(features):
     real, others = features
-    precision, recall = zip(*(precision_recall(found[:898], real, k=3) for found in others.values()), strict=True)
+    results = (precision_recall(generated[:898], real, k=3) for generated in others.values())
+    precision, recall = zip(*results, strict=True)
     precision, recall = dict(zip(others, precision, strict=True)), dict(zip(others, recall, strict=True))
     assert precision["no 8 and 9"] > precision["held out"] > precision["noise 0.25"] > precision["Gaussian fit"]
     assert recall["held out"] > recall["no 8 and 9"] > recall["copies of 100"]
     assert recall["held out"] > recall["blur 0.5"] > recall["blur 1"]
 
 
-def test_what_distances_praise_is_found_out_as_copied(sets):
+def test_copies_are_detected_although_their_distances_are_low(sets):
     real, others = sets
     copied = {name: copied_fraction(images, range(len(images)), real, 17) for name, images in others.items()}
     assert copied["copies"] == copied["copies of 100"] == 1 and copied["held out"] == copied["noise 0.1"] == 0

@@ -1,6 +1,6 @@
-"""A Hub on this machine, clients of it in processes of their own, and a folder to push.
+"""A local Hub, its clients, and a folder to push.
 
-HF_ENDPOINT is read once, and the tests' own process is offline.
+Clients run in separate processes: HF_ENDPOINT is read only at import, and the test process is offline.
 """
 
 import json
@@ -16,10 +16,10 @@ from tests.conftest import LIMIT
 
 ROOT = Path(__file__).parents[2]
 
-# Calls a function of hf_ddpm.hub.push and prints what came of it.
+# Calls a function of hf_ddpm.hub.push and prints its result or its error.
 CALL = """
 import json, sys, time
-time.sleep = lambda seconds: None  # the client waits for 24 s in all before it believes that nobody answers
+time.sleep = lambda seconds: None  # the client would otherwise retry for 24 s
 from hf_ddpm.hub import push
 try:
     print(json.dumps(getattr(push, sys.argv[1])(**json.loads(sys.argv[2]))))
@@ -29,7 +29,7 @@ except (OSError, ValueError) as error:
 
 
 class Hub:
-    """A server, and what is on it."""
+    """A local Hub server and its contents."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -47,7 +47,7 @@ class Hub:
         self.process.stdout.close()
 
     def environment(self, token="hf_write"):
-        """Returns that of a client whose cache is empty."""
+        """Returns the environment of a client with an empty cache."""
         self.homes += 1
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         return kept | {
@@ -60,20 +60,20 @@ class Hub:
             **({"HF_TOKEN": token} if token else {}),
         }
 
-    def popen(self, *words, token="hf_write"):
+    def popen(self, *arguments, token="hf_write"):
         return subprocess.Popen(
-            [sys.executable, *map(str, words)],
+            [sys.executable, *map(str, arguments)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment(token),
         )  # fmt: skip
 
-    def run(self, *words, token="hf_write"):
+    def run(self, *arguments, token="hf_write"):
         """Returns exit code, output and errors of a Python process."""
-        process = self.popen(*words, token=token)
+        process = self.popen(*arguments, token=token)
         output, errors = process.communicate(timeout=LIMIT)
         return process.returncode, output, errors
 
     def call(self, name, token="hf_write", **options):
-        """Calls a function of hf_ddpm.hub.push; returns what it returns, or its error's type and text."""
+        """Calls a function of hf_ddpm.hub.push; returns its result, or the type and text of its error."""
         code, output, errors = self.run("-c", CALL, name, json.dumps(options, default=str), token=token)
         assert code == 0, errors
         return json.loads(output.splitlines()[-1])
@@ -86,17 +86,17 @@ class Hub:
 
     def files(self, repo_id="org/x", kind="models"):
         """Returns the contents of a repository's files by their paths."""
-        found = {}
+        contents = {}
         for path, file in self.repo(repo_id, kind)["commits"][-1]["files"].items():
-            where = ("lfs", file["lfs"]["oid"]) if file["lfs"] else ("blobs", file["oid"])
-            found[path] = self.folder.joinpath(*where).read_bytes()
-        return found
+            parts = ("lfs", file["lfs"]["oid"]) if file["lfs"] else ("blobs", file["oid"])
+            contents[path] = self.folder.joinpath(*parts).read_bytes()
+        return contents
 
     def requests(self, start=""):
         return [line for line in (self.folder / "requests.log").read_text().splitlines() if line.startswith(start)]
 
     def wait_for(self, start):
-        """Waits until such a request has arrived."""
+        """Waits until a request that starts with `start` has arrived."""
         deadline = time.monotonic() + LIMIT
         while not ((self.folder / "requests.log").exists() and self.requests(start)):
             assert time.monotonic() < deadline, f"no {start}"
@@ -130,7 +130,7 @@ PUSHED = {
     "ema-0.5/unet/diffusion_pytorch_model.safetensors": None,
     "ema-0.5/scheduler/scheduler_config.json": None,
 }
-KEPT = [
+PRIVATE = [
     "status.json", ".lock", "bad_images.jsonl", "00000.png", ".samples.png.partial", "model.pt", "model.ckpt",
     "diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.bin", "unet/notes.txt", "pipeline.py",
     "checkpoints/step-000000004/unet.safetensors", "checkpoints/step-000000004/state.json",
@@ -140,12 +140,12 @@ KEPT = [
 
 @pytest.fixture
 def folder(tiny_pipeline, tmp_path):
-    """A run's folder, with much that is nobody else's business."""
+    """A run's folder, with private files."""
     folder = tmp_path / "run"
     tiny_pipeline.save_pretrained(folder)
     tiny_pipeline.unet.conv_out.bias.data += 1
     tiny_pipeline.save_pretrained(folder / "ema-0.5")
-    for path, content in {**PUSHED, **dict.fromkeys(KEPT, "private")}.items():
+    for path, content in {**PUSHED, **dict.fromkeys(PRIVATE, "private")}.items():
         if content is not None:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(content)

@@ -21,10 +21,10 @@ from tests.utils.test_markdown import HOSTILE, cells, parse
 
 @pytest.fixture(scope="module")
 def evaluated(run_training, tmp_path_factory):
-    """The folder of a run that was evaluated; not to be written to."""
+    """Folder of an evaluated run; tests must not write to it."""
     folder = tmp_path_factory.mktemp("evaluated") / "my-digits"
-    words = ["--eval_metrics", "fd,kid,is,pr,nll", "--eval_num_images", "20", "--eval_inference_steps", "2"]
-    run_training(folder, "--max_train_steps", "4", *words, "--eval_steps_per_image", "2", "--license", "cc-by-4.0")
+    options = ["--eval_metrics", "fd,kid,is,pr,nll", "--eval_num_images", "20", "--eval_inference_steps", "2"]
+    run_training(folder, "--max_train_steps", "4", *options, "--eval_steps_per_image", "2", "--license", "cc-by-4.0")
     return folder
 
 
@@ -33,13 +33,13 @@ def copied(evaluated, tmp_path):
     return shutil.copytree(evaluated, tmp_path / "my-digits", ignore=shutil.ignore_patterns("checkpoints"))
 
 
-def numbers_of_the_table(text):
+def evaluation_table(text):
     cells = [line.split("|")[1:-1] for line in text.split("## Evaluation")[1].splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in row] for row in cells if "---" not in row[1]][1:]
     return {name: (value.split(" ± ")[0], floor, count) for name, value, floor, count, *_ in rows}
 
 
-def test_every_number_of_a_card_is_one_of_the_results(evaluated):
+def test_card_values_match_the_results(evaluated):
     card, results = ModelCard.load(evaluated / "README.md"), json.loads((evaluated / "results.json").read_text())
     expected = {
         "frechet_distance": (results["fd"]["value"], results["fd"]["floor"]),
@@ -50,19 +50,19 @@ def test_every_number_of_a_card_is_one_of_the_results(evaluated):
         "bits_per_dim": (results["nll"]["total_bpd"], None),
         "exact_copies": (results["memorization"]["exact_copies"], None),
     }
-    told = {result.metric_type: result for result in card.data.eval_results}
-    assert {name: result.metric_value for name, result in told.items()} == {k: v for k, (v, _) in expected.items()}
-    table = numbers_of_the_table(card.text)
+    listed = {result.metric_type: result for result in card.data.eval_results}
+    assert {name: result.metric_value for name, result in listed.items()} == {k: v for k, (v, _) in expected.items()}
+    table = evaluation_table(card.text)
     for kind, (value, floor) in expected.items():
-        shown = table[told[kind].metric_name]
-        assert shown == (f"{value:.4g}", "" if floor is None else f"{floor:.4g}", "20")
-    distance = told["frechet_distance"]
-    assert distance.dataset_split == "train" and told["bits_per_dim"].dataset_split == "test"
+        row = table[listed[kind].metric_name]
+        assert row == (f"{value:.4g}", "" if floor is None else f"{floor:.4g}", "20")
+    distance = listed["frechet_distance"]
+    assert distance.dataset_split == "train" and listed["bits_per_dim"].dataset_split == "test"
     assert distance.metric_args["extractor_sha256"] == results["fd"]["made_by"]["extractor"]["checksum"]
     assert distance.metric_args["num_inference_steps"] == 2
 
 
-def test_a_card_says_what_the_run_was(evaluated):
+def test_card_describes_the_run(evaluated):
     card, config = ModelCard.load(evaluated / "README.md"), yaml.safe_load((evaluated / "config.yaml").read_text())
     status = json.loads((evaluated / "status.json").read_text())
     assert card.data.license == "cc-by-4.0" and card.data.library_name == "diffusers"
@@ -74,26 +74,26 @@ def test_a_card_says_what_the_run_was(evaluated):
     for picture in re.findall(r"\]\((\w+\.png)\)", card.text):
         assert (evaluated / picture).exists()
     assert {"samples.png", "loss.png", "results_nearest.png"} <= set(re.findall(r"\w+\.png", card.text))
-    assert str(evaluated.parent) not in card.content  # no path of this machine
+    assert str(evaluated.parent) not in card.content  # no local paths
 
 
-def test_a_run_that_was_not_evaluated_has_a_card_without_figures(trained):
+def test_card_of_a_run_without_evaluation(trained):
     card = ModelCard.load(trained / "README.md")
     assert card.data.eval_results is None and card.data.metrics is None
     assert "has not been evaluated" in card.text and "## Training" in card.text
 
 
-def test_a_run_writes_its_card_without_loading_the_model(run_training, tmp_path, monkeypatch):
+def test_training_writes_the_card_without_loading_the_model(run_training, tmp_path, monkeypatch):
     monkeypatch.setattr(DDPMPipeline, "from_pretrained", lambda *args, **options: pytest.fail("loaded"))
     run_training(tmp_path / "run", "--max_train_steps", "4")
     monkeypatch.undo()
     card = (tmp_path / "run" / "README.md").read_text()
     assert "## Training" in card
-    assert write_card(tmp_path / "run").read_text() == card  # as from the files
+    assert write_card(tmp_path / "run").read_text() == card  # equal to the card from the files
 
 
 @pytest.mark.parametrize("change", ["weights", "scheduler"])
-def test_of_another_model_a_card_tells_nothing_that_is_left_beside_it(copied, change):
+def test_card_ignores_files_about_other_weights(copied, change):
     pipe = DDPMPipeline.from_pretrained(copied)
     if change == "weights":
         pipe.unet.conv_out.bias.data += 1
@@ -129,7 +129,7 @@ def other_export(folder):
     ],
     ids=["no results", "other results", "other export", "no export"],
 )
-def test_each_source_of_a_card_is_of_its_weights_or_left_out(copied, make_stale, figures, training):
+def test_stale_source_files_are_ignored(copied, make_stale, figures, training):
     make_stale(copied)
     card = ModelCard.load(write_card(copied))
     assert (card.data.eval_results is not None) == ("results_nearest.png" in card.text) == figures
@@ -138,7 +138,7 @@ def test_each_source_of_a_card_is_of_its_weights_or_left_out(copied, make_stale,
     assert (card.data.license is not None) == training
 
 
-def test_lines_of_metrics_behind_the_exported_step_do_not_count(copied):
+def test_metrics_after_the_exported_step_are_ignored(copied):
     before, curve = write_card(copied).read_text(), (copied / "loss.png").read_bytes()
     lines = (copied / "metrics.jsonl").read_text().splitlines()
     later = json.loads(lines[-1]) | {"step": 6, "images": 48, "loss": 1000.0}
@@ -151,17 +151,17 @@ def rewrite(folder, name, read, write, **changes):
     (folder / name).write_text(write(read((folder / name).read_text()) | changes))
 
 
-def test_weight_decay_is_told(copied):
+def test_card_shows_weight_decay(copied):
     assert "| optimizer | Adam, gradient" in write_card(copied).read_text()
     rewrite(copied, "config.yaml", yaml.safe_load, yaml.safe_dump, weight_decay=0.01)
     assert "| optimizer | AdamW, weight decay 0.01, gradient" in write_card(copied).read_text()
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_only_what_the_run_has_found_to_be_hub_ids_is_told_as_such(copied, known):
+@pytest.mark.parametrize("is_hub_id", [True, False])
+def test_only_recorded_hub_ids_keep_their_namespace(copied, is_hub_id):
     names = {"dataset": "acme/faces", "init_from": "acme/model"}
     rewrite(copied, "config.yaml", yaml.safe_load, yaml.safe_dump, **names)
-    ids = {"hub_ids": list(names.values()) if known else []}
+    ids = {"hub_ids": list(names.values()) if is_hub_id else []}
     rewrite(copied, "export.json", json.loads, json.dumps, **ids)
     results = json.loads((copied / "results.json").read_text())
     for metric in ("fd", "nll"):
@@ -169,42 +169,43 @@ def test_only_what_the_run_has_found_to_be_hub_ids_is_told_as_such(copied, known
     results["fd"]["made_by"]["extractor"]["name"] = "acme/model"
     (copied / "results.json").write_text(json.dumps(results))
     card = ModelCard.load(write_card(copied))
-    assert card.data.datasets == (["acme/faces"] if known else None)
-    told = {result.metric_type: result for result in card.data.eval_results}
-    assert told["bits_per_dim"].dataset_name == ("acme/faces" if known else "faces")
-    assert told["frechet_distance"].metric_args["extractor"] == ("acme/model" if known else "model")
-    assert ("acme" in card.content) == known
+    assert card.data.datasets == (["acme/faces"] if is_hub_id else None)
+    listed = {result.metric_type: result for result in card.data.eval_results}
+    assert listed["bits_per_dim"].dataset_name == ("acme/faces" if is_hub_id else "faces")
+    assert listed["frechet_distance"].metric_args["extractor"] == ("acme/model" if is_hub_id else "model")
+    assert ("acme" in card.content) == is_hub_id
 
 
-def test_a_pipeline_alone_has_a_card(tmp_path):
+def test_card_of_a_pipeline_without_a_run(tmp_path):
     pipe = DDPMPipeline(UNet2DModel(**TINY_UNET | {"out_channels": 2}), DDPMScheduler(variance_type="learned"))
     pipe.save_pretrained(tmp_path)
     text = write_card(tmp_path, model_id="org/name").read_text()
-    assert 'from_pretrained("org/name")' in text and "it does not support a learned variance" in text
+    assert 'from_pretrained("org/name")' in text
+    assert "hf_ddpm: `diffusers.DDPMPipeline` does not support a learned variance" in text
     assert "## Training" not in text and ".png" not in text and "None" not in text
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         ({"beta_schedule": "quad"}, "custom, T = 1000, betas from 0.0001 to 0.02"),
         ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, "to 1, zero terminal SNR"),
-        ({"prediction_type": "mean"}, "it does not support predictions of the mean"),
+        ({"prediction_type": "mean"}, "`diffusers.DDPMPipeline` does not support predictions of the mean"),
     ],
 )
-def test_a_card_tells_variants_apart(tmp_path, options, said):
+def test_card_describes_the_scheduler(tmp_path, options, expected):
     DDPMPipeline(UNet2DModel(**TINY_UNET), DDPMScheduler(**options)).save_pretrained(tmp_path)
-    assert said in write_card(tmp_path).read_text()
+    assert expected in write_card(tmp_path).read_text()
 
 
-def test_the_picture_of_other_samples_is_not_shown(copied):
+def test_picture_without_results_is_not_shown(copied):
     results = json.loads((copied / "results.json").read_text())
     del results["memorization"]
     (copied / "results.json").write_text(json.dumps(results))
     assert "results_nearest.png" not in write_card(copied).read_text()
 
 
-def test_the_code_of_a_card_names_a_class(tmp_path):
+def test_card_code_uses_class_names(tmp_path):
     unet = UNet2DModel(**TINY_UNET | {"num_class_embeds": 3})
     DDPMPipeline(unet, DDPMScheduler(), {"0": "cat", "1": "dog"}).save_pretrained(tmp_path)
     text = write_card(tmp_path).read_text()
@@ -228,13 +229,13 @@ VARIANTS = {
     "learned": ({"out_channels": 2}, {"variance_type": "learned"}, "does not support a learned variance"),
     "mean": ({}, {"prediction_type": "mean"}, "does not support predictions of the mean"),
     "two channels": ({"in_channels": 2, "out_channels": 2}, {}, None),
-    "classes": ({"num_class_embeds": 3}, {}, "has no class labels"),
-    "one class": ({"num_class_embeds": 1}, {}, "has no class labels"),
+    "classes": ({"num_class_embeds": 3}, {}, "does not support class labels"),
+    "one class": ({"num_class_embeds": 1}, {}, "does not support class labels"),
 }
 
 
 def execute_card(folder):
-    """Runs the code of a card as it stands, from top to bottom; returns the pipelines and the text."""
+    """Runs all code blocks of a card in order; returns the pipelines and the text."""
     text = write_card(folder, model_id=str(folder)).read_text()
     pipes, names = [], {}
     for block in code_blocks(text):
@@ -244,15 +245,13 @@ def execute_card(folder):
 
 
 @pytest.mark.parametrize(("unet", "scheduler", "obstacle"), VARIANTS.values(), ids=VARIANTS)
-def test_the_code_of_a_card_runs_with_diffusers_first_if_it_samples_the_same(
-    tmp_path, monkeypatch, unet, scheduler, obstacle
-):
+def test_card_code_runs_and_shows_diffusers_if_it_gives_equal_images(tmp_path, monkeypatch, unet, scheduler, obstacle):
     called = {}
     torch.manual_seed(0)
     steps = scheduler.get("num_train_timesteps", 1000)
     pipe = DDPMPipeline(UNet2DModel(**TINY_UNET | unet), DDPMScheduler(**scheduler))
     pipe.save_pretrained(tmp_path)
-    for kind in (DDPMPipeline, diffusers.DDPMPipeline):  # 1000 steps take long
+    for kind in (DDPMPipeline, diffusers.DDPMPipeline):  # 1000 steps would be slow
         monkeypatch.setattr(kind, "__call__", record_call(called, kind, kind.__call__))
     pipes, text = execute_card(tmp_path)
     assert [type(pipe) for pipe in pipes] == ([] if obstacle else [diffusers.DDPMPipeline]) + [DDPMPipeline]
@@ -260,7 +259,7 @@ def test_the_code_of_a_card_runs_with_diffusers_first_if_it_samples_the_same(
     monkeypatch.undo()
     if obstacle is None:
         given = called[diffusers.DDPMPipeline].get("num_inference_steps", 1000)
-        assert given == steps  # all steps of the process, as this package takes them
+        assert given == steps  # all steps, as in this package
         images = [
             pipe(1, torch.Generator().manual_seed(0), num_inference_steps=20, output_type="np").images
             for pipe in map(quiet, pipes)
@@ -269,7 +268,7 @@ def test_the_code_of_a_card_runs_with_diffusers_first_if_it_samples_the_same(
 
 
 def record_call(called, kind, whole):
-    """Replaces a pipeline's call by one of few steps, and records its arguments."""
+    """Returns a pipeline call that takes 20 steps and records its arguments."""
 
     def call(self, *args, **options):
         called[kind] = options
@@ -283,15 +282,15 @@ def quiet(pipe):
     return pipe
 
 
-def test_other_schedulers_than_that_of_the_paper_need_this_package(tmp_path):
+def test_card_of_another_scheduler_requires_this_package(tmp_path):
     DDPMPipeline(UNet2DModel(**TINY_UNET), DDIMScheduler()).save_pretrained(tmp_path)
     text = write_card(tmp_path).read_text()
-    assert "it does not sample with the DDIMScheduler of this model" in text and len(code_blocks(text)) == 1
+    assert "does not support the DDIMScheduler of this model" in text and len(code_blocks(text)) == 1
 
 
 @pytest.mark.parametrize("name", ["cat", "😀", "猫", "it's", 'a "b"', "a\u2028b", "\\"])
-def test_the_code_of_a_card_samples_classes_by_name_with_guidance(tmp_path, monkeypatch, name):
-    unet = UNet2DModel(**TINY_UNET | {"num_class_embeds": 3})  # two classes, and none
+def test_card_code_samples_classes_by_name_with_guidance(tmp_path, monkeypatch, name):
+    unet = UNet2DModel(**TINY_UNET | {"num_class_embeds": 3})  # two classes and the null class
     DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=2), {"0": name, "1": "dog"}).save_pretrained(tmp_path)
     called = {}
     monkeypatch.setattr(DDPMPipeline, "__call__", record_call(called, "ours", lambda pipe, **_: pipe))
@@ -301,17 +300,17 @@ def test_the_code_of_a_card_samples_classes_by_name_with_guidance(tmp_path, monk
 
 
 @pytest.mark.slow
-def test_a_card_names_further_weights_and_how_to_load_them(copied):
+def test_card_lists_other_weights_and_how_to_load_them(copied):
     average = DDPMPipeline.from_pretrained(copied)
     average.unet.conv_out.bias.data += 1
     for name in ("ema-0.5", "best"):
         average.save_pretrained(copied / name)
     pipes, text = execute_card(copied)
-    assert "are in `ema-0.5/`, `best/`" in text
+    assert "other weights of the same run: `ema-0.5/`, `best/`" in text
     assert torch.equal(pipes[-1].unet.conv_out.bias, average.unet.conv_out.bias)
 
 
-def test_the_committed_card_has_the_words_of_the_template():
+def test_committed_card_matches_the_template():
     card = (ROOT / "model_cards" / "ddpm-digits.md").read_text()
     template = TEMPLATE.read_text()
     always = re.sub(
@@ -323,13 +322,13 @@ def test_the_committed_card_has_the_words_of_the_template():
     assert len(lines) > 8
 
 
-def test_a_card_that_a_person_wrote_stays(copied):
+def test_card_written_by_a_person_is_kept(copied):
     (copied / "README.md").write_bytes(b"mine \xff")
     assert write_card(copied).read_bytes() == b"mine \xff"
 
 
 @pytest.mark.parametrize("mark", [MARK, FORMER_MARK])
-def test_a_generated_card_is_generated_again_until_its_mark_is_deleted(copied, mark):
+def test_generated_card_is_updated_until_its_mark_is_deleted(copied, mark):
     (copied / "README.md").write_text(f"{mark}\nold")
     text = write_card(copied).read_text()
     assert MARK in text and FORMER_MARK not in text and "old" not in text.splitlines()
@@ -337,7 +336,7 @@ def test_a_generated_card_is_generated_again_until_its_mark_is_deleted(copied, m
     assert "mine" in write_card(copied).read_text()
 
 
-def test_a_line_that_a_kill_has_cut_short_costs_no_card(copied):
+def test_truncated_metrics_line_is_ignored(copied):
     before = write_card(copied).read_text()
     with (copied / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
@@ -345,15 +344,15 @@ def test_a_line_that_a_kill_has_cut_short_costs_no_card(copied):
 
 
 @pytest.mark.parametrize("name", ["results.json", "config.yaml", "status.json"])
-def test_a_broken_file_is_named(copied, name):
+def test_error_names_the_damaged_file(copied, name):
     (copied / name).write_text("{")
-    with pytest.raises(ValueError, match=rf"{name} cannot be read") as caught:
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read: ") as caught:
         write_card(copied)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_foreign_names_are_text_in_a_card(copied, name):
+def test_hostile_names_are_escaped_in_a_card(copied, name):
     unet = UNet2DModel(**TINY_UNET | {"num_class_embeds": 3})
     pipe = DDPMPipeline(unet, DDPMScheduler(), {"0": name, "1": "dog"})
     pipe.save_pretrained(copied)
@@ -368,37 +367,38 @@ def test_foreign_names_are_text_in_a_card(copied, name):
     results["fd"]["made_by"]["extractor"]["name"] = name
     (copied / "results.json").write_text(json.dumps(results))
     card = ModelCard.load(write_card(copied, model_id=f"org/{name}"))
-    public, shown = strip_local_path(name), plain(name)
+    public, displayed = strip_local_path(name), plain(name)
     rows = {row[0]: row[1:] for row in cells(card.text) if row}
-    assert rows["classes"] == [f"{shown}, dog"]
-    assert rows["data"][0].startswith(f"{plain(public)}, split {shown}, ") and rows["started from"] == [plain(public)]
-    assert rows["Frechet distance"][3] == f"{plain(public)}, {shown}" and len(rows["Frechet distance"]) == 5
+    assert rows["classes"] == [f"{displayed}, dog"]
+    assert rows["data"][0].startswith(f"{plain(public)}, split {displayed}, ")
+    assert rows["started from"] == [plain(public)]
+    assert rows["Frechet distance"][3] == f"{plain(public)}, {displayed}" and len(rows["Frechet distance"]) == 5
     headings = [token.tag for token in parse(card.text) if token.type == "heading_open"]
     assert headings == ["h1", *["h2"] * 6]  # Use, Model, Training, Evaluation, Limits, Citation
-    assert not [token for token in parse(card.text) if token.type == "html_block"][1:]  # the mark alone
-    # The metadata are YAML, and say the same.
-    assert card.data.license == shown and card.data.model_name == plain(f"org/{name}".split("/")[-1])
+    assert not [token for token in parse(card.text) if token.type == "html_block"][1:]  # only the mark
+    # The YAML metadata contain the same names.
+    assert card.data.license == displayed and card.data.model_name == plain(f"org/{name}".split("/")[-1])
     fd = next(result for result in card.data.eval_results if result.metric_type == "frechet_distance")
-    assert (fd.dataset_name, fd.dataset_split) == (plain(public), shown)
+    assert (fd.dataset_name, fd.dataset_split) == (plain(public), displayed)
     assert fd.metric_args["extractor"] == plain(public)
-    # The code is Python, and names the class and the model.
+    # The code is valid Python and contains the names of the class and the model.
     block = next(token.content for token in parse(card.text) if token.type == "fence" and token.info == "python")
     strings = [node.value for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)]
     assert f"org/{name}" in strings and name in strings
 
 
-def test_a_card_names_the_precision_of_a_bound_that_is_not_in_float32(copied):
+def test_card_shows_the_precision_of_a_bound_computed_in_bf16(copied):
     results = json.loads((copied / "results.json").read_text())
-    for precision, words in (("no", ""), ("bf16", ", precision bf16")):
+    for precision, text in (("no", ""), ("bf16", ", precision bf16")):
         results["nll"]["made_by"]["mixed_precision"] = precision
         (copied / "results.json").write_text(json.dumps(results))
         card = ModelCard.load(write_card(copied))
-        assert f"2 terms per image, seed 0{words}; " in card.text
+        assert f"2 terms per image, seed 0{text}; " in card.text
         bound = next(result for result in card.data.eval_results if result.metric_type == "bits_per_dim")
         assert bound.metric_args.get("mixed_precision", "no") == precision
 
 
-def test_files_of_an_older_version_or_with_odd_entries_make_a_card(copied, caplog):
+def test_card_from_files_of_an_older_version_or_with_odd_entries(copied, caplog):
     options = yaml.safe_load((copied / "config.yaml").read_text())
     for name in ("ema_warmup", "horizontal_flip", "init_from"):
         options.pop(name)
@@ -411,16 +411,16 @@ def test_files_of_an_older_version_or_with_odd_entries_make_a_card(copied, caplo
     del results["fd"]["made_by"]
     (copied / "results.json").write_text(json.dumps({**results, "kid": 3, "is": None, "note": ["x"]}))
     text = write_card(copied).read_text()
-    assert set(numbers_of_the_table(text)) == {"precision", "recall", "bound on the NLL, bits/dim (estimate)",
+    assert set(evaluation_table(text)) == {"precision", "recall", "bound on the NLL, bits/dim (estimate)",
                                                "share of exact copies of training images"}  # fmt: skip
-    assert all(f"{metric} is left out" in caplog.text for metric in ("fd", "kid", "is"))
+    assert all(f"skipped {metric}, its entry is damaged" in caplog.text for metric in ("fd", "kid", "is"))
 
 
 @pytest.mark.parametrize(
     ("name", "key", "value"),
     [("config.yaml", "learning_rate", "much"), ("status.json", "images", "many"), ("export.json", "step", None)],
 )
-def test_a_wrong_type_is_named_with_its_file(copied, name, key, value):
+def test_error_names_the_key_of_a_wrong_type_and_its_file(copied, name, key, value):
     read = yaml.safe_load if name.endswith("yaml") else json.loads
     (copied / name).write_text(json.dumps({**read((copied / name).read_text()), key: value}))
     with pytest.raises(ValueError, match=rf"{name}: {key}={value!r}: expected"):

@@ -15,7 +15,7 @@ def figure(**sampling):
     }
 
 
-def test_a_variance_that_is_not_the_models_is_named():
+def test_replaced_variance_is_shown():
     (replaced,), (own,) = (list(rows({"fd": figure(**more)})) for more in ({"variance": "fixed_small"}, {}))
     assert replaced.arguments == own.arguments | {"variance": "fixed_small"}
     assert "variance fixed_small" in replaced.how and "variance" not in own.how

@@ -1,4 +1,4 @@
-"""What is loaded from the Hub: the images of the model that was pushed, and no code of anybody else."""
+"""Loading from the Hub: a pushed model gives equal images, and no remote code runs."""
 
 import json
 import pickle
@@ -18,32 +18,32 @@ from {package} import DDPMPipeline
 pipe = DDPMPipeline.from_pretrained("org/x")
 pipe.set_progress_bar_config(disable=True)
 numpy.save(sys.argv[1], pipe(2, torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images)
-found = [type(pipe.unet).__module__.split(".")[0]]
+results = [type(pipe.unet).__module__.split(".")[0]]
 for token in (False, "hf_stranger"):
     try:
-        found.append(str(DDPMPipeline.from_pretrained("org/x", token=token, cache_dir=sys.argv[2])))
+        results.append(str(DDPMPipeline.from_pretrained("org/x", token=token, cache_dir=sys.argv[2])))
     except OSError as error:
-        found.append("Repository Not Found" in str(error.__cause__))
-print(json.dumps(found))
+        results.append("Repository Not Found" in str(error.__cause__))
+print(json.dumps(results))
 """
 
 
 @pytest.mark.parametrize("package", ["hf_ddpm", "diffusers"])
-def test_a_pushed_model_makes_the_same_images_elsewhere_and_a_private_one_for_nobody_else(
+def test_pushed_model_gives_equal_images_and_a_private_one_is_not_accessible(
     hub, folder, tiny_pipeline, tmp_path, package
 ):
-    tiny_pipeline.unet.conv_out.bias.data -= 1  # the folder has changed it for its second average
+    tiny_pipeline.unet.conv_out.bias.data -= 1  # the `folder` fixture added 1 for its second average
     expected = tiny_pipeline(2, torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
     hub.push(folder, private=True)
-    words = [tmp_path / "images.npy", tmp_path / "empty"]
-    code, output, errors = hub.run("-c", SAMPLE.format(package=package), *words)
+    arguments = [tmp_path / "images.npy", tmp_path / "empty"]
+    code, output, errors = hub.run("-c", SAMPLE.format(package=package), *arguments)
     assert code == 0, errors
     assert json.loads(output.splitlines()[-1]) == [package, True, True]
-    np.testing.assert_allclose(np.load(words[0]), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.load(arguments[0]), expected, rtol=0, atol=1e-5)
 
 
 class Evil:
-    """Leaves a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -62,7 +62,7 @@ def pickled(folder, mark, code):
     torch.save({"conv_in.weight": Evil(mark)}, folder / f"{WEIGHTS}.bin")
 
 
-def pickled_as_of_old(folder, mark, code):
+def pickled_in_the_old_format(folder, mark, code):
     (folder / f"{WEIGHTS}.safetensors").unlink()
     (folder / f"{WEIGHTS}.bin").write_bytes(pickle.dumps({"conv_in.weight": Evil(mark)}))
 
@@ -74,7 +74,7 @@ def pickled_shard(folder, mark, code):
     (folder / f"{WEIGHTS}.safetensors.index.json").write_text(weight_map)
 
 
-def pickled_beside(folder, mark, code):
+def pickled_next_to_safetensors(folder, mark, code):
     torch.save({"conv_in.weight": Evil(mark)}, folder / f"{WEIGHTS}.bin")
     (folder / "pipeline.py").write_text(code)
     (folder / "unet" / "diffusers.py").write_text("")
@@ -94,20 +94,28 @@ def program_as_component(folder, mark, code):
     with_index(folder, scheduler=["subprocess", "Popen"])
 
 
-EVIL = [pickled, pickled_as_of_old, pickled_shard, pickled_beside, own_pipeline, own_network, program_as_component]
+EVIL = [
+    pickled,
+    pickled_in_the_old_format,
+    pickled_shard,
+    pickled_next_to_safetensors,
+    own_pipeline,
+    own_network,
+    program_as_component,
+]
 LOADS = """
 import json, os, sys
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
-mark, found = sys.argv[1], {}
+mark, results = sys.argv[1], {}
 for name in sys.argv[2:]:
     try:
-        found[name] = ["loaded", type(load_pipeline(name, "cpu").unet).__module__]
+        results[name] = ["loaded", type(load_pipeline(name, "cpu").unet).__module__]
     except ValueError as error:
-        found[name] = ["refused", str(error)]
-    found[name].append(os.path.exists(mark))
+        results[name] = ["refused", str(error)]
+    results[name].append(os.path.exists(mark))
     if os.path.exists(mark):
         os.remove(mark)
-print(json.dumps(found))
+print(json.dumps(results))
 """
 UPLOAD = """
 import sys
@@ -119,7 +127,7 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_no_code_of_a_repository_runs(hub, tiny_pipeline, tmp_path):
+def test_code_in_a_repository_is_not_executed(hub, tiny_pipeline, tmp_path):
     mark, folders = str(tmp_path / "mark"), []
     code = f"import diffusers\nopen({mark!r}, 'w')\nclass Mine(diffusers.DDPMPipeline, diffusers.UNet2DModel): pass\n"
     for spoil in EVIL:
@@ -131,23 +139,24 @@ def test_no_code_of_a_repository_runs(hub, tiny_pipeline, tmp_path):
     names = [*map(str, folders), *(f"org/{folder.name}" for folder in folders)]
     status, output, errors = hub.run("-c", LOADS, mark, *names, "org/none")
     assert status == 0, errors
-    found = json.loads(output.splitlines()[-1])
-    missing = found.pop("org/none")[1]
+    results = json.loads(output.splitlines()[-1])
+    missing = results.pop("org/none")[1]
     assert missing.startswith("model 'org/none' cannot be loaded: 404 Client Error. Repository Not Found for url")
-    assert set(found) == set(names)
-    for name, (outcome, what, ran) in found.items():
+    assert set(results) == set(names)
+    for name, (outcome, detail, ran) in results.items():
         assert not ran, name
-        if name.endswith("pickled_beside"):
-            assert (outcome, what) == ("loaded", "hf_ddpm.models.unet_2d")
+        if name.endswith("pickled_next_to_safetensors"):
+            assert (outcome, detail) == ("loaded", "hf_ddpm.models.unet_2d")
         else:
-            assert outcome == "refused" and what.startswith(f"model {name!r} cannot be loaded: ") and "\n" not in what
+            assert outcome == "refused" and detail.startswith(f"model {name!r} cannot be loaded: ")
+            assert "\n" not in detail
 
 
-@pytest.mark.parametrize("spoil", [pickled, pickled_as_of_old, pickled_shard])
-def test_the_pickles_above_are_indeed_programs(tiny_pipeline, tmp_path, spoil):
+@pytest.mark.parametrize("spoil", [pickled, pickled_in_the_old_format, pickled_shard])
+def test_unsafe_loading_of_these_pickles_runs_their_code(tiny_pipeline, tmp_path, spoil):
     tiny_pipeline.save_pretrained(tmp_path / "model")
     spoil(tmp_path / "model", str(tmp_path / "mark"), "")
     (file,) = (tmp_path / "model" / "unet").glob("*.bin")
-    torch.load(file, weights_only=False) if spoil is not pickled_as_of_old else pickle.loads(file.read_bytes())
+    torch.load(file, weights_only=False) if spoil is not pickled_in_the_old_format else pickle.loads(file.read_bytes())
     assert (tmp_path / "mark").exists()
     shutil.rmtree(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""What of a run's files leaves the machine: no paths of it, wherever the push is started."""
+"""Public contents of a run's files: without local paths, regardless of the working folder."""
 
 import json
 from pathlib import Path
@@ -14,14 +14,14 @@ from tests.hub.conftest import ROOT
 
 
 def published(folder):
-    """Returns what would be pushed, by file."""
+    """Returns the public contents by file."""
     contents = {name: public_content(folder / name) for name in model_files(folder)}
     return {name: item.read_bytes() if isinstance(item, Path) else item for name, item in contents.items()}
 
 
 @pytest.fixture
 def acme(tmp_path, monkeypatch):
-    """A folder with images in data/acme-confidential, and the present folder."""
+    """The working folder, with images in data/acme-confidential."""
     (tmp_path / "data" / "acme-confidential").mkdir(parents=True)
     for gray in range(12):
         Image.new("L", (8, 8), 20 * gray).save(tmp_path / "data" / "acme-confidential" / f"{gray}.png")
@@ -33,9 +33,9 @@ DATA = ("--dataset", "data/acme-confidential", "--channels", "1", "--resolution"
 SHORT = ("--max_train_steps", "2", "--eval_inference_steps", "2", "--eval_num_images", "8")
 
 
-def test_a_relative_path_is_none_where_it_is_pushed_from(acme, run_training, tmp_path_factory, monkeypatch):
+def test_relative_paths_are_stripped_from_another_working_folder(acme, run_training, tmp_path_factory, monkeypatch):
     run_training(Path("runs/secret/one"), *DATA, *SHORT, "--eval_metrics", "nll", "--eval_split", "train")
-    words = [
+    arguments = [
         "--model",
         "runs/secret/one",
         "--dataset",
@@ -45,7 +45,7 @@ def test_a_relative_path_is_none_where_it_is_pushed_from(acme, run_training, tmp
         "--split",
         "train",
     ]
-    load_script("evaluate").main([*words, "--num_images", "4", "--output", "runs/secret/one/results_more.json"])
+    load_script("evaluate").main([*arguments, "--num_images", "4", "--output", "runs/secret/one/results_more.json"])
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     folder = acme / "runs" / "secret" / "one"
     assert "`acme-confidential`, split train" in write_card(folder).read_text()
@@ -58,7 +58,7 @@ def test_a_relative_path_is_none_where_it_is_pushed_from(acme, run_training, tmp
     assert json.loads(contents["results_more.json"])["model"]["name"] == "one"
 
 
-def test_a_folder_that_is_gone_at_a_resume_is_no_hub_id(acme, run_training, trained):
+def test_deleted_folder_is_not_mistaken_for_a_hub_id(acme, run_training, trained):
     (acme / "runs").mkdir()
     (acme / "runs" / "base").symlink_to(trained)
     run_training(Path("runs/one"), *SHORT, "--init_from", "runs/base")
@@ -68,7 +68,7 @@ def test_a_folder_that_is_gone_at_a_resume_is_no_hub_id(acme, run_training, trai
     assert b"runs/base" not in b"".join(published(Path("runs/one")).values())
 
 
-def test_names_without_a_decision_are_taken_for_paths(folder):
+def test_names_not_recorded_as_hub_ids_are_treated_as_paths(folder):
     options = {"dataset": "data/acme", "init_from": "s3://acme/model?sig=1", "output_dir": "runs/acme/x", "seed": 0}
     (folder / "config.yaml").write_text(yaml.safe_dump(options))
     (folder / "evaluations.jsonl").write_text(json.dumps({"step": 1, "request": {"dataset": "data/acme"}}) + "\n")
@@ -79,12 +79,12 @@ def test_names_without_a_decision_are_taken_for_paths(folder):
     expected = {"dataset": "acme", "init_from": "model", "output_dir": "x", "seed": 0}
     assert yaml.safe_load(contents["config.yaml"]) == expected
     assert json.loads(contents["evaluations.jsonl"])["request"]["dataset"] == "acme"
-    told = json.loads(contents["results.json"])
-    assert told["fd"]["made_by"] == {"dataset": {"name": "acme"}, "request": {"samples": "acme"}}
-    assert told["model"] == {"name": "acme", "checksum": "0"} and told["odd"] == 3
+    public = json.loads(contents["results.json"])
+    assert public["fd"]["made_by"] == {"dataset": {"name": "acme"}, "request": {"samples": "acme"}}
+    assert public["model"] == {"name": "acme", "checksum": "0"} and public["odd"] == 3
 
 
-def test_hub_ids_are_told_where_the_run_has_found_them(folder):
+def test_recorded_hub_ids_are_kept(folder):
     (folder / "export.json").write_text(json.dumps({"hub_ids": ["org/faces"]}))
     (folder / "config.yaml").write_text(yaml.safe_dump({"dataset": "org/faces", "init_from": "org/model"}))
     figures = {
@@ -94,12 +94,12 @@ def test_hub_ids_are_told_where_the_run_has_found_them(folder):
     (folder / "results.json").write_text(json.dumps({"model": {"name": "org/model", "checksum": "0"}, **figures}))
     contents = published(folder)
     assert yaml.safe_load(contents["config.yaml"]) == {"dataset": "org/faces", "init_from": "model"}
-    told = json.loads(contents["results.json"])
-    assert told["model"]["name"] == "org/model" and told["fd"] == figures["fd"]
-    assert told["kid"]["made_by"]["dataset"]["name"] == "faces"
+    public = json.loads(contents["results.json"])
+    assert public["model"]["name"] == "org/model" and public["fd"] == figures["fd"]
+    assert public["kid"]["made_by"]["dataset"]["name"] == "faces"
 
 
-def test_configurations_lose_the_path_that_they_were_loaded_from(folder):
+def test_load_path_is_removed_from_configurations(folder):
     for name in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
         config = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps(config | {"_name_or_path": "/home/acme/model"}))
@@ -108,10 +108,12 @@ def test_configurations_lose_the_path_that_they_were_loaded_from(folder):
 
 @pytest.mark.hub
 @pytest.mark.slow
-def test_a_model_of_the_hub_that_a_run_starts_from_is_told(hub, trained, tmp_path):
+def test_hub_id_of_the_initial_model_is_kept(hub, trained, tmp_path):
     hub.push(trained, "org/base")
-    words = ["--max_train_steps", "2", "--init_from", "org/base", "--push_to_hub", "--hub_model_id", "org/new"]
-    code, output, errors = hub.run(ROOT / "scripts" / "train.py", *TINY_RUN, *words, "--output_dir", tmp_path / "run")
+    arguments = ["--max_train_steps", "2", "--init_from", "org/base", "--push_to_hub", "--hub_model_id", "org/new"]
+    code, output, errors = hub.run(
+        ROOT / "scripts" / "train.py", *TINY_RUN, *arguments, "--output_dir", tmp_path / "run"
+    )
     assert code == 0 and "pushed the model to org/new" in errors + output, errors
     files = hub.files("org/new")
     assert yaml.safe_load(files["config.yaml"])["init_from"] == "org/base"

@@ -1,4 +1,4 @@
-"""Pushes of a pipeline in memory, with the unmodified client."""
+"""Pushes of a pipeline in memory, with the unmodified Hub client."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ SAVE = LOAD + "pipe.save_pretrained(sys.argv[2], push_to_hub=True, repo_id='org/
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A run's folder below a private one, with files that are nobody else's business."""
+    """A run's folder inside a private folder, with private files."""
     folder = shutil.copytree(trained, tmp_path / "acme-secret" / "run")
     (folder / "notes.txt").write_text("private")
     options = yaml.safe_load((folder / "config.yaml").read_text()) | {"init_from": "/home/acme/secret-base"}
@@ -27,25 +27,25 @@ def run(trained, tmp_path):
     return folder
 
 
-def execute(hub, code, *words):
-    status, _, errors = hub.run("-c", code, *words)
+def execute(hub, code, *arguments):
+    status, _, errors = hub.run("-c", code, *arguments)
     assert status == 0, errors
 
 
 def published(hub, repo_id="org/x"):
-    """Returns the files of a repository, after a look for private names in them."""
+    """Returns the files of a repository, and asserts that they contain no private names."""
     files = hub.files(repo_id)
     for name, content in files.items():
         assert not any(word in content for word in (b"acme", b"/home", b"/tmp")), name
     return files
 
 
-def test_push_to_hub_leaves_the_card_of_the_run(hub, run):
+def test_push_to_hub_uploads_the_card_of_the_run(hub, run):
     before = contents(run)
     execute(hub, PUSH, run)
     files = published(hub)
     card = files["README.md"].decode()
-    assert 'from_pretrained("org/x")' in card and "| data | the digits" in card and "](samples.png)" in card
+    assert 'from_pretrained("org/x")' in card and "| data | digits" in card and "](samples.png)" in card
     assert set(files) == {
         ".gitattributes", "README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors", "samples.png", "loss.png", "config.yaml", "metrics.jsonl",
@@ -56,12 +56,12 @@ def test_push_to_hub_leaves_the_card_of_the_run(hub, run):
 def test_save_pretrained_pushes_the_run_without_its_private_files(hub, run):
     execute(hub, SAVE, run, run)
     files = published(hub)
-    assert "| data | the digits" in files["README.md"].decode() and "samples.png" in files
+    assert "| data | digits" in files["README.md"].decode() and "samples.png" in files
     assert "notes.txt" not in files and not any(name.startswith("checkpoints") for name in files)
     assert (run / "README.md").read_bytes() == files["README.md"]
 
 
-def test_other_weights_get_a_card_without_the_training(hub, run):
+def test_card_of_other_weights_has_no_training_section(hub, run):
     execute(hub, LOAD + "pipe.unet.conv_out.bias.data += 1; pipe.push_to_hub('x')", run)
     files = published(hub, "tester/x")
     card = files["README.md"].decode()
@@ -70,7 +70,7 @@ def test_other_weights_get_a_card_without_the_training(hub, run):
     assert not {"samples.png", "config.yaml", "metrics.jsonl"} & set(files)
 
 
-def test_a_card_on_the_hub_that_a_person_wrote_is_kept(hub, run, tmp_path):
+def test_card_on_the_hub_written_by_a_person_is_kept(hub, run, tmp_path):
     mine = b"---\ntags: [mine]\n---\n# Mine\n"
     upload = "import sys; from huggingface_hub import HfApi; api = HfApi(); api.create_repo('org/x'); "
     execute(hub, upload + f"api.upload_file(path_or_fileobj={mine!r}, path_in_repo='README.md', repo_id='org/x')")
@@ -81,7 +81,7 @@ def test_a_card_on_the_hub_that_a_person_wrote_is_kept(hub, run, tmp_path):
     assert MARK in (tmp_path / "saved" / "README.md").read_text()
 
 
-def test_a_card_in_the_folder_that_a_person_wrote_is_kept_and_pushed(hub, run, tmp_path):
+def test_card_in_the_folder_written_by_a_person_is_kept_and_pushed(hub, run, tmp_path):
     saved = tmp_path / "saved"
     saved.mkdir()
     (saved / "README.md").write_text("# Mine\n")
@@ -92,7 +92,7 @@ def test_a_card_in_the_folder_that_a_person_wrote_is_kept_and_pushed(hub, run, t
     assert hub.files("org/y")["README.md"] == b"# Of the run\n"
 
 
-def test_a_card_that_diffusers_made_is_replaced(hub, run):
+def test_card_generated_by_diffusers_is_replaced(hub, run):
     stock = "import sys; from diffusers import DDPMPipeline; DDPMPipeline.from_pretrained(sys.argv[1])"
     execute(hub, stock + ".push_to_hub('org/x')", run)
     card = hub.files()["README.md"]
@@ -102,7 +102,7 @@ def test_a_card_that_diffusers_made_is_replaced(hub, run):
     assert MARK.encode() in hub.files()["README.md"]
 
 
-def test_a_variant_in_a_subfolder_leaves_the_card(hub, run):
+def test_push_of_a_variant_to_a_subfolder_keeps_the_card(hub, run):
     execute(hub, PUSH, run)
     card = hub.files()["README.md"]
     execute(hub, LOAD + "pipe.push_to_hub('org/x', subfolder='half', variant='fp16', commit_message='Half')", run)
@@ -111,17 +111,17 @@ def test_a_variant_in_a_subfolder_leaves_the_card(hub, run):
     assert "half/README.md" not in files and hub.repo()["commits"][-1]["title"] == "Half"
 
 
-def test_the_code_of_a_card_on_the_hub_runs(hub, run):
+def test_code_of_a_card_on_the_hub_runs(hub, run):
     execute(hub, PUSH, run)
     blocks = hub.files()["README.md"].decode().split("```python\n")[1:]
     assert len(blocks) == 2
-    for block in blocks:  # each in a process of its own, with an empty cache
+    for block in blocks:  # each in a separate process, with an empty cache
         code = block.split("```")[0].replace("batch_size=4", "batch_size=1")
         execute(hub, code + "assert images[0].size == (8, 8)")
 
 
 @pytest.mark.parametrize(("part", "file"), [("unet", "config.json"), ("scheduler", "scheduler_config.json")])
-def test_a_part_alone_can_be_pushed(hub, run, part, file):
+def test_push_of_a_single_component(hub, run, part, file):
     execute(hub, LOAD + f"pipe.{part}.push_to_hub('org/part')", run)
     files = published(hub, "org/part")
     assert file in files and "_class_name" in json.loads(files[file])

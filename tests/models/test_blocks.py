@@ -14,56 +14,56 @@ from tests.conftest import TINY_UNET
 @pytest.mark.parametrize("dim", [8, 9])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_sinusoids_are_those_of_diffusers(dim, flip, shift):
+def test_sinusoids_equal_those_of_diffusers(dim, flip, shift):
     t = torch.tensor([0, 1, 999])
     expected = get_timestep_embedding(t, dim, flip_sin_to_cos=flip, downscale_freq_shift=shift)
     torch.testing.assert_close(sinusoidal(t, dim, flip_sin_to_cos=flip, freq_shift=shift), expected)
 
 
-def test_frequencies_run_from_1_to_1e_minus_4_in_the_paper():
+def test_frequencies_of_the_paper_are_1_to_1e_minus_4():
     embedding = sinusoidal(torch.tensor([2]), 6, flip_sin_to_cos=False, freq_shift=1)[0].tolist()
     angles = [2 * f for f in (1, 1e-2, 1e-4)]
     assert embedding == pytest.approx([math.sin(a) for a in angles] + [math.cos(a) for a in angles], rel=1e-5)
 
 
 class Norms(TorchFunctionMode):
-    """Notes what group normalizations get, and whether autocast, which on CUDA makes all float32, is on then."""
+    """Records the dtypes of group normalizations, and whether autocast (float32 on CUDA) is enabled in them."""
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.calls = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.nn.functional.group_norm:
             dtypes = {value.dtype for value in args if isinstance(value, torch.Tensor)}
-            self.seen.append((dtypes, torch.is_autocast_enabled("cpu")))
+            self.calls.append((dtypes, torch.is_autocast_enabled("cpu")))
         return func(*args, **(kwargs or {}))
 
 
-def test_normalizations_work_in_half_precision_under_autocast(monkeypatch):
+def test_normalizations_run_in_half_precision_under_autocast(monkeypatch):
     monkeypatch.setattr(blocks, "MIXED_NORMS", ())  # as on a GPU
     network = UNet2DModel(**TINY_UNET)
     with torch.autocast("cpu", torch.bfloat16), Norms() as norms:
         network(torch.randn(2, 1, 8, 8), 3).sample.sum().backward()
     count = sum(isinstance(module, GroupNorm) for module in network.modules())
-    assert norms.seen == [({torch.bfloat16}, False)] * count and count > 10
+    assert norms.calls == [({torch.bfloat16}, False)] * count and count > 10
     assert all(parameter.grad.dtype == torch.float32 for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("mixed", [(), ("cpu",)])
-def test_statistics_in_half_precision_are_those_of_float32(monkeypatch, mixed):
+def test_normalization_statistics_have_float32_precision(monkeypatch, mixed):
     monkeypatch.setattr(blocks, "MIXED_NORMS", mixed)
     norm, x = GroupNorm(4, 16), torch.randn(2, 16, 32, 32) + 100
     expected = torch.nn.functional.group_norm(x.bfloat16().double(), 4)
-    # A bfloat16 has 8 bits of mantissa: the outputs, of variance 1, are rounded by 2^-9 of up to 4.
+    # bfloat16 has 8 bits of mantissa: rounding changes outputs of up to 4 (their variance is 1) by up to 2^-9 of them.
     assert (norm(x.bfloat16()) - expected).abs().max() < 4 * 2**-8
 
 
-# Batch, heads, positions and channels of a head: fewer entries and more positions than plain products take, and others.
+# Batch, heads, positions and channels per head: too few entries or too many positions for plain products, and others.
 @pytest.mark.parametrize("shape", [(1, 1, 16, 64), (4, 1, 2048, 8), (16, 1, 16, 64), (8, 4, 64, 16), (3, 2, 1024, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("half", [False, True])
-def test_attention_is_that_of_the_formula(shape, dtype, half):
+def test_attention_equals_its_formula(shape, dtype, half):
     torch.manual_seed(0)
     inputs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
     gradient = torch.randn(shape).to(dtype)
@@ -73,13 +73,13 @@ def test_attention_is_that_of_the_formula(shape, dtype, half):
 
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         output = blocks.attend(*inputs)
-    found = [output, *torch.autograd.grad(output, inputs, gradient.to(output.dtype))]
+    computed = [output, *torch.autograd.grad(output, inputs, gradient.to(output.dtype))]
     limit = 1e-5 if dtype == torch.float32 and not half else 0.01
-    for one, right in zip(found, exact, strict=True):
-        assert (one - right).norm() < limit * right.norm()
+    for actual, expected in zip(computed, exact, strict=True):
+        assert (actual - expected).norm() < limit * expected.norm()
 
 
-def test_attention_in_bf16_on_a_cpu_is_of_plain_products(monkeypatch):
+def test_attention_in_bf16_on_a_cpu_uses_plain_products(monkeypatch):
     fused = []
     monkeypatch.setattr(
         "torch.nn.functional.scaled_dot_product_attention", lambda q, k, v: (fused.append(q.dtype), q)[1]

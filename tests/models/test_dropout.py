@@ -13,9 +13,9 @@ def masks(keys, shape=(6, 8, 8), keep=0.8):
     return hashed_mask(torch.as_tensor(keys, dtype=torch.int32), torch.empty(len(keys), *shape), keep)
 
 
-def test_a_hash_is_one_to_one():
-    numbers = torch.cat([torch.arange(-(2**31), -(2**31) + 2**18), torch.arange(2**18)]).int()
-    assert len(scramble(numbers.clone()).unique()) == len(numbers)
+def test_scramble_is_one_to_one():
+    inputs = torch.cat([torch.arange(-(2**31), -(2**31) + 2**18), torch.arange(2**18)]).int()
+    assert len(scramble(inputs.clone()).unique()) == len(inputs)
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9, 1 - 1e-12])
@@ -24,21 +24,21 @@ def test_masks_are_independent_bernoulli_variables(keep):
     assert abs(kept.mean() - keep) < 5 * np.sqrt(keep * (1 - keep) / kept.numel())
     if keep < 0.99:
         standard = (kept - keep) / np.sqrt(keep * (1 - keep))
-        images, places = standard.shape
-        # Of images with each other, over 130,000 pairs; of neighbors in a row, a column and a channel.
-        between = (standard @ standard.T / places).fill_diagonal_(0)
-        assert between.abs().max() * np.sqrt(places) < 6.5
+        images, positions = standard.shape
+        # Correlations between images, over 130,000 pairs, and between neighbors along width, height and channels.
+        between = (standard @ standard.T / positions).fill_diagonal_(0)
+        assert between.abs().max() * np.sqrt(positions) < 6.5
         for lag in (1, 2, 8, 16, 256, 512):
-            assert abs((standard[:, lag:] * standard[:, :-lag]).mean()) * np.sqrt(images * places) < 5
+            assert abs((standard[:, lag:] * standard[:, :-lag]).mean()) * np.sqrt(images * positions) < 5
 
 
-def test_a_mask_depends_on_key_and_place_alone():
+def test_masks_depend_only_on_key_and_position():
     whole = masks([5, 6, 7])
     assert torch.equal(masks([6]), whole[1:2]) and not torch.equal(whole[0], whole[1])
     assert whole.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_layers_have_masks_of_their_own_and_gradients_are_masked_alike():
+def test_layers_have_different_masks_and_gradients_have_the_same_masks():
     network = nn.Sequential(Dropout(0.5), Dropout(0.5)).train()
     seed_dropout(network, torch.tensor([1, 2], dtype=torch.int32))
     x = torch.ones(2, 4, 8, 8, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The U-Net under the hooks of accelerate, diffusers and FSDP2, which see the inputs and outputs of its stages."""
+"""The U-Net with hooks of accelerate, diffusers and FSDP2, which replace the inputs and outputs of its stages."""
 
 import copy
 import subprocess
@@ -29,8 +29,8 @@ def align_stages(unet, folder):
 
 
 def dispatch(unet, folder):
-    places = {name: ("cpu", "disk")[i % 2] for i, (name, _) in enumerate(unet.named_children())}
-    dispatch_model(unet, places, main_device="cpu", offload_dir=folder, force_hooks=True)
+    devices = {name: ("cpu", "disk")[i % 2] for i, (name, _) in enumerate(unet.named_children())}
+    dispatch_model(unet, devices, main_device="cpu", offload_dir=folder, force_hooks=True)
 
 
 def offload_weights(unet, folder):
@@ -47,7 +47,7 @@ def offload_leaves(unet, folder):
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("hook", [align_stages, dispatch, offload_weights, offload_groups, offload_leaves])
-def test_hooked_networks_are_those_of_diffusers(hook, changes, tmp_path):
+def test_networks_with_hooks_equal_those_of_diffusers(hook, changes, tmp_path):
     options = {**TINY_UNET, **changes}
     stock, ours = diffusers.UNet2DModel(**options).eval(), UNet2DModel(**options).eval()
     ours.load_state_dict(stock.state_dict())
@@ -60,7 +60,7 @@ def test_hooked_networks_are_those_of_diffusers(hook, changes, tmp_path):
             torch.testing.assert_close(ours(x, t, labels).sample, expected, rtol=0, atol=2e-6)
 
 
-def test_stages_leave_their_inputs_alone(tiny_unet):
+def test_stages_do_not_change_their_inputs(tiny_unet):
     for stage, channels in ((tiny_unet.up_blocks[0], (16, 16, 8)), (tiny_unet.up_blocks[1], (16, 8, 8))):
         skips = tuple(torch.randn(1, width, 4, 4) for width in reversed(channels[1:]))
         before = copy.deepcopy(skips)
@@ -68,8 +68,8 @@ def test_stages_leave_their_inputs_alone(tiny_unet):
         assert len(skips) == len(before) and all(torch.equal(a, b) for a, b in zip(skips, before, strict=True))
 
 
-# Trains a network, sharded if there are two processes, and saves its weights from the first one. SGD: the size of a
-# gradient counts.
+# Train a network, sharded with two processes, and save its weights from the first one. With SGD, the weights depend on
+# the size of the gradients.
 TRAIN = """
 import os
 import sys
@@ -79,11 +79,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from hf_ddpm import UNet2DModel
 
-model, output, meeting, rank, world = sys.argv[1:]
+model, output, rendezvous, rank, world = sys.argv[1:]
 rank, world = int(rank), int(world)
 unet = UNet2DModel.from_pretrained(model).train()
 if world > 1:
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     for stage in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
         fully_shard(stage)
     fully_shard(unet)
@@ -91,8 +91,8 @@ if world > 1:
 optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
 for step in range(2):
     x, eps = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(step))
-    t, mine = torch.tensor([1, 10, 100, 900]), slice(rank * 4 // world, (rank + 1) * 4 // world)
-    (unet(x[mine], t[mine]).sample - eps[mine]).square().mean().backward()
+    t, part = torch.tensor([1, 10, 100, 900]), slice(rank * 4 // world, (rank + 1) * 4 // world)
+    (unet(x[part], t[part]).sample - eps[part]).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 weights = get_model_state_dict(unet, options=StateDictOptions(full_state_dict=True))
@@ -101,21 +101,21 @@ if rank == 0:
 if world > 1:
     dist.barrier()
     dist.destroy_process_group()
-os._exit(0)  # threads of gloo may still be there: destroying them ends the process with an error now and then
+os._exit(0)  # skip the destruction of gloo's threads, which sometimes fails
 """
 
 
 @pytest.mark.slow
-def test_two_steps_of_a_sharded_network_are_those_of_one_process(tmp_path):
+def test_training_a_sharded_network_equals_one_process(tmp_path):
     torch.manual_seed(0)
     unet = UNet2DModel(**{**TINY_UNET, "dropout": 0.0})
     unet.save_pretrained(tmp_path / "model")
 
     def train(output, world):
-        words = [str(tmp_path / name) for name in ("model", output, f"{output}.meeting")]
+        arguments = [str(tmp_path / name) for name in ("model", output, f"{output}.rendezvous")]
         processes = [
             subprocess.Popen(
-                [sys.executable, "-c", TRAIN, *words, str(rank), str(world)],
+                [sys.executable, "-c", TRAIN, *arguments, str(rank), str(world)],
                 cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True,
             )
             for rank in range(world)
@@ -125,16 +125,16 @@ def test_two_steps_of_a_sharded_network_are_those_of_one_process(tmp_path):
             assert process.returncode == 0, errors
         return torch.load(tmp_path / output)
 
-    alone, sharded, before = train("alone", 1), train("sharded", 2), unet.state_dict()
-    assert set(sharded) == set(alone)
-    for name, value in alone.items():
+    single, sharded, before = train("single", 1), train("sharded", 2), unet.state_dict()
+    assert set(sharded) == set(single)
+    for name, value in single.items():
         torch.testing.assert_close(sharded[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
         assert "to_k.bias" in name or (value - before[name]).abs().max() > 1e-5
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_first_pass_on_a_gpu_lays_out_kernels():
+def test_first_pass_on_a_gpu_lays_out_kernels():
     network = UNet2DModel(**TINY_UNET).cuda()
     with torch.inference_mode():
         network(torch.randn(2, 1, 8, 8, device="cuda"), 3)

@@ -17,15 +17,15 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Lets tiny networks be measured, on any machine."""
+    """Measures also tiny networks, on any machine."""
     monkeypatch.setattr(precision, "FEWEST_FLOPS", 0)
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
 
 
 def set_times(monkeypatch, *times):
-    """Sets the seconds of the passes in their order: float32, bf16, float32, ..."""
-    taken = cycle(times)
-    monkeypatch.setattr(precision, "_seconds", lambda work, device: next(taken))
+    """Sets the durations of the passes, in the order float32, bf16, float32, ..."""
+    durations = cycle(times)
+    monkeypatch.setattr(precision, "_seconds", lambda work, device: next(durations))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_bf16_is_chosen_if_it_is_clearly_faster(measured, monkeypatch, tiny_unet
     assert choose_precision(tiny_unet, SHAPE, batch=4) == choice
 
 
-def test_a_copy_in_half_precision_is_made_without_a_warning(monkeypatch, tiny_unet):
+def test_cast_copy_logs_no_warning(monkeypatch, tiny_unet):
     logged = []
     monkeypatch.setattr(modeling_utils.logger, "warning", logged.append)
     half = cast_copy(tiny_unet, "bf16")
@@ -50,14 +50,14 @@ def test_a_copy_in_half_precision_is_made_without_a_warning(monkeypatch, tiny_un
     assert {weight.dtype for weight in tiny_unet.parameters()} == {torch.float32}
 
 
-def test_neither_the_first_passes_nor_a_slow_one_count(measured, monkeypatch, tiny_unet):
-    # The first of each, then three of each, of which one is slow: the ratios are 2, 2 / 9 and 2.
+def test_warm_up_and_outliers_do_not_matter(measured, monkeypatch, tiny_unet):
+    # One warm-up pass each, then three passes each, one of them slow: the ratios are 2, 2 / 9 and 2.
     set_times(monkeypatch, 1, 9, 2, 1, 2, 9, 2, 1)
     assert choose_precision(tiny_unet, SHAPE, batch=4).line == "precision bf16: 2.0 times as fast as float32 here"
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_measurement_leaves_no_trace(measured, training):
+def test_measurement_changes_no_state(measured, training):
     torch.manual_seed(0)
     unet = UNet2DModel(**TINY_UNET, num_class_embeds=3).train(not training)
     unet.mid_block.train(training)
@@ -78,44 +78,44 @@ def test_a_measurement_leaves_no_trace(measured, training):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_both_precisions_are_measured_as_they_are_used(measured, monkeypatch, tiny_unet, training):
-    """In turn; with gradients and dropout in training, without either in sampling."""
-    seen = []
+    """Passes alternate, with gradients and dropout for training, without them for sampling."""
+    passes = []
 
-    def note(module, inputs, output):
-        seen.append((output.dtype, torch.is_grad_enabled(), module.training))
+    def record(module, inputs, output):
+        passes.append((output.dtype, torch.is_grad_enabled(), module.training))
 
-    tiny_unet.conv_in.register_forward_hook(note)
+    tiny_unet.conv_in.register_forward_hook(record)
     choose_precision(tiny_unet, SHAPE, batch=4, training=training)
-    assert seen[:4] == [(dtype, training, training) for dtype in (torch.float32, torch.bfloat16)] * 2
+    assert passes[:4] == [(dtype, training, training) for dtype in (torch.float32, torch.bfloat16)] * 2
 
 
 def fail(*args):
-    pytest.fail("is measured")
+    pytest.fail("measured")
 
 
-def test_what_cannot_pay_is_not_measured(monkeypatch, tiny_unet):
+def test_no_measurement_if_the_choice_is_clear(monkeypatch, tiny_unet):
     monkeypatch.setattr(precision, "measure_gain", fail)
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
-    small = "precision float32: the network is too small for bf16 to pay"
+    small = "precision float32: the network is too small for bf16 to be faster"
     assert choose_precision(tiny_unet, SHAPE, batch=4) == Choice("no", small)
     digits = UNet2DModel(**Config.of(preset="digits").unet())
     assert choose_precision(digits, SHAPE, batch=64, training=True) == Choice("no", small)
     half = UNet2DModel(**TINY_UNET).bfloat16()
-    assert choose_precision(half, SHAPE, 4) == Choice("no", "precision bfloat16: that of the weights")
+    assert choose_precision(half, SHAPE, 4) == Choice("no", "precision bfloat16: the precision of the weights")
     monkeypatch.setattr(precision, "has_bf16", lambda device: False)
     line = "precision float32: no native bf16 on this CPU device"
     assert choose_precision(tiny_unet, SHAPE, batch=4) == Choice("no", line)
 
 
-def test_bf16_is_taken_for_a_compiled_network_where_the_device_has_it(monkeypatch):
+def test_compiled_networks_use_bf16_if_the_device_supports_it(monkeypatch):
     monkeypatch.setattr(precision, "measure_gain", fail)
     digits = UNet2DModel(**Config.of(preset="digits").unet())
-    for has, batch, expected in ((True, 64, "bf16"), (True, 1, "no"), (False, 64, "no")):
-        monkeypatch.setattr(precision, "has_bf16", lambda device, found=has: found)
+    for supported, batch, expected in ((True, 64, "bf16"), (True, 1, "no"), (False, 64, "no")):
+        monkeypatch.setattr(precision, "has_bf16", lambda device, supported=supported: supported)
         assert choose_precision(digits, SHAPE, batch, compiled=True).precision == expected
 
 
-def test_the_presets_of_color_images_are_measured(monkeypatch):
+def test_presets_for_color_images_are_measured(monkeypatch):
     monkeypatch.setattr(precision, "measure_gain", lambda *args: 1.5)
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     for preset in ("small-32", "small-64"):
@@ -124,7 +124,7 @@ def test_the_presets_of_color_images_are_measured(monkeypatch):
         assert choose_precision(unet, (3, *config.data.size), batch=8).precision == "bf16"
 
 
-def test_bf16_is_taken_if_float32_does_not_fit(measured, monkeypatch, tiny_unet):
+def test_bf16_is_chosen_if_float32_does_not_fit_into_memory(measured, monkeypatch, tiny_unet):
     def out_of_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -132,40 +132,42 @@ def test_bf16_is_taken_if_float32_does_not_fit(measured, monkeypatch, tiny_unet)
     assert choose_precision(tiny_unet, SHAPE, batch=4).precision == "bf16"
 
 
-def test_devices_with_bf16_are_known(monkeypatch):
-    for capability, known in (((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert has_bf16(torch.device("cuda")) is known
-    for flags, known in (({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True, "avx512_bf16": False}, True)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=flags: found, raising=False)
-        assert has_bf16(CPU) is known
+def test_has_bf16_depends_on_the_device(monkeypatch):
+    for capability, expected in (((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert has_bf16(torch.device("cuda")) is expected
+    for flags, expected in (
+        ({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True, "avx512_bf16": False}, True)
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        assert has_bf16(CPU) is expected
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert has_bf16(CPU) and not has_bf16(torch.device("mps"))
 
 
-def test_a_pass_has_few_operations(monkeypatch, tiny_unet):
-    """As many images as fit into the operations, at most the batch; one of fewer pixels if an image is too large."""
-    each, _ = count_flops(tiny_unet, torch.zeros(1, *SHAPE), 0)
+def test_measured_passes_have_limited_operations(monkeypatch, tiny_unet):
+    """The batch is limited by the number of operations; if one image is too large, it is made smaller."""
+    per_image, _ = count_flops(tiny_unet, torch.zeros(1, *SHAPE), 0)
 
     def shape(most):
         monkeypatch.setattr(precision, "MEASURED_FLOPS", {"cpu": most})
         return tuple(precision._inputs(tiny_unet, SHAPE, batch=4)[0].shape)
 
-    assert shape(3.5 * each) == (3, *SHAPE) and shape(100 * each) == (4, *SHAPE)
-    # Halved, of sides that the network can halve once more: a quarter of the operations, or fewer with attention.
-    assert shape(0.9 * each) == (3, 1, 4, 4)
+    assert shape(3.5 * per_image) == (3, *SHAPE) and shape(100 * per_image) == (4, *SHAPE)
+    # Half the height and width: a quarter of the operations, or fewer with attention.
+    assert shape(0.9 * per_image) == (3, 1, 4, 4)
     assert shape(1) == (1, 1, 2, 2)
 
 
-def test_other_processes_take_what_the_main_process_finds(monkeypatch):
-    """The second of two processes."""
+def test_other_processes_get_the_value_of_the_main_process(monkeypatch):
+    """Runs as the second of two processes."""
 
     def broadcast(values, src):
         assert src == 0
         values[0] = Choice("bf16", "measured there")
 
-    assert on_main_process(lambda: 1) == 1  # alone
+    assert on_main_process(lambda: 1) == 1  # a single process
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)

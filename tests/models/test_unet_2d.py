@@ -44,7 +44,7 @@ VARIANTS = {
 
 
 def pair(**changes):
-    """Our network and that of diffusers, each constructed from seed 0."""
+    """Returns our network and that of diffusers, both constructed with seed 0."""
     networks = []
     for kind in (UNet2DModel, diffusers.UNet2DModel):
         torch.manual_seed(0)
@@ -53,12 +53,12 @@ def pair(**changes):
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_network_is_that_of_diffusers(changes):
+def test_network_equals_that_of_diffusers(changes):
     ours, theirs = pair(**changes)
-    mine, stock = ours.state_dict(), theirs.state_dict()
-    assert list(mine) == list(stock)
+    weights, expected = ours.state_dict(), theirs.state_dict()
+    assert list(weights) == list(expected)
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
-    assert all(torch.equal(mine[name], stock[name]) for name in mine)
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
     assert dict(ours.config) == dict(theirs.config)
 
     size = ours.config.sample_size
@@ -69,24 +69,26 @@ def test_network_is_that_of_diffusers(changes):
     with torch.no_grad():
         torch.testing.assert_close(ours(x, t, labels).sample, theirs(x, t, labels).sample, rtol=0, atol=2e-6)
         for t in (3, 3.0, torch.tensor(3), torch.tensor([3])):
-            (found,) = ours(x, t, labels, return_dict=False)
-            torch.testing.assert_close(found, theirs(x, t, labels).sample, rtol=0, atol=2e-6)
+            (output,) = ours(x, t, labels, return_dict=False)
+            torch.testing.assert_close(output, theirs(x, t, labels).sample, rtol=0, atol=2e-6)
 
 
-def test_gradients_are_those_of_diffusers():
+def test_gradients_equal_those_of_diffusers():
     ours, theirs = pair(dropout=0.0)
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 10, 100, 900])
     for network in (ours, theirs):
         network(x, t).sample.square().mean().backward()
-    for (name, mine), stock in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, stock.grad, rtol=1e-4, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+    for (name, actual), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(
+            actual.grad, expected.grad, rtol=1e-4, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
-def test_dropout_is_where_diffusers_has_it():
+def test_dropout_layers_are_those_of_diffusers():
     ours, theirs = pair(dropout=0.5)
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 10, 100, 900])
     ours.seed_dropout(torch.arange(4, dtype=torch.int32))
-    # Registered in the same order, so that a layer has the same number. Torch's own masks depend on the layout.
+    # Layers are registered in the same order. They get the same hashed masks, as torch's depend on the memory layout.
     names = [name for name, module in theirs.named_modules() if isinstance(module, torch.nn.Dropout) and module.p]
     layers = [module for module in ours.modules() if isinstance(module, Dropout)]
     for name, layer in zip(names, layers, strict=True):
@@ -95,15 +97,15 @@ def test_dropout_is_where_diffusers_has_it():
     torch.testing.assert_close(*outputs, rtol=0, atol=2e-6)
     assert (outputs[0] - ours.eval()(x, t).sample).abs().max() > 0.1
     ours.seed_dropout(None)
-    assert not torch.equal(ours.train()(x, t).sample, ours(x, t).sample)  # torch's own: new masks each time
+    assert not torch.equal(ours.train()(x, t).sample, ours(x, t).sample)  # torch's masks differ in every pass
 
 
-def test_kernels_and_feature_maps_lie_channels_innermost(tmp_path):
+def test_kernels_and_feature_maps_are_channels_last(tmp_path):
     network = UNet2DModel(**TINY_UNET)
     network.save_pretrained(tmp_path)
     layouts = []
     for loaded in (network, UNet2DModel.from_pretrained(tmp_path)):
-        assert all(parameter.is_contiguous() for parameter in loaded.parameters())  # as FSDP2 wants them
+        assert all(parameter.is_contiguous() for parameter in loaded.parameters())  # required by FSDP2
         loaded.lay_out_kernels()
         for module in loaded.modules():
             if isinstance(module, torch.nn.Conv2d) and module is not loaded.conv_in:
@@ -113,7 +115,7 @@ def test_kernels_and_feature_maps_lie_channels_innermost(tmp_path):
     assert all(y.is_contiguous(memory_format=torch.channels_last) for y in layouts) and len(layouts) > 20
 
 
-def test_the_paper_network_has_its_size_and_the_keys_of_diffusers():
+def test_network_of_the_paper_has_its_size_and_the_keys_of_diffusers():
     options = parse_config(["--preset", "cifar10"]).unet()
     with torch.device("meta"):
         ours, theirs = UNet2DModel(**options), diffusers.UNet2DModel(**options)
@@ -139,18 +141,18 @@ def changed_by_training(network, count):
     return {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
 
 
-def test_one_step_from_the_initialization_of_diffusers_changes_everything(tiny_unet):
+def test_first_step_changes_all_weights_initialized_as_in_diffusers(tiny_unet):
     assert changed_by_training(tiny_unet, 1) == set(tiny_unet.state_dict())
 
 
-def test_from_the_initialization_of_the_paper_it_takes_a_few_steps(tiny_unet):
-    # The last layer is zero, and so are the last ones of all branches: gradients work their way back through them.
+def test_a_few_steps_change_all_weights_initialized_as_in_the_paper(tiny_unet):
+    # The last layers of the network and of all branches are zero, so gradients reach earlier layers only step by step.
     initialize_like_paper(tiny_unet)
     assert changed_by_training(tiny_unet, 1) == {"conv_out.weight", "conv_out.bias"}
     assert changed_by_training(tiny_unet, 4) == set(tiny_unet.state_dict())
 
 
-def test_the_initialization_of_the_paper_starts_at_zero_and_keeps_variance():
+def test_initialization_of_the_paper_gives_zero_output_and_keeps_variance():
     network = UNet2DModel(**{**TINY_UNET, "block_out_channels": (32, 64)})
     initialize_like_paper(network)
     assert network(torch.randn(2, 1, 8, 8), 5).sample.abs().max() == 0
@@ -161,7 +163,7 @@ def test_the_initialization_of_the_paper_starts_at_zero_and_keeps_variance():
     assert network.mid_block.attentions[0].to_out[0].weight.abs().max() == 0
 
 
-def test_gradient_checkpointing_changes_no_gradient(tiny_unet):
+def test_gradient_checkpointing_does_not_change_gradients(tiny_unet):
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 500])
     gradients = []
     for enable in (False, True):
@@ -173,7 +175,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_unet):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_gradient_checkpointing_recomputes(tiny_unet, monkeypatch):
+def test_gradient_checkpointing_recomputes_residual_blocks(tiny_unet, monkeypatch):
     calls = []
     forward = type(tiny_unet.mid_block.resnets[0]).forward
     monkeypatch.setattr(
@@ -190,7 +192,7 @@ def test_gradient_checkpointing_recomputes(tiny_unet, monkeypatch):
         assert len(calls) == blocks * (2 if enable else 1)
 
 
-def test_other_architectures_are_refused_by_name():
+def test_unsupported_architectures_are_rejected():
     for name, value in {
         "down_block_types": ("SkipDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "SkipUpBlock2D"),
@@ -200,20 +202,21 @@ def test_other_architectures_are_refused_by_name():
         "resnet_time_scale_shift": "spatial",
         "downsample_padding": 2,
     }.items():
-        with pytest.raises(ValueError, match=rf"no {name}=.*pass unet=diffusers.UNet2DModel.from_pretrained"):
+        message = rf"{name}=.*: not supported .*; expected .*pass unet=diffusers.UNet2DModel.from_pretrained"
+        with pytest.raises(ValueError, match=message):
             UNet2DModel(**{**TINY_UNET, name: value})
-    with pytest.raises(ValueError, match="equally long"):
+    with pytest.raises(ValueError, match="expected the same number of entries, one per resolution"):
         UNet2DModel(**{**TINY_UNET, "block_out_channels": (4, 8, 8)})
-    with pytest.raises(ValueError, match="multiples of norm_num_groups=3"):
+    with pytest.raises(ValueError, match="expected multiples of norm_num_groups=3"):
         UNet2DModel(**{**TINY_UNET, "norm_num_groups": 3})
-    with pytest.raises(ValueError, match="attention_head_dim=32 is not allowed"):
+    with pytest.raises(ValueError, match="attention_head_dim=32: expected at most 16, the channels of that block"):
         UNet2DModel(**{**TINY_UNET, "attention_head_dim": 32})
 
 
-def test_wrong_inputs_are_refused(tiny_unet):
-    with pytest.raises(ValueError, match="7x8 cannot be halved 1 times: .* multiples of 2"):
+def test_invalid_inputs_are_rejected(tiny_unet):
+    with pytest.raises(ValueError, match="images of 7x8: expected height and width to be multiples of 2"):
         tiny_unet(torch.randn(1, 1, 7, 8), 3)
-    with pytest.raises(ValueError, match="takes no class_labels"):
+    with pytest.raises(ValueError, match="class_labels: expected None, since the U-Net is unconditional"):
         tiny_unet(torch.randn(1, 1, 8, 8), 3, torch.tensor([0]))
-    with pytest.raises(ValueError, match="needs class_labels"):
+    with pytest.raises(ValueError, match="class_labels are missing: the U-Net is class-conditional"):
         UNet2DModel(**TINY_UNET, num_class_embeds=3)(torch.randn(1, 1, 8, 8), 3)

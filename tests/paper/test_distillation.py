@@ -17,7 +17,7 @@ def distilled(model, tmp_path_factory):
     return hf_ddpm.distill(model, 5, tmp_path_factory.mktemp("figure") / "distilled", dataset="digits", **few)
 
 
-def test_distances_are_those_of_an_evaluation_and_columns_have_the_same_noise(context, distance, distilled):
+def test_distances_equal_those_of_an_evaluation(context, distance, distilled):
     options = DistillationOptions(num_images=8, distilled=str(distilled), shown=3, steps=[5, T])
     distillation(context, options)
     figures = json.loads((context.folder / "distillation.json").read_text())
@@ -28,8 +28,8 @@ def test_distances_are_those_of_an_evaluation_and_columns_have_the_same_noise(co
         "distilled": [5, 10],
     }
     for sampler in ("ddpm", "ddim"):
-        found = distance(8, Sampling(num_inference_steps=5, scheduler=sampler))["value"]
-        assert rows[f"teacher, {sampler}"][5] == pytest.approx(found, rel=1e-6)
+        expected = distance(8, Sampling(num_inference_steps=5, scheduler=sampler))["value"]
+        assert rows[f"teacher, {sampler}"][5] == pytest.approx(expected, rel=1e-6)
     student = hf_ddpm.DDPMPipeline.from_pretrained(distilled / "5-steps")
     context.pipe.unet, context.pipe.scheduler = student.unet, student.scheduler
     assert rows["distilled"][5] == pytest.approx(distance(8, Sampling(num_inference_steps=5))["value"], rel=1e-6)
@@ -37,19 +37,19 @@ def test_distances_are_those_of_an_evaluation_and_columns_have_the_same_noise(co
     assert figures["best_of_teacher"]["value"] == best
     assert figures["ratios"] == {str(n): value / best for n, value in rows["distilled"].items()}
     text = (context.folder / "distillation.md").read_text()
-    assert "distillation.png" in text and "distilled, it is at most 1.5 times that in" in text
+    assert "distillation.png" in text and "The distilled model reaches at most 1.5 times this distance with" in text
     assert np.asarray(Image.open(context.folder / "distillation-samples.png")).std() > 0
     assert (context.folder / "distillation.png").exists()
 
 
-def test_the_folder_must_hold_stages(context, tmp_path):
-    with pytest.raises(ValueError, match="distilled='nowhere' is not allowed: the folder of --output"):
+def test_distilled_must_be_a_folder_with_stages(context, tmp_path):
+    with pytest.raises(ValueError, match="--distilled nowhere: expected an output folder of hf-ddpm distill"):
         DistillationOptions(distilled="nowhere")
-    with pytest.raises(ValueError, match="distilled=.* is not allowed: expected the output of hf-ddpm distill"):
+    with pytest.raises(ValueError, match="--distilled .*: expected an output folder .* folders such as 8-steps"):
         distillation(context, DistillationOptions(distilled=str(tmp_path)))
 
 
-def test_the_steps_are_those_of_the_process(context, distilled):
-    for steps in ([0], [T + 1]):
-        with pytest.raises(ValueError, match=r"steps=\[\d+\] is not allowed"):
+def test_steps_out_of_range_are_rejected(context, distilled):
+    for steps, message in (([0], "--steps 0: expected at least 1"), ([T + 1], f"--steps {T + 1}: expected 1 to {T}")):
+        with pytest.raises(ValueError, match=message):
             distillation(context, DistillationOptions(distilled=str(distilled), steps=steps))

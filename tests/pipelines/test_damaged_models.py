@@ -1,4 +1,4 @@
-"""Damaged model folders: one line that names file, key and value."""
+"""Damaged model folders: errors of one line with file, key and value."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ def saved(tmp_path):
     return tmp_path
 
 
-def refusal(folder):
+def loading_error(folder):
     with pytest.raises(ValueError) as caught:
         load_pipeline(str(folder), "cpu")
     assert "\n" not in str(caught.value)
@@ -79,11 +79,11 @@ def refusal(folder):
         ("scheduler", "clip_sample_range", float("inf")),
     ],
 )
-def test_a_damaged_value_is_one_line_with_its_file_and_key(saved, file, key, value):
+def test_invalid_values_are_reported_with_file_and_key(saved, file, key, value):
     path = saved / CONFIGS[file]
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, key: value}))
-    line = refusal(saved)
+    line = loading_error(saved)
     assert line.startswith(f"{CONFIGS[file]}: ") and key in line
     path.write_text(json.dumps(config))
     load_pipeline(str(saved), "cpu")
@@ -91,60 +91,61 @@ def test_a_damaged_value_is_one_line_with_its_file_and_key(saved, file, key, val
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", "{", "3", '"x"', "\x00", "[" * 100_000])
 @pytest.mark.parametrize("file", CONFIGS)
-def test_a_configuration_that_is_none_is_one_line(saved, file, text):
+def test_files_without_a_configuration_are_reported_in_one_line(saved, file, text):
     (saved / CONFIGS[file]).write_text(text)
     if text == "{}" and file == "scheduler":
-        load_pipeline(str(saved), "cpu")  # all of its defaults
+        load_pipeline(str(saved), "cpu")  # valid: all options have their defaults
     else:
-        assert refusal(saved)
+        assert loading_error(saved)
 
 
-def test_weights_must_fit_the_network(saved):
+def test_weights_must_match_the_network(saved):
     weights = load_file(saved / WEIGHTS)
     few = {name: value for name, value in weights.items() if name != "conv_in.bias"}
     for tensors, line in (
-        (few, "it lacks 1 weights, conv_in.bias among them"),
-        ({**weights, "conv_on.bias": torch.zeros(8)}, "holds 1 weights that its network has no place for"),
-        ({**weights, "conv_in.bias": torch.full((8,), float("nan"))}, "1 weights that are not finite, conv_in.bias"),
-        ({**weights, "conv_in.bias": torch.tensor([0.0] * 7 + [float("inf")])}, "weights that are not finite"),
+        (few, "1 weights are missing, such as conv_in.bias"),
+        ({**weights, "conv_on.bias": torch.zeros(8)}, "1 weights do not belong to its network, such as conv_on.bias"),
+        ({**weights, "conv_in.bias": torch.full((8,), float("nan"))}, "1 weights are not finite, such as conv_in.bias"),
+        ({**weights, "conv_in.bias": torch.tensor([0.0] * 7 + [float("inf")])}, "weights are not finite"),
         ({**weights, "conv_in.bias": torch.zeros(9)}, "conv_in.bias"),
     ):
         save_file(tensors, saved / WEIGHTS)
-        assert line in refusal(saved)
+        assert line in loading_error(saved)
     save_file(weights, saved / WEIGHTS)
-    # Without its classes the network would be another one.
+    # Without class embeddings, the weights do not belong to the network.
     config = json.loads((saved / CONFIGS["unet"]).read_text())
     (saved / CONFIGS["unet"]).write_text(json.dumps({**config, "num_class_embeds": None}))
-    assert "class_embedding.weight" in refusal(saved)
+    assert "class_embedding.weight" in loading_error(saved)
 
 
-def test_names_of_classes_fit_the_network(saved):
+def test_class_names_must_match_the_network(saved):
     path = saved / CONFIGS["index"]
     path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": {"0": "a"}}))
-    assert "id2label names 1 classes, unet/config.json: num_class_embeds=3" in refusal(saved)
+    expected = "id2label in model_index.json has 1 classes, but unet/config.json has num_class_embeds=3"
+    assert expected in loading_error(saved)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 8, 100, 0.5, -1])
-def test_truncated_weights_are_one_line(saved, kept):
+def test_truncated_weights_are_reported_in_one_line(saved, kept):
     content = (saved / WEIGHTS).read_bytes()
     (saved / WEIGHTS).write_bytes(content[: int(len(content) * kept) if isinstance(kept, float) else kept])
-    assert refusal(saved)
+    assert loading_error(saved)
 
 
-def test_an_export_that_was_changed_is_said(saved, caplog):
+def test_changed_exports_are_reported(saved, caplog):
     pipe = load_pipeline(str(saved), "cpu")
     (saved / "export.json").write_text(json.dumps({"step": 4, "checksum": model_checksum(pipe)}))
     with caplog.at_level(logging.WARNING):
         load_pipeline(str(saved), "cpu")
         assert not caplog.records
         weights = load_file(saved / WEIGHTS)
-        weights["conv_in.bias"][0] += 1e-3  # as a flipped bit would
+        weights["conv_in.bias"][0] += 1e-3  # such as a flipped bit
         save_file(weights, saved / WEIGHTS)
         load_pipeline(str(saved), "cpu")
-    assert "differ from those that the run exported" in caplog.text
+    assert "weights or configuration have changed since the run exported them" in caplog.text
 
 
-def test_types_are_those_of_the_annotations():
+def test_types_are_compared_with_annotations():
     for value, hint, fits in (
         (1, int, True),
         (True, int, False),

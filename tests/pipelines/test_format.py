@@ -1,4 +1,4 @@
-"""Stock on disk, ours in memory: what diffusers writes we read, what we write diffusers reads."""
+"""File format: pipelines of diffusers load here, and pipelines saved here load in diffusers."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def stock_folder(tmp_path):
-    """A pipeline as diffusers saves it."""
+    """The folder of a pipeline saved by diffusers."""
     torch.manual_seed(0)
     pipe = diffusers.DDPMPipeline(diffusers.UNet2DModel(**TINY_UNET), diffusers.DDPMScheduler())
     pipe.save_pretrained(tmp_path / "stock")
@@ -39,24 +39,24 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_stock_pipelines_load_as_ours_and_save_as_stock(stock_folder, tmp_path):
+def test_pipelines_of_diffusers_load_and_save_to_the_same_files(stock_folder, tmp_path):
     pipe = DDPMPipeline.from_pretrained(stock_folder)
     assert is_ours(pipe)
     np.testing.assert_allclose(
         sample(pipe), sample(diffusers.DDPMPipeline.from_pretrained(stock_folder)), rtol=0, atol=1e-5
     )
-    # Save, load, save: the same bytes in every file, and no trace of the folders in between.
+    # Saving, loading and saving again gives identical files, without local paths.
     pipe.save_pretrained(tmp_path / "once")
     DDPMPipeline.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice")
     assert files(tmp_path / "once") == files(tmp_path / "twice") == files(stock_folder)
 
 
 @pytest.mark.slow
-def test_diffusers_loads_ours_where_hf_ddpm_is_not_installed(tiny_pipeline, tmp_path):
+def test_diffusers_loads_pipelines_without_hf_ddpm_installed(tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path)
     code = f"""
 import sys
-sys.modules["hf_ddpm"] = None  # import hf_ddpm now raises
+sys.modules["hf_ddpm"] = None  # make `import hf_ddpm` raise
 import diffusers, numpy, torch
 pipe = diffusers.DDPMPipeline.from_pretrained({str(tmp_path)!r})
 assert type(pipe.unet) is diffusers.UNet2DModel
@@ -68,31 +68,31 @@ numpy.save({str(tmp_path / "images.npy")!r}, images)
     np.testing.assert_allclose(np.load(tmp_path / "images.npy"), sample(tiny_pipeline), rtol=0, atol=1e-5)
 
 
-def test_a_stock_scheduler_stays_itself(tiny_pipeline, tmp_path):
+def test_schedulers_of_diffusers_are_saved_and_loaded(tiny_pipeline, tmp_path):
     tiny_pipeline.scheduler = diffusers.DDIMScheduler.from_config(tiny_pipeline.scheduler.config)
     tiny_pipeline.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
     assert type(DDPMPipeline.from_pretrained(tmp_path).scheduler) is diffusers.DDIMScheduler
 
 
-def test_a_subclass_is_not_passed_off_as_stock(tmp_path):
-    class Mine(UNet2DModel):
+def test_subclasses_are_saved_under_their_own_name(tmp_path):
+    class Custom(UNet2DModel):
         pass
 
-    DDPMPipeline(Mine(**TINY_UNET), DDPMScheduler()).save_pretrained(tmp_path)
+    DDPMPipeline(Custom(**TINY_UNET), DDPMScheduler()).save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["unet"][1] == "Mine" and index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    assert index["unet"][1] == "Custom" and index["scheduler"] == ["diffusers", "DDPMScheduler"]
 
 
-def test_a_compiled_network_is_saved_as_what_it_is(tiny_pipeline, tmp_path):
-    tiny_pipeline.unet = torch.compile(tiny_pipeline.unet)  # compiles at the first call, which there is none of
+def test_compiled_networks_are_saved_like_others(tiny_pipeline, tmp_path):
+    tiny_pipeline.unet = torch.compile(tiny_pipeline.unet)  # compiles only at its first call
     tiny_pipeline.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
     assert not any(name.startswith("_orig_mod") for name in load_file(tmp_path / WEIGHTS))
 
 
 def test_old_repositories_load(stock_folder):
-    # As google/ddpm-cifar10-32: no subfolders, pickled weights, the first names of the attention's layers.
+    # Like google/ddpm-cifar10-32: no subfolders, pickled weights, old names of the attention layers.
     state = load_file(stock_folder / WEIGHTS)
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {}
@@ -136,7 +136,7 @@ def test_dtypes_load_and_save(stock_folder, tmp_path, dtype):
     )
 
 
-def test_broken_safetensors_are_an_error_and_never_replaced_by_a_pickle(stock_folder):
+def test_damaged_safetensors_are_never_replaced_by_a_pickle(stock_folder):
     torch.save({"code": print}, stock_folder / "unet" / "diffusion_pytorch_model.bin")
     weights = stock_folder / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -144,7 +144,7 @@ def test_broken_safetensors_are_an_error_and_never_replaced_by_a_pickle(stock_fo
         DDPMPipeline.from_pretrained(stock_folder)
 
 
-def test_a_pickle_is_not_read_where_there_are_safetensors_of_another_name(stock_folder):
+def test_pickles_are_not_loaded_if_any_safetensors_exist(stock_folder):
     state = load_file(stock_folder / WEIGHTS)
     torch.save(state, stock_folder / "unet" / "diffusion_pytorch_model.bin")
     (stock_folder / WEIGHTS).rename(stock_folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
@@ -154,24 +154,24 @@ def test_a_pickle_is_not_read_where_there_are_safetensors_of_another_name(stock_
     assert is_ours(DDPMPipeline.from_pretrained(stock_folder, use_safetensors=False))
 
 
-def test_from_pipe_goes_both_ways(tiny_pipeline, stock_folder):
+def test_from_pipe_accepts_pipelines_of_diffusers(tiny_pipeline, stock_folder):
     ours = DDPMPipeline.from_pipe(diffusers.DDPMPipeline.from_pretrained(stock_folder))
     assert type(ours.unet) is diffusers.UNet2DModel
     assert sample(ours).shape == (2, 8, 8, 1)
 
 
-def test_a_network_of_diffusers_can_be_passed(stock_folder):
+def test_networks_of_diffusers_can_be_passed(stock_folder):
     unet = diffusers.UNet2DModel.from_pretrained(stock_folder, subfolder="unet")
     pipe = DDPMPipeline.from_pretrained(stock_folder, unet=unet)
     assert pipe.unet is unet and type(pipe.scheduler) is DDPMScheduler
 
 
-def test_components_load_alone(stock_folder):
+def test_components_load_separately(stock_folder):
     assert type(UNet2DModel.from_pretrained(stock_folder, subfolder="unet")) is UNet2DModel
     assert type(DDPMScheduler.from_pretrained(stock_folder, subfolder="scheduler")) is DDPMScheduler
 
 
-def test_a_learned_variance_is_nothing_that_diffusers_would_load_and_misread(tmp_path):
+def test_diffusers_refuses_to_load_learned_variances(tmp_path):
     unet = UNet2DModel(**{**TINY_UNET, "out_channels": 2})
     DDPMPipeline(unet, DDPMScheduler(variance_type="learned")).save_pretrained(tmp_path)
     assert is_ours(DDPMPipeline.from_pretrained(tmp_path))
@@ -180,7 +180,7 @@ def test_a_learned_variance_is_nothing_that_diffusers_would_load_and_misread(tmp
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler"])
-def test_a_learned_range_pipeline_loads_in_diffusers_and_swaps_schedulers(tmp_path, scheduler):
+def test_learned_range_loads_in_diffusers_and_supports_its_schedulers(tmp_path, scheduler):
     torch.manual_seed(0)
     unet = UNet2DModel(**{**TINY_UNET, "out_channels": 2})
     pipe = DDPMPipeline(unet, DDPMScheduler(variance_type="learned_range"))
@@ -191,16 +191,16 @@ def test_a_learned_range_pipeline_loads_in_diffusers_and_swaps_schedulers(tmp_pa
     assert np.isfinite(sample(pipe)).all()
 
 
-def test_a_pipeline_without_all_weights_is_one_line(stock_folder):
+def test_missing_weights_are_reported(stock_folder):
     state = load_file(stock_folder / WEIGHTS)
     del state["conv_in.bias"]
     save_file(state, stock_folder / WEIGHTS)
-    with pytest.raises(ValueError, match="cannot be loaded: it lacks 1 weights, conv_in.bias among them"):
+    with pytest.raises(ValueError, match="cannot be loaded: 1 weights are missing, such as conv_in.bias"):
         load_pipeline(str(stock_folder), "cpu")
 
 
 @pytest.mark.parametrize("is_loaded", [False, True])
-def test_pipelines_of_diffusers_take_over_our_components(tiny_pipeline, tmp_path, is_loaded):
+def test_from_pipe_of_diffusers_accepts_our_components(tiny_pipeline, tmp_path, is_loaded):
     pipe = tiny_pipeline
     if is_loaded:
         pipe.save_pretrained(tmp_path)
@@ -210,17 +210,17 @@ def test_pipelines_of_diffusers_take_over_our_components(tiny_pipeline, tmp_path
     np.testing.assert_allclose(sample(stock), sample(pipe), rtol=0, atol=1e-6)
     ddim = diffusers.DDIMPipeline.from_pipe(pipe)
     assert ddim.unet is pipe.unet and type(ddim.scheduler) is diffusers.DDIMScheduler
-    back = DDPMPipeline.from_pipe(stock)
-    assert is_ours(back) and np.array_equal(sample(back), sample(pipe))
+    converted = DDPMPipeline.from_pipe(stock)
+    assert is_ours(converted) and np.array_equal(sample(converted), sample(pipe))
 
 
-def test_class_names_survive_the_way_through_a_pipeline_of_diffusers():
+def test_from_pipe_of_diffusers_keeps_class_names():
     unet = UNet2DModel(**TINY_UNET, num_class_embeds=2)
     pipe = DDPMPipeline(unet, DDPMScheduler(), {"0": "cat", "1": "dog"})
     assert DDPMPipeline.from_pipe(diffusers.DDPMPipeline.from_pipe(pipe)).class_names == ["cat", "dog"]
 
 
-def test_only_the_type_itself_equals_that_of_diffusers():
+def test_unet_class_equals_only_that_of_diffusers():
     assert UNet2DModel == diffusers.UNet2DModel and UNet2DModel == UNet2DModel
     subclass = type("Other", (UNet2DModel,), {})
     assert UNet2DModel != diffusers.UNet2DConditionModel and subclass not in (UNet2DModel, diffusers.UNet2DModel)

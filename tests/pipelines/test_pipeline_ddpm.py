@@ -15,17 +15,17 @@ def seeded(seed=0):
 
 
 @pytest.mark.parametrize(("steps", "tolerance"), [(50, 1e-5), pytest.param(1000, 5e-5, marks=pytest.mark.slow)])
-def test_images_are_those_of_diffusers(tiny_pipeline, tmp_path, steps, tolerance):
-    # The float32 tables of diffusers are worth 2e-5 after 1000 steps of a network that has learned nothing, and so
-    # does not pull the two chains together.
+def test_images_equal_those_of_diffusers(tiny_pipeline, tmp_path, steps, tolerance):
+    # The float32 coefficients of diffusers cause an error of 2e-5 after 1000 steps of an untrained network, which does
+    # not correct errors.
     tiny_pipeline.save_pretrained(tmp_path)
     stock = diffusers.DDPMPipeline.from_pretrained(tmp_path)
     stock.set_progress_bar_config(disable=True)
-    mine, theirs = (p(2, seeded(), steps, output_type="np").images for p in (tiny_pipeline, stock))
-    np.testing.assert_allclose(mine, theirs, rtol=0, atol=tolerance)
+    actual, expected = (p(2, seeded(), steps, output_type="np").images for p in (tiny_pipeline, stock))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
-def test_output_types_are_one_picture(tiny_pipeline):
+def test_output_types_contain_the_same_image(tiny_pipeline):
     def sample(output_type):
         return tiny_pipeline(2, generator=seeded(), num_inference_steps=5, output_type=output_type).images
 
@@ -35,22 +35,22 @@ def test_output_types_are_one_picture(tiny_pipeline):
     np.testing.assert_array_equal(np.asarray(pil[1]), np.round(numpy[1, ..., 0] * 255))
     np.testing.assert_array_equal(numpy, torch_.permute(0, 2, 3, 1).numpy())
     assert 0 <= numpy.min() and numpy.max() <= 1
-    np.testing.assert_array_equal(sample("numpy"), numpy)  # a synonym, in diffusers
+    np.testing.assert_array_equal(sample("numpy"), numpy)  # the name in diffusers
     frames = tiny_pipeline.progressive(2, seeded(), 5, output_type="numpy")
     np.testing.assert_array_equal(frames.images[-1], numpy)
 
 
-def test_a_list_of_generators_makes_images_independent_of_the_batch(tiny_pipeline):
+def test_images_with_their_own_generators_do_not_depend_on_the_batch(tiny_pipeline):
     def sample(seeds):
         generators = [seeded(seed) for seed in seeds]
         return tiny_pipeline(len(seeds), generator=generators, num_inference_steps=5, output_type="pt").images
 
-    together, alone = sample([1, 2, 3]), sample([2])
-    torch.testing.assert_close(together[1], alone[0], rtol=0, atol=1e-5)
-    assert not torch.equal(together[0], together[1])
+    batch, single = sample([1, 2, 3]), sample([2])
+    torch.testing.assert_close(batch[1], single[0], rtol=0, atol=1e-5)
+    assert not torch.equal(batch[0], batch[1])
 
 
-def test_sampling_is_in_eval_mode_and_leaves_the_mode_alone(tiny_pipeline):
+def test_sampling_uses_eval_mode_and_restores_the_mode(tiny_pipeline):
     images = []
     for training in (False, True):
         tiny_pipeline.unet.train(training)
@@ -59,7 +59,7 @@ def test_sampling_is_in_eval_mode_and_leaves_the_mode_alone(tiny_pipeline):
     torch.testing.assert_close(*images, rtol=0, atol=0)
 
 
-def test_a_refused_call_leaves_the_mode_alone_too(tiny_pipeline):
+def test_rejected_call_restores_the_mode(tiny_pipeline):
     tiny_pipeline.unet.train()
     with pytest.raises(ValueError):
         tiny_pipeline(num_inference_steps=5000)
@@ -67,7 +67,7 @@ def test_a_refused_call_leaves_the_mode_alone_too(tiny_pipeline):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_networks_sample_and_give_arrays(tiny_pipeline, dtype):
+def test_low_precision_networks_return_float32_arrays(tiny_pipeline, dtype):
     full = tiny_pipeline(generator=seeded(), num_inference_steps=5, output_type="np").images
     half = tiny_pipeline.to(dtype)(generator=seeded(), num_inference_steps=5, output_type="np").images
     assert half.dtype == np.float32
@@ -75,7 +75,7 @@ def test_low_precision_networks_sample_and_give_arrays(tiny_pipeline, dtype):
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
-def test_channels_and_rectangles(channels, mode):
+def test_numbers_of_channels_and_rectangular_images(channels, mode):
     options = {**TINY_UNET, "sample_size": (8, 12), "in_channels": channels, "out_channels": channels}
     pipe = DDPMPipeline(UNet2DModel(**options), DDPMScheduler())
     pipe.set_progress_bar_config(disable=True)
@@ -83,7 +83,7 @@ def test_channels_and_rectangles(channels, mode):
     assert image.mode == mode and image.size == (12, 8)
 
 
-def test_classes_reach_the_network():
+def test_images_depend_on_the_classes():
     pipe = DDPMPipeline(UNet2DModel(**TINY_UNET, num_class_embeds=3), DDPMScheduler())
     pipe.set_progress_bar_config(disable=True)
 
@@ -97,11 +97,11 @@ def test_classes_reach_the_network():
     assert not torch.equal(different[0], different[1])
 
 
-def test_callback_sees_and_steers_the_chain(tiny_pipeline):
-    seen = []
+def test_callback_gets_tensors_and_may_replace_latents(tiny_pipeline):
+    calls = []
 
     def callback(pipe, i, t, tensors):
-        seen.append((i, int(t), tensors["pred_original_sample"].abs().max().item()))
+        calls.append((i, int(t), tensors["pred_original_sample"].abs().max().item()))
         return {"latents": torch.zeros_like(tensors["latents"])} if i == 3 else {}
 
     images = tiny_pipeline(
@@ -110,16 +110,16 @@ def test_callback_sees_and_steers_the_chain(tiny_pipeline):
         callback_on_step_end=callback,
         callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
     ).images
-    assert [(i, t) for i, t, _ in seen] == [(0, 999), (1, 749), (2, 499), (3, 249)]
-    assert all(largest <= 1 for _, _, largest in seen)  # x_0-hat is clipped
+    assert [(i, t) for i, t, _ in calls] == [(0, 999), (1, 749), (2, 499), (3, 249)]
+    assert all(largest <= 1 for _, _, largest in calls)  # x_0-hat is clipped
     assert bool((images == 0.5).all())
 
 
-def test_a_call_can_start_in_the_middle(tiny_pipeline):
-    seen = []
+def test_sampling_from_latents_may_start_at_any_timestep(tiny_pipeline):
+    calls = []
 
     def callback(pipe, i, t, tensors):
-        seen.append((int(t), sorted(tensors)))
+        calls.append((int(t), sorted(tensors)))
 
     tiny_pipeline(
         latents=torch.zeros(1, 1, 8, 8),
@@ -127,45 +127,45 @@ def test_a_call_can_start_in_the_middle(tiny_pipeline):
         callback_on_step_end=callback,
         callback_on_step_end_tensor_inputs=["model_output", "latents"],
     )
-    assert seen == [(t, ["latents", "model_output"]) for t in (300, 20, 0)]
-    with pytest.raises(ValueError, match="timesteps from 300: x_t is not noise there yet; pass latents"):
+    assert calls == [(t, ["latents", "model_output"]) for t in (300, 20, 0)]
+    with pytest.raises(ValueError, match="timesteps from 300: x_t is not yet noise there; pass latents"):
         tiny_pipeline(timesteps=[300, 20, 0])
 
 
 @pytest.mark.parametrize("total", [20, 50])
-def test_all_steps_are_taken_by_default(tiny_unet, total):
+def test_default_is_all_timesteps(tiny_unet, total):
     pipe = DDPMPipeline(tiny_unet, DDPMScheduler(num_train_timesteps=total))
     pipe.set_progress_bar_config(disable=True)
-    seen = []
-    pipe(callback_on_step_end=lambda pipe, i, t, tensors: seen.append(int(t)))
-    assert seen == list(range(total - 1, -1, -1))
-    assert pipe.progressive(1, frames=None).timesteps == seen
+    timesteps = []
+    pipe(callback_on_step_end=lambda pipe, i, t, tensors: timesteps.append(int(t)))
+    assert timesteps == list(range(total - 1, -1, -1))
+    assert pipe.progressive(1, frames=None).timesteps == timesteps
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    pipe(callback_on_step_end=lambda pipe, i, t, tensors: seen.append(int(t)))
-    assert len(seen) == 2 * total
+    pipe(callback_on_step_end=lambda pipe, i, t, tensors: timesteps.append(int(t)))
+    assert len(timesteps) == 2 * total
 
 
-def test_larger_images_start_later(tiny_unet):
-    # 20 leading steps start at 950, where alpha_bar is 1.06e-4: noise for 64 pixels, not for 65,536 that show one
-    # brightness. 50 start at 980, with hardly more signal than at the end.
-    seen = []
+def test_larger_images_start_at_larger_timesteps(tiny_unet):
+    # 20 leading steps start at 950, where alpha_bar is 1.06e-4: noise for 64 pixels, but not for 65,536, which show the
+    # brightness together. 50 steps start at 980, with hardly more signal than at the last timestep.
+    first = []
     pipe = DDPMPipeline(tiny_unet, DDPMScheduler())
     for size, count in [(8, 20), (256, 20), (256, 50)]:
         tiny_unet.register_to_config(sample_size=size)
         pipe._set_timesteps(count, None, from_noise=True)
-        seen.append(int(pipe.scheduler.timesteps[0]))
-    assert seen == [950, 999, 980]
+        first.append(int(pipe.scheduler.timesteps[0]))
+    assert first == [950, 999, 980]
 
 
-def test_a_process_that_does_not_end_in_noise_is_told(tiny_unet, monkeypatch):
-    told = []
-    monkeypatch.setattr(hf_ddpm.pipelines.pipeline_ddpm.logger, "warning", told.append)
+def test_process_that_does_not_end_in_noise_causes_a_warning(tiny_unet, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(hf_ddpm.pipelines.pipeline_ddpm.logger, "warning", warnings.append)
     for options in ({"num_train_timesteps": 50}, {"num_train_timesteps": 50, "beta_start": 2e-3, "beta_end": 0.4}):
         pipe = DDPMPipeline(tiny_unet, DDPMScheduler(**options))
         pipe.set_progress_bar_config(disable=True)
         pipe(num_inference_steps=2)
         pipe(num_inference_steps=2, latents=torch.zeros(1, 1, 8, 8))
-    assert len(told) == 1 and "x_T of this process keeps 60.3% of the variance" in told[0]
+    assert len(warnings) == 1 and "x_T of this process keeps 60.3% of the variance" in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -179,8 +179,8 @@ def test_a_process_that_does_not_end_in_noise_is_told(tiny_unet, monkeypatch):
         (lambda pipe: pipe.unet.conv_out.bias.data.fill_(3e38), "out of range"),
     ],
 )
-def test_values_that_are_not_finite_end_sampling(tiny_pipeline, spoil, reason):
-    # Clipped, infinite predictions would become black or white images.
+def test_values_that_are_not_finite_raise_an_error(tiny_pipeline, spoil, reason):
+    # Clipping would turn infinite predictions into black or white images.
     spoil(tiny_pipeline)
     hook = tiny_pipeline.unet.register_forward_hook(lambda module, inputs, output: (output.sample.mul_(2), output)[1])
     with pytest.raises(FloatingPointError, match=f"at step 0 of 3: .*{reason}"):
@@ -188,7 +188,7 @@ def test_values_that_are_not_finite_end_sampling(tiny_pipeline, spoil, reason):
     hook.remove()
 
 
-def test_the_step_at_which_values_are_not_finite_is_named(tiny_pipeline):
+def test_error_names_the_step_whose_values_are_not_finite(tiny_pipeline):
     def spoil(pipe, i, t, tensors):
         return {"latents": tensors["latents"] * float("inf")} if i == 1 else {}
 
@@ -196,34 +196,34 @@ def test_the_step_at_which_values_are_not_finite_is_named(tiny_pipeline):
         tiny_pipeline(num_inference_steps=4, callback_on_step_end=spoil)
 
 
-def test_stock_schedulers_in_wrong_settings_are_refused(tiny_pipeline):
+def test_schedulers_of_diffusers_with_wrong_settings_are_rejected(tiny_pipeline):
     config = tiny_pipeline.scheduler.config
     tiny_pipeline.scheduler = diffusers.DDIMScheduler.from_config(config, timestep_spacing="trailing")
     with pytest.raises(ValueError, match="use hf_ddpm.DDIMScheduler"):
         tiny_pipeline(num_inference_steps=334)
     tiny_pipeline.scheduler = diffusers.HeunDiscreteScheduler()  # with its default betas, 0.00085 to 0.012
-    with pytest.raises(ValueError, match="its betas are not those of the network; use HeunDiscreteScheduler.from_con"):
+    with pytest.raises(ValueError, match="its betas are not those .* create it by HeunDiscreteScheduler.from_config"):
         tiny_pipeline(num_inference_steps=20)
     tiny_pipeline.scheduler = DDIMScheduler.from_config(config)
     assert tiny_pipeline(num_inference_steps=7, output_type="pt").images.isfinite().all()
 
 
-def test_our_ddim_is_kept_with_the_pipeline(tiny_pipeline, tmp_path):
+def test_ddim_scheduler_is_saved_and_loaded(tiny_pipeline, tmp_path):
     tiny_pipeline.scheduler = DDIMScheduler.from_config(tiny_pipeline.scheduler.config)
     tiny_pipeline.save_pretrained(tmp_path)
     loaded = DDPMPipeline.from_pretrained(tmp_path)
     assert type(loaded.scheduler) is DDIMScheduler
-    with pytest.raises(Exception, match="HFDDIMScheduler"):  # it would sample otherwise
+    with pytest.raises(Exception, match="HFDDIMScheduler"):  # DDIM of diffusers would give other samples
         diffusers.DDPMPipeline.from_pretrained(tmp_path)
 
 
-def test_a_scheduler_without_custom_timesteps_says_so(tiny_pipeline):
+def test_schedulers_without_custom_timesteps_are_reported(tiny_pipeline):
     tiny_pipeline.scheduler = diffusers.DDIMScheduler.from_config(tiny_pipeline.scheduler.config)
-    with pytest.raises(ValueError, match="timesteps are not allowed with a DDIMScheduler"):
+    with pytest.raises(ValueError, match="timesteps: not supported by DDIMScheduler; use num_inference_steps instead"):
         tiny_pipeline(timesteps=[300, 0])
 
 
-def test_eta_takes_ddim_from_no_noise_to_that_of_ddpm(tiny_pipeline):
+def test_eta_is_passed_to_ddim(tiny_pipeline):
     tiny_pipeline.scheduler = diffusers.DDIMScheduler.from_config(tiny_pipeline.scheduler.config)
     x_T = torch.randn(2, 1, 8, 8, generator=seeded())
     images = [
@@ -233,63 +233,64 @@ def test_eta_takes_ddim_from_no_noise_to_that_of_ddpm(tiny_pipeline):
     torch.testing.assert_close(images[0], images[1])
     assert not torch.equal(images[2], images[3])
     assert not torch.allclose(images[0], images[2], atol=0.01)
-    # That much noise, and that of Algorithm 2 for eta = 1, not only some: as diffusers' own loop has it.
+    # The amount of noise is that of the DDIM pipeline of diffusers.
     stock = diffusers.DDIMPipeline(tiny_pipeline.unet, tiny_pipeline.scheduler)
     stock.set_progress_bar_config(disable=True)
     for eta in (0.0, 0.5, 1.0):
-        theirs = stock(2, seeded(7), eta, 10, use_clipped_model_output=False, output_type="np").images
-        mine = tiny_pipeline(2, seeded(7), 10, output_type="np", eta=eta).images
-        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
+        expected = stock(2, seeded(7), eta, 10, use_clipped_model_output=False, output_type="np").images
+        actual = tiny_pipeline(2, seeded(7), 10, output_type="np", eta=eta).images
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
-def test_latents_are_the_start_of_the_chain(tiny_pipeline):
+def test_sampling_starts_from_the_given_latents(tiny_pipeline):
     x_T = torch.randn(2, 1, 8, 8, generator=seeded(5))
     sample = [tiny_pipeline(2, seeded(), 4, output_type="pt", latents=x_T).images for _ in range(2)]
     torch.testing.assert_close(*sample, rtol=0, atol=0)
     assert not torch.equal(sample[0], tiny_pipeline(2, seeded(), 4, output_type="pt", latents=-x_T).images)
 
 
-class KnowsGaussian(UNet2DModel):
-    """The best network for images N(m, s^2 I), which says E[epsilon | x_t]."""
+class GaussianUNet(UNet2DModel):
+    """The optimal network for images from N(m, s^2 I), which returns E[epsilon | x_t]."""
 
     MEAN, STD = 0.2, 0.25
 
     def forward(self, sample, timestep, class_labels=None, return_dict=True):
         bars = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-        # Euler's times lie between the steps of the network.
+        # Euler evaluates the network at fractional timesteps.
         bar = float(np.exp(np.interp(float(timestep), range(1000), bars.log().numpy())))
         spread = bar * self.STD**2 + 1 - bar
         return UNet2DOutput((1 - bar) ** 0.5 * (sample - bar**0.5 * self.MEAN) / spread)
 
 
 def sampled(scheduler, steps=50):
-    """Returns the latents that a pipeline ends in, not clipped."""
-    pipe, seen = DDPMPipeline(KnowsGaussian(**{**TINY_UNET, "sample_size": 32}), scheduler), []
+    """Returns the samples of a pipeline, not clipped."""
+    pipe, latents = DDPMPipeline(GaussianUNet(**{**TINY_UNET, "sample_size": 32}), scheduler), []
     pipe.set_progress_bar_config(disable=True)
-    pipe(8, seeded(), steps, callback_on_step_end=lambda pipe, i, t, tensors: seen.append(tensors["latents"]))
-    return seen[-1].double()
+    pipe(8, seeded(), steps, callback_on_step_end=lambda pipe, i, t, tensors: latents.append(tensors["latents"]))
+    return latents[-1].double()
 
 
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
         *(("DPMSolverMultistep", 50), ("UniPCMultistep", 50), ("PNDM", 50)),
-        *(("DDIM", 200), ("EulerDiscrete", 200), ("EulerAncestralDiscrete", 200), ("DDPM", 200)),  # of first order
+        *(("DDIM", 200), ("EulerDiscrete", 200), ("EulerAncestralDiscrete", 200), ("DDPM", 200)),  # first order
     ],
 )
-def test_schedulers_of_diffusers_sample_the_data_of_an_ideal_network(name, steps):
-    # Of 8192 pixels the mean is known to 0.003, the deviation to 0.8%; with so few steps it is short by some percents.
+def test_schedulers_of_diffusers_sample_the_data_of_an_optimal_network(name, steps):
+    # For 8192 pixels the standard error of the mean is 0.003, that of the standard deviation 0.8%. With so few steps
+    # the standard deviation is a few percent too small.
     config = DDPMScheduler(clip_sample=False).config
     images = sampled(getattr(diffusers, f"{name}Scheduler").from_config(config), steps)
-    assert images.mean().item() == pytest.approx(KnowsGaussian.MEAN, abs=0.02)
-    assert images.std().item() == pytest.approx(KnowsGaussian.STD, rel=0.06)
+    assert images.mean().item() == pytest.approx(GaussianUNet.MEAN, abs=0.02)
+    assert images.std().item() == pytest.approx(GaussianUNet.STD, rel=0.06)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-def test_schedulers_that_scale_get_scaled_noise(spacing):
-    # Euler integrates dx/dsigma = eps, x = x_t / sqrt(alpha_bar), from the noise of deviation sigma_max or so, 157
-    # here; the network is shown x / sqrt(sigma^2 + 1). By hand, for the ideal network: eps = sigma (x - m) / (sigma^2 +
-    # s^2), so that each step multiplies x - m by a number.
+def test_initial_noise_is_scaled_for_schedulers_that_need_it(spacing):
+    # Euler integrates dx/dsigma = eps for x = x_t / sqrt(alpha_bar), starting from noise with a standard deviation of
+    # about sigma_max, here 157; the network gets x / sqrt(sigma^2 + 1). For the optimal network, eps = sigma (x - m) /
+    # (sigma^2 + s^2), so each step multiplies x - m by a factor.
     scheduler = diffusers.EulerDiscreteScheduler.from_config(DDPMScheduler().config, timestep_spacing=spacing)
     images = sampled(scheduler)
     bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -300,50 +301,50 @@ def test_schedulers_that_scale_get_scaled_noise(spacing):
     }[spacing]
     sigmas = np.append(np.interp(times, range(1000), np.sqrt((1 - bars) / bars)), 0)
     start = sigmas[0] if spacing != "leading" else np.hypot(sigmas[0], 1)
-    x = torch.randn(8, 1, 32, 32, generator=seeded()).double() * start - KnowsGaussian.MEAN
+    x = torch.randn(8, 1, 32, 32, generator=seeded()).double() * start - GaussianUNet.MEAN
     for i, sigma in enumerate(sigmas[:-1]):
-        x = x * (1 + (sigmas[i + 1] - sigma) * sigma / (sigma**2 + KnowsGaussian.STD**2))
-    torch.testing.assert_close(images, x + KnowsGaussian.MEAN, rtol=0, atol=0.01)
+        x = x * (1 + (sigmas[i + 1] - sigma) * sigma / (sigma**2 + GaussianUNet.STD**2))
+    torch.testing.assert_close(images, x + GaussianUNet.MEAN, rtol=0, atol=0.01)
 
 
-def test_wrong_arguments_are_refused(tiny_pipeline):
+def test_invalid_arguments_are_rejected(tiny_pipeline):
     for arguments, message in [
         ({"batch_size": 0}, "batch_size=0: expected at least 1"),
-        ({"output_type": "jpg"}, "output_type='jpg' is not allowed: one of pil, np, pt, numpy"),
-        ({"generator": [seeded()], "batch_size": 2}, "1 generators for batch_size=2"),
-        ({"latents": torch.zeros(1, 1, 4, 4)}, r"latents of shape \(1, 1, 4, 4\)"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "'noise' is not allowed: any of latents"),
-        ({"num_inference_steps": 1001}, "num_inference_steps=1001 is not allowed: 1 to 1000"),
+        ({"output_type": "jpg"}, "output_type='jpg': expected one of pil, np, pt, numpy"),
+        ({"generator": [seeded()], "batch_size": 2}, "generator of 1 generators: expected .* list of 2, one per image"),
+        ({"latents": torch.zeros(1, 1, 4, 4)}, r"latents of shape \(1, 1, 4, 4\): expected shape \(1, 1, 8, 8\)"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "unknown tensor 'noise'; expected latents"),
+        ({"num_inference_steps": 1001}, "num_inference_steps=1001: expected 1 to 1000"),
     ]:
         with pytest.raises(ValueError, match=message):
             tiny_pipeline(**arguments)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_guidance_goes_beyond_the_condition(scale):
-    # A network that says c / 100 for class c and 0.5 for none, of which 11 stands for none.
-    class Says(UNet2DModel):
+def test_guidance_extrapolates_the_conditional_prediction(scale):
+    # The network predicts c / 100 for class c, and 0.5 for "no class", which is index 11.
+    class ConstantUNet(UNet2DModel):
         def forward(self, sample, timestep, class_labels=None, return_dict=True):
-            said = torch.where(class_labels == 11, 0.5, class_labels / 100).view(-1, 1, 1, 1).expand_as(sample)
-            return UNet2DOutput(torch.cat([said, said], dim=1))
+            output = torch.where(class_labels == 11, 0.5, class_labels / 100).view(-1, 1, 1, 1).expand_as(sample)
+            return UNet2DOutput(torch.cat([output, output], dim=1))
 
-    names = {str(number): f"class {number}" for number in range(11)}
-    unet = Says(**{**TINY_UNET, "out_channels": 2, "num_class_embeds": 12})
+    names = {str(index): f"class {index}" for index in range(11)}
+    unet = ConstantUNet(**{**TINY_UNET, "out_channels": 2, "num_class_embeds": 12})
     pipe = DDPMPipeline(unet, DDPMScheduler(variance_type="learned_range"), names)
-    seen = []
+    outputs = []
     pipe(
         3, seeded(), 2, output_type="pt", class_labels=["class 2", 7, "class 10"], guidance_scale=scale,
-        callback_on_step_end=lambda pipe, i, t, tensors: seen.append(tensors["model_output"]),
+        callback_on_step_end=lambda pipe, i, t, tensors: outputs.append(tensors["model_output"]),
         callback_on_step_end_tensor_inputs=["model_output"],
     )  # fmt: skip
     conditional = torch.tensor([0.02, 0.07, 0.1])
-    torch.testing.assert_close(seen[0][:, 0, 0, 0], 0.5 + scale * (conditional - 0.5))
-    torch.testing.assert_close(seen[0][:, 1, 0, 0], conditional)  # the variance is not guided
+    torch.testing.assert_close(outputs[0][:, 0, 0, 0], 0.5 + scale * (conditional - 0.5))
+    torch.testing.assert_close(outputs[0][:, 1, 0, 0], conditional)  # no guidance for the variance
     images = pipe(3, seeded(), 2, output_type="pt").images  # no class
     assert torch.equal(images, pipe(3, seeded(), 2, output_type="pt", class_labels=[11] * 3).images)
 
 
-def test_a_compiled_network_is_one_graph_for_all_steps(tiny_pipeline):
+def test_compiled_network_is_a_single_graph_for_all_steps(tiny_pipeline):
     graphs = []
 
     def compiler(graph, inputs):

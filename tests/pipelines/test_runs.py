@@ -13,7 +13,7 @@ from hf_ddpm.utils.runs import sha256
 
 @pytest.fixture(scope="module")
 def run(run_training, tmp_path_factory):
-    """The folder of a run with checkpoints of steps 2 and 4 and the export of step 4; not to be written to."""
+    """The folder of a run with checkpoints of steps 2 and 4 and the export of step 4; do not write to it."""
     folder = tmp_path_factory.mktemp("run")
     run_training(folder, "--max_train_steps", "4", "--checkpointing_steps", "2", "--ema_decay", "0.995", "0.5")
     return folder
@@ -31,7 +31,7 @@ def without_export(folder):
 
 
 def alter(checkpoint, **entries):
-    """Changes entries of a checkpoint's state, removes those of None, and makes the manifest agree."""
+    """Changes entries of a checkpoint's state, removes those that are None, and updates the manifest."""
     path, manifest = checkpoint / "state.json", json.loads((checkpoint / "manifest.json").read_text())
     state = {name: value for name, value in (json.loads(path.read_text()) | entries).items() if value is not None}
     path.write_text(json.dumps(state))
@@ -44,45 +44,45 @@ def assert_is(pipe, checkpoint, average="ema-0.995"):
     assert weights.keys() == stored.keys() and all(torch.equal(weights[name], stored[name]) for name in stored)
 
 
-def test_a_checkpoint_is_the_model_that_is_exported_of_it(run):
-    of_checkpoint = load_pipeline(str(run / "checkpoints" / "step-000000004"), "cpu")
-    assert model_checksum(of_checkpoint) == model_checksum(load_pipeline(str(run), "cpu"))
+def test_checkpoint_loads_as_the_exported_model(run):
+    pipe = load_pipeline(str(run / "checkpoints" / "step-000000004"), "cpu")
+    assert model_checksum(pipe) == model_checksum(load_pipeline(str(run), "cpu"))
     assert_is(load_pipeline(str(run / "checkpoints" / "step-000000002"), "cpu"), run / "checkpoints/step-000000002")
 
 
-def test_a_run_without_an_export_is_its_newest_sound_checkpoint(copied):
+def test_run_without_an_export_loads_its_newest_intact_checkpoint(copied):
     without_export(copied)
     assert_is(DDPMPipeline.from_pretrained(copied), copied / "checkpoints" / "step-000000004")
     damaged = copied / "checkpoints" / "step-000000004" / "optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     assert_is(DDPMPipeline.from_pretrained(copied), copied / "checkpoints" / "step-000000002")
     shutil.rmtree(copied / "checkpoints" / "step-000000002")
-    with pytest.raises(ValueError, match=r"model .* cannot be loaded: no checkpoint in .*checkpoints is sound"):
+    with pytest.raises(ValueError, match=r"model .* cannot be loaded: .*checkpoints: all checkpoints are damaged"):
         load_pipeline(str(copied), "cpu")
 
 
-def test_a_later_checkpoint_counts_more_than_the_export(copied, monkeypatch):
+def test_later_checkpoint_is_preferred_to_the_export(copied, monkeypatch):
     shutil.rmtree(copied / "checkpoints" / "step-000000004")
-    assert DDPMPipeline.from_pretrained(copied).name_or_path == copied  # of step 4, beside a checkpoint of step 2
+    assert DDPMPipeline.from_pretrained(copied).name_or_path == copied  # the export of step 4; the checkpoint is older
     record = json.loads((copied / "export.json").read_text())
     (copied / "export.json").write_text(json.dumps({**record, "step": 1}))
     lines = []
     monkeypatch.setattr("hf_ddpm.pipelines.pipeline_ddpm.logger.warning", lines.append)
     assert_is(load_pipeline(str(copied), "cpu"), copied / "checkpoints" / "step-000000002")
-    assert lines == [f"{copied}: the model of checkpoint step 2, later than the export of step 1"]
+    assert lines == [f"{copied}: loading the checkpoint of step 2, newer than the export of step 1"]
 
 
-def test_the_arguments_of_diffusers_count(run):
+def test_from_pretrained_passes_arguments_to_diffusers(run):
     checkpoint = run / "checkpoints" / "step-000000004"
     pipe = DDPMPipeline.from_pretrained(checkpoint, torch_dtype=torch.bfloat16)
     assert pipe.unet.dtype == torch.bfloat16 and pipe.name_or_path == str(checkpoint)
 
 
-def test_a_checkpoint_of_an_older_version_is_built_from_its_options(copied):
+def test_checkpoints_of_older_versions_are_built_from_their_options(copied):
     checkpoint = copied / "checkpoints" / "step-000000004"
-    whole = model_checksum(DDPMPipeline.from_pretrained(checkpoint))
+    expected = model_checksum(DDPMPipeline.from_pretrained(checkpoint))
     alter(checkpoint, unet=None, scheduler=None)
-    assert model_checksum(DDPMPipeline.from_pretrained(checkpoint)) == whole
+    assert model_checksum(DDPMPipeline.from_pretrained(checkpoint)) == expected
     alter(checkpoint, config={**json.loads((checkpoint / "state.json").read_text())["config"], "init_from": "org/x"})
-    with pytest.raises(ValueError, match="step-000000004 is of an older version, which did not store the network of"):
+    with pytest.raises(ValueError, match="step-000000004: written by an older version .*; resume the run"):
         DDPMPipeline.from_pretrained(checkpoint)

@@ -1,4 +1,4 @@
-"""DDIM against its recursion, written out in float64."""
+"""DDIM compared with its recursion in float64."""
 
 import numpy as np
 import pytest
@@ -19,12 +19,12 @@ def walk(scheduler, x, network, **options):
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("count", [7, 10, 20, 150, 334, 501, 600, T])
 def test_steps_lead_from_each_timestep_to_the_next(spacing, count):
-    # Song et al. Eq. 12 on the timesteps that the network is shown; data N(0, 1/4) and the best network for them.
+    # Song et al. 2021, Eq. 12, at the timesteps of the network; data N(0, 1/4) and the optimal network for them.
     scheduler = DDIMScheduler(timestep_spacing=spacing, clip_sample=False)
     scheduler.set_timesteps(count)
     steps = scheduler.timesteps.tolist()
 
-    def gain(t):  # of the predicted noise
+    def gain(t):  # predicted noise / x_t
         return (1 - ALPHA_BARS[t]) ** 0.5 / (ALPHA_BARS[t] / 4 + 1 - ALPHA_BARS[t])
 
     expected = 1.0
@@ -32,8 +32,8 @@ def test_steps_lead_from_each_timestep_to_the_next(spacing, count):
         a, b = ALPHA_BARS[t], ALPHA_BARS[after] if after >= 0 else 1.0
         eps = gain(t) * expected
         expected = b**0.5 * (expected - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - b) ** 0.5 * eps
-    found = walk(scheduler, torch.ones(1, 1, 1, 1, dtype=torch.float64), lambda x, t: gain(int(t)) * x)
-    assert found.item() == pytest.approx(expected, rel=1e-9)
+    x_0 = walk(scheduler, torch.ones(1, 1, 1, 1, dtype=torch.float64), lambda x, t: gain(int(t)) * x)
+    assert x_0.item() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("count", [7, 50, 334, T])
@@ -42,17 +42,17 @@ def test_steps_lead_from_each_timestep_to_the_next(spacing, count):
 def test_eta_1_is_ddpm(count, clip_sample, kind):
     options = {"timestep_spacing": "trailing", "clip_sample": clip_sample, "prediction_type": kind}
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = []
+    samples = []
     for scheduler, eta in [(DDPMScheduler(**options), {}), (DDIMScheduler(**options), {"eta": 1.0})]:
         scheduler.set_timesteps(count)
         generator = torch.Generator().manual_seed(1)
-        found.append(walk(scheduler, x, lambda x, t: torch.tanh(x) * 1.1, generator=generator, **eta))
-    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-7)
+        samples.append(walk(scheduler, x, lambda x, t: torch.tanh(x) * 1.1, generator=generator, **eta))
+    torch.testing.assert_close(*samples, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_marginals_are_those_of_the_process_for_every_eta(eta):
-    # From x_t of an image, a step with the right noise must give x_after of that image (Song et al. 2021, Lemma 1).
+    # A step with the true noise must lead from x_t to x_after of the same image (Song et al. 2021, Lemma 1).
     scheduler = DDIMScheduler(timestep_spacing="trailing")
     scheduler.set_timesteps(20)
     steps = scheduler.timesteps.tolist()
@@ -62,14 +62,14 @@ def test_marginals_are_those_of_the_process_for_every_eta(eta):
         noise = torch.randn(x_start.shape, generator=generator, dtype=torch.float64)
         a, b = ALPHA_BARS[t], ALPHA_BARS[after]
         x_t = a**0.5 * x_start + (1 - a) ** 0.5 * noise
-        found = scheduler.step(noise, t, x_t, eta=eta, generator=generator).prev_sample
-        assert found.mean().item() == pytest.approx(b**0.5 * 0.5, abs=0.015)
-        assert found.std().item() == pytest.approx((1 - b) ** 0.5, rel=0.01)
+        x_after = scheduler.step(noise, t, x_t, eta=eta, generator=generator).prev_sample
+        assert x_after.mean().item() == pytest.approx(b**0.5 * 0.5, abs=0.015)
+        assert x_after.std().item() == pytest.approx((1 - b) ** 0.5, rel=0.01)
 
 
-def test_the_noise_belongs_to_the_clipped_image():
-    # A network that says: no noise at all, of an x_t beyond the range of images. The clipped image and the noise that
-    # leads from it to x_t make up the next sample; diffusers adds no noise to a clipped image here.
+def test_noise_is_computed_from_the_clipped_image():
+    # The network predicts zero noise for an x_t out of the range of images. The next sample must combine the clipped
+    # image and the noise that leads from it to x_t; diffusers would use the predicted noise, zero.
     scheduler = DDIMScheduler(timestep_spacing="trailing")
     scheduler.set_timesteps(10)
     t, after = scheduler.timesteps[:2].tolist()
@@ -82,7 +82,7 @@ def test_the_noise_belongs_to_the_clipped_image():
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
-def test_eta_beyond_its_range_is_refused(eta):
+def test_eta_out_of_range_is_rejected(eta):
     x = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match="eta="):
         DDIMScheduler().step(x, 500, x, eta=eta)

@@ -23,10 +23,10 @@ def step(scheduler, t, x_t, prediction):
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-@pytest.mark.parametrize("count", [T, 50, 16, 7])  # 1000 / 16 is a tie in rounding
-def test_steps_are_those_of_diffusers(variance_type, spacing, count):
-    # diffusers computes its coefficients in float32, and the tolerances are its errors: up to 1.3e-4 at t = 2 and
-    # 3.2e-6 from t = 50 on, for |x| up to 3. Ours is 3.8e-7 at most: test_steps_are_those_of_theory.
+@pytest.mark.parametrize("count", [T, 50, 16, 7])  # 1000 / 16 ends in .5 and is rounded
+def test_steps_equal_those_of_diffusers(variance_type, spacing, count):
+    # The tolerances are the errors of diffusers, which computes coefficients in float32: up to 1.3e-4 at t = 2 and
+    # 3.2e-6 from t = 50 on, for |x| up to 3. Errors here are at most 3.8e-7: test_steps_equal_theory.
     ours, theirs = both(variance_type=variance_type, timestep_spacing=spacing)
     ours.set_timesteps(count)
     theirs.set_timesteps(count)
@@ -35,16 +35,16 @@ def test_steps_are_those_of_diffusers(variance_type, spacing, count):
     for t in ours.timesteps:
         x_t = ours.add_noise(x_start, noise, t.view(1))
         if t == ours.timesteps[-1] and t > 0 and variance_type == "fixed_large":
-            continue  # here diffusers leaves noise in the image: test_the_last_step_adds_no_noise
-        mine, stock = step(ours, t, x_t, noise), step(theirs, t, x_t, noise)
-        torch.testing.assert_close(mine, stock, rtol=0, atol=1.3e-4 if t < 50 else 4e-6)
+            continue  # here diffusers leaves noise in the image: test_last_step_adds_no_noise
+        actual, expected = step(ours, t, x_t, noise), step(theirs, t, x_t, noise)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1.3e-4 if t < 50 else 4e-6)
         assert ours.previous_timestep(t) == theirs.previous_timestep(t)
 
 
 @pytest.mark.parametrize("count", [T, 50])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "mean", "v_prediction"])
-def test_steps_are_those_of_theory(prediction_type, count):
-    # Algorithm 2 with beta' = 1 - alpha_bar / alpha_bar', derived here in float64, noise included.
+def test_steps_equal_theory(prediction_type, count):
+    # Algorithm 2 with beta' = 1 - alpha_bar / alpha_bar', in float64 and with noise.
     scheduler = DDPMScheduler(variance_type="fixed_large", prediction_type=prediction_type, clip_sample=False)
     scheduler.set_timesteps(count)
     alpha_bars = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0).tolist()
@@ -59,7 +59,7 @@ def test_steps_are_those_of_theory(prediction_type, count):
             z = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
             expected = expected + beta**0.5 * z
         v = a**0.5 * eps - (1 - a) ** 0.5 * x_start
-        # A network that predicts means was trained on single steps, however long the steps of the chain are.
+        # Networks that predict means are trained for single steps, also if sampling takes longer steps.
         a_next = alpha_bars[t - 1] if t > 0 else 1.0
         beta_t = 1 - a / a_next
         mean = a_next**0.5 * beta_t / (1 - a) * x_start + (1 - beta_t) ** 0.5 * (1 - a_next) / (1 - a) * x_t
@@ -68,8 +68,8 @@ def test_steps_are_those_of_theory(prediction_type, count):
         torch.testing.assert_close(step(scheduler, t, x_t, prediction), expected, rtol=0, atol=1e-11)
 
 
-def test_float32_steps_are_within_rounding_of_float64_ones():
-    # As the only step of a chain, so without noise: both precisions see the same inputs, and x_0-hat comes out.
+def test_float32_steps_equal_float64_steps_up_to_rounding():
+    # As the only step it adds no noise, so the result is x_0-hat in both precisions.
     scheduler = DDPMScheduler(clip_sample=False)
     signal = scheduler.alphas_cumprod.sqrt().tolist()
     x_start, eps = inputs()
@@ -81,8 +81,8 @@ def test_float32_steps_are_within_rounding_of_float64_ones():
         torch.testing.assert_close(single.double(), double, rtol=3e-7, atol=5e-7 / signal[t])
 
 
-def test_the_last_step_adds_no_noise_wherever_it_is():
-    # Trailing steps end at t = 19. diffusers tests t > 0 and returns images with noise of deviation 0.06 in them.
+def test_last_step_adds_no_noise():
+    # Trailing steps end at t = 19. diffusers adds noise at every t > 0, so its images have noise with deviation 0.06.
     ours, theirs = both(variance_type="fixed_large", timestep_spacing="trailing", clip_sample=False)
     ours.set_timesteps(50)
     theirs.set_timesteps(50)
@@ -107,7 +107,7 @@ def test_the_last_step_adds_no_noise_wherever_it_is():
     ],
     ids=lambda config: "-".join(config),
 )
-def test_options_mean_what_they_mean_in_diffusers(config):
+def test_options_have_the_same_meaning_as_in_diffusers(config):
     ours, theirs = both(**config)
     ours.set_timesteps(50)
     theirs.set_timesteps(50)
@@ -120,8 +120,8 @@ def test_options_mean_what_they_mean_in_diffusers(config):
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-def test_every_number_of_steps_can_be_set(spacing):
-    # diffusers makes 62 steps of 61 with trailing spacing, the last one -1.
+def test_every_number_of_steps_is_supported(spacing):
+    # diffusers returns 62 timesteps for 61 steps with trailing spacing, the last one -1.
     scheduler = DDPMScheduler(timestep_spacing=spacing)
     for count in range(1, T + 1):
         scheduler.set_timesteps(count)
@@ -131,30 +131,30 @@ def test_every_number_of_steps_can_be_set(spacing):
 
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-def test_steps_start_from_noise_and_are_those_of_diffusers_where_these_do(spacing, schedule):
-    # What is drawn as x_T is noise alone. diffusers' leading steps start at t = 500 for 501 of them.
+def test_timesteps_start_from_noise_and_equal_those_of_diffusers_if_possible(spacing, schedule):
+    # Sampling starts from pure noise, but 501 leading timesteps of diffusers start at t = 500.
     ours, theirs = both(timestep_spacing=spacing, beta_schedule=schedule)
     signal = theirs.alphas_cumprod.double()
-    agreeing = 0
+    equal = 0
     for count in range(1, T + 1):
         ours.set_timesteps(count)
         assert signal[ours.timesteps[0]] <= 1.0001e-3
         theirs.set_timesteps(count)
         if theirs.timesteps[0] < T and signal[theirs.timesteps[0]] <= 0.9999e-3 and len(theirs.timesteps) == count:
             assert ours.timesteps.tolist() == theirs.timesteps.tolist()
-            agreeing += 1
-    assert agreeing > (50 if spacing == "leading" else 800)
+            equal += 1
+    assert equal > (50 if spacing == "leading" else 800)
 
 
-def test_an_offset_beyond_the_end_starts_at_the_end():
+def test_offset_beyond_the_last_timestep_is_ignored():
     scheduler = DDPMScheduler(steps_offset=1)
     scheduler.set_timesteps(T)
     assert scheduler.timesteps.tolist() == list(range(T - 1, -1, -1))
 
 
 @pytest.mark.parametrize("name", ["Heun", "KDPM2", "LMS", "Euler"])
-def test_other_schedulers_get_the_process_of_the_network(name):
-    # from_config drops what is recorded as a default: Heun's own default betas, 0.00085 to 0.012, would take over.
+def test_from_config_of_other_schedulers_keeps_the_betas(name):
+    # from_config drops values recorded as defaults: Heun's own default betas, 0.00085 to 0.012, would replace them.
     kind = getattr(diffusers, f"{name}DiscreteScheduler")
     ours = DDPMScheduler()
     torch.testing.assert_close(kind.from_config(ours.config).alphas_cumprod, ours.alphas_cumprod)
@@ -162,8 +162,8 @@ def test_other_schedulers_get_the_process_of_the_network(name):
 
 
 @pytest.mark.parametrize("clip_sample", [True, False])
-def test_a_predicted_mean_is_the_mean(clip_sample):
-    # As in the paper's code: only the image that is shown is clipped, here of values up to 30.
+def test_predicted_mean_is_the_mean(clip_sample):
+    # As in the paper's code, clipping changes only the returned estimate of the image, here with values up to 30.
     scheduler = DDPMScheduler(prediction_type="mean", clip_sample=clip_sample)
     x_t, mean = inputs()
     for t in (999, 500, 3, 0):
@@ -172,21 +172,21 @@ def test_a_predicted_mean_is_the_mean(clip_sample):
         variance = scheduler.betas[t].double() * (1 - before) / (1 - scheduler.alphas_cumprod[t].double())
         expected = mean + variance**0.5 * z
         torch.testing.assert_close(step(scheduler, t, x_t, mean), expected.float(), rtol=1e-3, atol=1e-4)
-        shown = scheduler.step(mean, t, x_t, generator=torch.Generator()).pred_original_sample
-        assert bool(shown.abs().max() <= 1) == clip_sample
+        estimate = scheduler.step(mean, t, x_t, generator=torch.Generator()).pred_original_sample
+        assert bool(estimate.abs().max() <= 1) == clip_sample
 
 
 def exact_log_var(ab, before, variance):
-    """The log-variance of the best Gaussian reverse step for pixels N(0, variance)."""
+    """Returns the log-variance of the optimal Gaussian reverse step for pixels from N(0, variance)."""
     beta, pixel_var = 1 - ab / before, variance * (1 - ab) / (ab * variance + 1 - ab)
     return np.log(beta * (1 - before) / (1 - ab) + before * beta**2 / (1 - ab) ** 2 * pixel_var)
 
 
 @pytest.mark.parametrize("count", [20, 100, 334, T])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "mean"])
-def test_learned_variances_of_single_steps_serve_longer_ones(count, prediction_type):
-    # Of data N(0, 1/4) and the best network, every step of Algorithm 2 keeps the marginals exactly, however long:
-    # predicted means and learned variances, which are those of single steps, must be carried over.
+def test_learned_variances_of_single_steps_are_converted_to_longer_steps(count, prediction_type):
+    # For data N(0, 1/4) and the optimal network, steps of any length keep the marginals exactly, if predicted means
+    # and learned variances, which hold for single steps, are converted correctly.
     scheduler = DDPMScheduler(
         variance_type="learned", prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing"
     )
@@ -198,23 +198,24 @@ def test_learned_variances_of_single_steps_serve_longer_ones(count, prediction_t
         gain = ab[t] ** 0.5 * variance / (ab[t] * variance + 1 - ab[t])  # E[x_0 | x_t] = gain x_t
         beta = 1 - ab[t] / before
         mean = before**0.5 * beta / (1 - ab[t]) * gain + (ab[t] / before) ** 0.5 * (1 - before) / (1 - ab[t])
-        said = {"epsilon": (1 - ab[t] ** 0.5 * gain) / (1 - ab[t]) ** 0.5, "mean": mean}[prediction_type]
+        prediction = {"epsilon": (1 - ab[t] ** 0.5 * gain) / (1 - ab[t]) ** 0.5, "mean": mean}[prediction_type]
         one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
         log_var = exact_log_var(ab[t], before, variance) * one
-        output = torch.cat([said * one, log_var], dim=1)
-        with_noise = scheduler.step(output, t, one, generator=torch.Generator().manual_seed(1)).prev_sample.item()
-        without = scheduler.step(
-            torch.cat([said * one, log_var], dim=1), t, one, generator=torch.Generator().manual_seed(2)
-        ).prev_sample.item()
+        output = torch.cat([prediction * one, log_var], dim=1)
+        # Two steps with different noise give the standard deviation and the mean of the step.
+        first, second = (
+            scheduler.step(output, t, one, generator=torch.Generator().manual_seed(seed)).prev_sample.item()
+            for seed in (1, 2)
+        )
         z = [torch.randn(1, generator=torch.Generator().manual_seed(k), dtype=torch.float64).item() for k in (1, 2)]
-        deviation = (with_noise - without) / (z[0] - z[1])
-        drift = with_noise - deviation * z[0]
+        deviation = (first - second) / (z[0] - z[1])
+        drift = first - deviation * z[0]
         marginal, target = (ab[k] * variance + 1 - ab[k] for k in (t, after))
         assert drift**2 * marginal + deviation**2 == pytest.approx(target, rel=1e-6)
 
 
 def test_fixed_large_log_is_fixed_large():
-    # diffusers takes the square root of a negative logarithm here: NaN.
+    # Here diffusers computes the square root of a negative logarithm: NaN.
     x_start, noise = inputs()
     plain, log = (DDPMScheduler(variance_type=name) for name in ("fixed_large", "fixed_large_log"))
     torch.testing.assert_close(step(log, 500, x_start, noise), step(plain, 500, x_start, noise), rtol=0, atol=0)
@@ -234,18 +235,18 @@ def test_custom_timesteps():
         ours.set_timesteps(10, timesteps=[3])
 
 
-def test_noise_and_velocity_are_those_of_diffusers():
+def test_noise_and_velocity_equal_those_of_diffusers():
     ours, theirs = both()
     x_start, noise = torch.randn(2, T, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     t = torch.arange(T)
     torch.testing.assert_close(
         ours.add_noise(x_start, noise, t), theirs.add_noise(x_start, noise, t), rtol=0, atol=1e-5
     )
-    mine, stock = ours.get_velocity(x_start, noise, t), theirs.get_velocity(x_start, noise, t)
-    torch.testing.assert_close(mine, stock, rtol=0, atol=1e-5)
+    actual, expected = ours.get_velocity(x_start, noise, t), theirs.get_velocity(x_start, noise, t)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
-def test_bfloat16_keeps_its_dtype_and_its_noise():
+def test_bfloat16_images_keep_their_dtype_and_get_noise():
     scheduler = DDPMScheduler()
     x_start, noise = (x.bfloat16() for x in inputs())
     noisy = scheduler.add_noise(x_start, noise, torch.tensor([3]))
@@ -255,7 +256,7 @@ def test_bfloat16_keeps_its_dtype_and_its_noise():
 
 
 @pytest.mark.parametrize("count", [T, 20])
-def test_learned_range_is_that_of_diffusers(count):
+def test_learned_range_equals_that_of_diffusers(count):
     ours, theirs = both(variance_type="learned_range")
     ours.set_timesteps(count)
     theirs.set_timesteps(count)
@@ -268,19 +269,19 @@ def test_learned_range_is_that_of_diffusers(count):
 
 
 def test_learned_variances_are_log_variances():
-    # diffusers takes the square root of the network's output: NaN for half of it.
+    # diffusers computes the square root of the network's output, which is NaN for negative log-variances.
     scheduler, (x_start, noise) = DDPMScheduler(variance_type="learned"), inputs()
     log_var = torch.full_like(noise, -3.0)
-    found = step(scheduler, 500, x_start, torch.cat([noise, log_var], dim=1))
-    silent = step(scheduler, 500, x_start, torch.cat([noise, log_var - 80], dim=1))
+    noisy = step(scheduler, 500, x_start, torch.cat([noise, log_var], dim=1))
+    noiseless = step(scheduler, 500, x_start, torch.cat([noise, log_var - 80], dim=1))
     z = torch.randn(noise.shape, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(found - silent, torch.tensor(-1.5).exp() * z)
-    with pytest.raises(ValueError, match="does not fit sample .* with variance_type='learned'"):
+    torch.testing.assert_close(noisy - noiseless, torch.tensor(-1.5).exp() * z)
+    with pytest.raises(ValueError, match="does not match sample .* with variance_type='learned'; expected 2 channels"):
         step(scheduler, 500, x_start, noise)
 
 
 @pytest.mark.parametrize("name", ["quad", "const"])
-def test_schedules_that_diffusers_does_not_name_are_written_by_value(name):
+def test_schedules_unknown_to_diffusers_are_saved_as_trained_betas(name):
     ours = DDPMScheduler(beta_schedule=name, num_train_timesteps=50)
     stock = diffusers.DDPMScheduler.from_config(dict(ours.config))
     torch.testing.assert_close(stock.betas, ours.betas)
@@ -298,7 +299,7 @@ def test_schedules_that_diffusers_does_not_name_are_written_by_value(name):
     ],
     ids=["defaults", "range", "cosine", "values"],
 )
-def test_swapping_schedulers_and_back_keeps_every_option(name, config):
+def test_converting_schedulers_and_back_keeps_every_option(name, config):
     ours = DDPMScheduler(**config)
     other = getattr(diffusers, f"{name}Scheduler").from_config(ours.config)
     assert type(other) in ours.compatibles
@@ -307,7 +308,7 @@ def test_swapping_schedulers_and_back_keeps_every_option(name, config):
     assert {key: back.config[key] for key in options} == {key: ours.config[key] for key in options}
 
 
-def test_configuration_is_that_of_diffusers(tmp_path):
+def test_configuration_equals_that_of_diffusers(tmp_path):
     ours, theirs = both(variance_type="fixed_large")
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
@@ -315,30 +316,30 @@ def test_configuration_is_that_of_diffusers(tmp_path):
     assert (tmp_path / "ours" / file).read_text() == (tmp_path / "theirs" / file).read_text()
 
 
-def test_wrong_values_are_refused_with_the_allowed_ones():
+def test_invalid_values_are_rejected_with_the_expected_ones():
     for name in ("variance_type", "prediction_type", "timestep_spacing", "beta_schedule"):
-        with pytest.raises(ValueError, match=f"{name}='nonsense' is not allowed: one of "):
+        with pytest.raises(ValueError, match=f"{name}='nonsense': expected one of "):
             DDPMScheduler(**{name: "nonsense"})
-    with pytest.raises(ValueError, match="trained_betas has 2 entries"):
+    with pytest.raises(ValueError, match="trained_betas of 2 entries: expected num_train_timesteps=1000 entries"):
         DDPMScheduler(trained_betas=[0.1, 0.2])
     scheduler, (x_start, noise) = DDPMScheduler(), inputs()
     for count in (0, 10.5, 1001):
-        with pytest.raises(ValueError, match=f"num_inference_steps={count} is not allowed: 1 to 1000"):
+        with pytest.raises(ValueError, match=f"num_inference_steps={count}: expected 1 to 1000"):
             scheduler.set_timesteps(count)
     scheduler.set_timesteps(10)
     for t in (901, 900.5):
-        with pytest.raises(ValueError, match=f"timestep={t} is not one of the 10"):
+        with pytest.raises(ValueError, match=f"timestep={t}: expected one of the 10 timesteps"):
             scheduler.step(noise, t, x_start)
-        with pytest.raises(ValueError, match=f"timestep={t} is not one of the 10"):
+        with pytest.raises(ValueError, match=f"timestep={t}: expected one of the 10 timesteps"):
             scheduler.previous_timestep(t)
-    with pytest.raises(ValueError, match=r"timesteps hold 1000, which is not in \[0, 1000\)"):
+    with pytest.raises(ValueError, match=r"timesteps: 1000 is not in \[0, 1000\)"):
         scheduler.set_timesteps(timesteps=[1000, 0])
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="does not match sample"):
         scheduler.step(torch.cat([noise, noise], dim=1), 900, x_start)
 
 
 @pytest.mark.parametrize("total", [1, 2, 100])
-def test_a_process_of_any_length_ends_at_the_image(total):
+def test_process_of_any_length_ends_at_the_image(total):
     scheduler, (x_start, noise) = DDPMScheduler(num_train_timesteps=total, clip_sample=False), inputs()
     scheduler.set_timesteps(total)
     x_t = scheduler.add_noise(x_start, noise, scheduler.timesteps[:1])
@@ -349,34 +350,34 @@ def test_a_process_of_any_length_ends_at_the_image(total):
     torch.testing.assert_close(x_t, x_start, rtol=0, atol=1e-5)
 
 
-def test_a_chain_may_start_in_its_middle():
-    # Image to image: noise an image to one of the steps, then walk back from there.
+def test_sampling_may_start_at_any_timestep():
+    # Image to image: diffuse an image to one of the timesteps, then run the reverse process from there.
     ours, theirs = both()
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(20)
     x_start, noise = inputs()
-    mine = stock = ours.add_noise(x_start, noise, ours.timesteps[15:16])
+    actual = expected = ours.add_noise(x_start, noise, ours.timesteps[15:16])
     for t in ours.timesteps[15:]:
-        mine, stock = step(ours, t, mine, 0.5 * noise), step(theirs, t, stock, 0.5 * noise)
-    torch.testing.assert_close(mine, stock, rtol=0, atol=1e-4)
+        actual, expected = step(ours, t, actual, 0.5 * noise), step(theirs, t, expected, 0.5 * noise)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [{}, {"num_inference_steps": 10}, {"timesteps": [900, 500, 3]}], ids=str)
-def test_previous_steps_have_the_type_that_diffusers_gives_them(steps):
+def test_previous_timesteps_have_the_same_type_as_in_diffusers(steps):
     schedulers = both()
     for scheduler in schedulers if steps else []:
         scheduler.set_timesteps(**steps)
     for t in (900, 0 if "timesteps" not in steps else 3, torch.tensor(500), torch.tensor([900])):
-        mine, stock = (scheduler.previous_timestep(t) for scheduler in schedulers)
-        assert mine == stock and type(mine) is type(stock)
-        assert not steps or mine.shape == stock.shape == ()
-    batch = torch.tensor([900, 500])  # for which diffusers has no answer once steps were set
+        actual, expected = (scheduler.previous_timestep(t) for scheduler in schedulers)
+        assert actual == expected and type(actual) is type(expected)
+        assert not steps or actual.shape == expected.shape == ()
+    batch = torch.tensor([900, 500])  # not supported by diffusers after set_timesteps
     expected = [899, 499] if not steps else [800, 400] if "timesteps" not in steps else [500, 3]
     assert schedulers[0].previous_timestep(batch).tolist() == expected
 
 
 @pytest.mark.parametrize("count", [T, 50])
-def test_noise_predicted_at_a_step_without_signal(count, tmp_path):
+def test_noise_prediction_without_signal(count, tmp_path):
     options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     diffusers.DDPMScheduler(**options).save_pretrained(tmp_path)
     ours, theirs = DDPMScheduler.from_pretrained(tmp_path), diffusers.DDPMScheduler.from_pretrained(tmp_path)
@@ -384,19 +385,17 @@ def test_noise_predicted_at_a_step_without_signal(count, tmp_path):
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(count)
     x_T, noise = inputs()
-    mine, stock = step(ours, T - 1, x_T, noise), step(theirs, T - 1, x_T, noise)
-    torch.testing.assert_close(mine, stock, rtol=0, atol=4e-6)
-    # The ideal network: what it sees is the noise. 0 / 0 is NaN in diffusers.
+    actual, expected = step(ours, T - 1, x_T, noise), step(theirs, T - 1, x_T, noise)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=4e-6)
+    # The optimal network returns its input, which is pure noise. Then diffusers computes 0 / 0: NaN.
     output = ours.step(x_T, T - 1, x_T, generator=torch.Generator().manual_seed(0))
     assert output.pred_original_sample.abs().max() == 0 and output.prev_sample.isfinite().all()
 
 
-def test_without_a_bound_a_step_without_signal_is_refused():
+def test_noise_prediction_without_signal_and_clipping_is_rejected():
     x_T, noise = inputs()
     scheduler = DDPMScheduler(rescale_betas_zero_snr=True, clip_sample=False)
-    with pytest.raises(
-        ValueError, match="timestep=999: rescale_betas_zero_snr leaves no signal .* set clip_sample=True"
-    ):
+    with pytest.raises(ValueError, match="timestep=999: x_t contains no signal .* set clip_sample=True"):
         scheduler.step(noise, T - 1, x_T)
-    scheduler.set_timesteps(timesteps=list(range(T - 2, -1, -1)))  # the way out that it names
+    scheduler.set_timesteps(timesteps=list(range(T - 2, -1, -1)))  # the remedy of the message
     assert scheduler.step(noise, T - 2, x_T).prev_sample.isfinite().all()

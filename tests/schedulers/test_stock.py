@@ -1,4 +1,4 @@
-"""Schedulers of diffusers on Gaussian data, of which the best network is known: right, or refused by name."""
+"""Schedulers of diffusers on Gaussian data with a known optimal network: correct, or rejected."""
 
 import diffusers
 import pytest
@@ -8,14 +8,14 @@ from hf_ddpm import DDPMScheduler
 from hf_ddpm.schedulers.stock import RIGHT, check_stock
 from tests.schedulers.gaussian import SAMPLERS, SPACINGS, STD, prepared, sampled_std
 
-REFUSED = ("IPNDM", "EDMEuler", "FlowMatchEulerDiscrete")
+REJECTED = ("IPNDM", "EDMEuler", "FlowMatchEulerDiscrete")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_brightness_is_that_of_the_data_or_the_setting_is_refused(name, spacing):
-    # With 20 steps the samplers are behind by some, each by its order; with 50 all are near.
+def test_brightness_is_that_of_the_data_or_the_setting_is_rejected(name, spacing):
+    # With 20 steps the error depends on the order of the sampler; with 50 steps all errors are small.
     accepted = 0
     for count in (20, 50, 100, 150, 334, 501, 1000):
         try:
@@ -25,7 +25,7 @@ def test_brightness_is_that_of_the_data_or_the_setting_is_refused(name, spacing)
             continue
         accepted += 1
         assert sampled_std(scheduler) == pytest.approx(STD, abs=0.09 if count >= 50 else 0.2), count
-    assert (accepted > 0) == (name not in REFUSED)
+    assert (accepted > 0) == (name not in REJECTED)
 
 
 @pytest.mark.parametrize(
@@ -33,19 +33,19 @@ def test_brightness_is_that_of_the_data_or_the_setting_is_refused(name, spacing)
     [
         ("DDIM", "trailing", 334, "each step leads to t - 2, which is not the next timestep; use hf_ddpm.DDIM"),
         ("DDIM", "linspace", 50, "each step leads to t - 20"),
-        ("DDIM", "leading", 501, "starts where x_t still holds 28% of the image; use DDIMScheduler.from_config"),
+        ("DDIM", "leading", 501, "not noise but contains 28% of the image; use DDIMScheduler.from_config"),
         ("PNDM", "trailing", 150, "each step leads to t - 6"),
-        ("DPMSolverMultistep", "linspace", 1000, "taken twice"),
-        ("DPMSolverMultistep", "leading", 2, "starts where x_t"),
-        ("EulerDiscrete", "leading", 600, "starts where x_t"),
-        ("IPNDM", "leading", 50, "it is not made for such networks; use one of DDIMScheduler"),
-        ("FlowMatchEulerDiscrete", "leading", 50, "it is not made for such networks"),
-        ("DDIMInverse", "leading", 50, "it is not made for such networks"),
-        ("LCM", "trailing", 50, "it is not made for such networks"),
+        ("DPMSolverMultistep", "linspace", 1000, "a timestep is repeated; use"),
+        ("DPMSolverMultistep", "leading", 2, "the first x_t is not noise"),
+        ("EulerDiscrete", "leading", 600, "the first x_t is not noise"),
+        ("IPNDM", "leading", 50, "not made for DDPM networks; expected one of DDIMScheduler"),
+        ("FlowMatchEulerDiscrete", "leading", 50, "not made for DDPM networks"),
+        ("DDIMInverse", "leading", 50, "not made for DDPM networks"),
+        ("LCM", "trailing", 50, "not made for DDPM networks"),
         ("SASolver", "trailing", 10, "expected at least 20"),
     ],
 )
-def test_wrong_settings_are_refused_with_a_way_out(name, spacing, count, reason):
+def test_wrong_settings_are_rejected_with_a_remedy(name, spacing, count, reason):
     kind = getattr(diffusers, f"{name}Scheduler")
     scheduler = kind.from_config(DDPMScheduler().config, timestep_spacing=spacing)
     scheduler.set_timesteps(count)
@@ -55,8 +55,9 @@ def test_wrong_settings_are_refused_with_a_way_out(name, spacing, count, reason)
 
 @pytest.mark.parametrize("name", ["PNDM", "HeunDiscrete", "KDPM2Discrete", "EulerDiscrete", "DPMSolverMultistep"])
 @pytest.mark.parametrize("count", [10, 20, 1000])
-def test_ends_without_any_signal_are_refused_to_samplers_that_do_not_clip(name, count):
-    # The cosine schedule: with the best network PNDM spreads brightness by 1.55 in 1000 steps, KDPM2 by 1.35 in 10.
+def test_samplers_without_clipping_are_rejected_if_x_t_has_no_signal(name, count):
+    # With the cosine schedule and the optimal network, the standard deviation of the brightness would be 1.55 for PNDM
+    # with 1000 steps and 1.35 for KDPM2 with 10 steps.
     config = DDPMScheduler(beta_schedule="squaredcos_cap_v2").config
     scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config, timestep_spacing="trailing")
     scheduler.set_timesteps(count)
@@ -64,18 +65,18 @@ def test_ends_without_any_signal_are_refused_to_samplers_that_do_not_clip(name, 
         check_stock(scheduler, count, from_noise=True)
 
 
-def test_larger_images_need_a_start_with_less_signal():
-    # Their pixels show the brightness together: leading steps of 850 start at 849, where alpha_bar is 7e-4.
+def test_larger_images_must_start_with_less_signal():
+    # More pixels show the brightness of an image. 850 leading steps start at t = 849, where alpha_bar is 7e-4.
     scheduler = diffusers.EulerDiscreteScheduler.from_config(DDPMScheduler().config, timestep_spacing="leading")
     scheduler.set_timesteps(850)
     check_stock(scheduler, 850, from_noise=True, pixels=32 * 32)
-    with pytest.raises(ValueError, match="starts where x_t still holds 3% of the image"):
+    with pytest.raises(ValueError, match="the first x_t is not noise but contains 3% of the image"):
         check_stock(scheduler, 850, from_noise=True, pixels=256 * 256)
 
 
-def test_learned_log_variances_are_refused_to_diffusers():
+def test_learned_log_variances_are_rejected_with_diffusers():
     scheduler = diffusers.DDPMScheduler(variance_type="learned")
-    with pytest.raises(ValueError, match="takes a learned log-variance for a variance"):
+    with pytest.raises(ValueError, match="treats the learned log-variance as a variance; use hf_ddpm.DDPMScheduler"):
         check_stock(scheduler, 1000, from_noise=True)
 
 
@@ -85,7 +86,7 @@ def test_latents_may_start_anywhere():
     check_stock(scheduler, 501, from_noise=False)
 
 
-def test_noise_of_the_last_step_is_refused():
+def test_noise_of_the_last_step_is_rejected():
     scheduler = diffusers.DDPMScheduler(variance_type="fixed_large", timestep_spacing="trailing")
     scheduler.set_timesteps(50)
     with pytest.raises(ValueError, match="noise of the last step stays in the images"):
@@ -96,7 +97,7 @@ def test_noise_of_the_last_step_is_refused():
 
 @pytest.mark.parametrize("predicted", ["epsilon", "sample", "v_prediction", "mean"])
 @pytest.mark.parametrize("name", sorted(set(RIGHT) - {"DPMSolverSDEScheduler"}))  # which needs torchsde
-def test_predictions_that_a_scheduler_cannot_step_with_are_refused_before_the_first_step(name, predicted):
+def test_unsupported_predictions_are_rejected_before_the_first_step(name, predicted):
     own = DDPMScheduler(prediction_type=predicted, timestep_spacing="trailing")
     scheduler = getattr(diffusers, name).from_config(own.config)
     scheduler.set_timesteps(25)
@@ -104,7 +105,7 @@ def test_predictions_that_a_scheduler_cannot_step_with_are_refused_before_the_fi
     try:
         scheduler.step(x_t, t, scheduler.scale_model_input(x_t, t))
     except (ValueError, NotImplementedError):
-        with pytest.raises(ValueError, match=f"scheduler {name}: it has no prediction_type='{predicted}'; use"):
+        with pytest.raises(ValueError, match=f"scheduler {name}: does not support prediction_type='{predicted}'; use"):
             check_stock(scheduler, 25, from_noise=True)
     else:
         check_stock(scheduler, 25, from_noise=True)

@@ -109,7 +109,7 @@ def test_a_conditional_model_is_sampled_by_class_name(conditional, tmp_path):
         sample([*common, "--output", str(tmp_path / name), *words.split()])
     pictures = {name: (tmp_path / name / "00000.png").read_bytes() for name in ("name", "none", "guided")}
     assert len(set(pictures.values())) == 3
-    with pytest.raises(ValueError, match="class_labels: 'cat' is not allowed: one of"):
+    with pytest.raises(ValueError, match="class_labels: unknown class 'cat'; expected one of"):
         sample([*common, "--output", str(tmp_path / "x"), "--class_labels", "cat"])
 
 
@@ -147,9 +147,9 @@ def test_guidance_needs_a_network_with_a_null_class(run_training, tmp_path):
     run_training(tmp_path, "--class_column", "label", "--class_dropout", "0", "--max_train_steps", "2")
     pipe = DDPMPipeline.from_pretrained(tmp_path)
     assert pipe.null_class is None and pipe.unet.config.num_class_embeds == 10
-    with pytest.raises(ValueError, match="guidance_scale=2.0 is not allowed: the network was trained without it"):
+    with pytest.raises(ValueError, match="guidance_scale=2.0: the network was trained without class_dropout; expected"):
         pipe(class_labels=[3], guidance_scale=2.0)
-    with pytest.raises(ValueError, match="class_labels are missing: 1 of"):
+    with pytest.raises(ValueError, match="class_labels are missing: expected 1 of"):
         pipe()
 
 
@@ -187,7 +187,7 @@ def test_fine_tuning_starts_from_the_loss_of_the_model(run_training, learned, tm
         ("--resolution 16", r"--resolution 16: expected 8 8, as in --init_from "),
         ("--dataset digits --channels 3 --levels 256", "--channels 3: expected 1, as in --init_from "),
         ("--class_column label", "num_class_embeds=None; expected 11 for 10 classes with --class_dropout 0.1"),
-        ("--objective hybrid", "objective='hybrid'.*variance_type='fixed_small'"),
+        ("--objective hybrid", "objective='hybrid': not supported with variance_type='fixed_small'"),
     ],
 )
 def test_init_from_rejects_a_model_that_does_not_fit(run_training, learned, tmp_path, words, message):
@@ -233,7 +233,7 @@ def test_a_class_keeps_its_index_in_data_samples_and_likelihood_bound(run_traini
                                   "--class_column", "label", "--steps_per_image", "2", "--output",
                                   str(tmp_path / "results.json")])  # fmt: skip
     assert torch.cat(seen).unique().tolist() == [9, 10, 11]
-    with pytest.raises(ValueError, match="class 'dog' of the data is none of the model's"):
+    with pytest.raises(ValueError, match="class 'dog' of the data: expected a class of the model"):
         load_script("evaluate").main(["--model", str(tmp_path / "run"), "--dataset",
                                       twelve_classes(tmp_path / "other", ["c01", "dog"], 0), "--split", "train",
                                       "--class_column", "label", "--output", str(tmp_path / "x.json")])  # fmt: skip

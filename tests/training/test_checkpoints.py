@@ -135,7 +135,7 @@ def test_fewer_max_train_steps_than_done_end_the_run_at_once(run_training, tmp_p
     pipe, status = DDPMPipeline.from_pretrained(tmp_path), json.loads((tmp_path / "status.json").read_text())
     assert (status["status"], status["step"], status["max_train_steps"]) == ("finished", 4, 4)
     assert all(torch.equal(before[name], value) for name, value in pipe.unet.state_dict().items())
-    assert "the schedule of 8 steps, ended at 4 |" in (tmp_path / "README.md").read_text()
+    assert "scheduled for 8 steps, ended at step 4 |" in (tmp_path / "README.md").read_text()
 
 
 def test_a_longer_cosine_run_resumes_on_the_new_schedule(run_training, tmp_path, capsys):
@@ -148,7 +148,7 @@ def test_a_longer_cosine_run_resumes_on_the_new_schedule(run_training, tmp_path,
     assert line in capsys.readouterr().out
     assert json.loads((tmp_path / "export.json").read_text())["lengths"] == [[0, 4], [4, 8]]
     card = (tmp_path / "README.md").read_text()
-    assert "the schedule of 4 steps, from step 4 on that of 8, ended at 8 |" in card
+    assert "scheduled for 4 steps, changed to 8 steps at step 4, ended at step 8 |" in card
 
 
 def test_incomplete_checkpoints_are_rejected(trained, tmp_path):

@@ -91,7 +91,7 @@ def test_the_sampler_of_a_student_has_the_process_of_its_teacher(schedule, resca
         sampler.set_timesteps(steps)
         assert sampler.timesteps.tolist() == halved(teacher.diffusion, steps)[0].timesteps.tolist()[::-1]
     for steps, target in ((501, "teacher"), (1001, "images")):
-        with pytest.raises(ValueError, match=f"student_steps.{steps}.*(is not allowed|expected)"):
+        with pytest.raises(ValueError, match=f"student_steps.{steps}"):
             student_scheduler(teacher, student_of(steps, target))
     assert len(student_scheduler(teacher, student_of(1000, "images"))) == 1000
 

@@ -1,11 +1,11 @@
-"""A Space that shows a model: its variable MODEL_ID names it."""
+"""Entry point of a Space; its variable MODEL_ID selects the model."""
 
 import sys
 import tempfile
 from pathlib import Path
 from zipfile import ZipFile
 
-# The build of a Space installs requirements.txt and sees no other file: the wheel is unpacked at the start.
+# The build of a Space cannot install the wheel, since it has access to requirements.txt only: unpack it at startup.
 for wheel in Path(__file__).parent.glob("hf_ddpm-*.whl"):
     sys.path.insert(0, tempfile.mkdtemp())
     ZipFile(wheel).extractall(sys.path[0])

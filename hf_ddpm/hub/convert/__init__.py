@@ -1,1 +1,1 @@
-"""Checkpoints of others, brought to the format of diffusers: a file for each layout, and what they share."""
+"""Converters of foreign checkpoints to the format of diffusers, one module per layout."""

@@ -1,4 +1,4 @@
-"""Conversion of foreign checkpoints: read their tensors, plan which becomes which parameter, write the pipeline."""
+"""Conversion of foreign checkpoints: read tensors, map them to parameters, write the pipeline."""
 
 import re
 import shutil
@@ -21,18 +21,18 @@ _BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|dow
 
 
 def unchanged(stored: Any) -> Any:
-    """Return the argument: the `read` of an entry that is stored as our network has it."""
+    """Return the argument: the `read` of an entry whose stored layout is that of our network."""
     return stored
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of our network and the source of its values.
+    """One parameter of our network and its source in the file.
 
     Args:
         ours: Name in our state dict.
         theirs: Name in the file.
-        read: Extracts the values from the stored tensor; 1x1 convolutions and linear layers are interchangeable.
+        read: Extracts the values from the stored tensor. 1x1 convolutions and linear layers are interchangeable.
     """
 
     ours: str
@@ -45,11 +45,11 @@ class Conversion:
     """A planned conversion.
 
     Args:
-        pipe: The pipeline; the network may be without values (on the meta device).
+        pipe: The pipeline; the network may be on the meta device, without values.
         weights: The tensors of the file by name.
-        entries: The source of each parameter of the network.
-        aside: Names in the file that are knowingly not used.
-        notes: Assumptions, a line each.
+        entries: One entry per parameter of the network.
+        aside: Names in the file that are ignored on purpose.
+        notes: Assumptions, one per line.
     """
 
     pipe: DDPMPipeline
@@ -60,25 +60,25 @@ class Conversion:
 
     @property
     def missing(self) -> list[Entry]:
-        """The parameters that the file lacks."""
+        """The parameters without a tensor in the file."""
         return [entry for entry in self.entries if entry.theirs not in self.weights]
 
     @property
     def unknown(self) -> list[str]:
-        """The names in the file that no parameter comes from."""
+        """The names in the file without a parameter of the network."""
         return sorted(set(self.weights) - {entry.theirs for entry in self.entries} - set(self.aside))
 
     def fill(self) -> None:
-        """Give the network its values, in float32.
+        """Load the values into the network, in float32.
 
         Raises:
-            ValueError: If a name is missing or unknown, or a tensor has another shape or values that are not finite.
+            ValueError: If a tensor is missing, unknown, not finite or of a wrong shape.
         """
         missing, unknown = [entry.theirs for entry in self.missing], self.unknown
         if missing:
-            raise ValueError(f"the file lacks {len(missing)} of {len(self.entries)} tensors: {_few(missing)}")
+            raise ValueError(f"{len(missing)} of {len(self.entries)} tensors are missing in the file: {_few(missing)}")
         if unknown:
-            raise ValueError(f"the file holds {len(unknown)} tensors of no known use: {_few(unknown)}")
+            raise ValueError(f"unknown tensors in the file: {len(unknown)}, {_few(unknown)}")
         unet: UNet2DModel = self.pipe.unet
         shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
         state = {entry.ours: self._value(entry, shapes[entry.ours]) for entry in self.entries}
@@ -86,7 +86,7 @@ class Conversion:
         unet.eval()
 
     def describe(self) -> Iterator[str]:
-        """Yield lines: the configurations, the notes, and the names that are mapped, missing, unknown or not used."""
+        """Yield lines: the configurations, the notes, and the mapped, missing, unknown and ignored names."""
         for part in (self.pipe.unet, self.pipe.scheduler):
             yield f"{type(part).__name__}:"
             names = [name for name in part.config if not name.startswith("_") and name != "trained_betas"]
@@ -95,17 +95,17 @@ class Conversion:
         missing = self.missing
         lists = {
             "mapped": [f"{entry.theirs} -> {entry.ours}" for entry in self.entries if entry not in missing],
-            "of the network that the file lacks": [f"{entry.theirs} -> {entry.ours}" for entry in missing],
-            "of the file of no known use": self.unknown,
-            "of the file left aside": self.aside,
+            "missing in the file": [f"{entry.theirs} -> {entry.ours}" for entry in missing],
+            "unknown": self.unknown,
+            "ignored": self.aside,
         }
-        for what, lines in lists.items():
-            yield f"{len(lines)} {what}:"
+        for title, lines in lists.items():
+            yield f"{title}: {len(lines)}"
             yield from (f"  {line}" for line in lines)
 
     def _value(self, entry: Entry, shape: tuple[int, ...]) -> Tensor:
         stored = self.weights[entry.theirs]
-        misfit = ValueError(f"{entry.theirs} of shape {tuple(stored.shape)} does not fit {entry.ours} of {shape}")
+        misfit = ValueError(f"{entry.theirs}: shape {tuple(stored.shape)}; expected that of {entry.ours}, {shape}")
         try:
             value = entry.read(stored)
         except (RuntimeError, TypeError):
@@ -113,19 +113,19 @@ class Conversion:
         if _without_kernel(value.shape) != _without_kernel(shape):
             raise misfit
         if not bool(value.isfinite().all()):
-            raise ValueError(f"{entry.theirs} holds values that are not finite")
+            raise ValueError(f"{entry.theirs}: not all values are finite")
         return value.float().reshape(shape).clone()
 
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a layer in our U-Net.
+    """The position of a layer in our U-Net.
 
     Args:
         stage: `down`, `mid` or `up`.
-        index: Number of the resolution in that direction; 0 in the middle.
+        index: Index of the resolution in that direction; 0 in the middle.
         kind: `resnets`, `attentions`, `downsamplers` or `upsamplers`.
-        number: Number among those of the kind.
+        number: Index among the blocks of this kind.
         layer: Name in the block, such as `conv1`.
     """
 
@@ -137,7 +137,7 @@ class Place:
 
 
 def place_of(path: str) -> Place | None:
-    """Return the place of a layer, or None if it is outside of blocks, as `conv_in` is."""
+    """Return the position of a layer, or None for layers outside of blocks, such as `conv_in`."""
     match = _BLOCK.fullmatch(path)
     if match is None:
         return None
@@ -152,38 +152,38 @@ def empty_unet(**options: object) -> UNet2DModel:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file by name; no code in it is run.
+    """Read the tensors of a file by name, without running code from the file.
 
     Args:
-        path: `.npz` of arrays, `.safetensors`, or else a file of `torch.save`: a dictionary of tensors, or one under
-            `state_dict`. It is unpickled as tensors alone; other objects, code among them, are refused.
+        path: `.npz` or `.safetensors` file, or else a file of `torch.save`: a dictionary of tensors, optionally under
+            the key `state_dict`. Pickles are loaded with `weights_only=True`, which refuses other objects and code.
 
     Returns:
-        The tensors as they are stored, on the CPU.
+        The tensors in their stored types, on the CPU.
 
     Raises:
-        ValueError: If the file cannot be read, or holds anything else; one line.
+        ValueError: If the file cannot be read, or contains anything but tensors; one line.
     """
     try:
         return as_tensors(_load(path))
     except OSError as error:
-        raise ValueError(f"input={str(path)!r} cannot be read: {error.strerror or error}") from error
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise ValueError(f"input={str(path)!r} is no checkpoint: {error}") from error
+        raise ValueError(f"{path}: not a checkpoint: {error}") from error
 
 
 def as_tensors(weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return arrays or tensors by name as tensors; raise a `ValueError` on anything else."""
+    """Convert a dictionary of arrays or tensors to tensors; raise a `ValueError` for anything else."""
     if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]
     if not isinstance(weights, Mapping) or not weights:
-        raise ValueError("it holds no tensors by name")
+        raise ValueError("expected a dictionary of tensors")
     tensors = {}
     for name, value in weights.items():
         if isinstance(value, np.ndarray | np.generic) and np.asarray(value).dtype.kind in "fiu":
             value = torch.from_numpy(np.asarray(value))
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{name!r} is of type {type(value).__name__}, only tensors are allowed")
+            raise ValueError(f"{name!r} has type {type(value).__name__}; expected a tensor")
         tensors[name] = value
     return tensors
 
@@ -191,22 +191,22 @@ def as_tensors(weights: Mapping[str, Any]) -> dict[str, Tensor]:
 def layer_shape(tensors: Mapping[str, Tensor], name: str, dims: int = 4) -> tuple[int, ...]:
     """Return the shape of a layer's weights; raise a `ValueError` unless they exist and have `dims` dimensions."""
     if name not in tensors:
-        raise ValueError(f"the file holds no {name}: it is no checkpoint of that kind")
+        raise ValueError(f"{name} is missing in the file; expected a checkpoint of the chosen layout (--from)")
     shape = tuple(tensors[name].shape)
     if len(shape) != dims or 0 in shape:
-        raise ValueError(f"{name} of shape {shape} is not allowed: {dims} dimensions, none of them empty")
+        raise ValueError(f"{name}: shape {shape}; expected {dims} non-empty dimensions")
     return shape
 
 
 def check_free(folder: Path) -> None:
     """Raise a `ValueError` unless a folder is new or empty."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        what = "it is a file" if folder.is_file() else "it holds something"
-        raise ValueError(f"output={str(folder)!r} is not allowed: {what}, a new or empty folder is wanted")
+        reason = "is a file" if folder.is_file() else "folder is not empty"
+        raise ValueError(f"--output {folder}: {reason}; expected a new or empty folder")
 
 
 def write_pipeline(pipe: DDPMPipeline, folder: Path) -> None:
-    """Write a pipeline in the format of diffusers; the folder appears when it is complete.
+    """Write a pipeline in the format of diffusers; the folder appears only once it is complete.
 
     Raises:
         ValueError: If the folder is not empty.
@@ -215,7 +215,7 @@ def write_pipeline(pipe: DDPMPipeline, folder: Path) -> None:
     check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder) as partial:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a kill
+        shutil.rmtree(partial, ignore_errors=True)  # left over from a killed process
         pipe.save_pretrained(partial)
 
 
@@ -227,19 +227,19 @@ def _load(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old pickles, which it then refuses
+            warnings.simplefilter("ignore")  # torch warns about old pickles before it refuses them
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # torch and numpy raise anything on a foreign file
+    except Exception as error:  # torch and numpy raise many types of errors
         culprit = re.search(r"GLOBAL (\S+)|(Object arrays)", str(error))
         if culprit is None:
-            raise ValueError("it is damaged, or of another kind") from error
-        raise ValueError(f"it holds more than numbers ({culprit[0]}); nothing of it was run") from error
+            raise ValueError("damaged, or not of the format that its name implies") from error
+        raise ValueError(f"contains code or objects ({culprit[0]}), which were not loaded") from error
 
 
 def _without_kernel(shape: tuple[int, ...] | torch.Size) -> tuple[int, ...]:
-    """Return a shape without the kernel of a convolution, if that is 1x1."""
+    """Return a shape without the kernel dimensions of a 1x1 convolution."""
     return tuple(shape[:2] if all(size == 1 for size in shape[2:]) else shape)
 
 

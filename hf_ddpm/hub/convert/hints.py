@@ -1,4 +1,4 @@
-"""Options for facts that a checkpoint does not contain. Imports nothing slow: `--help` needs them."""
+"""Options for settings that a checkpoint does not contain. Imports nothing slow, so that `--help` stays fast."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -12,22 +12,24 @@ KNOWN = {"ho2020": ("weights", *PROCESS), "improved-diffusion": (*HEADS, *PROCES
 
 @dataclass
 class Hints:
-    """Facts that weights leave open; by default those of the repository that they come from."""
+    """Settings that are not stored in a checkpoint; by default those of the original repository."""
 
-    resolution: int | None = option("height and width of the images; by default what the network suggests", None)
-    weights: Literal["ema", "raw"] | None = option("ho2020: averaged or raw weights; the averaged by default", None)
+    resolution: int | None = option("height and width of the images; inferred from the network by default", None)
+    weights: Literal["ema", "raw"] | None = option("ho2020: averaged (ema) or raw weights; ema by default", None)
     num_train_timesteps: int | None = option("number T of diffusion steps; 1000 by default", None)
     beta_schedule: Literal["linear", "quad", "const", "squaredcos_cap_v2"] | None = option(
-        "variances of the forward process; linear by default", None
+        "noise schedule; linear by default", None
     )
     prediction_type: Literal["epsilon", "sample", "mean"] | None = option(
-        "what the network predicts; epsilon by default", None
+        "prediction target of the network; epsilon by default", None
     )
     variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range"] | None = option(
-        "variance of the reverse steps; by default what goes with the network", None
+        "variance of the reverse steps; inferred from the network by default", None
     )
-    num_heads: int | None = option("improved-diffusion: attention heads; 4 by default", None)
-    num_head_channels: int | None = option("improved-diffusion: channels of a head, instead of num_heads", None)
+    num_heads: int | None = option("improved-diffusion: number of attention heads; 4 by default", None)
+    num_head_channels: int | None = option(
+        "improved-diffusion: channels per attention head, instead of num_heads", None
+    )
     use_new_attention_order: bool | None = option(
         "improved-diffusion: split queries, keys and values before heads; false by default", None
     )
@@ -41,37 +43,37 @@ class Hints:
         require_at_least(self, 2, "num_train_timesteps")
 
     def check(self, layout: str) -> None:
-        """Raise a `ValueError` if a hint is given that checkpoints of the layout have no use for."""
+        """Raise a `ValueError` if a hint is given that does not apply to checkpoints of the layout."""
         for hint in fields(self):
             holds = hint.name in KNOWN[layout] or getattr(self, hint.name) is None
-            require(self, hint.name, holds, f"{layout} checkpoints leave it no choice")
+            require(self, hint.name, holds, f"does not apply to {layout} checkpoints; expected no value")
 
     def assumptions(self, layout: str) -> list[str]:
-        """Return a line on the defaults taken."""
+        """Return a line that lists the options left at their defaults, if any."""
         defaults = [name for name in KNOWN[layout] if getattr(self, name) is None]
-        return [f"by default, since the file does not say: {', '.join(defaults)} (see --help)"] if defaults else []
+        return [f"defaults used, not stored in the file: {', '.join(defaults)} (see --help)"] if defaults else []
 
     def check_resolution(self, multiple: int) -> None:
-        """Raise a `ValueError` unless a resolution, if it is given, can be halved as often as in the network."""
+        """Raise a `ValueError` if a resolution is given that the network cannot halve often enough."""
         fits = self.resolution is None or self.resolution % multiple == 0
         require(self, "resolution", fits, f"a multiple of {multiple}")
 
     def variance(self, channels: int, outputs: int, learned: str, fixed: str) -> str:
-        """Choose the kind of variance that a network's outputs allow.
+        """Return the variance type: the hint, or a default that matches the number of output channels.
 
         Args:
-            channels: Channels of the images.
-            outputs: Channels that the network returns.
-            learned: The default of a network that predicts the variance.
-            fixed: The default of one that does not.
+            channels: Number of image channels.
+            outputs: Number of output channels of the network.
+            learned: Default for a network that predicts the variance.
+            fixed: Default for a network that does not.
 
         Raises:
-            ValueError: If the number of outputs is neither that of the images nor twice it, or the hint contradicts it.
+            ValueError: If `outputs` is neither `channels` nor `2 * channels`, or the hint does not match.
         """
         if outputs not in (channels, 2 * channels):
-            raise ValueError(f"the network returns {outputs} channels for {channels}: as many or twice as many can be")
+            raise ValueError(f"the network has {outputs} output channels; expected {channels} or {2 * channels}")
         is_learned = outputs == 2 * channels
         allowed = ("learned", "learned_range") if is_learned else ("fixed_small", "fixed_large")
         fits = self.variance_type is None or self.variance_type in allowed
-        require(self, "variance_type", fits, f"{' or '.join(allowed)}, as the network returns {outputs} channels")
+        require(self, "variance_type", fits, f"{' or '.join(allowed)}, since the network has {outputs} output channels")
         return self.variance_type or (learned if is_learned else fixed)

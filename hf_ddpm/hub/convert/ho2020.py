@@ -1,12 +1,12 @@
-"""Checkpoints of the code of Ho et al. 2020 (hojonathanho/diffusion), and of its port to PyTorch (pesser).
+"""Conversion of checkpoints of Ho et al. 2020 (hojonathanho/diffusion) and of its PyTorch port by pesser.
 
-Those of TensorFlow are read as an `.npz` file, which two lines make where TensorFlow is installed:
+TensorFlow checkpoints are read from an `.npz` file. To create it, run with TensorFlow installed:
 
     reader = tf.train.load_checkpoint("model.ckpt-790000")
     np.savez("model.npz", **{name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()})
 
-In such a file the weights of a convolution have the shape `(H, W, in, out)`, those of all other layers `(in, out)`, and
-the averaged weights stand beside the others as `.../ExponentialMovingAverage`. The port has one or the other.
+In this file, convolution weights have the shape `(H, W, in, out)`, weights of other layers `(in, out)`. It contains the
+raw weights and, as `.../ExponentialMovingAverage`, the averaged weights. A file of the port contains only one of them.
 """
 
 import re
@@ -33,7 +33,7 @@ from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.options import require
 
 AVERAGED = "/ExponentialMovingAverage"
-ATTENDED = 16  # the resolution with attention, in all of its scripts
+ATTENDED = 16  # resolution with attention in all scripts of the repository
 
 OUTSIDE = {
     "conv_in": "conv_in",
@@ -54,19 +54,19 @@ LAYERS = {
 def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
     """Plan the conversion of a checkpoint.
 
-    Number of resolutions and blocks, channels and attention are read off its names and shapes. The image size is taken
-    to be that at which attention is at 16x16, as in all networks of the paper, and the variance to be `fixed_large`
-    below 256x256 and `fixed_small` from there on, as in the scripts of CIFAR-10 and of LSUN and CelebA-HQ.
+    The number of resolutions and blocks, the channels and the attention are inferred from names and shapes. The image
+    size is inferred by assuming attention at 16x16, as in all networks of the paper. The variance is assumed to be
+    `fixed_large` below 256x256 and `fixed_small` from 256x256, as in the scripts for CIFAR-10, LSUN and CelebA-HQ.
 
     Args:
         weights: Arrays or tensors by name.
-        hints: Facts that the file does not contain.
+        hints: Settings that the file does not contain.
 
     Returns:
-        The plan; names may still be missing.
+        The plan; the weights may still lack tensors.
 
     Raises:
-        ValueError: If it is no such checkpoint, has parts that our network lacks, or a hint is not allowed.
+        ValueError: If the checkpoint has another layout or unsupported layers, or a hint does not fit.
     """
     hints.check("ho2020")
     tensors = as_tensors(weights)
@@ -76,8 +76,8 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
 
     def shape(part: str) -> tuple[int, ...]:
         """Return outputs, inputs, height and width of a convolution."""
-        *sizes, ins, outs = found = layer_shape(tensors, name(part))
-        return (outs, ins, *sizes) if is_tensorflow else found
+        *sizes, ins, outs = stored = layer_shape(tensors, name(part))
+        return (outs, ins, *sizes) if is_tensorflow else stored
 
     options = _architecture(lambda part: name(part) in tensors, shape, hints, notes)
     unet = empty_unet(**options)
@@ -88,22 +88,26 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
 
 
 def _layout(tensors: Mapping[str, Tensor], hints: Hints) -> tuple[Callable[[str], str], list[str], list[str]]:
-    """Return a function from names of the port to names in the file, the names left aside, and notes."""
-    scopes = [found[1] for found in map(re.compile(rf"(.*/)?conv_in/W({AVERAGED})?").fullmatch, tensors) if found]
+    """Return a function that maps names of the port to names in the file, the ignored names, and notes."""
+    scopes = [match[1] for match in map(re.compile(rf"(.*/)?conv_in/W({AVERAGED})?").fullmatch, tensors) if match]
     if not scopes:
-        require(hints, "weights", hints.weights is None, "the file is PyTorch's, with weights of one kind")
-        return unchanged, [], ["weights: as the file has them, averaged or not"]
+        require(
+            hints, "weights", hints.weights is None, "a PyTorch file has only one kind of weights; expected no value"
+        )
+        return unchanged, [], ["weights: as stored; the file does not record whether they are averaged"]
     scope = scopes[0] or ""
-    is_averaged = any(found.endswith(AVERAGED) for found in tensors)
-    require(hints, "weights", hints.weights != "ema" or is_averaged, "the file holds no averaged weights")
+    is_averaged = any(name.endswith(AVERAGED) for name in tensors)
+    require(
+        hints, "weights", hints.weights != "ema" or is_averaged, "the file contains no averaged weights; expected raw"
+    )
     suffix = AVERAGED if is_averaged and hints.weights != "raw" else ""
 
-    def is_aside(found: str) -> bool:
-        other = found + AVERAGED in tensors if suffix else found.endswith(AVERAGED)
-        return other or re.fullmatch(r".*/(Adam|RMSProp)(_1)?|global_step|beta[12]_power", found) is not None
+    def is_aside(name: str) -> bool:
+        other = name + AVERAGED in tensors if suffix else name.endswith(AVERAGED)
+        return other or re.fullmatch(r".*/(Adam|RMSProp)(_1)?|global_step|beta[12]_power", name) is not None
 
     aside = sorted(filter(is_aside, tensors))
-    return partial(_tensorflow_name, scope, suffix), aside, [f"weights: {'averaged' if suffix else 'not averaged'}"]
+    return partial(_tensorflow_name, scope, suffix), aside, [f"weights: {'averaged' if suffix else 'raw'}"]
 
 
 def _tensorflow_name(scope: str, suffix: str, part: str) -> str:
@@ -116,7 +120,7 @@ def _tensorflow_name(scope: str, suffix: str, part: str) -> str:
 
 
 def _their_name(ours: str, levels: int) -> str:
-    """Return the port's name of one of our parameters."""
+    """Return the port's name for a parameter of our network."""
     path, leaf = ours.rsplit(".", 1)
     place = place_of(path)
     if place is None:
@@ -124,7 +128,7 @@ def _their_name(ours: str, levels: int) -> str:
     if place.stage == "mid":
         block = f"mid.{'block' if place.kind == 'resnets' else 'attn'}_{place.number + 1}"
     else:
-        level = place.index if place.stage == "down" else levels - 1 - place.index  # up is numbered as down is
+        level = place.index if place.stage == "down" else levels - 1 - place.index  # the port numbers both alike
         block = f"{place.stage}.{level}.{BLOCKS[place.kind].format(place.number)}"
     return f"{block}.{LAYERS[place.layer]}.{leaf}"
 
@@ -132,12 +136,12 @@ def _their_name(ours: str, levels: int) -> str:
 def _architecture(
     has: Callable[[str], bool], shape: Callable[[str], tuple[int, ...]], hints: Hints, notes: list[str]
 ) -> dict[str, Any]:
-    """Return the options of the network, by names and shapes."""
+    """Return the options of the network, inferred from names and shapes."""
     channels, outputs = shape("conv_in.weight")[1], shape("conv_out.weight")[0]
     levels = len(list(takewhile(lambda i: has(f"down.{i}.block.0.conv1.weight"), count())))
     blocks = len(list(takewhile(lambda j: has(f"down.0.block.{j}.conv1.weight"), count())))
     if not levels:
-        shape("down.0.block.0.conv1.weight")  # raises: it is missing
+        shape("down.0.block.0.conv1.weight")  # raises, since it is missing
     attends = [has(f"down.{i}.attn.0.q.weight") for i in range(levels)]
     for level in range(levels - 1):
         if not has(f"down.{level}.downsample.conv.weight"):
@@ -146,7 +150,7 @@ def _architecture(
         raise ValueError("3x3 convolutions in the skip connections (conv_shortcut=True) are not supported")
     widths = tuple(shape(f"down.{i}.block.0.conv1.weight")[0] for i in range(levels))
     if shape("conv_in.weight")[0] != widths[0]:
-        raise ValueError("a first resolution with other channels than conv_in (ch_mult[0] != 1) is not supported")
+        raise ValueError("different channels in conv_in and the first resolution (ch_mult[0] != 1) are not supported")
     return {
         "sample_size": hints.resolution or _image_size(attends, notes),
         "in_channels": channels,
@@ -165,9 +169,11 @@ def _architecture(
 
 def _image_size(attends: list[bool], notes: list[str]) -> int:
     if sum(attends) != 1:
-        raise ValueError(f"resolution is missing: there is attention at {sum(attends)} resolutions, not at 16x16 alone")
+        raise ValueError(
+            f"--resolution is missing: cannot be inferred from a network with attention at {sum(attends)} resolutions"
+        )
     size = ATTENDED * 2 ** attends.index(True)
-    notes.append(f"resolution: {size}, if attention is at {ATTENDED}x{ATTENDED} as in the paper (--resolution says)")
+    notes.append(f"resolution: {size}, assuming attention at {ATTENDED}x{ATTENDED} (override with --resolution)")
     return size
 
 
@@ -178,7 +184,7 @@ def _scheduler(options: dict[str, Any], hints: Hints, notes: list[str]) -> DDPMS
     fixed = "fixed_small" if options["sample_size"] >= 256 else "fixed_large"
     variance = hints.variance(options["in_channels"], options["out_channels"], "learned", fixed)
     if hints.variance_type is None:
-        notes.append(f"variance: {variance}, as its scripts have it for such images (--variance_type says)")
+        notes.append(f"variance: {variance}, as in the original scripts (override with --variance_type)")
     return DDPMScheduler(
         num_train_timesteps=hints.num_train_timesteps or 1000,
         beta_schedule=schedule,
@@ -188,5 +194,5 @@ def _scheduler(options: dict[str, Any], hints: Hints, notes: list[str]) -> DDPMS
 
 
 def _outputs_first(stored: Tensor) -> Tensor:
-    """Return the weights of a layer of TensorFlow with outputs and inputs in front."""
+    """Return the weights of a TensorFlow layer with outputs and inputs as the first dimensions."""
     return stored.permute(3, 2, 0, 1) if stored.ndim == 4 else stored.mT if stored.ndim == 2 else stored

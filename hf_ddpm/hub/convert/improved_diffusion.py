@@ -1,9 +1,13 @@
-"""Checkpoints of openai/improved-diffusion (Nichol & Dhariwal 2021) and openai/guided-diffusion, `.pt` files.
+"""Conversion of `.pt` checkpoints of openai/improved-diffusion (Nichol & Dhariwal 2021) and openai/guided-diffusion.
 
-Features that our U-Net lacks are refused: heads of different sizes (`num_heads` above 1 with attention at widths
-that differ), residual blocks that resample where there is no attention (`resblock_updown`), resampling without a
-convolution, 3x3 convolutions in the skip connections, a first resolution with other channels than the time embedding
-starts from, networks that upsample images.
+Not supported by our U-Net, and refused with an error:
+
+- attention heads of different sizes (`num_heads` above 1 with attention at different widths),
+- resampling residual blocks without attention at every resolution (`resblock_updown`),
+- resampling without a convolution (`conv_resample=False`),
+- 3x3 convolutions in the skip connections (`use_conv=True`),
+- different channels in the first resolution and the input of the time embedding (`channel_mult[0]` other than 1),
+- super-resolution networks.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,19 +49,19 @@ LAYERS = {
     "group_norm": "norm", "to_q": "qkv", "to_k": "qkv", "to_v": "qkv", "to_out.0": "proj_out",
 }  # fmt: skip
 
-# By the channels at the resolutions, in units of the first: what create_model makes for an image size.
+# Channel multipliers that create_model uses for each image size.
 IMAGE_SIZES = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256}
-SCALE = 1000  # the number of steps that rescale_timesteps pretends
+SCALE = 1000  # rescale_timesteps maps all steps to [0, 1000)
 
 
 @dataclass(frozen=True)
 class Structure:
-    """The structure that the indices in the names follow.
+    """Structure of a network, which determines the indices in its names.
 
     Args:
-        layers: Residual blocks at a resolution on the way down; one more on the way up.
-        widths: Channels at the resolutions, from the highest down.
-        attends: At which of them there is attention.
+        layers: Residual blocks per resolution in the down path; the up path has one more.
+        widths: Channels per resolution, highest resolution first.
+        attends: True for resolutions with attention.
     """
 
     layers: int
@@ -66,12 +70,12 @@ class Structure:
 
     @property
     def attended(self) -> list[int]:
-        """The different numbers of channels that there is attention at, the middle included."""
+        """The distinct numbers of channels at resolutions with attention, including the middle block."""
         at = [width for width, attends in zip(self.widths, self.attends, strict=True) if attends]
         return sorted({*at, self.widths[-1]})
 
     def name(self, ours: str) -> str:
-        """Return the file's name of one of our parameters."""
+        """Return the file's name for a parameter of our network."""
         path, leaf = ours.rsplit(".", 1)
         place = place_of(path)
         if place is None:
@@ -99,22 +103,22 @@ class Structure:
 def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
     """Plan the conversion of a checkpoint.
 
-    Numbers of resolutions, blocks, channels and classes, attention, `use_scale_shift_norm`, `resblock_updown` and
-    `learn_sigma` are read off its names and shapes, the image size off the channels. The number of heads is not in the
-    file: by default 4, as in the repositories.
+    The numbers of resolutions, blocks, channels and classes, the attention, `use_scale_shift_norm`, `resblock_updown`
+    and `learn_sigma` are inferred from names and shapes, the image size from the channels. The number of attention
+    heads is not stored in the file; the default is 4, as in the repositories.
 
-    With `rescale_timesteps` and T above 1000, the process is that of every (T / 1000)th step: only these are whole
-    numbers in the network's scale, and diffusers passes no others.
+    With `rescale_timesteps` and T above 1000, only every (T / 1000)th step is kept: only these are integers on the
+    network's scale [0, 1000), and diffusers passes only integers.
 
     Args:
         weights: Arrays or tensors by name.
-        hints: Facts that the file does not contain.
+        hints: Settings that the file does not contain.
 
     Returns:
-        The plan; names may still be missing.
+        The plan; the weights may still lack tensors.
 
     Raises:
-        ValueError: If it is no such checkpoint, has parts that our network lacks, or a hint is not allowed.
+        ValueError: If the checkpoint has another layout or unsupported layers, or a hint does not fit.
     """
     hints.check("improved-diffusion")
     tensors, notes = as_tensors(weights), list[str]()
@@ -130,14 +134,14 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
 
 
 def _structure(tensors: Mapping[str, Tensor]) -> Structure:
-    """Return the structure that the names imply."""
+    """Return the structure, inferred from the names."""
     layer_shape(tensors, "input_blocks.0.0.weight")
-    ups = _numbers(tensors, "output_blocks")
+    ups = _indices(tensors, "output_blocks")
     if not ups:
-        raise ValueError("the file holds no output_blocks: it is a classifier or no improved-diffusion checkpoint")
-    if _numbers(tensors, "input_blocks") != list(range(len(ups))):
+        raise ValueError("output_blocks are missing: a classifier, or not an improved-diffusion checkpoint")
+    if _indices(tensors, "input_blocks") != list(range(len(ups))):
         raise ValueError("resampling without a convolution (conv_resample=False) is not supported")
-    # Each resolution but the highest ends with an upsampling, behind a residual block and perhaps attention.
+    # Every resolution except the highest ends with an upsampler, after a residual block and possibly attention.
     parts = [f"output_blocks.{n}.{i}.{part}.weight" for n in ups for i in (1, 2) for part in ("conv", "in_layers.2")]
     ends = [int(name.split(".")[1]) for name in parts if name in tensors]
     layers = ends[0] if ends else len(ups) - 1
@@ -149,28 +153,30 @@ def _structure(tensors: Mapping[str, Tensor]) -> Structure:
     )
 
 
-def _numbers(tensors: Mapping[str, Tensor], blocks: str) -> list[int]:
+def _indices(tensors: Mapping[str, Tensor], blocks: str) -> list[int]:
     names = [name.split(".") for name in tensors if name.startswith(f"{blocks}.")]
     return sorted({int(parts[1]) for parts in names if parts[1].isdigit()})
 
 
 def _architecture(tensors: Mapping[str, Tensor], structure: Structure, heads: Callable[[int], int]) -> dict[str, Any]:
-    """Return the options of the network, but for the image size."""
+    """Return the options of the network except the image size."""
     shape, widths = partial(layer_shape, tensors), structure.widths
     if {shape("input_blocks.0.0.weight")[0], shape("time_embed.0.weight", 2)[1]} != {widths[0]}:
         raise ValueError(
-            "a first resolution with other channels than model_channels (channel_mult[0]) is not supported"
+            "different channels in the first resolution and model_channels (channel_mult[0] != 1) are not supported"
         )
     if any(name.endswith("skip_connection.weight") and value.shape[2:] == (3, 3) for name, value in tensors.items()):
         raise ValueError("3x3 convolutions in the skip connections (use_conv=True) are not supported")
     channels = shape("input_blocks.0.0.weight")[1]
     if channels not in (1, 3, 4):
-        raise ValueError(f"images of {channels} channels are not supported, nor are networks that upsample images")
+        raise ValueError(
+            f"{channels} input channels are not supported, nor are super-resolution networks; expected 1, 3 or 4"
+        )
     resampling = "conv"
     if f"input_blocks.{structure.layers + 1}.0.in_layers.2.weight" in tensors:
         resampling = "resnet"
         if not all(structure.attends):
-            raise ValueError("residual blocks that resample (resblock_updown) are supported with attention everywhere")
+            raise ValueError("resblock_updown is only supported with attention at every resolution")
     sizes = {width // heads(width) for width in structure.attended}
     is_scaled = shape("input_blocks.1.0.emb_layers.1.weight", 2)[0] == 2 * widths[0]
     return {
@@ -196,19 +202,21 @@ def _architecture(tensors: Mapping[str, Tensor], structure: Structure, heads: Ca
 def _heads(structure: Structure, hints: Hints, notes: list[str]) -> Callable[[int], int]:
     """Return the number of attention heads as a function of channels."""
     count, size = hints.num_heads, hints.num_head_channels
-    require(hints, "num_head_channels", count is None or size is None, "num_heads says how many heads there are")
+    is_unique = count is None or size is None
+    require(hints, "num_head_channels", is_unique, "cannot be combined with --num_heads; expected only one of them")
     widths = structure.attended
     if size is not None:
         require(hints, "num_head_channels", all(w % size == 0 for w in widths), f"a divisor of {widths}")
         return lambda width: width // size
     if count is None:
         count = 4
-        notes.append("heads: 4, the default of the repositories; the file does not say (--num_heads says)")
+        notes.append("heads: 4, the default of the repositories (override with --num_heads)")
     if any(width % count for width in widths):
-        raise ValueError(f"num_heads={count} is not allowed: a divisor of {widths}")
+        raise ValueError(f"--num_heads {count}: expected a divisor of {widths}")
     if count > 1 and len(widths) > 1:
         raise ValueError(
-            f"num_heads={count} with attention at {widths} channels is not supported: heads of one size are"
+            f"--num_heads {count}: heads of different sizes at {widths} channels are not supported; expected 1, or "
+            "--num_head_channels"
         )
     return lambda width: count
 
@@ -216,13 +224,13 @@ def _heads(structure: Structure, hints: Hints, notes: list[str]) -> Callable[[in
 def _image_size(structure: Structure, notes: list[str]) -> int:
     multiples = tuple(width / structure.widths[0] for width in structure.widths)
     if multiples not in IMAGE_SIZES:
-        raise ValueError(f"resolution is missing: the channels {structure.widths} are those of no image size")
-    notes.append(f"resolution: {IMAGE_SIZES[multiples]}, as the channels say (--resolution says otherwise)")
+        raise ValueError(f"--resolution is missing: cannot be inferred from the channels {structure.widths}")
+    notes.append(f"resolution: {IMAGE_SIZES[multiples]}, inferred from the channels (override with --resolution)")
     return IMAGE_SIZES[multiples]
 
 
 def _scheduler(options: dict[str, Any], hints: Hints, notes: list[str]) -> DDPMScheduler:
-    """Return the process; its linear schedule ends in the same noise for any number of steps."""
+    """Return the scheduler; a linear schedule is scaled so that any number of steps ends at the same noise level."""
     steps, schedule = hints.num_train_timesteps or SCALE, hints.beta_schedule or "linear"
     require(hints, "beta_schedule", schedule in ("linear", "squaredcos_cap_v2"), "linear or squaredcos_cap_v2")
     require(hints, "prediction_type", hints.prediction_type != "mean", "epsilon or sample")
@@ -233,18 +241,18 @@ def _scheduler(options: dict[str, Any], hints: Hints, notes: list[str]) -> DDPMS
         "beta_end": 0.02 * SCALE / steps,
     }
     if hints.rescale_timesteps is not False and steps != SCALE:
-        only = f"a multiple of {SCALE}, or with rescale_timesteps=False"
-        require(hints, "num_train_timesteps", steps % SCALE == 0, only)
+        allowed = f"a multiple of {SCALE}, or --rescale_timesteps false"
+        require(hints, "num_train_timesteps", steps % SCALE == 0, allowed)
         betas = beta_schedule(schedule, steps, process["beta_start"], process["beta_end"])
         kept = GaussianDiffusion(betas).respaced(range(0, steps, steps // SCALE))
         process = {"num_train_timesteps": SCALE, "trained_betas": kept.betas.tolist()}
-        notes.append(f"process: one step in {steps // SCALE} of {steps}, shown to the network as 0 to {SCALE - 1}")
+        notes.append(f"process: every {steps // SCALE}th of {steps} steps, numbered 0 to {SCALE - 1} for the network")
     variance = hints.variance(options["in_channels"], options["out_channels"], "learned_range", "fixed_large")
     return DDPMScheduler(**process, variance_type=variance, prediction_type=hints.prediction_type or "epsilon")
 
 
 def _reader(ours: str, heads: Callable[[int], int], is_new: bool) -> Callable[[Tensor], Tensor]:
-    """Return the `read` of one of our parameters."""
+    """Return the `read` function of a parameter of our network."""
     for part, layer in enumerate(("to_q", "to_k", "to_v")):
         if f".{layer}." in ours:
             return partial(_part, part, heads, is_new)
@@ -252,7 +260,7 @@ def _reader(ours: str, heads: Callable[[int], int], is_new: bool) -> Callable[[T
 
 
 def _part(part: int, heads: Callable[[int], int], is_new: bool, stored: Tensor) -> Tensor:
-    """Return the queries, keys or values of all heads, stored head by head, or kind by kind in the new order."""
+    """Return the queries, keys or values of all heads, stored head by head, or one after another in the new order."""
     if is_new:
         return stored.unflatten(0, (3, -1))[part]
     return stored.unflatten(0, (heads(len(stored) // 3), 3, -1))[:, part].flatten(0, 1)

@@ -1,6 +1,6 @@
-"""Repositories of diffusers, old and new, brought to its present format.
+"""Conversion of old and new diffusers repositories to the current format.
 
-Old ones have no subfolders, weights in a pickle, and other names in the layers of attention.
+Old repositories have no subfolders, store weights in a pickle, and use other names for attention layers.
 """
 
 import json
@@ -13,7 +13,7 @@ from hf_ddpm.hub.convert.hints import Hints
 from hf_ddpm.pipelines.pipeline_ddpm import compare_with_export, read_pipeline
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-FORMERLY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def plan(model: str, hints: Hints) -> Conversion:
@@ -21,19 +21,19 @@ def plan(model: str, hints: Hints) -> Conversion:
 
     Args:
         model: Folder or Hub id.
-        hints: All None.
+        hints: Must all be None.
 
     Returns:
-        The plan; names may still be missing.
+        The plan; the weights may still lack tensors.
 
     Raises:
-        ValueError: If it cannot be loaded, or a hint is given.
+        ValueError: If the model cannot be loaded, or a hint is given.
     """
     hints.check("stock")
     pipe = read_pipeline(model)
-    if not any(value.is_meta for value in pipe.unet.parameters()):  # else weights are missing, which is an error later
+    if not any(value.is_meta for value in pipe.unet.parameters()):  # `fill` reports missing weights
         compare_with_export(pipe)
-    folder = Path(pipe.unet.config._name_or_path)  # of a Hub id: in the cache
+    folder = Path(pipe.unet.config._name_or_path)  # for a Hub id, a folder in the cache
     weights = _read(folder)
     entries = [Entry(ours, _name(ours, weights), unchanged) for ours in pipe.unet.state_dict()]
     return Conversion(pipe, weights, entries)
@@ -47,13 +47,13 @@ def _read(folder: Path) -> dict[str, Tensor]:
             return {key: value for shard in shards for key, value in read_weights(folder / shard).items()}
         if (folder / name).is_file():
             return read_weights(folder / name)
-    raise ValueError(f"{folder} holds neither {' nor '.join(FILES)}")
+    raise ValueError(f"{folder}: weights are missing; expected {' or '.join(FILES)}")
 
 
 def _name(ours: str, weights: dict[str, Tensor]) -> str:
     if ours not in weights:
-        for now, then in FORMERLY.items():
-            former = ours.replace(f".{now}.", f".{then}.")
-            if former in weights:
-                return former
+        for new, old in OLD_NAMES.items():
+            old_name = ours.replace(f".{new}.", f".{old}.")
+            if old_name in weights:
+                return old_name
     return ours

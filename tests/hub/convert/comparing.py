@@ -1,4 +1,4 @@
-"""What the tests of conversions share."""
+"""Helpers for tests of conversions."""
 
 import diffusers
 import numpy as np
@@ -10,21 +10,21 @@ from hf_ddpm import DDPMPipeline, UNet2DModel
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-def close(found, expected):
-    """Whether outputs are equal to 1e-5, in units of a typical output."""
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(found / np.std(expected), expected / np.std(expected), rtol=0, atol=1e-5)
+def assert_close(actual, expected):
+    """Asserts that outputs are equal up to 1e-5 times their standard deviation."""
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual / np.std(expected), expected / np.std(expected), rtol=0, atol=1e-5)
 
 
 def outputs(folder, x, t, labels=None):
-    """What our network of a folder makes of some input, checked against diffusers'."""
+    """Returns the output of our network loaded from a folder, after comparing it with the output of diffusers."""
     ours = DDPMPipeline.from_pretrained(folder).unet
     stock = diffusers.DDPMPipeline.from_pretrained(folder).unet
     assert type(ours) is UNet2DModel and type(stock) is diffusers.UNet2DModel
     with torch.no_grad():
-        found = ours(x, t, labels).sample.numpy()
-        close(stock(x, t, labels).sample.numpy(), found)
-    return found
+        output = ours(x, t, labels).sample.numpy()
+        assert_close(stock(x, t, labels).sample.numpy(), output)
+    return output
 
 
 def noise(channels=3, size=8):
@@ -35,7 +35,7 @@ STEPS = torch.tensor([3, 871])
 
 
 def make_old(folder, change=lambda old: old):
-    """Makes a repository look as google/ddpm-cifar10-32 does: flat, a pickle, the first names of attention's layers."""
+    """Converts a repository to the format of google/ddpm-cifar10-32: flat, a pickle, old names of attention layers."""
     old = {}
     for key, value in load_file(folder / WEIGHTS).items():
         for new, former in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():

@@ -10,14 +10,14 @@ from tests.hub.convert.ho2020_network import HoNetwork
 @pytest.fixture(scope="package")
 def convert():
     main = load_script("convert").main
-    return lambda layout, source, output, *words: main(
-        ["--from", layout, "--input", str(source), "--output", str(output), *words]
+    return lambda layout, source, output, *arguments: main(
+        ["--from", layout, "--input", str(source), "--output", str(output), *arguments]
     )
 
 
 @pytest.fixture(scope="package")
 def ho():
-    """A network, and another one whose variables play the averages."""
+    """A network for the raw weights, and another one for the averaged weights."""
     return HoNetwork(seed=0), HoNetwork(seed=1)
 
 

@@ -1,6 +1,6 @@
-"""The network of Ho et al. 2020 as its authors define it, in float64 numpy, channels last.
+"""Reference implementation of the network of Ho et al. 2020 in float64 numpy, channels last.
 
-Variables come to be where they are first used, under the names that TensorFlow gives them.
+Variables are created at their first use, with TensorFlow's names.
 """
 
 import re
@@ -27,7 +27,7 @@ class HoNetwork:
         return x @ weights + self.get(f"{name}/b", "b", (units,))
 
     def conv(self, name, x, units, stride=1):
-        """3x3, SAME: as many outputs as there are strides, and what padding this takes, the odd one at the end."""
+        """3x3 convolution with SAME padding: output size ceil(n / stride), an odd padding pixel at the end."""
         size, fan_in = x.shape[1:3], 9 * x.shape[-1]
         kernel = self.get(f"{name}/W", "conv", (3, 3, x.shape[-1], units), deviation=fan_in**-0.5)
         out = [-(-n // stride) for n in size]
@@ -92,7 +92,7 @@ class HoNetwork:
         return self.conv("model/conv_out", swish(self.normalize("model/norm_out", h)), self.out_ch)
 
     def ported(self):
-        """Returns the weights as the port to PyTorch (pesser) names and lays them out."""
+        """Returns the weights with the names and layout of the PyTorch port (pesser)."""
         state = {}
         for name, value in self.variables.items():
             kind = self.kinds[name]

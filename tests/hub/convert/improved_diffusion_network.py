@@ -1,6 +1,7 @@
-"""The network of openai/improved-diffusion and guided-diffusion as its authors define it, with its parameter names.
+"""Reference implementation of the network of openai/improved-diffusion and guided-diffusion, with its parameter names.
 
-It computes in float64, but for the sinusoids: those of float32 differ at late steps, and belong to what was trained.
+It computes in float64, except for the time embedding: the original networks were trained with float32 sinusoids, which
+differ from float64 ones at late steps.
 """
 
 import math
@@ -45,7 +46,7 @@ class Attention(nn.Module):
         size = width // self.heads
         rows, outputs = self.qkv(self.norm(x).flatten(2)), []
         for head in range(self.heads):
-            # The old order: the queries, keys, values of a head, then those of the next.
+            # Old order: queries, keys and values of the first head, then those of the next head.
             starts = [head * size + part * width if self.new_order else (3 * head + part) * size for part in range(3)]
             q, k, v = (rows[:, start : start + size].transpose(1, 2) for start in starts)
             outputs.append(torch.softmax(q @ k.transpose(1, 2) / size**0.5, dim=-1) @ v)
@@ -130,7 +131,7 @@ class ImprovedNetwork(nn.Module):
         self.out = nn.Sequential(
             nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(model_channels, out_channels, 3, padding=1)
         )
-        with torch.no_grad():  # biases and gains that count
+        with torch.no_grad():  # biases and gains large enough to affect the outputs
             for value in self.parameters():
                 value.add_(0.1 * torch.randn(value.shape)) if value.ndim == 1 else value.mul_(2)
         self.double()

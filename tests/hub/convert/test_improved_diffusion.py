@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from hf_ddpm import DDPMPipeline
 from hf_ddpm.hub.convert import ho2020, improved_diffusion
 from hf_ddpm.hub.convert.hints import Hints
-from tests.hub.convert.comparing import STEPS, WEIGHTS, close, noise, outputs
+from tests.hub.convert.comparing import STEPS, WEIGHTS, assert_close, noise, outputs
 from tests.hub.convert.ho2020_network import HoNetwork
 from tests.hub.convert.improved_diffusion_network import ImprovedNetwork
 
@@ -15,18 +15,18 @@ IMPROVED = {
     "one head": ({"attends": (0, 1)}, "--num_heads 1"),
     "four heads, the default": ({"heads": lambda width: 4, "num_res_blocks": 2}, ""),
     "heads of 16 channels": ({"heads": lambda width: width // 16, "attends": (0, 1)}, "--num_head_channels 16"),
-    "the new order": (
+    "new attention order": (
         {"heads": lambda width: 2, "new_order": True},
         "--num_heads 2 --use_new_attention_order true",
     ),
-    "time added, not scaled": ({"scale_shift": False}, "--num_heads 1"),
+    "time embedding added, not scaled": ({"scale_shift": False}, "--num_heads 1"),
     "learned range": ({"learn_sigma": True, "in_channels": 1}, "--num_heads 1"),
     "classes": ({"num_classes": 5}, "--num_heads 1"),
-    "residual blocks that resample": (
+    "resampling residual blocks": (
         {"resblock_updown": True, "attends": (0, 1, 2), "channel_mult": (1, 2, 2)},
         "--num_heads 1",
     ),
-    "attention in the middle alone": (
+    "attention only in the middle": (
         {"channel_mult": (1, 2, 3), "attends": (), "heads": lambda width: 3},
         "--num_heads 3",
     ),
@@ -43,16 +43,16 @@ def save_improved(path, **options):
     return network
 
 
-@pytest.mark.parametrize(("options", "words"), IMPROVED.values(), ids=IMPROVED)
-def test_an_improved_diffusion_checkpoint_computes_the_same(convert, tmp_path, options, words):
+@pytest.mark.parametrize(("options", "arguments"), IMPROVED.values(), ids=IMPROVED)
+def test_improved_diffusion_checkpoint_gives_equal_outputs(convert, tmp_path, options, arguments):
     network = save_improved(tmp_path / "model.pt", **options)
-    convert("improved-diffusion", tmp_path / "model.pt", tmp_path / "out", "--resolution", "16", *words.split())
+    convert("improved-diffusion", tmp_path / "model.pt", tmp_path / "out", "--resolution", "16", *arguments.split())
     x = noise(options.get("in_channels", 3))
     labels = torch.tensor([4, 1]) if "num_classes" in options else None
-    close(outputs(tmp_path / "out", x, STEPS, labels), network(x, STEPS, labels).numpy())
+    assert_close(outputs(tmp_path / "out", x, STEPS, labels), network(x, STEPS, labels).numpy())
     pipe = DDPMPipeline.from_pretrained(tmp_path / "out")
     assert pipe.scheduler.config.variance_type == ("learned_range" if "learn_sigma" in options else "fixed_large")
-    assert pipe.unet.config.norm_eps == 1e-5  # too little to be seen in the outputs
+    assert pipe.unet.config.norm_eps == 1e-5  # too small to change the outputs
 
 
 def cosine(steps):
@@ -66,11 +66,11 @@ def linear(steps):
 
 
 @pytest.mark.parametrize(("name", "betas"), [("squaredcos_cap_v2", cosine), ("linear", linear)])
-def test_more_steps_become_those_at_whole_numbers(convert, tmp_path, name, betas):
-    # The network is shown 1000 t / 4000: a whole number at every fourth step. Between those, noise adds up.
+def test_only_steps_with_integer_network_times_are_kept(convert, tmp_path, name, betas):
+    # The network gets 1000 t / 4000, an integer at every fourth step. The noise of the steps between is accumulated.
     network = save_improved(tmp_path / "model.pt")
-    words = ["--resolution", "16", "--num_heads", "1", "--num_train_timesteps", "4000", "--beta_schedule", name]
-    convert("improved-diffusion", tmp_path / "model.pt", tmp_path / "out", *words)
+    arguments = ["--resolution", "16", "--num_heads", "1", "--num_train_timesteps", "4000", "--beta_schedule", name]
+    convert("improved-diffusion", tmp_path / "model.pt", tmp_path / "out", *arguments)
     scheduler = DDPMPipeline.from_pretrained(tmp_path / "out").scheduler
     stock = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").scheduler
     kept = np.cumprod(1 - betas(4000))[::4]
@@ -78,28 +78,29 @@ def test_more_steps_become_those_at_whole_numbers(convert, tmp_path, name, betas
     np.testing.assert_allclose(scheduler.diffusion.alphas_cumprod, kept, rtol=1e-9)
     np.testing.assert_allclose(stock.alphas_cumprod, kept, rtol=2e-4, atol=1e-9)
     # Step 2000 of 4000 is step 500 of the converted process.
-    shown = torch.tensor([2000]) * (1000.0 / 4000)
-    close(outputs(tmp_path / "out", noise()[:1], torch.tensor([500])), network(noise()[:1], shown).numpy())
+    network_time = torch.tensor([2000]) * (1000.0 / 4000)
+    expected = network(noise()[:1], network_time).numpy()
+    assert_close(outputs(tmp_path / "out", noise()[:1], torch.tensor([500])), expected)
 
 
-def test_steps_can_be_shown_as_they_are(convert, tmp_path):
+def test_timesteps_without_rescaling(convert, tmp_path):
     save_improved(tmp_path / "model.pt")
-    words = (
+    arguments = (
         "--resolution 16 --num_heads 1 --num_train_timesteps 400 --rescale_timesteps false --variance_type fixed_small"
     )
-    convert("improved-diffusion", tmp_path / "model.pt", tmp_path / "out", *words.split())
+    convert("improved-diffusion", tmp_path / "model.pt", tmp_path / "out", *arguments.split())
     scheduler = DDPMPipeline.from_pretrained(tmp_path / "out").scheduler
     np.testing.assert_allclose(scheduler.diffusion.betas, linear(400))
     assert scheduler.config.variance_type == "fixed_small"
 
 
-def test_image_sizes_are_those_of_create_model():
+def test_image_sizes_match_create_model():
     for mult, size in [((1, 2, 2, 2), 32), ((1, 2, 3, 4), 64), ((1, 1, 2, 3, 4), 128), ((1, 1, 2, 2, 4, 4), 256)]:
         state = ImprovedNetwork(channel_mult=mult, attends=()).state_dict()
         assert improved_diffusion.plan(state, Hints()).pipe.unet.config.sample_size == size
 
 
-def test_half_precision_becomes_single(convert, tmp_path):
+def test_half_precision_is_converted_to_float32(convert, tmp_path):
     state = {name: value.half() for name, value in ImprovedNetwork().state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "model.pt")
     convert("improved-diffusion", tmp_path / "model.pt", tmp_path / "out", "--resolution", "16", "--num_heads", "1")
@@ -109,24 +110,30 @@ def test_half_precision_becomes_single(convert, tmp_path):
 
 
 UNSUPPORTED = {
-    "heads of different sizes": ({"attends": (0, 1)}, r"num_heads=4 with attention at \[32, 64\] channels is not supp"),
-    "no whole heads": ({"num_heads": 3}, r"num_heads=3 is not allowed: a divisor of \[64\]"),
+    "heads of different sizes": (
+        {"attends": (0, 1)},
+        r"--num_heads 4: heads of different sizes at \[32, 64\] channels are not supported; expected 1",
+    ),
+    "fractional head size": ({"num_heads": 3}, r"--num_heads 3: expected a divisor of \[64\]"),
     "resampling blocks": ({"resblock_updown": True}, "resblock_updown"),
-    "upsampling": ({"in_channels": 6}, "images of 6 channels are not supported, nor are networks that upsample images"),
+    "upsampling": ({"in_channels": 6}, "6 input channels are not supported, nor are super-resolution networks"),
     "first resolution": ({"channel_mult": (2, 2)}, r"channel_mult\[0\]"),
-    "image size": ({}, r"resolution is missing: the channels \(32, 64\)"),
-    "odd image size": ({"resolution": 33}, "resolution=33 is not allowed: a multiple of 2"),
-    "variance": ({"variance_type": "learned"}, "variance_type='learned' is not allowed: fixed_small or fixed_large"),
-    "steps": ({"num_train_timesteps": 1500}, "num_train_timesteps=1500 is not allowed: a multiple of 1000"),
-    "schedule": ({"beta_schedule": "quad"}, "beta_schedule='quad' is not allowed: linear or squaredcos_cap_v2"),
-    "prediction": ({"prediction_type": "mean"}, "prediction_type='mean' is not allowed: epsilon or sample"),
-    "weights": ({"weights": "ema"}, "weights='ema' is not allowed: improved-diffusion checkpoints leave it no choice"),
-    "two kinds": ({"num_heads": 2, "num_head_channels": 16}, "num_head_channels=16 is not allowed: num_heads says"),
+    "image size": ({}, r"--resolution is missing: cannot be inferred from the channels \(32, 64\)"),
+    "odd image size": ({"resolution": 33}, "resolution.33.*: .*a multiple of 2"),
+    "variance": ({"variance_type": "learned"}, "variance_type.*learned.*: .*fixed_small or fixed_large"),
+    "steps": ({"num_train_timesteps": 1500}, "num_train_timesteps.1500.*: .*a multiple of 1000"),
+    "schedule": ({"beta_schedule": "quad"}, "beta_schedule.*quad.*: .*linear or squaredcos_cap_v2"),
+    "prediction": ({"prediction_type": "mean"}, "prediction_type.*mean.*: .*epsilon or sample"),
+    "weights": ({"weights": "ema"}, "weights.*ema.*: does not apply to improved-diffusion checkpoints"),
+    "two options": (
+        {"num_heads": 2, "num_head_channels": 16},
+        "num_head_channels.16.*: cannot be combined with --num_h",
+    ),
 }
 
 
 @pytest.mark.parametrize(("options", "message"), UNSUPPORTED.values(), ids=UNSUPPORTED)
-def test_what_is_not_supported_is_said_in_one_line(options, message):
+def test_unsupported_options_raise_one_line_errors(options, message):
     hints = {name: options[name] for name in options if name in Hints.__dataclass_fields__}
     if "resolution is missing" not in message:
         hints.setdefault("resolution", 16)
@@ -136,7 +143,7 @@ def test_what_is_not_supported_is_said_in_one_line(options, message):
     assert "\n" not in str(caught.value)
 
 
-def test_other_variants_of_their_code_are_refused_by_name():
+def test_errors_name_unsupported_variants():
     state = ImprovedNetwork().state_dict()
     without = {name: value for name, value in state.items() if ".op." not in name and not name.endswith("1.2.conv")}
     with pytest.raises(ValueError, match="conv_resample=False"):

@@ -1,4 +1,4 @@
-"""The mean code length of images in bits per dimension, as a metric of `evaluate`.
+"""Mean negative log-likelihood of images in bits per dimension, as a metric of `evaluate`.
 
 metric = evaluate.load("hf_ddpm/evaluation/metrics/bits_per_dim")
 metric.add_batch(nats=negative_log_likelihoods)
@@ -15,17 +15,17 @@ _CITATION = """Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv 2
 
 _INPUTS = """
 Args:
-    nats: negative log-likelihood of an image, or a bound on it, in nats, over all its dimensions.
-    dimensions: number of values of an image, channels times height times width.
+    nats: negative log-likelihood of each image, or a bound on it, in nats, summed over all dimensions.
+    dimensions: number of values per image, channels times height times width.
 
 Returns:
-    bits_per_dim: the mean.
-    standard_error: its error over the images; absent for one image.
+    bits_per_dim: mean over the images.
+    standard_error: standard error of the mean; missing for one image.
 """
 
 
 class BitsPerDim(evaluate.Metric):  # type: ignore[misc]
-    """Nats per image as bits per dimension."""
+    """Mean negative log-likelihood in bits per dimension, computed from nats per image."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -37,7 +37,7 @@ class BitsPerDim(evaluate.Metric):  # type: ignore[misc]
 
     def _compute(self, nats: list[float], dimensions: int) -> dict[str, float]:
         if dimensions < 1:
-            raise ValueError(f"dimensions={dimensions} is not allowed: at least 1")
+            raise ValueError(f"dimensions={dimensions}: expected at least 1")
         bits = np.asarray(nats, np.float64) / (dimensions * math.log(2))
         result = {"bits_per_dim": float(bits.mean())}
         if len(bits) > 1:

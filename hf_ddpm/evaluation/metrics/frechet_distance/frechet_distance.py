@@ -16,17 +16,17 @@ _CITATION = """Heusel et al. 2017, GANs Trained by a Two Time-Scale Update Rule,
 
 _INPUTS = """
 Args:
-    features: rows of features, the bytes of one float32 (or `dtype`) array per image.
-    is_real: whether the row is of a real image.
+    features: features of each image, as bytes of a float32 (or `dtype`) array.
+    is_real: True for real images, False for generated images.
     dtype: "float32" or "float64".
 
 Returns:
-    frechet_distance: the distance; compare only equal numbers of images.
+    frechet_distance: the distance; compare only values for equal numbers of images.
 """
 
 
 class FrechetDistance(evaluate.Metric):  # type: ignore[misc]
-    """The distance of `hf_ddpm.evaluation.frechet`."""
+    """Frechet distance, see `hf_ddpm.evaluation.frechet`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -1,4 +1,4 @@
-"""The Inception score of images by their class probabilities, as a metric of `evaluate`.
+"""The Inception score of images from their class probabilities, as a metric of `evaluate`.
 
 metric = evaluate.load("hf_ddpm/evaluation/metrics/inception_score")
 metric.add_batch(probabilities=[row.tobytes() for row in probabilities])
@@ -15,23 +15,23 @@ _CITATION = """Salimans et al. 2016, Improved Techniques for Training GANs, arXi
 
 _INPUTS = """
 Args:
-    probabilities: rows of class probabilities, the bytes of one float32 (or `dtype`) array per image.
+    probabilities: class probabilities of each image, as bytes of a float32 (or `dtype`) array.
     dtype: "float32" or "float64".
     splits: number of parts.
-    seed: of the shuffle into parts.
+    seed: seed of the shuffle into parts.
 
 Returns:
     inception_score: mean over the parts.
-    standard_deviation: over the parts.
+    standard_deviation: standard deviation over the parts.
 """
 
 
 class InceptionScore(evaluate.Metric):  # type: ignore[misc]
-    """The score of `hf_ddpm.evaluation.inception_score`."""
+    """Inception score, see `hf_ddpm.evaluation.inception_score`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Exponential of the mean divergence of the classes of an image from those of all images.",
+            description="Exponential of the mean KL divergence of the class probabilities from their mean.",
             citation=_CITATION,
             inputs_description=_INPUTS,
             features=datasets.Features({"probabilities": datasets.Value("binary")}),

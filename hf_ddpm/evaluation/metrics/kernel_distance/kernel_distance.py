@@ -16,20 +16,20 @@ _CITATION = """Binkowski et al. 2018, Demystifying MMD GANs, arXiv 1801.01401"""
 
 _INPUTS = """
 Args:
-    features: rows of features, the bytes of one float32 (or `dtype`) array per image.
-    is_real: whether the row is of a real image.
+    features: features of each image, as bytes of a float32 (or `dtype`) array.
+    is_real: True for real images, False for generated images.
     dtype: "float32" or "float64".
-    block_size: images of a kind in a block; by default all pairs are taken.
-    seed: of the shuffle into blocks.
+    block_size: number of real and of generated images per block; by default, all pairs are used.
+    seed: seed of the shuffle into blocks.
 
 Returns:
     kernel_distance: the unbiased estimate.
-    standard_error: its error, with blocks.
+    standard_error: standard error of the estimate; missing without `block_size`.
 """
 
 
 class KernelDistance(evaluate.Metric):  # type: ignore[misc]
-    """The distance of `hf_ddpm.evaluation.kernel`."""
+    """Kernel distance, see `hf_ddpm.evaluation.kernel`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

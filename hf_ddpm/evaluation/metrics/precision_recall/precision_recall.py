@@ -16,19 +16,19 @@ _CITATION = """Kynkaanniemi et al. 2019, Improved Precision and Recall Metric, a
 
 _INPUTS = """
 Args:
-    features: rows of features, the bytes of one float32 (or `dtype`) array per image.
-    is_real: whether the row is of a real image.
+    features: features of each image, as bytes of a float32 (or `dtype`) array.
+    is_real: True for real images, False for generated images.
     dtype: "float32" or "float64".
-    k: which neighbor the ball around a member reaches to.
+    k: the ball around an image reaches to its k-th nearest neighbor.
 
 Returns:
-    precision: fraction of generated images among the real ones.
-    recall: fraction of real images among the generated ones.
+    precision: fraction of generated images in the region of the real images.
+    recall: fraction of real images in the region of the generated images.
 """
 
 
 class PrecisionRecall(evaluate.Metric):  # type: ignore[misc]
-    """The fractions of `hf_ddpm.evaluation.precision_recall`."""
+    """Improved precision and recall, see `hf_ddpm.evaluation.precision_recall`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
