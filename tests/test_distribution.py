@@ -64,7 +64,8 @@ def test_the_sdist_contains_all_files_of_its_tests(sdist):
         files = {str(file.relative_to(ROOT)) for file in (ROOT / name).rglob("*") if file.is_file()}
         missing = {name for name in files if "__pycache__" not in name and not (sdist / name).exists()}
         assert files and not missing
-    assert {"constraints.txt", "setup.cfg", "README.md", "LICENSE"} <= {file.name for file in sdist.iterdir()}
+    top = {"constraints.txt", "setup.cfg", "README.md", "README.zh-CN.md", "LICENSE"}
+    assert top <= {file.name for file in sdist.iterdir()}
     listed = run([sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider"], sdist, sdist)
     assert len([line for line in listed.splitlines() if "::" in line]) > 1000
     tests = ["tests/diffusion/test_schedules.py", "tests/test_architecture.py", "tests/test_readme.py"]

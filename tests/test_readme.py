@@ -1,6 +1,9 @@
+import io
 import re
 import shlex
 import shutil
+import tokenize
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,18 @@ from tests.conftest import load_script
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CHINESE = ".zh-CN.md"
+DOCUMENTS = [
+    README, ROOT / f"README{CHINESE}", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]  # fmt: skip
+TRANSLATIONS = [document for document in DOCUMENTS if document.name.endswith(CHINESE)]
 OWN_TEST = {"ddpm-in-100-lines"}  # tests/test_learn.py runs their code
 PROGRAMS = [
     pytest.param(document, code, id=f"{document.stem}-{number}")
     for document in DOCUMENTS
     if not document.stem.startswith(tuple(OWN_TEST))
+    and document not in TRANSLATIONS  # whose code is that of the original
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL))
 ]
 
@@ -27,7 +36,7 @@ PROGRAM = r"(?<=[ `\n])(?:scripts/[\w/]+\.py|(?:hf-ddpm|-m hf_ddpm) [a-z]\w*|-m 
 COMMANDS = [
     command
     for file in [*DOCUMENTS, ROOT / "benchmarks" / "__main__.py", *SOURCES]
-    if file.name != "CHANGELOG.md"  # which abbreviates them
+    if file.name != "CHANGELOG.md" and file not in TRANSLATIONS  # abbreviated there; those of the original
     for command in re.findall(rf"{PROGRAM} [^`\n]*--[^`\n]*", file.read_text().replace("\\\n", ""))
     if not re.search(r"\||--help|\{", command)  # alternatives, help, and templates are not commands
 ]
@@ -103,3 +112,89 @@ def test_links_of_the_documents_lead_to_files_and_headings(document):
         file = document.parent / target if target else document
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+# What a translation has in common with its original, besides its words.
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+DISPLAY = re.compile(r"^\$\$(.*?)\$\$$", re.DOTALL | re.MULTILINE)
+FORMULA, SPAN, TARGET = re.compile(r"\$([^$]+)\$"), re.compile(r"`([^`]+)`"), re.compile(r"\]\(([^)]+)\)")
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+# Numbers in words. One is also an article.
+ENGLISH = dict(two="2", three="3", four="4", five="5", six="6", seven="7", eight="8", nine="9", ten="10")
+HAN = {"两": "2", "二": "2", "三": "3", "四": "4", "五": "5", "六": "6", "七": "7", "八": "8", "九": "9", "十": "10"}
+
+
+def original(document):
+    return document.with_name(document.name.replace(CHINESE, ".md"))
+
+
+def translated(document, target):
+    """Return the target of a link in the translation of a document: the translated page where there is one."""
+    if target.endswith(CHINESE):  # the link to the other language
+        return target.replace(CHINESE, ".md")
+    there = target.replace(".md", CHINESE)
+    return there if document.parent / there.split("#")[0] in TRANSLATIONS else target
+
+
+def without_comments(code):
+    """Return the tokens of a program and their places; of comments and docstrings only the numbers."""
+    tokens = [(token.start, token.string) for token in tokenize.generate_tokens(io.StringIO(code).readline)]
+    return [
+        (start, sorted(NUMBER.findall(text)) if text.startswith(("#", '"""')) else text)
+        for start, text in tokens
+        if text.strip()
+    ]
+
+
+def take(pattern, text):
+    """Return what a pattern finds, with single spaces, and the rest of the text."""
+    return [" ".join(found.split()) for found in pattern.findall(text)], pattern.sub(" ", text)
+
+
+def sections(document):
+    """Return for each section of a document its code, formulas, links, numbers and marks."""
+    text = re.sub(r"^> ?", "", document.read_text(), flags=re.MULTILINE)
+    blocks = FENCED.findall(text)
+    code = [(name, without_comments(block) if name == "python" else block) for name, block in blocks]
+    found = [{"code": code}]
+    for section in re.split(r"^(?=##)", FENCED.sub("```", text), flags=re.MULTILINE):
+        display, rest = take(DISPLAY, section.replace("```", ""))
+        formulas, rest = take(FORMULA, rest)
+        spans, rest = take(SPAN, rest)
+        targets, rest = take(TARGET, rest)
+        numbers = NUMBER.findall(rest)
+        numbers += [ENGLISH[word] for word in re.findall(r"\w+", rest.lower()) if word in ENGLISH]
+        numbers += [HAN[sign] for sign in rest if sign in HAN]
+        marks = re.findall(r"^(?:#+|\||-|!|\*(?!\*))|\*\*", rest, re.MULTILINE)
+        found.append({"blocks": section.count("```"), "display": display, "formulas": Counter(formulas),
+                      "code": Counter(spans), "targets": Counter(targets), "numbers": Counter(numbers),
+                      "marks": Counter(marks)})  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("document", TRANSLATIONS, ids=lambda document: document.stem)
+def test_translations_have_the_code_formulas_links_and_numbers_of_the_original(document):
+    here, there = sections(document), sections(original(document))
+    assert len(here) == len(there) > 5
+    for ours, theirs in zip(here, there, strict=True):
+        targets = [translated(original(document), target) for target in theirs.pop("targets", Counter()).elements()]
+        assert ours.pop("targets", Counter()) == Counter(targets)
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("document", TRANSLATIONS, ids=lambda document: document.stem)
+def test_languages_link_to_each_other_at_the_top(document):
+    for file, other in ((document, original(document)), (original(document), document)):
+        assert re.match(rf"# .+\n\n\[.+\]\({re.escape(other.name)}\)\n", file.read_text())
+
+
+@pytest.mark.parametrize("document", TRANSLATIONS, ids=lambda document: document.stem)
+def test_chinese_is_spaced_and_punctuated(document):
+    """GitHub shows a formula only after a space, and a line break within a paragraph as a space between words."""
+    text = DISPLAY.sub("", FENCED.sub("", document.read_text()))
+    text = TARGET.sub("]", FORMULA.sub("$", SPAN.sub("`", text)))
+    han, latin = r"[\u4e00-\u9fff]", r"[A-Za-z0-9`$]"
+    assert not re.findall(rf".*{han}{latin}.*|.*{latin}{han}.*", text)
+    assert not re.findall(rf".*{han} ?[,;:?!.()].*|.*[,;:?!.()] ?{han}.*", text)
+    assert not re.findall(r".*[^\s]\$.*", text)
+    assert not re.findall(r"^[^|#!>*\n-].*\n[^|#!>*\n-].*", text, re.MULTILINE)

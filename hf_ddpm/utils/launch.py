@@ -2,6 +2,7 @@
 
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -152,13 +153,28 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
     sys.exit(code)
 
 
+def _is_closed(stream: Any) -> bool:
+    """Return whether the reader of an output stream has closed it; if so, discard all further output."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    number, poll = stream.fileno(), select.poll()
+    poll.register(number, 0)
+    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return is_closed
+
+
 def _exit_code(main: Callable[[list[str]], int], name: str) -> Any:
     line: str | None = None
     try:
         code: Any = main(sys.argv[1:])
+        sys.stdout.flush()
     except SystemExit as error:  # raised by --help
         code = error.code
     except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout):
+            return 128 + signal.SIGPIPE  # as other programs in `program | head`
         code, line = 2 if isinstance(error, ValueError) else 1, f"error: {one_line(error)}"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -188,3 +188,15 @@ def test_a_signal_at_any_time_during_startup_prints_one_line(trained, tmp_path, 
         assert process.wait() == 128 + number, (moment, rest)
         assert not any("Traceback" in line or "Exception ignored" in line for line in rest), (moment, rest)
         assert sum("stopped by" in line for line in rest) == 1, (moment, rest)
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_closes_the_output_ends_the_program_quietly(lines):
+    program = (
+        f"from hf_ddpm.utils.launch import run_script\nrun_script(lambda _: [print(i) for i in range({lines})] and 0)"
+    )
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
+    with subprocess.Popen([sys.executable, "-c", program], **options) as process:
+        process.stdout.close()  # like `| head`, before the first line
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
