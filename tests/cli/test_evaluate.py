@@ -173,10 +173,10 @@ def test_arrays_that_are_not_samples_are_errors(main, tmp_path):
     with pytest.raises(ValueError, match=r"a\.npz: float32 of shape \(4, 8, 8, 1\); expected uint8"):
         main([*common, str(tmp_path / "a.npz")])
     np.savez(tmp_path / "a.npz", np.zeros((4, 8), np.uint8))
-    with pytest.raises(ValueError, match="a.npz: cannot be read as an array of images; no array has 4 dimensions"):
+    with pytest.raises(ValueError, match="a.npz: cannot be read as an array of images: no array has 4 dimensions"):
         main([*common, str(tmp_path / "a.npz")])
     (tmp_path / "a.npz").write_text("no archive")
-    with pytest.raises(ValueError, match="a.npz: cannot be read as an array of images; File is not a zip file"):
+    with pytest.raises(ValueError, match="a.npz: cannot be read as an array of images: File is not a zip file"):
         main([*common, str(tmp_path / "a.npz")])
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(ValueError, match="a.txt.*: .*a folder, or a .npz or .npy file"):

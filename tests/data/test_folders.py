@@ -252,7 +252,7 @@ def test_metadata_files_with_different_types_of_a_column_are_an_error(tmp_path):
     for name, value in (("a", 1), ("b", "x")):
         write_images(tmp_path / name, count=1)
         (tmp_path / name / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "size": value}))
-    with pytest.raises(ValueError, match="'.*': metadata column 'size' cannot be read; "):
+    with pytest.raises(ValueError, match="'.*': metadata column 'size' cannot be read: "):
         opened(tmp_path)
 
 
