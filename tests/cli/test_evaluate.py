@@ -206,9 +206,9 @@ def test_saved_statistics_replace_the_reference_split(main, words, evaluated, tm
     assert "memorization" not in alone
     (row,) = rows(alone)
     assert (row.data, row.split) == ("stats.npz", None)
-    beside = run(main, tmp_path / "c.json", *common, "--dataset", "digits", "--reference_stats", stats)["fd"]
-    assert beside["floor"] == pytest.approx(expected["floor"], rel=1e-9)
-    assert beside["value"] == pytest.approx(expected["value"], rel=1e-9)
+    combined = run(main, tmp_path / "c.json", *common, "--dataset", "digits", "--reference_stats", stats)["fd"]
+    assert combined["floor"] == pytest.approx(expected["floor"], rel=1e-9)
+    assert combined["value"] == pytest.approx(expected["value"], rel=1e-9)
 
 
 def test_invalid_statistics_are_errors(main, words, evaluated, tmp_path):
