@@ -372,8 +372,8 @@ def launched(name: str, allowed: tuple[str, ...], default: str) -> Any:
     return value
 
 
-# Options that do not change the weights of a run.
-BESIDE_TRAINING = {field.name for part in (EvaluationConfig, HubConfig) for field in dataclasses.fields(part)}
+# Options that do not affect the weights of a run.
+NOT_ABOUT_WEIGHTS = {field.name for part in (EvaluationConfig, HubConfig) for field in dataclasses.fields(part)}
 
 # Former defaults of options whose default has changed. A run keeps the defaults of the version that started it.
 FORMER_DEFAULTS: dict[str, Any] = {

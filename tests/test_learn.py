@@ -28,6 +28,15 @@ def test_notebook_has_the_text_and_code_of_the_page(learn):
     assert words[0] == words[1]
 
 
+def test_results_in_the_text_are_those_of_the_notebook(learn):
+    cells = json.loads(learn.NOTEBOOK.read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", []) if output["output_type"] == "stream"]
+    printed = set(re.findall(r"\d+\.\d+", "".join(line for output in outputs for line in output["text"])))
+    sentences = re.findall(r"^(?:The printed|It prints)(?:.|\n)*?\n\n", learn.PAGE.read_text(), re.MULTILINE)
+    stated = re.findall(r"\d+\.\d+", " ".join(sentences))
+    assert len(stated) == 6 and {*stated} - {"0.02"} <= printed
+
+
 def test_code_of_the_page_has_about_100_lines(learn):
     lines = [line for text in code_of(learn) for line in text.splitlines() if line.strip()]
     assert 85 <= len(lines) <= 115

@@ -1,14 +1,16 @@
 """Train a small CIFAR-10 classifier whose features give a Frechet distance without Inception weights.
 
-    python benchmarks/gpu/features.py DATASET FOLDER [EPOCHS]
+    python benchmarks/gpu/features.py DATASET FOLDER [gpu|cpu|test]
 
-Takes half a minute on an H100. With EPOCHS, a smaller network is trained on 256 images, for a test on a CPU.
+Takes half a minute on an H100 (gpu, the default) or 20 minutes on one CPU core (cpu, a smaller network). `test` trains
+a tiny network on 256 images.
 """
 
 import json
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,22 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from hf_ddpm.config import DataConfig
 from hf_ddpm.data.store import ImageStore, load_images
 
+
+class Size(NamedTuple):
+    """Width and depth per stage of the network, and the length of its training."""
+
+    widths: list[int]
+    depths: list[int]
+    epochs: int
+    batch_size: int
+    max_samples: int | None = None
+
+
+SIZES = {
+    "gpu": Size([64, 128, 256, 512], [2, 2, 2, 2], 20, 512),
+    "cpu": Size([32, 64, 128, 256], [1, 2, 2, 1], 10, 256),
+    "test": Size([16, 32, 64], [2, 2, 2], 2, 64, 256),
+}
 # Images are enlarged, as the network starts by halving their size twice.
 SIDE, MEAN, STD = 48, 0.5, 0.25
 
@@ -55,20 +73,22 @@ def accuracy(network: torch.nn.Module, test: ImageStore) -> float:
     return torch.cat(correct).float().mean().item()
 
 
-def main(dataset: str, folder: str, epochs: str | None = None) -> None:
-    """Train the network, and save it with its preprocessor."""
-    device, few = "cuda" if torch.cuda.is_available() else "cpu", None if epochs is None else 256
-    options = {"resolution": [32], "class_column": "auto", "max_train_samples": few}
+def main(dataset: str, folder: str, size: str = "gpu") -> None:
+    """Train and save the network and its preprocessor."""
+    device, (widths, depths, epochs, batch_size, max_samples) = (
+        "cuda" if torch.cuda.is_available() else "cpu",
+        SIZES[size],
+    )
+    options = {"resolution": [32], "class_column": "auto", "max_train_samples": max_samples}
     train, test = (
         load_images(DataConfig(dataset, split=split, **options), device=device) for split in ("train", "test")
     )
-    widths, batch = ([64, 128, 256, 512], 512) if epochs is None else ([16, 32, 64], 64)
     torch.manual_seed(0)
-    shape = {"embedding_size": widths[0], "hidden_sizes": widths, "depths": [2] * len(widths), "layer_type": "basic"}
+    shape = {"embedding_size": widths[0], "hidden_sizes": widths, "depths": depths, "layer_type": "basic"}
     network = ResNetForImageClassification(ResNetConfig(num_channels=3, num_labels=10, **shape))
     network.to(device, memory_format=torch.channels_last).train()
     start = time.time()
-    learn(network, train, int(epochs or 20), batch)
+    learn(network, train, epochs, batch_size)
     print(f"accuracy {accuracy(network.eval(), test):.4f} in {time.time() - start:.1f} s")
     network.cpu().to(memory_format=torch.contiguous_format).save_pretrained(folder)
     steps = {"do_resize": True, "size": {"height": SIDE, "width": SIDE}, "do_rescale": True, "rescale_factor": 1 / 255}

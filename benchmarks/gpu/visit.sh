@@ -45,7 +45,7 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', torc
   tar czf "$OUT/logs.tgz" -C "$WORK" --exclude=./site --exclude=./inductor --exclude='*.json.gz' . ;;
 train)
   rm -rf "$WORK/run" "$WORK/extractor"
-  stage extractor 60 "$PYTHON" "$HERE/features.py" "$DATA" "$WORK/extractor" ${DRY:+2}
+  stage extractor 60 "$PYTHON" "$HERE/features.py" "$DATA" "$WORK/extractor" ${DRY:+test}
   # The number of steps that fits into the time at the measured speed, so that the cosine schedule ends at zero.
   STEPS=$("$PYTHON" - "$WORK" "$BATCH" "$SECONDS_OF_TRAINING" <<'PY'
 import json, sys

@@ -91,7 +91,8 @@ class Sources:
         metrics: The lines of `metrics.jsonl` up to the step of the weights.
         status: `status.json`.
         hub_ids: Names in the options that are Hub ids, see `hf_ddpm.utils.public`.
-        lengths: Changes of the run's length, see `hf_ddpm.training.loop.Run`; empty if it never changed.
+        lengths: Start steps, each with the `max_train_steps` from there on, see `hf_ddpm.training.loop.Run`; empty if
+            the length never changed.
     """
 
     pipe: DDPMPipeline

@@ -19,7 +19,7 @@ from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.jsonl import as_lines, read_lines, to_json
 from hf_ddpm.utils.public import public_values
 
-# Files of a run that are pushed with its pipeline. Checkpoints, samples and pickles are never pushed.
+# Files of a run that are pushed with its pipeline. Checkpoints, single samples and pickles are not pushed.
 RUN_FILES = (
     "README.md",
     "samples.png",

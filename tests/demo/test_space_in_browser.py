@@ -290,7 +290,7 @@ def test_painted_area_is_filled(page, trained, tmp_path):
     page.mouse.move((left + right) / 2 + 20, (top + bottom) / 2, steps=10)
     page.mouse.up()
     press(page, "Inpaint")
-    # The stroke reaches the server with a delay, until which "nothing is painted" is shown.
+    # The stroke reaches the server with a delay; until then, the page shows "nothing is painted".
     page.wait_for_function("[...document.querySelectorAll('.picture img')].some(one => one.offsetParent)")
     wait_for(page, "step 21 of 21")
     page.screenshot(path=tmp_path / "inpaint.png", full_page=True)

@@ -49,7 +49,7 @@ def run(hub, folder):
 def test_newest_state_is_pushed_at_the_end(run, hub, folder):
     assert run("""
 push.start("1")
-while push._process.poll() is None: time.sleep(0.01)
+push._process.wait()
 (folder / "metrics.jsonl").write_text("more")
 push.start("2")
 print(json.dumps([push.finish(), errors, titles()]))

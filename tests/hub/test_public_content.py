@@ -111,9 +111,8 @@ def test_load_path_is_removed_from_configurations(folder):
 def test_hub_id_of_the_initial_model_is_kept(hub, trained, tmp_path):
     hub.push(trained, "org/base")
     arguments = ["--max_train_steps", "2", "--init_from", "org/base", "--push_to_hub", "--hub_model_id", "org/new"]
-    code, output, errors = hub.run(
-        ROOT / "scripts" / "train.py", *TINY_RUN, *arguments, "--output_dir", tmp_path / "run"
-    )
+    script = ROOT / "scripts" / "train.py"
+    code, output, errors = hub.run(script, *TINY_RUN, *arguments, "--output_dir", tmp_path / "run")
     assert code == 0 and "pushed the model to org/new" in errors + output, errors
     files = hub.files("org/new")
     assert yaml.safe_load(files["config.yaml"])["init_from"] == "org/base"

@@ -197,7 +197,7 @@ def test_an_average_of_mostly_initial_weights_prints_a_warning(run_training, tmp
     run_training(tmp_path / "warm", "--max_train_steps", "2", "--ema_decay", "0.9999")
     assert "initial weights" not in capsys.readouterr().out
     run_training(tmp_path / "cold", "--max_train_steps", "2", "--ema_decay", "0.9999", "--ema_warmup", "false")
-    assert "100% of the averaged weights, which are exported, will be initial weights" in capsys.readouterr().out
+    assert "--ema_decay 0.9999: 100% of the exported average will be initial weights" in capsys.readouterr().out
 
 
 def test_a_process_that_does_not_end_in_noise_needs_an_option(run_training, tmp_path):

@@ -18,7 +18,7 @@ HANDLED = (*SIGNALS, signal.SIGALRM)
 
 
 @pytest.fixture(autouse=True)
-def nothing_pends_at_the_end(monkeypatch):
+def signals_are_reset(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/sample.py"])
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     yield
@@ -26,13 +26,13 @@ def nothing_pends_at_the_end(monkeypatch):
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signals.number == 0
 
 
-def code_of(main):
+def exit_code_of(main):
     with pytest.raises(SystemExit) as caught:
         run_script(main)
     return caught.value.code
 
 
-def wait_for_ever():
+def wait_forever():
     while True:
         time.sleep(0.01)
 
@@ -45,7 +45,7 @@ def lost_in_a_callback(number):
     reference = weakref.ref(thing, lambda _: signal.raise_signal(number))
     del thing
     assert reference() is None
-    wait_for_ever()
+    wait_forever()
 
 
 def swallowed_by_a_library(number):
@@ -53,17 +53,17 @@ def swallowed_by_a_library(number):
         signal.raise_signal(number)
     except BaseException:
         pass
-    wait_for_ever()
+    wait_forever()
 
 
-def made_into_another_error(number):
+def replaced_by_another_error(number):
     try:
         signal.raise_signal(number)
     except KeyboardInterrupt:
         raise ValueError("cannot import torch") from None
 
 
-def made_into_an_error_of_its_own(number):
+def wrapped_in_another_error(number):
     try:
         signal.raise_signal(number)
     except KeyboardInterrupt as error:
@@ -77,12 +77,12 @@ def made_into_an_error_of_its_own(number):
         signal.raise_signal,
         lost_in_a_callback,
         swallowed_by_a_library,
-        made_into_another_error,
-        made_into_an_error_of_its_own,
+        replaced_by_another_error,
+        wrapped_in_another_error,
     ],
 )
 def test_a_signal_prints_one_line_even_if_its_exception_is_lost(capsys, number, main):
-    assert code_of(lambda argv: main(number)) == 128 + number
+    assert exit_code_of(lambda argv: main(number)) == 128 + number
     assert capsys.readouterr().err == f"sample.py: stopped by {signal.Signals(number).name}\n"
 
 
@@ -103,7 +103,7 @@ def test_cleanup_is_not_interrupted(monkeypatch):
             cleaned.append(True)
             signal.signal(signal.SIGALRM, again)
 
-    assert code_of(main) == 128 + signal.SIGTERM and cleaned == [True]
+    assert exit_code_of(main) == 128 + signal.SIGTERM and cleaned == [True]
 
 
 def test_signals_are_deferred_except_a_second_ctrl_c():
@@ -139,9 +139,9 @@ def test_help_and_errors_keep_their_codes():
     def wrong(argv):
         raise OSError("disk full")
 
-    assert code_of(lambda argv: 0) == 0
-    assert code_of(lambda argv: sys.exit(0)) == 0
-    assert code_of(wrong) == 1
+    assert exit_code_of(lambda argv: 0) == 0
+    assert exit_code_of(lambda argv: sys.exit(0)) == 0
+    assert exit_code_of(wrong) == 1
     with pytest.raises(RuntimeError):
         run_script(lambda argv: exec("raise RuntimeError"))
 

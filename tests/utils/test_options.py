@@ -110,7 +110,7 @@ def test_negative_numbers_in_scientific_notation_are_values():
     assert Config.of(preset="digits", value_range=[-1e-05, 1]).data.value_range == [-1e-05, 1]
 
 
-def test_no_options_and_unexpected_arguments():
+def test_no_prefix_switches_an_option_off_and_unexpected_arguments_are_errors():
     assert not parse_config(["--preset", "digits", "--no-streaming"]).data.streaming
     with pytest.raises(ValueError, match="unexpected argument 'x': expected"):
         parse_config(["x"])

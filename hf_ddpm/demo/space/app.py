@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from zipfile import ZipFile
 
-# The build of a Space cannot install the wheel, since it has access to requirements.txt only: unpack it at startup.
+# Unpack the wheel at startup: the build of a Space cannot install it, since it only has access to requirements.txt.
 for wheel in Path(__file__).parent.glob("hf_ddpm-*.whl"):
     sys.path.insert(0, tempfile.mkdtemp())
     ZipFile(wheel).extractall(sys.path[0])

@@ -48,14 +48,14 @@ class Conversion:
         pipe: The pipeline; the network may be on the meta device, without values.
         weights: The tensors of the file by name.
         entries: One entry per parameter of the network.
-        aside: Names in the file that are ignored on purpose.
+        ignored: Names in the file that are ignored on purpose.
         notes: Assumptions, one per line.
     """
 
     pipe: DDPMPipeline
     weights: dict[str, Tensor]
     entries: list[Entry]
-    aside: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -66,7 +66,7 @@ class Conversion:
     @property
     def unknown(self) -> list[str]:
         """The names in the file without a parameter of the network."""
-        return sorted(set(self.weights) - {entry.theirs for entry in self.entries} - set(self.aside))
+        return sorted(set(self.weights) - {entry.theirs for entry in self.entries} - set(self.ignored))
 
     def fill(self) -> None:
         """Load the values into the network, in float32.
@@ -97,7 +97,7 @@ class Conversion:
             "mapped": [f"{entry.theirs} -> {entry.ours}" for entry in self.entries if entry not in missing],
             "missing in the file": [f"{entry.theirs} -> {entry.ours}" for entry in missing],
             "unknown": self.unknown,
-            "ignored": self.aside,
+            "ignored": self.ignored,
         }
         for title, lines in lists.items():
             yield f"{title}: {len(lines)}"

@@ -70,7 +70,7 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
     """
     hints.check("ho2020")
     tensors = as_tensors(weights)
-    name, aside, notes = _layout(tensors, hints)
+    name, ignored, notes = _layout(tensors, hints)
     is_tensorflow = name("conv_in.weight").endswith(("/W", AVERAGED))
     read = _outputs_first if is_tensorflow else unchanged
 
@@ -84,7 +84,7 @@ def plan(weights: Mapping[str, Any], hints: Hints) -> Conversion:
     hints.check_resolution(unet.size_multiple)
     levels = len(options["block_out_channels"])
     entries = [Entry(ours, name(_their_name(ours, levels)), read) for ours in unet.state_dict()]
-    return Conversion(DDPMPipeline(unet, _scheduler(options, hints, notes)), tensors, entries, aside, notes)
+    return Conversion(DDPMPipeline(unet, _scheduler(options, hints, notes)), tensors, entries, ignored, notes)
 
 
 def _layout(tensors: Mapping[str, Tensor], hints: Hints) -> tuple[Callable[[str], str], list[str], list[str]]:
@@ -102,12 +102,12 @@ def _layout(tensors: Mapping[str, Tensor], hints: Hints) -> tuple[Callable[[str]
     )
     suffix = AVERAGED if is_averaged and hints.weights != "raw" else ""
 
-    def is_aside(name: str) -> bool:
+    def is_ignored(name: str) -> bool:
         other = name + AVERAGED in tensors if suffix else name.endswith(AVERAGED)
         return other or re.fullmatch(r".*/(Adam|RMSProp)(_1)?|global_step|beta[12]_power", name) is not None
 
-    aside = sorted(filter(is_aside, tensors))
-    return partial(_tensorflow_name, scope, suffix), aside, [f"weights: {'averaged' if suffix else 'raw'}"]
+    ignored = sorted(filter(is_ignored, tensors))
+    return partial(_tensorflow_name, scope, suffix), ignored, [f"weights: {'averaged' if suffix else 'raw'}"]
 
 
 def _tensorflow_name(scope: str, suffix: str, part: str) -> str:
@@ -128,7 +128,7 @@ def _their_name(ours: str, levels: int) -> str:
     if place.stage == "mid":
         block = f"mid.{'block' if place.kind == 'resnets' else 'attn'}_{place.number + 1}"
     else:
-        level = place.index if place.stage == "down" else levels - 1 - place.index  # the port numbers both alike
+        level = place.index if place.stage == "down" else levels - 1 - place.index  # same indices in both paths
         block = f"{place.stage}.{level}.{BLOCKS[place.kind].format(place.number)}"
     return f"{block}.{LAYERS[place.layer]}.{leaf}"
 
