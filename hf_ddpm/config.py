@@ -52,7 +52,7 @@ class ImageOptions:
     )
     enlarge: bool = option("upscale images that are smaller than the resolution instead of stopping", False)
     levels: int | None = option("number of evenly spaced pixel values; 17 for digits, else 256 by default", None)
-    value_range: list[float] | None = option("values of black and white in images of floats", None)
+    value_range: list[float] | None = option("pixel values of black and white, for images of floats", None)
     background: str | None = option("color behind transparent pixels; unused with 4 channels; white by default", None)
     skip_bad_images: bool = option("skip unusable images instead of stopping", False)
 
@@ -72,7 +72,7 @@ class DataConfig(ImageOptions):
     levels: int = option("number of evenly spaced pixel values; above 256 for 16-bit images", 256)
     background: str = option("color behind transparent pixels; unused with 4 channels", "white")
     split: str = option("split to train on", "train")
-    class_dropout: float = option("probability to hide the class of an image, for classifier-free guidance", 0.1)
+    class_dropout: float = option("probability of dropping the class of an image, for classifier-free guidance", 0.1)
     resolution: list[int] = option(
         "height and width in pixels, or one number for both; images are resized and cropped to this size",
         factory=lambda: [32],
@@ -105,7 +105,7 @@ class ModelConfig:
     """Model: the U-Net."""
 
     init_from: str | None = option(
-        "folder or Hub id of a DDPM pipeline to fine-tune; its network and its process replace those options", None
+        "folder or Hub id of a DDPM pipeline to fine-tune; its network and process replace the options of both", None
     )
     block_out_channels: list[int] = option("channels per resolution", factory=lambda: [128, 256, 256, 256])
     layers_per_block: int = option("residual blocks per resolution", 2)
@@ -285,21 +285,21 @@ class EvaluationConfig:
     The options are those of `hf-ddpm evaluate`, prefixed with `eval_`.
     """
 
-    eval_metrics: str = option("metrics for results.json: fd, kid, is, pr, nll, separated by commas", "")
+    eval_metrics: str = option("metrics, separated by commas: fd, kid, is, pr, nll; none by default", "")
     eval_steps: int | None = option(
         "steps between evaluations during training; best/ then holds the best model by the first metric", None
     )
-    eval_split: str = option("held-out split, for nll and for the floor of the distances", "test")
-    eval_floor: bool = option("also compute the distances of as many held-out images (the floor)", True)
+    eval_split: str = option("held-out split, used by nll and --eval_floor", "test")
+    eval_floor: bool = option("also evaluate the same number of held-out real images: the best value to expect", True)
     eval_extractor: str | None = option(
-        "features to compare: digits, inception (needs hf_ddpm[inception]) or an image model; by default digits for "
-        "--dataset digits, else inception",
+        "feature extractor: digits, inception (needs hf_ddpm[inception]), or a folder or Hub id of an image model; by "
+        "default digits for data set digits, else inception",
         None,
     )
-    eval_num_images: int | None = option("images to evaluate on; by default as many as the split has", None)
+    eval_num_images: int | None = option("number of images to evaluate on; by default all of the held-out split", None)
     eval_inference_steps: int | None = option("sampling steps; all by default", None)
     eval_steps_per_image: int | None = option(
-        "nll: random timesteps per image, which gives an estimate; all timesteps by default", None
+        "nll: number of steps evaluated per image, for an estimate; all by default", None
     )
 
     def __post_init__(self) -> None:
@@ -372,8 +372,8 @@ def launched(name: str, allowed: tuple[str, ...], default: str) -> Any:
     return value
 
 
-# Options that do not change the weights of a run.
-BESIDE_TRAINING = {field.name for part in (EvaluationConfig, HubConfig) for field in dataclasses.fields(part)}
+# Options that do not affect the weights of a run.
+NOT_ABOUT_WEIGHTS = {field.name for part in (EvaluationConfig, HubConfig) for field in dataclasses.fields(part)}
 
 # Former defaults of options whose default has changed. A run keeps the defaults of the version that started it.
 FORMER_DEFAULTS: dict[str, Any] = {

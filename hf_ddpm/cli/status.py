@@ -91,5 +91,5 @@ def read_status(path: Path) -> dict[str, Any]:
         if not (isinstance(status, dict) and isinstance(status.get("status"), str) and type(status["step"]) is int):
             raise ValueError("status or step is missing")
     except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read; {one_line(error)}") from error
+        raise ValueError(f"{path}: cannot be read: {one_line(error)}") from error
     return status

@@ -70,7 +70,7 @@ def open_stack(path: Path) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:  # zipfile and numpy raise many types
-        raise ValueError(f"{path}: cannot be read as an array of images; {one_line(error)}") from error
+        raise ValueError(f"{path}: cannot be read as an array of images: {one_line(error)}") from error
 
 
 def is_stack(path: Path) -> bool:

@@ -204,7 +204,7 @@ def _metadata_column(root: Path, names: Sequence[str], metadata: _Metadata, colu
     try:
         array = pa.array(values)
     except pa.ArrowException as error:
-        raise ValueError(f"{str(root)!r}: metadata column {column!r} cannot be read; {one_line(error)}") from error
+        raise ValueError(f"{str(root)!r}: metadata column {column!r} cannot be read: {one_line(error)}") from error
     return array, Features.from_arrow_schema(pa.schema({column: array.type}))[column]
 
 

@@ -39,7 +39,7 @@ def open_picture(row: dict[str, Any]) -> Image.Image:
     """Loads an image upright, without other conversions. Ignores damaged metadata.
 
     Raises:
-        Exception: If its pixels cannot be read (any exception of PIL), or are too many (`DecompressionBombError`).
+        Exception: If the pixels cannot be read (PIL raises many types), or are too many (`DecompressionBombError`).
     """
     register_plugins()
     data, path = row["bytes"], row["path"]

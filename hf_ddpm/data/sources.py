@@ -63,10 +63,10 @@ def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset,
     if split not in opened.splits:
         outside = [file.kind for file in unused_files if "outside the split folders" in file.kind]
         hint = f" (some images are {outside[0]})" if outside else ""
-        message = f"dataset {name!r} has no split {split!r}: expected one of {', '.join(opened.splits)}{hint}"
+        message = f"--dataset {name}: no split {split!r}; expected one of {', '.join(opened.splits)}{hint}"
         raise MissingSplit(message, list(opened.splits))
     if len(opened.splits[split]) == 0:
-        raise ValueError(f"dataset {name!r} is empty: split {split!r} contains no images")
+        raise ValueError(f"--dataset {name}: split {split!r} contains no images")
     return opened.splits[split], unused_files
 
 
@@ -94,10 +94,10 @@ def find_shards(data: DataConfig, log: Log = lambda line: None) -> tuple[list[st
         unused_files = with_full_paths(path, _unused(path, files))
         log(summary(name, None, unused_files))
     if split not in files:
-        raise ValueError(f"dataset {name!r} has no split {split!r}: expected one of {', '.join(files)}")
+        raise ValueError(f"--dataset {name}: no split {split!r}; expected one of {', '.join(files)}")
     other = [file for file in files[split] if not file.endswith(".parquet")]
     if other:
-        raise ValueError(f"dataset {name!r} cannot be streamed: {other[0]!r} is not parquet; expected parquet files")
+        raise ValueError(f"--dataset {name}: {other[0]!r} cannot be streamed; expected parquet files")
     return files[split], unused_files
 
 
@@ -116,7 +116,7 @@ def choose(size: int, max_samples: int | None, seed: int) -> Sequence[int]:
 def _check_config(data: DataConfig, has_no_configs: bool) -> None:
     if data.dataset_config is not None and has_no_configs:
         raise ValueError(
-            f"--dataset_config {data.dataset_config}: dataset {data.dataset!r} has no configurations; "
+            f"--dataset_config {data.dataset_config}: --dataset {data.dataset} has no configurations; "
             "remove --dataset_config"
         )
 
@@ -128,7 +128,7 @@ def _open_splits(data: DataConfig, log: Log) -> Opened:
     if name == "digits":
         return Opened(load_or_repair(lambda: load_dataset("parquet", data_files=_digits_files()), log))
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ValueError(f"dataset {name!r} does not exist: expected a folder, a file, a Hub id or digits")
+        raise ValueError(f"--dataset {name}: does not exist; expected a folder, a file, a Hub id or digits")
     try:
         if not path.exists():
             return Opened(load_or_repair(lambda: load_dataset(name, config), log))
@@ -138,7 +138,7 @@ def _open_splits(data: DataConfig, log: Log) -> Opened:
     except (DatasetGenerationError, OSError, ValueError) as error:
         if is_full(error) or isinstance(error, PermissionError):
             raise
-        raise ValueError(f"dataset {name!r} {_reason(name, config, error)}") from error
+        raise ValueError(f"--dataset {name}: {_reason(name, config, error)}") from error
     root = path.parent if path.is_file() else path
     return Opened(opened.splits, None if opened.unused_files is None else with_full_paths(root, opened.unused_files))
 
@@ -153,9 +153,7 @@ def _open_file(path: Path, log: Log) -> Opened:
         return open_archives(path.parent, files, [], log)
     if path.suffix.lower() in ARRAY_SUFFIXES:
         return open_arrays(path.parent, files, [], log)
-    raise _Refused(
-        f"dataset {str(path)!r} has an unknown format: expected a parquet, .npy or .npz file, or an archive (zip, tar)"
-    )
+    raise _Refused(f"--dataset {path}: unknown format; expected a parquet, .npy or .npz file, or an archive (zip, tar)")
 
 
 def _open_folder(path: Path, config: str | None, class_column: str | None, log: Log) -> Opened:
@@ -188,7 +186,7 @@ def _open_folder(path: Path, config: str | None, class_column: str | None, log: 
         return open_archives(path, archives, unused_files + [file for file in others if file.file not in archives], log)
     unused = summary(str(path), None, unused_files + others).removeprefix(f"dataset {str(path)!r}: ")
     detail = f" ({unused})" if unused_files or others else ""
-    raise _Refused(f"dataset {str(path)!r} is empty: the folder contains no images{detail}")
+    raise _Refused(f"--dataset {path}: folder contains no images{detail}")
 
 
 def _saved(path: Path) -> Mapping[str, Dataset]:
@@ -196,7 +194,7 @@ def _saved(path: Path) -> Mapping[str, Dataset]:
     try:
         saved = load_from_disk(str(path))
     except IndexError as error:  # raised by datasets if a split has no rows
-        raise _Refused(f"dataset {str(path)!r} is empty: a split contains no images") from error
+        raise _Refused(f"--dataset {path}: a split contains no images") from error
     if isinstance(saved, Dataset):
         # The split name may include the saved part, such as train[:100].
         return {re.split(r"\W", str(saved.split or "train"))[0]: saved}
@@ -218,7 +216,7 @@ def _data_files(data: DataConfig) -> dict[str, list[str]]:
         builder = load_dataset_builder(**(from_url if "://" in name else {"path": name, "name": data.dataset_config}))
     except (OSError, ValueError) as error:
         reason = _config_reason(name, data.dataset_config) or f"cannot be streamed: {one_line(error)}"
-        raise ValueError(f"dataset {name!r} {reason}") from error
+        raise ValueError(f"--dataset {name}: {reason}") from error
     return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
 
 
@@ -240,9 +238,9 @@ def _unused(path: Path, data_files: Mapping[Any, Sequence[str]]) -> list[UnusedF
 def _reason(name: str, config: str | None, error: Exception) -> str:
     is_local = Path(name).exists()
     if isinstance(error, ConnectionError):
-        return "is not a local folder, and the Hub cannot be reached"
+        return "not a local folder, and the Hub cannot be reached"
     if isinstance(error, FileNotFoundError) and not is_local:
-        return "does not exist, neither as a local folder nor on the Hub"
+        return "does not exist as a local folder or on the Hub"
     inner = (error.__cause__ or error) if isinstance(error, DatasetGenerationError) else error
     return _config_reason(name, config) or f"cannot be read: {one_line(inner)}"
 
@@ -255,6 +253,6 @@ def _config_reason(name: str, config: str | None) -> str | None:
         return None
     listed = ", ".join(names)
     if config is not None and config not in names:
-        return f"has no configuration {config!r}: expected --dataset_config with one of {listed}"
-    several = f"has several configurations: set --dataset_config to one of {listed}"
+        return f"no configuration {config!r}; expected --dataset_config with one of {listed}"
+    several = f"has several configurations; expected --dataset_config with one of {listed}"
     return several if config is None and names[1:] else None

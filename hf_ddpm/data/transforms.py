@@ -76,7 +76,7 @@ def fit(row: dict[str, Any] | None, image_format: ImageFormat, notes: list[str] 
         Pixels, `image_format.dtype`, shape `(C, H, W)`; with random crops H or W may be larger, for `crop_at`.
 
     Raises:
-        Exception: If the image is missing, unreadable (any exception of PIL), too small or of a higher bit depth.
+        Exception: If the image is missing, unreadable (PIL raises many types), too small or of a higher bit depth.
     """
     if row is None or (row["bytes"] is None and row["path"] is None):
         raise ValueError("image is missing")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from hf_ddpm.config import BESIDE_TRAINING, Config, default_options, parse_config
+from hf_ddpm.config import NOT_ABOUT_WEIGHTS, Config, default_options, parse_config
 from hf_ddpm.evaluation.options import NOT_OF_FIGURES, EvaluateConfig, real_images
 from hf_ddpm.images import bytes_to_unit, save_picture
 from hf_ddpm.paper.context import captioned, sheet, table, with_error
@@ -118,7 +118,7 @@ def check_same(folder: Path, config: Config) -> None:
         stored = default_options() | yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
-    new = {name: value for name, value in config.to_dict().items() if name not in {*BESIDE_TRAINING, "output_dir"}}
+    new = {name: value for name, value in config.to_dict().items() if name not in {*NOT_ABOUT_WEIGHTS, "output_dir"}}
     if new["max_train_steps"] > (stored["max_train_steps"] or 0):
         del new["max_train_steps"]  # the run is resumed
     changed = [f"{name}={new[name]!r} (was {stored[name]!r})" for name in new if stored[name] != new[name]]

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_ddpm.config import BESIDE_TRAINING, with_past_defaults
+from hf_ddpm.config import NOT_ABOUT_WEIGHTS, with_past_defaults
 from hf_ddpm.pipelines.pipeline_ddpm import stored_class
 from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.utils.files import flush, flush_entry
@@ -31,7 +31,7 @@ FREE_OPTIONS = {
     "resume", "train_batch_size", "gradient_accumulation_steps", "sample_at_checkpoints", "num_samples",
     "num_inference_steps", "tf32", "deterministic", "gradient_checkpointing", "compile", "tracker", "world_size",
     "dry_run", "allow_terminal_signal", "check_memory", "teacher",
-    *BESIDE_TRAINING,
+    *NOT_ABOUT_WEIGHTS,
 }  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def test_a_results_file_of_another_format_is_an_error_before_training(run_traini
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--eval_metrics fd --eval_split validation", "dataset 'digits' has no split 'validation'"),
+        ("--eval_metrics fd --eval_split validation", "--dataset digits: no split 'validation'"),
         ("--eval_metrics fd --eval_num_images 2000", "--eval_num_images 2000: expected at most the 899"),
         (
             "--eval_metrics fd --eval_split train",

@@ -322,7 +322,7 @@ def test_stages_halve_down_to_the_requested_steps():
         ({"eval_metrics": "fd,nll"}, "--eval_metrics fd,nll: expected no nll for a student"),
         ({"learning_rat": 1}, r"unknown option --learning_rat: did you mean --learning_rate\?"),
         ({"guidance_scale": 2.0}, "--guidance_scale 2.0: expected 1, because the model was not trained"),
-        ({"dataset": "nothing/there/at/all"}, "dataset 'nothing/there/at/all' does not exist"),
+        ({"dataset": "nothing/there/at/all"}, "--dataset nothing/there/at/all: does not exist"),
     ],
 )
 def test_errors_are_one_line(trained, tmp_path, options, message):

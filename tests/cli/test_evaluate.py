@@ -61,7 +61,7 @@ def evaluated(main, words, tmp_path_factory):
     return folder
 
 
-def test_figures_are_kept_as_soon_as_they_are_known(main, words, tmp_path, monkeypatch):
+def test_each_metric_is_saved_as_soon_as_it_is_computed(main, words, tmp_path, monkeypatch):
     def breaks(metric, *sets, figures=hf_ddpm.evaluation.evaluate.figures):
         if metric == "kid":
             raise OSError("no space left")
@@ -74,7 +74,7 @@ def test_figures_are_kept_as_soon_as_they_are_known(main, words, tmp_path, monke
     assert set(json.loads(output.read_text())) == {"model", "fd"}
 
 
-def test_a_model_is_evaluated_from_end_to_end(evaluated, trained):
+def test_a_model_is_evaluated_end_to_end(evaluated, trained):
     results = json.loads((evaluated / "results.json").read_text())
     (samples,) = (evaluated / "results_samples").iterdir()
     images = SampleFolder.read(samples)[torch.arange(40)]
@@ -96,18 +96,18 @@ def test_a_model_is_evaluated_from_end_to_end(evaluated, trained):
         assert picture.size == (4 * 70 + 6, 20 + 8 * 70 + 6)  # with a line of labels and gaps of 6 pixels
 
 
-def test_the_floor_is_held_out_images_against_the_reference(evaluated):
+def test_the_floor_compares_held_out_images_with_the_reference(evaluated):
     train = load_images(DataConfig("digits", split="train", resolution=[8], channels=1))[torch.arange(898)]
     test = load_images(DataConfig("digits", split="test", resolution=[8], channels=1))[torch.arange(899)]
     extractor = load_extractor("digits")
     reference = Moments.of(extractor(train).features)
-    drawn = torch.tensor(choose(899, 40, 0))  # at random: sets may be sorted
+    drawn = torch.tensor(choose(899, 40, 0))  # drawn at random, because data sets may be sorted
     expected = frechet_distance(Moments.of(extractor(test[drawn]).features), reference)
     floor = json.loads((evaluated / "results.json").read_text())["fd"]["floor"]
     assert floor == pytest.approx(expected, rel=1e-5)
 
 
-def test_results_depend_neither_on_the_batch_size_nor_on_an_interruption(main, words, evaluated, tmp_path):
+def test_results_do_not_depend_on_the_batch_size_or_an_interruption(main, words, evaluated, tmp_path):
     output = tmp_path / "results.json"
     results = run(main, output, *words, "--metrics", ALL, "--num_images", "40", "--batch_size", "7")
     expected = figures(json.loads((evaluated / "results.json").read_text()))
@@ -118,9 +118,7 @@ def test_results_depend_neither_on_the_batch_size_nor_on_an_interruption(main, w
     assert figures(run(main, output, *words, "--metrics", ALL, "--num_images", "40")) == expected
 
 
-def test_metrics_that_were_there_stay_unless_the_model_is_another_one(
-    main, words, evaluated, trained, tmp_path, capsys
-):
+def test_existing_metrics_are_kept_unless_the_model_differs(main, words, evaluated, trained, tmp_path, capsys):
     output = tmp_path / "results.json"
     shutil.copytree(evaluated / "results_samples", tmp_path / "results_samples")
     first = run(main, output, *words, "--metrics", "is", "--num_images", "40")
@@ -138,7 +136,7 @@ def test_metrics_that_were_there_stay_unless_the_model_is_another_one(
     )
 
 
-def test_images_that_were_sampled_already_are_evaluated(main, words, evaluated, trained, tmp_path):
+def test_existing_images_are_evaluated(main, words, evaluated, trained, tmp_path):
     expected = figures(json.loads((evaluated / "results.json").read_text()))
     load_script("sample").main([*words[:2], *words[4:], "--num_images", "45", "--output", str(tmp_path / "out")])
     common = ["--dataset", "digits", "--metrics", ALL, "--num_images", "40"]
@@ -154,7 +152,7 @@ def test_images_that_were_sampled_already_are_evaluated(main, words, evaluated, 
     assert every["fd"]["num_images"] == 45
 
 
-def test_arrays_of_samples_score_what_their_folder_scores(main, words, evaluated, tmp_path):
+def test_arrays_of_samples_have_the_same_results_as_their_folder(main, words, evaluated, tmp_path):
     expected = figures(json.loads((evaluated / "results.json").read_text()))
     out = tmp_path / "out"
     load_script("sample").main([*words[:2], *words[4:], "--num_images", "40", "--format", "npz", "--output", str(out)])
@@ -169,16 +167,16 @@ def test_arrays_of_samples_score_what_their_folder_scores(main, words, evaluated
         assert figures(run(main, tmp_path / f"{samples.name}.json", *common, str(samples))) == expected
 
 
-def test_arrays_that_are_not_samples_are_refused(main, tmp_path):
+def test_arrays_that_are_not_samples_are_errors(main, tmp_path):
     common = ["--dataset", "digits", "--metrics", "fd", "--output", str(tmp_path / "r.json"), "--samples"]
     np.savez(tmp_path / "a.npz", np.zeros((4, 8, 8, 1), np.float32))
     with pytest.raises(ValueError, match=r"a\.npz: float32 of shape \(4, 8, 8, 1\); expected uint8"):
         main([*common, str(tmp_path / "a.npz")])
     np.savez(tmp_path / "a.npz", np.zeros((4, 8), np.uint8))
-    with pytest.raises(ValueError, match="a.npz: cannot be read as an array of images; no array has 4 dimensions"):
+    with pytest.raises(ValueError, match="a.npz: cannot be read as an array of images: no array has 4 dimensions"):
         main([*common, str(tmp_path / "a.npz")])
     (tmp_path / "a.npz").write_text("no archive")
-    with pytest.raises(ValueError, match="a.npz: cannot be read as an array of images; File is not a zip file"):
+    with pytest.raises(ValueError, match="a.npz: cannot be read as an array of images: File is not a zip file"):
         main([*common, str(tmp_path / "a.npz")])
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(ValueError, match="a.txt.*: .*a folder, or a .npz or .npy file"):
@@ -190,7 +188,7 @@ def test_arrays_that_are_not_samples_are_refused(main, tmp_path):
         main([*common, str(tmp_path / "a.npz")])
 
 
-def test_saved_statistics_stand_for_the_reference_split(main, words, evaluated, tmp_path):
+def test_saved_statistics_replace_the_reference_split(main, words, evaluated, tmp_path):
     expected = json.loads((evaluated / "results.json").read_text())["fd"]
     (samples,) = (evaluated / "results_samples").iterdir()
     stats, common = str(tmp_path / "stats.npz"), ["--samples", str(samples), "--metrics", "fd", "--num_images", "40"]
@@ -208,12 +206,12 @@ def test_saved_statistics_stand_for_the_reference_split(main, words, evaluated, 
     assert "memorization" not in alone
     (row,) = rows(alone)
     assert (row.data, row.split) == ("stats.npz", None)
-    beside = run(main, tmp_path / "c.json", *common, "--dataset", "digits", "--reference_stats", stats)["fd"]
-    assert beside["floor"] == pytest.approx(expected["floor"], rel=1e-9)
-    assert beside["value"] == pytest.approx(expected["value"], rel=1e-9)
+    combined = run(main, tmp_path / "c.json", *common, "--dataset", "digits", "--reference_stats", stats)["fd"]
+    assert combined["floor"] == pytest.approx(expected["floor"], rel=1e-9)
+    assert combined["value"] == pytest.approx(expected["value"], rel=1e-9)
 
 
-def test_statistics_that_do_not_fit_are_refused(main, words, evaluated, tmp_path):
+def test_invalid_statistics_are_errors(main, words, evaluated, tmp_path):
     (samples,) = (evaluated / "results_samples").iterdir()
     path, output = tmp_path / "s.npz", ["--output", str(tmp_path / "r.json")]
     common = ["--samples", str(samples), "--extractor", "digits", "--reference_stats", str(path), *output, "--metrics"]
@@ -240,7 +238,7 @@ def test_statistics_that_do_not_fit_are_refused(main, words, evaluated, tmp_path
     assert not (tmp_path / "r.json").exists()
 
 
-def test_the_training_images_themselves_are_seen_through(main, tmp_path):
+def test_copies_of_training_images_are_detected(main, tmp_path):
     images = load_images(DataConfig("digits", split="train", resolution=[8], channels=1))[torch.arange(50)]
     for number, image in enumerate(images):
         Image.fromarray(image[0].numpy()).save(tmp_path / f"{number:05d}.png")
@@ -271,7 +269,7 @@ def dinov2(tmp_path_factory):
     return str(folder)
 
 
-def test_any_image_model_extracts(main, words, dinov2, tmp_path):
+def test_any_image_model_can_be_the_extractor(main, words, dinov2, tmp_path):
     results = run(main, tmp_path / "r.json", *words, "--metrics", "fd,pr", "--num_images", "8", "--extractor", dinov2)
     assert results["fd"]["made_by"]["extractor"]["name"] == dinov2 and results["fd"]["value"] > 0
     with pytest.raises(
@@ -297,8 +295,8 @@ def test_any_image_model_extracts(main, words, dinov2, tmp_path):
         ("--num_images 0", "num_images.0.*: .*at least 1"),
         ("--batch_size 0", "batch_size.0.*: .*at least 1"),
         ("--levels 300", "levels.300.*: .*2 to 256 for metrics of generated images"),
-        ("--split dev", "dataset 'digits' has no split 'dev'"),
-        ("--reference_split dev", "dataset 'digits' has no split 'dev'"),
+        ("--split dev", "--dataset digits: no split 'dev'"),
+        ("--reference_split dev", "--dataset digits: no split 'dev'"),
         ("--samples nowhere", "samples.*nowhere.*: does not exist; expected a folder, or a .npz or .npy file"),
         ("--samples .", "--samples .: folder contains no samples; expected shards"),
         ("--num_inference_steps 2000", "num_inference_steps"),
@@ -306,7 +304,7 @@ def test_any_image_model_extracts(main, words, dinov2, tmp_path):
         ("--output .", "output.*: is a folder; expected a file"),
     ],
 )
-def test_wrong_requests_are_one_line(main, words, tmp_path, monkeypatch, wrong, message):
+def test_errors_are_one_line(main, words, tmp_path, monkeypatch, wrong, message):
     monkeypatch.chdir(tmp_path)
     output = ["--metrics", "fd", "--num_images", "4", "--output", "results.json"]
     with pytest.raises(ValueError, match=message) as caught:
@@ -315,7 +313,7 @@ def test_wrong_requests_are_one_line(main, words, tmp_path, monkeypatch, wrong, 
     assert not (tmp_path / "results.json").exists()
 
 
-def test_samples_that_do_not_fit_are_refused(main, words, trained, evaluated, tmp_path):
+def test_samples_of_another_format_or_model_are_errors(main, words, trained, evaluated, tmp_path):
     output = ["--output", str(tmp_path / "r.json")]
     common = ["--dataset", "digits", "--metrics", "fd", "--samples", str(tmp_path), *output]
     with pytest.raises(ValueError, match="^--model is missing: expected --model or --samples"):
@@ -352,16 +350,16 @@ def test_samples_that_do_not_fit_are_refused(main, words, trained, evaluated, tm
     assert not (tmp_path / "r.json").exists()
 
 
-def test_a_file_that_is_no_results_is_kept(main, words, tmp_path):
+def test_an_output_of_another_format_is_kept(main, words, tmp_path):
     (tmp_path / "r.json").write_text("precious")
     with pytest.raises(ValueError, match="r.json: not a results file"):
         main([*words, "--metrics", "fd", "--output", str(tmp_path / "r.json")])
     assert (tmp_path / "r.json").read_text() == "precious"
-    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]  # nothing was sampled in vain
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]  # the error is raised before sampling
 
 
 @pytest.mark.slow
-def test_two_launched_processes_find_the_same_figures(main, words, evaluated, tmp_path):
+def test_two_processes_compute_the_same_metrics(main, words, evaluated, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     more = ["--metrics", f"{ALL},nll", "--num_images", "40", "--steps_per_image", "2"]
     command = [sys.executable, *launcher, str(ROOT / "scripts" / "evaluate.py"), *words, *more]
@@ -370,15 +368,15 @@ def test_two_launched_processes_find_the_same_figures(main, words, evaluated, tm
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = figures(json.loads((tmp_path / "r.json").read_text()))
-    nll, alone = found.pop("nll"), run(main, tmp_path / "one.json", *words, *more[:1], "nll", *more[2:])["nll"]
+    measured = figures(json.loads((tmp_path / "r.json").read_text()))
+    nll, alone = measured.pop("nll"), run(main, tmp_path / "one.json", *words, *more[:1], "nll", *more[2:])["nll"]
     assert nll["num_images"] == alone["num_images"] == 40
     assert nll["total_bpd"] == pytest.approx(alone["total_bpd"], rel=1e-6)
-    assert found == figures(json.loads((evaluated / "results.json").read_text()))
+    assert measured == figures(json.loads((evaluated / "results.json").read_text()))
 
 
 def test_a_run_is_evaluated_on_its_own_data(trained, tmp_path):
-    """Data set, levels, splits and extractor are those of its config.yaml; what is given comes first."""
+    """Data set, levels, splits and extractor are those of its config.yaml unless they are given."""
     config = EvaluateConfig(model=str(trained), metrics="fd")
     assert (config.dataset, config.levels, config.extractor) == ("digits", 17, "digits")
     assert (config.split, config.reference_split, config.floor) == ("test", "train", True)

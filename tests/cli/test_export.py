@@ -155,7 +155,7 @@ def test_the_status_of_a_finished_run(run, capsys):
 def test_the_error_for_a_damaged_status_is_one_line(tmp_path):
     (tmp_path / "status.json").write_text("[]")
     (tmp_path / ".lock").touch()
-    with pytest.raises(ValueError, match="status.json: cannot be read; status or step is missing"):
+    with pytest.raises(ValueError, match="status.json: cannot be read: status or step is missing"):
         status.main([str(tmp_path)])
     with pytest.raises(ValueError, match="--run nowhere: expected the folder of a run"):
         status.main(["nowhere"])

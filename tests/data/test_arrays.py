@@ -97,7 +97,7 @@ def test_splits_without_class_folders_have_no_classes(tmp_path):
     with pytest.raises(ValueError, match="no class column recognized"):
         images_of(tmp_path, 2, class_column="auto")
     assert len(images_of(tmp_path, 2, split="test")) == 1
-    with pytest.raises(ValueError, match="has no split 'validation': expected one of train, test"):
+    with pytest.raises(ValueError, match="no split 'validation'; expected one of train, test"):
         images_of(tmp_path, 2, split="validation")
 
 
@@ -268,7 +268,7 @@ def test_a_flipped_bit_in_a_file_of_many_images_is_detected(tmp_path):
     content = bytearray((tmp_path / "a.npz").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"dataset .* cannot be read: .*a\.npz: cannot be read .*Bad CRC-32"):
+    with pytest.raises(ValueError, match=r"--dataset .*: cannot be read: .*a\.npz: cannot be read .*Bad CRC-32"):
         images_of(tmp_path / "a.npz", 2)
 
 

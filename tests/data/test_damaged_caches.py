@@ -98,7 +98,7 @@ def test_a_damaged_source_is_not_a_damaged_cache(tmp_path, cache):
     name = parquet(tmp_path / "a.parquet", image=[numbered(1)])
     Path(name).write_bytes(Path(name).read_bytes()[:100])
     lines = []
-    with pytest.raises(ValueError, match=r"a\.parquet' cannot be read"):
+    with pytest.raises(ValueError, match=r"a\.parquet: cannot be read: "):
         values(name, lines)
     assert lines == []
 

@@ -127,10 +127,10 @@ def test_validation_images_are_not_in_the_training_split(tmp_path):
     assert opened(tmp_path / "both")[0] == [1]
     assert opened(tmp_path / "both", "validation")[0] == [2]
     gray(tmp_path / "alone" / "validation" / "1.png", 2)
-    with pytest.raises(ValueError, match="has no split 'train': expected one of validation"):
+    with pytest.raises(ValueError, match="no split 'train'; expected one of validation"):
         opened(tmp_path / "alone")
     gray(tmp_path / "alone" / "cats" / "0.png", 1)
-    message = r"no split 'train': expected one of validation .*in cats/, outside the split folders validation/"
+    message = r"no split 'train'; expected one of validation .*in cats/, outside the split folders validation/"
     with pytest.raises(ValueError, match=message):
         opened(tmp_path / "alone")
 
@@ -252,7 +252,7 @@ def test_metadata_files_with_different_types_of_a_column_are_an_error(tmp_path):
     for name, value in (("a", 1), ("b", "x")):
         write_images(tmp_path / name, count=1)
         (tmp_path / name / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "size": value}))
-    with pytest.raises(ValueError, match="'.*': metadata column 'size' cannot be read; "):
+    with pytest.raises(ValueError, match="'.*': metadata column 'size' cannot be read: "):
         opened(tmp_path)
 
 

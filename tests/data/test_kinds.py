@@ -34,13 +34,13 @@ def test_data_sets_saved_to_disk(tmp_path):
     assert images.class_names == ("a", "b") and images.labels.tolist() == [1, 0, 1]
     DatasetDict(train=saved([1, 2]), test=saved([3])).save_to_disk(tmp_path / "two")
     assert values(tmp_path / "two") == [1, 2] and values(tmp_path / "two", "test") == [3]
-    with pytest.raises(ValueError, match="has no split 'validation': expected one of train, test"):
+    with pytest.raises(ValueError, match="no split 'validation'; expected one of train, test"):
         values(tmp_path / "two", "validation")
     message = "--dataset_config x: a data set saved by save_to_disk has no configurations; remove --dataset_config"
     with pytest.raises(ValueError, match=message):
         values(tmp_path / "one", dataset_config="x")
     saved([]).save_to_disk(tmp_path / "empty")
-    with pytest.raises(ValueError, match="empty' is empty: a split contains no images"):
+    with pytest.raises(ValueError, match="empty: a split contains no images"):
         values(tmp_path / "empty")
     # Other rows in the same folder are read again, and nothing is written to the folder.
     before = {path.name for path in (tmp_path / "one").iterdir()}
@@ -154,8 +154,8 @@ def configured(path):
 def test_dataset_config_selects_a_configuration(tmp_path):
     name = configured(tmp_path / "data")
     assert values(name, dataset_config="small") == [1, 2] and values(name, dataset_config="big") == [3, 4, 5]
-    several = "'.*data' has several configurations: set --dataset_config to one of small, big$"
-    unknown = "'.*data' has no configuration 'huge': expected --dataset_config with one of small, big$"
+    several = "--dataset .*data: has several configurations; expected --dataset_config with one of small, big$"
+    unknown = "--dataset .*data: no configuration 'huge'; expected --dataset_config with one of small, big$"
     options = {"seed": 0, "batch_size": 2, "resolution": 8, "channels": 1, "workers": 0}
     for config, message in ((None, several), ("huge", unknown)):
         with pytest.raises(ValueError, match=message):

@@ -115,21 +115,21 @@ def test_image_columns_are_guessed_or_given(tmp_path):
 def test_errors_for_missing_and_empty_data_sets_name_them(tmp_path):
     (tmp_path / "note.txt").write_text("no image")
     for name, message in [
-        ("./nowhere", "dataset './nowhere' does not exist: expected a folder, a file, a Hub id or digits"),
-        ("a/b/c", "dataset 'a/b/c' does not exist"),
+        ("./nowhere", "--dataset ./nowhere: does not exist; expected a folder, a file, a Hub id or digits"),
+        ("a/b/c", "--dataset a/b/c: does not exist"),
         (str(tmp_path / "nowhere"), "does not exist"),
-        ("somebody/something", "dataset 'somebody/something' (does not exist, neither|is not a local folder)"),
-        (str(tmp_path / "note.txt"), "has an unknown format: expected a parquet, .npy or .npz file, or an archive"),
+        ("somebody/something", "--dataset somebody/something: (does not exist as|not) a local folder"),
+        (str(tmp_path / "note.txt"), "unknown format; expected a parquet, .npy or .npz file, or an archive"),
     ]:
         with pytest.raises(ValueError, match=message):
             load(name, channels=3)
     (tmp_path / "bad.parquet").write_bytes(b"not parquet")
-    with pytest.raises(ValueError, match="bad.parquet' cannot be read: Parquet magic bytes not found"):
+    with pytest.raises(ValueError, match="bad.parquet: cannot be read: Parquet magic bytes not found"):
         load(tmp_path / "bad.parquet", channels=3)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="is empty: the folder contains no images"):
+    with pytest.raises(ValueError, match="empty: folder contains no images"):
         load(tmp_path / "empty", channels=3)
-    with pytest.raises(ValueError, match="dataset 'digits' has no split 'validation': expected one of train, test"):
+    with pytest.raises(ValueError, match="--dataset digits: no split 'validation'; expected one of train, test"):
         load("digits", split="validation")
 
 
