@@ -158,7 +158,7 @@ def test_a_run_does_not_write_to_the_folder_of_another_run(main, trained, folder
         ("vary --model m", "the following arguments are required: --images, --output"),
         ("inpaint --model m --images pictures --output o", "the following arguments are required: --masks"),
         ("vary --model m --images nowhere --output o", "--images nowhere: expected an existing file"),
-        ("vary --model m --images pictures --output masks", "--output masks: folder is not empty; expected a new or empty"),
+        ("vary --model m --images pictures --output masks", "--output masks: folder is not empty"),
         ("vary --model m --images pictures --output o --strength 0", r"--strength 0.0: expected a number in \(0, 1\]"),
         ("vary --model m --images pictures --output o --masks masks", "unknown option --masks"),
         ("inpaint --model m --images pictures --output o --masks no", "--masks no: expected an existing"),
