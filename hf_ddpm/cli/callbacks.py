@@ -14,8 +14,8 @@ from PIL import Image
 
 from hf_ddpm.config import Config
 from hf_ddpm.evaluation.evaluate import Reference, evaluate
-from hf_ddpm.evaluation.options import NOT_OF_FIGURES, training_request
-from hf_ddpm.evaluation.results import Figures, read_results, scalars, summary
+from hf_ddpm.evaluation.options import UNRELATED_OPTIONS, training_request
+from hf_ddpm.evaluation.results import Metrics, read_results, scalars, summary
 from hf_ddpm.hub.background import BackgroundPush
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.push import check_push
@@ -167,24 +167,24 @@ class Evaluations(Callback):
 
     def on_end(self, run: Run) -> None:
         """Evaluates the final model; `results.json` and its samples are kept."""
-        figures = self._evaluate(run, self.folder / "results.json")
+        metrics = self._evaluate(run, self.folder / "results.json")
         if self.every is not None and run.step % self.every == 0:
-            self._note(run, figures, self.folder / "results.json")
+            self._note(run, metrics, self.folder / "results.json")
 
-    def _evaluate(self, run: Run, output: Path) -> Figures:
+    def _evaluate(self, run: Run, output: Path) -> Metrics:
         options: dict[str, Any] = {"pipe": run.pipeline(), "reference": self.reference, "output": output}
-        figures = scalars(evaluate(self.request, self._sampling(run), **options, log=self.log))
-        if figures:
-            self.log(f"step {run.step}: {summary(figures)}")
-        return figures
+        metrics = scalars(evaluate(self.request, self._sampling(run), **options, log=self.log))
+        if metrics:
+            self.log(f"step {run.step}: {summary(metrics)}")
+        return metrics
 
-    def _note(self, run: Run, figures: Figures, results: Path) -> None:
-        """Logs figures to `evaluations.jsonl` and the trackers; saves the model if it is the best so far."""
+    def _note(self, run: Run, metrics: Metrics, results: Path) -> None:
+        """Logs metrics to `evaluations.jsonl` and the trackers; saves the model if it is the best so far."""
         if run.accelerator.is_main_process:
-            # Figures are comparable only if these options are the same.
+            # Metrics are comparable only if these options are the same.
             options = asdict(self.request) | asdict(self._sampling(run))
-            request = {name: value for name, value in options.items() if name not in NOT_OF_FIGURES}
-            line = {"step": run.step, "request": request, **figures}
+            request = {name: value for name, value in options.items() if name not in UNRELATED_OPTIONS}
+            line = {"step": run.step, "request": request, **metrics}
             lines = read_lines(self.lines)
             # Lines of older versions lack newer options, which count as not given.
             given = _given(request)
@@ -193,19 +193,19 @@ class Evaluations(Callback):
                 self._save_best(run, results)
             if run.step not in [other.get("step") for other in lines]:
                 append_line(self.lines, line)
-        numbers = {f"{name}/{key}": value for name, figure in figures.items() for key, value in figure.items()}
+        numbers = {f"{name}/{key}": value for name, figure in metrics.items() for key, value in figure.items()}
         run.accelerator.log(numbers, step=run.step)
 
     def _sampling(self, run: Run) -> Sampling:
         pipe = run.pipeline()
         sampling = _sampling(run, run.config.evaluation.eval_inference_steps or pipe.default_steps)
-        # Set only if it replaces the model's variance, which older versions used: their figures are not comparable.
+        # Set only if it replaces the model's variance, which older versions used: their metrics are not comparable.
         return replace(sampling, variance=replaced_variance(pipe, sampling))
 
     def _is_as_good(self, line: dict[str, Any], other: dict[str, Any]) -> bool:
         metric = self.request.chosen[0]
         key, less_is_better = self.BEST_BY[metric]
-        new, old = (figures.get(metric) for figures in (line, other))
+        new, old = (metrics.get(metric) for metrics in (line, other))
         if not isinstance(old, dict) or not isinstance(old.get(key), int | float):
             return True  # ignore a damaged line
         low, high = (new, old) if less_is_better else (old, new)

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     from accelerate import Accelerator
 
     from hf_ddpm.evaluation.evaluate import evaluate
-    from hf_ddpm.evaluation.results import Figures, scalars
+    from hf_ddpm.evaluation.results import Metrics, scalars
     from hf_ddpm.utils.files import make_folder
     from hf_ddpm.utils.jsonl import to_json
     from hf_ddpm.utils.launch import use_own_cores
@@ -33,8 +33,8 @@ def main(argv: list[str]) -> int:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     use_own_cores()
 
-    def show(figures: Figures) -> None:
-        accelerator.print(to_json(scalars(figures), indent=2))
+    def show(metrics: Metrics) -> None:
+        accelerator.print(to_json(scalars(metrics), indent=2))
 
     evaluate(config, sampling, on_figures=show, log=cache(accelerator.print))  # print each line once, not per split
     accelerator.end_training()

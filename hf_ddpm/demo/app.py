@@ -17,7 +17,7 @@ from PIL import Image
 
 from hf_ddpm.demo.demo import MAX_PASSES, Demo
 from hf_ddpm.demo.layout import CSS, progress_bar, row, sheet, strip
-from hf_ddpm.demo.preview import PAUSE, Moment
+from hf_ddpm.demo.preview import PAUSE, PreviewFrame
 from hf_ddpm.images import to_pictures
 from hf_ddpm.models.precision import choose_precision
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
@@ -41,20 +41,20 @@ def generate(demo: Demo, count: float, seed: float, *settings: Any) -> Iterator[
     """Yield images, their strip if it has a new frame, the images of a distilled model, and the progress."""
     sampling, frames = demo.read(seed, *settings), 0
     update = distilled_update(demo.generate_distilled(sampling, count), sampling)
-    for moment in demo.generate(sampling, count):
-        frames, before = len(moment.frames), frames
-        images = sheet(moment.images, sampling.class_labels)
-        yield images, strip(moment) if frames > before else gr.skip(), update, progress_bar(moment)
+    for preview in demo.generate(sampling, count):
+        frames, before = len(preview.frames), frames
+        images = sheet(preview.images, sampling.class_labels)
+        yield images, strip(preview) if frames > before else gr.skip(), update, progress_bar(preview)
         update = gr.skip()
 
 
-def distilled_update(moment: Moment | None, sampling: Sampling) -> Any:
+def distilled_update(preview: PreviewFrame | None, sampling: Sampling) -> Any:
     """Return the update that shows the images of a distilled model with their steps and time; skip it without one."""
-    if moment is None:
+    if preview is None:
         return gr.skip()
-    steps = "1 step" if moment.steps == 1 else f"{moment.steps} steps"
-    label = f"Distilled: {steps}, {moment.seconds:.1f} s"
-    return gr.update(value=sheet(moment.images, sampling.class_labels), label=label)
+    steps = "1 step" if preview.steps == 1 else f"{preview.steps} steps"
+    label = f"Distilled: {steps}, {preview.seconds:.1f} s"
+    return gr.update(value=sheet(preview.images, sampling.class_labels), label=label)
 
 
 def interpolate(demo: Demo, between: str, t: float, count: float, *inputs: Any) -> Iterator[tuple]:
@@ -66,19 +66,19 @@ def interpolate(demo: Demo, between: str, t: float, count: float, *inputs: Any) 
     else:
         ends = []
         for sampling in samplings:
-            for moment in demo.generate(sampling, 1):
-                yield gr.skip(), progress_bar(moment, f"seed {sampling.seed}: ")
-            ends.append(moment.images)
+            for preview in demo.generate(sampling, 1):
+                yield gr.skip(), progress_bar(preview, f"seed {sampling.seed}: ")
+            ends.append(preview.images)
         first, second = ends
-    for moment in demo.interpolate(first, second, t, count, samplings[0]):
-        yield row([*first, *moment.images, *second], demo.size), progress_bar(moment)
+    for preview in demo.interpolate(first, second, t, count, samplings[0]):
+        yield row([*first, *preview.images, *second], demo.size), progress_bar(preview)
 
 
 def sample_background(demo: Demo, seed: float, *settings: Any) -> Iterator[tuple]:
     """Yield an image to paint on, and the progress, only once at the end: each update replaces the editor."""
-    *_, moment = demo.generate(demo.read(seed, *settings), 1)
-    (image,) = to_pictures(moment.images)
-    yield image.resize(canvas(demo), Image.Resampling.NEAREST), progress_bar(moment)
+    *_, preview = demo.generate(demo.read(seed, *settings), 1)
+    (image,) = to_pictures(preview.images)
+    yield image.resize(canvas(demo), Image.Resampling.NEAREST), progress_bar(preview)
 
 
 def inpaint(
@@ -87,8 +87,8 @@ def inpaint(
     """Yield images whose painted area is filled, and the progress."""
     image, mask = demo.read_drawing(*drawing)
     sampling = demo.read(seed, *settings)
-    for moment in demo.inpaint(image, mask, count, passes, sampling):
-        yield sheet(moment.images), progress_bar(moment)
+    for preview in demo.inpaint(image, mask, count, passes, sampling):
+        yield sheet(preview.images), progress_bar(preview)
 
 
 def with_errors(handler: Callable[..., Iterator[tuple]], demo: Demo) -> Callable[..., Iterator[tuple]]:
@@ -124,8 +124,8 @@ class FirstView:
 
     def __init__(self, demo: Demo):
         self.demo = demo
-        self.moment: Moment | None = None
-        self.distilled: Moment | None = None
+        self.preview: PreviewFrame | None = None
+        self.distilled: PreviewFrame | None = None
         self.worker = threading.Thread(target=self._run, daemon=True)
         self.starting = threading.Lock()
 
@@ -137,17 +137,17 @@ class FirstView:
         is_running, last = True, None
         while is_running:
             is_running = self.worker.is_alive()
-            if (moment := self.moment) is not last and moment is not None:
+            if (preview := self.preview) is not last and preview is not None:
                 update = distilled_update(self.distilled, self.demo.default_request)
-                yield sheet(moment.images), strip(moment), update, progress_bar(moment)
-                last = moment
+                yield sheet(preview.images), strip(preview), update, progress_bar(preview)
+                last = preview
             await asyncio.sleep(PAUSE if is_running else 0)
 
     def _run(self) -> None:
         request, count = self.demo.default_request, self.demo.default_images
         self.distilled = self.demo.generate_distilled(request, count)
-        for moment in self.demo.generate(request, count):
-            self.moment = moment
+        for preview in self.demo.generate(request, count):
+            self.preview = preview
 
 
 def build(demo: Demo) -> gr.Blocks:
@@ -357,7 +357,7 @@ def show(model: str, background: str = "white", precision: str = "auto", distill
     if distilled:
         demo.distilled = load_pipeline(distilled, device)
         if (images := describe_images(demo.distilled)) != (expected := describe_images(pipe)):
-            raise ValueError(f"--distilled {distilled}: {images}; expected {expected}, as of the model")
+            raise ValueError(f"--distilled {distilled}: {images}; expected {expected}, like the model")
     if precision == "auto":
         choice = choose_precision(pipe.unet, pipe.image_shape, demo.max_images)
         print(choice.line, flush=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_ddpm.data.decoding import attempt
 from hf_ddpm.data.transforms import ImageFormat
-from hf_ddpm.demo.preview import Moment, watch
+from hf_ddpm.demo.preview import PreviewFrame, watch
 from hf_ddpm.images import to_bytes, to_signed
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.sampling.generate import generate_images, in_precision
@@ -147,7 +147,7 @@ class Demo:
             raise ValueError("nothing is painted: paint over the area to fill")
         return pixels, is_painted
 
-    def generate(self, sampling: Sampling, count: float) -> Iterator[Moment]:
+    def generate(self, sampling: Sampling, count: float) -> Iterator[PreviewFrame]:
         """Generate the first images of a `Sampling`, equal to those of `hf-ddpm sample`.
 
         Args:
@@ -159,7 +159,7 @@ class Demo:
         """
         return self._generate(self._own_pipeline(), sampling, count)
 
-    def generate_distilled(self, sampling: Sampling, count: float) -> Moment | None:
+    def generate_distilled(self, sampling: Sampling, count: float) -> PreviewFrame | None:
         """Generate images of the distilled model from the same noise, in its own number of steps.
 
         The guidance scale is ignored, since guidance is built into the distilled model.
@@ -171,12 +171,12 @@ class Demo:
             return None
         steps = self.distilled.default_steps
         request = replace(sampling, scheduler="ddpm", num_inference_steps=steps, guidance_scale=1.0)
-        *_, moment = self._generate(_with_own_scheduler(self.distilled), request, count)
-        return moment
+        *_, preview = self._generate(_with_own_scheduler(self.distilled), request, count)
+        return preview
 
     def interpolate(
         self, first: Tensor, second: Tensor, t: float, count: float, sampling: Sampling
-    ) -> Iterator[Moment]:
+    ) -> Iterator[PreviewFrame]:
         """Interpolate between two images (Section 4.4).
 
         Args:
@@ -215,7 +215,9 @@ class Demo:
 
         return watch(work)
 
-    def inpaint(self, image: Tensor, mask: Tensor, count: float, passes: float, sampling: Sampling) -> Iterator[Moment]:
+    def inpaint(
+        self, image: Tensor, mask: Tensor, count: float, passes: float, sampling: Sampling
+    ) -> Iterator[PreviewFrame]:
         """Fill an area of an image several times, with RePaint.
 
         Args:
@@ -278,7 +280,7 @@ class Demo:
             raise ValueError(f"{name}: {pixels}")
         return torch.tensor(pixels)
 
-    def _generate(self, own: DDPMPipeline, sampling: Sampling, count: float) -> Iterator[Moment]:
+    def _generate(self, own: DDPMPipeline, sampling: Sampling, count: float) -> Iterator[PreviewFrame]:
         indices = range(whole_number("count", count, 1, self.max_images))
 
         def work(**options: Any) -> Tensor:

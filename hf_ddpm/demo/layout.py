@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from PIL import Image
 from torch import Tensor
 
-from hf_ddpm.demo.preview import Moment
+from hf_ddpm.demo.preview import PreviewFrame
 from hf_ddpm.images import MOST_CLASSES, grid, to_pictures
 
 # Small images are enlarged up to this number of pixels: in the grid, in a strip.
@@ -42,10 +42,10 @@ def sheet(images: Tensor, classes: Sequence[str] = ()) -> Image.Image:
     return _enlarged(images, GRID_SIZE, classes[: len(images)] if 1 < len(classes) <= MOST_CLASSES else ())
 
 
-def strip(moment: Moment) -> str:
+def strip(preview: PreviewFrame) -> str:
     """Return HTML of the frames of the first images; future frames are blank."""
-    captions = [f"step {step}" for step in moment.frame_steps]
-    frames = [_enlarged(frame[:STRIP_IMAGES], TILE_SIZE) for frame in moment.frames]
+    captions = [f"step {step}" for step in preview.frame_steps]
+    frames = [_enlarged(frame[:STRIP_IMAGES], TILE_SIZE) for frame in preview.frames]
     return _figures(frames + [None] * (len(captions) - len(frames)), captions, frames[0].size)
 
 
@@ -61,10 +61,10 @@ def row(images: Sequence[Tensor | None], size: tuple[int, int]) -> str:
     return _figures(pictures, ["first", *weights, "second"], size)
 
 
-def progress_bar(moment: Moment | None = None, task: str = "") -> str:
+def progress_bar(preview: PreviewFrame | None = None, task: str = "") -> str:
     """Return HTML of a progress bar with the current step."""
-    step, steps = (0, 1) if moment is None else (moment.step, moment.steps)
-    line = "Ready" if moment is None else f"{task}step {step} of {steps}, {moment.seconds:.1f} s"
+    step, steps = (0, 1) if preview is None else (preview.step, preview.steps)
+    line = "Ready" if preview is None else f"{task}step {step} of {steps}, {preview.seconds:.1f} s"
     return f'<div class="progress"><progress value="{step}" max="{steps}"></progress><span>{line}</span></div>'
 
 

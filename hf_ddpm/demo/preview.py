@@ -14,21 +14,21 @@ from hf_ddpm.diffusion.gaussian import GaussianDiffusion
 from hf_ddpm.images import to_bytes, to_signed, to_unit
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 
-# Number of evenly spaced moments that are always shown, including the first and the last.
+# Number of evenly spaced steps that are always shown, including the first and the last.
 FRAMES = 8
-# Minimum number of seconds before any other moment is shown.
+# Minimum number of seconds before any other step is shown.
 PAUSE = 0.3
 
 
 @dataclass(frozen=True)
-class Moment:
-    r"""A moment during sampling.
+class PreviewFrame:
+    r"""Images of one step of sampling, to show during sampling.
 
     Attributes:
         step: Number of steps done, in [0, steps].
         steps: Total number of steps.
         images: :math:`\hat x_0` at that step, at the end the final images; uint8, shape `(B, C, H, W)`.
-        frames: Images of the evenly spaced moments up to this one.
+        frames: Images of the evenly spaced steps up to this one.
         seconds: Seconds since the start.
     """
 
@@ -44,14 +44,14 @@ class Moment:
         return _frame_steps(self.steps)
 
 
-def watch(work: Callable[..., Tensor]) -> Iterator[Moment]:
-    """Run sampling in a separate thread, and yield its moments.
+def watch(work: Callable[..., Tensor]) -> Iterator[PreviewFrame]:
+    """Run sampling in a separate thread, and yield previews of it.
 
     Args:
         work: Calls a pipeline with the given keyword arguments, and returns the images as uint8.
 
     Yields:
-        Moments; the last one has the final images. Closing the iterator ends the work after the current step.
+        Previews; the last one has the final images. Closing the iterator ends the work after the current step.
     """
 
     def run(emit: Callable[[tuple[int, int, Tensor]], None]) -> None:
@@ -77,7 +77,7 @@ def watch(work: Callable[..., Tensor]) -> Iterator[Moment]:
         if is_frame:
             frames = (*frames, images)
         last = time.monotonic()
-        yield Moment(step, steps, images, frames, last - start)
+        yield PreviewFrame(step, steps, images, frames, last - start)
         last = time.monotonic()
 
 

@@ -36,7 +36,7 @@ def halved(diffusion: GaussianDiffusion, steps: int) -> tuple[GaussianDiffusion,
         raise ValueError(f"student_steps={steps}: expected 1 to {total // 2}, half of the {total} diffusion steps")
     student, teacher = (trailing_timesteps(total, count) for count in (steps, 2 * steps))
     if teacher[::2] != student:  # by rounding
-        raise ValueError(f"student_steps={steps}: expected a divisor of {total}, or one multiplied by 2, 4, 8, ...")
+        raise ValueError(f"student_steps={steps}: expected a divisor of {total}, or a divisor times a power of two")
     return diffusion.respaced(student), diffusion.respaced(teacher)
 
 

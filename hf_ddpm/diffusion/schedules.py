@@ -85,7 +85,7 @@ def trailing_timesteps(total: int, count: int) -> list[int]:
     \tau_i = \operatorname{round}(T - i \, T / S) - 1, \quad i = 0, \dots, S - 1
     $$
 
-    If `count` is a divisor of `total`, or one multiplied by a power of two, then every second one of `2 * count`
+    If `count` is a divisor of `total`, or a divisor times a power of two, then every second one of `2 * count`
     timesteps is among the `count` timesteps.
 
     Args:

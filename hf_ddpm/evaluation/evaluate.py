@@ -20,7 +20,7 @@ from hf_ddpm.evaluation.frechet import Moments
 from hf_ddpm.evaluation.memorization import copied_fraction, nearest_picture
 from hf_ddpm.evaluation.nll import variational_bound
 from hf_ddpm.evaluation.options import EvaluateConfig
-from hf_ddpm.evaluation.results import METRIC_SEED, Figures, RealFeatures, Record, figures, read_results
+from hf_ddpm.evaluation.results import METRIC_SEED, Metrics, RealFeatures, Record, compute_metric, read_results
 from hf_ddpm.images import save_picture
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum, provenance
@@ -39,9 +39,9 @@ def evaluate(
     images: Samples | None = None,
     reference: "Reference | None" = None,
     output: Path | None = None,
-    on_figures: Callable[[Figures], object] | None = None,
+    on_figures: Callable[[Metrics], object] | None = None,
     log: Callable[[str], object] | None = None,
-) -> Figures:
+) -> Metrics:
     """Evaluate a model, existing samples, or both. All processes must call this function.
 
     Args:
@@ -99,7 +99,7 @@ def evaluate(
             images = _sample(pipe, sampling, output, count, reference)
         record.made_by |= {"samples": str(images.path), "sampling": getattr(images, "settings", None)}
         _compare(images, count, reference, record)
-    return record.figures
+    return record.metrics
 
 
 def _compare(images: Samples, count: int, reference: "Reference", record: Record) -> None:
@@ -111,7 +111,7 @@ def _compare(images: Samples, count: int, reference: "Reference", record: Record
         return
     for metric in config.compared:
         stats = {"reference_stats": reference.stats_file} if reference.stats is not None and metric == "fd" else {}
-        record.add(metric, figures(metric, generated, real) | {"made_by": real.made_by | stats})
+        record.add(metric, compute_metric(metric, generated, real) | {"made_by": real.made_by | stats})
     if reference.images is None or real.reference is None:
         return
     if config.save_reference_stats is not None:
@@ -292,5 +292,5 @@ def _identify(
         raise ValueError(f"--samples {config.samples}: {source}; expected samples of --model {config.model}")
     if images is not None and images.shape != pipe.image_shape:
         shape = f"images of shape {images.shape}"
-        raise ValueError(f"--samples {config.samples}: {shape}; expected {pipe.image_shape}, as of the model")
+        raise ValueError(f"--samples {config.samples}: {shape}; expected {pipe.image_shape}, like the model")
     return {"name": config.model, "checksum": checksum}, pipe.image_shape

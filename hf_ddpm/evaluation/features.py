@@ -59,7 +59,7 @@ class Extractor(ABC):
         channels, height, width = shape
         if channels not in self.channels:
             allowed = " or ".join(map(str, self.channels))
-            hint = "" if channels in (1, 3) else ", or --metrics nll, which supports any number"
+            hint = "" if channels in (1, 3) else ", or metric nll, which takes any number"
             raise ValueError(f"extractor {self.name!r}: images with {channels} channels; expected {allowed}{hint}")
         if self.size is not None and (height, width) != (self.size, self.size):
             size = f"{self.size}x{self.size}"
@@ -191,8 +191,8 @@ class InceptionExtractor(Extractor):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise ValueError(
-                "extractor 'inception' needs torch-fidelity: pip install hf_ddpm[inception], or use an image model of "
-                "transformers as the extractor, such as facebook/dinov2-small"
+                "extractor 'inception' needs torch-fidelity: pip install -c constraints.txt -e \".[inception]\" in a "
+                "clone of hf_ddpm, or use an image model of transformers as extractor, such as facebook/dinov2-small"
             ) from error
         if weights is not None and not Path(weights).is_file():
             raise ValueError(f"weights={weights!r}: file does not exist; expected a weights file of inception")

@@ -26,7 +26,7 @@ NEIGHBORS = 3
 METRIC_SEED = 0
 
 # Entries of a results file by metric.
-Figures = dict[str, dict[str, Any]]
+Metrics = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RealFeatures:
         reference: Features of the reference split, shape `(m, D)`; None if only `stats` are given.
         held_out: Features of `n` held-out images, shape `(n, D)`; None for no floor.
         stats: Moments for the Frechet distance, used instead of `reference` if given.
-        made_by: Data set and extractor, for the results file.
+        made_by: Dataset and extractor, for the results file.
     """
 
     extractor: Extractor
@@ -50,7 +50,7 @@ class RealFeatures:
     made_by: dict[str, Any] = field(default_factory=dict)
 
 
-def figures(metric: str, generated: Extracted, real: RealFeatures) -> dict[str, Any]:
+def compute_metric(metric: str, generated: Extracted, real: RealFeatures) -> dict[str, Any]:
     """Compute a metric of generated images.
 
     Args:
@@ -83,41 +83,41 @@ def _measure(metric: str, features: Tensor, real: RealFeatures) -> dict[str, Any
         return {"value": frechet_distance(Moments.of(features), real.stats)}
     assert reference is not None
     if metric == "fd":
-        figure: dict[str, Any] = {"value": frechet_distance(Moments.of(features), Moments.of(reference))}
+        values: dict[str, Any] = {"value": frechet_distance(Moments.of(features), Moments.of(reference))}
     elif metric == "kid" and min(len(features), len(reference)) < 2 * KERNEL_BLOCK:
-        figure = {"value": squared_mmd(features, reference)}
+        values = {"value": squared_mmd(features, reference)}
     elif metric == "kid":
         mean, error = kernel_distance(features, reference, block_size=KERNEL_BLOCK, seed=METRIC_SEED)
-        figure = {"value": mean, "standard_error": error, "block_size": KERNEL_BLOCK}
+        values = {"value": mean, "standard_error": error, "block_size": KERNEL_BLOCK}
     else:
         # Precision and recall depend on the numbers of images: select as many real as generated images, at random since
         # the images may be sorted.
         indices = torch.tensor(choose(len(reference), len(features), METRIC_SEED), device=reference.device)
         reference = reference[indices]
         precision, recall = precision_recall(features, reference, k=NEIGHBORS)
-        figure = {"precision": precision, "recall": recall, "k": NEIGHBORS}
-    return figure | {"reference_images": len(reference)}
+        values = {"precision": precision, "recall": recall, "k": NEIGHBORS}
+    return values | {"reference_images": len(reference)}
 
 
-def scalars(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def scalars(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the results by metric, without lists and without `made_by`."""
     return {
-        name: {key: value for key, value in figure.items() if not isinstance(value, list | dict)}
-        for name, figure in figures.items()
+        name: {key: value for key, value in values.items() if not isinstance(value, list | dict)}
+        for name, values in metrics.items()
     }
 
 
-def summary(figures: Mapping[str, Mapping[str, Any]]) -> str:
+def summary(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a one-line summary of results."""
     parts = []
-    for name, figure in figures.items():
-        if "value" in figure:
-            floor = f" (floor {figure['floor']:.4g})" if "floor" in figure else ""
-            parts.append(f"{name} {figure['value']:.4g}{floor}")
+    for name, values in metrics.items():
+        if "value" in values:
+            floor = f" (floor {values['floor']:.4g})" if "floor" in values else ""
+            parts.append(f"{name} {values['value']:.4g}{floor}")
         elif name == "pr":
-            parts.append(f"precision {figure['precision']:.3f}, recall {figure['recall']:.3f}")
+            parts.append(f"precision {values['precision']:.3f}, recall {values['recall']:.3f}")
         elif name == "nll":
-            parts.append(f"nll {figure['total_bpd']:.4g} bits/dim")
+            parts.append(f"nll {values['total_bpd']:.4g} bits/dim")
     return ", ".join(parts)
 
 
@@ -143,27 +143,27 @@ class Record:
         path: The file.
         model: `name` and `checksum` of the model. Results of a model with another checksum are deleted.
         made_by: Settings shared by all metrics.
-        on_figures: Called with the entry of each metric.
+        on_metric: Called with the entry of each metric.
         log: Called with a line if results of another model were deleted.
-        figures: The new entries.
+        metrics: The new entries.
     """
 
     path: Path
     model: dict[str, Any]
     made_by: dict[str, Any] = field(default_factory=dict)
-    on_figures: Callable[[Figures], object] | None = None
+    on_metric: Callable[[Metrics], object] | None = None
     log: Callable[[str], object] = lambda line: None
-    figures: Figures = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
 
-    def add(self, name: str, figure: dict[str, Any]) -> None:
+    def add(self, name: str, values: dict[str, Any]) -> None:
         """Add the results of a metric; its own `made_by` settings are added to the shared ones."""
-        entry = {name: figure | {"made_by": self.made_by | figure.get("made_by", {})}}
+        entry = {name: values | {"made_by": self.made_by | values.get("made_by", {})}}
         existing = read_results(self.path)
         if existing and existing["model"]["checksum"] != self.model["checksum"]:
             existing = {}
             self.log(f"{self.path}: replaced the results of another model")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, to_json({**existing, "model": self.model, **entry}, indent=2) + "\n")
-        self.figures |= entry
-        if self.on_figures is not None:
-            self.on_figures(entry)
+        self.metrics |= entry
+        if self.on_metric is not None:
+            self.on_metric(entry)

@@ -33,7 +33,7 @@ def check_pair(features: Tensor, reference: Tensor, at_least: int = 1) -> None:
 def check_same_width(width: int, reference_width: int) -> None:
     """Raise a `ValueError` unless two sets of features have the same number of dimensions."""
     if width != reference_width:
-        raise ValueError(f"features of {width} dimensions: expected {reference_width}, as of the reference")
+        raise ValueError(f"features of {width} dimensions: expected {reference_width}, like the reference")
 
 
 def from_bytes(rows: Sequence[bytes], dtype: str) -> Tensor:

@@ -130,7 +130,7 @@ def model_card(folder: Path, sources: Sources, model_id: str, license: str | Non
     pipe, results, options = sources.pipe, sources.results, sources.options
     license = plain(license or options.get("license") or "") or None
     name = plain(model_id.split("/")[-1])
-    figures = list(rows(results))
+    metrics = list(rows(results))
     pictures = [*(["samples", "loss"] if options else []), *(["results_nearest"] if "memorization" in results else [])]
     others = [index.parent.name for name in NESTED for index in sorted(folder.glob(f"{name}/model_index.json"))]
     return ModelCard.from_template(
@@ -141,8 +141,8 @@ def model_card(folder: Path, sources: Sources, model_id: str, license: str | Non
             pipeline_tag="unconditional-image-generation",
             tags=["pytorch", "diffusers", "unconditional-image-generation", "ddpm", "hf_ddpm"],
             datasets=[options["dataset"]] if options.get("dataset") in sources.hub_ids else None,
-            metrics=sorted({row.type for row in figures}) or None,
-            eval_results=[row.eval_result() for row in figures] or None,
+            metrics=sorted({row.type for row in metrics}) or None,
+            eval_results=[row.eval_result() for row in metrics] or None,
         ),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         mark=MARK,
@@ -163,14 +163,14 @@ def model_card(folder: Path, sources: Sources, model_id: str, license: str | Non
         stages=stages_of(folder),
         samples=_about_the_samples(options, pipe),
         num_classes=pipe.unet.config.num_class_embeds,
-        figures=figures,
+        metrics=metrics,
         versions=_versions(results),
         pictures=[picture for picture in pictures if (folder / f"{picture}.png").exists()],
     )
 
 
 def _versions(results: dict[str, Any]) -> str:
-    origins = [figure.get("made_by") for figure in results.values() if isinstance(figure, dict)]
+    origins = [metric.get("made_by") for metric in results.values() if isinstance(metric, dict)]
     versions = [origin.get("versions") for origin in origins if isinstance(origin, dict)]
     complete = [v for v in versions if conforms(v, dict[str, str]) and {"hf_ddpm", "torch", "diffusers"} <= v.keys()]
     lines = [f"hf_ddpm {v['hf_ddpm']}, torch {v['torch']}, diffusers {v['diffusers']}" for v in complete]

@@ -92,32 +92,32 @@ def rows(results: Mapping[str, Any]) -> Iterator[Row]:
             yield row
 
 
-def _row(figure: Mapping[str, Any], metric: str, key: str, name: str, kind: str, floor: str | None) -> Row | None:
+def _row(entry: Mapping[str, Any], metric: str, key: str, name: str, kind: str, floor: str | None) -> Row | None:
     """Return the row of a value, or None if the origin of the images is unknown."""
-    made_by = figure["made_by"]
-    if not math.isfinite(figure[key]):
-        raise ValueError(f"{key} is {figure[key]}")
+    made_by = entry["made_by"]
+    if not math.isfinite(entry[key]):
+        raise ValueError(f"{key} is {entry[key]}")
     if metric != "nll" and made_by["sampling"] is None:
         return None
     if metric == "nll":
-        how, arguments = _bound_settings(figure, made_by)
+        how, arguments = _bound_settings(entry, made_by)
     else:
         how, arguments = _sampling_settings(made_by, has_features=metric != "memorization")
-    estimated = bool(figure.get("is_estimate"))
-    error = figure.get("standard_deviation", figure.get("standard_error"))
+    estimated = bool(entry.get("is_estimate"))
+    error = entry.get("standard_deviation", entry.get("standard_error"))
     data, split = _compared_with(made_by)
     is_fid = metric == "fd" and arguments["extractor"] == "inception"
     return Row(
         name=name + (" (estimate)" if estimated else ""),
         type="fid" if is_fid else kind,
-        value=float(figure[key]),
+        value=float(entry[key]),
         error="" if error is None else f" ± {error:.2g}",
-        floor=None if figure.get(floor) is None else float(figure[floor]),
-        count=int(figure["num_images"]),
+        floor=None if entry.get(floor) is None else float(entry[floor]),
+        count=int(entry["num_images"]),
         data=data,
         split=split,
         how=f"{how}; {made_by['device']}",
-        arguments={"num_images": int(figure["num_images"]), **arguments},
+        arguments={"num_images": int(entry["num_images"]), **arguments},
     )
 
 
@@ -157,9 +157,9 @@ def _sampling_settings(made_by: Mapping[str, Any], has_features: bool) -> tuple[
     return ", ".join(parts), arguments
 
 
-def _bound_settings(figure: Mapping[str, Any], made_by: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    arguments = {name: figure[name] for name in ("evaluations_per_image", "is_estimate")} | {"seed": made_by["seed"]}
-    text = f"{figure['evaluations_per_image']} terms per image, seed {made_by['seed']}"
+def _bound_settings(entry: Mapping[str, Any], made_by: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    arguments = {name: entry[name] for name in ("evaluations_per_image", "is_estimate")} | {"seed": made_by["seed"]}
+    text = f"{entry['evaluations_per_image']} terms per image, seed {made_by['seed']}"
     if (precision := made_by.get("mixed_precision", "no")) != "no":
         arguments["mixed_precision"] = precision
         text += f", precision {precision}"

@@ -50,8 +50,8 @@ def _is_stage(path: Path) -> bool:
 def _stage(steps: int, path: Path) -> Stage:
     options, exported = _read(path / "config.yaml"), _read(path / "export.json")
     length = exported.get("step")
-    figures = {row.type: row for row in rows(_read(path / "results.json"))}
-    row = figures.get("fid") or figures.get("frechet_distance")
+    metrics = {row.type: row for row in rows(_read(path / "results.json"))}
+    row = metrics.get("fid") or metrics.get("frechet_distance")
     return Stage(
         steps,
         code(strip_local_path(str(options.get("teacher", "")), exported.get("hub_ids", ()))),

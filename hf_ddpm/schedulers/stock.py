@@ -8,7 +8,7 @@ import torch
 from hf_ddpm.diffusion.gaussian import is_noise, start_signal
 
 # Schedulers of diffusers that sample correctly with the networks of this package: see docs/samplers.md.
-RIGHT = (
+SUPPORTED_SCHEDULERS = (
     *("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler"),
     *("LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
     *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler"),
@@ -52,8 +52,9 @@ def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: 
     if not type(scheduler).__module__.startswith("diffusers."):
         return
     name, total = type(scheduler).__name__, scheduler.config.get("num_train_timesteps")
-    if name not in RIGHT:
-        raise ValueError(f"scheduler {name}: not made for DDPM networks; expected one of {', '.join(RIGHT)}")
+    if name not in SUPPORTED_SCHEDULERS:
+        supported = ", ".join(SUPPORTED_SCHEDULERS)
+        raise ValueError(f"scheduler {name}: not made for DDPM networks; expected one of {supported}")
     if name == "DDPMScheduler" and scheduler.config.variance_type == "learned":
         raise ValueError(
             f"scheduler {name}: treats the learned log-variance as a variance; use hf_ddpm.DDPMScheduler instead"

@@ -71,7 +71,7 @@ LUCIDRAINS = {
     "attn_dim_head": "--attention_head_dim",
     "attn_heads": "--attention_head_dim",
     "full_attn": "--attention_resolutions",
-    "flash_attn": "not needed: torch chooses the fastest attention kernel",
+    "flash_attn": "not needed: torch's own attention is used, or plain products in bf16 on CPUs",
     "learned_variance": "--variance_type learned_range",
     "self_condition": "not an option: the paper's network takes only x_t and t",
 }

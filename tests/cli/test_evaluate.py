@@ -46,7 +46,7 @@ def run(main, output, *words):
     return json.loads(output.read_text())
 
 
-def figures(results):
+def metrics_of(results):
     return {
         name: {key: value for key, value in entry.items() if key != "made_by"}
         for name, entry in results.items()
@@ -62,12 +62,12 @@ def evaluated(main, words, tmp_path_factory):
 
 
 def test_each_metric_is_saved_as_soon_as_it_is_computed(main, words, tmp_path, monkeypatch):
-    def breaks(metric, *sets, figures=hf_ddpm.evaluation.evaluate.figures):
+    def breaks(metric, *sets, compute=hf_ddpm.evaluation.evaluate.compute_metric):
         if metric == "kid":
             raise OSError("no space left")
-        return figures(metric, *sets)
+        return compute(metric, *sets)
 
-    monkeypatch.setattr(hf_ddpm.evaluation.evaluate, "figures", breaks)
+    monkeypatch.setattr(hf_ddpm.evaluation.evaluate, "compute_metric", breaks)
     output = tmp_path / "not" / "yet" / "there" / "results.json"
     with pytest.raises(OSError, match="no space left"):
         main([*words, "--metrics", "fd,kid", "--num_images", "4", "--output", str(output)])
@@ -110,12 +110,12 @@ def test_the_floor_compares_held_out_images_with_the_reference(evaluated):
 def test_results_do_not_depend_on_the_batch_size_or_an_interruption(main, words, evaluated, tmp_path):
     output = tmp_path / "results.json"
     results = run(main, output, *words, "--metrics", ALL, "--num_images", "40", "--batch_size", "7")
-    expected = figures(json.loads((evaluated / "results.json").read_text()))
-    assert figures(results) == expected
+    expected = metrics_of(json.loads((evaluated / "results.json").read_text()))
+    assert metrics_of(results) == expected
     (samples,) = (tmp_path / "results_samples").iterdir()
     (samples / "shards" / "000000.npy").write_bytes(b"half of")
     shutil.rmtree(hf_ddpm.evaluation.extraction.CACHE)
-    assert figures(run(main, output, *words, "--metrics", ALL, "--num_images", "40")) == expected
+    assert metrics_of(run(main, output, *words, "--metrics", ALL, "--num_images", "40")) == expected
 
 
 def test_existing_metrics_are_kept_unless_the_model_differs(main, words, evaluated, trained, tmp_path, capsys):
@@ -137,23 +137,23 @@ def test_existing_metrics_are_kept_unless_the_model_differs(main, words, evaluat
 
 
 def test_existing_images_are_evaluated(main, words, evaluated, trained, tmp_path):
-    expected = figures(json.loads((evaluated / "results.json").read_text()))
+    expected = metrics_of(json.loads((evaluated / "results.json").read_text()))
     load_script("sample").main([*words[:2], *words[4:], "--num_images", "45", "--output", str(tmp_path / "out")])
     common = ["--dataset", "digits", "--metrics", ALL, "--num_images", "40"]
     from_shards = run(main, tmp_path / "a.json", *common, "--samples", str(tmp_path / "out"))
-    assert figures(from_shards) == expected
+    assert metrics_of(from_shards) == expected
     assert from_shards["model"] == json.loads((evaluated / "results.json").read_text())["model"]
     (tmp_path / "pictures").mkdir()
     for path in (tmp_path / "out").glob("*.png"):
         shutil.copy(path, tmp_path / "pictures")
     from_pictures = run(main, tmp_path / "b.json", *common, "--samples", str(tmp_path / "pictures"))
-    assert figures(from_pictures) == expected and from_pictures["fd"]["made_by"]["sampling"] is None
+    assert metrics_of(from_pictures) == expected and from_pictures["fd"]["made_by"]["sampling"] is None
     every = run(main, tmp_path / "c.json", *common[:4], "--samples", str(tmp_path / "out"))
     assert every["fd"]["num_images"] == 45
 
 
 def test_arrays_of_samples_have_the_same_results_as_their_folder(main, words, evaluated, tmp_path):
-    expected = figures(json.loads((evaluated / "results.json").read_text()))
+    expected = metrics_of(json.loads((evaluated / "results.json").read_text()))
     out = tmp_path / "out"
     load_script("sample").main([*words[:2], *words[4:], "--num_images", "40", "--format", "npz", "--output", str(out)])
     for name in ("only", "other"):
@@ -164,7 +164,7 @@ def test_arrays_of_samples_have_the_same_results_as_their_folder(main, words, ev
     np.save(tmp_path / "a.npy", images)
     common = ["--dataset", "digits", "--metrics", ALL, "--num_images", "40", "--samples"]
     for samples in (out, out / "samples.npz", tmp_path / "only", tmp_path / "other", tmp_path / "a.npy"):
-        assert figures(run(main, tmp_path / f"{samples.name}.json", *common, str(samples))) == expected
+        assert metrics_of(run(main, tmp_path / f"{samples.name}.json", *common, str(samples))) == expected
 
 
 def test_arrays_that_are_not_samples_are_errors(main, tmp_path):
@@ -182,9 +182,7 @@ def test_arrays_that_are_not_samples_are_errors(main, tmp_path):
     with pytest.raises(ValueError, match="a.txt.*: .*a folder, or a .npz or .npy file"):
         main([*common, str(tmp_path / "a.txt")])
     np.savez(tmp_path / "a.npz", np.zeros((4, 8, 8, 6), np.uint8))
-    with pytest.raises(
-        ValueError, match="images with 6 channels; expected 1, or --metrics nll, which supports any number"
-    ):
+    with pytest.raises(ValueError, match="images with 6 channels; expected 1, or metric nll, which takes any number"):
         main([*common, str(tmp_path / "a.npz")])
 
 
@@ -318,13 +316,15 @@ def test_samples_of_another_format_or_model_are_errors(main, words, trained, eva
     common = ["--dataset", "digits", "--metrics", "fd", "--samples", str(tmp_path), *output]
     with pytest.raises(ValueError, match="^--model is missing: expected --model or --samples"):
         main([*common[:2], *output])
-    with pytest.raises(ValueError, match="^--model is missing: metric nll needs a model"):
+    with pytest.raises(
+        ValueError, match=r"^--metrics nll \(default\): needs --model; with --samples, expected fd, kid, is or pr$"
+    ):
         main([*common[:2], "--samples", str(tmp_path), *output])
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="extractor 'digits': images with 3 channels; expected 1"):
         main(common)
     with pytest.raises(
-        ValueError, match=r"--samples .*: images of shape \(3, 8, 8\); expected \(1, 8, 8\), as of the model"
+        ValueError, match=r"--samples .*: images of shape \(3, 8, 8\); expected \(1, 8, 8\), like the model"
     ):
         main([*common, "--model", str(trained)])
     Image.new("L", (8, 9)).save(tmp_path / "a.png")
@@ -368,11 +368,11 @@ def test_two_processes_compute_the_same_metrics(main, words, evaluated, tmp_path
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    measured = figures(json.loads((tmp_path / "r.json").read_text()))
+    measured = metrics_of(json.loads((tmp_path / "r.json").read_text()))
     nll, alone = measured.pop("nll"), run(main, tmp_path / "one.json", *words, *more[:1], "nll", *more[2:])["nll"]
     assert nll["num_images"] == alone["num_images"] == 40
     assert nll["total_bpd"] == pytest.approx(alone["total_bpd"], rel=1e-6)
-    assert measured == figures(json.loads((evaluated / "results.json").read_text()))
+    assert measured == metrics_of(json.loads((evaluated / "results.json").read_text()))
 
 
 def test_a_run_is_evaluated_on_its_own_data(trained, tmp_path):

@@ -35,8 +35,8 @@ def class_demo():
     return Demo(DDPMPipeline(unet, DDPMScheduler(), {"0": "zero", "1": "one", "2": "two"}), "classes")
 
 
-def end(moments):
-    return list(moments)[-1].images
+def end(previews):
+    return list(previews)[-1].images
 
 
 def other_sizes(**config):
@@ -79,9 +79,9 @@ def test_preview_shows_the_estimated_image_instead_of_noise(scheduler, predictio
     demo = Demo(pipe, "ideal")
     expected = ((image + 1) * 127.5).expand(2, -1, -1, -1)
     first, *others = demo.generate(demo.read(0, 20, scheduler), 2)
-    # The other schedulers do not return an estimate, so their first moment shows the initial noise.
-    for moment in [first, *others] if scheduler in ("ddpm", "ddim", "euler") else others:
-        assert (moment.images - expected).abs().max() <= 4, moment
+    # The other schedulers do not return an estimate, so their first preview shows the initial noise.
+    for preview in [first, *others] if scheduler in ("ddpm", "ddim", "euler") else others:
+        assert (preview.images - expected).abs().max() <= 4, preview
 
 
 def test_concurrent_requests_do_not_interfere(demo):
@@ -102,10 +102,10 @@ def test_concurrent_requests_do_not_interfere(demo):
 def test_closing_a_request_ends_its_thread(demo):
     before, steps = set(threading.enumerate()), []
     demo.pipe.unet.register_forward_hook(lambda *args: steps.append(1))
-    moments = demo.generate(demo.read(0, 1000, "ddpm"), 1)
-    next(moments)
+    previews = demo.generate(demo.read(0, 1000, "ddpm"), 1)
+    next(previews)
     (worker,) = set(threading.enumerate()) - before
-    moments.close()
+    previews.close()
     worker.join(LIMIT)
     assert not worker.is_alive() and len(steps) < 1000
 
@@ -129,8 +129,8 @@ def test_interpolation_at_t_0_mixes_pixels(demo):
 def test_interpolation_uses_the_requested_steps(demo, scheduler, steps, expected):
     image, timesteps = torch.zeros(1, 1, 8, 8, dtype=torch.uint8), []
     demo.pipe.unet.register_forward_hook(lambda *args: timesteps.append(int(args[1][1])))
-    moments = list(demo.interpolate(image, image, 30, 2, demo.read(0, steps, scheduler)))
-    assert timesteps == list(expected) and moments[-1].steps == len(timesteps)
+    previews = list(demo.interpolate(image, image, 30, 2, demo.read(0, steps, scheduler)))
+    assert timesteps == list(expected) and previews[-1].steps == len(timesteps)
 
 
 def test_interpolation_uses_the_requested_sampler(demo):
@@ -228,10 +228,10 @@ def test_inpainting_equals_the_pipeline_and_keeps_other_pixels(class_demo):
     image = torch.randint(256, (1, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[4:] = True
-    moments = list(class_demo.inpaint(image, mask, 3, 2, class_demo.read(7, 10, "ddpm", ["two", "zero"], 2.0)))
+    previews = list(class_demo.inpaint(image, mask, 3, 2, class_demo.read(7, 10, "ddpm", ["two", "zero"], 2.0)))
     # Jumps of 2 steps, a fifth of 10, from steps 0, 2, 4 and 6.
-    assert moments[-1].steps == 10 + 4 * 2 and moments[-1].step == moments[-1].steps
-    fills = moments[-1].images
+    assert previews[-1].steps == 10 + 4 * 2 and previews[-1].step == previews[-1].steps
+    fills = previews[-1].images
     assert torch.equal(fills[..., ~mask], image[..., ~mask].expand(3, -1, -1))
     expected = class_demo.pipe.inpaint(
         to_signed(image).expand(3, -1, -1, -1), mask, [generator(7, SAMPLES, i) for i in range(3)], 10,

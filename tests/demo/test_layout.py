@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from hf_ddpm.demo.layout import GRID_SIZE, STRIP_IMAGES, TILE_SIZE, progress_bar, row, sheet, strip
-from hf_ddpm.demo.preview import Moment
+from hf_ddpm.demo.preview import PreviewFrame
 from hf_ddpm.images import GAP
 
 
@@ -55,7 +55,7 @@ def test_classes_in_turn_get_one_column_each(classes, columns):
 @pytest.mark.parametrize("frames", [1, 3, 8])
 def test_strip_shows_the_first_images_and_blanks_for_future_frames(frames):
     images = torch.randint(256, (frames, 5, 1, 8, 8), dtype=torch.uint8)
-    captions, pictures = parse_strip(strip(Moment(0, 21, images[-1], tuple(images))))
+    captions, pictures = parse_strip(strip(PreviewFrame(0, 21, images[-1], tuple(images))))
     assert captions == [f"step {step}" for step in range(0, 22, 3)]
     assert [picture is not None for picture in pictures] == [True] * frames + [False] * (8 - frames)
     scale = TILE_SIZE // 16
@@ -78,7 +78,7 @@ def test_blank_has_the_aspect_ratio_of_an_image():
 
 
 def test_progress_bar():
-    moment = Moment(7, 50, torch.zeros(1, 1, 8, 8, dtype=torch.uint8), (), 1.23)
-    assert '<progress value="7" max="50">' in progress_bar(moment) and ">step 7 of 50, 1.2 s<" in progress_bar(moment)
-    assert ">seed 3: step 7 of 50, 1.2 s<" in progress_bar(moment, "seed 3: ")
+    preview = PreviewFrame(7, 50, torch.zeros(1, 1, 8, 8, dtype=torch.uint8), (), 1.23)
+    assert '<progress value="7" max="50">' in progress_bar(preview) and ">step 7 of 50, 1.2 s<" in progress_bar(preview)
+    assert ">seed 3: step 7 of 50, 1.2 s<" in progress_bar(preview, "seed 3: ")
     assert '<progress value="0" max="1">' in progress_bar() and ">Ready<" in progress_bar()

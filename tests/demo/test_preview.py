@@ -53,7 +53,7 @@ def test_work_ends_when_the_iterator_is_closed():
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 8, 50])
 def test_frames_are_evenly_spaced_from_the_first_step_to_the_last(steps, monkeypatch):
-    # The estimate after i steps is gray level i, so pixels identify the moment.
+    # The estimate after i steps is gray level i, so pixels identify the preview.
     monkeypatch.setattr("hf_ddpm.demo.preview.PAUSE", float("inf"))
 
     class Chain:
@@ -66,12 +66,12 @@ def test_frames_are_evenly_spaced_from_the_first_step_to_the_last(steps, monkeyp
             callback_on_step_end(Chain, i, None, {"latents": None, "pred_original_sample": gray})
         return torch.full((2, 1, 1, 1), steps, dtype=torch.uint8)
 
-    moments = list(watch(work))
-    frame_steps = [moment.step for moment in moments]
+    previews = list(watch(work))
+    frame_steps = [preview.step for preview in previews]
     assert frame_steps[0] == 0 and frame_steps[-1] == steps and len(frame_steps) == min(FRAMES, steps + 1)
     gaps = [after - before for before, after in zip(frame_steps[:-1], frame_steps[1:], strict=True)]
     assert max(gaps) - min(gaps) <= 1
-    for index, moment in enumerate(moments):
-        assert moment.steps == steps and moment.frame_steps == frame_steps
-        assert moment.images.dtype == torch.uint8 and moment.images.flatten().tolist() == [moment.step] * 2
-        assert [int(frame[0]) for frame in moment.frames] == frame_steps[: index + 1]
+    for index, preview in enumerate(previews):
+        assert preview.steps == steps and preview.frame_steps == frame_steps
+        assert preview.images.dtype == torch.uint8 and preview.images.flatten().tolist() == [preview.step] * 2
+        assert [int(frame[0]) for frame in preview.frames] == frame_steps[: index + 1]

@@ -69,7 +69,7 @@ def test_distilled_model_of_other_images_is_rejected(app, tiny_pipeline, monkeyp
     other = DDPMPipeline(UNet2DModel(**{**TINY_UNET, "sample_size": 16}), DDPMScheduler())
     pipes = {"model": tiny_pipeline, "other": other}
     monkeypatch.setattr(app, "load_pipeline", lambda model, device: pipes[model])
-    expected = r"--distilled other: images of 16x16 pixels .*; expected images of 8x8 pixels .*, as of the model"
+    expected = r"--distilled other: images of 16x16 pixels .*; expected images of 8x8 pixels .*, like the model"
     with pytest.raises(ValueError, match=expected):
         load_script("app").main(["--model", "model", "--distilled", "other", "--mixed_precision", "no"])
     served = []

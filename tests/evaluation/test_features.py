@@ -23,7 +23,7 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
 
 
 @pytest.fixture(scope="module")
-def test_half():
+def held_out_half():
     images = load_images(DataConfig("digits", split="test", resolution=[8], channels=1))
     return images[torch.arange(len(images))]
 
@@ -56,8 +56,8 @@ def random_images(*shape):
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_shipped_classifier_is_accurate_on_held_out_digits(test_half):
-    extracted = load_extractor("digits")(test_half)
+def test_shipped_classifier_is_accurate_on_held_out_digits(held_out_half):
+    extracted = load_extractor("digits")(held_out_half)
     labels = torch.tensor(open_split(DataConfig("digits", split="test"))[0]["label"][:])
     assert (extracted.probabilities.argmax(dim=1) == labels).double().mean() >= 0.985
     assert extracted.features.shape == (899, 64) and extracted.features.dtype == torch.float32
@@ -90,7 +90,7 @@ def test_classifier_equals_an_independent_implementation():
         np.testing.assert_allclose(probabilities, np.exp(logits) / np.exp(logits).sum(), rtol=1e-4, atol=1e-6)
 
 
-def test_distances_with_the_shipped_classifier_are_sensitive(test_half, train_half):
+def test_distances_with_the_shipped_classifier_are_sensitive(held_out_half, train_half):
     # For equal n, a Gaussian fit of the pixels and a set with missing classes have a much larger distance than digits.
     extractor = load_extractor("digits")
     reference = Moments.of(extractor(train_half).features)
@@ -98,20 +98,20 @@ def test_distances_with_the_shipped_classifier_are_sensitive(test_half, train_ha
     def distance(pixels):
         return frechet_distance(Moments.of(extractor(pixels).features), reference)
 
-    floor = distance(test_half)
+    floor = distance(held_out_half)
     flat = train_half.flatten(1).double().numpy()
     rng = np.random.default_rng(0)
     gaussian = rng.multivariate_normal(flat.mean(0), np.cov(flat.T), 899).clip(0, 255).round().reshape(-1, 1, 8, 8)
     assert distance(torch.tensor(gaussian.astype(np.uint8))) > 15 * floor
     labels = np.array(open_split(DataConfig("digits", split="test"))[0]["label"][:])
     without = torch.tensor(rng.choice(np.flatnonzero(labels < 8), 899))
-    assert distance(test_half[without]) > 8 * floor
+    assert distance(held_out_half[without]) > 8 * floor
 
 
-def test_features_do_not_depend_on_the_batch(test_half):
+def test_features_do_not_depend_on_the_batch(held_out_half):
     extractor = load_extractor("digits")
-    together = extractor(test_half[:20]).features
-    alone = torch.cat([extractor(test_half[i : i + 1]).features for i in range(20)])
+    together = extractor(held_out_half[:20]).features
+    alone = torch.cat([extractor(held_out_half[i : i + 1]).features for i in range(20)])
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
 
 
@@ -209,7 +209,7 @@ def test_invalid_images_raise_errors(dinov2):
         (lambda: digits.check((3, 8, 8)), "extractor 'digits': images with 3 channels; expected 1$"),
         (
             lambda: model(random_images(1, 4, 8, 8)),
-            "images with 4 channels; expected 1 or 3, or --metrics nll, which supports any number$",
+            "images with 4 channels; expected 1 or 3, or metric nll, which takes any number$",
         ),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -89,7 +89,7 @@ def test_invalid_input_raises_errors():
         (lambda: squared_mmd(x, x[:1]), "reference features of 1 images: expected at least 2"),
         (lambda: squared_mmd(x[:1], x), "features of 1 images: expected at least 2"),
         (lambda: squared_mmd(x, broken), "reference features of image 3: expected finite values"),
-        (lambda: squared_mmd(x, x[:, :2]), "features of 4 dimensions: expected 2, as of the reference"),
+        (lambda: squared_mmd(x, x[:, :2]), "features of 4 dimensions: expected 2, like the reference"),
         (lambda: kernel_distance(x, x, block_size=6), "block_size=6: expected 2 to half of the 10 images"),
         (lambda: kernel_distance(x, x, block_size=1), "block_size=1: expected"),
         (lambda: kernel_distance(x, x, block_size=0), "block_size=0: expected"),

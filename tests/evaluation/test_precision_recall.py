@@ -87,10 +87,10 @@ def test_invalid_input_raises_errors():
         (lambda: precision_recall(x, x, k=0), "k=0: expected 1 to 9"),
         (lambda: precision_recall(broken, x), "features of image 3: expected finite values"),
         (lambda: precision_recall(x, broken), "features of image 3: expected finite values"),
-        (lambda: precision_recall(x[:, :2], x), "features of 2 dimensions: expected 3, as of the reference"),
+        (lambda: precision_recall(x[:, :2], x), "features of 2 dimensions: expected 3, like the reference"),
         (lambda: nearest(x, x, 11), "k=11: expected 1 to 10, the number of reference images"),
         (lambda: nearest(x, x[:0]), "reference features of 0 images: expected at least 1"),
-        (lambda: nearest(x, x[:, :2]), "features of 3 dimensions: expected 2, as of the reference"),
+        (lambda: nearest(x, x[:, :2]), "features of 3 dimensions: expected 2, like the reference"),
     ]:
         with pytest.raises(ValueError, match=message):
             act()

@@ -7,7 +7,7 @@ from hf_ddpm.evaluation.features import Extracted, load_extractor
 from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from hf_ddpm.evaluation.kernel import kernel_distance, squared_mmd
 from hf_ddpm.evaluation.precision_recall import precision_recall
-from hf_ddpm.evaluation.results import RealFeatures, Record, figures, read_results
+from hf_ddpm.evaluation.results import RealFeatures, Record, compute_metric, read_results
 
 
 def rows(count, shift=0.0, seed=0):
@@ -21,7 +21,7 @@ def real(reference, held_out=None):
 def test_results_include_numbers_of_images_and_the_values_of_real_images():
     generated, reference, held_out = rows(40, 2.0), rows(90, seed=1), rows(40, seed=2)
     compared = Extracted(generated), real(reference, held_out)
-    fd = figures("fd", *compared)
+    fd = compute_metric("fd", *compared)
     assert fd == {
         "value": frechet_distance(Moments.of(generated), Moments.of(reference)),
         "floor": frechet_distance(Moments.of(held_out), Moments.of(reference)),
@@ -29,36 +29,36 @@ def test_results_include_numbers_of_images_and_the_values_of_real_images():
         "reference_images": 90,
     }
     assert fd["floor"] < fd["value"]
-    kid = figures("kid", *compared)
+    kid = compute_metric("kid", *compared)
     assert kid["value"] == squared_mmd(generated, reference) > kid["floor"] == squared_mmd(held_out, reference)
-    pr = figures("pr", *compared)
+    pr = compute_metric("pr", *compared)
     assert pr["reference_images"] == 40 and pr["k"] == 3
     assert pr["precision"] < pr["held_out_precision"] and pr["recall"] < pr["held_out_recall"]
-    assert "floor" not in figures("fd", Extracted(generated), real(reference))
+    assert "floor" not in compute_metric("fd", Extracted(generated), real(reference))
 
 
 def test_precision_and_recall_use_equally_many_random_real_images():
     # The reference is sorted by class, as folders are: its first images are all of one class.
     reference = torch.cat([rows(50, 0.0), rows(50, 100.0, seed=1)])
-    pr = figures("pr", Extracted(torch.cat([rows(20, 0.0, 2), rows(20, 100.0, 3)])), real(reference))
+    pr = compute_metric("pr", Extracted(torch.cat([rows(20, 0.0, 2), rows(20, 100.0, 3)])), real(reference))
     assert pr["recall"] > 0.5 and pr["precision"] > 0.5
-    few = figures("pr", Extracted(rows(90, seed=3)), real(reference[:50]))
+    few = compute_metric("pr", Extracted(rows(90, seed=3)), real(reference[:50]))
     assert few["reference_images"] == 50
     assert (few["precision"], few["recall"]) == precision_recall(rows(90, seed=3), reference[:50])
 
 
 def test_kernel_distance_of_many_images_uses_blocks():
     generated, reference = rows(2500, 0.1), rows(2000, seed=1)
-    kid = figures("kid", Extracted(generated), real(reference))
+    kid = compute_metric("kid", Extracted(generated), real(reference))
     assert (kid["value"], kid["standard_error"]) == kernel_distance(generated, reference, block_size=1000)
     assert kid["block_size"] == 1000
 
 
 def test_inception_score_has_at_most_one_part_per_image():
     probabilities = torch.eye(3)[torch.arange(6) % 3]
-    score = figures("is", Extracted(rows(6), probabilities), real(rows(9)))
+    score = compute_metric("is", Extracted(rows(6), probabilities), real(rows(9)))
     assert (score["value"], score["splits"], score["num_images"]) == (1.0, 6, 6)  # each part has one image
-    many = figures("is", Extracted(rows(300), torch.eye(3)[torch.arange(300) % 3]), real(rows(9)))
+    many = compute_metric("is", Extracted(rows(300), torch.eye(3)[torch.arange(300) % 3]), real(rows(9)))
     assert many["splits"] == 10 and 2.8 < many["value"] <= 3
 
 
@@ -72,7 +72,7 @@ def test_results_of_the_same_model_are_kept_and_those_of_another_deleted(tmp_pat
     first.add("nll", {"value": 2.0, "made_by": {"data": "d"}})
     nll = {"value": 2.0, "made_by": {"seed": 1, "data": "d"}}
     assert entries == [{"fd": {"value": 1.0, "made_by": {"seed": 1}}}, {"nll": nll}]
-    assert first.figures == entries[0] | entries[1]
+    assert first.metrics == entries[0] | entries[1]
     Record(path, {"name": "a copy", "checksum": "abc"}, log=lines.append).add("fd", {"value": 3.0})
     fd = {"value": 3.0, "made_by": {}}
     assert json.loads(path.read_text()) == {"model": {"name": "a copy", "checksum": "abc"}, "fd": fd, "nll": nll}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_ddpm import DDPMScheduler
-from hf_ddpm.schedulers.stock import RIGHT, check_stock
+from hf_ddpm.schedulers.stock import SUPPORTED_SCHEDULERS, check_stock
 from tests.schedulers.gaussian import SAMPLERS, SPACINGS, STD, prepared, sampled_std
 
 REJECTED = ("IPNDM", "EDMEuler", "FlowMatchEulerDiscrete")
@@ -96,7 +96,7 @@ def test_noise_of_the_last_step_is_rejected():
 
 
 @pytest.mark.parametrize("predicted", ["epsilon", "sample", "v_prediction", "mean"])
-@pytest.mark.parametrize("name", sorted(set(RIGHT) - {"DPMSolverSDEScheduler"}))  # which needs torchsde
+@pytest.mark.parametrize("name", sorted(set(SUPPORTED_SCHEDULERS) - {"DPMSolverSDEScheduler"}))  # which needs torchsde
 def test_unsupported_predictions_are_rejected_before_the_first_step(name, predicted):
     own = DDPMScheduler(prediction_type=predicted, timestep_spacing="trailing")
     scheduler = getattr(diffusers, name).from_config(own.config)
