@@ -50,7 +50,7 @@ def test_formulas_are_mathml(site):
         assert "arithmatex" not in text and "$$" not in text, name
 
 
-def test_api_reference_covers_the_public_interface(site):
+def test_api_reference_covers_public_interface(site):
     text = pages(site)["api/index.html"]
     for name in hf_ddpm.__all__:
         thing = getattr(hf_ddpm, name)
@@ -62,7 +62,7 @@ def test_api_reference_covers_the_public_interface(site):
         assert re.search(rf'id="hf_ddpm\.[\w.]+\.{method}"', text), method
 
 
-def test_changelog_is_a_page(site):
+def test_changelog_is_page(site):
     text = pages(site)["changelog/index.html"]
     assert "Differences from diffusers" in text and 'href="../editing/"' in text
 

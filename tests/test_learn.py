@@ -19,7 +19,7 @@ def code_of(learn):
     return [text for kind, text in learn.parts(learn.PAGE.read_text()) if kind == "code"]
 
 
-def test_notebook_has_the_text_and_code_of_the_page(learn):
+def test_notebook_has_text_and_code_of_page(learn):
     cells = json.loads(learn.NOTEBOOK.read_text())["cells"]
     assert ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"] == code_of(learn)
     text = "\n\n".join(text for kind, text in learn.parts(learn.PAGE.read_text()) if kind == "markdown")
@@ -28,7 +28,7 @@ def test_notebook_has_the_text_and_code_of_the_page(learn):
     assert words[0] == words[1]
 
 
-def test_results_in_the_text_are_those_of_the_notebook(learn):
+def test_results_in_text_are_those_of_notebook(learn):
     cells = json.loads(learn.NOTEBOOK.read_text())["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", []) if output["output_type"] == "stream"]
     printed = set(re.findall(r"\d+\.\d+", "".join(line for output in outputs for line in output["text"])))
@@ -37,13 +37,13 @@ def test_results_in_the_text_are_those_of_the_notebook(learn):
     assert len(stated) == 6 and {*stated} - {"0.02"} <= printed
 
 
-def test_code_of_the_page_has_about_100_lines(learn):
+def test_code_of_page_has_about_100_lines(learn):
     lines = [line for text in code_of(learn) for line in text.splitlines() if line.strip()]
     assert 85 <= len(lines) <= 115
 
 
 @pytest.mark.slow
-def test_code_of_the_page_runs(learn):
+def test_code_of_page_runs(learn):
     """It trains, samples and evaluates, and shows the effect of the two slips."""
     names, printed = {}, ""
     state, threads = torch.get_rng_state(), torch.get_num_threads()

@@ -52,7 +52,7 @@ def test_readme_is_one_page():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("document", "code"), PROGRAMS)
-def test_code_of_the_documents_runs(document, code, trained, tmp_path, monkeypatch):
+def test_code_of_documents_runs(document, code, trained, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     shutil.copytree(trained, tmp_path / "runs" / "digits")  # some blocks write into the folder of the model
     (tmp_path / "runs" / "digits-4").symlink_to(tmp_path / "runs" / "digits")
@@ -79,7 +79,7 @@ def test_documents_show_every_command():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_documents_are_parsed(command, tmp_path, monkeypatch):
+def test_commands_of_documents_are_parsed(command, tmp_path, monkeypatch):
     program, words = find_program(command)
     for name in ("runs/digits", "runs/digits-4", "runs/digits-1", "out"):
         (tmp_path / name).mkdir(parents=True)
@@ -107,7 +107,7 @@ def anchors(file):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
-def test_links_of_the_documents_lead_to_files_and_headings(document):
+def test_links_of_documents_lead_to_files_and_headings(document):
     for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", document.read_text()):
         file = document.parent / target if target else document
         assert file.exists(), target
@@ -173,7 +173,7 @@ def sections(document):
 
 
 @pytest.mark.parametrize("document", TRANSLATIONS, ids=lambda document: document.stem)
-def test_translations_have_the_code_formulas_links_and_numbers_of_the_original(document):
+def test_translations_have_code_formulas_links_and_numbers_of_original(document):
     here, there = sections(document), sections(original(document))
     assert len(here) == len(there) > 5
     for ours, theirs in zip(here, there, strict=True):
@@ -183,7 +183,7 @@ def test_translations_have_the_code_formulas_links_and_numbers_of_the_original(d
 
 
 @pytest.mark.parametrize("document", TRANSLATIONS, ids=lambda document: document.stem)
-def test_languages_link_to_each_other_at_the_top(document):
+def test_languages_link_to_each_other_at_top(document):
     for file, other in ((document, original(document)), (original(document), document)):
         assert re.match(rf"# .+\n\n\[.+\]\({re.escape(other.name)}\)\n", file.read_text())
 

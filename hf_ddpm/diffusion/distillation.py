@@ -16,7 +16,7 @@ Estimate = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def halved(diffusion: GaussianDiffusion, steps: int) -> tuple[GaussianDiffusion, GaussianDiffusion]:
-    """Returns the respaced processes of a student and of its teacher, which takes twice as many steps.
+    """Return the respaced processes of a student and of its teacher, which takes twice as many steps.
 
     Step `t` of the student covers the steps `2 t + 1` and `2 t` of the teacher.
 
@@ -80,7 +80,7 @@ class Distillation:
     prediction_type: str = "v_prediction"
 
     def __post_init__(self) -> None:
-        """Checks the prediction type."""
+        """Check the prediction type."""
         check_one_of("prediction_type", self.prediction_type, STUDENT_PREDICTIONS)
 
     def __call__(
@@ -93,7 +93,7 @@ class Distillation:
         x_t: Tensor,
         classes: Tensor | None = None,
     ) -> Tensor:
-        """Evaluates the objective; the arguments are those of `Objective`.
+        """Evaluate the objective; the arguments are those of `Objective`.
 
         Args:
             diffusion: The student's process.
@@ -113,7 +113,7 @@ class Distillation:
         return error.square().flatten(1).mean(dim=1) * truncated_snr(diffusion, t, x_t)
 
     def target(self, diffusion: GaussianDiffusion, x_t: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
-        r"""Returns the student's target: the estimate $\tilde x$ with which one step equals two steps of the teacher.
+        r"""Return the student's target: the estimate $\tilde x$ with which one step equals two steps of the teacher.
 
         Args:
             diffusion: The student's process.

@@ -91,11 +91,11 @@ class GaussianDiffusion:
         self._on_device: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def __len__(self) -> int:
-        """Returns the number $T$ of steps of this process."""
+        """Return the number $T$ of steps of this process."""
         return len(self.betas)
 
     def respaced(self, timesteps: Sequence[int]) -> "GaussianDiffusion":
-        r"""Returns the process restricted to some timesteps, with the same marginals and for the same network.
+        r"""Return the process restricted to some timesteps, with the same marginals and for the same network.
 
         Its variances are $\beta'_i = 1 - \bar\alpha_{\tau_i} / \bar\alpha_{\tau_{i-1}}$
         (Nichol & Dhariwal 2021, Eq. 19).
@@ -125,7 +125,7 @@ class GaussianDiffusion:
         return process
 
     def q_sample(self, x_start: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
-        r"""Diffuses images to timestep `t` directly.
+        r"""Diffuse images to timestep `t` directly.
 
         $$
         x_t = \sqrt{\bar\alpha_t} \, x_0 + \sqrt{1 - \bar\alpha_t} \, \epsilon \tag{4}
@@ -142,7 +142,7 @@ class GaussianDiffusion:
         return self._at("signal", t, x_start) * x_start + self._at("noise", t, x_start) * noise
 
     def q_jump(self, x_s: Tensor, s: int, t: int, noise: Tensor) -> Tensor:
-        r"""Diffuses images from timestep `s` to a later timestep `t` directly.
+        r"""Diffuse images from timestep `s` to a later timestep `t` directly.
 
         $$
         x_t = \sqrt{\bar\alpha_t / \bar\alpha_s} \, x_s + \sqrt{1 - \bar\alpha_t / \bar\alpha_s} \, \epsilon
@@ -167,7 +167,7 @@ class GaussianDiffusion:
         return math.sqrt(ratio) * x_s + math.sqrt(1 - ratio) * noise
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, float | Tensor]:
-        r"""Returns the mean and the log-variance of the forward posterior $q(x_{t-1} \mid x_t, x_0)$.
+        r"""Return the mean and the log-variance of the forward posterior $q(x_{t-1} \mid x_t, x_0)$.
 
         $$
         \tilde\mu_t = \frac{\sqrt{\bar\alpha_{t-1}} \beta_t}{1 - \bar\alpha_t} x_0
@@ -193,7 +193,7 @@ class GaussianDiffusion:
     def log_var(
         self, t: int | Tensor, like: Tensor, variance_type: str, output: Tensor | None = None
     ) -> float | Tensor:
-        r"""Returns the log-variance $\log \sigma_t^2$ of the reverse step.
+        r"""Return the log-variance $\log \sigma_t^2$ of the reverse step.
 
         - `fixed_large`: $\beta_t$, optimal for $x_0 \sim \mathcal{N}(0, I)$ (Section 3.2).
         - `fixed_small`: $\tilde\beta_t$, optimal if $x_0$ is always the same point (Section 3.2).
@@ -233,7 +233,7 @@ class GaussianDiffusion:
         return u * self._at("log_beta", t, like) + (1 - u) * self._at("fixed_small", t, like)
 
     def target(self, x_start: Tensor, t: int | Tensor, noise: Tensor, prediction_type: str = "epsilon") -> Tensor:
-        r"""Returns the training target of a network, given its prediction type.
+        r"""Return the training target of a network, given its prediction type.
 
         - `epsilon`: the noise $\epsilon$ (Eq. 14).
         - `sample`: the image $x_0$.
@@ -266,7 +266,7 @@ class GaussianDiffusion:
     def predict_start(
         self, prediction: Tensor, x_t: Tensor, t: int | Tensor, prediction_type: str = "epsilon"
     ) -> Tensor:
-        r"""Returns the estimate $\hat x_0$ of the image that follows from a network's prediction.
+        r"""Return the estimate $\hat x_0$ of the image that follows from a network's prediction.
 
         For noise predictions,
 
@@ -305,7 +305,7 @@ class GaussianDiffusion:
         prediction_type: str = "epsilon",
         bound: Callable[[Tensor], Tensor] = lambda x_start: x_start,
     ) -> tuple[Tensor, Tensor]:
-        r"""Returns the mean of the reverse step and the estimate $\hat x_0$ that it uses.
+        r"""Return the mean of the reverse step and the estimate $\hat x_0$ that it uses.
 
         $$
         \mu_\theta(x_t, t) = \tilde\mu_t(x_t, \hat x_0) \tag{11}
@@ -335,7 +335,7 @@ class GaussianDiffusion:
         return mean, x_start
 
     def ddim_posterior(self, x_start: Tensor, x_t: Tensor, t: int, eta: float) -> tuple[Tensor, float]:
-        r"""Returns the mean and the standard deviation of the DDIM posterior (Song et al. 2021, Eqs. 7 and 16).
+        r"""Return the mean and the standard deviation of the DDIM posterior (Song et al. 2021, Eqs. 7 and 16).
 
         $$
         \mathcal{N}\Big(\sqrt{\bar\alpha_{t-1}} \, x_0 + \sqrt{1 - \bar\alpha_{t-1} - \sigma_t^2} \;
@@ -362,7 +362,7 @@ class GaussianDiffusion:
         return math.sqrt(before) * x_start + math.sqrt(max(1 - before - std**2, 0.0)) * eps, std
 
     def ddim_inverse(self, eps: Tensor, x_s: Tensor, s: int, t: int) -> Tensor:
-        r"""Returns the $x_t$ from which a deterministic DDIM step with the noise `eps` leads to $x_s$.
+        r"""Return the $x_t$ from which a deterministic DDIM step with the noise `eps` leads to $x_s$.
 
         $$
         x_t = \sqrt{\bar\alpha_t} \;
@@ -389,7 +389,7 @@ class GaussianDiffusion:
         return math.sqrt(after) * x_start + math.sqrt(1 - after) * eps
 
     def ddim_step(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
-        r"""Takes a deterministic DDIM step (Song et al. 2021, Eq. 12; Salimans & Ho 2022, Eq. 8).
+        r"""Take a deterministic DDIM step (Song et al. 2021, Eq. 12; Salimans & Ho 2022, Eq. 8).
 
         $$
         x_{t-1} = \sqrt{\bar\alpha_{t-1}} \, x_0 + \frac{\sqrt{1 - \bar\alpha_{t-1}}}{\sqrt{1 - \bar\alpha_t}}
@@ -409,7 +409,7 @@ class GaussianDiffusion:
         return self._at("ddim_start", t, x_t) * x_start + self._at("ddim_x_t", t, x_t) * x_t
 
     def ddim_start(self, x_prev: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
-        r"""Returns the estimate with which `ddim_step` leads from `x_t` to `x_prev` (Salimans & Ho 2022, Algorithm 2).
+        r"""Return the estimate with which `ddim_step` leads from `x_t` to `x_prev` (Salimans & Ho 2022, Algorithm 2).
 
         $$
         \tilde x_0 = \frac{x_{t-1} - (\sigma_{t-1} / \sigma_t) \, x_t}
@@ -428,7 +428,7 @@ class GaussianDiffusion:
         return (x_prev - self._at("ddim_x_t", t, x_t) * x_t) / self._at("ddim_start", t, x_t)
 
     def predict_eps(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
-        r"""Returns the noise that diffuses `x_start` to `x_t`: Eq. 4 solved for $\epsilon$.
+        r"""Return the noise that diffuses `x_start` to `x_t`: Eq. 4 solved for $\epsilon$.
 
         $$
         \hat\epsilon = \frac{x_t - \sqrt{\bar\alpha_t} \, \hat x_0}{\sqrt{1 - \bar\alpha_t}}
@@ -445,7 +445,7 @@ class GaussianDiffusion:
         return (x_t - self._at("signal", t, x_t) * x_start) / self._at("noise", t, x_t)
 
     def score(self, eps: Tensor, t: int | Tensor) -> Tensor:
-        r"""Returns the score (gradient of the log-density) of the diffused data that follows from a noise prediction.
+        r"""Return the score (gradient of the log-density) of the diffused data that follows from a noise prediction.
 
         $$
         \nabla_{x_t} \log q(x_t) \approx -\frac{\epsilon_\theta(x_t, t)}{\sqrt{1 - \bar\alpha_t}}
@@ -465,7 +465,7 @@ class GaussianDiffusion:
         return -eps / self._at("noise", t, eps)
 
     def snr(self, t: int | Tensor, like: Tensor) -> float | Tensor:
-        r"""Returns the signal-to-noise ratio $\bar\alpha_t / (1 - \bar\alpha_t)$.
+        r"""Return the signal-to-noise ratio $\bar\alpha_t / (1 - \bar\alpha_t)$.
 
         Args:
             t: Timestep in [0, T).
@@ -477,7 +477,7 @@ class GaussianDiffusion:
         return self._at("snr", t, like)
 
     def _rescaled(self, log_var: Tensor, t: int | Tensor) -> Tensor:
-        """Converts the log-variance of a single step to that of the corresponding, perhaps longer step here."""
+        """Convert the log-variance of a single step to the log-variance of the corresponding step, which may be longer."""
         excess = torch.exp(log_var) - self._at("step_var", t, log_var)
         pixel_var = (excess / self._at("mean_start", t, log_var) ** 2).clamp(0, 1)
         posterior_var = torch.exp(torch.as_tensor(self._at("fixed_small", t, log_var)))
@@ -489,17 +489,17 @@ class GaussianDiffusion:
         return bool(self._tables["is_single"].all())
 
     def _is_single(self, t: int | Tensor, like: Tensor) -> Tensor:
-        """Returns which steps are single steps of the full process, broadcastable to `like`."""
+        """Return which steps are single steps of the full process, broadcastable to `like`."""
         return torch.as_tensor(self._at("is_single", t, like), device=like.device) > 0
 
     def _alpha_bar(self, t: int, above: int = -2) -> float:
-        r"""Returns $\bar\alpha_t$ as a number, 1 at `t = -1`; raises a `ValueError` unless `above < t < T`."""
+        r"""Return $\bar\alpha_t$ as a number, 1 at `t = -1`; raise a `ValueError` unless `above < t < T`."""
         if not above < t < len(self):
             raise ValueError(f"t={t} is not in [{above + 1}, {len(self)})")
         return self.alphas_cumprod[t].item() if t >= 0 else 1.0
 
     def _at(self, name: str, t: int | Tensor, like: Tensor) -> float | Tensor:
-        """Returns a coefficient at `t`: a number, or a tensor with one entry per image, shaped to multiply `like`."""
+        """Return a coefficient at `t`: a number, or a tensor with one entry per image, shaped to multiply `like`."""
         table = self._tables[name]
         if not isinstance(t, Tensor):
             if not 0 <= t < len(table):
@@ -514,7 +514,7 @@ class GaussianDiffusion:
 
 
 def start_signal(pixels: int) -> float:
-    r"""Returns the largest $\bar\alpha_t$ at which sampling may start from pure noise.
+    r"""Return the largest $\bar\alpha_t$ at which sampling may start from pure noise.
 
     The more pixels an image has, the smaller the limit: averaged over many pixels, even a weak signal shows the
     brightness of the image.
@@ -529,7 +529,7 @@ def start_signal(pixels: int) -> float:
 
 
 def is_noise(alphas_cumprod: Tensor, t: int, limit: float) -> bool:
-    r"""Returns whether the reverse process may start at `t` from $\mathcal{N}(0, I)$.
+    r"""Return whether the reverse process may start at `t` from $\mathcal{N}(0, I)$.
 
     It may if the signal in $x_t$ is weak ($\bar\alpha_t$ at most `limit`) or hardly stronger than in $x_T$
     ($\bar\alpha_t \le 1.5 \bar\alpha_T$).

@@ -19,7 +19,7 @@ SMALLEST_PROBABILITY = 1e-12
 
 
 def gaussian_kl(mean_q: Tensor, log_var_q: float | Tensor, mean_p: Tensor | float, log_var_p: float | Tensor) -> Tensor:
-    r"""Returns the KL divergence between two Gaussians with diagonal covariances.
+    r"""Return the KL divergence between two Gaussians with diagonal covariances.
 
     $$
     D_{KL}(q \| p) = \frac{1}{2} \left( \log\frac{\sigma_p^2}{\sigma_q^2} - 1
@@ -41,7 +41,7 @@ def gaussian_kl(mean_q: Tensor, log_var_q: float | Tensor, mean_p: Tensor | floa
 
 
 def decoder_log_likelihood(x_start: Tensor, mean: Tensor, log_var: float | Tensor, levels: int = 256) -> Tensor:
-    r"""Returns the log-probability of discrete pixel values under the decoder.
+    r"""Return the log-probability of discrete pixel values under the decoder.
 
     $$
     p_\theta(x_0 \mid x_1) = \prod_i \int_{\delta_-(x_0^i)}^{\delta_+(x_0^i)}
@@ -75,7 +75,7 @@ def decoder_log_likelihood(x_start: Tensor, mean: Tensor, log_var: float | Tenso
 
 
 def prior_nats(diffusion: GaussianDiffusion, x_start: Tensor) -> Tensor:
-    r"""Returns the prior term $L_T = D_{KL}(q(x_T \mid x_0) \| \mathcal{N}(0, I))$.
+    r"""Return the prior term $L_T = D_{KL}(q(x_T \mid x_0) \| \mathcal{N}(0, I))$.
 
     Args:
         diffusion: The diffusion process.
@@ -99,7 +99,7 @@ def bound_nats(
     log_var: float | Tensor,
     levels: int = 256,
 ) -> Tensor:
-    r"""Returns the term of the variational bound for the reverse step from `t`.
+    r"""Return the term of the variational bound for the reverse step from `t`.
 
     $$
     L_{t-1} = D_{KL}(q(x_{t-1} \mid x_t, x_0) \| p_\theta(x_{t-1} \mid x_t)), \quad

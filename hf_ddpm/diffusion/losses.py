@@ -21,7 +21,7 @@ SNR_CAP = 5.0
 
 
 def truncated_snr(diffusion: GaussianDiffusion, t: Tensor, like: Tensor) -> Tensor:
-    r"""Returns the weight $w_t$ of the squared error of $\hat x_0$ (Salimans & Ho 2022, Section 4).
+    r"""Return the weight $w_t$ of the squared error of $\hat x_0$ (Salimans & Ho 2022, Section 4).
 
     $$
     \max\Big( \frac{\bar\alpha_t}{1 - \bar\alpha_t}, 1 \Big), \quad \text{so that} \quad
@@ -76,7 +76,7 @@ class Objective:
     levels: int = 256
 
     def __post_init__(self) -> None:
-        """Checks that objective, prediction type and variance type fit together."""
+        """Check that objective, prediction type and variance type fit together."""
         check_one_of("objective", self.name, OBJECTIVES)
         fixed = ("simple", "vlb", "min_snr", "truncated_snr")
         allowed = ("vlb", "hybrid") if self.variance_type in LEARNED else fixed
@@ -100,7 +100,7 @@ class Objective:
         x_t: Tensor,
         classes: Tensor | None = None,
     ) -> Tensor:
-        r"""Evaluates the objective.
+        r"""Evaluate the objective.
 
         Args:
             diffusion: The diffusion process.
@@ -143,7 +143,7 @@ class Objective:
         t: Tensor,
         x_t: Tensor,
     ) -> Tensor:
-        """Estimates the bound, a sum over all timesteps, from the term of one timestep per image."""
+        """Estimate the bound, a sum over all timesteps, from the term of one timestep per image."""
         mean, _ = diffusion.p_mean(prediction, x_t, t, self.prediction_type)
         log_var = diffusion.log_var(t, x_t, self.variance_type, variance_output)
         return len(diffusion) * bound_nats(diffusion, x_start, mean, x_t, t, log_var, self.levels)

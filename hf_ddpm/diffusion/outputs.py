@@ -7,12 +7,12 @@ from hf_ddpm.diffusion.gaussian import LEARNED
 
 
 def output_channels(channels: int, variance_type: str) -> int:
-    """Returns the number of output channels of a network: twice the image channels with a learned variance."""
+    """Return the number of output channels of a network: twice the image channels with a learned variance."""
     return channels * (2 if variance_type in LEARNED else 1)
 
 
 def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """Splits a network's output into prediction and variance output; without extra channels, the latter is missing."""
+    """Split a network's output into prediction and variance output; without extra channels, the latter is missing."""
     if output.shape[1] == channels:
         return output, None
     prediction, variance_output = output.chunk(2, dim=1)
@@ -20,7 +20,7 @@ def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
 
 
 def dynamic_threshold(x_start: Tensor, ratio: float, max_value: float) -> Tensor:
-    r"""Scales over-saturated images to [-1, 1] by dynamic thresholding (Saharia et al. 2022, Section 2.3).
+    r"""Scale over-saturated images to [-1, 1] by dynamic thresholding (Saharia et al. 2022, Section 2.3).
 
     Each image is clipped to $[-s, s]$ and divided by $s$, where $s$ is the `ratio` quantile of its absolute pixel
     values, clamped to [1, `max_value`].

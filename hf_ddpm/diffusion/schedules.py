@@ -16,7 +16,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "quad", "const", "squaredcos_cap_v2
 def beta_schedule(
     name: str = "linear", num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> Tensor:
-    r"""Returns the variances $\beta_t$ of a named schedule.
+    r"""Return the variances $\beta_t$ of a named schedule.
 
     - `linear`: $\beta_t$ from `beta_start` to `beta_end` in equal steps (Ho et al. 2020, Section 4).
     - `scaled_linear`, called `quad` in the paper's code: $\sqrt{\beta_t}$ in equal steps.
@@ -59,7 +59,7 @@ def beta_schedule(
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    r"""Shifts and scales $\sqrt{\bar\alpha_t}$ so that $x_T$ contains no signal (Lin et al. 2023, Algorithm 1).
+    r"""Shift and scale $\sqrt{\bar\alpha_t}$ so that $x_T$ contains no signal (Lin et al. 2023, Algorithm 1).
 
     Args:
         betas: The variances, shape `(T,)`.
@@ -74,12 +74,12 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def shift_right(alphas_cumprod: Tensor) -> Tensor:
-    r"""Returns $\bar\alpha_{t-1}$, which is 1 at `t = 0`."""
+    r"""Return $\bar\alpha_{t-1}$, which is 1 at `t = 0`."""
     return torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
 
 
 def trailing_timesteps(total: int, count: int) -> list[int]:
-    r"""Returns evenly spaced timesteps, descending from the last one ("trailing" in Lin et al. 2023, Table 2).
+    r"""Return evenly spaced timesteps, descending from the last one ("trailing" in Lin et al. 2023, Table 2).
 
     $$
     \tau_i = \operatorname{round}(T - i \, T / S) - 1, \quad i = 0, \dots, S - 1
@@ -105,6 +105,6 @@ def trailing_timesteps(total: int, count: int) -> list[int]:
 
 
 def check_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raises a `ValueError` with name, value and allowed values, unless the value is allowed."""
+    """Raise a `ValueError` with name, value and allowed values, unless the value is allowed."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")

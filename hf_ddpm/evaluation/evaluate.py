@@ -54,7 +54,7 @@ def evaluate(
         output: Results file, `config.output` by default. Each metric is written as soon as it is computed. Generated
             images and a picture of the nearest training images are stored in the same folder.
         on_figures: Called with the results of each metric as soon as they are computed.
-        log: Called with one line for each of: the precision chosen by `auto`, unused files of the data set, replaced
+        log: Called with one line for each of: the precision chosen by `auto`, unused files of the dataset, replaced
             results of another model.
 
     Returns:
@@ -64,7 +64,7 @@ def evaluate(
         `evaluate(EvaluateConfig(model="runs/digits", dataset="digits", metrics="fd,nll"))["fd"]["value"]`
 
     Raises:
-        ValueError: If the model, images, data set or extractor cannot be loaded, or do not match; one line.
+        ValueError: If the model, images, dataset or extractor cannot be loaded, or do not match; one line.
     """
     sampling, output, log = sampling or Sampling(), output or Path(config.output), log or (lambda line: None)
     read_results(output)  # report an invalid results file before computing anything
@@ -130,7 +130,7 @@ class Reference:
         config: Options of the real images and of the extractor.
         shape: The shape `(C, H, W)` of the images.
         state: The processes.
-        log: Called with one line on unused files of the data set, and on damaged caches.
+        log: Called with one line on unused files of the dataset, and on damaged caches.
         bound_precision: Precision of the network for nll; by default that of sampling, and float32 for `auto`.
 
     Attributes:
@@ -138,10 +138,10 @@ class Reference:
         held_out: The held-out split; None if it is not needed.
         stats: Moments to compare with instead of those of `images`; None if not given.
         stats_file: Name and checksum of the file of `stats`.
-        hub_ids: Data set, model and extractor names that are Hub ids.
+        hub_ids: Dataset, model and extractor names that are Hub ids.
 
     Raises:
-        ValueError: If a data set or the extractor cannot be loaded, or does not match the images.
+        ValueError: If a dataset or the extractor cannot be loaded, or does not match the images.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class Row:
         error: Standard error, or standard deviation over splits, as text.
         floor: The value of real images.
         count: Number of images.
-        data: Data set of the real images.
+        data: Dataset of the real images.
         split: Its split; None for statistics from a file.
         how: Settings, as text.
         arguments: Settings, as metadata for the Hub.
@@ -122,7 +122,7 @@ def _row(entry: Mapping[str, Any], metric: str, key: str, name: str, kind: str, 
 
 
 def _compared_with(made_by: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Return the data set and split of the real images, or the name of their statistics file."""
+    """Return the dataset and split of the real images, or the name of their statistics file."""
     if "reference_stats" in made_by:
         return plain(strip_local_path(made_by["reference_stats"]["name"])), None
     dataset = made_by.get("dataset") or {"name": "none"}

@@ -40,7 +40,7 @@ def sampling_call(pipe: Any, stock: bool) -> str:
 
     Args:
         pipe: The model.
-        stock: Write the call for the pipeline of diffusers, which takes 1000 steps by default.
+        stock: Write the call for the diffusers pipeline, which takes 1000 steps by default.
     """
     count = pipe.unet.config.num_class_embeds
     if count:

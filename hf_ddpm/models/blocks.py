@@ -1,4 +1,4 @@
-"""Building blocks of the U-Net: time embedding, residual block, attention, resampling; initial weights.
+"""Building blocks of the U-Net: timestep embedding, residual block, attention, resampling; initial weights.
 
 Attribute names equal the keys of diffusers checkpoints. Modules are constructed and registered in the same order as in
 diffusers, so that the same seed gives the same weights and `parameters()` returns them in the same order.
@@ -14,7 +14,7 @@ from hf_ddpm.models.dropout import Dropout
 
 
 def sinusoidal(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
-    r"""Returns the Transformer sinusoidal position embedding (Vaswani et al. 2017) of timesteps.
+    r"""Return the Transformer sinusoidal position embedding (Vaswani et al. 2017) of timesteps.
 
     $$
     (\sin(\omega_0 t), \dots, \cos(\omega_0 t), \dots), \quad
@@ -46,7 +46,7 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `(B, in_dim)` to `(B, dim)`."""
+        """Map `(B, in_dim)` to `(B, dim)`."""
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -66,7 +66,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResnetBlock(nn.Module):
-    r"""Residual block (Appendix B of the paper); the time embedding is added between its two convolutions.
+    r"""Residual block (Appendix B of the paper); the timestep embedding is added between its two convolutions.
 
     $$
     h = \text{conv}_1(\text{silu}(\text{norm}_1(x))) + W \, \text{silu}(e_t), \quad
@@ -76,7 +76,7 @@ class ResnetBlock(nn.Module):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        time_dim: Channels of the activated time embedding $\text{silu}(e_t)$.
+        time_dim: Channels of the activated timestep embedding $\text{silu}(e_t)$.
         groups: Number of groups of the normalizations.
         eps: Epsilon of the normalizations.
         dropout: Dropout probability in [0, 1).
@@ -112,7 +112,7 @@ class ResnetBlock(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Maps `(B, C, H, W)` and the activated time embedding `(B, time_dim)` to `(B, C', H', W')`."""
+        """Map `(B, C, H, W)` and the activated timestep embedding `(B, time_dim)` to `(B, C', H', W')`."""
         h = activate(self.norm1(x))
         if self.resample is not None:
             x, h = self.resample(x), self.resample(h)
@@ -158,7 +158,7 @@ class Attention(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `(B, C, H, W)` to the same shape."""
+        """Map `(B, C, H, W)` to the same shape."""
         h = self.group_norm(x).flatten(2).transpose(1, 2)
         q, k, v = (
             project(h).unflatten(2, (self.heads, -1)).transpose(1, 2) for project in (self.to_q, self.to_k, self.to_v)
@@ -190,7 +190,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Maps `(B, C, H, W)` to `(B, C, H/2, W/2)`; ignores the time embedding."""
+        """Map `(B, C, H, W)` to `(B, C, H/2, W/2)`; ignore the timestep embedding."""
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.conv.padding == (0, 0) else x)
 
 
@@ -202,12 +202,12 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Maps `(B, C, H, W)` to `(B, C, 2H, 2W)`; ignores the time embedding."""
+        """Map `(B, C, H, W)` to `(B, C, 2H, 2W)`; ignore the timestep embedding."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 def activate(x: Tensor) -> Tensor:
-    """Applies SiLU, in place when gradients are disabled."""
+    """Apply SiLU, in place when gradients are disabled."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -220,7 +220,7 @@ ZERO = ("conv2", "to_out.0", "conv_out")
 
 
 def initialize_like_paper(unet: nn.Module) -> None:
-    r"""Initializes the weights of a U-Net in place as in the code of Ho et al. 2020.
+    r"""Initialize the weights of a U-Net in place as in the code of Ho et al. 2020.
 
     Convolutions and linear layers get uniform weights with variance $2 / (n_\text{in} + n_\text{out})$ and zero
     biases. The last layer of each residual block, of each attention and of the network gets zero weights. (The

@@ -22,11 +22,11 @@ class Stage(nn.Module):
         self.gradient_checkpointing = False
 
     def attend(self, i: int, x: Tensor) -> Tensor:
-        """Applies the attention after residual block `i`, if this stage has attention."""
+        """Apply the attention after residual block `i`, if this stage has attention."""
         return self.attentions[i](x) if self.attentions else x
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """Calls a block; with gradient checkpointing, the backward pass recomputes its activations."""
+        """Call a block; with gradient checkpointing, the backward pass recomputes its activations."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
@@ -76,7 +76,7 @@ class DownStage(Stage):
             self.downsamplers.append(block)
 
     def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
-        """Maps `(B, C, H, W)` to all feature maps of the stage, used as skips; the last one is its output."""
+        """Map `(B, C, H, W)` to all feature maps of the stage, used as skips; the last one is its output."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = self.attend(i, self.run(resnet, x, emb))
@@ -115,7 +115,7 @@ class MidStage(Stage):
         super().__init__([first, ResnetBlock(channels, channels, eps=eps, scale=scale, **resnet)], attentions)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Maps `(B, C, H, W)` to the same shape."""
+        """Map `(B, C, H, W)` to the same shape."""
         x = self.attend(0, self.run(self.resnets[0], x, emb))
         return self.run(self.resnets[1], x, emb)
 
@@ -162,7 +162,7 @@ class UpStage(Stage):
             self.upsamplers.append(block)
 
     def forward(self, x: Tensor, skips: tuple[Tensor, ...], emb: Tensor) -> Tensor:
-        """Maps `(B, C, H, W)` to the output of the stage; uses one skip per residual block, the last skip first."""
+        """Map `(B, C, H, W)` to the output of the stage; use one skip per residual block, the last skip first."""
         # Take a tuple and return a tensor: hooks of offloading and sharding pass copies of containers, so popping
         # skips from the caller's list would have no effect.
         for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):

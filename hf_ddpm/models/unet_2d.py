@@ -50,7 +50,7 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
         out_channels: Channels of the output: those of the images, or twice as many with a learned variance.
         center_input_sample: Convert images from [0, 1] to [-1, 1] in `forward`.
         time_embedding_type: Only `positional`, the sinusoidal embedding.
-        time_embedding_dim: Size of the time embedding; by default four times the first of `block_out_channels`.
+        time_embedding_dim: Size of the timestep embedding; by default four times the first of `block_out_channels`.
         freq_shift: See `hf_ddpm.models.blocks.sinusoidal`; 1 in the paper's code.
         flip_sin_to_cos: See `hf_ddpm.models.blocks.sinusoidal`; False in the paper's code.
         down_block_types: `DownBlock2D`, or `AttnDownBlock2D` with attention, per resolution from highest to lowest.
@@ -68,7 +68,7 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
         norm_num_groups: Number of groups of the normalizations.
         attn_norm_num_groups: Number of groups of the normalization of the middle block's attention.
         norm_eps: Epsilon of the normalizations.
-        resnet_time_scale_shift: Use of the time embedding: `default` (added) or `scale_shift`.
+        resnet_time_scale_shift: Use of the timestep embedding: `default` (added) or `scale_shift`.
         add_attention: Use attention in the middle block.
         class_embed_type: Only None.
         num_class_embeds: Number of class embeddings; None for an unconditional network.
@@ -196,7 +196,7 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        r"""Predicts the training target of $x_t$.
+        r"""Predict the training target of $x_t$.
 
         Args:
             sample: $x_t$, shape `(B, C, H, W)`; `H` and `W` must be multiples of `size_multiple`.
@@ -254,7 +254,7 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
 
     @torch.inference_mode(False)
     def lay_out_kernels(self) -> None:
-        """Converts the kernels of convolutions to channels-last, the memory layout of the feature maps.
+        """Convert the kernels of convolutions to channels-last, the memory layout of the feature maps.
 
         Convolutions on GPUs are fast only in matching layouts. With a single process, the first forward pass on a GPU
         calls this method. With several processes, call it before wrapping the network in DDP. The constructor does not
@@ -267,7 +267,7 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "UNet2DModel":
-        """Loads a network as diffusers does; loads a pickle only if the folder contains no safetensors file.
+        """Load a network as diffusers does; load a pickle only if the folder contains no safetensors file.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id of the network.
@@ -285,7 +285,7 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
         return (network, info) if with_info else network
 
     def to_json_string(self) -> str:
-        """Returns the configuration as JSON, without the local path of the weights."""
+        """Return the configuration as JSON, without the local path of the weights."""
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -324,7 +324,7 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
 
     @classmethod
     def check_values(cls, config: Mapping[str, Any]) -> None:
-        """Checks the options of a network.
+        """Check the options of a network.
 
         Args:
             config: Values of all options of the constructor.

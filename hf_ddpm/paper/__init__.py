@@ -19,7 +19,7 @@ def figure(name: str) -> Callable[["FigureContext", Any], None]:
     """Return the function that makes the figure `name`, or every figure for `all`.
 
     The function takes a `FigureContext` and the figure's options, and writes `NAME.json`, `NAME.md` and pictures. It
-    raises a `ValueError` if the data set is missing, an option does not fit the model or the data, or the figure does
+    raises a `ValueError` if the dataset is missing, an option does not fit the model or the data, or the figure does
     not support the scheduler.
     """
     function = name.replace("-", "_")

@@ -35,12 +35,12 @@ VISIBLE_SIGNAL = 0.2
 
 
 class FigureContext:
-    """A model, its data set, and the output folder of its figures.
+    """A model, its dataset, and the output folder of its figures.
 
     Args:
         options: Options shared by all figures.
         accelerator: The accelerator. Every process must create a context and call the functions of this package.
-        log: Called with one line of text about unused files of the data set, and about damaged caches.
+        log: Called with one line of text about unused files of the dataset, and about damaged caches.
 
     Raises:
         ValueError: If the model cannot be loaded.
@@ -148,7 +148,7 @@ class FigureContext:
             paragraphs: The text, in Markdown.
             numbers: The results by name.
             options: The options of the figure, a dataclass.
-            made_by: Data set and feature extractor, as reported by an evaluation.
+            made_by: Dataset and feature extractor, as reported by an evaluation.
         """
         if not self.accelerator.is_main_process:
             return

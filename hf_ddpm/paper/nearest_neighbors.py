@@ -15,7 +15,7 @@ from hf_ddpm.paper.context import FigureContext, captioned, table
 from hf_ddpm.paper.options import NearestNeighborsOptions
 from hf_ddpm.sampling.options import Sampling
 
-# Images are compared at this size at most: all pixels of a large data set would not fit into memory.
+# Images are compared at this size at most: all pixels of a large dataset would not fit into memory.
 MOST_PIXELS = 32
 AT_A_TIME = 256
 

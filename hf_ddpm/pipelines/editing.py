@@ -51,7 +51,7 @@ class EditingMethods(LatentMethods):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
-        r"""Inpaints parts of images with RePaint (Lugmayr et al. 2022, Algorithm 1); other pixels do not change.
+        r"""Inpaint parts of images with RePaint (Lugmayr et al. 2022, Algorithm 1); other pixels do not change.
 
         Let $m$ be 1 at known pixels and 0 at pixels to fill. Each step of the reverse process is
 
@@ -142,7 +142,7 @@ class EditingMethods(LatentMethods):
         output_type: str = "pil",
         **options: Any,
     ) -> Any:
-        r"""Generates variations of images with SDEdit (Meng et al. 2022, Algorithm 1).
+        r"""Generate variations of images with SDEdit (Meng et al. 2022, Algorithm 1).
 
         This is `reconstruct` at the timestep that belongs to `strength`:
 
@@ -183,7 +183,7 @@ class EditingMethods(LatentMethods):
         class_labels: Tensor | list[int | str] | None = None,
         guidance_scale: float = 1.0,
     ) -> Tensor:
-        r"""Finds the latents from which DDIM generates the given images (Song et al. 2021, Section 5.4).
+        r"""Find the latents from which DDIM generates the given images (Song et al. 2021, Section 5.4).
 
         DDIM steps are taken in the forward direction:
 
@@ -241,7 +241,7 @@ class EditingMethods(LatentMethods):
 
 
 def resampled(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
-    """Returns the states visited by RePaint in order (Lugmayr et al. 2022, Fig. 9).
+    """Return the states visited by RePaint in order (Lugmayr et al. 2022, Fig. 9).
 
     A state `i` is an index into the ascending timesteps. Each listed state is left by a reverse step to state `i - 1`;
     if the next listed state is larger, the images are then diffused up to it: a jump. From each of the states 0,
@@ -276,7 +276,7 @@ def resampled(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]
 
 
 def _check_counts(**counts: Any) -> None:
-    """Raises a `ValueError` unless each count is a whole number of at least 1."""
+    """Raise a `ValueError` unless each count is a whole number of at least 1."""
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
@@ -291,7 +291,7 @@ def _keeping(
     callback: StepCallback | None,
     tensor_inputs: Sequence[str],
 ) -> StepCallback:
-    """Returns a callback that inserts the known pixels after each step, calls the user's callback, and jumps."""
+    """Return a callback that inserts the known pixels after each step, calls the user's callback, and jumps."""
     times = [*scheduler.timesteps.flip(0).tolist(), -1]  # timestep of each state; state -1 is the final image
 
     def draw() -> Tensor:

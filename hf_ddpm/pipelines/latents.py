@@ -52,7 +52,7 @@ class LatentMethods:
 
     @torch.no_grad()
     def encode(self, images: Any, t: int, generator: Generators = None) -> Tensor:
-        r"""Diffuses images to timestep `t` (the stochastic encoder of Section 4.4).
+        r"""Diffuse images to timestep `t` (the stochastic encoder of Section 4.4).
 
         $$
         x_t \sim q(x_t \mid x_0) \tag{4}
@@ -84,7 +84,7 @@ class LatentMethods:
         num_inference_steps: int | None = None,
         **options: Any,
     ) -> Any:
-        r"""Generates images from latents: runs the reverse process from timestep `t` to its end.
+        r"""Generate images from latents: run the reverse process from timestep `t` to its end.
 
         $$
         x_0 \sim p_\theta(x_0 \mid x_t)
@@ -114,7 +114,7 @@ class LatentMethods:
     def reconstruct(
         self, images: Any, t: int, generator: Generators = None, output_type: str = "pil", **options: Any
     ) -> Any:
-        r"""Diffuses images to timestep `t` and reconstructs them from there: `encode`, then `decode`.
+        r"""Diffuse images to timestep `t` and reconstruct them from there: `encode`, then `decode`.
 
         $$
         x_t \sim q(x_t \mid x_0), \quad \bar x_0 \sim p_\theta(x_0 \mid x_t)
@@ -148,7 +148,7 @@ class LatentMethods:
         output_type: str = "pil",
         **options: Any,
     ) -> Any:
-        r"""Interpolates between two images in latent space (Section 4.4, Figs. 8 and 9).
+        r"""Interpolate between two images in latent space (Section 4.4, Figs. 8 and 9).
 
         $$
         x_t \sim q(x_t \mid x_0), \; x'_t \sim q(x_t \mid x'_0), \quad
@@ -200,7 +200,7 @@ class LatentMethods:
         output_type: str = "pil",
         **options: Any,
     ) -> Frames:
-        r"""Samples images and returns the estimates of them during sampling (Section 4.3, Fig. 6).
+        r"""Sample images and return the estimates of them during sampling (Section 4.3, Fig. 6).
 
         $$
         \hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t} \, \epsilon_\theta(x_t)) / \sqrt{\bar\alpha_t} \tag{15}
@@ -264,7 +264,7 @@ class LatentMethods:
         output_type: str = "pil",
         **options: Any,
     ) -> Trace:
-        r"""Samples images and returns them with the latents at some timesteps, $x_t \sim p_\theta(x_t)$.
+        r"""Sample images and return them with the latents at some timesteps, $x_t \sim p_\theta(x_t)$.
 
         Args:
             timesteps: Timesteps of the latents to return, in [0, T); at `T - 1` it is the noise that sampling starts
@@ -313,7 +313,7 @@ class LatentMethods:
         latents: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        r"""Samples several images from each latent (Section 4.3, Fig. 7).
+        r"""Sample several images from each latent (Section 4.3, Fig. 7).
 
         $$
         x_0^{(1)}, x_0^{(2)}, \dots \sim p_\theta(x_0 \mid x_t)
@@ -359,7 +359,7 @@ class LatentMethods:
 
 
 def steps_from(t: int, count: int | None) -> list[int]:
-    """Returns `count` timesteps, evenly spaced from `t` down; by default all `t + 1`.
+    """Return `count` timesteps, evenly spaced from `t` down; by default all `t + 1`.
 
     Raises:
         ValueError: If `count` is not in [1, t + 1].
@@ -371,7 +371,7 @@ def steps_from(t: int, count: int | None) -> list[int]:
 
 
 def check_generators(generator: Generators, batch_size: int) -> None:
-    """Raises a `ValueError` if a list of generators does not have one per image."""
+    """Raise a `ValueError` if a list of generators does not have one per image."""
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(
             f"generator of {len(generator)} generators: expected a single generator or a list of {batch_size}, one per "
@@ -380,5 +380,5 @@ def check_generators(generator: Generators, batch_size: int) -> None:
 
 
 def _spread(frames: int | None, total: int) -> Container[int]:
-    """Returns the indices of evenly spaced frames among `total` steps; a single frame is the last step."""
+    """Return the indices of evenly spaced frames among `total` steps; a single frame is the last step."""
     return range(total) if frames is None else set(np.linspace(total - 1, 0, frames).round().astype(int).tolist())

@@ -109,7 +109,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, ordered by index; empty without class names."""
+        """The names of the classes, ordered by index; empty without class names."""
         id2label = self.config.get("id2label", {})
         return [id2label[str(index)] for index in range(len(id2label))]  # in files, indices are sorted as text
 
@@ -140,7 +140,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         timesteps: list[int] | None = None,
         eta: float = 0.0,
     ) -> ImagePipelineOutput | tuple:
-        r"""Samples images (Algorithm 2).
+        r"""Sample images (Algorithm 2).
 
         Args:
             batch_size: Number of images.
@@ -229,7 +229,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Reads the `model_index.json` of a pipeline, and replaces classes of diffusers by those of this package.
+        """Read the `model_index.json` of a pipeline, and replace classes of diffusers by those of this package.
 
         Args:
             *args: Arguments of `diffusers.DiffusionPipeline.load_config`.
@@ -286,7 +286,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
                 raise ValueError(f"callback_on_step_end_tensor_inputs: unknown tensor {name!r}; expected {allowed}")
 
     def _set_timesteps(self, count: int | None, timesteps: list[int] | None, *, from_noise: bool) -> None:
-        """Sets the scheduler's timesteps; raises a `ValueError` if they would give wrong samples."""
+        """Set the scheduler's timesteps; raise a `ValueError` if they would give wrong samples."""
         scheduler, pixels = self.scheduler, math.prod(self.image_shape[1:])
         if isinstance(scheduler, DDPMScheduler):
             scheduler.start_signal = start_signal(pixels)
@@ -377,7 +377,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         callback: StepCallback | None = None,
         tensor_inputs: Sequence[str] = ("latents",),
     ) -> Tensor:
-        """Calls `step(prediction, t, x_t)` at each of the timesteps and returns the last result."""
+        """Call `step(prediction, t, x_t)` at each of the timesteps and return the last result."""
         unet, was_training = self.unet, self.unet.training
         dtype = unet.dtype  # once, not per step: diffusers iterates over the weights
         takes_variance = isinstance(self.scheduler, DDPMScheduler | diffusers.DDPMScheduler)
@@ -485,7 +485,7 @@ def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
 
 
 def read_pipeline(model: str) -> DDPMPipeline:
-    """Reads a pipeline for `load_pipeline`; missing weights stay on the meta device."""
+    """Read a pipeline for `load_pipeline`; missing weights stay on the meta device."""
     try:
         pipe = DDPMPipeline.from_pretrained(model)
         if not isinstance(pipe.unet, UNet2DModel | diffusers.UNet2DModel):
@@ -500,7 +500,7 @@ def read_pipeline(model: str) -> DDPMPipeline:
 
 
 def compare_with_export(pipe: DDPMPipeline) -> None:
-    """Logs a warning if the pipeline's folder contains the export of a run that has changed since."""
+    """Log a warning if the pipeline's folder contains the export of a run that has changed since."""
     record = Path(pipe.name_or_path) / "export.json"
     try:
         checksum = json.loads(record.read_text(encoding="utf-8"))["checksum"]

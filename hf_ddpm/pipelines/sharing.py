@@ -24,7 +24,7 @@ class SharingMethods(DiffusionPipeline):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Saves the pipeline in the format of diffusers.
+        """Save the pipeline in the format of diffusers.
 
         Args:
             save_directory: The folder; created if it does not exist.
@@ -62,7 +62,7 @@ class SharingMethods(DiffusionPipeline):
         variant: str | None = None,
         subfolder: str | None = None,
     ) -> Any:
-        """Pushes the pipeline to the Hub with a model card.
+        """Push the pipeline to the Hub with a model card.
 
         The card describes the training, the results and the sample images found in the folder that the pipeline was
         loaded from, if the weights have not changed since. A card written by hand, on the Hub or in that folder, is

@@ -35,7 +35,7 @@ class DDIMScheduler(DDPMScheduler):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        r"""Takes one reverse step, see `GaussianDiffusion.ddim_posterior`.
+        r"""Take one reverse step, see `GaussianDiffusion.ddim_posterior`.
 
         Args:
             model_output: Output of the network at `timestep`, shape `(B, C, H, W)`, or `(B, 2C, H, W)` with a learned
@@ -64,7 +64,7 @@ class DDIMScheduler(DDPMScheduler):
         return self._result(mean, std, x_start, model_output.dtype, sample, generator, return_dict)
 
     def step_back(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, below: Tensor) -> Tensor:
-        r"""Takes a deterministic step in the forward direction, up to `timestep`.
+        r"""Take a deterministic step in the forward direction, up to `timestep`.
 
         See `GaussianDiffusion.ddim_inverse`. The step needs the noise predicted at its own result. Repeat it with the
         result as `sample`: the results converge to the $x_t$ from which `step` leads to `below`.

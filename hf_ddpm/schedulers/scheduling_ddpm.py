@@ -34,7 +34,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
     r"""DDPM sampling (Ho et al. 2020, Algorithm 2), in all timesteps or in fewer.
 
     The options and defaults are those of `diffusers.DDPMScheduler`: each class can read the other's configuration, and
-    `from_config` converts to and from other schedulers of diffusers. Differences from `diffusers.DDPMScheduler`:
+    `from_config` converts to and from other diffusers schedulers. Differences from `diffusers.DDPMScheduler`:
 
     - Coefficients are computed in float64 and applied in float32, for images of any dtype.
     - The last step never adds noise. In diffusers, `trailing` spacing with `fixed_large` leaves the noise of the last
@@ -129,7 +129,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
 
     @classmethod
     def check_values(cls, config: Mapping[str, Any]) -> None:
-        """Checks the options of a scheduler.
+        """Check the options of a scheduler.
 
         Args:
             config: Values of all options of the constructor.
@@ -155,7 +155,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
                 )
 
     def __len__(self) -> int:
-        """Returns the number of diffusion steps that the network was trained for."""
+        """Return the number of diffusion steps that the network was trained for."""
         return self.config.num_train_timesteps
 
     def set_timesteps(
@@ -164,7 +164,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """Sets the timesteps of the reverse process. Pass either `num_inference_steps` or `timesteps`.
+        """Set the timesteps of the reverse process. Pass either `num_inference_steps` or `timesteps`.
 
         Args:
             num_inference_steps: Number of steps, in [1, T].
@@ -189,7 +189,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         self.custom_timesteps = timesteps is not None
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """Returns `sample` unchanged; part of the scheduler interface of diffusers.
+        """Return `sample` unchanged; part of the scheduler interface of diffusers.
 
         Args:
             sample: $x_t$.
@@ -208,7 +208,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        r"""Takes one step of the reverse process.
+        r"""Take one step of the reverse process.
 
         $$
         x_{t-1} = \mu_\theta(x_t, t) + \sigma_t z, \quad z \sim \mathcal{N}(0, I) \tag{Alg. 2}
@@ -239,7 +239,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         return self._result(mean, std, x_start, model_output.dtype, sample, generator, return_dict)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Diffuses images to the given timesteps (Eq. 4), computed in float32 or float64.
+        """Diffuse images to the given timesteps (Eq. 4), computed in float32 or float64.
 
         Args:
             original_samples: Images in [-1, 1], shape `(B, C, H, W)`.
@@ -253,7 +253,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         return self.diffusion.q_sample(original_samples, t, noise).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Returns the training target of a network with `prediction_type="v_prediction"` (Salimans & Ho 2022).
+        """Return the training target of a network with `prediction_type="v_prediction"` (Salimans & Ho 2022).
 
         Args:
             sample: Images in [-1, 1], shape `(B, C, H, W)`.
@@ -267,7 +267,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         return self.diffusion.target(sample, t, noise, "v_prediction").to(sample.dtype)
 
     def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
-        """Returns the timestep that `step` leads to.
+        """Return the timestep that `step` leads to.
 
         Args:
             timestep: One of `self.timesteps`, or a tensor of several.
@@ -288,7 +288,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
     def _read(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor
     ) -> tuple[int, Tensor, Tensor, Tensor | None]:
-        """Returns the index of `timestep`, $x_t$, the prediction, and the network's output for the variance."""
+        """Return the index of `timestep`, $x_t$, the prediction, and the network's output for the variance."""
         channels = output_channels(sample.shape[1], self.variance_type)
         if model_output.shape != (sample.shape[0], channels, *sample.shape[2:]):
             raise ValueError(
@@ -299,7 +299,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         return self._index(timestep), _at_least_float32(sample), prediction, variance_output
 
     def _estimate(self, prediction: Tensor, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """Returns the mean of the reverse step and the clipped estimate of the image."""
+        """Return the mean of the reverse step and the clipped estimate of the image."""
         prediction_type = self.config.prediction_type
 
         def bound(x_start: Tensor) -> Tensor:
@@ -319,7 +319,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None,
         return_dict: bool,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Returns the next sample; draws no noise if `std` is the number 0."""
+        """Return the next sample; draw no noise if `std` is the number 0."""
         if isinstance(std, Tensor) or std > 0:
             mean = mean + std * randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=noise_dtype)
         x_prev, x_start = mean.to(sample.dtype), x_start.to(sample.dtype)
@@ -328,7 +328,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_start)
 
     def _index(self, timestep: int | Tensor) -> int:
-        """Returns the index of a timestep in the respaced process; 0 is the last step taken."""
+        """Return the index of a timestep in the respaced process; 0 is the last step taken."""
         index = self._index_of.get(float(timestep))
         if index is None:
             raise ValueError(
@@ -338,7 +338,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         return index
 
     def _spaced(self, count: int) -> list[int]:
-        """Returns descending timesteps as in Lin et al. 2023, Table 2; `trailing` if others do not start from noise."""
+        """Return descending timesteps as in Lin et al. 2023, Table 2; `trailing` if others do not start from noise."""
         total, self.timestep_spacing = len(self), self.config.timestep_spacing
         if self.timestep_spacing == "leading":
             steps = np.arange(count)[::-1] * (total // count) + self.config.steps_offset
@@ -356,7 +356,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(descending, device=device)
 
     def _without_signal(self, x_start: Tensor, timestep: Tensor) -> Tensor:
-        """Replaces undefined estimates by 0 where the signal is 0; infinite ones stay infinite, as in diffusers."""
+        """Replace undefined estimates by 0 where the signal is 0; infinite ones stay infinite, as in diffusers."""
         if not (self.config.thresholding or self.config.clip_sample):
             raise ValueError(
                 f"timestep={int(timestep)}: x_t contains no signal with rescale_betas_zero_snr=True, so "
@@ -366,7 +366,7 @@ class DDPMScheduler(CheckedConfig, SchedulerMixin, ConfigMixin):
         return x_start.nan_to_num(0.0, torch.inf, -torch.inf)
 
     def bound(self, x_start: Tensor) -> Tensor:
-        r"""Clips estimates of images as configured, by `thresholding` or `clip_sample`.
+        r"""Clip estimates of images as configured, by `thresholding` or `clip_sample`.
 
         Args:
             x_start: Estimates $\hat x_0$, shape `(B, C, H, W)`.

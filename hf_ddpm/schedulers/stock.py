@@ -7,7 +7,7 @@ import torch
 
 from hf_ddpm.diffusion.gaussian import is_noise, start_signal
 
-# Schedulers of diffusers that sample correctly with the networks of this package: see docs/samplers.md.
+# diffusers schedulers that sample correctly with the networks of this package: see docs/samplers.md.
 SUPPORTED_SCHEDULERS = (
     *("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler"),
     *("LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
@@ -35,7 +35,7 @@ EVEN = (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler, diffusers.PNDM
 
 
 def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: bool, pixels: int = 1024) -> None:
-    """Raises a `ValueError` if a scheduler of diffusers would not sample from the network's distribution.
+    """Raise a `ValueError` if a diffusers scheduler would not sample from the network's distribution.
 
     Schedulers of other libraries are not checked.
 
@@ -98,7 +98,7 @@ def check_stock(scheduler: Any, num_inference_steps: int | None, *, from_noise: 
 
 
 def _first_gain(alphas_cumprod: torch.Tensor, steps: torch.Tensor) -> float:
-    """Returns the factor by which the image's coefficient in x_t grows in the first step."""
+    """Return the factor by which the image's coefficient in x_t grows in the first step."""
     distinct = steps.unique().flip(0)
     between = 1 + int(bool((distinct % 1 != 0).any()))  # every second timestep of KDPM2 is an intermediate one
     if len(distinct) <= between:
@@ -107,7 +107,7 @@ def _first_gain(alphas_cumprod: torch.Tensor, steps: torch.Tensor) -> float:
 
 
 def _is_even(scheduler: Any, num_inference_steps: int) -> bool:
-    """Returns whether all timesteps are `T // S` apart, by their spacing: PNDM's list repeats some and adds others."""
+    """Return whether all timesteps are `T // S` apart, by their spacing: PNDM's list repeats some and adds others."""
     total, spacing = scheduler.config.num_train_timesteps, scheduler.config.timestep_spacing
     if spacing == "trailing":
         return total % num_inference_steps == 0

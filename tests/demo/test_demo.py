@@ -44,7 +44,7 @@ def other_sizes(**config):
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_images_equal_those_of_the_sample_script(trained, tmp_path, scheduler):
+def test_images_equal_those_of_sample_script(trained, tmp_path, scheduler):
     steps = 50 if scheduler in ("pndm", "euler") else 4  # these two fail with fewer steps
     options = ["--num_images", "5", "--seed", "3", "--num_inference_steps", str(steps), "--scheduler", scheduler]
     load_script("sample").main(["--model", str(trained), "--output", str(tmp_path), *options, "--batch_size", "2"])
@@ -59,8 +59,8 @@ def test_images_equal_those_of_the_sample_script(trained, tmp_path, scheduler):
     # PNDM of diffusers only supports epsilon and v predictions.
     sorted({*product(SCHEDULERS, ["epsilon", "sample", "v_prediction"])} - {("pndm", "sample")}),
 )
-def test_preview_shows_the_estimated_image_instead_of_noise(scheduler, prediction_type):
-    # The ideal network for a data set of one image always estimates that image, while x_t is mostly noise.
+def test_preview_shows_estimated_image_instead_of_noise(scheduler, prediction_type):
+    # The ideal network for a dataset of one image always estimates that image, while x_t is mostly noise.
     image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
     class IdealNetwork(UNet2DModel):
@@ -99,7 +99,7 @@ def test_concurrent_requests_do_not_interfere(demo):
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_closing_a_request_ends_its_thread(demo):
+def test_closing_request_ends_its_thread(demo):
     before, steps = set(threading.enumerate()), []
     demo.pipe.unet.register_forward_hook(lambda *args: steps.append(1))
     previews = demo.generate(demo.read(0, 1000, "ddpm"), 1)
@@ -126,14 +126,14 @@ def test_interpolation_at_t_0_mixes_pixels(demo):
     # The last steps of 4, or of at most t + 1 = 31, equal parts of 31 steps.
     [(4, [30, 22, 14, 6]), (1, [30]), (31, range(30, -1, -1)), (1000, range(30, -1, -1))],
 )
-def test_interpolation_uses_the_requested_steps(demo, scheduler, steps, expected):
+def test_interpolation_uses_requested_steps(demo, scheduler, steps, expected):
     image, timesteps = torch.zeros(1, 1, 8, 8, dtype=torch.uint8), []
     demo.pipe.unet.register_forward_hook(lambda *args: timesteps.append(int(args[1][1])))
     previews = list(demo.interpolate(image, image, 30, 2, demo.read(0, steps, scheduler)))
     assert timesteps == list(expected) and previews[-1].steps == len(timesteps)
 
 
-def test_interpolation_uses_the_requested_sampler(demo):
+def test_interpolation_uses_requested_sampler(demo):
     first, second = (torch.randint(256, (1, 1, 8, 8), dtype=torch.uint8) for _ in range(2))
     images = {name: end(demo.interpolate(first, second, 600, 3, demo.read(5, 6, name))) for name in ("ddpm", "ddim")}
     own = DDPMPipeline(demo.pipe.unet, DDIMScheduler.from_config(demo.pipe.scheduler.config))
@@ -142,7 +142,7 @@ def test_interpolation_uses_the_requested_sampler(demo):
     assert torch.equal(images["ddim"], to_bytes(unit)) and not torch.equal(images["ddim"], images["ddpm"])
 
 
-def test_interpolation_in_few_steps_uses_the_small_variance(demo):
+def test_interpolation_in_few_steps_uses_small_variance(demo):
     # The model's variance, fixed_large, is only used with all steps from t: with fewer steps it leaves grain.
     image, variances = torch.zeros(1, 1, 8, 8, dtype=torch.uint8), []
 
@@ -162,7 +162,7 @@ def test_interpolation_in_few_steps_uses_the_small_variance(demo):
     assert variances == ["fixed_small", "fixed_large", "fixed_large"]
 
 
-def test_interpolation_noise_is_a_separate_random_stream(tiny_unet):
+def test_interpolation_noise_is_separate_random_stream(tiny_unet):
     demo = Demo(DDPMPipeline(tiny_unet, DDPMScheduler(num_train_timesteps=20, beta_end=0.4)), "short")
     first, second = torch.zeros(2, 1, 1, 8, 8, dtype=torch.uint8)
 
@@ -184,7 +184,7 @@ def png(image):
 
 
 def painted(mask, scale):
-    """Returns a layer with painted pixels, as the editor sends it."""
+    """Return a layer with painted pixels, as the editor sends it."""
     layer = np.zeros((*mask.shape, 4), np.uint8)
     layer[mask.numpy()] = 224, 64, 64, 255
     return png(Image.fromarray(layer).resize((8 * scale, 8 * scale), Image.Resampling.NEAREST))
@@ -224,7 +224,7 @@ def test_invalid_drawing_raises_one_line_error(demo):
             demo.inpaint(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), mask, count, passes, demo.read(0, 5, "ddpm"))
 
 
-def test_inpainting_equals_the_pipeline_and_keeps_other_pixels(class_demo):
+def test_inpainting_equals_pipeline_and_keeps_other_pixels(class_demo):
     image = torch.randint(256, (1, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[4:] = True
@@ -293,7 +293,7 @@ def test_invalid_interpolation_raises_one_line_error(demo):
         demo.interpolate(image, image, 0, 1, sampling)
 
 
-def test_whole_number_returns_an_integer():
+def test_whole_number_returns_integer():
     for value in (3, 3.0):
         assert whole_number("n", value, 3, 3) == 3 and isinstance(whole_number("n", value, 3, 3), int)
 
@@ -312,7 +312,7 @@ def test_background_color_of_transparent_pixels(tiny_pipeline, tmp_path):
         assert (demo.read_image("first image", str(tmp_path / "a.png")) == gray).all()
 
 
-def test_background_option_of_the_command_line(tiny_pipeline, tmp_path, monkeypatch):
+def test_background_option_of_command_line(tiny_pipeline, tmp_path, monkeypatch):
     served = []
     monkeypatch.setattr("hf_ddpm.demo.app.serve", served.append)
     tiny_pipeline.save_pretrained(tmp_path)
@@ -320,7 +320,7 @@ def test_background_option_of_the_command_line(tiny_pipeline, tmp_path, monkeypa
     assert [demo.background for demo in served] == ["#010203"]
 
 
-def test_error_names_the_invalid_image(demo, tmp_path):
+def test_error_names_invalid_image(demo, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     Image.new("L", (7, 9)).save(tmp_path / "small.png")
     for path, reason in [
@@ -338,7 +338,7 @@ def test_maximum_number_of_images_depends_on_their_size(size, expected):
 
 
 @pytest.mark.parametrize(("size", "expected"), [(8, 16), (64, 16), (128, 4), (256, 1), (2048, 1)])
-def test_default_number_of_images_is_at_most_a_quarter_of_the_maximum(size, expected):
+def test_default_number_of_images_is_at_most_quarter_of_maximum(size, expected):
     demo = other_sizes(sample_size=size)
     assert demo.default_images == expected <= max(1, demo.max_images // 4)
 
@@ -353,7 +353,7 @@ def test_default_request_can_be_sampled(total, steps):
         assert end(demo.generate(demo.default_request, 1)).shape == (1, 1, 8, 8)
 
 
-def test_describe_the_model(demo):
+def test_describe_model(demo):
     count = sum(weight.numel() for weight in demo.pipe.unet.parameters())
     line = demo.describe()
     assert line.startswith("**tiny** ") and f" {count:,} parameters " in line
@@ -362,7 +362,7 @@ def test_describe_the_model(demo):
     assert "32x16 pixels, RGB" in other_sizes(sample_size=(32, 16), in_channels=3, out_channels=3).describe()
 
 
-def test_description_links_to_the_model(tiny_pipeline):
+def test_description_links_to_model(tiny_pipeline):
     line = Demo(tiny_pipeline, "org/a_b", "https://hub/org/a_b").describe()
     _, inline, _ = parse(line)
     (link,) = [child for child in inline.children if child.type == "link_open"]
@@ -370,7 +370,7 @@ def test_description_links_to_the_model(tiny_pipeline):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_model_name_is_escaped_in_the_description(tiny_pipeline, name):
+def test_hostile_model_name_is_escaped_in_description(tiny_pipeline, name):
     _, inline, _ = parse(Demo(tiny_pipeline, name).describe())
     assert {child.type for child in inline.children} == {"text", "strong_open", "strong_close"}
     assert "".join(child.content for child in inline.children).startswith(f"{plain(name)} · ")
@@ -394,7 +394,7 @@ def test_common_formats_are_read(demo, tmp_path, kind):
 
 
 def bitmap(width, height):
-    """Returns the header of a BMP file with a given size, without pixels."""
+    """Return the header of a BMP file with a given size, without pixels."""
     return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
 
 
@@ -406,14 +406,14 @@ def test_too_many_pixels_are_refused_without_decoding(demo, tmp_path, monkeypatc
         demo.read_image("First image", str(tmp_path / "huge.bmp"))
 
 
-def test_fewer_pixels_than_the_limit_are_decoded(demo, tmp_path, monkeypatch):
+def test_fewer_pixels_than_limit_are_decoded(demo, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_ddpm.demo.demo.attempt", lambda *row: "decoded")
     (tmp_path / "large.bmp").write_bytes(bitmap(7071, 7071))  # 7071^2 = 49,999,041
     with pytest.raises(ValueError, match="decoded"):
         demo.read_image("First image", str(tmp_path / "large.bmp"))
 
 
-def test_sampling_uses_the_precision_of_the_demo(demo):
+def test_sampling_uses_precision_of_demo(demo):
     types = []
     demo.pipe.unet.conv_in.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
     half, ends = Demo(demo.pipe, "half", precision="bf16"), torch.zeros(1, 1, 8, 8, dtype=torch.uint8)

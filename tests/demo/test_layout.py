@@ -13,7 +13,7 @@ from hf_ddpm.images import GAP
 
 
 def parse_strip(text):
-    """Returns captions and pictures of a strip; None for a blank."""
+    """Return captions and pictures of a strip; None for a blank."""
     figures = re.findall(r"<figure>(.*?)<figcaption>(.*?)</figcaption></figure>", text)
     sources = [re.search(r'src="data:image/png;base64,([^"]+)"', figure) for figure, _ in figures]
     pictures = [source and np.asarray(Image.open(io.BytesIO(base64.b64decode(source[1])))) for source in sources]
@@ -21,7 +21,7 @@ def parse_strip(text):
 
 
 def pixels(picture, scale, size=8, line=0, column=0):
-    """Returns the pixels of an image in an enlarged grid."""
+    """Return the pixels of an image in an enlarged grid."""
     side = scale * size + GAP
     return picture[GAP + line * side :: scale, GAP + column * side :: scale][:size, :size]
 
@@ -53,7 +53,7 @@ def test_classes_in_turn_get_one_column_each(classes, columns):
 
 
 @pytest.mark.parametrize("frames", [1, 3, 8])
-def test_strip_shows_the_first_images_and_blanks_for_future_frames(frames):
+def test_strip_shows_first_images_and_blanks_for_future_frames(frames):
     images = torch.randint(256, (frames, 5, 1, 8, 8), dtype=torch.uint8)
     captions, pictures = parse_strip(strip(PreviewFrame(0, 21, images[-1], tuple(images))))
     assert captions == [f"step {step}" for step in range(0, 22, 3)]
@@ -64,7 +64,7 @@ def test_strip_shows_the_first_images_and_blanks_for_future_frames(frames):
             np.testing.assert_array_equal(pixels(picture, scale, line=i // 2, column=i % 2), frame[i, 0])
 
 
-def test_interpolation_shows_both_ends_and_the_weights():
+def test_interpolation_shows_both_ends_and_weights():
     images = torch.randint(256, (7, 1, 8, 8), dtype=torch.uint8)
     captions, pictures = parse_strip(row([images[0], None, *images[2:]], (8, 8)))
     assert captions == ["first", "0.00", "0.25", "0.50", "0.75", "1.00", "second"]
@@ -73,7 +73,7 @@ def test_interpolation_shows_both_ends_and_the_weights():
         np.testing.assert_array_equal(pixels(pictures[i], TILE_SIZE // 8), images[i, 0])
 
 
-def test_blank_has_the_aspect_ratio_of_an_image():
+def test_blank_has_aspect_ratio_of_image():
     assert row([None] * 4, (32, 16)).count("aspect-ratio: 32 / 16") == 4
 
 

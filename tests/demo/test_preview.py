@@ -19,7 +19,7 @@ def test_items_arrive_in_order_from_another_thread():
     assert threads and threading.current_thread() not in threads
 
 
-def test_error_of_the_work_is_raised_after_its_items():
+def test_error_of_work_is_raised_after_its_items():
     def work(emit):
         emit(1)
         raise ValueError("no more")
@@ -30,7 +30,7 @@ def test_error_of_the_work_is_raised_after_its_items():
         next(items)
 
 
-def test_work_ends_when_the_iterator_is_closed():
+def test_work_ends_when_iterator_is_closed():
     emitted, permits, ended = [], threading.Semaphore(0), threading.Event()
 
     def work(emit):
@@ -52,7 +52,7 @@ def test_work_ends_when_the_iterator_is_closed():
 
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 8, 50])
-def test_frames_are_evenly_spaced_from_the_first_step_to_the_last(steps, monkeypatch):
+def test_frames_are_evenly_spaced_from_first_step_to_last(steps, monkeypatch):
     # The estimate after i steps is gray level i, so pixels identify the preview.
     monkeypatch.setattr("hf_ddpm.demo.preview.PAUSE", float("inf"))
 

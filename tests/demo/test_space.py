@@ -51,7 +51,7 @@ def test_generate_yields_images_strip_and_progress(app, demo):
     assert len(strips) == len(set(strips)) == 8  # sent only if it has changed
 
 
-def test_distilled_model_samples_the_same_noise_in_its_own_steps(app, tiny_pipeline):
+def test_distilled_model_samples_same_noise_in_its_own_steps(app, tiny_pipeline):
     distilled = DDPMPipeline(tiny_pipeline.unet, DDPMScheduler(prediction_type="sample"), num_inference_steps=4)
     demo = Demo(tiny_pipeline, "tiny", distilled=distilled)
     outputs = list(app.with_errors(app.generate, demo)(3, 7, 20, "ddim", [], 1))
@@ -100,7 +100,7 @@ def test_interpolation_between_uploaded_images(app, demo, tmp_path):
     assert picture == row([ends[0], *last.images, ends[1]], (8, 8))
 
 
-def test_inpainting_of_a_sampled_image(app, demo):
+def test_inpainting_of_sampled_image(app, demo):
     ((background, progress),) = app.with_errors(app.sample_background, demo)(4, 5, "ddpm", [], 1)
     *_, sampled = demo.generate(demo.read(4, 5, "ddpm"), 1)
     assert background.size == app.canvas(demo) == (480, 480) and "step 5 of 5" in progress
@@ -172,7 +172,7 @@ def test_first_view_is_sampled_once_for_all_visitors(app, demo):
     assert started == [1]
 
 
-def test_first_view_matches_the_initial_values_of_the_form(app, demo):
+def test_first_view_matches_initial_values_of_form(app, demo):
     values = {}
     for block in app.build(demo).blocks.values():
         if isinstance(block, app.gr.components.FormComponent):
@@ -192,12 +192,12 @@ def test_first_view_matches_the_initial_values_of_the_form(app, demo):
         ("interpolate", ("Two seeds", 1000, 2, 0, 1, None, None, 1, "ddpm", [], 1), "t=1000: expected a whole number"),
     ],
 )
-def test_invalid_input_is_shown_as_a_message(app, demo, name, inputs, message):
+def test_invalid_input_is_shown_as_message(app, demo, name, inputs, message):
     with pytest.raises(app.gr.Error, match=message):
         list(app.with_errors(getattr(app, name), demo)(*inputs))
 
 
-def test_html_in_input_is_escaped_in_the_message(app, demo):
+def test_html_in_input_is_escaped_in_message(app, demo):
     with pytest.raises(app.gr.Error) as caught:
         list(app.with_errors(app.generate, demo)(1, 0, 5, "<img src=x onerror=alert(1)>", [], 1))
     assert "&lt;img src=x onerror=alert(1)&gt;" in caught.value.message and "<" not in caught.value.message
@@ -228,7 +228,7 @@ def test_model_is_selected_by_option_or_environment(app, monkeypatch, tmp_path):
         load_script("space/app").main([])
 
 
-def test_demo_shows_the_model_name_and_links_to_the_hub(app, tiny_pipeline, monkeypatch, tmp_path):
+def test_demo_shows_model_name_and_links_to_hub(app, tiny_pipeline, monkeypatch, tmp_path):
     served = []
     monkeypatch.setattr(app, "load_pipeline", lambda model, device: tiny_pipeline)
     monkeypatch.setattr(app, "serve", lambda demo: served.append((demo.name, demo.url)))
@@ -238,7 +238,7 @@ def test_demo_shows_the_model_name_and_links_to_the_hub(app, tiny_pipeline, monk
     assert served == [("org/ddpm-digits", "https://hub/org/ddpm-digits"), ("mine", None), ("mine", None)]
 
 
-def test_demo_of_an_unfinished_run(app, trained, monkeypatch, tmp_path):
+def test_demo_of_unfinished_run(app, trained, monkeypatch, tmp_path):
     run = tmp_path / "stopped"  # has checkpoints but no exported model
     (run / "checkpoints").mkdir(parents=True)
     for checkpoint in (trained / "checkpoints").iterdir():
@@ -250,7 +250,7 @@ def test_demo_of_an_unfinished_run(app, trained, monkeypatch, tmp_path):
     assert demos[0].name == "stopped" and last.images.shape == (2, 1, 8, 8)
 
 
-def test_card_of_the_space_is_complete():
+def test_card_of_space_is_complete():
     _, front, _ = (SPACE / "README.md").read_text().split("---\n", 2)
     card = yaml.safe_load(front)
     assert card["sdk"] == "gradio" and (SPACE / card["app_file"]).is_file()
@@ -297,7 +297,7 @@ def test_uploads_and_waiting_requests_are_limited(app, tiny_pipeline, monkeypatc
 
 
 @pytest.mark.parametrize(("options", "precision"), [([], "bf16"), (["--mixed_precision", "no"], "no")])
-def test_precision_is_chosen_automatically_or_by_the_option(app, trained, monkeypatch, capsys, options, precision):
+def test_precision_is_chosen_automatically_or_by_option(app, trained, monkeypatch, capsys, options, precision):
     served, choice = [], Choice("bf16", "precision bf16: chosen")
     monkeypatch.setattr(app, "choose_precision", lambda network, shape, batch: choice)
     monkeypatch.setattr(app, "serve", served.append)

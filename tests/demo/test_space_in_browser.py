@@ -94,7 +94,7 @@ def page(browser, address, request):
 
 
 def wait_for(page, pattern):
-    """Waits until the text of the visible progress bar, without the time, matches a pattern."""
+    """Wait until the text of the visible progress bar, without the time, matches a pattern."""
     page.wait_for_function(
         """pattern => [...document.querySelectorAll('.progress')].some(
             line => line.offsetParent && RegExp('^' + pattern + '(, [0-9.]+ s)?$').test(line.innerText.trim()))""",
@@ -103,7 +103,7 @@ def wait_for(page, pattern):
 
 
 def last_line(page):
-    """Waits until the progress stops, and returns its text without the time."""
+    """Wait until the progress stops, and return its text without the time."""
     line = page.evaluate(
         """async () => {
             const read = () => [...document.querySelectorAll('.progress')].find(one => one.offsetParent).innerText;
@@ -127,14 +127,14 @@ def fill(page, label, value):
 
 
 def download(page):
-    """Downloads the visible grid of images, and returns its pixels."""
+    """Download the visible grid of images, and return its pixels."""
     with page.expect_download() as download:
         page.get_by_label("Download").locator("visible=true").click()
     return np.asarray(Image.open(download.value.path()).convert("L"))
 
 
 def boxes(page, selector):
-    """Returns left, top, right and bottom of the visible elements of a selector, in pixels."""
+    """Return left, top, right and bottom of the visible elements of a selector, in pixels."""
     return page.evaluate(
         """selector => [...document.querySelectorAll(selector)].filter(one => one.offsetParent).map(one => {
             const box = one.getBoundingClientRect(); return [box.left, box.top, box.right, box.bottom]})""",
@@ -143,7 +143,7 @@ def boxes(page, selector):
 
 
 def check_layout(page, result, rows):
-    """Asserts that result and buttons are visible without scrolling, and that the strip wraps into `rows` rows."""
+    """Assert that result and buttons are visible without scrolling, and that the strip wraps into `rows` rows."""
     width, height = page.viewport_size["width"], page.viewport_size["height"]
     page.evaluate("scrollTo(0, 0)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -223,7 +223,7 @@ def test_random_seed_is_shown_with_its_images(page, trained):
     assert len({0, first, second}) == 3
 
 
-def test_each_start_button_cancels_the_other(page, trained):
+def test_each_start_button_cancels_other(page, trained):
     for former, latter in (("Random seed", "Generate"), ("Generate", "Random seed")):
         fill(page, "Steps (1 to 1000)", 1000)
         press(page, former)
@@ -237,7 +237,7 @@ def test_each_start_button_cancels_the_other(page, trained):
 
 
 def visible_pictures(page):
-    """Returns the pictures of the visible strip."""
+    """Return the pictures of the visible strip."""
     sources = page.evaluate(
         "[...document.querySelectorAll('.strip img')].filter(one => one.offsetParent).map(one => one.src)"
     )
@@ -306,7 +306,7 @@ def test_painted_area_is_filled(page, trained, tmp_path):
     assert np.abs(tiles[0].astype(int) - sampled.images[0, 0].numpy())[is_kept].max() <= 8
 
 
-def test_invalid_input_shows_a_message(page, tmp_path):
+def test_invalid_input_shows_message(page, tmp_path):
     def expect_message(button, message):
         press(page, button)
         page.get_by_text(re.compile(message)).first.wait_for()
@@ -330,7 +330,7 @@ def test_invalid_input_shows_a_message(page, tmp_path):
     page.screenshot(path=tmp_path / "wrong.png", full_page=True)
 
 
-def test_stop_button_ends_a_long_request(page):
+def test_stop_button_ends_long_request(page):
     fill(page, "Steps (1 to 1000)", 1000)
     press(page, "Generate")
     wait_for(page, r"step [1-9]\d* of 1000")

@@ -16,7 +16,7 @@ PACKAGE = Path(hf_ddpm.__file__).parent
 
 
 def run(*command, folder, **environment):
-    """Runs a command without access to a clone of the package; returns its exit code and its output."""
+    """Run a command without access to a clone of the package; return its exit code and its output."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MODEL_ID")}
     done = subprocess.run(list(map(str, command)), cwd=folder, env=kept | environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
@@ -28,7 +28,7 @@ def space(tmp_path):
     return tmp_path / "space"
 
 
-def test_space_contains_a_wheel_and_its_requirements(space):
+def test_space_contains_wheel_and_its_requirements(space):
     (wheel,) = space.glob("*.whl")
     assert {file.name for file in space.iterdir()} == {"app.py", "README.md", "requirements.txt", wheel.name}
     lines = (space / "requirements.txt").read_text().splitlines()
@@ -38,7 +38,7 @@ def test_space_contains_a_wheel_and_its_requirements(space):
     assert {"torch", "diffusers", "gradio"} <= set(names) and not {"pytest", "torch-fidelity", "ruff"} & set(names)
 
 
-def test_wheel_contains_the_package_and_a_valid_record(tmp_path):
+def test_wheel_contains_package_and_valid_record(tmp_path):
     wheel = write_wheel(tmp_path)
     files = {file.relative_to(PACKAGE.parent).as_posix() for file in PACKAGE.rglob("*") if file.is_file()}
     names = ZipFile(wheel).namelist()
@@ -57,7 +57,7 @@ def test_wheel_is_reproducible(tmp_path):
     assert {entry.date_time for entry in ZipFile(wheel).infolist()} == {(1980, 1, 1, 0, 0, 0)}  # not those of the files
 
 
-def test_metadata_of_a_clone_come_from_its_egg_info(tmp_path, monkeypatch):
+def test_metadata_of_clone_come_from_its_egg_info(tmp_path, monkeypatch):
     folder = tmp_path / "hf_ddpm.egg-info"
     folder.mkdir()
     (folder / "PKG-INFO").write_text("Metadata-Version: 2.4\nName: hf_ddpm\nVersion: 7.8\n")
@@ -66,14 +66,14 @@ def test_metadata_of_a_clone_come_from_its_egg_info(tmp_path, monkeypatch):
     assert wheel.read("hf_ddpm-7.8.dist-info/METADATA") == (folder / "PKG-INFO").read_bytes()
 
 
-def test_package_that_is_not_installed_raises_an_error(tmp_path, monkeypatch):
+def test_package_that_is_not_installed_raises_error(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_ddpm.demo.wheel.NAME", "not_installed")
     with pytest.raises(ValueError, match="not_installed is not installed, .*; run pip install -e ."):
         write_space(tmp_path)
 
 
 @pytest.mark.slow
-def test_wheel_installs_into_a_new_environment(tmp_path):
+def test_wheel_installs_into_new_environment(tmp_path):
     wheel = write_wheel(tmp_path)
     venv.create(tmp_path / "new", with_pip=True)
     python = tmp_path / "new" / "bin" / "python"
@@ -87,7 +87,7 @@ def test_wheel_installs_into_a_new_environment(tmp_path):
 
 
 @pytest.mark.slow
-def test_app_of_a_space_imports_the_package_from_its_wheel(space, tmp_path):
+def test_app_of_space_imports_package_from_its_wheel(space, tmp_path):
     show = "import runpy; runpy.run_path('app.py'); import hf_ddpm; print(hf_ddpm.__file__)"
     code, output = run(sys.executable, "-c", show, folder=space, TMPDIR=str(tmp_path))
     assert code == 0, output

@@ -15,7 +15,7 @@ FULL = GaussianDiffusion(beta_schedule("squaredcos_cap_v2", 1000))
 
 
 def alpha_sigma(time):
-    """Returns alpha and sigma of the paper after `time` diffusion steps of the cosine schedule."""
+    """Return alpha and sigma of the paper after `time` diffusion steps of the cosine schedule."""
     if time == 0:
         return 1.0, 0.0
     ratios = [
@@ -33,7 +33,7 @@ def ddim(z, x, t, s):
 
 
 @pytest.mark.parametrize("total", [1000, 60, 7])
-def test_every_second_step_of_the_teacher_is_a_step_of_the_student(total):
+def test_every_second_step_of_teacher_is_step_of_student(total):
     process, rejected = GaussianDiffusion([0.01] * total), []
     for count in range(1, total // 2 + 1):
         try:
@@ -61,7 +61,7 @@ def images():
     return torch.rand(2, 4, 3, 2, 2, generator=generator, dtype=torch.float64) * 2 - 1
 
 
-def test_ddim_step_is_the_deterministic_ddim_posterior_and_ddim_start_its_inverse(images):
+def test_ddim_step_is_deterministic_ddim_posterior_and_ddim_start_its_inverse(images):
     x_start, x_t = images
     for chain in halved(FULL, 8):
         t = torch.tensor([0, 1, len(chain) - 2, len(chain) - 1])
@@ -104,13 +104,13 @@ def test_target_is_that_of_algorithm_2(images, steps):
 
 
 def gaussian_estimate(chain, variance):
-    """Returns the optimal estimate of x_0 for Gaussian data: alpha c / (alpha^2 c + sigma^2) times x_t."""
+    """Return the optimal estimate of x_0 for Gaussian data: alpha c / (alpha^2 c + sigma^2) times x_t."""
     bars = chain.alphas_cumprod
     factors = bars.sqrt() * variance / (bars * variance + 1 - bars)
     return lambda x_t, t, classes: factors[t].view(-1, 1, 1, 1) * x_t
 
 
-def test_target_for_gaussian_data_converges_to_the_exact_flow(images):
+def test_target_for_gaussian_data_converges_to_exact_flow(images):
     # The exact flow keeps x_t / sqrt(alpha^2 c + sigma^2) constant.
     z, variance, errors = images[0], 0.3, []
     for steps in (5, 50, 500):
@@ -125,7 +125,7 @@ def test_target_for_gaussian_data_converges_to_the_exact_flow(images):
     assert errors[1] < errors[0] / 5 and errors[2] < errors[1] / 5
 
 
-def test_loss_is_zero_only_for_the_exact_prediction(images):
+def test_loss_is_zero_only_for_exact_prediction(images):
     z = images[0]
     student, teacher = halved(FULL, 4)
     t = torch.arange(4)
@@ -142,7 +142,7 @@ def test_loss_is_zero_only_for_the_exact_prediction(images):
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
-def test_loss_is_the_larger_error_of_image_and_noise(images, kind):
+def test_loss_is_larger_error_of_image_and_noise(images, kind):
     output, z = images
     student, teacher = halved(FULL, 4)
     t, bars = torch.arange(4), student.alphas_cumprod.view(-1, 1, 1, 1)
@@ -164,7 +164,7 @@ def test_weight_is_one_without_signal():
     assert weights.tolist() == pytest.approx([max(ratio, 1) for ratio in snr])
 
 
-def test_teacher_gets_the_classes_in_both_steps():
+def test_teacher_gets_classes_in_both_steps():
     calls = []
     student, teacher = halved(FULL, 4)
 

@@ -23,12 +23,12 @@ def process(request):
 
 
 def single_steps(alpha_bars):
-    """Returns the variances of single steps with the given cumulative products, and the products before each step."""
+    """Return the variances of single steps with the given cumulative products, and the products before each step."""
     before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]])
     return 1 - alpha_bars / before, before
 
 
-def test_q_sample_is_the_composition_of_single_steps(process):
+def test_q_sample_is_composition_of_single_steps(process):
     # Eq. 4 must equal Eq. 2 applied t + 1 times.
     diffusion, alpha_bars = process
     betas, _ = single_steps(alpha_bars)
@@ -40,7 +40,7 @@ def test_q_sample_is_the_composition_of_single_steps(process):
         torch.testing.assert_close(diffusion.q_sample(0 * ONE, t, ONE) ** 2, variance * ONE, rtol=1e-9, atol=0)
 
 
-def test_q_jump_is_the_composition_of_single_steps(process):
+def test_q_jump_is_composition_of_single_steps(process):
     diffusion, alpha_bars = process
     betas, _ = single_steps(alpha_bars)
     for first in (-1, 0, 2, len(diffusion) - 2):
@@ -52,7 +52,7 @@ def test_q_jump_is_the_composition_of_single_steps(process):
             torch.testing.assert_close(diffusion.q_jump(0 * ONE, first, t, ONE) ** 2, variance * ONE, rtol=1e-9, atol=0)
 
 
-def test_ddim_inverse_is_the_inverse_of_a_ddim_step(process):
+def test_ddim_inverse_is_inverse_of_ddim_step(process):
     diffusion, _ = process
     x_s, eps = 0.3 * ONE, -1.2 * ONE
     for t in (0, 1, len(diffusion) - 1):
@@ -86,7 +86,7 @@ def test_reverse_mean_is_equation_11():
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "mean", "v_prediction"])
-def test_exact_prediction_recovers_the_image(process, prediction_type):
+def test_exact_prediction_recovers_image(process, prediction_type):
     diffusion, _ = process
     generator = torch.Generator().manual_seed(0)
     t = torch.arange(len(diffusion))
@@ -98,7 +98,7 @@ def test_exact_prediction_recovers_the_image(process, prediction_type):
     torch.testing.assert_close(diffusion.predict_eps(x_start, x_t, t), noise, rtol=1e-9, atol=1e-9)
 
 
-def test_v_is_the_angular_velocity():
+def test_v_is_angular_velocity():
     # With signal = cos(phi) and noise = sin(phi), v is the derivative of x_t along phi (Salimans & Ho 2022, App. D).
     diffusion, t, h = GaussianDiffusion(BETAS), 300, 1e-6
     x_start, noise = 0.3 * ONE, -0.8 * ONE
@@ -130,7 +130,7 @@ def test_full_sampling_of_standard_normal_data():
     assert variance == pytest.approx(1 - BETAS[0].item(), rel=1e-6)
 
 
-def test_full_sampling_of_a_single_point(process):
+def test_full_sampling_of_single_point(process):
     # If all data are the same point, the optimal denoiser returns it, and fixed_small makes the reverse steps exact:
     # the marginals of sampling are those of the forward process.
     diffusion, alpha_bars = process
@@ -208,7 +208,7 @@ def test_invalid_arguments_are_rejected():
         diffusion.log_var(0, ONE, "learned")
 
 
-def test_score_is_the_gradient_of_the_log_density():
+def test_score_is_gradient_of_log_density():
     # For x_0 ~ N(m, s^2) the marginal is N(sqrt(a) m, a s^2 + 1 - a). The optimal noise prediction E[eps | x_t] is
     # computed from the posterior mean of x_0, without Tweedie's formula.
     diffusion, m, s2 = GaussianDiffusion(BETAS), 0.4, 0.25

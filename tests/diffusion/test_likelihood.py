@@ -45,7 +45,7 @@ def test_probabilities_of_all_levels_sum_to_one(levels, deviation):
         assert log_p.exp().sum().item() == pytest.approx(1, abs=levels * 1e-12)
 
 
-def test_probability_of_a_level_is_the_normal_distribution_over_its_bin():
+def test_probability_of_level_is_normal_distribution_over_its_bin():
     # The error of the paper's approximation of the distribution function is at most 3e-4.
     values = torch.linspace(-1, 1, 256, dtype=torch.float64)
     normal = torch.distributions.Normal(0.1, 0.05)
@@ -56,7 +56,7 @@ def test_probability_of_a_level_is_the_normal_distribution_over_its_bin():
     torch.testing.assert_close(probability.cumsum(0), expected.cumsum(0), rtol=0, atol=3e-4)
 
 
-def test_terms_of_the_linear_schedule():
+def test_terms_of_linear_schedule():
     bits = 1 / math.log(2)
     log_var = DIFFUSION.log_var(0, constant(0.0), "fixed_large")
     # L_0 for an exact mean in an inner bin: 1.3054, or up to 3e-4 more with the approximate distribution function.
@@ -75,7 +75,7 @@ def test_terms_of_the_linear_schedule():
     assert sum(terms) * bits == pytest.approx(0.4864, abs=1e-4)
 
 
-def test_prior_is_the_divergence_of_the_last_marginal():
+def test_prior_is_divergence_of_last_marginal():
     a = ALPHA_BARS[-1].item()
     for x in (-1.0, 0.3):
         expected = 0.5 * (a * x**2 + (1 - a) - 1 - math.log(1 - a))
@@ -90,7 +90,7 @@ def terms(x_start, x_start_hat, noise, t, variance_type):
     return bound_nats(DIFFUSION, x_start, mean, x_t, times, log_var)
 
 
-def test_divergences_are_zero_for_the_true_noise():
+def test_divergences_are_zero_for_true_noise():
     x_start, noise, _ = draw()
     for t in range(1, T):
         bound = terms(x_start, lambda x_t, t: DIFFUSION.predict_start(noise, x_t, t), noise, t, "fixed_small")
@@ -111,7 +111,7 @@ def test_cost_of_noise_errors_is_equation_12(variance_type):
         torch.testing.assert_close(bound, expected, rtol=1e-7, atol=1e-12)
 
 
-def test_first_term_is_the_decoder():
+def test_first_term_is_decoder():
     x_start, noise, error = draw()
     bound = terms(x_start, lambda x_t, t: x_start + 0.01 * error, noise, 0, "fixed_small")
     # At t = 0 the mean is the estimate itself.

@@ -30,7 +30,7 @@ def evaluate(objective, batch, output):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "mean", "v_prediction"])
-def test_simple_is_the_mean_squared_error_per_image(batch, prediction_type):
+def test_simple_is_mean_squared_error_per_image(batch, prediction_type):
     inputs, output, _ = batch
     objective = Objective("simple", prediction_type)
     target = DIFFUSION.target(inputs["x_start"], inputs["t"], inputs["noise"], prediction_type)
@@ -40,7 +40,7 @@ def test_simple_is_the_mean_squared_error_per_image(batch, prediction_type):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_min_snr_is_the_same_for_all_prediction_types(batch, prediction_type):
+def test_min_snr_is_same_for_all_prediction_types(batch, prediction_type):
     # The squared error of the image has the weight min(SNR, 5).
     inputs, output, _ = batch
     a = DIFFUSION.alphas_cumprod[inputs["t"]].float()
@@ -53,7 +53,7 @@ def test_min_snr_is_the_same_for_all_prediction_types(batch, prediction_type):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_truncated_snr_is_the_larger_error_of_image_and_noise(batch, prediction_type):
+def test_truncated_snr_is_larger_error_of_image_and_noise(batch, prediction_type):
     inputs, output, _ = batch
     a = DIFFUSION.alphas_cumprod[inputs["t"]].float().view(-1, 1, 1, 1)
     assert (a > 0.5).any() and (a < 0.5).any()
@@ -73,7 +73,7 @@ def test_min_snr_is_finite_without_signal():
         assert loss.item() == expected
 
 
-def test_vlb_estimates_the_bound(batch):
+def test_vlb_estimates_bound(batch):
     inputs, output, _ = batch
     x_hat = DIFFUSION.predict_start(output, inputs["x_t"], inputs["t"])
     log_var = DIFFUSION.log_var(inputs["t"], x_hat, "fixed_small")
@@ -83,7 +83,7 @@ def test_vlb_estimates_the_bound(batch):
 
 
 @pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
-def test_hybrid_trains_the_mean_by_simple_and_the_variance_by_the_bound(batch, variance_type):
+def test_hybrid_trains_mean_by_simple_and_variance_by_bound(batch, variance_type):
     inputs, output, variance_output = batch
     both = torch.cat([output, variance_output], dim=1).requires_grad_()
     gradients = {}
@@ -97,7 +97,7 @@ def test_hybrid_trains_the_mean_by_simple_and_the_variance_by_the_bound(batch, v
     assert gradients["hybrid"][1].abs().max() > 0
 
 
-def test_optimal_learned_variance_includes_the_error_of_the_mean():
+def test_optimal_learned_variance_includes_error_of_mean():
     # If the mean has an error e, the derivative of the bound is zero at sigma^2 = beta-tilde + e^2.
     t = torch.tensor([50])
     x_start, x_t = torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_optimal_learned_variance_includes_the_error_of_the_mean():
     assert abs(optimum.grad.item()) < 1e-12
 
 
-def test_learned_range_interpolates_the_two_fixed_variances():
+def test_learned_range_interpolates_two_fixed_variances():
     x = torch.zeros(T, 1, 1, 1)
     t = torch.arange(T)
     for output, name in [(-1.0, "fixed_small"), (1.0, "fixed_large")]:

@@ -57,8 +57,8 @@ def test_reference_is_loaded_once_for_many_models(request_of, trained, tmp_path,
     assert models[0] == models[2] != models[1]
 
 
-def test_only_the_first_process_writes_results(request_of, trained, tmp_path):
-    """Simulates the second of two processes; `gather` repeats its rows in place of those of the first."""
+def test_only_first_process_writes_results(request_of, trained, tmp_path):
+    """Simulate the second of two processes; `gather` repeats its rows in place of those of the first."""
     state = Accelerator(cpu=True)
     pipe = DDPMPipeline.from_pretrained(trained)
     config = request_of(metrics="fd", floor=False)
@@ -73,7 +73,7 @@ def test_only_the_first_process_writes_results(request_of, trained, tmp_path):
     assert not output.exists()
 
 
-def test_images_of_the_bound_are_distributed_over_processes(request_of, trained):
+def test_images_of_bound_are_distributed_over_processes(request_of, trained):
     config, pipe = request_of(metrics="nll", steps_per_image=3), DDPMPipeline.from_pretrained(trained)
     state = Accelerator(cpu=True)
 
@@ -89,7 +89,7 @@ def test_images_of_the_bound_are_distributed_over_processes(request_of, trained)
     assert sum(part["total_bpd"] for part in parts) / 2 == pytest.approx(alone["total_bpd"], rel=1e-5)
 
 
-def test_evaluation_of_a_run_uses_its_background_for_real_images(tmp_path):
+def test_evaluation_of_run_uses_its_background_for_real_images(tmp_path):
     for split in ("train", "test"):
         for i in range(2):
             (tmp_path / split).mkdir(exist_ok=True)
@@ -103,7 +103,7 @@ def test_evaluation_of_a_run_uses_its_background_for_real_images(tmp_path):
         assert (images.float() - torch.tensor(color).view(3, 1, 1)).abs().max() <= 1
 
 
-def test_samples_and_real_images_have_the_same_background(tmp_path):
+def test_samples_and_real_images_have_same_background(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(3):
         picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * (i + 1))
@@ -141,7 +141,7 @@ def test_error_without_held_out_images_suggests_working_options(trained, tmp_pat
         assert results["nll"]["num_images"] == 6 and results["nll"]["made_by"]["dataset"]["split"] == "train"
 
 
-def test_error_with_several_splits_lists_only_the_splits(trained):
+def test_error_with_several_splits_lists_only_splits(trained):
     assert EvaluateConfig(metrics="fd,nll", floor=False, model="m", dataset="d").without_held_out("a") == "--split a"
     config = EvaluateConfig(model=str(trained), dataset="digits", split="dev")
     with pytest.raises(ValueError, match="no split 'dev'.*train, test$"):
@@ -159,7 +159,7 @@ def test_skipped_images_are_counted(trained, tmp_path):
 
 
 def record_dtypes(monkeypatch):
-    """Returns a list that collects the data types used by the networks of loaded pipelines."""
+    """Return a list that collects the data types used by the networks of loaded pipelines."""
     types = []
 
     def load(model, device):
@@ -172,7 +172,7 @@ def record_dtypes(monkeypatch):
 
 
 @pytest.mark.parametrize("metrics", ["fd,nll", "nll"])
-def test_automatic_precision_is_used_for_images_but_not_for_the_bound(request_of, tmp_path, monkeypatch, metrics):
+def test_automatic_precision_is_used_for_images_but_not_for_bound(request_of, tmp_path, monkeypatch, metrics):
     choices, lines, types = [], [], record_dtypes(monkeypatch)
     monkeypatch.setattr("hf_ddpm.sampling.generate.choose_precision", lambda *args, **more: (
         choices.append(args), Choice("bf16", "precision bf16: chosen"))[1])  # fmt: skip
@@ -192,7 +192,7 @@ def test_automatic_precision_is_used_for_images_but_not_for_the_bound(request_of
     assert lines[1].startswith("precision bf16, as of the existing images in ")
 
 
-def test_explicit_precision_is_also_used_for_the_bound(request_of, tmp_path, monkeypatch):
+def test_explicit_precision_is_also_used_for_bound(request_of, tmp_path, monkeypatch):
     types, bounds = record_dtypes(monkeypatch), {}
     for precision in ("no", "bf16"):
         config = request_of(metrics="nll", steps_per_image=2, output=str(tmp_path / f"{precision}.json"))

@@ -35,7 +35,7 @@ class BatchDependent(Extractor):
 
 @pytest.mark.parametrize("count", [1, BATCH_SIZE, 3 * BATCH_SIZE + 5])
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_features_are_the_same_for_any_number_of_processes(count, world):
+def test_features_are_same_for_any_number_of_processes(count, world):
     # This holds even for features that depend on the batch, since the batches are the same.
     images, indices, shares = Pixels(300), range(10, 10 + count), []
 
@@ -57,7 +57,7 @@ def in_batches(indices):
     return [indices[start : start + BATCH_SIZE] for start in range(0, len(indices), BATCH_SIZE)]
 
 
-def test_probabilities_are_extracted_with_the_features(extractor):
+def test_probabilities_are_extracted_with_features(extractor):
     images = Pixels(100)
     extracted, whole = extract(extractor, images, range(100), process()), extractor(images.pixels)
     torch.testing.assert_close(extracted.features, whole.features)
@@ -105,7 +105,7 @@ def features(monkeypatch):
     return compute
 
 
-def test_features_of_a_reference_are_extracted_once(features, extractions, tmp_path):
+def test_features_of_reference_are_extracted_once(features, extractions, tmp_path):
     images = Pixels(70)
     first, again = features(images, tmp_path), features(Pixels(70), tmp_path)
     assert len(extractions) == 1 and torch.equal(first, again)

@@ -35,7 +35,7 @@ def train_half():
 
 
 def save_model(folder, kind="dinov2", size=28, processor=None, **options):
-    """Saves a tiny model with random weights, and the image processor of DINOv2 with another image size."""
+    """Save a tiny model with random weights, and the image processor of DINOv2 with another image size."""
     torch.manual_seed(0)
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": size, "patch_size": 14}
     model = AutoModel.from_config(AutoConfig.for_model(kind, **small, **options))
@@ -68,7 +68,7 @@ def test_shipped_classifier_is_accurate_on_held_out_digits(held_out_half):
     torch.testing.assert_close(logits.softmax(dim=1), extracted.probabilities)
 
 
-def test_classifier_equals_an_independent_implementation():
+def test_classifier_equals_independent_implementation():
     # In float64 numpy, from the weights: another input range, pooling or padding would change all distances.
     images = load_images(DataConfig("digits", split="test", resolution=[8], channels=1))[torch.arange(3)]
     extractor = load_extractor("digits")
@@ -90,7 +90,7 @@ def test_classifier_equals_an_independent_implementation():
         np.testing.assert_allclose(probabilities, np.exp(logits) / np.exp(logits).sum(), rtol=1e-4, atol=1e-6)
 
 
-def test_distances_with_the_shipped_classifier_are_sensitive(held_out_half, train_half):
+def test_distances_with_shipped_classifier_are_sensitive(held_out_half, train_half):
     # For equal n, a Gaussian fit of the pixels and a set with missing classes have a much larger distance than digits.
     extractor = load_extractor("digits")
     reference = Moments.of(extractor(train_half).features)
@@ -108,7 +108,7 @@ def test_distances_with_the_shipped_classifier_are_sensitive(held_out_half, trai
     assert distance(held_out_half[without]) > 8 * floor
 
 
-def test_features_do_not_depend_on_the_batch(held_out_half):
+def test_features_do_not_depend_on_batch(held_out_half):
     extractor = load_extractor("digits")
     together = extractor(held_out_half[:20]).features
     alone = torch.cat([extractor(held_out_half[i : i + 1]).features for i in range(20)])
@@ -116,7 +116,7 @@ def test_features_do_not_depend_on_the_batch(held_out_half):
 
 
 @pytest.mark.slow
-def test_training_of_the_classifier_is_reproducible(tmp_path, capsys):
+def test_training_of_classifier_is_reproducible(tmp_path, capsys):
     # Bit-identical on one machine; other machines may round differently, so the shipped weights are not compared.
     main = load_script("train_digits_classifier").main
     for name in ("first", "second"):
@@ -142,7 +142,7 @@ def test_images_for_transformers_are_resized_by_pil(dinov2):
     assert torch.equal(extractor.transform(images), torch.tensor(np.stack(expected)))
 
 
-def test_image_size_is_the_output_size_of_the_processor(tmp_path, dinov2):
+def test_image_size_is_output_size_of_processor(tmp_path, dinov2):
     # An unused crop size, as in the recipe of FD-DINOv2, is ignored.
     images, square = random_images(2, 3, 40, 33), {"height": 28, "width": 28}
     unused = {"do_center_crop": False, "crop_size": {"height": 14, "width": 14}}
@@ -156,7 +156,7 @@ def test_image_size_is_the_output_size_of_the_processor(tmp_path, dinov2):
         load_extractor(str(tmp_path))
 
 
-def test_features_are_the_class_token(dinov2):
+def test_features_are_class_token(dinov2):
     folder, model = dinov2
     extractor, images = load_extractor(folder), random_images(3, 3, 40, 33)
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_untrained_pooler_is_not_used(tmp_path):
     assert torch.equal(first(images).features, tokens[:, 0])
 
 
-def test_checksum_depends_on_the_weights(dinov2):
+def test_checksum_depends_on_weights(dinov2):
     network = load_extractor("digits").network
     checksum = weights_checksum(network)
     assert checksum == load_extractor("digits").checksum != load_extractor(dinov2[0]).checksum
@@ -238,7 +238,7 @@ def test_invalid_extractor_raises_one_line_error(tmp_path, dinov2):
         assert "\n" not in str(error.value) and len(str(error.value)) < 200 + len(name)
 
 
-def test_inception_without_torch_fidelity_raises_an_error(monkeypatch, tmp_path):
+def test_inception_without_torch_fidelity_raises_error(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(ValueError, match=r"^extractor 'inception' needs torch-.*: pip install hf_ddpm\[.* or use"):
         load_extractor("inception")

@@ -19,7 +19,7 @@ def features(count, width=6, seed=0, scale=1.0, shift=0.0):
 
 
 def with_moments(mean, covariance):
-    """Returns the 2 D points mean +- c l_j, with l_j the columns of a square root of the covariance."""
+    """Return the 2 D points mean +- c l_j, with l_j the columns of a square root of the covariance."""
     d = len(mean)
     root = np.linalg.cholesky(covariance) * math.sqrt((2 * d - 1) / 2)
     return torch.tensor(np.concatenate([mean + root.T, mean - root.T]))
@@ -107,7 +107,7 @@ def test_moments_have_float64_accuracy(shift):
 
 
 def exact_moments(features):
-    """Returns mean and covariance of float32 features, computed in rational numbers."""
+    """Return mean and covariance of float32 features, computed in rational numbers."""
     rows = [[Fraction(value) for value in row] for row in features.double().tolist()]
     mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     centered = [[value - m for value, m in zip(row, mean, strict=True)] for row in rows]
@@ -144,7 +144,7 @@ def test_features_of_other_precisions_are_converted_exactly(dtype):
         assert torch.equal(getattr(Moments.of(x), name), value)
 
 
-def test_distance_of_a_set_to_itself_is_zero():
+def test_distance_of_set_to_itself_is_zero():
     x = Moments.of(features(100, shift=5.0))
     assert 0 <= frechet_distance(x, x) < 1e-9
 
@@ -163,7 +163,7 @@ def test_invalid_features_raise_errors():
             act()
 
 
-def test_standard_error_is_the_deviation_over_samples():
+def test_standard_error_is_deviation_over_samples():
     reference = Moments.of(features(5000, seed=999))
     distances, errors = [], []
     for seed in range(150):
@@ -173,7 +173,7 @@ def test_standard_error_is_the_deviation_over_samples():
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(distances), rel=0.2)
 
 
-def test_standard_error_is_the_jackknife_over_parts():
+def test_standard_error_is_jackknife_over_parts():
     rows, reference = features(30, seed=1), Moments.of(features(50, seed=2))
     parts = [rows[:10], rows[10:20], rows[20:]]
     without = [torch.cat([rows[10:]]), torch.cat([rows[:10], rows[20:]]), rows[:20]]

@@ -13,11 +13,11 @@ def test_uniform_or_constant_predictions_score_1():
     assert inception_score(torch.eye(8)[[3] * 50], splits=5) == (pytest.approx(1), pytest.approx(0))
 
 
-def test_certain_and_balanced_predictions_score_the_number_of_classes():
+def test_certain_and_balanced_predictions_score_number_of_classes():
     assert inception_score(torch.eye(8).repeat(10, 1), splits=1) == (pytest.approx(8), pytest.approx(0))
 
 
-def test_score_is_the_exponential_of_the_mutual_information():
+def test_score_is_exponential_of_mutual_information():
     # Two kinds of images, a fraction f of the first kind: IS = exp(H(c) - H(c|x)).
     p, q, f = np.array([0.7, 0.2, 0.1]), np.array([0.1, 0.1, 0.8]), 0.25
     rows = torch.tensor(np.stack([p] * 25 + [q] * 75))
@@ -29,7 +29,7 @@ def test_score_is_the_exponential_of_the_mutual_information():
     assert inception_score(rows, splits=1)[0] == pytest.approx(expected, rel=1e-12)
 
 
-def test_parts_are_shuffled_and_the_deviation_is_over_their_number():
+def test_parts_are_shuffled_and_deviation_is_over_their_number():
     rows = torch.eye(4).repeat_interleave(25, dim=0)  # sorted by class: an unshuffled part has one class, score 1
     mean, deviation = inception_score(rows, splits=4, seed=0)
     assert 3 < mean < 4 and deviation > 0

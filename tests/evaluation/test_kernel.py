@@ -23,7 +23,7 @@ def brute_force(x, y):
     return xx + yy - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
 
 
-def test_estimate_equals_the_formula(monkeypatch):
+def test_estimate_equals_formula(monkeypatch):
     x, y = draws(13, 0), draws(9, 1, shift=0.5)
     expected = brute_force(x, y)
     assert squared_mmd(x, y) == pytest.approx(expected, rel=1e-12)
@@ -49,7 +49,7 @@ def test_distance_of_shifted_gaussians():
     assert abs(np.mean(values) - expected) < 4 * error < 0.1 * expected
 
 
-def test_block_estimate_is_unbiased_with_a_correct_error():
+def test_block_estimate_is_unbiased_with_correct_error():
     results = [kernel_distance(draws(80, 2 * i), draws(90, 2 * i + 1), block_size=10, seed=i) for i in range(300)]
     values, errors = np.array(results).T
     spread = values.std(ddof=1)
@@ -58,7 +58,7 @@ def test_block_estimate_is_unbiased_with_a_correct_error():
     assert math.sqrt((errors**2).mean()) == pytest.approx(spread, rel=0.2)
 
 
-def test_blocks_are_shuffled_by_the_seed_and_disjoint(monkeypatch):
+def test_blocks_are_shuffled_by_seed_and_disjoint(monkeypatch):
     x, y = draws(60, 0), draws(60, 1)
     x[30:] += 3  # sorted by class: without shuffling, each block would have one class
     first, again, other = (kernel_distance(x, y, block_size=10, seed=seed) for seed in (0, 0, 1))

@@ -20,7 +20,7 @@ def test_copies_are_counted_after_rounding_to_levels():
     assert copied_fraction(images, range(10), reference, 17) == 0.1
 
 
-def test_picture_shows_the_closest_images_and_their_neighbors():
+def test_picture_shows_closest_images_and_their_neighbors():
     # With these features, generated image 5 is 0.1 from real image 2, image 0 is 0.2 from real image 7; others are far.
     reference, images = Pixels(8, (3, 64, 64)), Pixels(6, (3, 64, 64), seed=1)
     real = torch.tensor([0.0, 10, 20, 30, 40, 50, 60, 70]).unsqueeze(1)

@@ -44,7 +44,7 @@ def compute(metric, generated, real, **options):
     return metric.compute(**options)
 
 
-def test_modules_equal_the_functions(load, sets):
+def test_modules_equal_functions(load, sets):
     generated, real = sets
     x, y = torch.tensor(generated), torch.tensor(real)
     distance = frechet_distance(Moments.of(x), Moments.of(y))
@@ -56,7 +56,7 @@ def test_modules_equal_the_functions(load, sets):
     assert compute(load("precision_recall"), *sets, k=2) == {"precision": precision, "recall": recall}
 
 
-def test_blocks_are_shuffled_by_the_seed(load, sets):
+def test_blocks_are_shuffled_by_seed(load, sets):
     metric = load("kernel_distance")
     for part in sets:
         kind = part is sets[1]
@@ -65,7 +65,7 @@ def test_blocks_are_shuffled_by_the_seed(load, sets):
     assert metric.compute(block_size=10, seed=3) == {"kernel_distance": value, "standard_error": error}
 
 
-def test_inception_score_module_equals_the_function(load):
+def test_inception_score_module_equals_function(load):
     p = np.random.default_rng(1).dirichlet(np.ones(4), 40).astype(np.float32)
     metric = load("inception_score")
     metric.add_batch(probabilities=[row.tobytes() for row in p])
@@ -109,7 +109,7 @@ print(result["frechet_distance"].hex() if rank == 0 else result)
 """
 
 
-def test_two_processes_give_the_result_of_one(sets, tmp_path):
+def test_two_processes_give_result_of_one(sets, tmp_path):
     for name, part in zip(("generated", "real"), sets, strict=True):
         np.save(tmp_path / f"{name}.npy", part)
     command = [sys.executable, "-c", PROCESS, str(METRICS / "frechet_distance"), str(tmp_path / "cache"), str(tmp_path)]

@@ -30,7 +30,7 @@ def cdf(z):
 
 
 def independent_bound(unet, levels_of_images, variance_type, images, total):
-    """Computes the bound of Eq. 5 from its formulas in float64 numpy, with the same noise and network."""
+    """Compute the bound of Eq. 5 from its formulas in float64 numpy, with the same noise and network."""
     betas = np.linspace(1e-4, 0.02, total)
     bars = np.cumprod(1 - betas)
     before = np.append(1.0, bars[:-1])
@@ -73,7 +73,7 @@ def independent_bound(unet, levels_of_images, variance_type, images, total):
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
-def test_terms_equal_those_of_an_independent_implementation(digits, variance_type):
+def test_terms_equal_those_of_independent_implementation(digits, variance_type):
     unet, ids = network(variance_type), [0, 7, 31]
     pixels = digits[torch.tensor(ids)].numpy()
     levels = np.round(pixels.astype(np.float64) * 16 / 255)
@@ -127,7 +127,7 @@ def test_intervals_cover_each_step_once(total, intervals):
     assert all(first < end for first, end in zip(edges, edges[1:], strict=False))
 
 
-def test_standard_error_includes_the_randomness_of_the_steps(small, digits):
+def test_standard_error_includes_randomness_of_steps(small, digits):
     runs = [bound(small, digits, range(100), steps_per_image=4, seed=seed).report() for seed in range(20)]
     exact = bound(small, digits, range(100)).report()
     spread = np.std([run["total_bpd"] for run in runs], ddof=1)
@@ -152,7 +152,7 @@ def test_estimate_from_fewer_steps_is_unbiased_and_marked(small, digits):
             bound(small, digits, range(2), steps_per_image=steps)
 
 
-def test_script_writes_the_results(trained, tmp_path):
+def test_script_writes_results(trained, tmp_path):
     main = load_script("evaluate").main
     common = ["--model", str(trained), "--dataset", "digits", "--num_images", "2", "--output", str(tmp_path / "r.json")]
     main([*common, "--metrics", "nll"])

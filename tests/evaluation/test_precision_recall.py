@@ -23,7 +23,7 @@ def brute_force(features, reference, k):
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall_equal_the_definition(monkeypatch, k):
+def test_precision_and_recall_equal_definition(monkeypatch, k):
     x, y = draws(40, 0, shift=0.8), draws(55, 1)
     expected = brute_force(x, y, k)
     assert 0 < expected[0] < 1 and 0 < expected[1] < 1 and expected[0] != expected[1]
@@ -65,7 +65,7 @@ def test_nearest_equals_brute_force(monkeypatch):
     assert nearest(x, y)[1].shape == (20, 1)
 
 
-def test_copies_far_from_the_origin_have_distance_0():
+def test_copies_far_from_origin_have_distance_0():
     # Computed as |x|^2 + |y|^2 - 2 x y, the distance of a copy is a rounding error, which must be set to 0.
     reference = draws(500, 0, width=64, shift=30)
     copies = torch.arange(0, 500, 9)
@@ -96,7 +96,7 @@ def test_invalid_input_raises_errors():
             act()
 
 
-def test_error_names_the_set_with_nonfinite_features():
+def test_error_names_set_with_nonfinite_features():
     good, bad = torch.randn(6, 2), torch.randn(6, 2)
     bad[2, 1] = float("nan")
     for sets, name in (((bad, good), "features"), ((good, bad), "reference features")):

@@ -18,7 +18,7 @@ def real(reference, held_out=None):
     return RealFeatures(load_extractor("digits"), 40, reference, held_out)
 
 
-def test_results_include_numbers_of_images_and_the_values_of_real_images():
+def test_results_include_numbers_of_images_and_values_of_real_images():
     generated, reference, held_out = rows(40, 2.0), rows(90, seed=1), rows(40, seed=2)
     compared = Extracted(generated), real(reference, held_out)
     fd = compute_metric("fd", *compared)
@@ -65,7 +65,7 @@ def test_inception_score_has_at_most_one_part_per_image():
 MODEL = {"name": "m", "checksum": "abc"}
 
 
-def test_results_of_the_same_model_are_kept_and_those_of_another_deleted(tmp_path):
+def test_results_of_same_model_are_kept_and_those_of_another_deleted(tmp_path):
     path, lines, entries = tmp_path / "new" / "results.json", [], []
     first = Record(path, MODEL, {"seed": 1}, entries.append, lines.append)
     first.add("fd", {"value": 1.0})
@@ -87,7 +87,7 @@ def test_results_of_the_same_model_are_kept_and_those_of_another_deleted(tmp_pat
 
 
 @pytest.mark.parametrize("content", [b"[]", b"half {", b"\xff\xfe"])
-def test_file_that_is_not_a_results_file_is_not_overwritten(tmp_path, content):
+def test_file_that_is_not_results_file_is_not_overwritten(tmp_path, content):
     path = tmp_path / "results.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"^{path}: not a results file.*; move it, or choose another path$"):

@@ -61,13 +61,13 @@ def check_order(of):
     assert of["held out"] < of["copies of 100"] < of["no 8 and 9"] < of["Gaussian fit"]
 
 
-def test_frechet_distance_increases_with_the_defects(features):
+def test_frechet_distance_increases_with_defects(features):
     of = distances(features, lambda generated, real: frechet_distance(Moments.of(generated), Moments.of(real)))
     check_order(of)
     assert of["Gaussian fit"] > 10 * of["held out"]  # with pixels instead of features, the factor is only 1.5
 
 
-def test_kernel_distance_increases_with_the_defects(features):
+def test_kernel_distance_increases_with_defects(features):
     check_order(distances(features, squared_mmd))
 
 

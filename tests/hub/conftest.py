@@ -47,7 +47,7 @@ class Hub:
         self.process.stdout.close()
 
     def environment(self, token="hf_write"):
-        """Returns the environment of a client with an empty cache."""
+        """Return the environment of a client with an empty cache."""
         self.homes += 1
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         return kept | {
@@ -67,13 +67,13 @@ class Hub:
         )  # fmt: skip
 
     def run(self, *arguments, token="hf_write"):
-        """Returns exit code, output and errors of a Python process."""
+        """Return exit code, output and errors of a Python process."""
         process = self.popen(*arguments, token=token)
         output, errors = process.communicate(timeout=LIMIT)
         return process.returncode, output, errors
 
     def call(self, name, token="hf_write", **options):
-        """Calls a function of hf_ddpm.hub.push; returns its result, or the type and text of its error."""
+        """Call a function of hf_ddpm.hub.push; return its result, or the type and text of its error."""
         code, output, errors = self.run("-c", CALL, name, json.dumps(options, default=str), token=token)
         assert code == 0, errors
         return json.loads(output.splitlines()[-1])
@@ -85,7 +85,7 @@ class Hub:
         return json.loads((self.folder / "repos.json").read_text())[f"{kind}/{repo_id}"]
 
     def files(self, repo_id="org/x", kind="models"):
-        """Returns the contents of a repository's files by their paths."""
+        """Return the contents of a repository's files by their paths."""
         contents = {}
         for path, file in self.repo(repo_id, kind)["commits"][-1]["files"].items():
             parts = ("lfs", file["lfs"]["oid"]) if file["lfs"] else ("blobs", file["oid"])
@@ -96,7 +96,7 @@ class Hub:
         return [line for line in (self.folder / "requests.log").read_text().splitlines() if line.startswith(start)]
 
     def wait_for(self, start):
-        """Waits until a request that starts with `start` has arrived."""
+        """Wait until a request that starts with `start` has arrived."""
         deadline = time.monotonic() + LIMIT
         while not ((self.folder / "requests.log").exists() and self.requests(start)):
             assert time.monotonic() < deadline, f"no {start}"

@@ -34,7 +34,7 @@ def titles():
 
 @pytest.fixture
 def run(hub, folder):
-    """Runs code with background pushes; returns the JSON lines it prints."""
+    """Run code with background pushes; return the JSON lines it prints."""
     hub.fault()
     (hub.folder / "requests.log").touch()
 
@@ -46,7 +46,7 @@ def run(hub, folder):
     return run
 
 
-def test_newest_state_is_pushed_at_the_end(run, hub, folder):
+def test_newest_state_is_pushed_at_end(run, hub, folder):
     assert run("""
 push.start("1")
 push._process.wait()
@@ -58,7 +58,7 @@ print(json.dumps([push.finish(), errors, titles()]))
     assert set(hub.files()) - {".gitattributes"} == set(PUSHED) and not (folder / ".push").exists()
 
 
-def test_push_uses_the_state_at_its_start_and_skips_states_in_between(run, hub, folder):
+def test_push_uses_state_at_its_start_and_skips_states_in_between(run, hub, folder):
     first = (folder / UNET).read_bytes()
     assert run(f"""
 fault({{"match": "POST /api/models/org/x/preupload", "wait": 3}})
@@ -76,7 +76,7 @@ print(json.dumps([titles(), push.finish(), titles(), errors]))
     assert (hub.folder / "lfs" / oids[1]).read_bytes() == (folder / UNET).read_bytes() != first
 
 
-def test_failure_is_reported_and_the_push_repeated(run, folder):
+def test_failure_is_reported_and_push_repeated(run, folder):
     ((at_next, at_end, titles, errors),) = run("""
 fault({"match": "POST /api/models/org/x/commit", "status": 500, "message": "full"})
 push.start("1")
@@ -98,13 +98,13 @@ print(json.dumps([at_next, at_end, [push.finish(), titles()], errors]))
     assert not (folder / ".push").exists()
 
 
-def test_invalid_token_does_not_end_the_run(run):
+def test_invalid_token_does_not_end_run(run):
     (result,) = run("push.start(); print(json.dumps([push.finish(), *errors]))", token="hf_nobody")
     line = "cannot push to org/x: the Hub rejected the token; log in with `hf auth login`, or set HF_TOKEN"
     assert result == [False, line, line]  # one for the push, one for the retry at the end
 
 
-def test_unresponsive_hub_does_not_keep_the_run_alive(run, hub, folder):
+def test_unresponsive_hub_does_not_keep_run_alive(run, hub, folder):
     ending = """
 fault({"match": "PUT /lfs", "stall": True})
 push.start()
@@ -129,5 +129,5 @@ print(json.dumps([push.finish(time_limit=0.5), errors]))
     assert set(hub.files()) - {".gitattributes"} == set(PUSHED) and not (folder / ".push").exists()
 
 
-def test_finish_without_a_push_succeeds(run):
+def test_finish_without_push_succeeds(run):
     assert run("print(json.dumps([push.finish(), push.close(), errors]))") == [[True, None, []]]

@@ -39,7 +39,7 @@ def evaluation_table(text):
     return {name: (value.split(" ± ")[0], floor, count) for name, value, floor, count, *_ in rows}
 
 
-def test_card_values_match_the_results(evaluated):
+def test_card_values_match_results(evaluated):
     card, results = ModelCard.load(evaluated / "README.md"), json.loads((evaluated / "results.json").read_text())
     expected = {
         "frechet_distance": (results["fd"]["value"], results["fd"]["floor"]),
@@ -62,7 +62,7 @@ def test_card_values_match_the_results(evaluated):
     assert distance.metric_args["num_inference_steps"] == 2
 
 
-def test_card_describes_the_run(evaluated):
+def test_card_describes_run(evaluated):
     card, config = ModelCard.load(evaluated / "README.md"), yaml.safe_load((evaluated / "config.yaml").read_text())
     status = json.loads((evaluated / "status.json").read_text())
     assert card.data.license == "cc-by-4.0" and card.data.library_name == "diffusers"
@@ -77,13 +77,13 @@ def test_card_describes_the_run(evaluated):
     assert str(evaluated.parent) not in card.content  # no local paths
 
 
-def test_card_of_a_run_without_evaluation(trained):
+def test_card_of_run_without_evaluation(trained):
     card = ModelCard.load(trained / "README.md")
     assert card.data.eval_results is None and card.data.metrics is None
     assert "has not been evaluated" in card.text and "## Training" in card.text
 
 
-def test_training_writes_the_card_without_loading_the_model(run_training, tmp_path, monkeypatch):
+def test_training_writes_card_without_loading_model(run_training, tmp_path, monkeypatch):
     monkeypatch.setattr(DDPMPipeline, "from_pretrained", lambda *args, **options: pytest.fail("loaded"))
     run_training(tmp_path / "run", "--max_train_steps", "4")
     monkeypatch.undo()
@@ -138,7 +138,7 @@ def test_stale_source_files_are_ignored(copied, make_stale, figures, training):
     assert (card.data.license is not None) == training
 
 
-def test_metrics_after_the_exported_step_are_ignored(copied):
+def test_metrics_after_exported_step_are_ignored(copied):
     before, curve = write_card(copied).read_text(), (copied / "loss.png").read_bytes()
     lines = (copied / "metrics.jsonl").read_text().splitlines()
     later = json.loads(lines[-1]) | {"step": 6, "images": 48, "loss": 1000.0}
@@ -176,7 +176,7 @@ def test_only_recorded_hub_ids_keep_their_namespace(copied, is_hub_id):
     assert ("acme" in card.content) == is_hub_id
 
 
-def test_card_of_a_pipeline_without_a_run(tmp_path):
+def test_card_of_pipeline_without_run(tmp_path):
     pipe = DDPMPipeline(UNet2DModel(**TINY_UNET | {"out_channels": 2}), DDPMScheduler(variance_type="learned"))
     pipe.save_pretrained(tmp_path)
     text = write_card(tmp_path, model_id="org/name").read_text()
@@ -193,7 +193,7 @@ def test_card_of_a_pipeline_without_a_run(tmp_path):
         ({"prediction_type": "mean"}, "`diffusers.DDPMPipeline` does not support predictions of the mean"),
     ],
 )
-def test_card_describes_the_scheduler(tmp_path, options, expected):
+def test_card_describes_scheduler(tmp_path, options, expected):
     DDPMPipeline(UNet2DModel(**TINY_UNET), DDPMScheduler(**options)).save_pretrained(tmp_path)
     assert expected in write_card(tmp_path).read_text()
 
@@ -235,7 +235,7 @@ VARIANTS = {
 
 
 def execute_card(folder):
-    """Runs all code blocks of a card in order; returns the pipelines and the text."""
+    """Run all code blocks of a card in order; return the pipelines and the text."""
     text = write_card(folder, model_id=str(folder)).read_text()
     pipes, names = [], {}
     for block in code_blocks(text):
@@ -268,7 +268,7 @@ def test_card_code_runs_and_shows_diffusers_if_it_gives_equal_images(tmp_path, m
 
 
 def record_call(called, kind, whole):
-    """Returns a pipeline call that takes 20 steps and records its arguments."""
+    """Return a pipeline call that takes 20 steps and records its arguments."""
 
     def call(self, *args, **options):
         called[kind] = options
@@ -310,7 +310,7 @@ def test_card_lists_other_weights_and_how_to_load_them(copied):
     assert torch.equal(pipes[-1].unet.conv_out.bias, average.unet.conv_out.bias)
 
 
-def test_committed_card_matches_the_template():
+def test_committed_card_matches_template():
     card = (ROOT / "model_cards" / "ddpm-digits.md").read_text()
     template = TEMPLATE.read_text()
     always = re.sub(
@@ -322,7 +322,7 @@ def test_committed_card_matches_the_template():
     assert len(lines) > 8
 
 
-def test_card_written_by_a_person_is_kept(copied):
+def test_card_written_by_person_is_kept(copied):
     (copied / "README.md").write_bytes(b"mine \xff")
     assert write_card(copied).read_bytes() == b"mine \xff"
 
@@ -344,7 +344,7 @@ def test_truncated_metrics_line_is_ignored(copied):
 
 
 @pytest.mark.parametrize("name", ["results.json", "config.yaml", "status.json"])
-def test_error_names_the_damaged_file(copied, name):
+def test_error_names_damaged_file(copied, name):
     (copied / name).write_text("{")
     with pytest.raises(ValueError, match=rf"{name}: cannot be read: ") as caught:
         write_card(copied)
@@ -352,7 +352,7 @@ def test_error_names_the_damaged_file(copied, name):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_names_are_escaped_in_a_card(copied, name):
+def test_hostile_names_are_escaped_in_card(copied, name):
     unet = UNet2DModel(**TINY_UNET | {"num_class_embeds": 3})
     pipe = DDPMPipeline(unet, DDPMScheduler(), {"0": name, "1": "dog"})
     pipe.save_pretrained(copied)
@@ -387,7 +387,7 @@ def test_hostile_names_are_escaped_in_a_card(copied, name):
     assert f"org/{name}" in strings and name in strings
 
 
-def test_card_shows_the_precision_of_a_bound_computed_in_bf16(copied):
+def test_card_shows_precision_of_bound_computed_in_bf16(copied):
     results = json.loads((copied / "results.json").read_text())
     for precision, text in (("no", ""), ("bf16", ", precision bf16")):
         results["nll"]["made_by"]["mixed_precision"] = precision
@@ -398,7 +398,7 @@ def test_card_shows_the_precision_of_a_bound_computed_in_bf16(copied):
         assert bound.metric_args.get("mixed_precision", "no") == precision
 
 
-def test_card_from_files_of_an_older_version_or_with_odd_entries(copied, caplog):
+def test_card_from_files_of_older_version_or_with_odd_entries(copied, caplog):
     options = yaml.safe_load((copied / "config.yaml").read_text())
     for name in ("ema_warmup", "horizontal_flip", "init_from"):
         options.pop(name)
@@ -420,7 +420,7 @@ def test_card_from_files_of_an_older_version_or_with_odd_entries(copied, caplog)
     ("name", "key", "value"),
     [("config.yaml", "learning_rate", "much"), ("status.json", "images", "many"), ("export.json", "step", None)],
 )
-def test_error_names_the_key_of_a_wrong_type_and_its_file(copied, name, key, value):
+def test_error_names_key_of_wrong_type_and_its_file(copied, name, key, value):
     read = yaml.safe_load if name.endswith("yaml") else json.loads
     (copied / name).write_text(json.dumps({**read((copied / name).read_text()), key: value}))
     with pytest.raises(ValueError, match=rf"{name}: {key}={value!r}: expected"):

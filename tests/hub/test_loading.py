@@ -29,7 +29,7 @@ print(json.dumps(results))
 
 
 @pytest.mark.parametrize("package", ["hf_ddpm", "diffusers"])
-def test_pushed_model_gives_equal_images_and_a_private_one_is_not_accessible(
+def test_pushed_model_gives_equal_images_and_private_one_is_not_accessible(
     hub, folder, tiny_pipeline, tmp_path, package
 ):
     tiny_pipeline.unet.conv_out.bias.data -= 1  # the `folder` fixture added 1 for its second average
@@ -127,7 +127,7 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_code_in_a_repository_is_not_executed(hub, tiny_pipeline, tmp_path):
+def test_code_in_repository_is_not_executed(hub, tiny_pipeline, tmp_path):
     mark, folders = str(tmp_path / "mark"), []
     code = f"import diffusers\nopen({mark!r}, 'w')\nclass Mine(diffusers.DDPMPipeline, diffusers.UNet2DModel): pass\n"
     for spoil in EVIL:

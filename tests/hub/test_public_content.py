@@ -14,7 +14,7 @@ from tests.hub.conftest import ROOT
 
 
 def published(folder):
-    """Returns the public contents by file."""
+    """Return the public contents by file."""
     contents = {name: public_content(folder / name) for name in model_files(folder)}
     return {name: item.read_bytes() if isinstance(item, Path) else item for name, item in contents.items()}
 
@@ -58,7 +58,7 @@ def test_relative_paths_are_stripped_from_another_working_folder(acme, run_train
     assert json.loads(contents["results_more.json"])["model"]["name"] == "one"
 
 
-def test_deleted_folder_is_not_mistaken_for_a_hub_id(acme, run_training, trained):
+def test_deleted_folder_is_not_mistaken_for_hub_id(acme, run_training, trained):
     (acme / "runs").mkdir()
     (acme / "runs" / "base").symlink_to(trained)
     run_training(Path("runs/one"), *SHORT, "--init_from", "runs/base")
@@ -108,7 +108,7 @@ def test_load_path_is_removed_from_configurations(folder):
 
 @pytest.mark.hub
 @pytest.mark.slow
-def test_hub_id_of_the_initial_model_is_kept(hub, trained, tmp_path):
+def test_hub_id_of_initial_model_is_kept(hub, trained, tmp_path):
     hub.push(trained, "org/base")
     arguments = ["--max_train_steps", "2", "--init_from", "org/base", "--push_to_hub", "--hub_model_id", "org/new"]
     script = ROOT / "scripts" / "train.py"

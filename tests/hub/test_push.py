@@ -18,7 +18,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 README = "---\ntitle: Demo\nsdk: gradio\npython_version: '3.11'\nmodels: [else/where]\n---\n"
 
 
-def test_push_is_one_commit_of_only_the_model(hub, folder):
+def test_push_is_one_commit_of_only_model(hub, folder):
     before = contents(folder)
     pushed = hub.push(folder, private=True, message="First")
     commits = hub.repo()["commits"]
@@ -142,7 +142,7 @@ def test_invalid_card_is_reported_before_any_upload(hub, folder):
     assert not hub.requests("PUT")
 
 
-def test_check_push_reports_errors_without_a_push(hub):
+def test_check_push_reports_errors_without_push(hub):
     assert hub.call("check_push", repo_id="org/x", private=True) is None and hub.repo()["private"]
     assert hub.call("check_push", repo_id="org/x", token="hf_read") == [
         "ValueError", "cannot push to org/x: the token is read-only; expected one with write permission",
@@ -164,7 +164,7 @@ def test_failed_push_raises_one_line_error_and_can_be_repeated(hub, folder, stat
 
 
 @pytest.mark.slow
-def test_push_after_a_hub_was_killed_during_an_upload(hub, folder):
+def test_push_after_hub_was_killed_during_upload(hub, folder):
     oid = hashlib.sha256((folder / UNET).read_bytes()).hexdigest()
     hub.fault({"match": f"PUT /lfs/{oid}", "stall": True})
     before = contents(folder)
@@ -216,7 +216,7 @@ def test_push_space(hub, tmp_path):
 
 
 @pytest.mark.parametrize("is_private", [True, False])
-def test_new_space_has_the_visibility_of_its_model(hub, folder, tmp_path, is_private):
+def test_new_space_has_visibility_of_its_model(hub, folder, tmp_path, is_private):
     (tmp_path / "space").mkdir()
     for name in ("app.py", "requirements.txt", "README.md"):
         (tmp_path / "space" / name).write_text(README)
@@ -278,7 +278,7 @@ def test_wrong_options_raise_one_line_errors(tmp_path, options, message):
     assert "\n" not in str(caught.value)
 
 
-def test_files_of_a_training_run(trained):
+def test_files_of_training_run(trained):
     files = model_files(trained)
     assert {"model_index.json", UNET, "scheduler/scheduler_config.json", "samples.png", "config.yaml"} < set(files)
     assert not any(name.startswith("checkpoints") for name in files) and "status.json" not in files

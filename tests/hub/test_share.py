@@ -33,14 +33,14 @@ def execute(hub, code, *arguments):
 
 
 def published(hub, repo_id="org/x"):
-    """Returns the files of a repository, and asserts that they contain no private names."""
+    """Return the files of a repository, and assert that they contain no private names."""
     files = hub.files(repo_id)
     for name, content in files.items():
         assert not any(word in content for word in (b"acme", b"/home", b"/tmp")), name
     return files
 
 
-def test_push_to_hub_uploads_the_card_of_the_run(hub, run):
+def test_push_to_hub_uploads_card_of_run(hub, run):
     before = contents(run)
     execute(hub, PUSH, run)
     files = published(hub)
@@ -53,7 +53,7 @@ def test_push_to_hub_uploads_the_card_of_the_run(hub, run):
     assert len(hub.repo()["commits"]) == 2 and contents(run) == before
 
 
-def test_save_pretrained_pushes_the_run_without_its_private_files(hub, run):
+def test_save_pretrained_pushes_run_without_its_private_files(hub, run):
     execute(hub, SAVE, run, run)
     files = published(hub)
     assert "| data | digits" in files["README.md"].decode() and "samples.png" in files
@@ -70,7 +70,7 @@ def test_card_of_other_weights_has_no_training_section(hub, run):
     assert not {"samples.png", "config.yaml", "metrics.jsonl"} & set(files)
 
 
-def test_card_on_the_hub_written_by_a_person_is_kept(hub, run, tmp_path):
+def test_card_on_hub_written_by_person_is_kept(hub, run, tmp_path):
     mine = b"---\ntags: [mine]\n---\n# Mine\n"
     upload = "import sys; from huggingface_hub import HfApi; api = HfApi(); api.create_repo('org/x'); "
     execute(hub, upload + f"api.upload_file(path_or_fileobj={mine!r}, path_in_repo='README.md', repo_id='org/x')")
@@ -81,7 +81,7 @@ def test_card_on_the_hub_written_by_a_person_is_kept(hub, run, tmp_path):
     assert MARK in (tmp_path / "saved" / "README.md").read_text()
 
 
-def test_card_in_the_folder_written_by_a_person_is_kept_and_pushed(hub, run, tmp_path):
+def test_card_in_folder_written_by_person_is_kept_and_pushed(hub, run, tmp_path):
     saved = tmp_path / "saved"
     saved.mkdir()
     (saved / "README.md").write_text("# Mine\n")
@@ -102,7 +102,7 @@ def test_card_generated_by_diffusers_is_replaced(hub, run):
     assert MARK.encode() in hub.files()["README.md"]
 
 
-def test_push_of_a_variant_to_a_subfolder_keeps_the_card(hub, run):
+def test_push_of_variant_to_subfolder_keeps_card(hub, run):
     execute(hub, PUSH, run)
     card = hub.files()["README.md"]
     execute(hub, LOAD + "pipe.push_to_hub('org/x', subfolder='half', variant='fp16', commit_message='Half')", run)
@@ -111,7 +111,7 @@ def test_push_of_a_variant_to_a_subfolder_keeps_the_card(hub, run):
     assert "half/README.md" not in files and hub.repo()["commits"][-1]["title"] == "Half"
 
 
-def test_code_of_a_card_on_the_hub_runs(hub, run):
+def test_code_of_card_on_hub_runs(hub, run):
     execute(hub, PUSH, run)
     blocks = hub.files()["README.md"].decode().split("```python\n")[1:]
     assert len(blocks) == 2
@@ -121,7 +121,7 @@ def test_code_of_a_card_on_the_hub_runs(hub, run):
 
 
 @pytest.mark.parametrize(("part", "file"), [("unet", "config.json"), ("scheduler", "scheduler_config.json")])
-def test_push_of_a_single_component(hub, run, part, file):
+def test_push_of_single_component(hub, run, part, file):
     execute(hub, LOAD + f"pipe.{part}.push_to_hub('org/part')", run)
     files = published(hub, "org/part")
     assert file in files and "_class_name" in json.loads(files[file])

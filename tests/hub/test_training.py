@@ -24,7 +24,7 @@ def train(hub, folder, *arguments, token="hf_write"):
     return hub.run(ROOT / "scripts" / "train.py", *TINY_RUN, *push, *arguments, token=token)
 
 
-def test_trained_model_is_pushed_and_loads_from_the_hub(hub, tmp_path):
+def test_trained_model_is_pushed_and_loads_from_hub(hub, tmp_path):
     arguments = "--checkpointing_steps 2 --eval_metrics fd --eval_num_images 10 --eval_inference_steps 2".split()
     code, output, errors = train(hub, tmp_path / "run", *arguments)
     assert code == 0 and "pushed the model to org/ddpm-digits" in errors + output, errors
@@ -49,7 +49,7 @@ def test_push_that_would_be_refused_is_reported_before_training(hub, tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_failing_hub_does_not_affect_the_run(hub, tmp_path):
+def test_failing_hub_does_not_affect_run(hub, tmp_path):
     hub.fault({"match": "POST /api/models/org/ddpm-digits/commit", "status": 500})
     code, output, errors = train(hub, tmp_path / "run")
     assert code == 0 and "failed; to retry: hf-ddpm push --model" in errors + output
@@ -57,7 +57,7 @@ def test_failing_hub_does_not_affect_the_run(hub, tmp_path):
     assert (tmp_path / "run" / "README.md").exists()
 
 
-def test_private_model_cannot_be_loaded_without_a_token(hub, tmp_path):
+def test_private_model_cannot_be_loaded_without_token(hub, tmp_path):
     assert train(hub, tmp_path / "run", "--hub_private_repo", "true")[0] == 0
     assert hub.repo("org/ddpm-digits")["private"] is True
     code, _, errors = hub.run("-c", SAMPLE.replace("LIBRARY", "hf_ddpm"), "org/ddpm-digits", token=None)

@@ -20,7 +20,7 @@ def test_sinusoids_equal_those_of_diffusers(dim, flip, shift):
     torch.testing.assert_close(sinusoidal(t, dim, flip_sin_to_cos=flip, freq_shift=shift), expected)
 
 
-def test_frequencies_of_the_paper_are_1_to_1e_minus_4():
+def test_frequencies_of_paper_are_1_to_1e_minus_4():
     embedding = sinusoidal(torch.tensor([2]), 6, flip_sin_to_cos=False, freq_shift=1)[0].tolist()
     angles = [2 * f for f in (1, 1e-2, 1e-4)]
     assert embedding == pytest.approx([math.sin(a) for a in angles] + [math.cos(a) for a in angles], rel=1e-5)
@@ -79,7 +79,7 @@ def test_attention_equals_its_formula(shape, dtype, half):
         assert (actual - expected).norm() < limit * expected.norm()
 
 
-def test_attention_in_bf16_on_a_cpu_uses_plain_products(monkeypatch):
+def test_attention_in_bf16_on_cpu_uses_plain_products(monkeypatch):
     fused = []
     monkeypatch.setattr(
         "torch.nn.functional.scaled_dot_product_attention", lambda q, k, v: (fused.append(q.dtype), q)[1]

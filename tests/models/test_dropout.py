@@ -38,7 +38,7 @@ def test_masks_depend_only_on_key_and_position():
     assert whole.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_layers_have_different_masks_and_gradients_have_the_same_masks():
+def test_layers_have_different_masks_and_gradients_have_same_masks():
     network = nn.Sequential(Dropout(0.5), Dropout(0.5)).train()
     seed_dropout(network, torch.tensor([1, 2], dtype=torch.int32))
     x = torch.ones(2, 4, 8, 8, requires_grad=True)

@@ -106,7 +106,7 @@ os._exit(0)  # skip the destruction of gloo's threads, which sometimes fails
 
 
 @pytest.mark.slow
-def test_training_a_sharded_network_equals_one_process(tmp_path):
+def test_training_sharded_network_equals_one_process(tmp_path):
     torch.manual_seed(0)
     unet = UNet2DModel(**{**TINY_UNET, "dropout": 0.0})
     unet.save_pretrained(tmp_path / "model")
@@ -134,7 +134,7 @@ def test_training_a_sharded_network_equals_one_process(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_first_pass_on_a_gpu_lays_out_kernels():
+def test_first_pass_on_gpu_lays_out_kernels():
     network = UNet2DModel(**TINY_UNET).cuda()
     with torch.inference_mode():
         network(torch.randn(2, 1, 8, 8, device="cuda"), 3)

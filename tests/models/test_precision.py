@@ -17,13 +17,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Measures also tiny networks, on any machine."""
+    """Measure also tiny networks, on any machine."""
     monkeypatch.setattr(precision, "FEWEST_FLOPS", 0)
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
 
 
 def set_times(monkeypatch, *times):
-    """Sets the durations of the passes, in the order float32, bf16, float32, ..."""
+    """Set the durations of the passes, in the order float32, bf16, float32, ..."""
     durations = cycle(times)
     monkeypatch.setattr(precision, "_seconds", lambda work, device: next(durations))
 
@@ -93,7 +93,7 @@ def fail(*args):
     pytest.fail("measured")
 
 
-def test_no_measurement_if_the_choice_is_clear(monkeypatch, tiny_unet):
+def test_no_measurement_if_choice_is_clear(monkeypatch, tiny_unet):
     monkeypatch.setattr(precision, "measure_gain", fail)
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     small = "precision float32: the network is too small for bf16 to be faster"
@@ -107,7 +107,7 @@ def test_no_measurement_if_the_choice_is_clear(monkeypatch, tiny_unet):
     assert choose_precision(tiny_unet, SHAPE, batch=4) == Choice("no", line)
 
 
-def test_compiled_networks_use_bf16_if_the_device_supports_it(monkeypatch):
+def test_compiled_networks_use_bf16_if_device_supports_it(monkeypatch):
     monkeypatch.setattr(precision, "measure_gain", fail)
     digits = UNet2DModel(**Config.of(preset="digits").unet())
     for supported, batch, expected in ((True, 64, "bf16"), (True, 1, "no"), (False, 64, "no")):
@@ -132,7 +132,7 @@ def test_bf16_is_chosen_if_float32_does_not_fit_into_memory(measured, monkeypatc
     assert choose_precision(tiny_unet, SHAPE, batch=4).precision == "bf16"
 
 
-def test_has_bf16_depends_on_the_device(monkeypatch):
+def test_has_bf16_depends_on_device(monkeypatch):
     for capability, expected in (((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         assert has_bf16(torch.device("cuda")) is expected
@@ -160,8 +160,8 @@ def test_measured_passes_have_limited_operations(monkeypatch, tiny_unet):
     assert shape(1) == (1, 1, 2, 2)
 
 
-def test_other_processes_get_the_value_of_the_main_process(monkeypatch):
-    """Runs as the second of two processes."""
+def test_other_processes_get_value_of_main_process(monkeypatch):
+    """Run as the second of two processes."""
 
     def broadcast(values, src):
         assert src == 0

@@ -44,7 +44,7 @@ VARIANTS = {
 
 
 def pair(**changes):
-    """Returns our network and that of diffusers, both constructed with seed 0."""
+    """Return our network and the diffusers network, both constructed with seed 0."""
     networks = []
     for kind in (UNet2DModel, diffusers.UNet2DModel):
         torch.manual_seed(0)
@@ -115,7 +115,7 @@ def test_kernels_and_feature_maps_are_channels_last(tmp_path):
     assert all(y.is_contiguous(memory_format=torch.channels_last) for y in layouts) and len(layouts) > 20
 
 
-def test_network_of_the_paper_has_its_size_and_the_keys_of_diffusers():
+def test_network_of_paper_has_its_size_and_keys_of_diffusers():
     options = parse_config(["--preset", "cifar10"]).unet()
     with torch.device("meta"):
         ours, theirs = UNet2DModel(**options), diffusers.UNet2DModel(**options)
@@ -145,14 +145,14 @@ def test_first_step_changes_all_weights_initialized_as_in_diffusers(tiny_unet):
     assert changed_by_training(tiny_unet, 1) == set(tiny_unet.state_dict())
 
 
-def test_a_few_steps_change_all_weights_initialized_as_in_the_paper(tiny_unet):
+def test_few_steps_change_all_weights_initialized_as_in_paper(tiny_unet):
     # The last layers of the network and of all branches are zero, so gradients reach earlier layers only step by step.
     initialize_like_paper(tiny_unet)
     assert changed_by_training(tiny_unet, 1) == {"conv_out.weight", "conv_out.bias"}
     assert changed_by_training(tiny_unet, 4) == set(tiny_unet.state_dict())
 
 
-def test_initialization_of_the_paper_gives_zero_output_and_keeps_variance():
+def test_initialization_of_paper_gives_zero_output_and_keeps_variance():
     network = UNet2DModel(**{**TINY_UNET, "block_out_channels": (32, 64)})
     initialize_like_paper(network)
     assert network(torch.randn(2, 1, 8, 8), 5).sample.abs().max() == 0

@@ -62,7 +62,7 @@ def written(folder):
     return json.loads((folder / "ablation.json").read_text())
 
 
-def test_rows_have_the_options_of_table_2():
+def test_rows_have_options_of_table_2():
     expected = {
         "mean-learned": ("mean", "vlb", "learned"), "mean-fixed": ("mean", "vlb", "fixed_small"),
         "mean-simple": ("mean", "simple", "fixed_small"), "epsilon-learned": ("epsilon", "vlb", "learned"),
@@ -126,7 +126,7 @@ def test_results_with_other_evaluation_options_are_not_reused(finished):
         assert (results is None) == bool(more or others)
 
 
-def test_results_of_few_steps_with_the_small_variance_are_reused(train, tmp_path):
+def test_results_of_few_steps_with_small_variance_are_reused(train, tmp_path):
     chosen = options(tmp_path, "variance_type: fixed_large\n", rows=["epsilon-simple"], seeds=[3])
     ablation(chosen, train)
     config = parse_config(training(chosen, "epsilon-simple", 3))
@@ -155,7 +155,7 @@ def test_interrupted_and_extended_runs_are_resumed(finished, train):
     assert run["fd"]["value"] != before["runs"][0]["fd"]["value"]  # evaluated again with the new weights
 
 
-def test_diverged_rows_have_a_dash(train, tmp_path):
+def test_diverged_rows_have_dash(train, tmp_path):
     fast = "learning_rate: 1e30\nmax_grad_norm: 1e30\n"
     wild = options(tmp_path, fast, rows=["epsilon-simple"], seeds=[0], max_train_steps=4)
     ablation(wild, train)
@@ -165,7 +165,7 @@ def test_diverged_rows_have_a_dash(train, tmp_path):
     ablation(wild, lambda script, arguments: pytest.fail("ran again"))
 
 
-def test_failed_run_stops_the_ablation(tmp_path):
+def test_failed_run_stops_ablation(tmp_path):
     with pytest.raises(OSError, match="mean-fixed-seed3: training failed with exit code 7; see its error above"):
         ablation(options(tmp_path), lambda script, arguments: 7)
     folder = tmp_path / "ablation" / "mean-fixed-seed3"
@@ -197,7 +197,7 @@ def test_invalid_options_are_reported_before_training(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_agreement_counts_pairs_in_the_order_of_the_paper():
+def test_agreement_counts_pairs_in_order_of_paper():
     def entries(values):
         return {name: None if math.isnan(value) else {"mean": value} for name, value in values.items()}
 

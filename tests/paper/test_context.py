@@ -15,7 +15,7 @@ def test_table_aligns_numbers_right():
     assert table(["a", "b", "c"], [["x", 1, 1 / 3], ["y", 10000, 123456.7]]) == expected
 
 
-def test_data_options_default_to_those_of_the_run(trained, model):
+def test_data_options_default_to_those_of_run(trained, model):
     default = FigureOptions(model=str(trained))
     assert default.floor and not FigureOptions(model=str(trained), floor=False).floor
     assert (default.dataset, default.levels, default.image_column) == ("digits", 17, None)
@@ -24,7 +24,7 @@ def test_data_options_default_to_those_of_the_run(trained, model):
     assert FigureOptions(model=model).dataset is None
 
 
-def test_background_defaults_to_that_of_the_run(trained, tmp_path):
+def test_background_defaults_to_that_of_run(trained, tmp_path):
     (tmp_path / "config.yaml").write_text((trained / "config.yaml").read_text() + "\nbackground: blue\n")
     assert FigureOptions(model=str(tmp_path)).background == "blue"
     assert FigureOptions(model=str(tmp_path), background="white").background == "white"
@@ -58,14 +58,14 @@ def test_figure_files_contain_text_results_and_origin(context):
     }
 
 
-def test_output_must_be_a_folder(tmp_path):
+def test_output_must_be_folder(tmp_path):
     (tmp_path / "file").touch()
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="is a file or lies below a file; expected a folder"):
             FigureOptions(model="m", output=str(output))
 
 
-def test_rmse_is_on_the_scale_of_pixels():
+def test_rmse_is_on_scale_of_pixels():
     a, b = torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 2, 2)
     b[0] = 1.0  # half of all pixels differ by 255
     assert rmse(a, b) == pytest.approx(255 / np.sqrt(2))

@@ -17,7 +17,7 @@ def distilled(model, tmp_path_factory):
     return hf_ddpm.distill(model, 5, tmp_path_factory.mktemp("figure") / "distilled", dataset="digits", **few)
 
 
-def test_distances_equal_those_of_an_evaluation(context, distance, distilled):
+def test_distances_equal_those_of_evaluation(context, distance, distilled):
     options = DistillationOptions(num_images=8, distilled=str(distilled), shown=3, steps=[5, T])
     distillation(context, options)
     figures = json.loads((context.folder / "distillation.json").read_text())
@@ -42,7 +42,7 @@ def test_distances_equal_those_of_an_evaluation(context, distance, distilled):
     assert (context.folder / "distillation.png").exists()
 
 
-def test_distilled_must_be_a_folder_with_stages(context, tmp_path):
+def test_distilled_must_be_folder_with_stages(context, tmp_path):
     with pytest.raises(ValueError, match="--distilled nowhere: expected an output folder of hf-ddpm distill"):
         DistillationOptions(distilled="nowhere")
     with pytest.raises(ValueError, match="--distilled .*: expected an output folder .* folders such as 8-steps"):

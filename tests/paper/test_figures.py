@@ -81,7 +81,7 @@ def labels(context, monkeypatch):
     return recorded
 
 
-def test_progressive_ends_with_the_samples_of_the_seed(context, distance, drawn):
+def test_progressive_ends_with_samples_of_seed(context, distance, drawn):
     options = ProgressiveOptions(shown=3, columns=4, frames=7, num_images=5)
     progressive(context, options)
     moments = written(context, "progressive")["moments"]
@@ -135,7 +135,7 @@ def test_distances_without_signal_are_not_plotted(context, drawn):
     assert drawn["progressive_distance.png"]["estimate"][0] == [11, 20]
 
 
-def test_interpolation_uses_the_least_similar_images_and_visible_timesteps(context, labels):
+def test_interpolation_uses_least_similar_images_and_visible_timesteps(context, labels):
     context.pipe.scheduler = DDPMScheduler(num_train_timesteps=80, beta_schedule="squaredcos_cap_v2")
     interpolate(context, InterpolateOptions(weights=[0.5]))
     # sqrt(alpha-bar_t) = cos(pi / 2 (t / T + 0.008) / 1.008): 0.37 at 6/8 of T, 0.19 at 7/8, 0 at T.
@@ -169,7 +169,7 @@ def test_interpolations_end_at_reconstructions(context):
     assert rows[1]["between"] == pytest.approx(255 * (first - second).square().mean().sqrt().item(), rel=1e-3)
 
 
-def test_process_without_visible_timesteps_shows_the_first_eighth(context):
+def test_process_without_visible_timesteps_shows_first_eighth(context):
     context.pipe.scheduler = DDPMScheduler(num_train_timesteps=20, beta_start=0.98, beta_end=0.99)
     assert context.visible([]) == [2]
 
@@ -195,7 +195,7 @@ def test_two_files_are_interpolated(context, tmp_path):
         interpolate(context, InterpolateOptions(**files))
 
 
-def test_images_of_a_shared_latent_are_more_similar_at_smaller_timesteps(gaussian_context):
+def test_images_of_shared_latent_are_more_similar_at_smaller_timesteps(gaussian_context):
     shared_latent(gaussian_context, SharedLatentOptions(latents=20, num_images=5, diffused=[2, 5, 10, 20]))
     moments = written(gaussian_context, "shared-latent")["moments"]
     assert [moment["t"] for moment in moments] == [20, 10, 5, 2]
@@ -203,7 +203,7 @@ def test_images_of_a_shared_latent_are_more_similar_at_smaller_timesteps(gaussia
     assert differences == sorted(differences, reverse=True) and differences[-1] < 0.5 * differences[0]
 
 
-def test_distortion_falls_as_the_rate_rises(gaussian_context, drawn):
+def test_distortion_falls_as_rate_rises(gaussian_context, drawn):
     rate_distortion(gaussian_context, RateDistortionOptions(num_images=20, rows=5))
     figures = written(gaussian_context, "rate-distortion")
     (x, y), (steps, rates), (distortion_steps, distortions) = (
@@ -221,7 +221,7 @@ def test_distortion_falls_as_the_rate_rises(gaussian_context, drawn):
     assert is_monotonic([{"rate_bpd": 2, "distortion": 1}, {"rate_bpd": 1, "distortion": 2}])
 
 
-def test_total_rate_is_the_evaluated_bound_without_the_decoder_term(context, model, tmp_path):
+def test_total_rate_is_evaluated_bound_without_decoder_term(context, model, tmp_path):
     rate_distortion(context, RateDistortionOptions(num_images=3))
     figures = written(context, "rate-distortion")
     arguments = ["--model", model, "--dataset", "digits", "--metrics", "nll", "--num_images", "3"]
@@ -232,7 +232,7 @@ def test_total_rate_is_the_evaluated_bound_without_the_decoder_term(context, mod
     assert figures["total_bpd"] == nll["total_bpd"]
 
 
-def test_lossy_reconstructions_have_the_rate_and_distortion_of_the_bound(gaussian_context):
+def test_lossy_reconstructions_have_rate_and_distortion_of_bound(gaussian_context):
     lossy_reconstruct(gaussian_context, LossyReconstructOptions(num_images=8, diffused=[2, 20]))
     late, early = written(gaussian_context, "lossy-reconstruct")["moments"]
     assert (late["t"], early["t"]) == (20, 2)
@@ -245,7 +245,7 @@ def test_lossy_reconstructions_have_the_rate_and_distortion_of_the_bound(gaussia
     assert early["rmse_of_estimates"] == pytest.approx(bound["distortion"][1], rel=0.2)
 
 
-def test_inpainting_keeps_known_pixels_and_measures_the_pipeline(gaussian_context):
+def test_inpainting_keeps_known_pixels_and_measures_pipeline(gaussian_context):
     short = {"jump_length": 2, "jump_n_sample": 3}
     inpainting(gaussian_context, InpaintingOptions(num_images=2, fills=3, **short))
     measured = {row["mask"]: row for row in written(gaussian_context, "inpainting")["masks"]}
@@ -315,7 +315,7 @@ def test_large_images_are_downscaled_for_comparison():
     assert nearest(points[:1], points)[0].item() == 0
 
 
-def test_network_gets_the_time_with_the_same_signal_to_noise_ratio(context):
+def test_network_gets_time_with_same_signal_to_noise_ratio(context):
     own = context.pipe.scheduler.diffusion.alphas_cumprod
     process = DDPMScheduler.from_config(context.pipe.scheduler.config, beta_schedule="squaredcos_cap_v2")
     other = with_schedule(context.pipe, "squaredcos_cap_v2")
@@ -332,7 +332,7 @@ def test_network_gets_the_time_with_the_same_signal_to_noise_ratio(context):
     np.testing.assert_allclose(times[1].numpy(), np.arange(T), atol=1e-5)
 
 
-def test_own_schedule_has_the_bound_of_the_model(context, drawn):
+def test_own_schedule_has_bound_of_model(context, drawn):
     schedules(context, SchedulesOptions(num_images=2))
     results = written(context, "schedules")["schedules"]
     assert list(results) == ["linear", "squaredcos_cap_v2"]

@@ -18,7 +18,7 @@ def written(context, name="steps"):
     return json.loads((context.folder / f"{name}.json").read_text())
 
 
-def test_distances_equal_those_of_an_evaluation(context, distance):
+def test_distances_equal_those_of_evaluation(context, distance):
     steps(context, OPTIONS)
     figures = written(context)
     rows = {row["sampler"]: {point["steps"]: point for point in row["points"]} for row in figures["rows"]}
@@ -37,7 +37,7 @@ def test_distances_equal_those_of_an_evaluation(context, distance):
     assert rows["ddpm, fixed_small"][T]["value"] == pytest.approx(expected["value"], rel=1e-6)
 
 
-def test_curves_show_the_values_of_the_table(context, monkeypatch):
+def test_curves_show_values_of_table(context, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
         "hf_ddpm.paper.context.save_curves",
@@ -56,7 +56,7 @@ def test_curves_show_the_values_of_the_table(context, monkeypatch):
     assert options["log_x"] and options["log_y"]
 
 
-def test_fewest_steps_have_a_distance_within_a_tenth_of_all_steps(context):
+def test_fewest_steps_have_distance_within_tenth_of_all_steps(context):
     steps(context, OPTIONS)
     figures = written(context)
     full = figures["rows"][0]["points"][-1]["value"]
@@ -84,7 +84,7 @@ def test_files_contain_origin_table_and_picture(context):
     assert "fixed_small" not in "".join(paragraphs(figures["rows"][2:], made))  # without rows of both variances
 
 
-def test_unsupported_numbers_of_steps_have_a_dash_and_the_reason(context):
+def test_unsupported_numbers_of_steps_have_dash_and_reason(context):
     # pndm needs at least 4 steps.
     steps(context, StepsOptions(steps=[2, T], samplers=["dpmsolver++", "pndm"], num_images=4))
     *_, solver, pndm = written(context)["rows"]
@@ -100,7 +100,7 @@ def test_unsupported_numbers_of_steps_have_a_dash_and_the_reason(context):
     assert "- pndm needs 9 more network evaluations than steps" in text
 
 
-def test_default_steps_of_a_short_process_are_all_steps(context):
+def test_default_steps_of_short_process_are_all_steps(context):
     context.pipe.scheduler = DDPMScheduler(num_train_timesteps=10)
     steps(context, StepsOptions(samplers=["ddim"], num_images=4))
     assert "| sampler | 10 | within 10% |" in (context.folder / "steps.md").read_text()

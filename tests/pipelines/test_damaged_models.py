@@ -91,7 +91,7 @@ def test_invalid_values_are_reported_with_file_and_key(saved, file, key, value):
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", "{", "3", '"x"', "\x00", "[" * 100_000])
 @pytest.mark.parametrize("file", CONFIGS)
-def test_files_without_a_configuration_are_reported_in_one_line(saved, file, text):
+def test_files_without_configuration_are_reported_in_one_line(saved, file, text):
     (saved / CONFIGS[file]).write_text(text)
     if text == "{}" and file == "scheduler":
         load_pipeline(str(saved), "cpu")  # valid: all options have their defaults
@@ -99,7 +99,7 @@ def test_files_without_a_configuration_are_reported_in_one_line(saved, file, tex
         assert loading_error(saved)
 
 
-def test_weights_must_match_the_network(saved):
+def test_weights_must_match_network(saved):
     weights = load_file(saved / WEIGHTS)
     few = {name: value for name, value in weights.items() if name != "conv_in.bias"}
     for tensors, line in (
@@ -118,7 +118,7 @@ def test_weights_must_match_the_network(saved):
     assert "class_embedding.weight" in loading_error(saved)
 
 
-def test_class_names_must_match_the_network(saved):
+def test_class_names_must_match_network(saved):
     path = saved / CONFIGS["index"]
     path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": {"0": "a"}}))
     expected = "id2label in model_index.json has 1 classes, but unet/config.json has num_class_embeds=3"

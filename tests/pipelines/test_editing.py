@@ -30,7 +30,7 @@ def seeded(seed=0):
 
 
 def gain(t):
-    """Returns G in E[x_0 | x_t] = G x_t."""
+    """Return G in E[x_0 | x_t] = G x_t."""
     return np.sqrt(BARS[t]) * COVARIANCE @ np.linalg.inv(BARS[t] * COVARIANCE + (1 - BARS[t]) * np.eye(4))
 
 
@@ -52,13 +52,13 @@ def gaussian_pipeline():
 
 
 def conditional():
-    """Returns mean and covariance of the unknown pixels given the known ones."""
+    """Return mean and covariance of the unknown pixels given the known ones."""
     regression = COVARIANCE[np.ix_(~KNOWN, KNOWN)] @ np.linalg.inv(COVARIANCE[np.ix_(KNOWN, KNOWN)])
     return regression @ X_0[KNOWN], COVARIANCE[BOTH] - regression @ COVARIANCE[np.ix_(KNOWN, ~KNOWN)]
 
 
 def repainted(jump_length, jump_n_sample, steps=tuple(range(T))):
-    """Returns mean and covariance of the unknown pixels by Algorithm 1 of RePaint, whose steps are linear here."""
+    """Return mean and covariance of the unknown pixels by Algorithm 1 of RePaint, whose steps are linear here."""
     mean, cov, bars = np.zeros(4), np.eye(4), BARS[list(steps)]
     jumps = {s: jump_n_sample - 1 for s in range(0, len(bars) - jump_length, jump_length)}
     i = len(bars) - 1
@@ -80,7 +80,7 @@ def repainted(jump_length, jump_n_sample, steps=tuple(range(T))):
 
 
 def filled_moments(pipe, jump_length, jump_n_sample, num_inference_steps=T):
-    """Returns mean and covariance of the filled pixels over N results of `inpaint`."""
+    """Return mean and covariance of the filled pixels over N results of `inpaint`."""
     images = torch.tensor(X_0, dtype=torch.float32).view(1, 1, 2, 2).expand(N, -1, -1, -1)
     mask = torch.tensor(~KNOWN).view(2, 2)
     options = {"jump_length": jump_length, "jump_n_sample": jump_n_sample, "output_type": "pt"}
@@ -91,7 +91,7 @@ def filled_moments(pipe, jump_length, jump_n_sample, num_inference_steps=T):
 
 
 def assert_moments(actual, expected, mean_bias=0.0, cov_bias=0.0):
-    """Compares within five standard errors plus a bias: of means in standard deviations, of covariances relative."""
+    """Compare within five standard errors plus a bias: of means in standard deviations, of covariances relative."""
     (mean, cov), (true_mean, true_cov) = actual, expected
     variances = np.diag(true_cov)
     errors = np.sqrt((np.outer(variances, variances) + true_cov**2) / N)  # standard errors of the covariances
@@ -100,13 +100,13 @@ def assert_moments(actual, expected, mean_bias=0.0, cov_bias=0.0):
 
 
 @pytest.mark.parametrize(("jump_length", "jump_n_sample"), [(1, 1), (1, 3), (4, 3), (2, 20)])
-def test_filled_pixels_have_the_moments_of_algorithm_1(gaussian_pipeline, jump_length, jump_n_sample):
+def test_filled_pixels_have_moments_of_algorithm_1(gaussian_pipeline, jump_length, jump_n_sample):
     moments = filled_moments(gaussian_pipeline, jump_length, jump_n_sample)
     assert_moments(moments, repainted(jump_length, jump_n_sample))
 
 
 @pytest.mark.parametrize(("jump_length", "jump_n_sample"), [(1, 1), (1, 3), (2, 5)])
-def test_filled_pixels_in_fewer_steps_have_the_moments_of_algorithm_1(gaussian_pipeline, jump_length, jump_n_sample):
+def test_filled_pixels_in_fewer_steps_have_moments_of_algorithm_1(gaussian_pipeline, jump_length, jump_n_sample):
     # Each of the 10 steps changes the noise-to-signal ratio by 2.2, so a wrong timestep would change the moments.
     gaussian_pipeline.scheduler = DDPMScheduler.from_config(
         gaussian_pipeline.scheduler.config, timestep_spacing="trailing"
@@ -115,7 +115,7 @@ def test_filled_pixels_in_fewer_steps_have_the_moments_of_algorithm_1(gaussian_p
     assert_moments(moments, repainted(jump_length, jump_n_sample, range(5, T, 6)))
 
 
-def test_filled_pixels_follow_the_data_given_the_known_pixels(gaussian_pipeline):
+def test_filled_pixels_follow_data_given_known_pixels(gaussian_pipeline):
     # The next test shows that the bias after 20 passes is below 0.08 standard deviations and 12 percent.
     assert_moments(filled_moments(gaussian_pipeline, 2, 20), conditional(), mean_bias=0.08, cov_bias=0.12)
 
@@ -135,7 +135,7 @@ def test_bias_of_algorithm_1_shrinks_with_more_passes():
 
 
 def published(num_steps, jump_length, jump_n_sample):
-    """Returns the visited times as in the pseudo-code of the paper's appendix."""
+    """Return the visited times as in the pseudo-code of the paper's appendix."""
     jumps = {j: jump_n_sample - 1 for j in range(0, num_steps - jump_length, jump_length)}
     t, times = num_steps, []
     while t >= 1:
@@ -150,7 +150,7 @@ def published(num_steps, jump_length, jump_n_sample):
 
 
 @pytest.mark.parametrize("arguments", [(250, 10, 10), (60, 1, 3), (61, 7, 2), (10, 9, 4), (10, 10, 4), (1, 1, 9)])
-def test_resampled_states_are_those_of_the_paper(arguments):
+def test_resampled_states_are_those_of_paper(arguments):
     times = published(*arguments)
     # The network is evaluated if the next time is smaller.
     assert resampled(*arguments) == [t for t, after in zip(times[:-1], times[1:], strict=True) if after < t]
@@ -192,7 +192,7 @@ def test_known_pixels_do_not_change(short_pipeline, images, masks):
     assert (output != pixels)[masks[:, 0]].float().mean() > 0.9
 
 
-def test_images_with_their_own_generators_do_not_depend_on_the_batch(short_pipeline, images, masks):
+def test_images_with_their_own_generators_do_not_depend_on_batch(short_pipeline, images, masks):
     batch = short_pipeline.inpaint(images, masks, [seeded(i) for i in range(4)], **FEW).images
     for i in range(4):
         single = short_pipeline.inpaint(images[i], masks[i], [seeded(i)], **FEW, return_dict=False)[0]
@@ -212,7 +212,7 @@ def test_full_masks_sample_and_empty_masks_evaluate_nothing(short_pipeline, imag
     assert torch.equal(unchanged, to_unit(images)) and len(timesteps) == 12
 
 
-def test_steps_and_jumps_use_the_timesteps_of_the_scheduler(short_pipeline, images, masks):
+def test_steps_and_jumps_use_timesteps_of_scheduler(short_pipeline, images, masks):
     timesteps = []
     short_pipeline.unet.register_forward_pre_hook(lambda module, args: timesteps.append(int(args[1])))
     short_pipeline.inpaint(images[2], masks[2], seeded(), 4, jump_length=1, jump_n_sample=2)
@@ -222,7 +222,7 @@ def test_steps_and_jumps_use_the_timesteps_of_the_scheduler(short_pipeline, imag
     assert short_pipeline.num_timesteps == 7
 
 
-def test_callbacks_get_the_known_pixels_and_may_replace_latents(short_pipeline, images, masks):
+def test_callbacks_get_known_pixels_and_may_replace_latents(short_pipeline, images, masks):
     calls = []
 
     def record(pipe, i, t, tensors):
@@ -334,7 +334,7 @@ def test_variations_are_reconstructions(short_pipeline, images):
         assert torch.equal(varied, short_pipeline.reconstruct(images, t, seeded(), "pt"))
 
 
-def test_inversion_follows_the_flow_of_gaussian_data(gaussian_pipeline):
+def test_inversion_follows_flow_of_gaussian_data(gaussian_pipeline):
     # In each eigenvector direction of the covariance, a DDIM step multiplies by a factor; inversion divides by all.
     values, directions = np.linalg.eigh(COVARIANCE)
     scales = np.ones(4)

@@ -39,7 +39,7 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_pipelines_of_diffusers_load_and_save_to_the_same_files(stock_folder, tmp_path):
+def test_pipelines_of_diffusers_load_and_save_to_same_files(stock_folder, tmp_path):
     pipe = DDPMPipeline.from_pretrained(stock_folder)
     assert is_ours(pipe)
     np.testing.assert_allclose(
@@ -136,7 +136,7 @@ def test_dtypes_load_and_save(stock_folder, tmp_path, dtype):
     )
 
 
-def test_damaged_safetensors_are_never_replaced_by_a_pickle(stock_folder):
+def test_damaged_safetensors_are_never_replaced_by_pickle(stock_folder):
     torch.save({"code": print}, stock_folder / "unet" / "diffusion_pytorch_model.bin")
     weights = stock_folder / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:1000])

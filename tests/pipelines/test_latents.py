@@ -40,7 +40,7 @@ def optimal_pipeline():
 
 
 def decoded_moments(t):
-    """Returns m and v in x_0 ~ N(m x_t, v), from the steps x_{s-1} = c1 E[x_0 | x_s] + c2 x_s + sqrt(beta_s) z."""
+    """Return m and v in x_0 ~ N(m x_t, v), from the steps x_{s-1} = c1 E[x_0 | x_s] + c2 x_s + sqrt(beta_s) z."""
     gain, variance = 1.0, 0.0
     for s in range(t, 0, -1):
         c1 = np.sqrt(BARS[s - 1]) * BETAS[s] / (1 - BARS[s])
@@ -62,7 +62,7 @@ def images():
     return torch.rand(16, 1, 8, 8, generator=seeded(9)) * 2 - 1
 
 
-def test_reconstruction_error_grows_with_the_timestep(tiny_pipeline, images):
+def test_reconstruction_error_grows_with_timestep(tiny_pipeline, images):
     # At t = 0 only the noise of the first step is removed; at the last timestep nothing of the image is left.
     errors = [
         (2 * tiny_pipeline.reconstruct(images, t, seeded(), "pt") - 1 - images).square().mean().item()
@@ -94,14 +94,14 @@ def test_decode_takes_at_most_all_steps_up_to_t(short_pipeline, count):
         short_pipeline.decode(torch.zeros(1, 1, 8, 8), 9, num_inference_steps=count)
 
 
-def test_encodings_have_the_moments_of_the_forward_process(short_pipeline):
+def test_encodings_have_moments_of_forward_process(short_pipeline):
     x_t = short_pipeline.encode(torch.full((500, 1, 8, 8), 0.5), 20, seeded())
     assert x_t.mean().item() == pytest.approx(0.5 * np.sqrt(BARS[20]), abs=0.02)
     assert x_t.var().item() == pytest.approx(1 - BARS[20], rel=0.03)
 
 
 @pytest.mark.parametrize("t", [0, 5, 20, T - 1])
-def test_images_of_a_latent_have_the_exact_distribution(optimal_pipeline, t):
+def test_images_of_latent_have_exact_distribution(optimal_pipeline, t):
     latents = torch.randn(2, 1, 8, 8, generator=seeded(1)) * DEVIATION
     images = optimal_pipeline.share_latent(t, 400, seeded(), "pt", latents)
     gain, variance = decoded_moments(t)
@@ -110,7 +110,7 @@ def test_images_of_a_latent_have_the_exact_distribution(optimal_pipeline, t):
     assert x_0.var(1).mean().item() == pytest.approx(variance, rel=0.05, abs=1e-9)
 
 
-def test_decoded_moments_have_the_expected_limits():
+def test_decoded_moments_have_expected_limits():
     # x_T contains nothing of the image, so decoded images have about the variance of the data (steps are coarse); at
     # t = 0 the image is determined.
     variances = [decoded_moments(t)[1] for t in range(T)]
@@ -118,7 +118,7 @@ def test_decoded_moments_have_the_expected_limits():
     assert variances[0] == 0 and 0.5 * DEVIATION**2 < variances[-1] < 1.5 * DEVIATION**2
 
 
-def test_trace_equals_the_latents_of_a_call(short_pipeline):
+def test_trace_equals_latents_of_call(short_pipeline):
     results = {}
     expected = short_pipeline(
         2, seeded(), T, output_type="pt",
@@ -130,7 +130,7 @@ def test_trace_equals_the_latents_of_a_call(short_pipeline):
     assert torch.equal(latents[13], results[14]) and torch.equal(latents[0], results[1])
 
 
-def test_share_latent_draws_a_latent_by_trace(short_pipeline):
+def test_share_latent_draws_latent_by_trace(short_pipeline):
     source = seeded()
     latent = short_pipeline.trace([20], 1, source).latents[20]
     expected = short_pipeline.decode(latent.expand(3, -1, -1, -1), 20, source, "pt")
@@ -154,12 +154,12 @@ def test_interpolation_decodes_mixed_latents(short_pipeline, images):
     assert (between[0] - between[2]).abs().max() > 0.1
 
 
-def test_all_weights_use_the_same_noise(short_pipeline, images):
+def test_all_weights_use_same_noise(short_pipeline, images):
     first, second = short_pipeline.interpolate(images[0], images[1], 40, [0.5, 0.5], seeded(), "pt")
     torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
 
 
-def test_results_depend_only_on_the_generator(short_pipeline, images):
+def test_results_depend_only_on_generator(short_pipeline, images):
     def methods():
         yield lambda source: short_pipeline.encode(images, 20, source)
         yield lambda source: short_pipeline.reconstruct(images, 20, source, "pt")
@@ -179,7 +179,7 @@ def test_results_depend_only_on_the_generator(short_pipeline, images):
         assert torch.equal(unseeded, run(None))
 
 
-def test_first_frame_is_the_estimate_from_noise_and_last_frame_the_image(optimal_pipeline):
+def test_first_frame_is_estimate_from_noise_and_last_frame_image(optimal_pipeline):
     frames, timesteps = optimal_pipeline.progressive(3, seeded(), T, 5, "pt")
     assert timesteps == [49, 37, 25, 12, 0]
     x_T = torch.randn(3, 1, 8, 8, generator=seeded())
@@ -224,7 +224,7 @@ def test_images_may_be_pil_images_arrays_or_tensors(images):
         torch.testing.assert_close(pipe.encode(variant, 100, seeded()), expected)
 
 
-def test_network_gets_the_classes(images):
+def test_network_gets_classes(images):
     calls = []
 
     class RecordingUNet(UNet2DModel):

@@ -25,7 +25,7 @@ def test_images_equal_those_of_diffusers(tiny_pipeline, tmp_path, steps, toleran
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
-def test_output_types_contain_the_same_image(tiny_pipeline):
+def test_output_types_contain_same_image(tiny_pipeline):
     def sample(output_type):
         return tiny_pipeline(2, generator=seeded(), num_inference_steps=5, output_type=output_type).images
 
@@ -40,7 +40,7 @@ def test_output_types_contain_the_same_image(tiny_pipeline):
     np.testing.assert_array_equal(frames.images[-1], numpy)
 
 
-def test_images_with_their_own_generators_do_not_depend_on_the_batch(tiny_pipeline):
+def test_images_with_their_own_generators_do_not_depend_on_batch(tiny_pipeline):
     def sample(seeds):
         generators = [seeded(seed) for seed in seeds]
         return tiny_pipeline(len(seeds), generator=generators, num_inference_steps=5, output_type="pt").images
@@ -50,7 +50,7 @@ def test_images_with_their_own_generators_do_not_depend_on_the_batch(tiny_pipeli
     assert not torch.equal(batch[0], batch[1])
 
 
-def test_sampling_uses_eval_mode_and_restores_the_mode(tiny_pipeline):
+def test_sampling_uses_eval_mode_and_restores_mode(tiny_pipeline):
     images = []
     for training in (False, True):
         tiny_pipeline.unet.train(training)
@@ -59,7 +59,7 @@ def test_sampling_uses_eval_mode_and_restores_the_mode(tiny_pipeline):
     torch.testing.assert_close(*images, rtol=0, atol=0)
 
 
-def test_rejected_call_restores_the_mode(tiny_pipeline):
+def test_rejected_call_restores_mode(tiny_pipeline):
     tiny_pipeline.unet.train()
     with pytest.raises(ValueError):
         tiny_pipeline(num_inference_steps=5000)
@@ -83,7 +83,7 @@ def test_numbers_of_channels_and_rectangular_images(channels, mode):
     assert image.mode == mode and image.size == (12, 8)
 
 
-def test_images_depend_on_the_classes():
+def test_images_depend_on_classes():
     pipe = DDPMPipeline(UNet2DModel(**TINY_UNET, num_class_embeds=3), DDPMScheduler())
     pipe.set_progress_bar_config(disable=True)
 
@@ -157,7 +157,7 @@ def test_larger_images_start_at_larger_timesteps(tiny_unet):
     assert first == [950, 999, 980]
 
 
-def test_process_that_does_not_end_in_noise_causes_a_warning(tiny_unet, monkeypatch):
+def test_process_that_does_not_end_in_noise_causes_warning(tiny_unet, monkeypatch):
     warnings = []
     monkeypatch.setattr(hf_ddpm.pipelines.pipeline_ddpm.logger, "warning", warnings.append)
     for options in ({"num_train_timesteps": 50}, {"num_train_timesteps": 50, "beta_start": 2e-3, "beta_end": 0.4}):
@@ -179,7 +179,7 @@ def test_process_that_does_not_end_in_noise_causes_a_warning(tiny_unet, monkeypa
         (lambda pipe: pipe.unet.conv_out.bias.data.fill_(3e38), "out of range"),
     ],
 )
-def test_values_that_are_not_finite_raise_an_error(tiny_pipeline, spoil, reason):
+def test_values_that_are_not_finite_raise_error(tiny_pipeline, spoil, reason):
     # Clipping would turn infinite predictions into black or white images.
     spoil(tiny_pipeline)
     hook = tiny_pipeline.unet.register_forward_hook(lambda module, inputs, output: (output.sample.mul_(2), output)[1])
@@ -188,7 +188,7 @@ def test_values_that_are_not_finite_raise_an_error(tiny_pipeline, spoil, reason)
     hook.remove()
 
 
-def test_error_names_the_step_whose_values_are_not_finite(tiny_pipeline):
+def test_error_names_step_whose_values_are_not_finite(tiny_pipeline):
     def spoil(pipe, i, t, tensors):
         return {"latents": tensors["latents"] * float("inf")} if i == 1 else {}
 
@@ -242,7 +242,7 @@ def test_eta_is_passed_to_ddim(tiny_pipeline):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
-def test_sampling_starts_from_the_given_latents(tiny_pipeline):
+def test_sampling_starts_from_given_latents(tiny_pipeline):
     x_T = torch.randn(2, 1, 8, 8, generator=seeded(5))
     sample = [tiny_pipeline(2, seeded(), 4, output_type="pt", latents=x_T).images for _ in range(2)]
     torch.testing.assert_close(*sample, rtol=0, atol=0)
@@ -263,7 +263,7 @@ class GaussianUNet(UNet2DModel):
 
 
 def sampled(scheduler, steps=50):
-    """Returns the samples of a pipeline, not clipped."""
+    """Return the samples of a pipeline, not clipped."""
     pipe, latents = DDPMPipeline(GaussianUNet(**{**TINY_UNET, "sample_size": 32}), scheduler), []
     pipe.set_progress_bar_config(disable=True)
     pipe(8, seeded(), steps, callback_on_step_end=lambda pipe, i, t, tensors: latents.append(tensors["latents"]))
@@ -277,7 +277,7 @@ def sampled(scheduler, steps=50):
         *(("DDIM", 200), ("EulerDiscrete", 200), ("EulerAncestralDiscrete", 200), ("DDPM", 200)),  # first order
     ],
 )
-def test_schedulers_of_diffusers_sample_the_data_of_an_optimal_network(name, steps):
+def test_schedulers_of_diffusers_sample_data_of_optimal_network(name, steps):
     # For 8192 pixels the standard error of the mean is 0.003, that of the standard deviation 0.8%. With so few steps
     # the standard deviation is a few percent too small.
     config = DDPMScheduler(clip_sample=False).config
@@ -321,7 +321,7 @@ def test_invalid_arguments_are_rejected(tiny_pipeline):
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_guidance_extrapolates_the_conditional_prediction(scale):
+def test_guidance_extrapolates_conditional_prediction(scale):
     # The network predicts c / 100 for class c, and 0.5 for "no class", which is index 11.
     class ConstantUNet(UNet2DModel):
         def forward(self, sample, timestep, class_labels=None, return_dict=True):
@@ -344,7 +344,7 @@ def test_guidance_extrapolates_the_conditional_prediction(scale):
     assert torch.equal(images, pipe(3, seeded(), 2, output_type="pt", class_labels=[11] * 3).images)
 
 
-def test_compiled_network_is_a_single_graph_for_all_steps(tiny_pipeline):
+def test_compiled_network_is_single_graph_for_all_steps(tiny_pipeline):
     graphs = []
 
     def compiler(graph, inputs):

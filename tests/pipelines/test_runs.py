@@ -31,7 +31,7 @@ def without_export(folder):
 
 
 def alter(checkpoint, **entries):
-    """Changes entries of a checkpoint's state, removes those that are None, and updates the manifest."""
+    """Change entries of a checkpoint's state, remove entries that are None, and update the manifest."""
     path, manifest = checkpoint / "state.json", json.loads((checkpoint / "manifest.json").read_text())
     state = {name: value for name, value in (json.loads(path.read_text()) | entries).items() if value is not None}
     path.write_text(json.dumps(state))
@@ -44,13 +44,13 @@ def assert_is(pipe, checkpoint, average="ema-0.995"):
     assert weights.keys() == stored.keys() and all(torch.equal(weights[name], stored[name]) for name in stored)
 
 
-def test_checkpoint_loads_as_the_exported_model(run):
+def test_checkpoint_loads_as_exported_model(run):
     pipe = load_pipeline(str(run / "checkpoints" / "step-000000004"), "cpu")
     assert model_checksum(pipe) == model_checksum(load_pipeline(str(run), "cpu"))
     assert_is(load_pipeline(str(run / "checkpoints" / "step-000000002"), "cpu"), run / "checkpoints/step-000000002")
 
 
-def test_run_without_an_export_loads_its_newest_intact_checkpoint(copied):
+def test_run_without_export_loads_its_newest_intact_checkpoint(copied):
     without_export(copied)
     assert_is(DDPMPipeline.from_pretrained(copied), copied / "checkpoints" / "step-000000004")
     damaged = copied / "checkpoints" / "step-000000004" / "optimizer.safetensors"
@@ -61,7 +61,7 @@ def test_run_without_an_export_loads_its_newest_intact_checkpoint(copied):
         load_pipeline(str(copied), "cpu")
 
 
-def test_later_checkpoint_is_preferred_to_the_export(copied, monkeypatch):
+def test_later_checkpoint_is_preferred_to_export(copied, monkeypatch):
     shutil.rmtree(copied / "checkpoints" / "step-000000004")
     assert DDPMPipeline.from_pretrained(copied).name_or_path == copied  # the export of step 4; the checkpoint is older
     record = json.loads((copied / "export.json").read_text())

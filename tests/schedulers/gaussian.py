@@ -28,7 +28,7 @@ With few steps, the first step of the cosine schedule is too long for first-orde
 "refused": the pipeline raises an error, because the sampler would give wrong images with this setting. Nothing is
 clipped here, since the data have no range. With the cosine schedule, x_T contains no signal at all; samplers of
 diffusers that do not clip are therefore refused unless they start at a smaller timestep. `find_scheduler` and
-`--scheduler` return solvers that clip. Names without `hf_ddpm` are schedulers of diffusers."""
+`--scheduler` return solvers that clip. Names without `hf_ddpm` are diffusers schedulers."""
 
 STD = 0.5
 STOCK = [
@@ -48,7 +48,7 @@ COUNTS = (7, 10, 50, 150, 334, 1000)
 
 
 def sampled_std(scheduler, pixels=1024, images=400):
-    """Returns the standard deviation of the brightness of samples from the optimal network, after `set_timesteps`."""
+    """Return the standard deviation of the brightness of samples from the optimal network, after `set_timesteps`."""
     log_bars = torch.log(torch.cumprod(1 - scheduler.betas.double(), 0))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(images, pixels, generator=generator) * scheduler.init_noise_sigma
@@ -65,7 +65,7 @@ def sampled_std(scheduler, pixels=1024, images=400):
 
 
 def prepared(name, spacing, count, schedule="linear"):
-    """Returns a sampler after `set_timesteps`; raises the same `ValueError` as a pipeline."""
+    """Return a sampler after `set_timesteps`; raise the same `ValueError` as a pipeline."""
     kind, options = SAMPLERS[name]
     config = DDPMScheduler(clip_sample=False, beta_schedule=schedule).config
     scheduler = kind.from_config(config, timestep_spacing=spacing, **options)

@@ -18,7 +18,7 @@ def walk(scheduler, x, network, **options):
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("count", [7, 10, 20, 150, 334, 501, 600, T])
-def test_steps_lead_from_each_timestep_to_the_next(spacing, count):
+def test_steps_lead_from_each_timestep_to_next(spacing, count):
     # Song et al. 2021, Eq. 12, at the timesteps of the network; data N(0, 1/4) and the optimal network for them.
     scheduler = DDIMScheduler(timestep_spacing=spacing, clip_sample=False)
     scheduler.set_timesteps(count)
@@ -51,7 +51,7 @@ def test_eta_1_is_ddpm(count, clip_sample, kind):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-def test_marginals_are_those_of_the_process_for_every_eta(eta):
+def test_marginals_are_those_of_process_for_every_eta(eta):
     # A step with the true noise must lead from x_t to x_after of the same image (Song et al. 2021, Lemma 1).
     scheduler = DDIMScheduler(timestep_spacing="trailing")
     scheduler.set_timesteps(20)
@@ -67,7 +67,7 @@ def test_marginals_are_those_of_the_process_for_every_eta(eta):
         assert x_after.std().item() == pytest.approx((1 - b) ** 0.5, rel=0.01)
 
 
-def test_noise_is_computed_from_the_clipped_image():
+def test_noise_is_computed_from_clipped_image():
     # The network predicts zero noise for an x_t out of the range of images. The next sample must combine the clipped
     # image and the noise that leads from it to x_t; diffusers would use the predicted noise, zero.
     scheduler = DDIMScheduler(timestep_spacing="trailing")

@@ -107,7 +107,7 @@ def test_last_step_adds_no_noise():
     ],
     ids=lambda config: "-".join(config),
 )
-def test_options_have_the_same_meaning_as_in_diffusers(config):
+def test_options_have_same_meaning_as_in_diffusers(config):
     ours, theirs = both(**config)
     ours.set_timesteps(50)
     theirs.set_timesteps(50)
@@ -146,14 +146,14 @@ def test_timesteps_start_from_noise_and_equal_those_of_diffusers_if_possible(spa
     assert equal > (50 if spacing == "leading" else 800)
 
 
-def test_offset_beyond_the_last_timestep_is_ignored():
+def test_offset_beyond_last_timestep_is_ignored():
     scheduler = DDPMScheduler(steps_offset=1)
     scheduler.set_timesteps(T)
     assert scheduler.timesteps.tolist() == list(range(T - 1, -1, -1))
 
 
 @pytest.mark.parametrize("name", ["Heun", "KDPM2", "LMS", "Euler"])
-def test_from_config_of_other_schedulers_keeps_the_betas(name):
+def test_from_config_of_other_schedulers_keeps_betas(name):
     # from_config drops values recorded as defaults: Heun's own default betas, 0.00085 to 0.012, would replace them.
     kind = getattr(diffusers, f"{name}DiscreteScheduler")
     ours = DDPMScheduler()
@@ -162,7 +162,7 @@ def test_from_config_of_other_schedulers_keeps_the_betas(name):
 
 
 @pytest.mark.parametrize("clip_sample", [True, False])
-def test_predicted_mean_is_the_mean(clip_sample):
+def test_predicted_mean_is_mean(clip_sample):
     # As in the paper's code, clipping changes only the returned estimate of the image, here with values up to 30.
     scheduler = DDPMScheduler(prediction_type="mean", clip_sample=clip_sample)
     x_t, mean = inputs()
@@ -177,7 +177,7 @@ def test_predicted_mean_is_the_mean(clip_sample):
 
 
 def exact_log_var(ab, before, variance):
-    """Returns the log-variance of the optimal Gaussian reverse step for pixels from N(0, variance)."""
+    """Return the log-variance of the optimal Gaussian reverse step for pixels from N(0, variance)."""
     beta, pixel_var = 1 - ab / before, variance * (1 - ab) / (ab * variance + 1 - ab)
     return np.log(beta * (1 - before) / (1 - ab) + before * beta**2 / (1 - ab) ** 2 * pixel_var)
 
@@ -316,7 +316,7 @@ def test_configuration_equals_that_of_diffusers(tmp_path):
     assert (tmp_path / "ours" / file).read_text() == (tmp_path / "theirs" / file).read_text()
 
 
-def test_invalid_values_are_rejected_with_the_expected_ones():
+def test_invalid_values_are_rejected_with_expected_ones():
     for name in ("variance_type", "prediction_type", "timestep_spacing", "beta_schedule"):
         with pytest.raises(ValueError, match=f"{name}='nonsense': expected one of "):
             DDPMScheduler(**{name: "nonsense"})
@@ -339,7 +339,7 @@ def test_invalid_values_are_rejected_with_the_expected_ones():
 
 
 @pytest.mark.parametrize("total", [1, 2, 100])
-def test_process_of_any_length_ends_at_the_image(total):
+def test_process_of_any_length_ends_at_image(total):
     scheduler, (x_start, noise) = DDPMScheduler(num_train_timesteps=total, clip_sample=False), inputs()
     scheduler.set_timesteps(total)
     x_t = scheduler.add_noise(x_start, noise, scheduler.timesteps[:1])
@@ -363,7 +363,7 @@ def test_sampling_may_start_at_any_timestep():
 
 
 @pytest.mark.parametrize("steps", [{}, {"num_inference_steps": 10}, {"timesteps": [900, 500, 3]}], ids=str)
-def test_previous_timesteps_have_the_same_type_as_in_diffusers(steps):
+def test_previous_timesteps_have_same_type_as_in_diffusers(steps):
     schedulers = both()
     for scheduler in schedulers if steps else []:
         scheduler.set_timesteps(**steps)

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers on Gaussian data with a known optimal network: correct, or rejected."""
+"""diffusers schedulers on Gaussian data with a known optimal network: correct, or rejected."""
 
 import diffusers
 import pytest
@@ -14,7 +14,7 @@ REJECTED = ("IPNDM", "EDMEuler", "FlowMatchEulerDiscrete")
 @pytest.mark.slow
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_brightness_is_that_of_the_data_or_the_setting_is_rejected(name, spacing):
+def test_brightness_is_that_of_data_or_setting_is_rejected(name, spacing):
     # With 20 steps the error depends on the order of the sampler; with 50 steps all errors are small.
     accepted = 0
     for count in (20, 50, 100, 150, 334, 501, 1000):
@@ -45,7 +45,7 @@ def test_brightness_is_that_of_the_data_or_the_setting_is_rejected(name, spacing
         ("SASolver", "trailing", 10, "expected at least 20"),
     ],
 )
-def test_wrong_settings_are_rejected_with_a_remedy(name, spacing, count, reason):
+def test_wrong_settings_are_rejected_with_remedy(name, spacing, count, reason):
     kind = getattr(diffusers, f"{name}Scheduler")
     scheduler = kind.from_config(DDPMScheduler().config, timestep_spacing=spacing)
     scheduler.set_timesteps(count)
@@ -86,7 +86,7 @@ def test_latents_may_start_anywhere():
     check_stock(scheduler, 501, from_noise=False)
 
 
-def test_noise_of_the_last_step_is_rejected():
+def test_noise_of_last_step_is_rejected():
     scheduler = diffusers.DDPMScheduler(variance_type="fixed_large", timestep_spacing="trailing")
     scheduler.set_timesteps(50)
     with pytest.raises(ValueError, match="noise of the last step stays in the images"):
@@ -97,7 +97,7 @@ def test_noise_of_the_last_step_is_rejected():
 
 @pytest.mark.parametrize("predicted", ["epsilon", "sample", "v_prediction", "mean"])
 @pytest.mark.parametrize("name", sorted(set(SUPPORTED_SCHEDULERS) - {"DPMSolverSDEScheduler"}))  # which needs torchsde
-def test_unsupported_predictions_are_rejected_before_the_first_step(name, predicted):
+def test_unsupported_predictions_are_rejected_before_first_step(name, predicted):
     own = DDPMScheduler(prediction_type=predicted, timestep_spacing="trailing")
     scheduler = getattr(diffusers, name).from_config(own.config)
     scheduler.set_timesteps(25)

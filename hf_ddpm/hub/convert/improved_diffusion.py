@@ -6,7 +6,7 @@ Not supported by our U-Net, and refused with an error:
 - resampling residual blocks without attention at every resolution (`resblock_updown`),
 - resampling without a convolution (`conv_resample=False`),
 - 3x3 convolutions in the skip connections (`use_conv=True`),
-- different channels in the first resolution and the input of the time embedding (`channel_mult[0]` other than 1),
+- different channels in the first resolution and the input of the timestep embedding (`channel_mult[0]` other than 1),
 - super-resolution networks.
 """
 

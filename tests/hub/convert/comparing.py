@@ -11,13 +11,13 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 def assert_close(actual, expected):
-    """Asserts that outputs are equal up to 1e-5 times their standard deviation."""
+    """Assert that outputs are equal up to 1e-5 times their standard deviation."""
     assert actual.shape == expected.shape
     np.testing.assert_allclose(actual / np.std(expected), expected / np.std(expected), rtol=0, atol=1e-5)
 
 
 def outputs(folder, x, t, labels=None):
-    """Returns the output of our network loaded from a folder, after comparing it with the output of diffusers."""
+    """Return the output of our network loaded from a folder, after comparing it with the output of diffusers."""
     ours = DDPMPipeline.from_pretrained(folder).unet
     stock = diffusers.DDPMPipeline.from_pretrained(folder).unet
     assert type(ours) is UNet2DModel and type(stock) is diffusers.UNet2DModel
@@ -35,7 +35,7 @@ STEPS = torch.tensor([3, 871])
 
 
 def make_old(folder, change=lambda old: old):
-    """Converts a repository to the format of google/ddpm-cifar10-32: flat, a pickle, old names of attention layers."""
+    """Convert a repository to the format of google/ddpm-cifar10-32: flat, a pickle, old names of attention layers."""
     old = {}
     for key, value in load_file(folder / WEIGHTS).items():
         for new, former in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():

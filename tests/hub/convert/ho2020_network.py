@@ -92,7 +92,7 @@ class HoNetwork:
         return self.conv("model/conv_out", swish(self.normalize("model/norm_out", h)), self.out_ch)
 
     def ported(self):
-        """Returns the weights with the names and layout of the PyTorch port (pesser)."""
+        """Return the weights with the names and layout of the PyTorch port (pesser)."""
         state = {}
         for name, value in self.variables.items():
             kind = self.kinds[name]

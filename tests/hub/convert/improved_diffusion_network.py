@@ -1,7 +1,7 @@
 """Reference implementation of the network of openai/improved-diffusion and guided-diffusion, with its parameter names.
 
-It computes in float64, except for the time embedding: the original networks were trained with float32 sinusoids, which
-differ from float64 ones at late steps.
+It computes in float64, except for the timestep embedding: the original networks were trained with float32 sinusoids,
+which differ from float64 sinusoids at late steps.
 """
 
 import math

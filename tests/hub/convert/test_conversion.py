@@ -128,7 +128,7 @@ def test_dry_run_lists_all_names_and_writes_nothing(convert, tensorflow_file, tm
     assert files(tmp_path) == before
 
 
-def test_conversion_prints_a_summary(convert, ported_file, tmp_path, capsys):
+def test_conversion_prints_summary(convert, ported_file, tmp_path, capsys):
     convert("ho2020", ported_file, tmp_path / "out")
     state = torch.load(ported_file, weights_only=True)
     count = sum(value.numel() for value in state.values())
@@ -179,7 +179,7 @@ def test_kill_or_error_leaves_no_partial_output(convert, ported_file, tmp_path, 
     assert not list((tmp_path / "out").rglob("stray*"))
 
 
-def test_script_prints_the_error_and_exits_with_code_2(convert, tmp_path, capsys, monkeypatch):
+def test_script_prints_error_and_exits_with_code_2(convert, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["convert.py", "--from", "stock", "--input", "x", "--output", str(tmp_path), "--num_heads", "2"]
     )

@@ -49,7 +49,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize(("mult", "attends", "size", "variance", "parameters"), PUBLISHED.values(), ids=PUBLISHED)
-def test_networks_of_the_paper_are_recognized(mult, attends, size, variance, parameters):
+def test_networks_of_paper_are_recognized(mult, attends, size, variance, parameters):
     shapes = {"conv_in": (128, 3, 3, 3), "conv_out": (3, 128, 3, 3)}
     for level, width in enumerate(128 * m for m in mult):
         shapes |= {f"down.{level}.block.{block}.conv1": (width, width, 3, 3) for block in (0, 1)}

@@ -19,7 +19,7 @@ IMPROVED = {
         {"heads": lambda width: 2, "new_order": True},
         "--num_heads 2 --use_new_attention_order true",
     ),
-    "time embedding added, not scaled": ({"scale_shift": False}, "--num_heads 1"),
+    "timestep embedding added, not scaled": ({"scale_shift": False}, "--num_heads 1"),
     "learned range": ({"learn_sigma": True, "in_channels": 1}, "--num_heads 1"),
     "classes": ({"num_classes": 5}, "--num_heads 1"),
     "resampling residual blocks": (
