@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
-from hf_ddpm.demo.demo import MAX_PASSES, Demo
+from hf_ddpm.demo.demo import MAX_REPEATS, Demo
 from hf_ddpm.demo.layout import CSS, progress_bar, row, sheet, strip
 from hf_ddpm.demo.preview import PAUSE, PreviewFrame
 from hf_ddpm.images import to_pictures
@@ -33,7 +33,7 @@ UPLOADS = "First image", "Second image"
 INTERPOLATION_SAMPLERS = ("ddpm", "ddim")  # samplers that can start from a noisy image
 CANVAS = 480  # maximum side of the canvas for painting, in pixels
 MAX_UPLOAD = "32mb"  # maximum size of an uploaded file
-MAX_WAITING = 32  # requests in the queue; further requests are refused
+MAX_WAITING = 32  # requests in the queue; further requests are rejected
 MAX_RUNNING = 2  # requests that sample at the same time
 
 
@@ -82,12 +82,12 @@ def sample_background(demo: Demo, seed: float, *settings: Any) -> Iterator[tuple
 
 
 def inpaint(
-    demo: Demo, drawing: tuple[bytes | None, list[bytes]], count: float, passes: float, seed: float, *settings: Any
+    demo: Demo, drawing: tuple[bytes | None, list[bytes]], count: float, repeats: float, seed: float, *settings: Any
 ) -> Iterator[tuple]:
     """Yield images whose painted area is filled, and the progress."""
     image, mask = demo.read_drawing(*drawing)
     sampling = demo.read(seed, *settings)
-    for preview in demo.inpaint(image, mask, count, passes, sampling):
+    for preview in demo.inpaint(image, mask, count, repeats, sampling):
         yield sheet(preview.images), progress_bar(preview)
 
 
@@ -220,12 +220,12 @@ def inpaint_tab(demo: Demo) -> None:
             progress = gr.HTML(progress_bar())
             with gr.Row():
                 count = gr.Slider(1, demo.max_images, min(4, demo.max_images), step=1, label="Number of images")
-                passes = gr.Slider(1, MAX_PASSES, 5, step=1, label="RePaint passes (1: no resampling)")
+                repeats = gr.Slider(1, MAX_REPEATS, 5, step=1, label="RePaint repeats (1: no resampling)")
             seed = gr.Number(0, label="Seed")
             options = settings(demo, f"Steps (1 to {demo.num_train_timesteps})", ["ddpm"])
     queue = {"concurrency_limit": MAX_RUNNING, "concurrency_id": "sampling", "show_progress_on": progress}
     sampled = sample.click(with_errors(sample_background, demo), [seed, *options], [drawing, progress], **queue)
-    inputs = [drawing, count, passes, seed, *options]
+    inputs = [drawing, count, repeats, seed, *options]
     connect(controls, with_errors(inpaint, demo), inputs, [images, progress], [seed], [sampled])
 
 
@@ -240,7 +240,7 @@ class Recent(dict):
 
 
 def canvas(demo: Demo) -> tuple[int, int]:
-    """Return width and height of the canvas; small images are enlarged for painting."""
+    """Return width and height of the canvas; small images are upscaled for painting."""
     width, height = demo.size
     scale = max(1, CANVAS // max(width, height))
     return width * scale, height * scale
@@ -317,9 +317,9 @@ def connect(
     seeds: list,
     earlier: list,
 ) -> None:
-    """Connect the buttons; each start button cancels `earlier` events and those of the other start button.
+    """Connect the buttons; each start button cancels `earlier` events and the events of the other start button.
 
-    Waiting is shown on the progress bar, the last of `outputs`, since it would hide pictures.
+    Waiting is shown on the progress bar, the last of `outputs`, since it would hide images.
     """
     start, random, stop = controls
     options = {"show_progress_on": outputs[-1], "concurrency_limit": MAX_RUNNING, "concurrency_id": "sampling"}

@@ -27,8 +27,8 @@ from hf_ddpm.utils.seeds import FIGURES, SAMPLES, generator
 
 # Maximum number of pixels per request, to limit memory: 64 images of 64x64, or 4 of 256x256.
 MAX_PIXELS = 64 * 64 * 64
-# Maximum number of passes of RePaint over each part of the process.
-MAX_PASSES = 20
+# Maximum number of repeats of each part of the process by RePaint.
+MAX_REPEATS = 20
 # Maximum number of pixels of an uploaded image: more than a camera has, and few enough to decode.
 MAX_UPLOADED_PIXELS = 50_000_000
 # Formats that PIL decodes without external programs (it runs Ghostscript for EPS).
@@ -44,7 +44,7 @@ class Demo:
         name: Name of the model.
         url: URL of the model's page, if it has one.
         background: Color behind transparent pixels of uploaded images, unless the model has 4 channels.
-        precision: Precision of the network's passes: `no`, `bf16` or `fp16`.
+        precision: Precision of the network's forward passes: `no`, `bf16` or `fp16`.
         distilled: A model distilled from this one, which samples from the same noise in few steps, if any.
     """
 
@@ -135,7 +135,7 @@ class Demo:
             at least a quarter is painted.
 
         Raises:
-            ValueError: If the image is missing, a file cannot be used, or nothing is painted.
+            ValueError: If the image is missing, a file is unusable, or nothing is painted.
         """
         if image is None:
             raise ValueError("image is missing: upload or sample an image")
@@ -148,7 +148,7 @@ class Demo:
         return pixels, is_painted
 
     def generate(self, sampling: Sampling, count: float) -> Iterator[PreviewFrame]:
-        """Generate the first images of a `Sampling`, equal to those of `hf-ddpm sample`.
+        """Generate the first images of a `Sampling`, equal to the images of `hf-ddpm sample`.
 
         Args:
             sampling: Seed, steps, sampler and classes.
@@ -216,7 +216,7 @@ class Demo:
         return watch(work)
 
     def inpaint(
-        self, image: Tensor, mask: Tensor, count: float, passes: float, sampling: Sampling
+        self, image: Tensor, mask: Tensor, count: float, repeats: float, sampling: Sampling
     ) -> Iterator[PreviewFrame]:
         """Fill an area of an image several times, with RePaint.
 
@@ -224,15 +224,15 @@ class Demo:
             image: The image, uint8, shape `(1, C, H, W)`.
             mask: True for pixels to fill, shape `(H, W)`.
             count: Number of results, in [1, `max_images`].
-            passes: Number of passes over each part of the process, in [1, `MAX_PASSES`]; 1 disables resampling.
+            repeats: Number of repeats of each part of the process, in [1, `MAX_REPEATS`]; 1 disables resampling.
             sampling: Seed, steps and classes.
 
         Returns:
             Moments, see `watch`.
         """
-        fills, num_passes = (
+        fills, num_repeats = (
             whole_number("count", count, 1, self.max_images),
-            whole_number("passes", passes, 1, MAX_PASSES),
+            whole_number("repeats", repeats, 1, MAX_REPEATS),
         )
         own, labels = self._own_pipeline(), sampling.labels(self.pipe)
         steps = sampling.steps(own)
@@ -246,7 +246,7 @@ class Demo:
                     [generator(sampling.seed, SAMPLES, i, device=own.device) for i in range(fills)],
                     steps,
                     jump_length=max(1, min(10, steps // 5)),
-                    jump_n_sample=num_passes,
+                    jump_n_sample=num_repeats,
                     class_labels=[labels[i % len(labels)] for i in range(fills)] if labels else None,
                     guidance_scale=sampling.guidance_scale,
                     output_type="pt",

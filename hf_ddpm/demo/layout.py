@@ -12,13 +12,13 @@ from torch import Tensor
 from hf_ddpm.demo.preview import PreviewFrame
 from hf_ddpm.images import MOST_CLASSES, grid, to_pictures
 
-# Small images are enlarged up to this number of pixels: in the grid, in a strip.
+# Small images are upscaled up to this number of pixels: in the grid, in a strip.
 GRID_SIZE, TILE_SIZE = 768, 192
 # Number of images in each frame of the strip.
 STRIP_IMAGES = 4
-# Maximum width of a picture in a strip, in CSS pixels.
+# Maximum width of an image in a strip, in CSS pixels.
 MAX_WIDTH = 160
-# Labels and buttons would cover pictures: add padding above them.
+# Labels and buttons would cover images: add padding above them.
 CSS = """
 .picture .image-container {padding-top: 2.2em}
 .picture img {max-height: 26rem}
@@ -39,13 +39,13 @@ CSS = """
 
 def sheet(images: Tensor, classes: Sequence[str] = ()) -> Image.Image:
     """Draw images (uint8) as a grid; several classes in turn get one column each."""
-    return _enlarged(images, GRID_SIZE, classes[: len(images)] if 1 < len(classes) <= MOST_CLASSES else ())
+    return _upscaled(images, GRID_SIZE, classes[: len(images)] if 1 < len(classes) <= MOST_CLASSES else ())
 
 
 def strip(preview: PreviewFrame) -> str:
     """Return HTML of the frames of the first images; future frames are blank."""
     captions = [f"step {step}" for step in preview.frame_steps]
-    frames = [_enlarged(frame[:STRIP_IMAGES], TILE_SIZE) for frame in preview.frames]
+    frames = [_upscaled(frame[:STRIP_IMAGES], TILE_SIZE) for frame in preview.frames]
     return _figures(frames + [None] * (len(captions) - len(frames)), captions, frames[0].size)
 
 
@@ -57,7 +57,7 @@ def row(images: Sequence[Tensor | None], size: tuple[int, int]) -> str:
         size: Width and height of an image.
     """
     weights = [f"{i / (len(images) - 3):.2f}" for i in range(len(images) - 2)]
-    pictures = [None if image is None else _enlarged(image[None], TILE_SIZE) for image in images]
+    pictures = [None if image is None else _upscaled(image[None], TILE_SIZE) for image in images]
     return _figures(pictures, ["first", *weights, "second"], size)
 
 
@@ -68,7 +68,7 @@ def progress_bar(preview: PreviewFrame | None = None, task: str = "") -> str:
     return f'<div class="progress"><progress value="{step}" max="{steps}"></progress><span>{line}</span></div>'
 
 
-def _enlarged(images: Tensor, max_size: int, labels: Sequence[str] = ()) -> Image.Image:
+def _upscaled(images: Tensor, max_size: int, labels: Sequence[str] = ()) -> Image.Image:
     pictures = to_pictures(images)
     columns = len(labels) or math.ceil(math.sqrt(len(pictures)))
     return grid(pictures, columns, max(1, max_size // (columns * pictures[0].width)), column_labels=labels)

@@ -175,7 +175,7 @@ class GaussianDiffusion:
         \tilde\beta_t = \frac{1 - \bar\alpha_{t-1}}{1 - \bar\alpha_t} \beta_t \tag{6, 7}
         $$
 
-        If `x_start` is the network's estimate, the mean is that of the reverse step, $\mu_\theta(x_t, t)$ (Eq. 11).
+        If `x_start` is the network's estimate, the mean is the mean of the reverse step, $\mu_\theta(x_t, t)$ (Eq. 11).
 
         Args:
             x_start: $x_0$, or an estimate of it, shape `(B, C, H, W)`.
@@ -185,7 +185,7 @@ class GaussianDiffusion:
         Returns:
             The mean $\tilde\mu_t$, same shape.
             The log-variance $\log \tilde\beta_t$, broadcastable to the mean. At `t = 0`, where the variance is zero, it
-                is that of `t = 1`.
+                is the variance at `t = 1`.
         """
         mean = self._at("posterior_start", t, x_t) * x_start + self._at("posterior_x_t", t, x_t) * x_t
         return mean, self._at("fixed_small", t, x_t)
@@ -343,8 +343,8 @@ class GaussianDiffusion:
         \sigma_t = \eta \sqrt{\tilde\beta_t}
         $$
 
-        Its marginals are those of Eq. 4 for every $\eta$. At $\eta = 1$ it equals the posterior of Eqs. 6 and 7; at
-        $\eta = 0$ it is deterministic.
+        Its marginals are the marginals of Eq. 4 for every $\eta$. At $\eta = 1$ it equals the posterior of Eqs. 6 and 7;
+        at $\eta = 0$ it is deterministic.
 
         Args:
             x_start: $x_0$, or an estimate of it, shape `(B, C, H, W)`.
@@ -477,7 +477,7 @@ class GaussianDiffusion:
         return self._at("snr", t, like)
 
     def _rescaled(self, log_var: Tensor, t: int | Tensor) -> Tensor:
-        """Convert the log-variance of a single step to the log-variance of the corresponding step, which may be longer."""
+        """Convert the log-variance of a single step to the log-variance of the corresponding step here."""
         excess = torch.exp(log_var) - self._at("step_var", t, log_var)
         pixel_var = (excess / self._at("mean_start", t, log_var) ** 2).clamp(0, 1)
         posterior_var = torch.exp(torch.as_tensor(self._at("fixed_small", t, log_var)))

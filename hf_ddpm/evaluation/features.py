@@ -38,7 +38,7 @@ class Extractor(ABC):
         name: Name for `load_extractor`.
         checksum: SHA-256 of the names and values of all weights, in hex.
         recipe: Settings of the image preprocessing, if they vary between networks of a class.
-        classifies: Whether the extractor returns class probabilities, which the Inception score needs.
+        classifies: If true, the extractor returns class probabilities, which the Inception score needs.
         channels: Supported numbers of channels. Grayscale images are repeated to three channels if needed.
         size: Required height and width; None for any size.
     """

@@ -125,7 +125,7 @@ def variational_bound(
         Sums over these images.
 
     Raises:
-        ValueError: If `steps_per_image` is out of range, or the classes do not match those of the model.
+        ValueError: If `steps_per_image` is out of range, or the classes do not match the model's classes.
     """
     diffusion, unet = pipe.scheduler.diffusion, pipe.unet.eval()
     classes = classes_for(pipe, images)

@@ -116,7 +116,7 @@ def check_push(repo_id: str, private: bool | None = None) -> None:
 
 
 def model_files(folder: Path) -> list[str]:
-    """Return the files of a model's folder to push: pipelines, card, pictures, results, configuration, metrics.
+    """Return the files of a model's folder to push: pipelines, card, images, results, configuration, metrics.
 
     Args:
         folder: A pipeline as `save_pretrained` writes it, optionally with the files of a run.
@@ -262,14 +262,14 @@ def _explain(error: BaseException) -> tuple[type[Exception], str]:
     line = one_line(error)
     status = getattr(getattr(error, "response", None), "status_code", None)
     message = getattr(error, "server_message", None) or line
-    refusals = {
+    reasons = {
         401: f"the Hub rejected the token; {LOGIN}",
         402: f"the Hub requires payment: {message}",
         403: f"the token has no write permission: {message}",
         404: f"repository not found, or the token has no access to it: {message}",
     }
-    if status in refusals:
-        return ValueError, one_line(refusals[status])
+    if status in reasons:
+        return ValueError, one_line(reasons[status])
     # The first failed upload closes the client; parallel uploads then fail with "client has been closed".
     is_unreachable = isinstance(error, HTTPError) or "client has been closed" in line
     if status is None and is_unreachable:

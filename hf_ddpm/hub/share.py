@@ -43,7 +43,7 @@ def push_pipeline(
         token: Token for the Hub; by default the one saved at login.
         create_pr: Open a pull request instead of committing.
         subfolder: Target folder in the repository; the card is then not changed.
-        is_saved: The pipeline was just saved to `folder`, so the card is written there, too.
+        is_saved: The pipeline was just saved to `folder`, so the card is also written there.
 
     Returns:
         The `CommitInfo` of `huggingface_hub`.

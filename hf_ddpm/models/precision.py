@@ -18,7 +18,7 @@ PRECISION_NAMES = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
 # Smallest speedup over float32 at which bf16 is chosen; larger than the measurement noise.
 GAIN = 1.15
 # Networks with fewer operations stay in float32, as casts and kernel launches take most of their time. Counted per
-# image, or per pass for compiled networks.
+# image, or per forward pass for compiled networks.
 FEWEST_FLOPS = 2e8
 # Size of a measured forward pass: a fraction of a second on one CPU core; on a GPU more than the launch overhead.
 MEASURED_FLOPS = {"cpu": 1.6e10, "cuda": 2e12}
@@ -42,7 +42,7 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 
 
 def cast_copy(network: Any, precision: str) -> Any:
-    """Return a copy with weights in `bf16` or `fp16` for inference; autocast would cast them again in every pass."""
+    """Return a copy with weights in `bf16` or `fp16` for inference; autocast would cast them in every forward pass."""
     half = nn.Module.to(copy.deepcopy(network), PRECISIONS[precision])  # `to` of diffusers logs a wrong warning
     for weight in half.parameters():
         weight.grad = None
@@ -59,7 +59,7 @@ def choose_precision(
     Args:
         network: The network, on its device, not compiled.
         shape: Shape of an image, `(C, H, W)`.
-        batch: Batch size of a pass; on a CPU fewer and smaller images are measured.
+        batch: Batch size of a forward pass; on a CPU fewer and smaller images are measured.
         training: Measure a forward and a backward pass instead of a forward pass without gradients.
         compiled: Choose for sampling with a compiled network: `bf16` without a measurement, since fused casts cost
             nothing, but `no` for very small networks.

@@ -1,4 +1,4 @@
-"""The U-Net of the paper: a drop-in replacement for that of diffusers."""
+"""The U-Net of the paper: a drop-in replacement for the diffusers U-Net."""
 
 import json
 import os
@@ -47,7 +47,7 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
     Args:
         sample_size: Height and width of the images; one number if they are equal.
         in_channels: Channels of the images.
-        out_channels: Channels of the output: those of the images, or twice as many with a learned variance.
+        out_channels: Channels of the output: the channels of the images, or twice as many with a learned variance.
         center_input_sample: Convert images from [0, 1] to [-1, 1] in `forward`.
         time_embedding_type: Only `positional`, the sinusoidal embedding.
         time_embedding_dim: Size of the timestep embedding; by default four times the first of `block_out_channels`.
@@ -248,7 +248,7 @@ class UNet2DModel(CheckedConfig, ModelMixin, ConfigMixin, metaclass=_EqualToStoc
         """Make dropout masks reproducible: a function of one key per image, the layer and the position.
 
         Args:
-            keys: One key per image of the following passes, int32, shape `(B,)`; None restores torch's random masks.
+            keys: One key per image of the next forward passes, int32, shape `(B,)`; None restores torch's masks.
         """
         seed_dropout(self, keys)
 

@@ -127,7 +127,7 @@ class FigureContext:
             save_animation(pictures, self._path(name), MILLISECONDS)
 
     def plot(self, name: str, curves: Mapping[str, Curve], **options: Any) -> None:
-        """Plot curves to the output folder, on the main process only; options are those of `save_curves`."""
+        """Plot curves to the output folder, on the main process only; options: see `save_curves`."""
         if self.accelerator.is_main_process:
             save_curves(self._path(name), curves, **options)
 

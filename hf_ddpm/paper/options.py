@@ -17,7 +17,7 @@ ROWS = [f"{target}-{objective}" for target in ("mean", "epsilon") for objective 
 
 @dataclass(kw_only=True)
 class FigureOptions(ReferenceOptions):
-    """Figures: model, data and output folder. Data options default to those of the model's run."""
+    """Figures: model, data and output folder. Data options default to the options of the model's run."""
 
     model: str = option("folder or Hub id of a DDPM pipeline, from hf_ddpm or diffusers")
     output: str = option("output folder of the figures", "figures")
@@ -144,7 +144,7 @@ class InpaintingOptions:
     fills: int = option("results per image and mask, at least 2", 4)
     num_inference_steps: int = option("sampling steps without jumps; at most all T", 250)
     jump_length: int = option("length of a jump in steps", 10)
-    jump_n_sample: int = option("passes over each part of jump_length steps; 1 for no jumps", 10)
+    jump_n_sample: int = option("repeats of each part of jump_length steps; 1 for no jumps", 10)
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -182,7 +182,7 @@ class DistillationOptions(DistanceOptions):
     """Distance of a model and its distilled students against the number of steps, and samples from the same noise."""
 
     distilled: str = option("output folder of hf-ddpm distill for this model", "")
-    steps: list[int] = option("numbers of steps of the model (default: those of the stages, and all)", factory=list)
+    steps: list[int] = option("numbers of steps of the model (default: the steps of the stages, and all)", factory=list)
     within: float = option("largest ratio to the model's best distance at which a student is considered as good", 1.5)
     shown: int = option("samples per row of the picture", 12)
 
@@ -224,7 +224,7 @@ class AblationOptions(DistanceOptions):
     config: str | None = option("YAML file with more training options", None)
     rows: list[str] = option("any of " + ", ".join(ROWS), factory=lambda: list(ROWS))
     seeds: list[int] = option("seeds of the runs per row", factory=lambda: [0, 1, 2])
-    max_train_steps: int | None = option("optimizer steps (default: those of the preset)", None)
+    max_train_steps: int | None = option("optimizer steps (default: the steps of the preset)", None)
     num_inference_steps: int | None = option(
         "sampling steps (default: all; predicted means and learned variances need all)", None
     )

@@ -84,7 +84,7 @@ class EditingMethods(LatentMethods):
             num_inference_steps: Number of steps of the reverse process, at least 1; None, or more than the network
                 has, for all timesteps.
             jump_length: Length $j$ of a jump in steps, at least 1.
-            jump_n_sample: Number of passes over each part of `jump_length` steps, at least 1; 1 for no jumps. The
+            jump_n_sample: Number of repeats of each part of `jump_length` steps, at least 1; 1 for no jumps. The
                 network is evaluated about `num_inference_steps * jump_n_sample` times.
             class_labels: Class labels, one per image, see `__call__`.
             guidance_scale: See `__call__`.
@@ -251,7 +251,7 @@ def resampled(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]
     Args:
         num_steps: Number of steps of the reverse process without jumps.
         jump_length: Length of a jump, at least 1.
-        jump_n_sample: Number of passes over each part, at least 1.
+        jump_n_sample: Number of repeats of each part, at least 1.
 
     Returns:
         The states, from `num_steps - 1` to 0.
@@ -292,20 +292,20 @@ def _keeping(
     tensor_inputs: Sequence[str],
 ) -> StepCallback:
     """Return a callback that inserts the known pixels after each step, calls the user's callback, and jumps."""
-    times = [*scheduler.timesteps.flip(0).tolist(), -1]  # timestep of each state; state -1 is the final image
+    timesteps = [*scheduler.timesteps.flip(0).tolist(), -1]  # timestep of each state; state -1 is the final image
 
     def draw() -> Tensor:
         return randn_tensor(x_start.shape, generator=generator, device=x_start.device, dtype=torch.float32)
 
     def keep(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         state, following = path[i] - 1, [*path, -1][i + 1]
-        known = x_start if state < 0 else scheduler.diffusion.q_sample(x_start, times[state], draw())
+        known = x_start if state < 0 else scheduler.diffusion.q_sample(x_start, timesteps[state], draw())
         tensors["latents"] = latents = torch.where(is_filled, tensors["latents"], known)
         if callback is not None:
             selected = {name: tensors[name] for name in tensor_inputs}
             latents = (callback(pipe, i, t, selected) or {}).get("latents", latents)
         if following > state:
-            latents = scheduler.diffusion.q_jump(latents, times[state], times[following], draw())
+            latents = scheduler.diffusion.q_jump(latents, timesteps[state], timesteps[following], draw())
         return {"latents": latents}
 
     return keep

@@ -35,7 +35,7 @@ from hf_ddpm.utils.schema import conforms
 
 logger = logging.get_logger(__name__)
 
-# Classes of this package by their names in files. diffusers has no classes with the last two names, so it refuses to
+# Classes of this package by their names in files. diffusers has no classes with the last two names, so it cannot
 # load them: its DDPMScheduler would treat a learned log-variance as a variance; its DDIMScheduler takes other steps.
 OURS = {
     "UNet2DModel": UNet2DModel,
@@ -155,7 +155,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
                 replace $x_{t-1}$.
             callback_on_step_end_tensor_inputs: Names of tensors: `latents` ($x_{t-1}$), `pred_original_sample`
                 ($\hat x_0$, None if the scheduler does not return it) and `model_output`.
-            class_labels: Classes of a class-conditional network: `batch_size` indices or names. By default "no class",
+            class_labels: Classes of a class-conditional network: `batch_size` names or indices. By default "no class",
                 if the network was trained with it.
             guidance_scale: Scale $s$ of classifier-free guidance (Ho & Salimans 2022),
                 $\hat\epsilon = \epsilon_\theta(x_t) + s (\epsilon_\theta(x_t, c) - \epsilon_\theta(x_t))$; 1 for no
@@ -229,7 +229,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Read the `model_index.json` of a pipeline, and replace classes of diffusers by those of this package.
+        """Read the `model_index.json` of a pipeline, and replace diffusers classes by classes of this package.
 
         Args:
             *args: Arguments of `diffusers.DiffusionPipeline.load_config`.
@@ -313,7 +313,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
             )
 
     def _check_process(self) -> None:
-        """Raise a `ValueError` if the scheduler's betas differ from those of the pipeline's first scheduler."""
+        """Raise a `ValueError` if the scheduler's betas differ from the betas of the pipeline's first scheduler."""
         own, other = self._alphas_cumprod, getattr(self.scheduler, "alphas_cumprod", None)
         if own is not None and other is not None and (len(own) != len(other) or not own.allclose(other, atol=0.01)):
             name = type(self.scheduler).__name__
@@ -390,8 +390,8 @@ class DDPMPipeline(EditingMethods, SharingMethods):
                 x_in = self.scheduler.scale_model_input(x_t, t).to(dtype)
                 # torch.full on the device avoids a copy and a synchronization; tensors cause no recompilation.
                 # The prediction is copied because a CUDA graph writes its next output to the same memory.
-                time = torch.full((1,), t.item(), dtype=t.dtype, device=x_t.device)
-                prediction = self.predict(x_in, time, classes, guidance_scale).to(torch.float32, copy=True)
+                timestep = torch.full((1,), t.item(), dtype=t.dtype, device=x_t.device)
+                prediction = self.predict(x_in, timestep, classes, guidance_scale).to(torch.float32, copy=True)
                 sums.append(prediction.sum())
                 if not takes_variance:
                     prediction, _ = split_output(prediction, x_t.shape[1])
@@ -424,8 +424,8 @@ class DDPMPipeline(EditingMethods, SharingMethods):
             return self.unet(x_t, t, class_labels=classes).sample
         assert classes is not None and self.null_class is not None
         both = torch.cat([classes, torch.full_like(classes, self.null_class)])
-        times = t if len(t) == 1 else torch.cat([t, t])
-        conditional, unconditional = self.unet(torch.cat([x_t, x_t]), times, class_labels=both).sample.chunk(2)
+        timesteps = t if len(t) == 1 else torch.cat([t, t])
+        conditional, unconditional = self.unet(torch.cat([x_t, x_t]), timesteps, class_labels=both).sample.chunk(2)
         channels = x_t.shape[1]
         guided = unconditional + guidance_scale * (conditional - unconditional)
         return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
@@ -494,7 +494,7 @@ def read_pipeline(model: str) -> DDPMPipeline:
             raise ValueError(f"model_index.json: scheduler is a {type(pipe.scheduler).__name__}; expected a scheduler")
         return pipe
     except Exception as error:  # diffusers raises errors of many types on damaged files
-        # Prefer the error of the Hub to that of diffusers, which is about its cache.
+        # Prefer the Hub's error: the diffusers error is about its cache.
         cause = (isinstance(error, OSError) and error.__cause__) or error
         raise ValueError(f"model {model!r} cannot be loaded: {one_line(cause) or type(cause).__name__}") from error
 

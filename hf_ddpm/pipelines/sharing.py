@@ -72,7 +72,7 @@ class SharingMethods(DiffusionPipeline):
             repo_id: `namespace/name`, or a name in your namespace; created if it does not exist.
             commit_message: First line of the commit message.
             private: Make a new repository private.
-            token: Access token of the Hub; by default that of the current login.
+            token: Access token of the Hub; by default the token of the current login.
             create_pr: Open a pull request instead of committing to the main branch.
             safe_serialization: Write safetensors files instead of pickles.
             variant: Suffix of the names of weight files, such as `fp16`.

@@ -218,7 +218,7 @@ def test_invalid_drawing_raises_one_line_error(demo):
     mask = torch.ones(8, 8, dtype=torch.bool)
     for count, passes, message in [
         (0, 5, "count=0: expected"),
-        (1, 21, "passes=21: expected a whole number from 1 to"),
+        (1, 21, "repeats=21: expected a whole number from 1 to"),
     ]:
         with pytest.raises(ValueError, match=message):
             demo.inpaint(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), mask, count, passes, demo.read(0, 5, "ddpm"))

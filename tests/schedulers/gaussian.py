@@ -25,9 +25,9 @@ deviation of the brightness of 400 samples, by number of steps. The correct valu
 cell is 0.02. With the linear schedule, x_T still contains a weak signal, so deterministic samplers are 0.05 too low.
 With few steps, the first step of the cosine schedule is too long for first-order samplers.
 
-"refused": the pipeline raises an error, because the sampler would give wrong images with this setting. Nothing is
-clipped here, since the data have no range. With the cosine schedule, x_T contains no signal at all; samplers of
-diffusers that do not clip are therefore refused unless they start at a smaller timestep. `find_scheduler` and
+"rejected": the pipeline raises an error, because the sampler would give wrong images with this setting. Nothing is
+clipped here, since the data have no range. With the cosine schedule, x_T contains no signal at all; diffusers
+samplers that do not clip are therefore rejected unless they start at a smaller timestep. `find_scheduler` and
 `--scheduler` return solvers that clip. Names without `hf_ddpm` are diffusers schedulers."""
 
 STD = 0.5
@@ -78,7 +78,7 @@ def cell(name, spacing, count, schedule):
     try:
         scheduler = prepared(name, spacing, count, schedule)
     except ValueError:
-        return "refused"
+        return "rejected"
     return f"{sampled_std(scheduler):.2f}"
 
 

@@ -21,7 +21,7 @@ _BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|dow
 
 
 def unchanged(stored: Any) -> Any:
-    """Return the argument: the `read` of an entry whose stored layout is that of our network."""
+    """Return the argument: the `read` of an entry whose stored layout equals our network's."""
     return stored
 
 
@@ -156,7 +156,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Args:
         path: `.npz` or `.safetensors` file, or else a file of `torch.save`: a dictionary of tensors, optionally under
-            the key `state_dict`. Pickles are loaded with `weights_only=True`, which refuses other objects and code.
+            the key `state_dict`. Pickles are loaded with `weights_only=True`, which rejects other objects and code.
 
     Returns:
         The tensors in their stored types, on the CPU.
@@ -220,7 +220,7 @@ def _load(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about old pickles before it refuses them
+            warnings.simplefilter("ignore")  # torch warns about old pickles before it rejects them
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise

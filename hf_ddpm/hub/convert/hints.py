@@ -12,29 +12,29 @@ KNOWN = {"ho2020": ("weights", *PROCESS), "improved-diffusion": (*HEADS, *PROCES
 
 @dataclass
 class Hints:
-    """Settings that are not stored in a checkpoint; by default those of the original repository."""
+    """Settings that are not stored in a checkpoint; by default the settings of the original repository."""
 
-    resolution: int | None = option("height and width of the images; inferred from the network by default", None)
-    weights: Literal["ema", "raw"] | None = option("ho2020: averaged (ema) or raw weights; ema by default", None)
-    num_train_timesteps: int | None = option("number T of diffusion steps; 1000 by default", None)
+    resolution: int | None = option("height and width of the images (default: inferred from the network)", None)
+    weights: Literal["ema", "raw"] | None = option("ho2020: averaged (ema) or raw weights (default: ema)", None)
+    num_train_timesteps: int | None = option("number T of diffusion steps (default: 1000)", None)
     beta_schedule: Literal["linear", "quad", "const", "squaredcos_cap_v2"] | None = option(
-        "noise schedule; linear by default", None
+        "noise schedule (default: linear)", None
     )
     prediction_type: Literal["epsilon", "sample", "mean"] | None = option(
-        "prediction target of the network; epsilon by default", None
+        "prediction target of the network (default: epsilon)", None
     )
     variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range"] | None = option(
-        "variance of the reverse steps; inferred from the network by default", None
+        "variance of the reverse steps (default: inferred from the network)", None
     )
-    num_heads: int | None = option("improved-diffusion: number of attention heads; 4 by default", None)
+    num_heads: int | None = option("improved-diffusion: number of attention heads (default: 4)", None)
     num_head_channels: int | None = option(
         "improved-diffusion: channels per attention head, instead of num_heads", None
     )
     use_new_attention_order: bool | None = option(
-        "improved-diffusion: split queries, keys and values before heads; false by default", None
+        "improved-diffusion: split queries, keys and values before heads (default: false)", None
     )
     rescale_timesteps: bool | None = option(
-        "improved-diffusion: the network was trained on steps scaled to [0, 1000); true by default", None
+        "improved-diffusion: the network was trained on steps scaled to [0, 1000) (default: true)", None
     )
 
     def __post_init__(self) -> None:

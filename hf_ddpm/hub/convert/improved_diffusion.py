@@ -1,6 +1,6 @@
 """Conversion of `.pt` checkpoints of openai/improved-diffusion (Nichol & Dhariwal 2021) and openai/guided-diffusion.
 
-Not supported by our U-Net, and refused with an error:
+Not supported by our U-Net, and rejected with an error:
 
 - attention heads of different sizes (`num_heads` above 1 with attention at different widths),
 - resampling residual blocks without attention at every resolution (`resblock_updown`),
