@@ -343,7 +343,7 @@ class GaussianDiffusion:
         \sigma_t = \eta \sqrt{\tilde\beta_t}
         $$
 
-        Its marginals are the marginals of Eq. 4 for every $\eta$. At $\eta = 1$ it equals the posterior of Eqs. 6 and 7;
+        It has the marginals of Eq. 4 for every $\eta$. At $\eta = 1$ it equals the posterior of Eqs. 6 and 7;
         at $\eta = 0$ it is deterministic.
 
         Args:

@@ -112,7 +112,7 @@ def report(
             "distillation-samples.png",
             "Samples from the same noise",
             "Samples of each stage. All images of a column start from the same noise. Each stage learns to replace two "
-            "steps of the stage above by one, so its samples should look the same as those above.",
+            "steps of the stage above by one, so its samples should look the same as the row above.",
         ),
     ]
     numbers = {

@@ -89,7 +89,7 @@ def measure(context: FigureContext, real: RealFeatures, variant: SamplerVariant,
 
 
 def report(context: FigureContext, options: StepsOptions, rows: list[dict[str, Any]], made_by: dict[str, Any]) -> None:
-    """Write the three files; add to each row the fewest steps with a distance within 10% of that with all steps."""
+    """Write the three files; add to each row the smallest number of steps within 10% of the distance with all steps."""
     full = rows[0]["points"][-1]
     for row in rows:
         near = [point["steps"] for point in row["points"] if point.get("value", math.inf) <= TOLERANCE * full["value"]]

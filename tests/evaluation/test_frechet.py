@@ -157,7 +157,7 @@ def test_invalid_features_raise_errors():
         (lambda: Moments.of(broken), "features of image 4: expected finite values"),
         (lambda: Moments.of(x[0]), r"features: float32 of shape \(6,\); expected floats of shape"),
         (lambda: Moments.of(x[:1]), "features of 1 images: expected at least 2"),
-        (lambda: frechet_distance(Moments.of(x), Moments.of(x[:, :5])), "features of 6 dimensions: expected 5, as of"),
+        (lambda: frechet_distance(Moments.of(x), Moments.of(x[:, :5])), "features of 6 dimensions: expected 5, like"),
     ]:
         with pytest.raises(ValueError, match=message):
             act()
