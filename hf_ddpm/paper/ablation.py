@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from hf_ddpm.config import NOT_ABOUT_WEIGHTS, Config, default_options, parse_config
-from hf_ddpm.evaluation.options import NOT_OF_FIGURES, EvaluateConfig, real_images
+from hf_ddpm.evaluation.options import UNRELATED_OPTIONS, EvaluateConfig, real_images
 from hf_ddpm.images import bytes_to_unit, save_picture
 from hf_ddpm.paper.context import captioned, sheet, table, with_error
 from hf_ddpm.paper.options import AblationOptions
@@ -167,17 +167,17 @@ def evaluated(options: AblationOptions, folder: Path, config: Config) -> dict[st
     expected = {"request": asdict(request), "sampling": asdict(sampling) | {"variance": replaced}}
     try:
         results, exported = (json.loads((folder / name).read_text()) for name in (RESULTS, "export.json"))
-        figures = {name: results[name] for name in METRICS}
+        metrics = {name: results[name] for name in METRICS}
     except (FileNotFoundError, KeyError, ValueError):
         return None
     same = results["model"]["checksum"] == exported["checksum"] and all(
-        figure["made_by"][kind].get(name) == value
-        for figure in figures.values()
+        metric["made_by"][kind].get(name) == value
+        for metric in metrics.values()
         for kind, values in expected.items()
         for name, value in values.items()
-        if name not in NOT_OF_FIGURES
+        if name not in UNRELATED_OPTIONS
     )
-    return figures if same else None
+    return metrics if same else None
 
 
 def report(options: AblationOptions, results: dict[str, list[dict[str, Any]]]) -> None:
@@ -188,10 +188,10 @@ def report(options: AblationOptions, results: dict[str, list[dict[str, Any]]]) -
         rows[row] |= {metric: spread([run[metric]["value"] for run in runs if metric in run]) for metric in METRICS}
         rows[row] |= {"diverged": sum("diverged_at" in run for run in runs), "runs": runs}
     same, pairs = agreement({row: None if entry["diverged"] else entry["fd"] for row, entry in rows.items()})
-    figures = {"options": asdict(options), "rows": rows, "pairs": pairs, "pairs_in_the_order_of_the_paper": same}
+    summary = {"options": asdict(options), "rows": rows, "pairs": pairs, "pairs_in_the_order_of_the_paper": same}
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix, content in (("json", to_json(figures, indent=2) + "\n"), ("md", text(figures))):
+    for suffix, content in (("json", to_json(summary, indent=2) + "\n"), ("md", text(summary))):
         write_text(folder / f"ablation.{suffix}", content)
     draw(options, results)
 
@@ -219,9 +219,9 @@ def agreement(distances: dict[str, dict[str, float] | None]) -> tuple[int, int]:
     return same, pairs
 
 
-def text(figures: dict[str, Any]) -> str:
+def text(summary: dict[str, Any]) -> str:
     """Return the text of the figure, in Markdown."""
-    rows, options = figures["rows"].values(), figures["options"]
+    rows, options = summary["rows"].values(), summary["options"]
     cells = []
     for row in rows:
         paper = "-" if row["paper_fid"] is None else row["paper_fid"]
@@ -242,8 +242,8 @@ def text(figures: dict[str, Any]) -> str:
             captioned("ablation.png", "Samples of every row", "Samples of every row, for the first finished seed."),
         ]
     paragraphs.append(
-        f"The FID of the paper orders {figures['pairs']} pairs of rows; here, "
-        f"{figures['pairs_in_the_order_of_the_paper']} of them have the same order. Rows with a diverged run, or "
+        f"The FID of the paper orders {summary['pairs']} pairs of rows; here, "
+        f"{summary['pairs_in_the_order_of_the_paper']} of them have the same order. Rows with a diverged run, or "
         "without a FID in the paper, rank last."
     )
     return "\n\n".join(paragraphs) + "\n"

@@ -14,7 +14,7 @@ from hf_ddpm.evaluation.evaluate import Reference
 from hf_ddpm.evaluation.extraction import Images, extract
 from hf_ddpm.evaluation.frechet import Moments, standard_error
 from hf_ddpm.evaluation.options import EvaluateConfig, default_levels
-from hf_ddpm.evaluation.results import RealFeatures, figures
+from hf_ddpm.evaluation.results import RealFeatures, compute_metric
 from hf_ddpm.images import grid, save_animation, save_picture, to_bytes, to_pictures
 from hf_ddpm.paper.options import FigureOptions
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
@@ -93,12 +93,12 @@ class FigureContext:
                 images, if there are any; and `standard_error` of the value, for at least 3 images.
         """
         generated = extract(real.extractor, images, range(real.count), self.accelerator)
-        figure = figures("fd", generated, real)
+        distance = compute_metric("fd", generated, real)
         if real.count > 2:
             assert real.reference is not None
             parts = [generated.features[first::PARTS] for first in range(min(PARTS, real.count))]
-            figure["standard_error"] = standard_error(parts, Moments.of(real.reference))
-        return figure
+            distance["standard_error"] = standard_error(parts, Moments.of(real.reference))
+        return distance
 
     def diffused(self, chosen: Sequence[int]) -> list[int]:
         """Return numbers of diffusion steps (the paper's `t`), ascending: `chosen`, or by default quarters of T."""

@@ -240,7 +240,9 @@ def test_invalid_extractor_raises_one_line_error(tmp_path, dinov2):
 
 def test_inception_without_torch_fidelity_raises_error(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ValueError, match=r"^extractor 'inception' needs torch-fidelity: pip install .*\[inception\].*, or use"):
+    with pytest.raises(
+        ValueError, match=r"^extractor 'inception' needs torch-fidelity: pip install .*\[inception\].*, or use"
+    ):
         load_extractor("inception")
     with pytest.raises(ValueError, match="weights='w.pth': does not apply to extractor 'digits'; expected extractor"):
         load_extractor("digits", weights="w.pth")
