@@ -17,4 +17,9 @@ def main(argv: list[str]) -> int:
     """Run the command line; return the exit code."""
     config, sampling = parse_options(argv, SampleConfig, Sampling, doc=__doc__)
     hf_ddpm.sample_images(sampling=sampling, **vars(config))
+    from accelerate import PartialState  # slow import
+
+    is_array = config.format == "npz"
+    where = f"{config.output}/samples.npz" if is_array else f"{config.output} (overview: {config.output}/grid.png)"
+    PartialState().print(f"{config.num_images:,} images: {where}")
     return 0

@@ -67,7 +67,9 @@ def train(config: Config | None = None, **options: Any) -> Path:
     if config.training.dry_run:
         check_tracker(config.training.tracker)
         config = settle_precision(config, join_processes(config))
-        print_cost(config, start_accelerator(config))
+        accelerator = start_accelerator(config)
+        print_cost(config, accelerator)
+        accelerator.end_training()
         return Path(config.training.output_dir)
     run = train_session(config)
     run.accelerator.end_training()
@@ -129,7 +131,6 @@ def print_cost(config: Config, accelerator: Accelerator) -> None:
                 show(measure_cost(run, images))
     except MemoryError as error:
         show({"not measured": f"not enough memory; {error}"})
-    accelerator.end_training()
 
 
 def evaluations_and_pushes(config: Config, accelerator: Accelerator, log: Log) -> tuple[list[Evaluations], list[Push]]:

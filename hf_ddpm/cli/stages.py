@@ -4,7 +4,7 @@ import io
 import json
 import shutil
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 
 from hf_ddpm.cli.distill import DistillConfig, check_words
 from hf_ddpm.cli.export import write_model
-from hf_ddpm.cli.session import print_end, train_session
+from hf_ddpm.cli.session import print_cost, print_end, train_session
 from hf_ddpm.config import (
     PARTS,
     Config,
@@ -30,7 +30,7 @@ from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.pipelines.runs import average_name
 from hf_ddpm.sampling.generate import fill_folder
 from hf_ddpm.sampling.options import Sampling
-from hf_ddpm.training.build import join_processes
+from hf_ddpm.training.build import join_processes, settle_precision, start_accelerator
 from hf_ddpm.utils.files import atomic_write, make_folder
 from hf_ddpm.utils.launch import Interrupted, exclusive
 from hf_ddpm.utils.options import given_options, require, require_value
@@ -86,6 +86,9 @@ def run_stages(options: DistillConfig, words: list[str]) -> Path:
     stages = plan_stages(options, pipe)
     configs = [stage_config(options, words, pipe, stages, number) for number in range(len(stages))]
     folder, state = Path(options.output), join_processes(configs[0])
+    if configs[0].training.dry_run:
+        print_costs(options, configs, state)
+        return folder
     make_folder(folder, "output")
     with exclusive(folder, "output") if state.is_main_process else nullcontext():
         if options.data_free:
@@ -108,6 +111,17 @@ def run_stages(options: DistillConfig, words: list[str]) -> Path:
     run.accelerator.end_training()
     state.print(f"load the distilled model with DDPMPipeline.from_pretrained({str(folder)!r})")
     return folder
+
+
+def print_costs(options: DistillConfig, configs: list[Config], state: PartialState) -> None:
+    """Print the estimated cost of each stage, measured with the model as the teacher of all; write no files."""
+    require(options, "data_free", not options.data_free, "false with --dry_run, which samples no images")
+    for number, config in enumerate(configs, start=1):
+        state.print(f"stage {number} of {len(configs)}: {config.distillation.student_steps} steps")
+        config = replace(config, distillation=replace(config.distillation, teacher=options.model))
+        accelerator = start_accelerator(settle_precision(config, state))
+        print_cost(config, accelerator)
+    accelerator.end_training()
 
 
 def plan_stages(options: DistillConfig, pipe: DDPMPipeline) -> list[tuple[int, str]]:

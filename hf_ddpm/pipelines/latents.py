@@ -371,7 +371,12 @@ def steps_from(t: int, count: int | None) -> list[int]:
 
 
 def check_generators(generator: Generators, batch_size: int) -> None:
-    """Raise a `ValueError` if a list of generators does not have one per image."""
+    """Raise a `ValueError` unless `generator` is None, a generator, or a list with one generator per image."""
+    for one in generator if isinstance(generator, list) else [generator]:
+        if not (one is None or isinstance(one, torch.Generator)):
+            raise ValueError(
+                f"generator={one!r}: expected torch.Generator().manual_seed(0), or a list with one per image"
+            )
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(
             f"generator of {len(generator)} generators: expected a single generator or a list of {batch_size}, one per "

@@ -350,7 +350,9 @@ class DDPMPipeline(EditingMethods, SharingMethods):
             )
         if count is None:
             if labels is not None:
-                raise ValueError("class_labels: expected None, since the network is unconditional")
+                raise ValueError(
+                    "class_labels: the model has no classes; expected none (to train with classes, use --class_column)"
+                )
             return None
         if labels is None:
             if null is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from hf_ddpm.config import PARTS, Config, with_past_defaults
 from hf_ddpm.provenance import model_checksum
@@ -110,9 +111,9 @@ def write_export(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with naming(folder):
-            pipe.unet.to(dtype)
+            nn.Module.to(pipe.unet, dtype)  # diffusers' own method warns about any change of dtype
             pipe.save_pretrained(partial)
-            pipe.unet.to(torch.float32)
+            nn.Module.to(pipe.unet, torch.float32)
             content = {**record, "checksum": model_checksum(pipe)}
             (partial / "export.json").write_text(json.dumps(content) + "\n")
             flush(partial)

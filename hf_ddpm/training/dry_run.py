@@ -1,5 +1,6 @@
 """Measure the duration of a run on a few trial steps; count a network's floating-point operations."""
 
+import math
 import time
 from dataclasses import replace
 
@@ -50,12 +51,14 @@ def measure_cost(run: Run, images: BatchSource) -> dict[str, str]:
             run.emas[0].model(x.expand(batch, -1, -1, -1), 0, classes).sample.sum().item()
     per_image = (time.perf_counter() - start) / MEASURED / batch
     sampling = per_image * training.num_samples * (training.num_inference_steps or run.pipeline().default_steps)
+    grid = sampling / run.accelerator.num_processes
+    grids = math.ceil(training.max_train_steps / training.checkpointing_steps) if training.sample_at_checkpoints else 1
 
     return {
         "images": f"{len(images):,} of {' x '.join(map(str, images.shape))}",
         "training": f"{training.max_train_steps:,} steps of {run.global_batch_size} images, {seconds:.3g} s per step: "
         f"{_duration(seconds * training.max_train_steps)}",
-        "samples.png": _duration(sampling / run.accelerator.num_processes),
+        "samples.png": _duration(grid) if grids == 1 else f"{grids} times {_duration(grid)}: {_duration(grids * grid)}",
     }
 
 

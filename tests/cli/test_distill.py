@@ -70,6 +70,18 @@ def test_each_stage_is_a_run_whose_teacher_is_the_previous_stage(distilled, trai
         assert figures["made_by"]["sampling"]["num_inference_steps"] == int(name.removesuffix("-steps"))
 
 
+def test_dry_run_prints_the_cost_of_each_stage_and_writes_nothing(trained, tmp_path, capsys):
+    words = ["--model", str(trained), "--steps", "4", "--output", str(tmp_path / "out"), "--dry_run"]
+    assert distill.main([*words, *WORDS, "--mixed_precision", "no"]) == 0
+    output = capsys.readouterr().out
+    for number, stage in enumerate(STAGES, start=1):
+        assert f"stage {number} of 3: {stage.replace('-', ' ')}\n" in output
+    assert output.count("4 steps of 8 images") == output.count("samples.png:") == 3
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="--data_free .*: expected false with --dry_run"):
+        distill.main([*words, "--data_free", "true"])
+
+
 def test_a_student_starts_from_the_weights_of_its_teacher(distilled):
     # An Adam step changes a weight by at most the learning rate of 1e-3, so four steps change it by less than 4e-3.
     for teacher, student in zip(STAGES, STAGES[1:], strict=False):

@@ -187,7 +187,7 @@ def test_first_view_matches_initial_values_of_form(app, demo):
         ("generate", (0, 0, 5, "ddpm", [], 1), "count=0: expected a whole number from 1 to 64"),
         ("generate", (1, 0.5, 5, "ddpm", [], 1), "seed=0.5: expected a whole number"),
         ("generate", (1, 0, 1001, "ddpm", [], 1), "steps=1001: expected a whole number from 1 to 1000"),
-        ("generate", (1, 0, 5, "ddpm", ["7"], 1), "class_labels: expected None, since the network is unconditional"),
+        ("generate", (1, 0, 5, "ddpm", ["7"], 1), "class_labels: the model has no classes; expected none"),
         ("interpolate", ("Two images", 5, 2, 0, 1, None, None, 5, "ddpm", [], 1), "First image is missing: upload"),
         ("interpolate", ("Two seeds", 1000, 2, 0, 1, None, None, 1, "ddpm", [], 1), "t=1000: expected a whole number"),
     ],

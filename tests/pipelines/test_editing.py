@@ -283,7 +283,10 @@ ONE, MASK = torch.zeros(1, 8, 8), torch.ones(8, 8)
         (lambda pipe: pipe.inpaint(ONE, MASK, None, 0), "num_inference_steps=0: expected 1 to 12"),
         (lambda pipe: pipe.inpaint(ONE, MASK, None, -1), "num_inference_steps=-1: expected 1 to 12"),
         (lambda pipe: pipe.inpaint(ONE, MASK, output_type="jpg"), "output_type='jpg': expected one of pil, np"),
-        (lambda pipe: pipe.inpaint(ONE, MASK, class_labels=[1]), "class_labels: expected None, since the network is"),
+        (
+            lambda pipe: pipe.inpaint(ONE, MASK, class_labels=[1]),
+            "class_labels: the model has no classes; expected none",
+        ),
         (lambda pipe: pipe.vary(ONE, 0), "strength=0: expected a number above 0 and at most 1"),
         (lambda pipe: pipe.vary(ONE, float("nan")), "strength=nan: expected a number above 0 and at most 1"),
         (lambda pipe: pipe.invert(ONE, num_iterations=0), "num_iterations=0: expected a whole number of at least 1"),

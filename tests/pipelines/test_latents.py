@@ -292,3 +292,9 @@ def test_schedulers_of_diffusers_are_rejected(short_pipeline):
     for call in (lambda: short_pipeline.encode(ONE, 1), lambda: short_pipeline.share_latent(1)):
         with pytest.raises(ValueError, match="scheduler=diffusers.DDIMScheduler: expected a DDPMScheduler of hf_ddpm"):
             call()
+
+
+@pytest.mark.parametrize("generator", [0, [0, 1], "cpu"])
+def test_generators_of_other_types_are_rejected(tiny_pipeline, generator):
+    with pytest.raises(ValueError, match=r"generator=.*: expected torch.Generator\(\).manual_seed\(0\), or a list"):
+        tiny_pipeline(batch_size=2, generator=generator, num_inference_steps=2)

@@ -377,10 +377,11 @@ def test_folders_of_unknown_origin_or_in_use_are_rejected(pipe, tmp_path):
         open_samples(tmp_path)
 
 
-def test_the_script_writes_png_files_or_one_array(trained, ten, tmp_path):
+def test_script_writes_png_files_or_one_array(trained, ten, tmp_path, capsys):
     main = load_script("sample").main
     words = ["--model", str(trained), "--num_inference_steps", "4", "--output", str(tmp_path)]
     main([*words, "--num_images", "5"])
+    assert f"5 images: {tmp_path} (overview: {tmp_path}/grid.png)\n" in capsys.readouterr().out
     read = np.stack([np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))])
     np.testing.assert_array_equal(read, ten[:5, 0])
     main([*words, "--num_images", "10", "--format", "npz"])
@@ -493,12 +494,12 @@ def test_a_folder_keeps_the_precision_chosen_by_auto(trained, tmp_path, monkeypa
     sample = load_script("sample").main
     sample([*words, "--output", str(tmp_path / "auto"), "--num_images", "6"])
     assert choices == [((1, 8, 8), 3)] and stored(tmp_path / "auto") == first
-    assert capsys.readouterr().out == f"precision {first}: chosen\n"
+    assert capsys.readouterr().out.startswith(f"precision {first}: chosen\n6 images: ")
     choices = choose(monkeypatch, second)
     sample([*words, "--output", str(tmp_path / "auto"), "--num_images", "9"])
     assert choices == [] and stored(tmp_path / "auto") == first
     line = f"precision {first.replace('no', 'float32')}, as of the existing images in {tmp_path / 'auto'}\n"
-    assert capsys.readouterr().out == line
+    assert capsys.readouterr().out.startswith(f"{line}9 images: ")
     sample([*words, "--output", str(tmp_path / "given"), "--num_images", "9", "--mixed_precision", first])
     actual, expected = (images(SampleFolder.read(tmp_path / name)) for name in ("auto", "given"))
     assert torch.equal(actual, expected)

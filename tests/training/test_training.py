@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -227,6 +228,9 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(run_training, tmp_path, ca
     unet = UNet2DModel(**parse_config(TINY_RUN).unet())
     assert lines["parameters"].strip() == f"{unet.num_parameters():,}"
     assert "1,000 steps of 8 images" in lines["training"] and "898 of 1 x 8 x 8" in lines["images"]
+    assert lines["samples.png"].count("(h:m:s)") == 1
+    run_training(tmp_path / "run", "--max_train_steps", "1000", *later, "--sample_at_checkpoints", "true", "--dry_run")
+    assert re.search(r"samples.png: +10 times \S+ \(h:m:s\): \S+ \(h:m:s\)\n", capsys.readouterr().out)
     assert not any(tmp_path.iterdir())
 
 
