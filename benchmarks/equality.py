@@ -30,7 +30,7 @@ SCALE = 2.0**16
 
 
 def compare(contenders: Sequence[Contender], tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """Compares outputs, and excludes contenders whose outputs are wrong by setting their `refusal`.
+    """Compare outputs, and excludes contenders whose outputs are wrong by setting their `refusal`.
 
     Args:
         contenders: The contenders; the first is this package.
@@ -61,7 +61,7 @@ def compare(contenders: Sequence[Contender], tasks: Sequence[str]) -> list[dict[
 
 
 def check_equal(ours: Contender, theirs: Contender) -> dict[str, Check]:
-    """Compares outputs and gradients for the same input, and images of the same seed after a few steps.
+    """Compare outputs and gradients for the same input, and images of the same seed after a few steps.
 
     All are computed in float32 and not compiled.
 
@@ -81,7 +81,7 @@ def check_equal(ours: Contender, theirs: Contender) -> dict[str, Check]:
 
 
 def check_as_timed(contender: Contender, tasks: Sequence[str]) -> dict[str, Check]:
-    """Compares half-precision or compiled passes, and compiled gradients, with the same network in float32.
+    """Compare half-precision or compiled passes, and compiled gradients, with the same network in float32.
 
     Compiled gradients of this package are not compared here: `compile_network` checks them.
 
@@ -105,7 +105,7 @@ def check_as_timed(contender: Contender, tasks: Sequence[str]) -> dict[str, Chec
 
 
 def refusal_of(checks: dict[str, Check]) -> str | None:
-    """Returns an error message if outputs differ, or None."""
+    """Return an error message if outputs differ, or None."""
     for name, check in checks.items():
         if not check["equal"]:
             limit = f"expected at most {check['tolerance']:g}"
@@ -114,7 +114,7 @@ def refusal_of(checks: dict[str, Check]) -> str | None:
 
 
 def _first(contender: Contender, training: bool, compute: Callable[[], Tensor]) -> Tensor:
-    """Returns the result of `compute`, and records its time, which is mostly compilation."""
+    """Return the result of `compute`, and records its time, which is mostly compilation."""
     clock = clock_of(contender.setting.device)
     start = clock()
     result = compute()
@@ -152,7 +152,7 @@ def _gradients(contender: Contender, batch: int = 2) -> Tensor:
 
 
 def _compiled_gradients(contender: Stock) -> Tensor:
-    """Returns gradients of the timed network; with dropout, whose masks differ, in evaluation mode."""
+    """Return gradients of the timed network; with dropout, whose masks differ, in evaluation mode."""
     setting, network = contender.setting, contender.trained
     x, t = setting.inputs(setting.batch)
     network.train(setting.config.model.dropout == 0)
@@ -160,7 +160,7 @@ def _compiled_gradients(contender: Stock) -> Tensor:
 
 
 def _flat(network: torch.nn.Module, output: Tensor) -> Tensor:
-    """Returns the gradients of a loss as one vector, with zeros for gradients that a compiler has dropped."""
+    """Return the gradients of a loss as one vector, with zeros for gradients that a compiler has dropped."""
     (output.float().square().mean() * SCALE).backward()
     weights = [parameter for _, parameter in sorted(network.named_parameters())]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]

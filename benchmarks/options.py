@@ -59,7 +59,7 @@ class BenchmarkConfig:
     )
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_at_least(self, 1, "rounds", "steps_per_turn", "threads")
         for name, known in (("against", (*OTHERS, "none")), ("tasks", tuple(TASKS))):
             chosen = _words(getattr(self, name))
@@ -90,7 +90,7 @@ class BenchmarkConfig:
 
 
 def parse_benchmark(argv: list[str], doc: str | None = None) -> tuple[BenchmarkConfig, Config]:
-    """Parses the options of `BenchmarkConfig` and of a run; the default preset is digits, and `--help` prints `doc`.
+    """Parse the options of `BenchmarkConfig` and of a run; the default preset is digits, and `--help` prints `doc`.
 
     Raises:
         ValueError: If an option is unknown or its value is invalid; one line.
@@ -104,7 +104,7 @@ def parse_benchmark(argv: list[str], doc: str | None = None) -> tuple[BenchmarkC
 
 
 def grown(config: Config, over: str, value: int) -> Config:
-    """Returns the options of a run with `value` as batch size, resolution or number of diffusion steps."""
+    """Return the options of a run with `value` as batch size, resolution or number of diffusion steps."""
     data, model, training = config.data, config.model, config.training
     if over == "batch":
         return replace(config, training=replace(training, train_batch_size=value))
@@ -123,7 +123,7 @@ def grown(config: Config, over: str, value: int) -> Config:
 
 
 def growth_values(options: BenchmarkConfig, config: Config) -> list[int]:
-    """Returns the values of `--growth`, [0] without it."""
+    """Return the values of `--growth`, [0] without it."""
     if options.growth == "none":
         return [0]
     shorter = min(config.data.size)
@@ -141,7 +141,7 @@ _SPACING = {"fixed_large": {"timestep_spacing": "leading"}}
 
 
 def _comparable(config: Config, given: set[str]) -> Config:
-    """Returns the options restricted to features of all contenders; precision is float32 unless it is given."""
+    """Return the options restricted to features of all contenders; precision is float32 unless it is given."""
     require(config.data, "channels", config.data.channels in (1, 3, 4), "1, 3 or 4, which all contenders read")
     shared: dict[str, Any] = {"gradient_accumulation_steps": 1, "tracker": "none", "num_samples": 1}
     if config.training.mixed_precision == "auto" and "mixed_precision" not in given:

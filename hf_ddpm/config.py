@@ -42,10 +42,10 @@ DATASETS = "digits; a folder of images, arrays, archives or parquet files; one s
 
 @dataclass
 class ImageOptions:
-    """Data set options that training and evaluation share."""
+    """Dataset options that training and evaluation share."""
 
     dataset: str | None = option(DATASETS, None)
-    dataset_config: str | None = option("configuration of the data set, if it has several", None)
+    dataset_config: str | None = option("configuration of the dataset, if it has several", None)
     image_column: str | None = option("column of the images; guessed by default", None)
     class_column: str | None = option(
         "column of the classes to condition on; auto: guess the column; unconditional by default", None
@@ -83,12 +83,12 @@ class DataConfig(ImageOptions):
     )
     horizontal_flip: bool = option("flip images horizontally with probability 0.5", False)
     max_train_samples: int | None = option("number of images to use, drawn at random; all by default", None)
-    streaming: bool = option("read and decode images on demand, for data sets larger than the disk", False)
+    streaming: bool = option("read and decode images on demand, for datasets larger than the disk", False)
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        require(self, "dataset", bool(self.dataset), "a data set, such as a folder of images, or --preset NAME")
+        require(self, "dataset", bool(self.dataset), "a dataset, such as a folder of images, or --preset NAME")
         sides = self.resolution
         require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
         require_at_least(self, 1, "channels", "max_train_samples")
@@ -293,7 +293,7 @@ class EvaluationConfig:
     eval_floor: bool = option("also evaluate the same number of held-out real images: the best value to expect", True)
     eval_extractor: str | None = option(
         "feature extractor: digits, inception (needs hf_ddpm[inception]), or a folder or Hub id of an image model; by "
-        "default digits for data set digits, else inception",
+        "default digits for dataset digits, else inception",
         None,
     )
     eval_num_images: int | None = option("number of images to evaluate on; by default all of the held-out split", None)
@@ -384,7 +384,7 @@ FORMER_DEFAULTS: dict[str, Any] = {
     "timestep_spacing": "leading",
 }
 
-# Parts that describe a data set, not a model: in a preset they are for its own data set only.
+# Parts that describe a dataset, not a model: in a preset they are for its own dataset only.
 OF_DATA = (DataConfig, EvaluationConfig, HubConfig)
 
 PARTS = (

@@ -67,7 +67,7 @@ class Mutation:
 
 
 def sample(run: Path, words: tuple[str, ...]) -> str:
-    """Samples two images with the model of the run."""
+    """Sample two images with the model of the run."""
     out = run / "out"
     steps = ("--num_images", "2", "--num_inference_steps", "2", "--output", str(out))
     _main("sample", "--model", str(run), *steps, *words)
@@ -75,7 +75,7 @@ def sample(run: Path, words: tuple[str, ...]) -> str:
 
 
 def evaluate(run: Path, words: tuple[str, ...]) -> str:
-    """Estimates the bound on two images."""
+    """Estimate the bound on two images."""
     out = run / "results.json"
     few = ("--metrics", "nll", "--num_images", "2", "--steps_per_image", "2")
     _main("evaluate", "--model", str(run), "--dataset", "digits", *few, "--output", str(out), *words)
@@ -83,7 +83,7 @@ def evaluate(run: Path, words: tuple[str, ...]) -> str:
 
 
 def compare(run: Path, words: tuple[str, ...]) -> str:
-    """Compares a folder of samples with the digits."""
+    """Compare a folder of samples with the digits."""
     out = run / "fd.json"
     few = ("--metrics", "fd", "--dataset", "digits", "--max_train_samples", "16")
     _main("evaluate", "--samples", str(run / "images"), *few[:4], "--output", str(out), *words)
@@ -91,32 +91,32 @@ def compare(run: Path, words: tuple[str, ...]) -> str:
 
 
 def resume(run: Path, words: tuple[str, ...]) -> str:
-    """Resumes the run for one step."""
+    """Resume the run for one step."""
     _main("train", *TINY_RUN, "--output_dir", str(run), "--max_train_steps", "5", *words)
     return json.loads((run / "export.json").read_text())["checksum"]
 
 
 def train(run: Path, words: tuple[str, ...]) -> str:
-    """Trains a new run for one step."""
+    """Train a new run for one step."""
     out = run / "new"
     _main("train", *TINY_RUN, "--output_dir", str(out), "--max_train_steps", "1", *words)
     return json.loads((out / "export.json").read_text())["checksum"]
 
 
 def train_images(run: Path, words: tuple[str, ...]) -> str:
-    """Trains a new run for one step on the folder `images`."""
+    """Train a new run for one step on the folder `images`."""
     return train(run, ("--dataset", str(run / "images"), "--channels", "1", "--levels", "17", *words))
 
 
 def train_config(run: Path, words: tuple[str, ...]) -> str:
-    """Trains a new run for one step with only the options of `config.yaml`."""
+    """Train a new run for one step with only the options of `config.yaml`."""
     out = run / "new"
     _main("train", "--config", str(run / "config.yaml"), "--output_dir", str(out), "--max_train_steps", "1", *words)
     return json.loads((out / "export.json").read_text())["checksum"]
 
 
 def train_preset(run: Path, words: tuple[str, ...]) -> str:
-    """Trains a new run for one step with `config.yaml` as a preset."""
+    """Train a new run for one step with `config.yaml` as a preset."""
     from hf_ddpm import presets
 
     original, presets.PRESETS = presets.PRESETS, run / "presets"
@@ -131,7 +131,7 @@ def train_preset(run: Path, words: tuple[str, ...]) -> str:
 
 
 def card(run: Path, words: tuple[str, ...]) -> str:
-    """Writes the model card; the result lists words such as "nan" that it must not contain."""
+    """Write the model card; the result lists words such as "nan" that it must not contain."""
     from hf_ddpm.hub.card import write_card
 
     (run / "README.md").unlink(missing_ok=True)
@@ -140,7 +140,7 @@ def card(run: Path, words: tuple[str, ...]) -> str:
 
 
 def convert(run: Path, words: tuple[str, ...]) -> str:
-    """Converts the run as a stock pipeline."""
+    """Convert the run as a stock pipeline."""
     out = run / "converted"
     _main("convert", "--from", "stock", "--input", str(run), "--output", str(out), *words)
     return _digest(*sorted(out.glob("unet/*")), out / "scheduler/scheduler_config.json")
@@ -170,7 +170,7 @@ def _digest(*files: Path) -> str:
 
 
 def mutations() -> Iterator[Mutation]:
-    """Yields all mutations, always the same ones."""
+    """Yield all mutations, always the same ones."""
     rng = random.Random(0)
     yield from _json(rng)
     yield from _jsonl(rng)
@@ -425,7 +425,7 @@ def _parts(file: str) -> tuple[str, ...]:
 
 
 def _keys(file: str) -> list[tuple[str, ...]]:
-    """Returns the paths of the keys of a JSON file, up to a depth of three, without details of the provenance."""
+    """Return the paths of the keys of a JSON file, up to a depth of three, without details of the provenance."""
 
     def walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         for key, item in value.items() if isinstance(value, dict) else ():
@@ -548,7 +548,7 @@ def _image(index: int) -> np.ndarray:
 
 
 def _folder(kind: str) -> Callable[[Path], object]:
-    """Returns a function that writes a folder of eight images."""
+    """Return a function that writes a folder of eight images."""
 
     def make(run: Path) -> None:
         folder = run / "images"
@@ -566,7 +566,7 @@ def _folder(kind: str) -> Callable[[Path], object]:
 
 
 def _rows(run: Path) -> None:
-    """Writes a table of eight images."""
+    """Write a table of eight images."""
     contents = []
     for index in range(8):
         Image.fromarray(_image(index)).save(buffer := io.BytesIO(), "png")
@@ -593,7 +593,7 @@ class _OutOfTime(BaseException):
 
 
 def prepare(folder: Path) -> Path:
-    """Trains and evaluates the run to damage, with a checkpoint at step 4; returns its folder."""
+    """Train and evaluate the run to damage, with a checkpoint at step 4; return its folder."""
     run = folder / "run"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         _main("train", *TINY_RUN, "--output_dir", str(run), "--max_train_steps", "4")
@@ -605,7 +605,7 @@ def prepare(folder: Path) -> Path:
 
 
 def attempt(mutation: Mutation, run: Path, folder: Path) -> tuple[str, str]:
-    """Returns the state of a command (`ok`, `warned`, `refused` or `traceback`), and its result or its error."""
+    """Return the state of a command (`ok`, `warned`, `refused` or `traceback`), and its result or its error."""
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(run, work)
@@ -641,7 +641,7 @@ def _end(number: int, frame: Any) -> None:
 
 
 def judge(mutation: Mutation, state: str, result: str, undamaged: str) -> str:
-    """Returns the outcome of an attempt, one of `OUTCOMES`."""
+    """Return the outcome of an attempt, one of `OUTCOMES`."""
     if state == "traceback":
         return state
     if state == "refused":
@@ -663,7 +663,7 @@ def _undamaged(mutation: Mutation) -> Mutation:
 
 
 def fuzz(folder: Path, report: Callable[[str], object] | None = None) -> Counter[tuple[str, str]]:
-    """Tries all mutations.
+    """Try all mutations.
 
     Args:
         folder: Working folder.
@@ -695,7 +695,7 @@ def fuzz(folder: Path, report: Callable[[str], object] | None = None) -> Counter
 
 
 def table(counts: Counter[tuple[str, str]]) -> str:
-    """Returns the counts as text: the number of mutations and the outcomes, per group and in total."""
+    """Return the counts as text: the number of mutations and the outcomes, per group and in total."""
     groups = list(dict.fromkeys(group for group, _ in counts))
     lines = [f"{'':16}{'tried':>10}" + "".join(f"{name:>10}" for name in OUTCOMES)]
     for group in [*groups, "all"]:

@@ -242,7 +242,7 @@ def test_errors_for_invalid_options_are_one_line(words, message):
 
 
 def test_a_data_set_is_required():
-    with pytest.raises(ValueError, match="--dataset '': expected a data set, such as"):
+    with pytest.raises(ValueError, match="--dataset '': expected a dataset, such as"):
         parse_config([])
     with pytest.raises(ValueError, match="--dataset ''"):
         DataConfig()

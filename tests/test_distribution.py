@@ -20,7 +20,7 @@ FOLDERS = ("hf_ddpm", "tests", "benchmarks", "docs", "scripts", "model_cards", "
 
 
 def run(words, folder, path=None):
-    """Runs a command in a folder, with only `path` in PYTHONPATH; returns its output."""
+    """Run a command in a folder, with only `path` in PYTHONPATH; return its output."""
     home = {"HF_HOME": str(folder / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
     environment = {**os.environ, **home, "PYTHONPATH": "" if path is None else str(path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(word) for word in words], cwd=folder, env=environment, capture_output=True, text=True)

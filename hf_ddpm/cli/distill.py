@@ -61,7 +61,7 @@ class DistillConfig:
         None,
     )
     guidance_scale: float = option("scale of classifier-free guidance to distill into the model; 1 for none", 1.0)
-    data_free: bool = option("train on samples of the model instead of a data set", False)
+    data_free: bool = option("train on samples of the model instead of a dataset", False)
     free_images: int = option("number of samples to train on with --data_free", 4096)
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ class ExportConfig:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     (config,) = parse_options(argv, ExportConfig, doc=__doc__)
     folder, step = export_model(**vars(config))
     print(f"exported step {step:,} to {folder}; load it with DDPMPipeline.from_pretrained({str(folder)!r})")

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 
 
 def preset_config(name: str) -> Config:
-    """Return the options of a preset; a preset without a data set gets the name of one that does not exist."""
+    """Return the options of a preset; a preset without a dataset gets the name of one that does not exist."""
     has_data = re.search("^dataset:", preset_path(name).read_text(encoding="utf-8"), re.MULTILINE)
     return parse_config(["--preset", name, *([] if has_data else ["--dataset", "images"])])
 

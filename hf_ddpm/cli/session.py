@@ -97,7 +97,7 @@ def train_session(config: Config) -> Run:
         config = settle_precision(config, state)
         accelerator = start_accelerator(config)
         config = fit_memory(config, accelerator, checkpoint)
-        log = cache(accelerator.print)  # describes a data set once, even if it is opened twice
+        log = cache(accelerator.print)  # describes a dataset once, even if it is opened twice
         evaluations, pushes = evaluations_and_pushes(config, accelerator, log)
         run, images = open_run(config, accelerator, checkpoint, log)
         with closing(images):
@@ -158,7 +158,7 @@ def open_run(config: Config, accelerator: Accelerator, checkpoint: Path | None, 
 def start(
     config: Config, accelerator: Accelerator, log: Log, checkpoint: Path | None = None, report: Path | None = None
 ) -> tuple[Run, BatchSource]:
-    """Return a run at step 0 and its images; it will resume from `checkpoint`, and lists bad images in `report`."""
+    """Return a run at step 0 and its images; it will resume from `checkpoint`, and list bad images in `report`."""
     scheduler, source = build_process(config, checkpoint)  # reports errors before images are decoded for hours
     images = open_images(
         config.data,

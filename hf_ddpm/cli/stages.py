@@ -145,7 +145,7 @@ def stage_config(
     """Return the options of the training run of a stage, counted from 0.
 
     Raises:
-        ValueError: If the data set is not given, or the value of an option is invalid.
+        ValueError: If the dataset is not given, or the value of an option is invalid.
     """
     given = given_options(words, (*PARTS, Sources))
     base = base_options(options, pipe)
@@ -167,7 +167,7 @@ def stage_config(
         decided |= names | ({"class_column": "label"} if pipe.unet.config.num_class_embeds else {})
     elif not base["dataset"] and "dataset" not in given:
         raise ValueError(
-            f"--dataset is missing: --model {options.model} is not the folder of a run with a data set; expected "
+            f"--dataset is missing: --model {options.model} is not the folder of a run with a dataset; expected "
             "--dataset NAME or --data_free true"
         )
     return parse_config([*words_of(base), *words, *words_of(decided)])
@@ -213,7 +213,7 @@ def length_of(folder: Path) -> int:
 
 
 def draw_images(options: DistillConfig, pipe: DDPMPipeline, configs: list[Config], state: PartialState) -> None:
-    """Sample images with the model and save them, with their classes, as a data set; reuse existing samples."""
+    """Sample images with the model and save them, with their classes, as a dataset; reuse existing samples."""
     folder, count = Path(options.output), options.free_images
     classes: list[str] = pipe.class_names or [str(i) for i in range(pipe.unet.config.num_class_embeds or 0)]
     halvings = [config.distillation for config in configs if config.distillation.student_target == "teacher"]

@@ -45,10 +45,10 @@ class BatchSource(Protocol):
         """The number of unusable images so far."""
 
     def __len__(self) -> int:
-        """Returns the number of images per epoch."""
+        """Return the number of images per epoch."""
 
     def batch(self, step: int, rows: slice) -> Batch:
-        """Returns images of the global batch of a step.
+        """Return images of the global batch of a step.
 
         Args:
             step: Optimizer step, from 0.
@@ -59,7 +59,7 @@ class BatchSource(Protocol):
         """
 
     def close(self) -> None:
-        """Ends threads and processes."""
+        """End threads and processes."""
 
 
 class ShuffledImages:
@@ -80,7 +80,7 @@ class ShuffledImages:
         self.shape, self.class_names, self.skipped = store.shape, store.class_names, store.skipped
 
     def __len__(self) -> int:
-        """Returns the number of images per epoch."""
+        """Return the number of images per epoch."""
         return len(self.store)
 
     def batch(self, step: int, rows: slice) -> Batch:
@@ -113,7 +113,7 @@ def batch_indices(seed: int, step: int, batch: int, size: int, device: torch.dev
         seed: Seed of the run.
         step: Optimizer step, from 0.
         batch: Images per global batch.
-        size: Images in the data set.
+        size: Images in the dataset.
         device: Device of the indices; the order of an epoch is copied to it once.
 
     Returns:
@@ -128,7 +128,7 @@ def batch_indices(seed: int, step: int, batch: int, size: int, device: torch.dev
 
 
 def crop_positions(seed: int, step: int, batch: int) -> Tensor:
-    """Draws the crop positions of a global batch, uniform in [0, 1), shape `(batch, 2)`; see `crop_at`."""
+    """Draw the crop positions of a global batch, uniform in [0, 1), shape `(batch, 2)`; see `crop_at`."""
     return torch.rand(batch, 2, generator=generator(seed, CROP, step))
 
 

@@ -1,4 +1,4 @@
-"""Decode all images of a data set once, into a cached table of raw CHW pixels."""
+"""Decode all images of a dataset once, into a cached table of raw CHW pixels."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ class BadImage:
 
     Attributes:
         file: The image file, or the file with its row; None if unknown.
-        row: The row in that file or in the data set; None if it has none.
+        row: The row in that file or in the dataset; None if it has none.
         reason: Why it is unusable.
     """
 
@@ -47,11 +47,11 @@ class BadImage:
     reason: str
 
     def text(self, column: str) -> str:
-        """Returns the location of the image and the reason."""
+        """Return the location of the image and the reason."""
         return f"row {self.row} ({self.file or f'column {column!r}'}): {self.reason}"
 
     def error(self, column: str) -> ValueError:
-        """Returns the error for the image, with the options that avoid it."""
+        """Return the error for the image, with the options that avoid it."""
         larger = (
             "--enlarge true to upscale small images, or " if "is smaller than the resolution" in self.reason else ""
         )
@@ -67,7 +67,7 @@ def decode(
     skip_bad_images: bool = False,
     log: Callable[[str], object] = lambda line: None,
 ) -> tuple[Dataset, Sequence[int], list[BadImage]]:
-    """Decodes all images of a split into raw pixels; a second call with the same arguments reads the cache.
+    """Decode all images of a split into raw pixels; a second call with the same arguments reads the cache.
 
     Args:
         dataset: An opened split, or a part of one.
@@ -78,7 +78,7 @@ def decode(
         log: Called with a line if the cache was damaged, and with lines about lost information, such as bit depth.
 
     Returns:
-        A data set in the same order with `pixels`, the bytes of CHW arrays of `image_format.dtype`, and their `height`
+        A dataset in the same order with `pixels`, the bytes of CHW arrays of `image_format.dtype`, and their `height`
         and `width`; the indices of its images in `dataset`; and the skipped images.
 
     Raises:
@@ -120,7 +120,7 @@ def decode(
 
 
 def attempt(row: dict[str, Any] | None, image_format: ImageFormat, notes: list[str] | None = None) -> np.ndarray | str:
-    """Returns the decoded image, or the reason why it is unusable in one line."""
+    """Return the decoded image, or the reason why it is unusable in one line."""
     try:
         return fit(row, image_format, notes)
     except Exception as error:  # decoders raise many types
@@ -128,19 +128,19 @@ def attempt(row: dict[str, Any] | None, image_format: ImageFormat, notes: list[s
 
 
 def write_report(bad: Sequence[BadImage], path: Path) -> None:
-    """Writes skipped images as JSON Lines, atomically."""
+    """Write skipped images as JSON Lines, atomically."""
     write_text(path, as_lines(map(asdict, bad)))
 
 
 def read_report(path: Path) -> set[tuple[Any, Any]]:
-    """Returns the file and row of each image in a report; an empty set if the report does not exist."""
+    """Return the file and row of each image in a report; an empty set if the report does not exist."""
     return {(image.get("file"), image.get("row")) for image in read_lines(path)}
 
 
 def _decode_rows(
     batch: dict[str, list[Any]], indices: list[int], image_format: ImageFormat, strict_rows: Sequence[int] | None
 ) -> dict[str, list[Any]]:
-    """Decodes encoded images; raises an error for a bad image if `strict_rows`, the row numbers, is given."""
+    """Decode encoded images; raise an error for a bad image if `strict_rows`, the row numbers, is given."""
     ((column, encoded),), cores = batch.items(), own_cores()
     notes: list[list[str]] = [[] for _ in encoded]
     # Each thread gets many images at once: for small images, one task per image would be slower.
@@ -163,7 +163,7 @@ def _decode_rows(
 
 
 def _cache_key(encoded: Dataset, options: dict[str, Any]) -> str:
-    """Returns the hash of everything that decoded images depend on: the data set, its files, and the options."""
+    """Return the hash of everything that decoded images depend on: the dataset, its files, and the options."""
     files = [Path(file["filename"]) for file in encoded.cache_files]
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return Hasher.hash([encoded._fingerprint, stamps, options])

@@ -1,4 +1,4 @@
-"""Open a data set by name: the embedded digits, a folder, a file or a Hub id."""
+"""Open a dataset by name: the embedded digits, a folder, a file or a Hub id."""
 
 import glob
 import os
@@ -28,11 +28,11 @@ Log = Callable[[str], object]
 
 
 class _Refused(ValueError):
-    """A data set cannot be opened; the message is complete and contains its name."""
+    """A dataset cannot be opened; the message is complete and contains its name."""
 
 
 class MissingSplit(ValueError):
-    """A data set does not have the requested split; `splits` are the existing ones."""
+    """A dataset does not have the requested split; `splits` are the existing ones."""
 
     def __init__(self, message: str, splits: Sequence[str]):
         super().__init__(message)
@@ -40,7 +40,7 @@ class MissingSplit(ValueError):
 
 
 def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset, list[UnusedFile]]:
-    """Opens a split of a data set.
+    """Open a split of a dataset.
 
     Args:
         data: Options of the images: `dataset` is `digits` (embedded); a folder of images, arrays (`.npy`, `.npz`),
@@ -53,7 +53,7 @@ def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset,
 
     Raises:
         MissingSplit: If the split does not exist.
-        ValueError: If the data set or its configuration does not exist, or it contains no images.
+        ValueError: If the dataset or its configuration does not exist, or it contains no images.
         OSError: If the disk of the cache is full.
     """
     name, split, opened = data.dataset, data.split, _open_splits(data, log)
@@ -71,7 +71,7 @@ def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset,
 
 
 def find_shards(data: DataConfig, log: Log = lambda line: None) -> tuple[list[str], list[UnusedFile]]:
-    """Finds the parquet files of a split, without reading or downloading them.
+    """Find the parquet files of a split, without reading or downloading them.
 
     Args:
         data: Options of the images: `dataset` is `digits`, a folder of parquet files, a parquet file, a Hub id, or a
@@ -83,7 +83,7 @@ def find_shards(data: DataConfig, log: Log = lambda line: None) -> tuple[list[st
         Paths and URLs, in order, and the unused files of a folder.
 
     Raises:
-        ValueError: If the data set or split does not exist, or its files are not parquet.
+        ValueError: If the dataset or split does not exist, or its files are not parquet.
     """
     name, split, path = data.dataset, data.split, Path(data.dataset)
     _check_config(data, path.is_file() or "://" in name or name == "digits")
@@ -102,7 +102,7 @@ def find_shards(data: DataConfig, log: Log = lambda line: None) -> tuple[list[st
 
 
 def choose(size: int, max_samples: int | None, seed: int) -> Sequence[int]:
-    """Returns the indices of all of `size` items, or of `max_samples` items drawn at random, in order.
+    """Return the indices of all of `size` items, or of `max_samples` items drawn at random, in order.
 
     Raises:
         ValueError: If `max_samples` is less than 1.
@@ -122,7 +122,7 @@ def _check_config(data: DataConfig, has_no_configs: bool) -> None:
 
 
 def _open_splits(data: DataConfig, log: Log) -> Opened:
-    """Opens all splits of a data set."""
+    """Open all splits of a dataset."""
     name, config, path = data.dataset, data.dataset_config, Path(data.dataset)
     _check_config(data, name == "digits" or path.is_file())
     if name == "digits":
@@ -157,13 +157,13 @@ def _open_file(path: Path, log: Log) -> Opened:
 
 
 def _open_folder(path: Path, config: str | None, class_column: str | None, log: Log) -> Opened:
-    """Opens a folder by the formats of its files.
+    """Open a folder by the formats of its files.
 
     `datasets` reads only folders with tables: it would mistake class folders such as testing_cats/ for splits.
     """
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         if config is not None:
-            reason = "a data set saved by save_to_disk has no configurations; remove --dataset_config"
+            reason = "a dataset saved by save_to_disk has no configurations; remove --dataset_config"
             raise _Refused(f"--dataset_config {config}: {reason}")
         return Opened(_saved(path))
     files, unused_files = list_files(path)
@@ -190,7 +190,7 @@ def _open_folder(path: Path, config: str | None, class_column: str | None, log: 
 
 
 def _saved(path: Path) -> Mapping[str, Dataset]:
-    """Returns the splits of a data set written by `save_to_disk`."""
+    """Return the splits of a dataset written by `save_to_disk`."""
     try:
         saved = load_from_disk(str(path))
     except IndexError as error:  # raised by datasets if a split has no rows
@@ -207,7 +207,7 @@ def _digits_files() -> dict[str, str]:
 
 
 def _data_files(data: DataConfig) -> dict[str, list[str]]:
-    """Returns the files of all splits, as found by `datasets`, without reading them."""
+    """Return the files of all splits, as found by `datasets`, without reading them."""
     name = data.dataset
     if name == "digits":
         return {split: [path] for split, path in _digits_files().items()}
@@ -221,7 +221,7 @@ def _data_files(data: DataConfig) -> dict[str, list[str]]:
 
 
 def _unused(path: Path, data_files: Mapping[Any, Sequence[str]]) -> list[UnusedFile]:
-    """Returns the files of a folder that `datasets` does not read, each with the reason."""
+    """Return the files of a folder that `datasets` does not read, each with the reason."""
     used = {os.path.relpath(file, path.absolute()) for files in data_files.values() for file in files}
     files, unused_files = list_files(path)
     names = [name for name in files if name not in used and name != "README.md"]
@@ -246,10 +246,10 @@ def _reason(name: str, config: str | None, error: Exception) -> str:
 
 
 def _config_reason(name: str, config: str | None) -> str | None:
-    """Returns the error in the configuration; None if no error is known."""
+    """Return the error in the configuration; None if no error is known."""
     try:
         names = get_dataset_config_names(name)
-    except Exception:  # the data set does not exist or cannot be read
+    except Exception:  # the dataset does not exist or cannot be read
         return None
     listed = ", ".join(names)
     if config is not None and config not in names:

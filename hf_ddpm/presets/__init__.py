@@ -16,7 +16,7 @@ class Given:
     """Given options that affect the choice and adjustment of a preset.
 
     Attributes:
-        dataset: Name of the data set.
+        dataset: Name of the dataset.
         resolution: Height and width, or one number for both.
         block_out_channels: Channels per resolution; if given, no preset is chosen.
         attention_resolutions: Resolutions with self-attention.
@@ -47,7 +47,7 @@ def choose_preset(given: Given) -> tuple[str | None, str]:
         return None, ""
     network = ", with the network of --init_from" if given.init_from else ""
     if given.dataset == "digits":
-        return "digits", f"--preset digits (default for this data set){network}"
+        return "digits", f"--preset digits (default for this dataset){network}"
     name, sides = "small-32", given.resolution or [32]
     if min(sides) >= 48:
         name = "small-64"
@@ -60,7 +60,7 @@ def choose_preset(given: Given) -> tuple[str | None, str]:
 def fit_preset(name: str, preset: Words, given: Given, of_data: Mapping[str, Any]) -> tuple[Words, str]:
     """Adjust the options of a preset to other images.
 
-    For another data set, options about the preset's own data set, metrics and license are removed. If the network does
+    For another dataset, options about the preset's own dataset, metrics and license are removed. If the network does
     not reach a resolution with self-attention, the next lower resolution that it reaches, or else its lowest one, gets
     self-attention instead.
 
@@ -68,7 +68,7 @@ def fit_preset(name: str, preset: Words, given: Given, of_data: Mapping[str, Any
         name: The name of the preset.
         preset: Its options.
         given: The given options.
-        of_data: Defaults of the options that describe a data set.
+        of_data: Defaults of the options that describe a dataset.
 
     Returns:
         The options, and a line about removed options, empty if no option is removed.

@@ -41,7 +41,7 @@ Edit = Callable[[list[int], Tensor, dict[str, Any]], tuple[Tensor, Tensor | None
 
 
 def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | InvertConfig) -> Path:
-    """Edits images into a folder, as `hf-ddpm edit` does. Every process of a launcher must call this function.
+    """Edit images into a folder, as `hf-ddpm edit` does. Every process of a launcher must call this function.
 
     Args:
         config: Model, input images and output folder.
@@ -96,7 +96,7 @@ def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | Inve
 
 
 def draw_grid(output: Path, files: Sequence[Path], pixels: Tensor, masks: Tensor | None, is_inverted: bool) -> None:
-    """Writes `grid.png`, the first images before and after; prints the reconstruction error of inverted images."""
+    """Write `grid.png`, the first images before and after; print the reconstruction error of inverted images."""
     rows = {"image": pixels}
     if masks is not None:
         rows["masked"] = torch.where(masks, GRAY, pixels)
@@ -118,7 +118,7 @@ def edit_batches(
     labels: Sequence[int | str],
     state: PartialState,
 ) -> None:
-    """Edits this process's share of the images (uint8) and writes the results; returns when all processes are done."""
+    """Edit this process's share of the images (uint8) and write the results; return when all processes are done."""
     output, mine = Path(config.output), list(range(len(files)))[state.process_index :: state.num_processes]
     with tqdm(total=len(mine), desc="Images", unit="image", disable=not state.is_main_process) as bar:
         for start in range(0, len(mine), config.batch_size):
@@ -138,7 +138,7 @@ def edit_batches(
 
 
 def prepared(pipe: DDPMPipeline, options: InpaintConfig | VaryConfig | InvertConfig, masks: Tensor | None) -> Edit:
-    """Returns the function of an edit, and sets the pipeline's scheduler for it.
+    """Return the function of an edit, and set the pipeline's scheduler for it.
 
     Raises:
         ValueError: If the number of steps is invalid for the model.
@@ -177,7 +177,7 @@ def prepared(pipe: DDPMPipeline, options: InpaintConfig | VaryConfig | InvertCon
 
 
 def find_pictures(option: str, path: Path) -> list[Path]:
-    """Returns an image file, or the image files of a folder sorted by name, without `grid.png`.
+    """Return an image file, or the image files of a folder sorted by name, without `grid.png`.
 
     Args:
         option: Name of the option, for error messages.
@@ -205,7 +205,7 @@ def find_pictures(option: str, path: Path) -> list[Path]:
 
 
 def read_pictures(files: Sequence[Path], shape: tuple[int, int, int], background: str = "white") -> Tensor:
-    """Returns image files resized and cropped to a shape, as uint8; a `ValueError` names the file and the reason."""
+    """Return image files resized and cropped to a shape, as uint8; a `ValueError` names the file and the reason."""
     channels, height, width = shape
     images = []
     for file in files:
@@ -217,7 +217,7 @@ def read_pictures(files: Sequence[Path], shape: tuple[int, int, int], background
 
 
 def read_mask_files(path: Path, files: Sequence[Path], size: tuple[int, int]) -> Tensor:
-    """Returns the masks of images, bool, shape `(len(files), 1, H, W)`.
+    """Return the masks of images, bool, shape `(len(files), 1, H, W)`.
 
     A mask with the size of its image is resized and cropped like the image.
 
@@ -252,12 +252,12 @@ def _row(file: Path) -> dict[str, Any]:
 
 
 def save_array(array: np.ndarray, path: Path) -> None:
-    """Writes an array to a `.npy` file, atomically."""
+    """Write an array to a `.npy` file, atomically."""
     with atomic_write(path) as partial, partial.open("wb") as file:
         np.save(file, array)
 
 
 def before_and_after(rows: dict[str, Tensor]) -> Image.Image:
-    """Draws the first images of several batches (uint8) as labeled rows of a grid."""
+    """Draw the first images of several batches (uint8) as labeled rows of a grid."""
     shown = torch.cat([images[:SHOWN] for images in rows.values()])
     return grid(to_pil(shown), len(shown) // len(rows), row_labels=list(rows))

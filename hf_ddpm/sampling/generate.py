@@ -71,7 +71,7 @@ def is_compiled(unet: nn.Module) -> bool:
 
 
 def sampling_settings(pipe: DDPMPipeline, sampling: Sampling, model: str, device: torch.device) -> dict[str, Any]:
-    """Returns the settings that determine the images of a pipeline, for a `SampleFolder`."""
+    """Return the settings that determine the images of a pipeline, for a `SampleFolder`."""
     replaced = replaced_variance(pipe, sampling)
     return {
         "model": model,
@@ -124,7 +124,7 @@ def settle_precision(
 
 
 def folder_name(pipe: DDPMPipeline, sampling: Sampling, device: torch.device) -> str:
-    """Returns a folder name that is unique for the settings of the images."""
+    """Return a folder name that is unique for the settings of the images."""
     settings = json.dumps(sampling_settings(pipe, sampling, "", device), sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
@@ -139,7 +139,7 @@ def sample_images(
     batch_size: int = 64,
     compile: bool = False,
 ) -> Path:
-    """Samples images of a model into a folder, like the command `hf-ddpm sample`.
+    """Sample images of a model into a folder, like the command `hf-ddpm sample`.
 
     The same call resumes after an interruption, also with a larger `num_images`. Every process of a launcher must call
     this function.
@@ -205,7 +205,7 @@ def generate_images(
     device: torch.device | str = "cpu",
     **call: Any,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Generates images by index; the scheduler of the pipeline is restored afterwards.
+    """Generate images by index; the scheduler of the pipeline is restored afterwards.
 
     Args:
         pipe: The pipeline, on `device`.
@@ -266,7 +266,7 @@ def fill_folder(
     batch_size: int,
     state: PartialState | Accelerator,
 ) -> SampleFolder:
-    """Generates the missing images of a folder. Every process must call this function.
+    """Generate the missing images of a folder. Every process must call this function.
 
     Args:
         pipe: The pipeline, on the device of this process.
@@ -310,7 +310,7 @@ def fill_folder(
 
 
 def _check_space(path: Path, num_images: int, image_bytes: int) -> None:
-    """Raises a `ValueError` if the images are larger than the disk of the folder."""
+    """Raise a `ValueError` if the images are larger than the disk of the folder."""
     parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     size, total = num_images * image_bytes, shutil.disk_usage(parent).total
     sizes = f"{size / 2**30:,.0f} GiB", f"{total / 2**30:,.0f} GiB"
@@ -328,7 +328,7 @@ def make_parts(
     device: torch.device | str = "cpu",
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Generates some missing parts of a folder, and saves each part when it is complete."""
+    """Generate some missing parts of a folder, and save each part when it is complete."""
     with in_precision(pipe, sampling.mixed_precision):
         for indices in parts:
             images = []

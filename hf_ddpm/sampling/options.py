@@ -25,7 +25,7 @@ class SampleConfig:
     compile: bool = option("compile the network first; faster for many images", False)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_types(self)
         require_at_least(self, 1, "num_images", "batch_size")
         require(self, "output", not Path(self.output).is_file(), "a folder, not a file")
@@ -55,7 +55,7 @@ class Sampling:
     )
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_types(self)
         require_at_least(self, 1, "num_inference_steps")
         require(self, "eta", 0 <= self.eta <= 1, "a number in [0, 1]")
@@ -66,11 +66,11 @@ class Sampling:
             require(self, "variance", self.scheduler == "ddpm", f"no variance with --scheduler {self.scheduler}")
 
     def steps(self, pipe: Any) -> int:
-        """Returns the number of sampling steps for a pipeline."""
+        """Return the number of sampling steps for a pipeline."""
         return self.num_inference_steps or int(pipe.default_steps)
 
     def replaced_variance(self, own: str, total: int) -> str | None:
-        """Returns the variance type that replaces the model's `own` for a process of `total` steps; None to keep it."""
+        """Return the variance type that replaces the model's `own` for a process of `total` steps; None to keep it."""
         if self.scheduler != "ddpm" or self.variance == "model":
             return None
         own = own.removesuffix("_log")
@@ -79,7 +79,7 @@ class Sampling:
         return None if chosen == own else chosen
 
     def labels(self, pipe: Any) -> list[int | str]:
-        """Returns the classes in the form that a pipeline accepts: names, or indices as integers.
+        """Return the classes in the form that a pipeline accepts: names, or indices as integers.
 
         If the classes have names, "2" is a name, never an index, so that its meaning is unambiguous.
         """
@@ -104,7 +104,7 @@ class EditConfig:
     batch_size: int = option("batch size per process", 64)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_types(self)
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "batch_size")
@@ -125,7 +125,7 @@ class InpaintConfig:
     jump_n_sample: int = option("times that each part of jump_length steps is sampled; 1 for no jumps", 10)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_types(self)
         require_at_least(self, 1, "num_inference_steps", "jump_length", "jump_n_sample")
 
@@ -138,7 +138,7 @@ class VaryConfig:
     num_inference_steps: int | None = option("steps of the reverse process (default: all steps up to strength)", None)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_types(self)
         require(self, "strength", 0 < self.strength <= 1, "a number in (0, 1]")
         require_at_least(self, 1, "num_inference_steps")
@@ -152,6 +152,6 @@ class InvertConfig:
     num_iterations: int = option("evaluations of the network per inversion step", 3)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_types(self)
         require_at_least(self, 1, "num_inference_steps", "num_iterations")

@@ -17,7 +17,7 @@ WARM_UP, MEASURED = 2, 5
 
 
 class _Clock(Callback):
-    """Records the time at the end of each step."""
+    """Record the time at the end of each step."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -29,7 +29,7 @@ class _Clock(Callback):
 
 
 def measure_cost(run: Run, images: BatchSource) -> dict[str, str]:
-    """Takes a few trial steps and returns the lines to print, by name. The run must not be used afterwards."""
+    """Take a few trial steps and return the lines to print, by name. The run must not be used afterwards."""
     training = run.config.training
     x = torch.zeros(1, *images.shape, device=run.accelerator.device)
     classes = torch.zeros(1, dtype=torch.int64, device=x.device) if run.class_names else None
@@ -60,7 +60,7 @@ def measure_cost(run: Run, images: BatchSource) -> dict[str, str]:
 
 
 def count_flops(network: nn.Module, x: Tensor, *inputs: Tensor | int | None) -> tuple[float, float]:
-    """Counts the floating-point operations of a network's matrix products and convolutions.
+    """Count the floating-point operations of a network's matrix products and convolutions.
 
     Args:
         network: The network; its gradients are cleared.

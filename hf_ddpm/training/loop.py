@@ -140,7 +140,7 @@ class Callback:
 
 
 def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> None:
-    r"""Trains a network (Algorithm 1) from the run's current step to `max_train_steps`.
+    r"""Train a network (Algorithm 1) from the run's current step to `max_train_steps`.
 
     The loss is the run's objective, by default $\| \epsilon - \epsilon_\theta(x_t, t) \|^2$.
 

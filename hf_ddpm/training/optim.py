@@ -67,7 +67,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Updates the average after optimizer step `step`, counted from 0."""
+        """Update the average after optimizer step `step`, counted from 0."""
         torch._foreach_lerp_(self._averages, self._weights, 1 - self._decay(step))
 
     def initial_share(self, steps: int) -> float:

@@ -28,7 +28,7 @@ def save_curves(
     markers: bool = False,
     levels: Mapping[str, float] | None = None,
 ) -> None:
-    """Plots curves over common axes into a PNG file. A logarithmic y axis omits outliers.
+    """Plot curves over common axes into a PNG file. A logarithmic y axis omits outliers.
 
     Args:
         path: The file.

@@ -21,7 +21,7 @@ HEAVY = {"torch", "transformers", "diffusers", "accelerate", "datasets", "gradio
 
 
 def end(*words):
-    """Returns the exit code, output, errors and heavy imports of a process that ends before its work starts."""
+    """Return the exit code, output, errors and heavy imports of a process that ends before its work starts."""
     code = (
         "import atexit, sys; from hf_ddpm.cli import main\n"
         f"atexit.register(lambda: print('\\nimported', *({HEAVY!r} & set(sys.modules))))\n"

@@ -123,7 +123,7 @@ def test_stages_that_diffusers_would_sample_differently_do_not_load_in_diffusers
 
 
 class Killed(BaseException):
-    """Ends a run like a kill, without cleaning up."""
+    """End a run like a kill, without cleaning up."""
 
 
 EVERY = [(steps, step) for steps in (16, 8, 4) for step in (2, 4)]

@@ -101,7 +101,7 @@ def test_the_floor_compares_held_out_images_with_the_reference(evaluated):
     test = load_images(DataConfig("digits", split="test", resolution=[8], channels=1))[torch.arange(899)]
     extractor = load_extractor("digits")
     reference = Moments.of(extractor(train).features)
-    drawn = torch.tensor(choose(899, 40, 0))  # drawn at random, because data sets may be sorted
+    drawn = torch.tensor(choose(899, 40, 0))  # drawn at random, because datasets may be sorted
     expected = frechet_distance(Moments.of(extractor(test[drawn]).features), reference)
     floor = json.loads((evaluated / "results.json").read_text())["fd"]["floor"]
     assert floor == pytest.approx(expected, rel=1e-5)
@@ -376,7 +376,7 @@ def test_two_processes_compute_the_same_metrics(main, words, evaluated, tmp_path
 
 
 def test_a_run_is_evaluated_on_its_own_data(trained, tmp_path):
-    """Data set, levels, splits and extractor are those of its config.yaml unless they are given."""
+    """Dataset, levels, splits and extractor are those of its config.yaml unless they are given."""
     config = EvaluateConfig(model=str(trained), metrics="fd")
     assert (config.dataset, config.levels, config.extractor) == ("digits", 17, "digits")
     assert (config.split, config.reference_split, config.floor) == ("test", "train", True)

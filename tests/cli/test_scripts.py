@@ -198,12 +198,12 @@ class ByHand:
 
     @staticmethod
     def posterior(bar, before):
-        """Returns the variance of q(x_{t-1} | x_t, x_0), and the coefficient of x_0 in its mean."""
+        """Return the variance of q(x_{t-1} | x_t, x_0), and the coefficient of x_0 in its mean."""
         beta = 1 - bar / before
         return beta * (1 - before) / (1 - bar), np.sqrt(before) * beta / (1 - bar)
 
     def reverse(self, x_start, x_t, bar, before, least):
-        """Returns mean and variance of p(x_{t-1} | x_t); `least` replaces a variance of zero."""
+        """Return mean and variance of p(x_{t-1} | x_t); `least` replaces a variance of zero."""
         beta = 1 - bar / before
         mean = np.sqrt(before) * beta / (1 - bar) * x_start + np.sqrt(bar / before) * (1 - before) / (1 - bar) * x_t
         small = beta * (1 - before) / (1 - bar) or least
@@ -213,7 +213,7 @@ class ByHand:
         }[self.variance]  # fmt: skip
 
     def bound(self, x0, x_t, t, clip):
-        """Returns the term of the bound at t, in nats per dimension."""
+        """Return the term of the bound at t, in nats per dimension."""
         bar, before = self.bars[t], self.bars[t - 1] if t else 1.0
         first, second = 1 - self.bars[:2]
         least = (second - first) / (1 - first) * first / second  # the posterior variance at the second step
@@ -247,7 +247,7 @@ class ByHand:
         return {"simple": simple, "vlb": bound, "hybrid": simple + 0.001 * bound / np.log(2)}[objective]
 
     def image(self, source):
-        """Returns an image sampled in five steps, with Algorithm 2 on a subset of the timesteps."""
+        """Return an image sampled in five steps, with Algorithm 2 on a subset of the timesteps."""
         x_t = torch.randn(1, 8, 8, generator=source).double().numpy()
         times = [19, 15, 11, 7, 3]
         for t, to in zip(times, [*times[1:], None], strict=True):
@@ -269,7 +269,7 @@ def cdf(z):
 
 
 def signed(digits):
-    """Returns images of 17 gray levels in [-1, 1]."""
+    """Return images of 17 gray levels in [-1, 1]."""
     return np.round(digits.double().numpy() * 16 / 255) / 8 - 1
 
 

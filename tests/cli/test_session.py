@@ -83,7 +83,7 @@ BF16, FLOAT32 = Choice("bf16", "precision bf16: chosen"), Choice("no", "precisio
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Sets the precision chosen for `auto`; returns a list to which the arguments of each call are added."""
+    """Set the precision chosen for `auto`; return a list to which the arguments of each call are added."""
 
     def set_choice(choice):
         calls = []

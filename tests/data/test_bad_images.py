@@ -59,7 +59,7 @@ def test_labels_match_their_images_after_skipping(tmp_path):
     store = load(file, class_column="label", skip_bad_images=True, report=report, max_train_samples=9, seed=1)
     values = store[torch.arange(len(store))][:, 0, 0, 0].tolist()
     assert [int(store.class_names[label]) for label in store.labels] == values
-    # Row numbers refer to the data set, not to the random sample.
+    # Row numbers refer to the dataset, not to the random sample.
     unused_files = [json.loads(line)["row"] for line in report.read_text().splitlines()]
     assert unused_files == [2, 7] and min(set(range(10)) - {*unused_files, *values}) < 7
     assert len(values) + store.skipped == 9

@@ -18,7 +18,7 @@ from tests.data.files import load, numbered, parquet, write_images
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Returns a function that returns the number of images decoded since its last call."""
+    """Return a function that returns the number of images decoded since its last call."""
     counts = [0]
     real = decoding._decode_rows
 
@@ -63,7 +63,7 @@ def test_a_changed_file_is_decoded_again(tmp_path, decoded):
 
 
 def start(file, **environment):
-    """Starts a process that decodes the images of a file and prints a checksum."""
+    """Start a process that decodes the images of a file and prints a checksum."""
     code = f"""
 import hashlib, torch
 from hf_ddpm.config import DataConfig

@@ -31,7 +31,7 @@ def values(name, lines):
 
 
 def last_batch(path):
-    """Returns the offset of the last record batch of an arrow file; a file truncated there reads without an error."""
+    """Return the offset of the last record batch of an arrow file; a file truncated there reads without an error."""
     with pa.memory_map(str(path)) as file:
         reader = pa.ipc.open_stream(file)
         at = file.tell()

@@ -19,7 +19,7 @@ def gray(path, value):
 
 
 def opened(folder, split="train", **options):
-    """Returns the gray values of the images of a split, the unused files with their reasons, and the log line."""
+    """Return the gray values of the images of a split, the unused files with their reasons, and the log line."""
     lines = []
     images = load(folder, split=split, log=lines.append, **options)
     _, unused_files = open_data(folder, split=split, class_column=options.get("class_column"))

@@ -1,4 +1,4 @@
-"""Saved data sets, archives, configurations, and tables written by other tools."""
+"""Saved datasets, archives, configurations, and tables written by other tools."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from tests.data.files import load, numbered, opened, parquet, stream
 
 
 def values(name, split="train", **options):
-    """Returns the gray values of the images of a split, sorted."""
+    """Return the gray values of the images of a split, sorted."""
     images = load(name, split=split, **options)
     return sorted(images[torch.arange(len(images))][:, 0, 0, 0].tolist())
 
@@ -36,7 +36,7 @@ def test_data_sets_saved_to_disk(tmp_path):
     assert values(tmp_path / "two") == [1, 2] and values(tmp_path / "two", "test") == [3]
     with pytest.raises(ValueError, match="no split 'validation'; expected one of train, test"):
         values(tmp_path / "two", "validation")
-    message = "--dataset_config x: a data set saved by save_to_disk has no configurations; remove --dataset_config"
+    message = "--dataset_config x: a dataset saved by save_to_disk has no configurations; remove --dataset_config"
     with pytest.raises(ValueError, match=message):
         values(tmp_path / "one", dataset_config="x")
     saved([]).save_to_disk(tmp_path / "empty")
@@ -50,7 +50,7 @@ def test_data_sets_saved_to_disk(tmp_path):
 
 
 def pack(path, files):
-    """Writes files, given as bytes by name, to an archive."""
+    """Write files, given as bytes by name, to an archive."""
     if path.name.endswith(".zip"):
         with zipfile.ZipFile(path, "w") as archive:
             for name, data in files.items():

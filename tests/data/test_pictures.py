@@ -37,7 +37,7 @@ def xmp(orientation):
 
 
 def upright(data):
-    """Returns the pixels of an image file, turned upright."""
+    """Return the pixels of an image file, turned upright."""
     return np.asarray(open_picture({"bytes": data, "path": None}))
 
 
@@ -65,7 +65,7 @@ def test_invalid_orientations_are_ignored(value):
 
 
 def with_chunk(kind, content, checksum=None):
-    """Returns a PNG with orientation 6 and another chunk before its pixels."""
+    """Return a PNG with orientation 6 and another chunk before its pixels."""
     data = encoded("PNG", exif=exif(6))
     checksum = zlib.crc32(kind + content) if checksum is None else checksum
     chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
@@ -161,7 +161,7 @@ def test_decompression_bombs_are_errors(monkeypatch):
 
 
 def png16(array, color):
-    """Returns a PNG of 16 bits per channel: `color` is 2 for RGB, 4 for gray with alpha, 6 for RGBA."""
+    """Return a PNG of 16 bits per channel: `color` is 2 for RGB, 4 for gray with alpha, 6 for RGBA."""
     height, width, _ = array.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)), (b"IDAT", zlib.compress(rows))]

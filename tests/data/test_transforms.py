@@ -32,7 +32,7 @@ def test_each_mode_is_converted_to_each_number_of_channels(mode, format, channel
 
 
 def over(front, alpha, back):
-    """Returns the color of a pixel with opacity `alpha` / 255 over an opaque color."""
+    """Return the color of a pixel with opacity `alpha` / 255 over an opaque color."""
     return [alpha / 255 * f + (1 - alpha / 255) * b for f, b in zip(front, back, strict=True)]
 
 
@@ -41,7 +41,7 @@ def luma(rgb):
 
 
 def transparent(kind):
-    """Returns an image of one color and opacity, with its color and its alpha."""
+    """Return an image of one color and opacity, with its color and its alpha."""
     if kind == "palette":
         picture = PILImage.new("P", (8, 8))
         picture.putpalette([255, 0, 0])

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 
 
 def passed(network, x, t, precision=None):
-    """Returns the output and gradients of a pass, as float64 on the CPU; with a float64 network, the reference."""
+    """Return the output and gradients of a pass, as float64 on the CPU; with a float64 network, the reference."""
     network.seed_dropout(torch.arange(len(x), dtype=torch.int32, device=x.device))
     with torch.autocast(x.device.type, precision or torch.bfloat16, enabled=precision is not None):
         output = network(x, t).sample

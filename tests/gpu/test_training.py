@@ -40,7 +40,7 @@ def start(device, **options):
 
 
 class Waits(loop.Callback):
-    """Makes waiting for the GPU an error from the third step on; the first steps choose kernels and copy the order."""
+    """Make waiting for the GPU an error from the third step on; the first steps choose kernels and copy the order."""
 
     def on_step(self, run):
         if run.step == 2:

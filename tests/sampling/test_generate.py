@@ -93,7 +93,7 @@ KINDS = {
 
 
 def by_hand(pipe, count, sampling):
-    """Returns images that are sampled one by one, each with its own class."""
+    """Return images that are sampled one by one, each with its own class."""
     labels = sampling.class_labels
     one_by_one = []
     for i in range(count):
@@ -475,7 +475,7 @@ def test_weights_are_constants_after_compiling_for_sampling(tiny_unet):
 
 
 def choose(monkeypatch, precision):
-    """Sets the precision that `auto` chooses; returns a list that gets an entry per choice."""
+    """Set the precision that `auto` chooses; return a list that gets an entry per choice."""
     choices = []
     monkeypatch.setattr("hf_ddpm.sampling.generate.choose_precision", lambda network, shape, batch, compiled: (
         choices.append((shape, batch)), Choice(precision, f"precision {precision}: chosen"))[1])  # fmt: skip

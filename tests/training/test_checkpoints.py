@@ -218,7 +218,7 @@ def test_gradient_accumulation_in_bf16_gives_the_same_run_up_to_rounding(run_in,
 
 
 def note_inputs(monkeypatch):
-    """Returns a list of the inputs of all training passes, and a set of the dtypes of the first convolution."""
+    """Return a list of the inputs of all training passes, and a set of the dtypes of the first convolution."""
     inputs, types, forward = [], set(), UNet2DModel.forward
 
     def note(self, sample, *args, **kwargs):
@@ -237,7 +237,7 @@ def note_inputs(monkeypatch):
 
 @pytest.fixture
 def run_in(run_training):
-    """Trains in a given precision, after resetting accelerate, which allows one precision per process."""
+    """Train in a given precision, after resetting accelerate, which allows one precision per process."""
 
     def run(precision, folder, *words):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -373,7 +373,7 @@ def start(folder, *words, launcher=(), **environment):
 
 
 def wait_until(is_so, process):
-    """Waits until a condition is true; fails if the process ends first, or after `LIMIT` seconds."""
+    """Wait until a condition is true; fails if the process ends first, or after `LIMIT` seconds."""
     end = time.monotonic() + LIMIT
     while not is_so():
         assert process.poll() is None, process.stdout.read()
@@ -392,7 +392,7 @@ def wait_for_step(folder, step, process):
 
 
 def wait_for_output(text, process):
-    """Waits until a process has printed a text."""
+    """Wait until a process has printed a text."""
     output, guard = "", threading.Timer(LIMIT, process.kill)
     guard.daemon = True
     guard.start()
@@ -404,7 +404,7 @@ def wait_for_output(text, process):
 
 
 def end(process):
-    """Waits for the end of a process, and returns its output."""
+    """Wait for the end of a process, and return its output."""
     output, _ = process.communicate(timeout=LIMIT)
     return output
 
@@ -568,7 +568,7 @@ def test_an_incomplete_manifest_counts_as_damage(trained, tmp_path, spoil):
 
 
 def rewrite_state(folder, change):
-    """Changes `state.json` of the newest checkpoint and its manifest, as if written by another version."""
+    """Change `state.json` of the newest checkpoint and its manifest, as if written by another version."""
     path = newest(folder)
     state = json.loads((path / "state.json").read_text())
     change(state)

@@ -29,7 +29,7 @@ def test_a_run_compiles_a_single_graph_once(run_training, tmp_path, monkeypatch,
 
 
 class RoundedGradient(torch.autograd.Function):
-    """Rounds gradients to fp16, at the scale of a loss that is a mean over 4,096 times as many images."""
+    """Round gradients to fp16, at the scale of a loss that is a mean over 4,096 times as many images."""
 
     @staticmethod
     def forward(ctx, x):

@@ -22,7 +22,7 @@ STEPS, BATCH, LR, COUNT = 3, 8, 1e-3, 8
 
 
 def teacher_of(scheduler, guidance_scale=1.0, **options):
-    """Returns a pipeline of a tiny network, and the process and objective of a student with `COUNT` steps."""
+    """Return a pipeline of a tiny network, and the process and objective of a student with `COUNT` steps."""
     torch.manual_seed(0)
     AcceleratorState._reset_state()  # an earlier test may have set a precision
     unet = UNet2DModel(**TINY_UNET | {"dropout": 0.5, **options})
@@ -97,7 +97,7 @@ def test_the_sampler_of_a_student_has_the_process_of_its_teacher(schedule, resca
 
 
 def alphas_and_sigmas(times):
-    """Returns alpha and sigma of the digits preset's schedule at 0-based times, float64; 1 and 0 at -1."""
+    """Return alpha and sigma of the digits preset's schedule at 0-based times, float64; 1 and 0 at -1."""
     u = (torch.arange(1001, dtype=torch.float64) / 1000 + 0.008) / 1.008 * torch.pi / 2
     bars = (torch.cos(u[1:]) ** 2 / torch.cos(u[:-1]) ** 2).clamp(min=0.001).cumprod(0)
     bars = torch.cat([bars, torch.ones(1, dtype=torch.float64)])[times].view(-1, 1, 1, 1)

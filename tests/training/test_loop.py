@@ -26,7 +26,7 @@ WORDS = [
 
 
 def initial_network():
-    """Returns diffusers' network with the initial weights of the run."""
+    """Return diffusers' network with the initial weights of the run."""
     from hf_ddpm import UNet2DModel
     from hf_ddpm.models.blocks import initialize_like_paper
 

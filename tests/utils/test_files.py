@@ -68,7 +68,7 @@ def test_numbers_that_are_not_finite_are_rejected(tmp_path, value):
 
 @pytest.fixture
 def trace(monkeypatch):
-    """Records flushes and renames in order."""
+    """Record flushes and renames in order."""
     calls, fsync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(
         os, "fsync", lambda fd: (calls.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))

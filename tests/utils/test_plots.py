@@ -8,7 +8,7 @@ from hf_ddpm.utils.plots import log_limits, save_curves
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Records the saved figures."""
+    """Record the saved figures."""
     figures, save = [], Figure.savefig
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))

@@ -1,6 +1,6 @@
-r"""Row order of a stream as a pure function of (seed, step), without shuffling the whole data set.
+r"""Row order of a stream as a pure function of (seed, step), without shuffling the whole dataset.
 
-The data set consists of row groups, each read as a whole. Each epoch concatenates the groups in a random order and
+The dataset consists of row groups, each read as a whole. Each epoch concatenates the groups in a random order and
 divides the resulting sequence of rows into lanes. Each lane fills a fixed range of rows of the global batch. A lane is
 read in windows of a few groups, and the rows of a window are shuffled. The rows of a process belong to few lanes, so it
 reads little that it does not use. Resuming at any step needs no replay.
@@ -56,7 +56,7 @@ class Window:
         return sum(piece.stop - piece.start for piece in self.pieces)
 
     def order(self, seed: int) -> Tensor:
-        """Returns the shuffled order: the row at each position, int64, shape `(rows,)`."""
+        """Return the shuffled order: the row at each position, int64, shape `(rows,)`."""
         return torch.randperm(self.rows, generator=generator(seed, ORDER, self.epoch, self.lane, self.number))
 
 
@@ -88,11 +88,11 @@ class Lanes:
         self._windows = lru_cache(maxsize=2)(self._divide)
 
     def __len__(self) -> int:
-        """Returns the number of rows of all groups."""
+        """Return the number of rows of all groups."""
         return self.size
 
     def stretches(self, step: int, rows: slice) -> list[Stretch]:
-        """Returns the positions in windows of some rows of a global batch, in order.
+        """Return the positions in windows of some rows of a global batch, in order.
 
         Args:
             step: Optimizer step, from 0.
@@ -113,14 +113,14 @@ class Lanes:
         return stretches
 
     def after(self, window: Window) -> Window:
-        """Returns the next window of the lane, which may be in a later epoch."""
+        """Return the next window of the lane, which may be in a later epoch."""
         epoch, number = window.epoch, window.number + 1
         while number >= len(self._windows(epoch)[window.lane]):
             epoch, number = epoch + 1, 0
         return self._windows(epoch)[window.lane][number]
 
     def _before(self, lane: int, position: int) -> int:
-        """Returns the number of positions of a lane before `position` of the stream."""
+        """Return the number of positions of a lane before `position` of the stream."""
         first, last = self._edges[lane], self._edges[lane + 1]
         batches, row = divmod(position, self.batch_size)
         return batches * (last - first) + min(max(row, first), last) - first
@@ -137,7 +137,7 @@ class Lanes:
         return stretches
 
     def _divide(self, epoch: int) -> list[list[Window]]:
-        """Returns the windows of all lanes in an epoch."""
+        """Return the windows of all lanes in an epoch."""
         order = torch.randperm(len(self.groups), generator=generator(self.seed, ORDER, epoch)).numpy()
         ends = self.groups[order].cumsum()
         lanes, taken = [], 0
@@ -161,7 +161,7 @@ class Lanes:
 
 
 def _pieces(order: np.ndarray, sizes: np.ndarray, ends: np.ndarray, start: int, stop: int) -> list[Piece]:
-    """Returns rows `start` to `stop` of the groups concatenated in this order."""
+    """Return rows `start` to `stop` of the groups concatenated in this order."""
     pieces = []
     number = int(np.searchsorted(ends, start, side="right"))
     while start < stop:

@@ -37,7 +37,7 @@ class RowGroup:
     footer: pq.FileMetaData = field(repr=False, compare=False)
 
     def read(self, columns: list[str]) -> pa.Table:
-        """Returns the rows.
+        """Return the rows.
 
         Raises:
             ValueError: If they cannot be read; the message names file and group.
@@ -83,7 +83,7 @@ class Shards:
         self.features = Features.from_arrow_schema(schema)
 
     def some(self, max_rows: int | None, seed: int) -> list[RowGroup]:
-        """Returns the groups to use, in order: all, or random groups of `max_rows` rows; the last one may be cut."""
+        """Return the groups to use, in order: all, or random groups of `max_rows` rows; the last one may be cut."""
         left = sum(group.rows for group in self.groups) if max_rows is None else max_rows
         chosen: dict[int, RowGroup] = {}
         for number in torch.randperm(len(self.groups), generator=generator(seed, SUBSET)).tolist():
@@ -93,7 +93,7 @@ class Shards:
         return [chosen[number] for number in sorted(chosen)]
 
     def values(self, column: str) -> Iterator[Any]:
-        """Yields all values of a column, read lazily."""
+        """Yield all values of a column, read lazily."""
         for group in self.groups:
             yield from group.read([column])[column].to_pylist()
 

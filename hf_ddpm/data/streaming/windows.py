@@ -36,7 +36,7 @@ class Pick(NamedTuple):
 
 
 class WindowReader:
-    """Reads and caches windows, and prefetches the next one of each lane.
+    """Read and caches windows, and prefetches the next one of each lane.
 
     Args:
         groups: The row groups.
@@ -52,7 +52,7 @@ class WindowReader:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="windows")
 
     def picks(self, step: int, rows: slice) -> list[Pick]:
-        """Returns some rows of the global batch of a step; waits until they are read.
+        """Return some rows of the global batch of a step; wait until they are read.
 
         Raises:
             ValueError: If a file cannot be read, or a row has no class.
@@ -67,12 +67,12 @@ class WindowReader:
         ]
 
     def close(self) -> None:
-        """Stops reading; waits for running reads."""
+        """Stop reading; wait for running reads."""
         self._readers.shutdown(cancel_futures=True)
         self._held.clear()
 
     def _request(self, window: Window) -> "Future[LoadedWindow]":
-        """Returns the future of a window, and starts to read the next window of its lane, too."""
+        """Return the future of a window, and starts to read the next window of its lane, too."""
         held = self._held.setdefault(window.lane, {})
         for each in (window, self.lanes.after(window)):
             # Reinserted at the end, so that the least recently used window is dropped first.

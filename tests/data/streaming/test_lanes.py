@@ -6,7 +6,7 @@ from hf_ddpm.data.streaming.lanes import Lanes
 
 
 def rows_of(lanes, step, rows):
-    """Returns the rows of a batch as (group, row)."""
+    """Return the rows of a batch as (group, row)."""
     batch = []
     for window, start, stop in lanes.stretches(step, rows):
         window_rows = [(piece.group, row) for piece in window.pieces for row in range(piece.start, piece.stop)]

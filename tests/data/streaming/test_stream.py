@@ -199,7 +199,7 @@ def test_a_limited_stream_uses_random_groups(folder):
 
 
 class Ranges(SimpleHTTPRequestHandler):
-    """Serves byte ranges of files."""
+    """Serve byte ranges of files."""
 
     def do_GET(self):
         content = Path(self.translate_path(self.path)).read_bytes()
@@ -250,7 +250,7 @@ def test_a_stream_does_not_change_the_global_generator(folder):
 
 
 def test_memory_use_is_bounded(tmp_path, monkeypatch):
-    """Counts the encoded rows in memory, which is less noisy than the memory use of the process."""
+    """Count the encoded rows in memory, which is less noisy than the memory use of the process."""
     alive = []
     held = []
 
