@@ -44,7 +44,7 @@ class Contender:
         statement: Python statement that imports its pipeline.
         network_class: Its network class, which accepts our options and weights.
         pipeline_class: Its pipeline class, which loads our files.
-        refusal: Reason if its networks are not compared; None otherwise.
+        exclusion: Reason if its networks are not compared; None otherwise.
         spent: Seconds spent on first passes (mainly compiling) before timing, keyed by whether they are training.
     """
 
@@ -52,7 +52,7 @@ class Contender:
     statement: str
     network_class: type[nn.Module]
     pipeline_class: Any
-    refusal: str | None = None
+    exclusion: str | None = None
 
     def __init__(self, setting: Setting, compiled: bool = True):
         self.setting, self.is_second, self.spent = setting, not compiled, dict[bool, float]()
@@ -66,8 +66,8 @@ class Contender:
         is_repeated = self.is_second and not is_network_task
         if getattr(self, task, None) is None or is_repeated:
             return []
-        if is_network_task and self.refusal:
-            return [Workload(self.name, error=self.refusal)]
+        if is_network_task and self.exclusion:
+            return [Workload(self.name, error=self.exclusion)]
         try:
             return getattr(self, task)()
         except Exception as error:  # other libraries may raise anything

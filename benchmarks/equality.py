@@ -30,7 +30,7 @@ SCALE = 2.0**16
 
 
 def compare(contenders: Sequence[Contender], tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """Compare outputs, and excludes contenders whose outputs are wrong by setting their `refusal`.
+    """Compare outputs, and exclude contenders whose outputs are wrong by setting their `exclusion`.
 
     Args:
         contenders: The contenders; the first is this package.
@@ -47,14 +47,14 @@ def compare(contenders: Sequence[Contender], tasks: Sequence[str]) -> list[dict[
             if isinstance(contender, Stock):
                 alike = alike or check_equal(contenders[0], contender)  # the same if it is not compiled
                 outputs |= alike
-            if refusal_of(outputs) is None:
+            if exclusion_reason(outputs) is None:
                 outputs |= check_as_timed(contender, tasks)
         except ModuleNotFoundError:
             continue  # reported in its rows
         except Exception as error:  # other libraries may raise anything
-            contender.refusal = f"not compared: {reason(error)}"
+            contender.exclusion = f"not compared: {reason(error)}"
         else:
-            contender.refusal = refusal_of(outputs)
+            contender.exclusion = exclusion_reason(outputs)
         if outputs:
             checks.append({"subject": contender.name, "outputs": outputs})
     return checks
@@ -104,7 +104,7 @@ def check_as_timed(contender: Contender, tasks: Sequence[str]) -> dict[str, Chec
     return checks
 
 
-def refusal_of(checks: dict[str, Check]) -> str | None:
+def exclusion_reason(checks: dict[str, Check]) -> str | None:
     """Return an error message if outputs differ, or None."""
     for name, check in checks.items():
         if not check["equal"]:
@@ -114,7 +114,7 @@ def refusal_of(checks: dict[str, Check]) -> str | None:
 
 
 def _first(contender: Contender, training: bool, compute: Callable[[], Tensor]) -> Tensor:
-    """Return the result of `compute`, and records its time, which is mostly compilation."""
+    """Return the result of `compute`, and record its time, which is mostly compilation."""
     clock = clock_of(contender.setting.device)
     start = clock()
     result = compute()

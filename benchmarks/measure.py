@@ -213,7 +213,7 @@ def _turns(
     works: Sequence[Workload],
     profiled: Callable[[Workload], AbstractContextManager[None] | None],
 ) -> Iterator[int]:
-    """Yield the index of each turn's workload, and records the seconds until the next turn is requested."""
+    """Yield the index of each turn's workload, and record the seconds until the next turn is requested."""
     for _ in range(rounds):
         for i, work in enumerate(works):
             start = clock()

@@ -89,7 +89,7 @@ def run_task(task: str, contenders: list[Contender], rates: dict[str, Rates], ba
     memory, works, clock = {}, [], clock_of(setting.device)
     if setting.options.memory and task in MEMORY_TASKS and setting.processes == 1:
         for contender in contenders:
-            if not contender.refusal:
+            if not contender.exclusion:
                 bar.set_postfix_str(f"{task}: memory of {contender.name}")
                 memory[contender.name] = contender.memory(task)
     for contender in contenders:

@@ -59,7 +59,7 @@ class Setting:
         self.weights = UNet2DModel(**config.unet()).state_dict()
 
     def allow_tf32(self, allowed: bool) -> None:
-        """Allow or forbids TF32 in float32 products and convolutions on a GPU."""
+        """Allow or forbid TF32 in float32 products and convolutions on a GPU."""
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
     def precision(self, batch: int, training: bool) -> str:

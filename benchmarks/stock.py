@@ -102,7 +102,7 @@ class Stock(Contender):
 
 
 def script_loop(accelerator: Accelerator, model: Any, batches: Any, scheduler: Path) -> Iterator[None]:
-    """Run the loop of diffusers' `train_unconditional.py` with its defaults; yields after each step.
+    """Run the loop of diffusers' `train_unconditional.py` with its defaults; yield after each step.
 
     The accelerator must have prepared the model.
     """

@@ -32,7 +32,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 def revision(file: Path) -> str | None:
     """Return the git revision of a file, with `-dirty` if its checkout has changes; None if git does not track it."""
-    # `ls-files` excludes untracked files inside a checkout, such as those of a virtual environment.
+    # `ls-files` excludes untracked files inside a checkout, such as the files of a virtual environment.
     for words in (["ls-files", "--error-unmatch", file.name], ["describe", "--always", "--dirty", "--abbrev=40"]):
         try:
             result = subprocess.run(["git", *words], cwd=file.parent, capture_output=True, text=True, timeout=10)

@@ -2,7 +2,7 @@
 
     python -m tests.fuzz
 
-Outcomes: `fine` (the same result as without the damage), `warned`, `refused` (a one-line error that names the file or
+Outcomes: `fine` (the same result as without the damage), `warned`, `rejected` (a one-line error that names the file or
 the option), `unclear` (an error of several lines or without such a name), `traceback`, or `silent` (exit code 0 and
 another result, without a warning).
 """
@@ -31,7 +31,7 @@ from PIL import Image
 
 from tests.conftest import TINY_RUN, load_script
 
-OUTCOMES = ("fine", "warned", "refused", "unclear", "traceback", "silent")
+OUTCOMES = ("fine", "warned", "rejected", "unclear", "traceback", "silent")
 LIMIT = 20  # seconds per command
 CHECKPOINT = "checkpoints/step-000000004"
 VALUES = (None, [], {}, "x", "", -1, 0, 1, 2.5, True, [1, "x"], 10**30, float("nan"), float("inf"), "\0")
@@ -48,7 +48,7 @@ class Mutation:
         name: Description of the change.
         damage: Changes the files of a copy of the run.
         command: A name in `COMMANDS`.
-        expect: `same` (the same result, a warning or an error), `refused` (an error), or `any` (exit code 0 is also
+        expect: `same` (the same result, a warning or an error), `rejected` (an error), or `any` (exit code 0 is also
             fine).
         words: Further words of the command line.
         names: An error must contain one of these.
@@ -234,16 +234,16 @@ def _checkpoints(rng: random.Random) -> Iterator[Mutation]:
             )
     for name in ("unet.safetensors", "optimizer.safetensors", "state.json"):
         yield Mutation(
-            "checkpoint", f"{name} bit", _flip(f"{CHECKPOINT}/{name}", 900), "resume", "refused", names=(name,)
+            "checkpoint", f"{name} bit", _flip(f"{CHECKPOINT}/{name}", 900), "resume", "rejected", names=(name,)
         )
         yield Mutation(
-            "checkpoint", f"{name} gone", _remove(f"{CHECKPOINT}/{name}"), "resume", "refused", names=(name,)
+            "checkpoint", f"{name} gone", _remove(f"{CHECKPOINT}/{name}"), "resume", "rejected", names=(name,)
         )
     # Damage with a matching manifest, as an older version or a manual edit may leave it.
     file = f"{CHECKPOINT}/state.json"
     for content in DAMAGED_JSON:
         name = f"sealed state.json = {content[:12]!r}"
-        yield Mutation("checkpoint", name, _sealed(_write(file, content)), "resume", "refused", names=("state.json",))
+        yield Mutation("checkpoint", name, _sealed(_write(file, content)), "resume", "rejected", names=("state.json",))
     for key in ("step", "global_batch_size", "scaler", "config", "data", "hub_ids", "unet", "scheduler"):
         for value in rng.sample((*VALUES, _GONE), 3):
             damage = _sealed(_edit(file, (key,), value))
@@ -283,7 +283,7 @@ def _yaml(rng: random.Random) -> Iterator[Mutation]:
     ):  # fmt: skip
         for command in rng.sample(("train_config", "train_preset"), 1):
             name = f"{command} {key}: {wrong}"
-            yield Mutation("yaml", name, _replace_line(file, key, wrong), command, "refused", names=(key, file))
+            yield Mutation("yaml", name, _replace_line(file, key, wrong), command, "rejected", names=(key, file))
     for key in ("dataset", "seed", "license", "class_dropout", "max_train_steps", "learning_rate", "resolution"):
         for value in rng.sample(VALUES, 2):
             yield Mutation("yaml", f"card {key} = {value!r}", _edit_yaml(file, key, value), "card", names=(file, key))
@@ -298,9 +298,9 @@ def _weights(rng: random.Random) -> Iterator[Mutation]:
             yield Mutation("safetensors", f"{command}: {kind}", _tensors(file, change), command, expect, names=names)
         for offset in (0, 3, 7, 9, 40, 200, 100_000):
             yield Mutation("safetensors", f"{command}: bit at {offset}", _flip(file, offset), command, names=names)
-        yield Mutation("safetensors", f"{command}: truncated", _truncate(file), command, "refused", names=names)
-        yield Mutation("safetensors", f"{command}: empty", _write(file, b""), command, "refused", names=names)
-        yield Mutation("safetensors", f"{command}: gone", _remove(file), command, "refused", names=names)
+        yield Mutation("safetensors", f"{command}: truncated", _truncate(file), command, "rejected", names=names)
+        yield Mutation("safetensors", f"{command}: empty", _write(file, b""), command, "rejected", names=names)
+        yield Mutation("safetensors", f"{command}: gone", _remove(file), command, "rejected", names=names)
     del rng
 
 
@@ -313,7 +313,7 @@ def _images(rng: random.Random) -> Iterator[Mutation]:
             ("zeros", _write(file, bytes(300))),
         ):  # fmt: skip
             command = rng.choice(("train_images", "compare")) if kind in ("png", "npz") else "train_images"
-            expect = "any" if name == "truncated" and kind in ("npz", "gif") else "refused"
+            expect = "any" if name == "truncated" and kind in ("npz", "gif") else "rejected"
             yield Mutation(
                 "images",
                 f"{command} {kind} {name}",
@@ -330,9 +330,9 @@ def _images(rng: random.Random) -> Iterator[Mutation]:
         other = rng.choice([k for k in kinds[:5] if k != kind])
         damage = _then(_folder(kind), _copy(f"images/3.{kind}", f"images/9.{other}"))
         yield Mutation("images", f"{kind} named .{other}", damage, "train_images", "any", names=(f"9.{other}",))
-    yield Mutation("images", "no folder", lambda run: None, "train_images", "refused", names=("images",))
+    yield Mutation("images", "no folder", lambda run: None, "train_images", "rejected", names=("images",))
     yield Mutation(
-        "images", "empty folder", lambda run: (run / "images").mkdir(), "train_images", "refused", names=("images",)
+        "images", "empty folder", lambda run: (run / "images").mkdir(), "train_images", "rejected", names=("images",)
     )
 
 
@@ -345,7 +345,7 @@ def _parquet(rng: random.Random) -> Iterator[Mutation]:
         ("no images", _table(label=[1, 2])), ("no rows", _table(image=[])), ("bytes", _table(image=[b"x", b"y"])),
     ):  # fmt: skip
         yield Mutation(
-            "parquet", name, _then(_rows, damage), "train_images", "refused", names=("images", "image_column")
+            "parquet", name, _then(_rows, damage), "train_images", "rejected", names=("images", "image_column")
         )
     for offset in (5, 200, 1200, -60, -200, -8, -2, -6):
         yield Mutation(
@@ -373,7 +373,7 @@ def _options(rng: random.Random) -> Iterator[Mutation]:
                 # These are numbers, which may be valid; all others are not numbers.
                 is_number = text in ("-1", "1e400", str(10**30)) or (not text and name == "max_train_samples")
                 is_list = text in ("", "None") and name in ("attention_resolutions", "max_train_samples")
-                expect = "any" if is_number or is_list else "refused"
+                expect = "any" if is_number or is_list else "rejected"
                 words = (f"--{name}={text}",)
                 yield Mutation(
                     "options",
@@ -405,7 +405,7 @@ def _options(rng: random.Random) -> Iterator[Mutation]:
         ("train", ("--value_range=1", "0"), "value_range"), ("train", ("--value_range=nan", "1"), "value_range"),
         ("train", ("--background=nocolor",), "background"), ("evaluate", ("--background=a\0b",), "background"),
     ):  # fmt: skip
-        yield Mutation("options", f"{command} {' '.join(words)!r}", _nothing, command, "refused", words, tuple(names))
+        yield Mutation("options", f"{command} {' '.join(words)!r}", _nothing, command, "rejected", words, tuple(names))
 
 
 # The damages: functions that return a function of the folder.
@@ -605,7 +605,7 @@ def prepare(folder: Path) -> Path:
 
 
 def attempt(mutation: Mutation, run: Path, folder: Path) -> tuple[str, str]:
-    """Return the state of a command (`ok`, `warned`, `refused` or `traceback`), and its result or its error."""
+    """Return the state of a command (`ok`, `warned`, `rejected` or `traceback`), and its result or its error."""
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(run, work)
@@ -624,7 +624,7 @@ def attempt(mutation: Mutation, run: Path, folder: Path) -> tuple[str, str]:
                 warnings.simplefilter("ignore")
                 result = COMMANDS[mutation.command](work, mutation.words)
     except (ValueError, OSError, FloatingPointError) as error:
-        return "refused", str(error)
+        return "rejected", str(error)
     except (Exception, SystemExit, _OutOfTime):
         return "traceback", traceback.format_exc(limit=-2)
     finally:
@@ -644,9 +644,9 @@ def judge(mutation: Mutation, state: str, result: str, undamaged: str) -> str:
     """Return the outcome of an attempt, one of `OUTCOMES`."""
     if state == "traceback":
         return state
-    if state == "refused":
+    if state == "rejected":
         is_clear = "\n" not in result and result and any(name in result for name in mutation.names or ("",))
-        return "refused" if is_clear else "unclear"
+        return "rejected" if is_clear else "unclear"
     if state == "warned":
         return "warned"
     is_same = mutation.expect == "any" or (mutation.expect == "same" and result == undamaged)

@@ -119,7 +119,7 @@ def test_data_options_of_a_preset_are_not_used_for_other_data_sets(name):
     assert (config.data.channels, config.data.levels, config.data.streaming) == (3, 256, False)
     assert config.data.horizontal_flip is False and config.data.class_column is None
     assert (config.evaluation, config.hub) == (EvaluationConfig(), HubConfig())
-    # Network, resolution, process and training options are those of the preset.
+    # Network, resolution, process and training options come from the preset.
     assert config.data.resolution == own["resolution"] and config.model.dropout == own["dropout"]
     assert config.model.block_out_channels == own["block_out_channels"]
     assert config.training.learning_rate == float(own["learning_rate"])
@@ -162,4 +162,4 @@ def test_a_divided_batch_stays_divided_on_resuming():
     past = choice("--train_batch_size", "8", "--gradient_accumulation_steps", "4").to_dict() | {"max_train_steps": 52}
     training = choice("--num_samples", "3").resumed(past).training
     assert (training.train_batch_size, training.gradient_accumulation_steps) == (8, 4)
-    assert isinstance(training.max_train_steps, Auto)  # without a given length, that of the preset
+    assert isinstance(training.max_train_steps, Auto)  # without a given length, the preset's

@@ -145,9 +145,7 @@ class Evaluations(Callback):
         """Repeat an evaluation that was interrupted."""
         count, classes = self.reference.count(), len(run.class_names)
         if self.request.compared and count < classes:
-            raise ValueError(
-                f"--eval_num_images {count}: fewer images than classes; expected at least {classes}, one per class"
-            )
+            raise ValueError(f"--eval_num_images {count}: the model has {classes} classes; expected at least {classes}")
         is_done = True
         if run.accelerator.is_main_process:
             cut_lines(self.lines, run.step)
@@ -250,7 +248,7 @@ class Push(Callback):
         self.background = BackgroundPush(self.folder, self.model_id, config.hub.hub_private_repo, log)
 
     def on_pause(self, run: Run) -> None:
-        """Export the current model and starts to push it."""
+        """Export the current model and start to push it."""
         try:
             export(run, self.folder)
             if not run.config.training.sample_at_checkpoints:

@@ -31,7 +31,7 @@ from hf_ddpm.pipelines.runs import average_name
 from hf_ddpm.sampling.generate import fill_folder
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.training.build import join_processes
-from hf_ddpm.utils.files import atomic_write, make_folder
+from hf_ddpm.utils.files import atomic_write, count_of, make_folder
 from hf_ddpm.utils.launch import Interrupted, exclusive
 from hf_ddpm.utils.options import given_options, require, require_value
 from hf_ddpm.utils.runs import find_checkpoint, read_state, run_folder
@@ -40,7 +40,7 @@ from hf_ddpm.utils.runs import find_checkpoint, read_state, run_folder
 FIRST_STAGE = 64
 # Length of a stage by its target, as a multiple of the length of the model's run or, at most, of `RUN_LENGTH` steps.
 LENGTHS, RUN_LENGTH = {"images": 2, "teacher": 1 / 4}, 100_000
-# Options of the model's run that are defaults of its distillation, in addition to those of the data.
+# Options of the model's run that are defaults of its distillation, in addition to the data options.
 INHERITED = (
     *("seed", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1", "adam_beta2"),
     *("max_grad_norm", "ema_decay", "tf32", "deterministic", "gradient_checkpointing", "keep_checkpoints"),
@@ -79,7 +79,7 @@ def run_stages(options: DistillConfig, words: list[str]) -> Path:
 
     Args:
         options: Model, steps and folder.
-        words: Options of the training runs, as command-line words.
+        words: Options of the training runs, as command-line arguments.
     """
     check_words(words)
     pipe = load_pipeline(options.model, "cpu")
@@ -92,7 +92,9 @@ def run_stages(options: DistillConfig, words: list[str]) -> Path:
             draw_images(options, pipe, configs, state)
         for number, config in enumerate(configs, start=1):
             teacher = config.distillation.teacher
-            state.print(f"stage {number} of {len(configs)}: {config.distillation.student_steps} steps, from {teacher}")
+            state.print(
+                f"stage {number} of {len(configs)}: {count_of(int(config.distillation.student_steps or 1), 'step')}, from {teacher}"
+            )
             run = train_session(config)
             print_end(run)
             if run.stopped_by is not None:
@@ -114,7 +116,8 @@ def plan_stages(options: DistillConfig, pipe: DDPMPipeline) -> list[tuple[int, s
     """Return the steps and the target of each stage, descending to the steps of the distilled model.
 
     Raises:
-        ValueError: If a number of steps is too large or does not divide, or the guidance does not fit the model.
+        ValueError: If a number of steps is too large or is not a divisor of the model's steps, or the guidance does not
+            fit the model.
     """
     total = int(pipe.scheduler.config.num_train_timesteps)
     # A distilled model samples well only with the number of steps that it was trained for.
@@ -174,7 +177,7 @@ def stage_config(
 
 
 def base_options(options: DistillConfig, pipe: DDPMPipeline) -> dict[str, Any]:
-    """Return the default options of a stage: those of the model's run, if there is one."""
+    """Return the default options of a stage: the options of the model's run, if there is one."""
     channels, height, width = pipe.image_shape
     unet = pipe.unet.config
     base: dict[str, Any] = {

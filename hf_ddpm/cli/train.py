@@ -6,6 +6,8 @@
 
 The same command resumes from the last checkpoint. `hf-ddpm presets` lists the presets. --config accepts the config.yaml
 of another run. docs/migration.md maps the options of diffusers and of denoising-diffusion-pytorch to these.
+
+Defaults shown here apply only if --block_out_channels is given. Otherwise a small preset is used (hf-ddpm presets).
 """
 
 import hf_ddpm

@@ -52,7 +52,7 @@ class BatchSource(Protocol):
 
         Args:
             step: Optimizer step, from 0.
-            rows: Rows of the global batch, such as those of this process: a slice with start and stop.
+            rows: Rows of the global batch, such as the rows of this process: a slice with start and stop.
 
         Returns:
             The images, on the device; the same for every call and every number of processes.

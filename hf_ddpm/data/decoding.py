@@ -13,7 +13,7 @@ from datasets.fingerprint import Hasher
 
 from hf_ddpm.data.caching import cache_folder, explain_full_disk, read_decoded
 from hf_ddpm.data.transforms import ImageFormat, fit
-from hf_ddpm.utils.files import one_line, write_text
+from hf_ddpm.utils.files import count_of, one_line, write_text
 from hf_ddpm.utils.jsonl import as_lines, read_lines
 from hf_ddpm.utils.launch import own_cores
 
@@ -107,7 +107,7 @@ def decode(
             )
     for note, count in Counter(decoded.select_columns(["note"])["note"]).items():
         if note is not None:
-            log(f"{note}: {count:,} images")
+            log(f"{note}: {count_of(count, 'image')}")
     reasons = decoded.select_columns(["reason"]).with_format("arrow")[:]["reason"]
     if reasons.null_count == len(reasons):
         return decoded, range(len(reasons)), []
@@ -115,7 +115,7 @@ def decode(
     usable = [index for index, reason in enumerate(reasons) if reason is None]
     bad = [BadImage(_path(encoded[i][column]), rows[i], reason) for i, reason in enumerate(reasons) if reason]
     if not usable:
-        raise ValueError(f"all {len(bad)} images are unusable, the first one in {bad[0].text(column)}")
+        raise ValueError(f"all images are unusable ({len(bad):,}), the first one in {bad[0].text(column)}")
     return decoded.select(usable), usable, bad
 
 

@@ -64,7 +64,7 @@ def open_folder(
 ) -> Opened:
     """Open a folder of images, given by their relative paths.
 
-    The columns are `image`, `label` if folders are classes, and those of metadata files. If `class_column` is a
+    The columns are `image`, `label` if folders are classes, and the columns of metadata files. If `class_column` is a
     metadata column, images without metadata are not used.
 
     Raises:

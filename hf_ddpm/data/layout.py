@@ -55,7 +55,7 @@ def find_layout(names: Sequence[str]) -> Layout:
 
     If folders of two splits are at the same depth, such as train/ and val/, they are the splits at any depth, and files
     outside them are not used, so held-out images never become training images. A single train/, validation/ or test/ at
-    the top is a split if no other folder there has images; a validation/ or test/ next to other folders is one, too. A
+    the top is a split if no other folder there has images; a validation/ or test/ next to other folders is also one. A
     train/ next to folders with images at the same depth is a class, such as railway trains. In all other cases the only
     split is train.
 

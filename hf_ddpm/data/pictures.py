@@ -149,7 +149,7 @@ def _without_metadata(data: bytes) -> bytes:
 
 
 def _plain_png(data: bytes) -> bytes:
-    """Return a PNG file with only the chunks of pixels and of undamaged orientation data."""
+    """Return a PNG file with only the chunks of pixels and of intact orientation data."""
     kept, start = [PNG], len(PNG)
     while start + 12 <= len(data):
         size = int.from_bytes(data[start : start + 4], "big")

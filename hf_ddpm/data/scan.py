@@ -11,6 +11,8 @@ from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
+from hf_ddpm.utils.files import count_of
+
 # Formats that Pillow recognizes but cannot decode.
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
@@ -108,7 +110,7 @@ def split_by_suffix(names: Iterable[str], suffixes: Iterable[str]) -> tuple[list
 
 def summary(name: str, counts: Mapping[str, int] | None, unused_files: Iterable[UnusedFile]) -> str:
     """Return one line about a dataset: the images per split, if known, and the unused files per reason."""
-    images = ", ".join(f"{count:,} images in {split}" for split, count in (counts or {}).items())
+    images = ", ".join(f"{count_of(count, 'image')} in {split}" for split, count in (counts or {}).items())
     kinds = Counter((file.kind, file.remedy) for file in unused_files)
     most = kinds.most_common(NAMED_KINDS)
     lines = [
@@ -140,7 +142,7 @@ def as_path(name: str) -> str:
 
 
 def printable_name(name: str) -> str:
-    """Return a name, such as that of a class, with bytes that are not valid UTF-8 escaped."""
+    """Return a name, such as the name of a class, with bytes that are not valid UTF-8 escaped."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 

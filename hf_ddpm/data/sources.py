@@ -27,12 +27,12 @@ from hf_ddpm.utils.seeds import SUBSET, generator
 Log = Callable[[str], object]
 
 
-class _Refused(ValueError):
-    """A dataset cannot be opened; the message is complete and contains its name."""
+class DatasetError(ValueError):
+    """Error while opening a dataset; the message contains its name."""
 
 
 class MissingSplit(ValueError):
-    """A dataset does not have the requested split; `splits` are the existing ones."""
+    """Error for a split that a dataset does not have; `splits` are the existing ones."""
 
     def __init__(self, message: str, splits: Sequence[str]):
         super().__init__(message)
@@ -133,7 +133,7 @@ def _open_splits(data: DataConfig, log: Log) -> Opened:
         if not path.exists():
             return Opened(load_or_repair(lambda: load_dataset(name, config), log))
         opened = _open_file(path, log) if path.is_file() else _open_folder(path, config, data.class_column, log)
-    except _Refused:
+    except DatasetError:
         raise
     except (DatasetGenerationError, OSError, ValueError) as error:
         if is_full(error) or isinstance(error, PermissionError):
@@ -153,7 +153,9 @@ def _open_file(path: Path, log: Log) -> Opened:
         return open_archives(path.parent, files, [], log)
     if path.suffix.lower() in ARRAY_SUFFIXES:
         return open_arrays(path.parent, files, [], log)
-    raise _Refused(f"--dataset {path}: unknown format; expected a parquet, .npy or .npz file, or an archive (zip, tar)")
+    raise DatasetError(
+        f"--dataset {path}: unknown format; expected a parquet, .npy or .npz file, or an archive (zip, tar)"
+    )
 
 
 def _open_folder(path: Path, config: str | None, class_column: str | None, log: Log) -> Opened:
@@ -164,7 +166,7 @@ def _open_folder(path: Path, config: str | None, class_column: str | None, log: 
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         if config is not None:
             reason = "a dataset saved by save_to_disk has no configurations; remove --dataset_config"
-            raise _Refused(f"--dataset_config {config}: {reason}")
+            raise DatasetError(f"--dataset_config {config}: {reason}")
         return Opened(_saved(path))
     files, unused_files = list_files(path)
     images, others = split_by_suffix(files, image_suffixes())
@@ -186,7 +188,7 @@ def _open_folder(path: Path, config: str | None, class_column: str | None, log: 
         return open_archives(path, archives, unused_files + [file for file in others if file.file not in archives], log)
     unused = summary(str(path), None, unused_files + others).removeprefix(f"dataset {str(path)!r}: ")
     detail = f" ({unused})" if unused_files or others else ""
-    raise _Refused(f"--dataset {path}: folder contains no images{detail}")
+    raise DatasetError(f"--dataset {path}: folder contains no images{detail}")
 
 
 def _saved(path: Path) -> Mapping[str, Dataset]:
@@ -194,7 +196,7 @@ def _saved(path: Path) -> Mapping[str, Dataset]:
     try:
         saved = load_from_disk(str(path))
     except IndexError as error:  # raised by datasets if a split has no rows
-        raise _Refused(f"--dataset {path}: a split contains no images") from error
+        raise DatasetError(f"--dataset {path}: a split contains no images") from error
     if isinstance(saved, Dataset):
         # The split name may include the saved part, such as train[:100].
         return {re.split(r"\W", str(saved.split or "train"))[0]: saved}

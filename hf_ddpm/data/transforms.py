@@ -65,7 +65,7 @@ class ImageFormat:
 
 
 def fit(row: dict[str, Any] | None, image_format: ImageFormat, notes: list[str] | None = None) -> np.ndarray:
-    """Decode an image, turns it upright, puts it on the background (unless there are 4 channels) and resizes it.
+    """Decode an image, turn it upright, put it on the background (unless there are 4 channels) and resize it.
 
     Args:
         row: The image as stored by `datasets`: `bytes`, or the `path` of a file.
@@ -150,7 +150,7 @@ def _fit_picture(image: Image.Image, image_format: ImageFormat, notes: list[str]
 
 
 def _fit_array(array: np.ndarray, image_format: ImageFormat) -> np.ndarray:
-    """Resize an array of shape `(H, W, C)`, or `(H, W, 1)` of a gray image, and converts it to the format."""
+    """Resize an array of shape `(H, W, C)`, or `(H, W, 1)` of a grayscale image, and convert it to the format."""
     _check_size(array.shape[1], array.shape[0], image_format)
     values = _as_values(array, image_format)
     planes = [Image.fromarray(np.ascontiguousarray(values[..., channel])) for channel in range(values.shape[2])]
@@ -219,7 +219,7 @@ def _in_color(gray: Image.Image, image_format: ImageFormat) -> list[Image.Image]
 
 
 def _check_size(width: int, height: int, image_format: ImageFormat) -> None:
-    """Raise a `ValueError` if an image is too small, unless small images are enlarged."""
+    """Raise a `ValueError` if an image is too small, unless small images are upscaled."""
     _, rows, columns = image_format.shape
     if not image_format.enlarge and (width < columns or height < rows):
         raise ValueError(f"size {height}x{width} is smaller than the resolution {rows}x{columns} (height x width)")

@@ -20,7 +20,7 @@ class Given:
         resolution: Height and width, or one number for both.
         block_out_channels: Channels per resolution; if given, no preset is chosen.
         attention_resolutions: Resolutions with self-attention.
-        init_from: A model whose network and process replace those of the preset.
+        init_from: A model whose network and process replace the preset's.
     """
 
     dataset: str | None = option("", None)

@@ -57,7 +57,7 @@ class SampleFolder:
         return None if stored is None else stored.get("mixed_precision", "no")
 
     def check(self, ignored: Sequence[str] = ()) -> None:
-        """Raise a `ValueError` that lists the differences if the folder contains images of other settings.
+        """Raise a `ValueError` that lists the differences if the folder contains images sampled with other settings.
 
         Args:
             ignored: Settings that may differ.
@@ -65,7 +65,9 @@ class SampleFolder:
         stored = _read_settings(self.path)
         if not any(self.path.glob("shards/*.npy")):
             if any(re.fullmatch(r"\d{5,}\.png", path.name) for path in self.path.glob("*.png")):
-                raise ValueError(f"{self.path}: folder contains images of unknown settings; choose another folder")
+                raise ValueError(
+                    f"{self.path}: folder contains images sampled with unknown settings; choose another folder"
+                )
             return
         if stored is None:
             raise ValueError(f"{self.path}: sampling.json is missing or damaged; choose another folder")
@@ -76,9 +78,8 @@ class SampleFolder:
             if key not in ignored and now.get(key) != stored.get(key)
         ]
         if changed:
-            raise ValueError(
-                f"{self.path}: folder contains images of other settings: {', '.join(changed)}; choose another folder"
-            )
+            reason = f"folder contains images sampled with other settings: {', '.join(changed)}"
+            raise ValueError(f"{self.path}: {reason}; choose another folder")
 
     def bind(self) -> None:
         """Write `sampling.json`, unless the folder already contains a shard."""
@@ -97,7 +98,7 @@ class SampleFolder:
         return parts
 
     def add(self, indices: range, images: Tensor) -> None:
-        """Append images to a shard and flushes it to disk.
+        """Append images to a shard and flush it to disk.
 
         Args:
             indices: Indices of the images, a range returned by `missing`.
@@ -108,7 +109,7 @@ class SampleFolder:
         if shard * SHARD_SIZE + len(before) != indices.start:
             expected = indices.start - shard * SHARD_SIZE
             reason = f"file contains {len(before)} images; expected {expected}"
-            raise OSError(f"{self._file(shard)}: {reason}; has another run changed it?")
+            raise OSError(f"{self._file(shard)}: {reason}; another process may have changed it")
         with atomic_write(self._file(shard)) as partial, partial.open("wb") as file:
             np.save(file, np.concatenate([before, images.numpy()]))
             file.flush()

@@ -85,7 +85,7 @@ def sampling_settings(pipe: DDPMPipeline, sampling: Sampling, model: str, device
     }
 
 
-def settle_precision(
+def resolve_precision(
     pipe: DDPMPipeline,
     sampling: Sampling,
     batch_size: int,
@@ -115,7 +115,7 @@ def settle_precision(
     def choose() -> Choice:
         for precision, path in paths.items():
             if SampleFolder(path, {"shape": shape}).stored_precision == precision:
-                return Choice(precision, f"precision {PRECISION_NAMES[precision]}, as of the existing images in {path}")
+                return Choice(precision, f"precision {PRECISION_NAMES[precision]}, like the existing images in {path}")
         return choose_precision(pipe.unet, shape, batch_size, compiled=compile)
 
     choice = on_main_process(choose)
@@ -171,7 +171,7 @@ def sample_images(
     if config.format == "png":
         check_picture(pipe.image_shape[0], "use --format npz to write them as an array")
     path = Path(config.output)
-    sampling = settle_precision(
+    sampling = resolve_precision(
         pipe, sampling or Sampling(), config.batch_size, lambda _: path, state.print, config.compile
     )
     if config.compile:
@@ -281,12 +281,12 @@ def fill_folder(
         The folder with all images.
 
     Raises:
-        ValueError: If the folder contains images of other settings or is in use, or an argument is invalid.
+        ValueError: If the folder contains images sampled with other settings or is in use, or an argument is invalid.
         OSError: If images of other processes are missing because the folder is not shared.
     """
     # Raises errors before the folder is changed.
     find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe), sampling.variance)
-    sampling = settle_precision(pipe, sampling, batch_size, lambda _: path)
+    sampling = resolve_precision(pipe, sampling, batch_size, lambda _: path)
     _check_space(path, num_images, math.prod(pipe.image_shape))
     folder = SampleFolder(path, sampling_settings(pipe, sampling, model, state.device))
     folder.check(ignored=["model"])

@@ -40,7 +40,7 @@ class Sampling:
     scheduler: Literal["ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc", "pndm", "euler"] = option(
         "sampler; ddpm is the model's own", "ddpm"
     )
-    eta: float = option("noise of ddim: 0 is deterministic, 1 is as in ddpm", 0.0)
+    eta: float = option("noise of ddim: 0 is deterministic, 1 is like ddpm", 0.0)
     class_labels: list[str] = option("names or numbers of classes, assigned to the images in turn", factory=list)
     guidance_scale: float = option("scale of classifier-free guidance; 1 for none", 1.0)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
@@ -49,8 +49,8 @@ class Sampling:
         "auto",
     )
     variance: Literal["model", "fixed_small", "fixed_large"] | None = option(
-        "variance of the steps of ddpm (default: the model's; but with fewer than all steps, fixed_small replaces "
-        "fixed_large, which leaves noise in the images)",
+        "variance of ddpm steps (default: the model's, except that fixed_small replaces fixed_large when sampling in "
+        "fewer than all steps, to avoid grain)",
         None,
     )
 
@@ -63,7 +63,12 @@ class Sampling:
             raise ValueError(f"--eta {self.eta}: expected 0 with --scheduler {self.scheduler}; or use --scheduler ddim")
         require_at_least(self, 0, "seed")
         if self.variance is not None:
-            require(self, "variance", self.scheduler == "ddpm", f"no variance with --scheduler {self.scheduler}")
+            require(
+                self,
+                "variance",
+                self.scheduler == "ddpm",
+                f"not supported with --scheduler {self.scheduler}; expected --scheduler ddpm",
+            )
 
     def steps(self, pipe: Any) -> int:
         """Return the number of sampling steps for a pipeline."""
@@ -117,12 +122,12 @@ class InpaintConfig:
     """Inpaint images: fill the masked pixels and keep the others unchanged (RePaint)."""
 
     masks: str = option(
-        "one mask file for all images, or folder of masks with the same names as the images; white where to fill; in "
-        "the size of the model or of the images"
+        "one mask file for all images, or folder of masks with the same names as the images; white marks the pixels to "
+        "fill; same size as the model or the images"
     )
     num_inference_steps: int | None = option("steps of the reverse process (default: 250, or all if fewer)", None)
     jump_length: int = option("number of steps that RePaint jumps back", 10)
-    jump_n_sample: int = option("times that each part of jump_length steps is sampled; 1 for no jumps", 10)
+    jump_n_sample: int = option("passes over each block of jump_length steps; 1 disables jumps", 10)
 
     def __post_init__(self) -> None:
         """Check the values."""

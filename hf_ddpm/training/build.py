@@ -59,7 +59,7 @@ def choose_kernels(training: TrainingConfig) -> None:
     use_own_cores()
 
 
-def settle_precision(config: Config, state: PartialState) -> Config:
+def resolve_precision(config: Config, state: PartialState) -> Config:
     """Replace the precision `auto` by a measured choice, and print it. Every process must call this function.
 
     The main process times a network with the run's options; all processes use its choice.

@@ -43,7 +43,7 @@ class Checkpoints(Callback):
         self.keep = keep
 
     def on_checkpoint(self, run: Run) -> None:
-        """Save a checkpoint, then removes the oldest ones."""
+        """Save a checkpoint, then remove the oldest ones."""
         if run.accelerator.is_main_process:
             save_checkpoint(run, self.folder)
             for old in checkpoints(self.folder)[: -self.keep]:

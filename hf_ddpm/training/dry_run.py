@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_ddpm.config import EvaluationConfig
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.training.loop import Callback, Run, train
+from hf_ddpm.utils.files import count_of
 from hf_ddpm.utils.launch import Interrupted
 
 WARM_UP, MEASURED = 2, 5
@@ -53,7 +54,7 @@ def measure_cost(run: Run, images: BatchSource) -> dict[str, str]:
 
     return {
         "images": f"{len(images):,} of {' x '.join(map(str, images.shape))}",
-        "training": f"{training.max_train_steps:,} steps of {run.global_batch_size} images, {seconds:.3g} s per step: "
+        "training": f"{count_of(training.max_train_steps, 'step')} of {count_of(run.global_batch_size, 'image')}, {seconds:.3g} s per step: "
         f"{_duration(seconds * training.max_train_steps)}",
         "samples.png": _duration(sampling / run.accelerator.num_processes),
     }

@@ -40,7 +40,7 @@ MEMINFO, CGROUPS, OWN_CGROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), P
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryUse:
     """Bytes that a training step needs in each process.
 
     Attributes:
@@ -83,7 +83,7 @@ class MemoryPlan:
         if isinstance(config.training.train_batch_size, Auto):
             self.config = replace(config, training=self._divided(config.training))
 
-    def count(self, training: TrainingConfig | None = None) -> Need:
+    def count(self, training: TrainingConfig | None = None) -> MemoryUse:
         """Return the memory of a step, by default with the training options of the run."""
         training = training or self.config.training
         precision = "no" if training.mixed_precision == "auto" else training.mixed_precision  # float32 needs most
@@ -102,7 +102,7 @@ class MemoryPlan:
         size = sum(weight.numel() * weight.element_size() for weight in unet.parameters())
         pixels = data.channels * math.prod(data.size)
         lost = round(HEAP_LOSS * small) if self.device.type == "cpu" else 0
-        return Need(copies * size, kept, most, INPUTS * 4 * pixels * batch * passes, lost)
+        return MemoryUse(copies * size, kept, most, INPUTS * 4 * pixels * batch * passes, lost)
 
     def describe(self) -> dict[str, str]:
         """Return the lines to print, by name: parameters, FLOPs and memory."""
@@ -139,7 +139,7 @@ class MemoryPlan:
         share = training.global_batch_size(processes=1)
         return self.largest(training) or replace(training, train_batch_size=1, gradient_accumulation_steps=share)
 
-    def refusal(self) -> str | None:
+    def rejection(self) -> str | None:
         """Return an error message if the run does not fit, with options that fit; None if it fits or is not checked."""
         training = self.config.training
         if not training.check_memory or self.free is None or (need := self.count().total) <= self.free:
@@ -180,9 +180,9 @@ def fit_memory(config: Config, accelerator: Accelerator, checkpoint: Path | None
     if not (training.check_memory or isinstance(training.train_batch_size, Auto)):
         return config
     plan = MemoryPlan(config, accelerator, checkpoint)
-    refusal = plan.refusal()
-    if refusal is not None:
-        raise ValueError(refusal)
+    rejection = plan.rejection()
+    if rejection is not None:
+        raise ValueError(rejection)
     return plan.config
 
 

@@ -37,7 +37,7 @@ class Progress(Callback):
         self._is_paused = True  # the time before the first step does not count
 
     def on_start(self, run: Run) -> None:
-        """Remove lines of later steps from the file, and opens the progress bar."""
+        """Remove lines of later steps from the file, and open the progress bar."""
         steps, is_main = run.config.training.max_train_steps, run.accelerator.is_main_process
         if is_main:
             cut_lines(self.path, run.step)

@@ -24,7 +24,7 @@ def atomic_write(path: Path, writer: str = "", durable: bool = True) -> Iterator
     Args:
         path: The file; or a folder, which must be new or empty.
         writer: Suffix of the temporary name, different for each process that may write the file at the same time.
-        durable: Whether to flush to disk; otherwise a crash of the machine (not of the process) may lose the file.
+        durable: If false, do not flush to disk; a crash of the machine (not of the process) may then lose the file.
 
     Raises:
         OSError: If the file cannot be written; the message names `path`.
@@ -113,3 +113,8 @@ def check_free(folder: Path) -> None:
 def one_line(error: object) -> str:
     """Return the message of an error without line breaks."""
     return " ".join(str(error).split())
+
+
+def count_of(number: int, thing: str) -> str:
+    """Return a number with its noun: "1 image", "1,000 images"."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")

@@ -43,7 +43,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             entry = json.loads(line)
-        except (ValueError, RecursionError):  # bytes that are not UTF-8 raise a ValueError, too
+        except (ValueError, RecursionError):  # bytes that are not UTF-8 also raise a ValueError
             continue
         if isinstance(entry, dict) and not any(_not_finite(entry, "")):
             entries.append(entry)

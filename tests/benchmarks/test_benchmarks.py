@@ -13,7 +13,7 @@ from tqdm import tqdm
 from benchmarks import run as benchmark_run
 from benchmarks import stock
 from benchmarks.__main__ import main
-from benchmarks.equality import check_equal, refusal_of
+from benchmarks.equality import check_equal, exclusion_reason
 from benchmarks.measure import Workload, measure_rates, peak_memory
 from benchmarks.options import grown, growth_values, parse_benchmark
 from benchmarks.ours import Ours
@@ -103,12 +103,12 @@ def test_a_failing_contender_is_reported_in_its_row(benchmark, monkeypatch):
 
 def test_contenders_with_other_outputs_are_not_compared(setting, tmp_path, benchmark, monkeypatch):
     alike = check_equal(Ours(setting), Stock(setting))
-    assert refusal_of(alike) is None and alike["network"]["difference"] < 1e-5
+    assert exclusion_reason(alike) is None and alike["network"]["difference"] < 1e-5
     other = Setting(setting.options, setting.config, tmp_path / "other")
     other.weights["conv_out.bias"] += 0.01
     different = check_equal(Ours(setting), Stock(other))
     assert not any(check["equal"] for check in different.values())
-    assert refusal_of(different).startswith("not compared: network: difference ")
+    assert exclusion_reason(different).startswith("not compared: network: difference ")
 
     class Lossy(Stock):
         def plain_network(self):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks.equality import check_as_timed, refusal_of
+from benchmarks.equality import check_as_timed, exclusion_reason
 from benchmarks.options import parse_benchmark
 from benchmarks.ours import Ours
 from benchmarks.setting import Setting, new_accelerator, own_precision
@@ -100,12 +100,12 @@ def test_passes_in_half_precision_are_compared_with_float32(benchmark, tmp_path,
 
     setting = Setting(*parse_benchmark([*WORDS, *words]), tmp_path)
     checks = check_as_timed(Unlike(setting), ["forward"])
-    assert refusal_of(checks) is None and checks["passes as timed"]["difference"] == pytest.approx(
+    assert exclusion_reason(checks) is None and checks["passes as timed"]["difference"] == pytest.approx(
         timed["difference"], rel=0.1
     )
     checks = check_as_timed(Wrong(setting), ["forward"])
     assert checks["passes as timed"]["difference"] == pytest.approx(0.06, abs=0.02)
-    assert refusal_of(checks).startswith("not compared: passes as timed: difference 0.0")
+    assert exclusion_reason(checks).startswith("not compared: passes as timed: difference 0.0")
 
 
 def test_accelerators_keep_their_precision():

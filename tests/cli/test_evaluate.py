@@ -376,7 +376,7 @@ def test_two_processes_compute_the_same_metrics(main, words, evaluated, tmp_path
 
 
 def test_a_run_is_evaluated_on_its_own_data(trained, tmp_path):
-    """Dataset, levels, splits and extractor are those of its config.yaml unless they are given."""
+    """Dataset, levels, splits and extractor come from its config.yaml unless they are given."""
     config = EvaluateConfig(model=str(trained), metrics="fd")
     assert (config.dataset, config.levels, config.extractor) == ("digits", 17, "digits")
     assert (config.split, config.reference_split, config.floor) == ("test", "train", True)

@@ -310,7 +310,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize(("words", "objective", "process"), VARIANTS.values(), ids=VARIANTS)
 def test_each_variant_trains_samples_and_evaluates(run_training, sample, tmp_path, words, objective, process):
-    # Losses, samples and the bound are compared with those of a network whose output is zero: no flag may be ignored.
+    # Losses, samples and the bound are compared with the values of a network whose output is zero: no flag may be ignored.
     still = ["--learning_rate", "1e-30", "--num_train_timesteps", "20", "--log_steps", "1"]
     run_training(tmp_path, "--max_train_steps", "2", *still, *words.split())
     by_hand, model = ByHand(*process), ["--model", str(tmp_path)]
@@ -364,7 +364,7 @@ def test_sample_grids_are_written_at_checkpoints(run_training, tmp_path, monkeyp
         row = np.asarray(grid)[-70:-6:8]  # one row, with a column and a gap for each class that has an image
         tiles = [row[:, 6 + 70 * column :: 8][:, :8] for column in range(4)]
         np.testing.assert_array_equal(tiles, images)
-    # A resumed run keeps the grids of earlier steps, and deletes those of later steps.
+    # A resumed run keeps the grids of earlier steps, and deletes the grids of later steps.
     run_training(tmp_path, *words, "--max_train_steps", "6", "--class_column", "label", "--learning_rate", "3e-3")
     with Image.open(tmp_path / "samples.gif") as animation:
         assert animation.n_frames == 3

@@ -33,7 +33,7 @@ def test_train_in_python_equals_the_command(config, trained, run_training, tmp_p
 
 
 def test_train_in_python_resumes_and_does_not_change_the_config(config, tmp_path):
-    # Attributes set after the creation of the config are used, too.
+    # Attributes set after the creation of the config are also used.
     config.training.max_train_steps, config.training.num_train_epochs = None, 1
     config.data.max_train_samples = 16
     before = config.to_dict()

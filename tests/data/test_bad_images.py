@@ -72,7 +72,7 @@ def test_labels_match_their_images_after_skipping(tmp_path):
 def test_a_data_set_of_only_bad_images_is_an_error(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_text("nothing")
-    with pytest.raises(ValueError, match=r"all 3 images are unusable, the first one in row 0 \(.*0\.png\): "):
+    with pytest.raises(ValueError, match=r"all images are unusable \(3\), the first one in row 0 \(.*0\.png\): "):
         load(tmp_path, channels=3, skip_bad_images=True)
 
 

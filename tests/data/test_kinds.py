@@ -86,7 +86,7 @@ def test_archives_are_read_like_folders(tmp_path, suffix, is_file):
     assert values(name, "validation") == [3]
     assert "2 images in train, 1 images in validation; unused files: " in lines[0]
     assert "hidden: 1" in lines[0] and "unknown format .md: 1" in lines[0]
-    # A changed archive is read again; folders at its top are classes, too.
+    # A changed archive is read again; folders at its top are also classes.
     pack(file, {"x/0.png": image(9), "y/1.png": image(10)})
     assert values(name) == [9, 10]
     images = load(name, class_column="label")

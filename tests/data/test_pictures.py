@@ -53,7 +53,7 @@ def test_xmp_orientations_are_applied(orientation):
     info.add_itxt("XML:com.adobe.xmp", xmp(orientation))
     np.testing.assert_array_equal(upright(encoded("PNG", pnginfo=info)), TURNED[orientation])
     np.testing.assert_array_equal(upright(encoded("WEBP", xmp=xmp(orientation).encode())), TURNED[orientation])
-    # With damaged EXIF data, too.
+    # Also with damaged EXIF data.
     np.testing.assert_array_equal(
         upright(encoded("WEBP", xmp=xmp(orientation).encode(), exif=b"Exif\0\0nothing")), TURNED[orientation]
     )
@@ -209,5 +209,5 @@ def test_small_images_are_enlarged_only_with_enlarge(tmp_path):
         assert pixels.shape == ((3, 12, 12) if crop == "center" else (3, 12, 18))
     means = [fit(flat, image_format((6, 9), 3)).mean(), fit(flat, image_format((12, 18), 3, enlarge=True)).mean()]
     assert means[0] == pytest.approx(means[1], abs=2)  # the same image, twice as large
-    # With only one side too small, too.
+    # Also with only one side too small.
     assert fit(flat, image_format((7, 4), 3, enlarge=True)).shape == (3, 7, 4)

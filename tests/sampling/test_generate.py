@@ -157,19 +157,19 @@ def test_all_numbers_of_steps_make_images_or_are_rejected(tiny_unet, tmp_path, n
     # Without our checks, samplers of diffusers would raise internal errors or return NaN for some numbers of steps.
     pipe = DDPMPipeline(tiny_unet, DDPMScheduler(num_train_timesteps=20, beta_end=0.4, timestep_spacing=spacing))
     pipe.set_progress_bar_config(disable=True)
-    refused = []
+    rejected = []
     for steps in range(21):
         try:
             drawn = generate_images(pipe, [0], Sampling(0, steps or None, name), batch_size=1)
             assert next(drawn)[1].shape == (1, 8, 8)
         except ValueError as error:
             assert f"--num_inference_steps {steps}" in str(error)
-            refused.append(steps)
+            rejected.append(steps)
     # PNDM needs at least 4 steps, of length 20 // n: divisors of 20, or numbers whose first time (n - 1) (20 // n) is
     # pure noise.
     bars = torch.cumprod(1 - torch.linspace(1e-4, 0.4, 20), dim=0)
     uneven = [n for n in range(4, 21) if 20 % n and bars[(n - 1) * (20 // n)] > 1.5 * bars[-1]]
-    assert refused == ([1, 2, 3, *uneven] if name == "pndm" else [])
+    assert rejected == ([1, 2, 3, *uneven] if name == "pndm" else [])
     assert len(uneven) > 5
     with pytest.raises(ValueError, match="--num_inference_steps 21: expected . to 20 with this model and --sched"):
         fill(pipe, tmp_path / "out", 1, Sampling(num_inference_steps=21, scheduler=name))
@@ -290,7 +290,7 @@ def test_a_kill_loses_only_the_current_shard(pipe, ten, tmp_path, monkeypatch):
 )
 def test_images_of_other_settings_are_rejected(pipe, tmp_path, other, named):
     fill(pipe, tmp_path, 2)
-    message = f"{tmp_path}: folder contains images of other settings: {named}; choose another folder"
+    message = f"{tmp_path}: folder contains images sampled with other settings: {named}; choose another folder"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         fill(pipe, tmp_path, 2, Sampling(**{"num_inference_steps": 4, **other}))
 
@@ -364,7 +364,7 @@ def test_settings_are_fixed_by_the_first_shard(pipe, tmp_path):
 
 def test_folders_of_unknown_origin_or_in_use_are_rejected(pipe, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "00000.png")
-    with pytest.raises(ValueError, match="contains images of unknown settings; choose another folder"):
+    with pytest.raises(ValueError, match="contains images sampled with unknown settings; choose another folder"):
         fill(pipe, tmp_path, 1)
     (tmp_path / "00000.png").unlink()
     with exclusive(tmp_path), pytest.raises(ValueError, match="--output .*: folder is in use by another run"):
@@ -497,7 +497,7 @@ def test_a_folder_keeps_the_precision_chosen_by_auto(trained, tmp_path, monkeypa
     choices = choose(monkeypatch, second)
     sample([*words, "--output", str(tmp_path / "auto"), "--num_images", "9"])
     assert choices == [] and stored(tmp_path / "auto") == first
-    line = f"precision {first.replace('no', 'float32')}, as of the existing images in {tmp_path / 'auto'}\n"
+    line = f"precision {first.replace('no', 'float32')}, like the existing images in {tmp_path / 'auto'}\n"
     assert capsys.readouterr().out == line
     sample([*words, "--output", str(tmp_path / "given"), "--num_images", "9", "--mixed_precision", first])
     actual, expected = (images(SampleFolder.read(tmp_path / name)) for name in ("auto", "given"))

@@ -40,7 +40,7 @@ def test_bad_images_are_counted_listed_and_skipped(run_training, tmp_path, capsy
     (tmp_path / "images" / "bad.png").write_bytes(b"no picture")
     run_training(tmp_path / "run", "--dataset", str(tmp_path / "images"), "--max_train_steps", "2", "--skip_bad_images")
     output = capsys.readouterr().out
-    assert "9 images, " in output and "1 images or other files were not used" in output
+    assert "9 images, " in output and "unused images and other files: 1; see" in output
     (line,) = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
     assert json.loads(line)["file"].endswith("bad.png")
 

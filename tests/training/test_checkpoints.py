@@ -373,7 +373,7 @@ def start(folder, *words, launcher=(), **environment):
 
 
 def wait_until(is_so, process):
-    """Wait until a condition is true; fails if the process ends first, or after `LIMIT` seconds."""
+    """Wait until a condition is true; fail if the process ends first, or after `LIMIT` seconds."""
     end = time.monotonic() + LIMIT
     while not is_so():
         assert process.poll() is None, process.stdout.read()

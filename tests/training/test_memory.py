@@ -100,9 +100,9 @@ def test_only_runs_that_do_not_fit_are_rejected(monkeypatch):
     config.training.check_memory = False
     assert fit_memory(config, Accelerator(cpu=True)) is config
     set_free(monkeypatch, None)
-    assert plan().refusal() is None
+    assert plan().rejection() is None
     set_free(monkeypatch, 1000)
-    assert "expected a smaller network or resolution" in plan().refusal()
+    assert "expected a smaller network or resolution" in plan().rejection()
 
 
 def test_auto_divides_the_global_batch_so_that_it_fits(monkeypatch):

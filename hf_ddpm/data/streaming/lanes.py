@@ -60,7 +60,7 @@ class Window:
         return torch.randperm(self.rows, generator=generator(seed, ORDER, self.epoch, self.lane, self.number))
 
 
-class Stretch(NamedTuple):
+class WindowSlice(NamedTuple):
     """Positions in a shuffled window, from `start` to `stop`, exclusive."""
 
     window: Window
@@ -91,7 +91,7 @@ class Lanes:
         """Return the number of rows of all groups."""
         return self.size
 
-    def stretches(self, step: int, rows: slice) -> list[Stretch]:
+    def slices(self, step: int, rows: slice) -> list[WindowSlice]:
         """Return the positions in windows of some rows of a global batch, in order.
 
         Args:
@@ -101,16 +101,16 @@ class Lanes:
         Returns:
             Positions in windows, one per row.
         """
-        stretches: list[Stretch] = []
+        slices: list[WindowSlice] = []
         for lane, (first, last) in enumerate(pairwise(self._edges)):
             start, stop = (step * self.batch_size + min(max(row, first), last) for row in (rows.start, rows.stop))
             while start < stop:
                 epoch = start // self.size
                 end = min(stop, (epoch + 1) * self.size)
                 position = self._before(lane, start) - self._before(lane, epoch * self.size)
-                stretches += self._cut(epoch, lane, position, position + end - start)
+                slices += self._cut(epoch, lane, position, position + end - start)
                 start = end
-        return stretches
+        return slices
 
     def after(self, window: Window) -> Window:
         """Return the next window of the lane, which may be in a later epoch."""
@@ -125,16 +125,16 @@ class Lanes:
         batches, row = divmod(position, self.batch_size)
         return batches * (last - first) + min(max(row, first), last) - first
 
-    def _cut(self, epoch: int, lane: int, start: int, stop: int) -> list[Stretch]:
+    def _cut(self, epoch: int, lane: int, start: int, stop: int) -> list[WindowSlice]:
         windows = self._windows(epoch)[lane]
         number = int(np.searchsorted([window.start for window in windows], start, side="right")) - 1
-        stretches = []
+        slices = []
         while start < stop:
             window = windows[number]
             end = min(stop, window.start + window.rows)
-            stretches.append(Stretch(window, start - window.start, end - window.start))
+            slices.append(WindowSlice(window, start - window.start, end - window.start))
             start, number = end, number + 1
-        return stretches
+        return slices
 
     def _divide(self, epoch: int) -> list[list[Window]]:
         """Return the windows of all lanes in an epoch."""

@@ -61,7 +61,7 @@ class Shards:
         features: The columns.
 
     Raises:
-        ValueError: If a file cannot be read, the columns differ from those of the first file, or there are no rows.
+        ValueError: If a file cannot be read, the columns differ from the columns of the first file, or there are no rows.
     """
 
     def __init__(self, paths: Sequence[str]):
@@ -71,7 +71,7 @@ class Shards:
         self.groups = []
         for path, footer in zip(paths, footers, strict=True):
             if footer.schema.to_arrow_schema().names != schema.names:
-                raise ValueError(f"{path!r}: columns differ from those of {paths[0]!r}")
+                raise ValueError(f"{path!r}: columns differ from the columns of {paths[0]!r}")
             first_row = 0
             for number in range(footer.num_row_groups):
                 rows = footer.row_group(number).num_rows

@@ -58,7 +58,7 @@ class ImageStream:
     Attributes:
         shape: Shape `(C, H, W)` of an image.
         class_names: Names of the classes; empty without a class column.
-        skipped: The number of unusable images so far: those of the report, and those found by this process.
+        skipped: The number of unusable images so far: in the report, and found by this process.
     """
 
     def __init__(
@@ -149,7 +149,9 @@ class ImageStream:
                 return Pick(window, row), crop_at(image, self.image_format, position)
             self._report(BadImage(*window.origins[row], image))
         path, row = window.origins[pick.row]
-        raise ValueError(f"all {len(window.images)} images read together are unusable; row {row} of {path!r}: {reason}")
+        raise ValueError(
+            f"all images read together are unusable ({len(window.images)}); row {row} of {path!r}: {reason}"
+        )
 
     def _report(self, bad: BadImage) -> None:
         if not self.skip_bad_images:
@@ -273,7 +275,7 @@ def _as_it_is(decoded: Any) -> Any:
 
 
 def _serve_parent(worker: int) -> None:
-    """Ignore signals (the parent handles them) and exits when the parent dies."""
+    """Ignore signals (the parent handles them) and exit when the parent dies."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole process group, but the parent needs its last batch
     parent = os.getppid()

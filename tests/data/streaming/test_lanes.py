@@ -8,7 +8,7 @@ from hf_ddpm.data.streaming.lanes import Lanes
 def rows_of(lanes, step, rows):
     """Return the rows of a batch as (group, row)."""
     batch = []
-    for window, start, stop in lanes.stretches(step, rows):
+    for window, start, stop in lanes.slices(step, rows):
         window_rows = [(piece.group, row) for piece in window.pieces for row in range(piece.start, piece.stop)]
         batch += [window_rows[index] for index in window.order(lanes.seed)[start:stop].tolist()]
     return batch
@@ -53,7 +53,7 @@ def test_a_process_reads_only_the_groups_of_its_lanes():
     read = [set(), set()]
     for process, rows in enumerate([slice(0, 32), slice(32, 64)]):
         for step in range(steps):
-            for window, *_ in lanes.stretches(step, rows):
+            for window, *_ in lanes.slices(step, rows):
                 read[process] |= {piece.group for piece in window.pieces}
     assert len(read[0] | read[1]) == 640
     assert len(read[0] & read[1]) <= 1  # the group at the border between the lanes of both processes
@@ -61,7 +61,7 @@ def test_a_process_reads_only_the_groups_of_its_lanes():
 
 def test_windows_have_the_minimum_number_of_rows():
     lanes = Lanes(0, 8, [10] * 100, lanes=2, window_rows=64)
-    windows = {window for step in range(len(lanes) // 8) for window, *_ in lanes.stretches(step, slice(0, 8))}
+    windows = {window for step in range(len(lanes) // 8) for window, *_ in lanes.slices(step, slice(0, 8))}
     sizes = sorted(window.rows for window in windows)
     assert all(64 <= size < 64 + 10 for size in sizes[2:])  # except the last window of each lane
     assert sum(sizes) == 1000
@@ -69,13 +69,13 @@ def test_windows_have_the_minimum_number_of_rows():
 
 def test_the_window_after_the_last_one_is_in_the_next_epoch():
     lanes = Lanes(0, 8, [10] * 12, lanes=2, window_rows=20)
-    window = lanes.stretches(0, slice(0, 4))[0].window
+    window = lanes.slices(0, slice(0, 4))[0].window
     followed = []
     for _ in range(8):
         followed.append(window)
         window = lanes.after(window)
     seen = dict.fromkeys(
-        stretch.window for step in range(50) for stretch in lanes.stretches(step, slice(0, 4))
+        part.window for step in range(50) for part in lanes.slices(step, slice(0, 4))
     )  # in order of use
     assert followed == list(seen)[:8]
     assert {window.epoch for window in followed} >= {0, 1}

@@ -183,7 +183,7 @@ def test_the_error_for_data_that_cannot_be_streamed_names_it(tmp_path, folder):
 def test_files_with_other_columns_or_without_rows_are_errors(tmp_path):
     folder = shards(tmp_path / "data", [numbered(i) for i in range(8)], files=2)
     parquet(folder / "train-00002-of-00003.parquet", image=[numbered(8)])
-    message = "00002-of-00003.parquet': columns differ from those of '.*00000-of-00002.parquet'"
+    message = "00002-of-00003.parquet': columns differ from the columns of '.*00000-of-00002.parquet'"
     with pytest.raises(ValueError, match=message):
         open_stream(folder, **OPTIONS)
     Dataset.from_dict({"image": []}, Features({"image": Image()})).to_parquet(str(tmp_path / "empty.parquet"))
