@@ -37,7 +37,7 @@ class Contender:
 
     Args:
         setting: Settings that all contenders share.
-        compiled: Whether the network may be compiled, with the option `compile`.
+        compiled: True if the network may be compiled, with the option `compile`.
 
     Attributes:
         name: Name of the contender.

@@ -86,7 +86,7 @@ def check_as_timed(contender: Contender, tasks: Sequence[str]) -> dict[str, Chec
     Compiled gradients of this package are not compared here: `compile_network` checks them.
 
     Returns:
-        As of `check_equal`, for `passes as timed` and `gradients as timed`, if the tasks need them.
+        Checks like the result of `check_equal`, for `passes as timed` and `gradients as timed`, if the tasks need them.
     """
     checks, passes = {}, set(tasks) & set(NETWORK_TASKS) - set(STEPS)
     precision = contender.precision(contender.setting.batch)

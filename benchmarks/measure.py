@@ -40,7 +40,7 @@ class Workload:
         flops: Operations of matrix products and convolutions per unit, if there is a network.
         parameters: Number of parameters of the network.
         notes: Notes for the report.
-        at_once: Whether a turn is a single run; otherwise short runs are repeated.
+        at_once: If true, a turn is a single run; otherwise short runs are repeated.
         lead: Used instead of `run` for a loop that takes all turns in one call; it calls its argument before the first
             turn and after each turn.
         close: Function that ends background work.

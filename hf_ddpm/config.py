@@ -15,7 +15,7 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from hf_ddpm.presets import Given, Words, choose_preset, fit_preset, preset_names, preset_path
+from hf_ddpm.presets import Arguments, Given, choose_preset, fit_preset, preset_names, preset_path
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.options import (
     Auto,
@@ -445,7 +445,7 @@ class Config:
         """
         if "help" in options:
             raise ValueError("unknown option help: hf-ddpm train --help lists the options")
-        return parse_config(words_of(options))
+        return parse_config(arguments_of(options))
 
     def __post_init__(self) -> None:
         """Check options of different parts against each other."""
@@ -510,7 +510,7 @@ class Config:
 
     @property
     def attends(self) -> list[bool]:
-        """Whether each of `resolutions` has self-attention."""
+        """For each of `resolutions`, True if it has self-attention."""
         return [resolution in self.model.attention_resolutions for resolution in self.resolutions]
 
     def to_dict(self) -> dict[str, Any]:
@@ -608,7 +608,7 @@ def with_past_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {**default_options(), **FORMER_DEFAULTS, **stored}
 
 
-def words_of(options: Mapping[str, Any]) -> list[str]:
+def arguments_of(options: Mapping[str, Any]) -> list[str]:
     """Return options as command-line arguments; options set to None are omitted."""
     argv = []
     for name, value in options.items():
@@ -638,19 +638,19 @@ def parse_config(argv: list[str], doc: str | None = None) -> Config:
         file = {name: value for name, value in file.items() if value is not None}
     preset, chosen, notes = _preset(sources.preset, file, argv)
     options = _merged(_merged(preset, file), dict.fromkeys(LENGTHS & given_options(argv, PARTS)))
-    words = _command_line(options)
-    _, *parts = parse_options(words + argv, Sources, *PARTS, doc=doc)
+    arguments = _command_line(options)
+    _, *parts = parse_options(arguments + argv, Sources, *PARTS, doc=doc)
     config = Config(*parts)
     given = {*file, *given_options(argv, PARTS)}
     chosen |= {"gradient_accumulation_steps"} if "train_batch_size" in chosen else set()  # they change together
     chosen -= given | LENGTHS if given & LENGTHS else given
-    chosen |= FORMER_DEFAULTS.keys() - given_options(words + argv, PARTS)
+    chosen |= FORMER_DEFAULTS.keys() - given_options(arguments + argv, PARTS)
     config.defaulted = {name: value for name, value in config.to_dict().items() if name in chosen}
     config.notes = [line for line in notes if line]
     return config
 
 
-def _preset(name: str | None, file: Words, argv: list[str]) -> tuple[Words, set[str], list[str]]:
+def _preset(name: str | None, file: Arguments, argv: list[str]) -> tuple[Arguments, set[str], list[str]]:
     """Return the options of the given or automatic preset, the names of automatic options, and lines on the choice."""
     names = {entry.name for entry in dataclasses.fields(Given)}
     given, _ = parse_first(_command_line({key: value for key, value in file.items() if key in names}) + argv, Given)
@@ -663,17 +663,17 @@ def _preset(name: str | None, file: Words, argv: list[str]) -> tuple[Words, set[
     return fitted, chosen, [line, unused]
 
 
-def _command_line(options: Words) -> list[str]:
+def _command_line(options: Arguments) -> list[str]:
     """Return options as command-line arguments."""
-    return [word for name, value in options.items() if value is not None for word in _words(name, value)]
+    return [word for name, value in options.items() if value is not None for word in _as_arguments(name, value)]
 
 
-def _words(name: str, values: list[str]) -> list[str]:
+def _as_arguments(name: str, values: list[str]) -> list[str]:
     """Return an option as command-line arguments; `=` marks a value that starts with `-` as a value."""
     return [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
 
 
-def _merged(earlier: Words, later: Words) -> Words:
+def _merged(earlier: Arguments, later: Arguments) -> Arguments:
     """Merge options of two sources; a run length in the later source replaces any in the earlier one."""
     replaced = LENGTHS if LENGTHS & later.keys() else set()
     kept = {name: value for name, value in earlier.items() if name not in replaced}

@@ -14,7 +14,7 @@ SIGNATURES = {
     "sample_images": "(model: Path | str, output: Path | str, num_images: int = 64, sampling: Sampling | None = None, "
     "*, format: str = png, batch_size: int = 64, compile: bool = False) -> Path",
     "evaluate": "(config: EvaluateConfig, sampling: Sampling | None = None, *, pipe: DDPMPipeline | None = None, "
-    "images: SampleFolder | PictureFolder | SampleFile | None = None, reference: Reference | None = None, "
+    "images: SampleFolder | ImageFolder | SampleFile | None = None, reference: Reference | None = None, "
     "output: Path | None = None, on_figures: Callable[[dict[str, dict[str, Any]]], object] | None = None, "
     "log: Callable[[str], object] | None = None) -> dict[str, dict[str, Any]]",
     "find_scheduler": "(pipe: DiffusionPipeline, name: str, num_inference_steps: int, "

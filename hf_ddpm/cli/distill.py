@@ -83,9 +83,9 @@ def parse_distill(argv: list[str], doc: str | None = None) -> tuple[DistillConfi
     if {"-h", "--help"} & set(argv):
         shown = [_without_defaults(part) for part in (DataConfig, TrainingConfig, EvaluationConfig)]
         parse_options(argv, DistillConfig, *shown, doc=doc)
-    options, words = parse_first(argv, DistillConfig)
-    check_words(words)
-    return options, words
+    options, arguments = parse_first(argv, DistillConfig)
+    check_arguments(arguments)
+    return options, arguments
 
 
 def _without_defaults(part: type) -> type:
@@ -99,20 +99,20 @@ def _without_defaults(part: type) -> type:
     return make_dataclass(part.__name__, entries, namespace={"__doc__": part.__doc__})
 
 
-def check_words(words: list[str]) -> None:
+def check_arguments(arguments: list[str]) -> None:
     """Raise a `ValueError` if an option of a stage is unknown, set by the distillation, or invalid."""
-    for name in sorted(given_options(words, (*PARTS, Sources)) & FIXED_OPTIONS.keys() - {"dropout"}):
+    for name in sorted(given_options(arguments, (*PARTS, Sources)) & FIXED_OPTIONS.keys() - {"dropout"}):
         raise ValueError(f"--{name}: not an option of distill; {FIXED_OPTIONS[name]}")
-    parse_options(["--dataset=dataset_of_the_run", *words], *PARTS)
+    parse_options(["--dataset=dataset_of_the_run", *arguments], *PARTS)
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit code."""
-    options, words = parse_distill(argv, doc=__doc__)
+    options, arguments = parse_distill(argv, doc=__doc__)
     from hf_ddpm.cli.stages import run_stages  # slow import
 
     try:
-        run_stages(options, words)
+        run_stages(options, arguments)
     except Interrupted as interrupted:
         return 128 + interrupted.number
     return 0

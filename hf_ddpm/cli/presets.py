@@ -18,7 +18,7 @@ from hf_ddpm.presets import preset_names, preset_path
 from hf_ddpm.utils.options import Auto, option, parse_options
 
 ROW = "{:24}{:>11}{:>12}{:>12}{:>10}  {}"
-# Number of pixels in a measured pass: 8 images at 32x32.
+# Number of pixels in a measured forward pass: 8 images at 32x32.
 MEASURED_PIXELS = 8 * 32 * 32
 
 
@@ -52,7 +52,7 @@ def preset_config(name: str) -> Config:
 
 
 def seconds_per_step(config: Config) -> float:
-    """Return the time of a training step on this machine, in seconds, extrapolated from a pass of a few images."""
+    """Return the seconds per training step on this machine, extrapolated from a forward and backward pass of few images."""
     import torch
 
     from hf_ddpm.models.unet_2d import UNet2DModel

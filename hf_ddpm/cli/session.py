@@ -53,7 +53,7 @@ def train(config: Config | None = None, **options: Any) -> Path:
         The folder of the run, for `hf_ddpm.DDPMPipeline.from_pretrained`. With `dry_run` it is not created.
 
     Raises:
-        ValueError: If an option, the data or a checkpoint is not usable; the message is one line.
+        ValueError: If an option, the data or a checkpoint is unusable; the message is one line.
         OSError: If a file cannot be written.
         FloatingPointError: If the run diverges.
         KeyboardInterrupt: If SIGTERM or Ctrl-C stops the run; a checkpoint is written first.

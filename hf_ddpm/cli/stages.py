@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Features, Image
 
-from hf_ddpm.cli.distill import DistillConfig, check_words
+from hf_ddpm.cli.distill import DistillConfig, check_arguments
 from hf_ddpm.cli.export import write_model
 from hf_ddpm.cli.session import print_end, train_session
 from hf_ddpm.config import (
@@ -23,8 +23,8 @@ from hf_ddpm.config import (
     DiffusionConfig,
     ModelConfig,
     Sources,
+    arguments_of,
     parse_config,
-    words_of,
 )
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.pipelines.runs import average_name
@@ -64,37 +64,35 @@ def distill(model: Path | str, steps: int, output: Path | str, **options: Any) -
         The folder, for `DDPMPipeline.from_pretrained` of hf_ddpm or of diffusers.
 
     Raises:
-        ValueError: If the model, an option, the data or a checkpoint is not usable; the message is one line.
+        ValueError: If the model, an option, the data or a checkpoint is unusable; the message is one line.
         OSError: If a file cannot be written.
         FloatingPointError: If a stage diverges.
         KeyboardInterrupt: If SIGTERM or Ctrl-C stops a stage; a checkpoint is written first.
     """
     own = {field.name for field in fields(DistillConfig)}
     config = DistillConfig(str(model), steps, str(output), **{k: v for k, v in options.items() if k in own})
-    return run_stages(config, words_of({name: value for name, value in options.items() if name not in own}))
+    return run_stages(config, arguments_of({name: value for name, value in options.items() if name not in own}))
 
 
-def run_stages(options: DistillConfig, words: list[str]) -> Path:
+def run_stages(options: DistillConfig, arguments: list[str]) -> Path:
     """Run the remaining stages, and export the last one; see `distill`.
 
     Args:
         options: Model, steps and folder.
-        words: Options of the training runs, as command-line arguments.
+        arguments: Options of the training runs, as command-line arguments.
     """
-    check_words(words)
+    check_arguments(arguments)
     pipe = load_pipeline(options.model, "cpu")
     stages = plan_stages(options, pipe)
-    configs = [stage_config(options, words, pipe, stages, number) for number in range(len(stages))]
+    configs = [stage_config(options, arguments, pipe, stages, number) for number in range(len(stages))]
     folder, state = Path(options.output), join_processes(configs[0])
     make_folder(folder, "output")
     with exclusive(folder, "output") if state.is_main_process else nullcontext():
         if options.data_free:
             draw_images(options, pipe, configs, state)
         for number, config in enumerate(configs, start=1):
-            teacher = config.distillation.teacher
-            state.print(
-                f"stage {number} of {len(configs)}: {count_of(int(config.distillation.student_steps or 1), 'step')}, from {teacher}"
-            )
+            teacher, steps = config.distillation.teacher, count_of(config.distillation.student_steps or 1, "step")
+            state.print(f"stage {number} of {len(configs)}: {steps}, from {teacher}")
             run = train_session(config)
             print_end(run)
             if run.stopped_by is not None:
@@ -143,14 +141,14 @@ def plan_stages(options: DistillConfig, pipe: DDPMPipeline) -> list[tuple[int, s
 
 
 def stage_config(
-    options: DistillConfig, words: list[str], pipe: DDPMPipeline, stages: list[tuple[int, str]], number: int
+    options: DistillConfig, arguments: list[str], pipe: DDPMPipeline, stages: list[tuple[int, str]], number: int
 ) -> Config:
     """Return the options of the training run of a stage, counted from 0.
 
     Raises:
         ValueError: If the dataset is not given, or the value of an option is invalid.
     """
-    given = given_options(words, (*PARTS, Sources))
+    given = given_options(arguments, (*PARTS, Sources))
     base = base_options(options, pipe)
     folder, (steps, target) = Path(options.output), stages[number]
     base["max_train_steps"] = max(1, int(LENGTHS[target] * base["max_train_steps"]))
@@ -173,7 +171,7 @@ def stage_config(
             f"--dataset is missing: --model {options.model} is not the folder of a run with a dataset; expected "
             "--dataset NAME or --data_free true"
         )
-    return parse_config([*words_of(base), *words, *words_of(decided)])
+    return parse_config([*arguments_of(base), *arguments, *arguments_of(decided)])
 
 
 def base_options(options: DistillConfig, pipe: DDPMPipeline) -> dict[str, Any]:

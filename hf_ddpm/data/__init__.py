@@ -39,7 +39,7 @@ def open_images(
         The source of images; the caller closes it.
 
     Raises:
-        ValueError: If the dataset, a column or an image is not usable; the message names it and the reason.
+        ValueError: If the dataset, a column or an image is unusable; the message names it and the reason.
     """
     from hf_ddpm.data.batches import ShuffledImages
     from hf_ddpm.data.store import load_images

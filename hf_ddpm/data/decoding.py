@@ -74,7 +74,7 @@ def decode(
         column: The image column.
         image_format: Format of the decoded images.
         rows: The row numbers of `dataset` in the split, for messages about bad images.
-        skip_bad_images: Whether to skip unusable images.
+        skip_bad_images: If true, skip unusable images.
         log: Called with a line if the cache was damaged, and with lines about lost information, such as bit depth.
 
     Returns:

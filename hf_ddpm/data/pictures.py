@@ -35,7 +35,7 @@ TIFF_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 28
              324, 325, 330, 332, 334, 338, 339, 340, 341, 347, *range(512, 522), 529, 530, 531, 532}  # fmt: skip
 
 
-def open_picture(row: dict[str, Any]) -> Image.Image:
+def open_image(row: dict[str, Any]) -> Image.Image:
     """Load an image upright, without other conversions. Ignores damaged metadata.
 
     Raises:
@@ -61,13 +61,13 @@ def open_picture(row: dict[str, Any]) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def picture_array(image: Image.Image, channels: int, deep: bool, background: str = "white") -> np.ndarray | None:
+def image_array(image: Image.Image, channels: int, deep: bool, background: str = "white") -> np.ndarray | None:
     """Read an image as an array if PIL's conversions would lose information.
 
     Args:
         image: The loaded image.
         channels: Number of channels of the result.
-        deep: Whether to return 16-bit pixels.
+        deep: If true, return 16-bit pixels.
         background: Color behind transparent pixels, converted to gray.
 
     Returns:

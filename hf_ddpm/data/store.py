@@ -31,7 +31,7 @@ class ImageStore:
         skipped: Number of skipped images.
 
     Attributes:
-        is_resident: Whether all images are in the memory of the device.
+        is_resident: True if all images are in the memory of the device.
         index_device: Device of the indices and labels, chosen so that no step waits for a copy.
     """
 
@@ -129,7 +129,7 @@ def load_images(
         The images.
 
     Raises:
-        ValueError: If the dataset, a column or an image is not usable; the message names it and the reason.
+        ValueError: If the dataset, a column or an image is unusable; the message names it and the reason.
         OSError: If the disk of the cache is full.
     """
     image_format = ImageFormat.of(data)

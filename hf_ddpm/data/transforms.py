@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from hf_ddpm.config import DataConfig
 from hf_ddpm.data.arrays import read_array
-from hf_ddpm.data.pictures import open_picture, picture_array
+from hf_ddpm.data.pictures import image_array, open_image
 from hf_ddpm.images import MODES, from_pil
 
 # Modes with more than 8 bits per channel, which PIL's conversions clip to 255.
@@ -26,8 +26,8 @@ class ImageFormat:
         channels: 1, 3 or 4; any other number for arrays with exactly that many channels.
         crop: Crop of images of another aspect ratio, after resizing: at the `center`, or at a new `random` position
             each time the image is used.
-        deep: Whether pixels have 16 bits. With several channels this needs arrays, because PIL reads color with 8 bits.
-        enlarge: Whether to upscale smaller images instead of raising an error.
+        deep: If true, pixels have 16 bits. Several channels then need arrays, because PIL reads color with 8 bits.
+        enlarge: If true, upscale smaller images instead of raising an error.
         value_range: The values of black and white in arrays and image files of floats.
         background: Color behind transparent pixels of image files; unused with 4 channels.
     """
@@ -83,7 +83,7 @@ def fit(row: dict[str, Any] | None, image_format: ImageFormat, notes: list[str] 
     array = read_array(row)
     if array is not None:
         return _fit_array(_channels_last(array, image_format.channels), image_format)
-    return _fit_picture(open_picture(row), image_format, [] if notes is None else notes)
+    return _fit_image(open_image(row), image_format, [] if notes is None else notes)
 
 
 def crop_at(pixels: np.ndarray, image_format: ImageFormat, position: Sequence[float]) -> np.ndarray:
@@ -128,14 +128,14 @@ def as_bytes(image: Image.Image, channels: int, background: str = "white") -> Im
     return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 
-def _fit_picture(image: Image.Image, image_format: ImageFormat, notes: list[str]) -> np.ndarray:
+def _fit_image(image: Image.Image, image_format: ImageFormat, notes: list[str]) -> np.ndarray:
     channels, deep, background = image_format.channels, image_format.deep, image_format.background
     _check_size(image.width, image.height, image_format)
     if image.info["depth_lost"]:
         if deep:
             raise ValueError("image has 16-bit color or transparency, which PIL reads with 8 bits; expected an array")
         notes.append("16 bits per channel are read as 8")
-    array = picture_array(image, channels, deep, background)
+    array = image_array(image, channels, deep, background)
     if array is not None:
         return _fit_array(array, image_format)
     if getattr(image, "n_frames", 1) > 1:
@@ -212,8 +212,8 @@ def _in_color(gray: Image.Image, image_format: ImageFormat) -> list[Image.Image]
     channels = image_format.channels
     if channels not in (3, 4):
         raise ValueError(
-            f"gray image does not have --channels {channels}; expected an array of {channels} channels, or a TIFF of "
-            f"{channels} pages"
+            f"grayscale image does not have --channels {channels}; expected an array of {channels} channels, or a TIFF "
+            f"of {channels} pages"
         )
     return [gray, gray, gray, *[Image.new(gray.mode, gray.size, image_format.white)] * (channels - 3)]
 

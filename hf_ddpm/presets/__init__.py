@@ -8,7 +8,7 @@ from typing import Any
 from hf_ddpm.utils.options import option, require_value
 
 PRESETS = resources.files("hf_ddpm.presets")
-Words = dict[str, list[str] | None]  # command-line words by option name; None stands for the default
+Arguments = dict[str, list[str] | None]  # command-line arguments by option name; None stands for the default
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def choose_preset(given: Given) -> tuple[str | None, str]:
     return name, f"--preset {name} (default at this resolution). Others: {other}--preset cifar10 (the paper's)"
 
 
-def fit_preset(name: str, preset: Words, given: Given, of_data: Mapping[str, Any]) -> tuple[Words, str]:
+def fit_preset(name: str, preset: Arguments, given: Given, of_data: Mapping[str, Any]) -> tuple[Arguments, str]:
     """Adjust the options of a preset to other images.
 
     For another dataset, options about the preset's own dataset, metrics and license are removed. If the network does
@@ -90,9 +90,9 @@ def fit_preset(name: str, preset: Words, given: Given, of_data: Mapping[str, Any
     return preset, line
 
 
-def _differs(words: list[str] | None, default: Any) -> bool:
-    return words is not None and words not in ([str(default)], [str(default).lower()])
+def _differs(arguments: list[str] | None, default: Any) -> bool:
+    return arguments is not None and arguments not in ([str(default)], [str(default).lower()])
 
 
-def _integers(words: list[str] | None) -> list[int]:
-    return [int(word) for word in words or ()]
+def _integers(arguments: list[str] | None) -> list[int]:
+    return [int(word) for word in arguments or ()]

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ddpm.data.decoding import attempt
-from hf_ddpm.data.pictures import open_picture
+from hf_ddpm.data.pictures import open_image
 from hf_ddpm.data.scan import image_suffixes, split_by_suffix
 from hf_ddpm.data.transforms import ImageFormat, fit
 from hf_ddpm.images import check_picture, grid, read_masks, save_picture, to_bytes, to_pil, to_signed, to_unit
@@ -40,7 +40,7 @@ GRAY = 128
 Edit = Callable[[list[int], Tensor, dict[str, Any]], tuple[Tensor, Tensor | None]]
 
 
-def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | InvertConfig) -> Path:
+def edit_images(config: EditConfig, options: InpaintConfig | VaryConfig | InvertConfig) -> Path:
     """Edit images into a folder, as `hf-ddpm edit` does. Every process of a launcher must call this function.
 
     Args:
@@ -54,18 +54,18 @@ def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | Inve
         ValueError: If the model, an image or a mask cannot be used, or an option is invalid.
         OSError: If a file cannot be written.
     """
-    files = find_pictures("images", Path(config.images))
+    files = find_images("images", Path(config.images))
     is_free_name = all(file.stem != "grid" for file in files)
     require_value("images", config.images, is_free_name, "no image named grid, whose result would replace grid.png")
     if isinstance(options, InpaintConfig):
-        find_pictures("masks", Path(options.masks))  # check the masks before anything slow
+        find_images("masks", Path(options.masks))  # check the masks before anything slow
     state = PartialState(cpu=not torch.cuda.is_available())
     use_own_cores()
     pipe = load_pipeline(config.model, state.device)
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
     channels, *size = pipe.image_shape
     check_picture(channels, "edit them in Python, with the methods of the pipeline")
-    pixels = read_pictures(files, pipe.image_shape, config.background)
+    pixels = read_images(files, pipe.image_shape, config.background)
     masks = None
     if isinstance(options, InpaintConfig):
         masks = read_mask_files(Path(options.masks), files, (size[0], size[1]))
@@ -103,7 +103,7 @@ def draw_grid(output: Path, files: Sequence[Path], pixels: Tensor, masks: Tensor
     if is_inverted:
         noise = np.stack([np.load(output / f"{file.stem}.npy") for file in files[:SHOWN]])
         rows["noise"] = to_bytes(to_unit(torch.from_numpy(noise)))
-    rows["result"] = read_pictures([output / f"{file.stem}.png" for file in files], tuple(pixels.shape[1:]))
+    rows["result"] = read_images([output / f"{file.stem}.png" for file in files], tuple(pixels.shape[1:]))
     save_picture(before_and_after(rows), output / "grid.png")
     if is_inverted:
         error = (rows["result"].float() - pixels.float()).square().mean().sqrt().item()
@@ -176,7 +176,7 @@ def prepared(pipe: DDPMPipeline, options: InpaintConfig | VaryConfig | InvertCon
     )
 
 
-def find_pictures(option: str, path: Path) -> list[Path]:
+def find_images(option: str, path: Path) -> list[Path]:
     """Return an image file, or the image files of a folder sorted by name, without `grid.png`.
 
     Args:
@@ -204,7 +204,7 @@ def find_pictures(option: str, path: Path) -> list[Path]:
     return files
 
 
-def read_pictures(files: Sequence[Path], shape: tuple[int, int, int], background: str = "white") -> Tensor:
+def read_images(files: Sequence[Path], shape: tuple[int, int, int], background: str = "white") -> Tensor:
     """Return image files resized and cropped to a shape, as uint8; a `ValueError` names the file and the reason."""
     channels, height, width = shape
     images = []
@@ -229,16 +229,16 @@ def read_mask_files(path: Path, files: Sequence[Path], size: tuple[int, int]) ->
     Raises:
         ValueError: If a mask is missing, cannot be read, or has neither this size nor its image's; it names the file.
     """
-    existing = {file.stem: file for file in find_pictures("masks", path)}
+    existing = {file.stem: file for file in find_images("masks", path)}
     chosen = [path] if path.is_file() else [existing.get(file.stem) for file in files]
     masks = []
     for file, picture in zip(chosen, files, strict=False):
         if file is None:
             raise ValueError(f"--masks {path}: mask for {picture} is missing; expected {picture.stem}.png")
         try:
-            mask = open_picture(_row(file))
+            mask = open_image(_row(file))
             own_size, masked = (mask.height, mask.width), files if path.is_file() else [picture]
-            if own_size != size and all(open_picture(_row(one)).size == mask.size for one in masked):
+            if own_size != size and all(open_image(_row(one)).size == mask.size for one in masked):
                 read_masks(mask, 1, own_size)  # raises an error for an invalid mask
                 mask = Image.fromarray(fit(_row(file), ImageFormat(*size, 1))[0])
             masks.append(read_masks(mask, 1, size))

@@ -127,7 +127,7 @@ class SampleFolder:
         """Return images by index, int64, shape `(B,)`, as uint8, shape `(B, C, H, W)`, on the CPU."""
         return torch.from_numpy(np.stack([self._image(index) for index in indices.tolist()]))
 
-    def write_pictures(self, indices: Sequence[int]) -> None:
+    def write_images(self, indices: Sequence[int]) -> None:
         """Write images as `00000.png`, ..., unless a file already contains the image."""
         existing = set(os.listdir(self.path))
         for index in indices:
@@ -176,7 +176,7 @@ class SampleFolder:
         return images if is_valid and len(images) <= SHARD_SIZE else nothing
 
 
-class PictureFolder:
+class ImageFolder:
     """Folder of PNG files, sorted by name, all of one size and mode; `grid.png` is ignored.
 
     Args:
@@ -251,7 +251,7 @@ class SampleFile:
         return torch.from_numpy(self._images[indices.numpy()].transpose(0, 3, 1, 2).copy())
 
 
-Samples = SampleFolder | PictureFolder | SampleFile
+Samples = SampleFolder | ImageFolder | SampleFile
 
 
 def open_samples(path: Path, background: str = "white") -> Samples:
@@ -272,10 +272,10 @@ def open_samples(path: Path, background: str = "white") -> Samples:
         return SampleFile(path)
     has_shards = any(path.glob("shards/*.npy"))
     files = [path / "samples.npz"] if (path / "samples.npz").exists() else list(path.glob("*.npz"))
-    has_pictures = any(file.name != "grid.png" for file in path.glob("*.png"))
-    if len(files) == 1 and not has_shards and not has_pictures:
+    has_images = any(file.name != "grid.png" for file in path.glob("*.png"))
+    if len(files) == 1 and not has_shards and not has_images:
         return SampleFile(files[0])
-    return SampleFolder.read(path) if (path / "sampling.json").exists() else PictureFolder(path, background)
+    return SampleFolder.read(path) if (path / "sampling.json").exists() else ImageFolder(path, background)
 
 
 def _shows(file: Path, image: np.ndarray) -> bool:

@@ -102,7 +102,7 @@ def resolve_precision(
         folder_of: Function that returns the output folder for sampling options. If a folder already contains images,
             their precision is chosen.
         log: Called with a line about the choice.
-        compile: Whether the network will be compiled.
+        compile: If true, the network will be compiled.
 
     Returns:
         The sampling options with the precision.
@@ -151,7 +151,7 @@ def sample_images(
         sampling: Seed, steps, sampler and classes; by default seed 0 and all steps of the model's own sampler.
         format: `png` for one file per image, `npz` for one array of all images.
         batch_size: Batch size per process; values above 256 act like 256.
-        compile: Whether to compile the network first, which is faster for many images.
+        compile: If true, compile the network first, which is faster for many images.
 
     Returns:
         The output folder.
@@ -187,7 +187,7 @@ def sample_images(
         state=state,
     )
     if config.format == "png":
-        folder.write_pictures(range(config.num_images)[state.process_index :: state.num_processes])
+        folder.write_images(range(config.num_images)[state.process_index :: state.num_processes])
     if state.is_main_process:
         if config.format == "npz":
             folder.write_npz(config.num_images)

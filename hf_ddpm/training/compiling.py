@@ -41,7 +41,7 @@ def compile_network(unet: UNet2DModel, accelerator: Accelerator, batch: int, sha
     wrong = [
         name
         for (name, _), expected, actual in zip(unet.named_parameters(), eager, compiled, strict=True)
-        # Gradients that are zero but for rounding, such as the gradients of the keys' biases, have no useful relative error.
+        # Gradients that are zero but for rounding, such as of the keys' biases, have no useful relative error.
         if not (actual - expected).norm() <= tolerance * expected.norm() + 1e-5 * largest
     ]
     if wrong:

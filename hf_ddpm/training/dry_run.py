@@ -54,8 +54,8 @@ def measure_cost(run: Run, images: BatchSource) -> dict[str, str]:
 
     return {
         "images": f"{len(images):,} of {' x '.join(map(str, images.shape))}",
-        "training": f"{count_of(training.max_train_steps, 'step')} of {count_of(run.global_batch_size, 'image')}, {seconds:.3g} s per step: "
-        f"{_duration(seconds * training.max_train_steps)}",
+        "training": f"{count_of(training.max_train_steps, 'step')} of {count_of(run.global_batch_size, 'image')}, "
+        f"{seconds:.3g} s per step: {_duration(seconds * training.max_train_steps)}",
         "samples.png": _duration(sampling / run.accelerator.num_processes),
     }
 

@@ -86,7 +86,7 @@ class Run:
 
     @property
     def logs_now(self) -> bool:
-        """Whether a line of `metrics.jsonl` is written after this step."""
+        """True if a line of `metrics.jsonl` is written after this step."""
         training = self.config.training
         is_last = self.step >= training.max_train_steps or self.stopped_by is not None
         return is_last or self.step % training.log_steps == 0

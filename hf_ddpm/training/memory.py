@@ -32,7 +32,7 @@ MARGIN = 0.1
 # glibc allocates blocks below 32 MiB from a heap and loses memory to fragmentation: 36 to 60% of these blocks measured,
 # almost nothing for larger blocks.
 HEAP_BLOCK, HEAP_LOSS = 32 * 2**20, 0.5
-# Floats per pixel of the process's share of a global batch: x_0, its mirror image, the noise twice, x_t.
+# Floats per pixel of the process's share of a global batch: x_0, its flipped image, the noise twice, x_t.
 INPUTS = 5
 # Options that save memory, in addition to smaller batches.
 LESS_MEMORY: dict[str, Any] = {"gradient_checkpointing": True, "mixed_precision": "bf16"}
@@ -196,7 +196,7 @@ def count_pass(
         x: Images, shape `(B, C, H, W)`.
         t: Timesteps, shape `(B,)`.
         mixed_precision: `no`, `bf16` or `fp16`.
-        keeps_gradients: Whether gradients are accumulated over passes; the buffers are then not counted here.
+        keeps_gradients: If true, gradients are accumulated over several forward passes; their buffers are not counted.
 
     Returns:
         The bytes kept between the passes, the peak, and the peak of blocks below `HEAP_BLOCK`.

@@ -83,7 +83,7 @@ def require_value(name: str, value: object, holds: bool, allowed: str) -> None:
         allowed: The valid values, such as "at least 1"; or a reason and the valid values, "REASON; expected VALUES".
     """
     if not holds:
-        given = f"--{name} {'' if value is None else _words(value)}".rstrip()
+        given = f"--{name} {'' if value is None else _typed(value)}".rstrip()
         raise ValueError(f"{given}: {allowed if 'expected' in allowed else f'expected {allowed}'}")
 
 
@@ -136,13 +136,13 @@ def parse_options(argv: list[str], *parts: type, program: str | None = None, doc
     Raises:
         ValueError: If an option is unknown or its value is invalid; one line.
     """
-    words, names = _normalized(argv, parts), option_names(parts)
-    unknown = [name for word in words if (name := _option_name(word)) and name not in (*names, "help")]
+    arguments, names = _normalized(argv, parts), option_names(parts)
+    unknown = [name for word in arguments if (name := _option_name(word)) and name not in (*names, "help")]
     if unknown and not {"-h", "--help"} & set(argv):  # first, as a missing option may just be misspelled
         raise ValueError(f"unknown option --{unknown[0]}: {_hint(unknown[0], names, '--')}")
-    values, rest = _parser(parts, program, doc).parse_known_args(words)
+    values, rest = _parser(parts, program, doc).parse_known_args(arguments)
     if rest:
-        before = words[: words.index(rest[0])][-1:]
+        before = arguments[: arguments.index(rest[0])][-1:]
         place = f" after {before[0]}" if before else ""
         raise ValueError(f"unexpected argument {rest[0]!r}{place}: expected --OPTION VALUE; see --help")
     return _instances(parts, values)
@@ -225,7 +225,7 @@ def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]
     if not isinstance(options, dict):
         raise ValueError(f"--config {path}: file contains no options; expected lines of the form `name: value`")
     kinds = {field.name: str(field.type) for part in parts for field in dataclasses.fields(part)}
-    words: dict[str, list[str] | None] = {}
+    arguments: dict[str, list[str] | None] = {}
     for name, value in options.items():
         if name not in kinds:
             raise ValueError(f"--config {path}: unknown option {name}: {_hint(name, kinds)}")
@@ -233,8 +233,8 @@ def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]
         if isinstance(value, dict) or value == [] or (isinstance(value, list) and not is_list):
             expected = "a list with at least one entry" if is_list else "one value"
             raise ValueError(f"--config {path}: {name}: {value!r}; expected {expected}")
-        words[name] = None if value in ("", "~", "null") else value if isinstance(value, list) else [value]
-    return words
+        arguments[name] = None if value in ("", "~", "null") else value if isinstance(value, list) else [value]
+    return arguments
 
 
 class _Parser(argparse.ArgumentParser):
@@ -318,7 +318,7 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     """Return the keyword arguments of `add_argument` for an option, from its type, its default and its help."""
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     shown = default not in (dataclasses.MISSING, None, "", [])
-    text = field.metadata["help"].replace("%", "%%") + (f" (default: {_words(default)})" if shown else "")
+    text = field.metadata["help"].replace("%", "%%") + (f" (default: {_typed(default)})" if shown else "")
     is_required = default is dataclasses.MISSING
     settings: dict[str, Any] = {"help": text, "required": is_required, "default": None if is_required else default}
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]
@@ -344,18 +344,18 @@ def _normalized(argv: Iterable[str], parts: Iterable[type]) -> list[str]:
     """Return a command line with normalized options: `--a-b` becomes `--a_b`, `--no_x` becomes `--x=false`."""
     fields, argv = {field.name: field for part in parts for field in dataclasses.fields(part)}, list(argv)
     first = [name for name, field in fields.items() if field.metadata.get("is_first")]
-    words = [f"--{name}" for name in first if argv and not argv[0].startswith("-")]
+    arguments = [f"--{name}" for name in first if argv and not argv[0].startswith("-")]
     for word in argv:
         name, value = _option_name(word), word.partition("=")[1:]
         if name is None or word == "--":
-            words.append(word)
+            arguments.append(word)
         elif name.startswith("no_") and isinstance(getattr(fields.get(name[3:]), "default", None), bool):
             if value[0]:
                 raise ValueError(f"{word}: expected --{name} without a value, or --{name[3:]} true or false")
-            words.append(f"--{name[3:]}=false")
+            arguments.append(f"--{name[3:]}=false")
         else:
-            words.append("".join([f"--{_flag(fields[name]) if name in fields else name}", *value]))
-    return words
+            arguments.append("".join([f"--{_flag(fields[name]) if name in fields else name}", *value]))
+    return arguments
 
 
 def _option_name(word: str) -> str | None:
@@ -375,19 +375,19 @@ def _first_line(part: type) -> str:
     return (part.__doc__ or "").partition("\n")[0]
 
 
-def _words(value: object) -> str:
+def _typed(value: object) -> str:
     """Return a value as typed on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return " ".join(map(_words, value))
+        return " ".join(map(_typed, value))
     text = str(value)
     return text if text and text.isprintable() and " " not in text else repr(text)
 
 
 def _invalid(text: str, expected: str) -> argparse.ArgumentTypeError:
     """Return the error of a value; `_Parser` puts the option before it."""
-    return argparse.ArgumentTypeError(f"{_words(text)}: expected {expected}")
+    return argparse.ArgumentTypeError(f"{_typed(text)}: expected {expected}")
 
 
 def _finite(text: str) -> float:

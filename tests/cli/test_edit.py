@@ -98,7 +98,7 @@ def test_errors_for_unreadable_folders_are_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(edits.Path, "iterdir", iterdir)
     with pytest.raises(ValueError, match="^--masks .*: cannot be read: Permission denied$"):
-        edits.find_pictures("masks", tmp_path)
+        edits.find_images("masks", tmp_path)
 
 
 def test_variations_equal_those_of_the_pipeline(main, trained, folder, tmp_path):

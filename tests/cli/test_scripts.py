@@ -310,7 +310,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize(("words", "objective", "process"), VARIANTS.values(), ids=VARIANTS)
 def test_each_variant_trains_samples_and_evaluates(run_training, sample, tmp_path, words, objective, process):
-    # Losses, samples and the bound are compared with the values of a network whose output is zero: no flag may be ignored.
+    # Losses, samples and the bound differ from the values of a network whose output is zero: no flag may be ignored.
     still = ["--learning_rate", "1e-30", "--num_train_timesteps", "20", "--log_steps", "1"]
     run_training(tmp_path, "--max_train_steps", "2", *still, *words.split())
     by_hand, model = ByHand(*process), ["--model", str(tmp_path)]

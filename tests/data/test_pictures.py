@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from PIL import PngImagePlugin
 
 from hf_ddpm.data.decoding import decode
-from hf_ddpm.data.pictures import open_picture
+from hf_ddpm.data.pictures import open_image
 from hf_ddpm.data.transforms import fit
 from tests.data.files import image_format, load, parquet, write_images
 
@@ -38,7 +38,7 @@ def xmp(orientation):
 
 def upright(data):
     """Return the pixels of an image file, turned upright."""
-    return np.asarray(open_picture({"bytes": data, "path": None}))
+    return np.asarray(open_image({"bytes": data, "path": None}))
 
 
 @pytest.mark.parametrize("orientation", TURNED)

@@ -23,7 +23,7 @@ import hf_ddpm.sampling.folder
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hf_ddpm.models.precision import Choice, cast_copy
 from hf_ddpm.provenance import model_checksum
-from hf_ddpm.sampling.folder import PictureFolder, SampleFolder, open_samples
+from hf_ddpm.sampling.folder import ImageFolder, SampleFolder, open_samples
 from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder, generate_images
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import SCHEDULERS, find_scheduler
@@ -391,20 +391,20 @@ def test_the_script_writes_png_files_or_one_array(trained, ten, tmp_path):
     main([*words, "--num_images", "10"])
     read = np.stack([np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))])
     np.testing.assert_array_equal(read, ten[:, 0])
-    assert torch.equal(images(PictureFolder(tmp_path)), ten) and type(open_samples(tmp_path)) is SampleFolder
+    assert torch.equal(images(ImageFolder(tmp_path)), ten) and type(open_samples(tmp_path)) is SampleFolder
     with pytest.raises(ValueError, match="a folder, not a file"):
         main([*words, "--output", str(tmp_path / "grid.png")])
 
 
 def test_png_files_of_other_modes_are_converted_or_rejected(tmp_path):
     Image.new("P", (4, 4)).save(tmp_path / "0.png", transparency=0)  # black and fully transparent
-    (palette,) = images(PictureFolder(tmp_path))
+    (palette,) = images(ImageFolder(tmp_path))
     assert palette.shape == (3, 4, 4) and (palette == 255).all()
     (palette,) = images(open_samples(tmp_path, "#0102ff"))
     assert palette[:, 0, 0].tolist() == [1, 2, 255]
     Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / "0.png")
     with pytest.raises(ValueError, match=r"0\.png: image cannot be used: image has more than 8 bits per"):
-        PictureFolder(tmp_path)
+        ImageFolder(tmp_path)
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ class Shards:
         features: The columns.
 
     Raises:
-        ValueError: If a file cannot be read, the columns differ from the columns of the first file, or there are no rows.
+        ValueError: If a file cannot be read, the columns differ from the first file's, or there are no rows.
     """
 
     def __init__(self, paths: Sequence[str]):

@@ -51,7 +51,7 @@ class ImageStream:
         reader: Reads the windows of the lanes.
         image_format: Format of the decoded images.
         device: Device of the batches.
-        skip_bad_images: Whether to skip unusable images.
+        skip_bad_images: If true, skip unusable images.
         report: JSON Lines file to which unusable images are added; each process adds the ones it finds.
         workers: Number of decoding processes; 0 to decode in this process on request. By default one per core, up to 8.
 
@@ -104,7 +104,7 @@ class ImageStream:
         """Return images of the global batch of a step; see `BatchSource`.
 
         Raises:
-            ValueError: If an image or a file is not usable; the message names it and the reason.
+            ValueError: If an image or a file is unusable; the message names it and the reason.
             OSError: If a decoding process has died.
         """
         rows = slice(*rows.indices(self.reader.lanes.batch_size)[:2])
@@ -189,7 +189,7 @@ def open_stream(
         The source of images; the caller closes it.
 
     Raises:
-        ValueError: If the dataset or a column is not usable; the message names it and the reason.
+        ValueError: If the dataset or a column is unusable; the message names it and the reason.
     """
     paths, unused_files = find_shards(data, log)
     shards = Shards(paths)
