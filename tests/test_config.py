@@ -13,7 +13,7 @@ from hf_ddpm.utils.options import Auto
 PAPERS = sorted({*preset_names()} - {"digits", "small-32", "small-64"})
 
 
-def test_the_command_line_overrides_the_file_and_the_file_overrides_the_preset(tmp_path):
+def test_command_line_overrides_file_and_file_overrides_preset(tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text("learning_rate: 1e-4\nseed: 3\nhorizontal_flip: true\nblock_out_channels: [32, 64]\n")
     config = parse_config(["--preset", "digits", "--config", str(file), "--seed", "7"])
@@ -34,7 +34,7 @@ def test_yaml_values_are_parsed_like_command_line_values(tmp_path):
     assert config.training.num_samples == 64
 
 
-def test_a_later_length_of_the_run_replaces_an_earlier_one(tmp_path):
+def test_later_length_of_run_replaces_earlier_length(tmp_path):
     def length(*words):
         training = parse_config(["--preset", "digits", *words]).training
         return training.max_train_steps, training.num_train_epochs
@@ -55,7 +55,7 @@ def test_a_later_length_of_the_run_replaces_an_earlier_one(tmp_path):
             length(*words)
 
 
-def test_resumed_runs_keep_the_defaults_they_started_with():
+def test_resumed_runs_keep_defaults_they_started_with():
     stored = {name: value for name, value in parse_config(["--preset", "digits"]).to_dict().items()
               if name not in ("timestep_spacing", "ema_warmup", "beta_end")}  # fmt: skip
     words = ["--preset", "digits", "--no-ema-warmup", "--beta_end", "0.5"]
@@ -81,7 +81,7 @@ def test_resumed_runs_keep_the_defaults_they_started_with():
         ("lerning_rate: 1", "unknown option lerning_rate: did you mean learning_rate?"),
     ],
 )
-def test_invalid_yaml_options_are_errors(tmp_path, line, message):
+def test_invalid_yaml_options_are_rejected(tmp_path, line, message):
     (tmp_path / "x.yaml").write_text(line)
     with pytest.raises(ValueError, match=message):
         parse_config(["--preset", "digits", "--config", str(tmp_path / "x.yaml")])
@@ -110,7 +110,7 @@ def test_presets_contain_only_valid_options(name):
         ("lsun-church-256", 114, 1_200_000),
     ],
 )
-def test_presets_of_the_paper_have_its_parameters_and_steps(name, parameters, steps):
+def test_presets_of_paper_have_its_parameters_and_steps(name, parameters, steps):
     config = parse_config(["--preset", name])
     with torch.device("meta"):
         unet = UNet2DModel(**config.unet())
@@ -141,7 +141,7 @@ LATER_UNET = {
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_presets_of_the_paper_equal_the_published_models(name):
+def test_presets_of_paper_equal_published_models(name):
     # All options that affect the output are compared: another epsilon or padding would have weights of the same shapes.
     config = parse_config(["--preset", name])
     multiples = (1, 2, 2, 2) if name == "cifar10" else (1, 1, 2, 2, 4, 4)
@@ -170,7 +170,7 @@ def test_presets_of_the_paper_equal_the_published_models(name):
     assert (training.lr_schedule, training.max_grad_norm, config.data.levels) == ("constant", 1.0, 256)
 
 
-def test_the_defaults_are_the_options_of_the_paper():
+def test_defaults_are_options_of_paper():
     # Section 4 and Appendix B, for CIFAR-10.
     paper = parse_config(["--preset", "cifar10"])
     assert (paper.model, paper.diffusion) == (ModelConfig(), DiffusionConfig())
@@ -191,7 +191,7 @@ def test_public_option_names_exist():
 
 
 @pytest.mark.parametrize("more", [[], ["--value_range", "-1", "2.5", "--channels", "6", "--levels", "65536"]])
-def test_saved_options_load_as_the_same_config(tmp_path, more):
+def test_saved_options_load_as_same_config(tmp_path, more):
     config = parse_config(["--preset", "digits", "--seed", "5", "--attention_head_dim", "8", *more])
     config.save(tmp_path / "config.yaml")
     assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
@@ -241,14 +241,14 @@ def test_errors_for_invalid_options_are_one_line(words, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_data_set_is_required():
+def test_dataset_is_required():
     with pytest.raises(ValueError, match="--dataset '': expected a dataset, such as"):
         parse_config([])
     with pytest.raises(ValueError, match="--dataset ''"):
         DataConfig()
 
 
-def test_files_without_options_are_errors(tmp_path):
+def test_files_without_options_are_rejected(tmp_path):
     for content, message in [
         ("- a\n- b\n", "contains no options"),
         ("a: [", "cannot be read"),
@@ -269,7 +269,7 @@ def test_blocks_have_attention_at_attention_resolutions():
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "quad", "const", "squaredcos_cap_v2", "sigmoid"])
 @pytest.mark.parametrize("total", [10, 50, 200, 4000])
-def test_the_process_ends_in_noise_for_any_number_of_steps(total, schedule):
+def test_process_ends_in_noise_for_any_number_of_steps(total, schedule):
     # The paper's 1e-4 to 0.02 are for T = 1000: with T = 50, 60% of the variance of x_T would be signal.
     words = ["--dataset", "digits", "--num_train_timesteps", str(total), "--beta_schedule", schedule]
     scheduler = DDPMScheduler(**parse_config(words).scheduler())
@@ -278,7 +278,7 @@ def test_the_process_ends_in_noise_for_any_number_of_steps(total, schedule):
         assert parse_config(words).diffusion.beta_end == pytest.approx(0.005)
 
 
-def test_presets_have_the_betas_of_the_paper():
+def test_presets_have_betas_of_paper():
     for name in preset_names():
         process = preset_config(name).scheduler()
         assert (process["num_train_timesteps"], process["beta_start"], process["beta_end"]) == (1000, 1e-4, 0.02)

@@ -76,7 +76,7 @@ def stop_in_training(process):
     return process.returncode, output
 
 
-def test_own_images_become_a_shared_model(tmp_path):
+def test_own_images_become_shared_model(tmp_path):
     write_images(tmp_path / "pictures", 300)
     hub = Hub(tmp_path / "hub-server")
     hub.folder.mkdir()

@@ -52,7 +52,7 @@ def preset_config(name: str) -> Config:
 
 
 def seconds_per_step(config: Config) -> float:
-    """Return the seconds per training step on this machine, extrapolated from a forward and backward pass of few images."""
+    """Return the seconds per training step on this machine, extrapolated from a step with few images."""
     import torch
 
     from hf_ddpm.models.unet_2d import UNet2DModel

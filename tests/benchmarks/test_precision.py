@@ -60,7 +60,7 @@ def test_all_contenders_use_one_precision_by_default(benchmark, passes):
     assert {row["precision"] for row in report["rows"]} == {"bf16"} and report["rates"].keys() == {"bf16"}
 
 
-def test_auto_uses_the_choice_of_the_package(benchmark, monkeypatch):
+def test_auto_uses_choice_of_package(benchmark, monkeypatch):
     def choose(network, shape, batch, training, compiled):
         assert type(network) is UNet2DModel and shape == (1, 8, 8) and not compiled
         bf16 = training or batch == 1
@@ -119,7 +119,7 @@ def test_accelerators_keep_their_precision():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", ["0", "0.1"])
-def test_a_contender_is_compiled_once_for_all_tasks(dropout, benchmark, monkeypatch):
+def test_contender_is_compiled_once_for_all_tasks(dropout, benchmark, monkeypatch):
     compiled, original = [], torch.nn.Module.compile
     backends = {}
 

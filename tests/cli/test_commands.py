@@ -90,7 +90,7 @@ def test_presets_are_listed_with_one_line_each(capsys):
     assert rows["small-32"] == ["32x32", "2.7M", "32", "0.5", "GiB", "auto"]
 
 
-def test_presets_measures_the_time_per_step_with_measure(capsys, monkeypatch):
+def test_presets_measures_time_per_step_with_measure(capsys, monkeypatch):
     presets = importlib.import_module("hf_ddpm.cli.presets")
     monkeypatch.setattr(presets, "preset_names", lambda: ["digits"])
     assert presets.main(["--measure", "true"]) == 0
@@ -104,7 +104,7 @@ def help_of(command, capsys, *words):
     return capsys.readouterr().out
 
 
-def test_the_help_of_training_has_groups_defaults_presets_and_examples(capsys):
+def test_help_of_training_has_groups_defaults_presets_and_examples(capsys):
     text = help_of("train", capsys)
     titles = re.findall(r"^(\w+): ", text, re.M)[1:]
     assert titles == ["Sources", "Data", "Model", "Process", "Training", "Evaluation", "Hub", "Distillation"]
@@ -126,7 +126,7 @@ def test_the_help_of_training_has_groups_defaults_presets_and_examples(capsys):
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_the_help_of_each_command_has_each_option_once_and_examples(command, capsys):
+def test_help_of_each_command_has_each_option_once_and_examples(command, capsys):
     text = help_of(command, capsys, *(["steps"] if command == "reproduce" else []))
     options = re.findall(r"^  (--\w+)", text, re.M)
     assert len(set(options)) == len(options)
@@ -135,14 +135,14 @@ def test_the_help_of_each_command_has_each_option_once_and_examples(command, cap
     assert re.search(rf"examples:\n\n    (hf-ddpm {command}|accelerate launch -m hf_ddpm {command})", whole)
 
 
-def test_required_options_are_in_the_usage_without_a_default(capsys):
+def test_required_options_are_in_usage_without_default(capsys):
     text = help_of("sample", capsys)
     assert text.startswith("usage: ") and "--model ... --output ... [--OPTION VALUE ...]\n" in text.splitlines(True)[0]
     assert "default" not in re.search(r"--model TEXT.*?--num_images", text, re.S)[0]
 
 
 @pytest.mark.slow
-def test_all_launchers_start_the_same_run(tmp_path):
+def test_all_launchers_start_same_run(tmp_path):
     accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     starts = {
         "script": [*accelerate, str(ROOT / "scripts" / "train.py")],

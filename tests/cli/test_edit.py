@@ -37,7 +37,7 @@ def loaded(folder, names="abc"):
     return np.stack([np.asarray(Image.open(folder / f"{name}.png")) for name in names])
 
 
-def test_inpaint_fills_white_pixels_of_the_masks(main, trained, folder, tmp_path):
+def test_inpaint_fills_white_pixels_of_masks(main, trained, folder, tmp_path):
     words = ["inpaint", "--model", str(trained), "--images", str(folder / "pictures"), "--seed", "3", *SHORT]
     assert main([*words, "--masks", str(folder / "masks"), "--output", str(tmp_path / "all")]) == 0
     filled, pixels, is_filled = loaded(tmp_path / "all"), loaded(folder / "pictures"), loaded(folder / "masks") > 0
@@ -70,7 +70,7 @@ def test_one_mask_may_be_used_for_all_images_and_one_image_needs_no_folder(main,
     assert np.array_equal(loaded(tmp_path / "one", "a"), filled[:1])
 
 
-def test_masks_of_the_size_of_the_images_are_cropped_and_resized_like_them(tmp_path):
+def test_masks_of_size_of_images_are_cropped_and_resized_like_them(tmp_path):
     """An image of 32x16 pixels becomes 8x8: its central square at half the size."""
     pattern = np.random.default_rng(0).integers(0, 2, (8, 8)).astype(np.uint8) * 255
     wide = np.full((16, 32), 255, np.uint8)
@@ -85,7 +85,7 @@ def test_masks_of_the_size_of_the_images_are_cropped_and_resized_like_them(tmp_p
             edits.read_mask_files(mask, files, (8, 8))
 
 
-def test_a_mask_may_have_any_name(folder, tmp_path):
+def test_mask_may_have_any_name(folder, tmp_path):
     mask = tmp_path / "grid.png"
     Image.open(folder / "masks" / "a.png").save(mask)
     masks = edits.read_mask_files(mask, [folder / "pictures" / f"{name}.png" for name in "abc"], (8, 8))
@@ -101,7 +101,7 @@ def test_errors_for_unreadable_folders_are_one_line(tmp_path, monkeypatch):
         edits.find_images("masks", tmp_path)
 
 
-def test_variations_equal_those_of_the_pipeline(main, trained, folder, tmp_path):
+def test_variations_equal_pipeline_variations(main, trained, folder, tmp_path):
     words = ["--model", str(trained), "--images", str(folder / "pictures"), "--output", str(tmp_path / "out")]
     main(["vary", *words, "--strength", "0.01", "--num_inference_steps", "4"])
     pipe = DDPMPipeline.from_pretrained(trained)
@@ -112,7 +112,7 @@ def test_variations_equal_those_of_the_pipeline(main, trained, folder, tmp_path)
     assert np.array_equal(loaded(tmp_path / "out"), np.stack([np.asarray(picture) for picture in expected]))
 
 
-def test_sampling_from_the_inverted_noise_reproduces_the_image(main, trained, folder, tmp_path, capsys):
+def test_sampling_from_inverted_noise_reproduces_image(main, trained, folder, tmp_path, capsys):
     words = ["--model", str(trained), "--images", str(folder / "pictures"), "--output", str(tmp_path / "out")]
     main(["invert", *words, "--num_inference_steps", "5", "--num_iterations", "1"])
     pipe = DDPMPipeline.from_pretrained(trained)
@@ -130,7 +130,7 @@ def test_sampling_from_the_inverted_noise_reproduces_the_image(main, trained, fo
     assert f"reconstructions: {error:.3g}, for pixel values in [0, 255]" in capsys.readouterr().out
 
 
-def test_a_run_does_not_write_to_the_folder_of_another_run(main, trained, folder, tmp_path, monkeypatch):
+def test_run_does_not_write_to_folder_of_another_run(main, trained, folder, tmp_path, monkeypatch):
     words = ["vary", "--model", str(trained), "--images", str(folder / "pictures"), "--output", str(tmp_path)]
     short = ["--strength", "0.01", "--num_inference_steps", "1"]
     with exclusive(tmp_path), pytest.raises(ValueError, match="--output .*: folder is in use by another run"):
@@ -180,7 +180,7 @@ def test_a_run_does_not_write_to_the_folder_of_another_run(main, trained, folder
          "num_inference_steps=1001: expected 1 to 1000"),
     ],
 )  # fmt: skip
-def test_errors_are_one_line(main, trained, folder, tmp_path, monkeypatch, words, message):
+def test_invalid_edit_options_are_one_line(main, trained, folder, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     for name in ("pictures", "masks"):
         (tmp_path / name).symlink_to(folder / name)

@@ -27,7 +27,7 @@ def saved(grays):
     return Dataset.from_dict(rows, features)
 
 
-def test_data_sets_saved_to_disk(tmp_path):
+def test_datasets_saved_to_disk(tmp_path):
     saved([1, 2, 3]).save_to_disk(tmp_path / "one")
     assert values(tmp_path / "one") == [1, 2, 3]
     images = load(tmp_path / "one", class_column="auto")
@@ -93,7 +93,7 @@ def test_archives_are_read_like_folders(tmp_path, suffix, is_file):
     assert images.class_names == ("x", "y") and images.labels.tolist() == [0, 1]
 
 
-def test_web_data_sets_have_classes_and_splits_by_shard_name(tmp_path):
+def test_web_datasets_have_classes_and_splits_by_shard_name(tmp_path):
     for name, numbers in (("train-000000", [1, 2]), ("train-000001", [3]), ("val-000000", [4])):
         files = {}
         for number in numbers:
@@ -107,7 +107,7 @@ def test_web_data_sets_have_classes_and_splits_by_shard_name(tmp_path):
     assert [file.kind for file in unused_files] == ["unknown format .json"] * 4
 
 
-def test_web_data_sets_may_have_text_classes_and_dots_in_names(tmp_path):
+def test_web_datasets_may_have_text_classes_and_dots_in_names(tmp_path):
     files = {}
     for number, name in enumerate(("cat", "dog", "cat")):
         files |= {f"{number:05d}.rgb.png": image(number), f"{number:05d}.cls": name.encode()}
@@ -151,7 +151,7 @@ def configured(path):
     return str(path)
 
 
-def test_dataset_config_selects_a_configuration(tmp_path):
+def test_dataset_config_selects_configuration(tmp_path):
     name = configured(tmp_path / "data")
     assert values(name, dataset_config="small") == [1, 2] and values(name, dataset_config="big") == [3, 4, 5]
     several = "--dataset .*data: has several configurations; expected --dataset_config with one of small, big$"
@@ -208,7 +208,7 @@ def test_images_in_tables_of_other_tools_are_read(tmp_path, kind):
     assert [(value - 5) % 2 for value in batch.images[:, 0, 0, 0].tolist()] == batch.labels.tolist()
 
 
-def test_an_image_column_is_preferred_to_a_binary_column(tmp_path):
+def test_image_column_is_preferred_to_binary_column(tmp_path):
     features = Features({"scan": Image()})
     data = Dataset.from_dict({"scan": [numbered(3)]}, features).add_column("image", [b"no image"])
     data.to_parquet(str(tmp_path / "a.parquet"))
@@ -219,7 +219,7 @@ def test_an_image_column_is_preferred_to_a_binary_column(tmp_path):
     assert values(tmp_path / "b.parquet", image_column="y") == [2]
 
 
-def test_bytes_that_are_not_images_are_errors(tmp_path):
+def test_bytes_that_are_not_images_are_rejected(tmp_path):
     pq.write_table(pa.table({"image": [image(1), b"text", None]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"^row 1 \(.*\): not an image of a known format"):
         values(tmp_path / "a.parquet")

@@ -91,16 +91,16 @@ CHUNKS = {
 
 
 @pytest.mark.parametrize("chunk", CHUNKS.values(), ids=CHUNKS)
-def test_a_png_with_damaged_metadata_chunks_is_loaded(chunk):
+def test_png_with_damaged_metadata_chunks_is_loaded(chunk):
     np.testing.assert_array_equal(upright(with_chunk(*chunk)), TURNED[6])
 
 
-def test_a_png_with_more_text_than_pillow_allows_is_loaded(monkeypatch):
+def test_png_with_more_text_than_pillow_allows_is_loaded(monkeypatch):
     monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 10)
     np.testing.assert_array_equal(upright(with_chunk(b"tEXt", b"key\0" + bytes(100))), TURNED[6])
 
 
-def test_damaged_pixels_are_an_error():
+def test_damaged_pixels_are_rejected():
     data = bytearray(with_chunk(*CHUNKS["a text bomb"]))
     data[data.index(b"IDAT") + 8] ^= 255
     with pytest.raises(Exception, match="."):
@@ -111,7 +111,7 @@ def test_damaged_pixels_are_an_error():
 
 @pytest.mark.parametrize("kind", [0, 1, 2, 3, 4, 5, 7, 10, 12, 99])
 @pytest.mark.parametrize("tag", [271, 282, 283, 296, 305, 315, 34665, 34853])
-def test_a_tiff_with_tags_of_wrong_types_is_loaded(tag, kind):
+def test_tiff_with_tags_of_wrong_types_is_loaded(tag, kind):
     exif = PILImage.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"
     exif[0x8769], exif[0x8825] = {0x829A: 0.5}, {1: "N"}
@@ -128,7 +128,7 @@ def test_a_tiff_with_tags_of_wrong_types_is_loaded(tag, kind):
 
 @pytest.mark.parametrize("kind", [1, 2, 3, 4, 5, 7, 11, 12])
 @pytest.mark.parametrize("tag", [259, 271, 282, 296, 305])
-def test_a_jpeg_with_exif_tags_of_wrong_types_is_loaded(tag, kind):
+def test_jpeg_with_exif_tags_of_wrong_types_is_loaded(tag, kind):
     entry = struct.pack("<HHLL", tag, kind, 1, 7)
     turned = struct.pack("<HHLHH", 0x0112, 3, 1, 6, 0)
     entries = sorted([entry, turned], key=lambda entry: struct.unpack("<H", entry[:2]))
@@ -152,7 +152,7 @@ def test_images_with_changed_metadata_bytes_are_loaded(format):
         assert upright(bytes(changed)).size == PIXELS.size
 
 
-def test_decompression_bombs_are_errors(monkeypatch):
+def test_decompression_bombs_are_rejected(monkeypatch):
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 20)
     with pytest.raises(PILImage.DecompressionBombError):
         upright(encoded("PNG"))
@@ -171,7 +171,7 @@ def png16(array, color):
 
 
 @pytest.mark.parametrize(("color", "channels"), [(2, 3), (4, 2), (6, 4)])
-def test_lost_16_bit_depth_is_an_error_with_16_bit_levels_and_logged_otherwise(tmp_path, color, channels):
+def test_lost_16_bit_depth_is_rejected_with_16_bit_levels_and_logged_otherwise(tmp_path, color, channels):
     row = png16(np.full((8, 8, channels), 65535, np.uint16) - 255, color)
     with pytest.raises(ValueError, match="16-bit color or transparency, which PIL reads with 8 bits"):
         fit(row, image_format(8, 1, levels=65536))
@@ -189,7 +189,7 @@ def test_lost_16_bit_depth_is_an_error_with_16_bit_levels_and_logged_otherwise(t
 @pytest.mark.parametrize(
     ("options", "gray"), [({}, 65535), ({"background": "black"}, 0), ({"background": "#808080"}, 128 * 257),
                           ({"background": "blue"}, 29 * 257)])  # fmt: skip
-def test_transparent_16_bit_gray_shows_the_background_in_gray(options, gray):
+def test_transparent_16_bit_gray_shows_background_in_gray(options, gray):
     levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     file = io.BytesIO()
     PILImage.fromarray(levels).save(file, "PNG", transparency=5000)

@@ -33,7 +33,7 @@ def test_output_and_gradients_match_float64(device, without_tf32, precision, tol
         assert (mine - right).norm() <= tolerance * right.norm()
 
 
-def test_dropout_masks_match_the_cpu(device):
+def test_dropout_masks_match_cpu(device):
     from hf_ddpm.models.dropout import hashed_mask
 
     keys, x = torch.arange(16, dtype=torch.int32), torch.empty(16, 8, 8, 8)

@@ -65,7 +65,7 @@ def ten(trained, tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_the_images_of_a_folder_do_not_depend_on_the_batch_size(pipe, ten, tmp_path, batch_size):
+def test_images_of_folder_do_not_depend_on_batch_size(pipe, ten, tmp_path, batch_size):
     folder = fill(pipe, tmp_path, 10, batch_size=batch_size)
     assert len(folder) == 10 and torch.equal(images(folder), ten)
     assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["000000.npy", "000001.npy", "000002.npy"]
@@ -104,7 +104,7 @@ def by_hand(pipe, count, sampling):
 
 @pytest.mark.parametrize("words", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_noise_and_class_of_image_i_do_not_depend_on_the_batch(conditional, tmp_path, words, batch_size):
+def test_noise_and_class_of_image_i_do_not_depend_on_batch(conditional, tmp_path, words, batch_size):
     sampling = Sampling(seed=5, num_inference_steps=4, **words)
     expected = by_hand(conditional, 7, sampling)
     assert len({image.numpy().tobytes() for image in expected}) == 7
@@ -128,7 +128,7 @@ class Rank:
 
 @pytest.mark.parametrize("words", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("world", [2, 5])
-def test_several_processes_make_the_same_images_as_one(conditional, tmp_path, monkeypatch, world, words):
+def test_several_processes_make_same_images_as_one(conditional, tmp_path, monkeypatch, world, words):
     sampling, barrier, made = Sampling(seed=5, num_inference_steps=4, **words), threading.Barrier(world), []
     monkeypatch.setattr(SampleFolder, "add", lambda self, indices, images, add=SampleFolder.add: (
         made.append((threading.current_thread(), indices)), add(self, indices, images)))  # fmt: skip
@@ -190,13 +190,13 @@ def test_samplers_without_clipping_are_rejected_if_they_amplify_errors(tiny_unet
     assert not find_scheduler(unclipped, "dpmsolver++", 20).config.thresholding
 
 
-def test_more_images_than_the_disk_can_store_are_rejected(pipe, tmp_path):
+def test_more_images_than_disk_can_store_are_rejected(pipe, tmp_path):
     with pytest.raises(ValueError, match="--num_images 1000000000000: the images need 59,605 GiB"):
         fill(pipe, tmp_path / "out", 10**12)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pipeline_keeps_its_scheduler_if_sampling_is_stopped_early(pipe):
+def test_pipeline_keeps_its_scheduler_if_sampling_is_stopped_early(pipe):
     own, sampling = pipe.scheduler, Sampling(num_inference_steps=2, scheduler="ddim")
     drawing = generate_images(pipe, range(4), sampling, batch_size=2)
     assert next(drawing)[0] == 0 and type(pipe.scheduler).__name__ == "DDIMScheduler"
@@ -206,7 +206,7 @@ def test_a_pipeline_keeps_its_scheduler_if_sampling_is_stopped_early(pipe):
     assert pipe.scheduler is own
 
 
-def test_only_the_network_runs_in_low_precision(pipe, ten):
+def test_only_network_runs_in_low_precision(pipe, ten):
     seen = []
     pipe.unet.conv_out.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     sampling = Sampling(num_inference_steps=4, mixed_precision="bf16")
@@ -244,7 +244,7 @@ def test_invalid_shards_count_as_missing(pipe, ten, tmp_path, content):
     assert torch.equal(images(fill(pipe, tmp_path, 4)), ten[:4])
 
 
-def test_more_images_continue_the_last_shard(pipe, ten, tmp_path, monkeypatch):
+def test_more_images_continue_last_shard(pipe, ten, tmp_path, monkeypatch):
     fill(pipe, tmp_path, 6)
     made = []
     monkeypatch.setattr(SampleFolder, "add", lambda self, indices, images, add=SampleFolder.add: (
@@ -255,7 +255,7 @@ def test_more_images_continue_the_last_shard(pipe, ten, tmp_path, monkeypatch):
     assert len(fill(pipe, tmp_path, 3)) == 10  # a smaller number removes nothing
 
 
-def test_a_kill_loses_only_the_current_shard(pipe, ten, tmp_path, monkeypatch):
+def test_kill_loses_only_current_shard(pipe, ten, tmp_path, monkeypatch):
     calls = []
 
     def killed(self, indices, images, add=SampleFolder.add):
@@ -295,7 +295,7 @@ def test_images_of_other_settings_are_rejected(pipe, tmp_path, other, named):
         fill(pipe, tmp_path, 2, Sampling(**{"num_inference_steps": 4, **other}))
 
 
-def test_images_of_another_model_are_rejected_but_not_of_a_copy(pipe, trained, tmp_path):
+def test_images_of_other_models_are_rejected_but_copies_are_not(pipe, trained, tmp_path):
     fill(pipe, tmp_path, 2)
     fill_folder(
         DDPMPipeline.from_pretrained(trained), tmp_path, 3, FOUR_STEPS, model="a copy", batch_size=1,
@@ -310,7 +310,7 @@ def test_images_of_another_model_are_rejected_but_not_of_a_copy(pipe, trained, t
         fill(pipe, tmp_path, 2)
 
 
-def test_fewer_steps_use_fixed_small_unless_the_variance_is_learned(pipe):
+def test_fewer_steps_use_fixed_small_unless_variance_is_learned(pipe):
     def used(own, steps, **options):
         pipe.scheduler = DDPMScheduler(num_train_timesteps=20, variance_type=own)
         return find_scheduler(pipe, "ddpm", steps, **options).variance_type
@@ -355,7 +355,7 @@ def test_fewer_steps_sample_with_fixed_small_and_folders_do_not_mix_variances(pi
     assert not torch.equal(pipe(2, generators[1], 4, "pt").images, stock)
 
 
-def test_settings_are_fixed_by_the_first_shard(pipe, tmp_path):
+def test_settings_are_fixed_by_first_shard(pipe, tmp_path):
     with pytest.raises(ValueError, match="guidance_scale=2.0: the network was trained without class_dropout"):
         fill(pipe, tmp_path, 2, Sampling(num_inference_steps=4, guidance_scale=2.0))
     assert len(fill(pipe, tmp_path, 2)) == 2
@@ -377,7 +377,7 @@ def test_folders_of_unknown_origin_or_in_use_are_rejected(pipe, tmp_path):
         open_samples(tmp_path)
 
 
-def test_the_script_writes_png_files_or_one_array(trained, ten, tmp_path):
+def test_script_writes_png_files_or_one_array(trained, ten, tmp_path):
     main = load_script("sample").main
     words = ["--model", str(trained), "--num_inference_steps", "4", "--output", str(tmp_path)]
     main([*words, "--num_images", "5"])
@@ -408,7 +408,7 @@ def test_png_files_of_other_modes_are_converted_or_rejected(tmp_path):
 
 
 @pytest.mark.slow
-def test_sampling_resumes_after_a_signal(trained, tmp_path):
+def test_sampling_resumes_after_signal(trained, tmp_path):
     words = ["--model", str(trained), "--output", str(tmp_path), "--num_images", "1500", "--num_inference_steps", "20"]
     command = [sys.executable, str(ROOT / "scripts" / "sample.py"), *words, "--batch_size", "256"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -428,7 +428,7 @@ def test_sampling_resumes_after_a_signal(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_launched_processes_write_the_same_images(trained, tmp_path):
+def test_two_launched_processes_write_same_images(trained, tmp_path):
     words = ["--model", str(trained), "--num_images", "300", "--num_inference_steps", "4", "--format", "npz"]
     script = str(ROOT / "scripts" / "sample.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -440,7 +440,7 @@ def test_two_launched_processes_write_the_same_images(trained, tmp_path):
     assert (tmp_path / "a" / "samples.npz").read_bytes() == (tmp_path / "b" / "samples.npz").read_bytes()
 
 
-def test_a_compiled_network_runs_with_one_batch_size(conditional):
+def test_compiled_network_runs_with_one_batch_size(conditional):
     sampling, sizes = Sampling(0, 2, mixed_precision="no"), []
     expected = list(generate_images(conditional, range(10), sampling, batch_size=4))
     call = conditional.unet._call_impl
@@ -487,7 +487,7 @@ def stored(folder):
 
 
 @pytest.mark.parametrize(("first", "second"), [("bf16", "no"), ("no", "bf16")])
-def test_a_folder_keeps_the_precision_chosen_by_auto(trained, tmp_path, monkeypatch, capsys, first, second):
+def test_folder_keeps_precision_chosen_by_auto(trained, tmp_path, monkeypatch, capsys, first, second):
     choices = choose(monkeypatch, first)
     words = ["--model", str(trained), "--num_inference_steps", "2", "--batch_size", "3"]
     sample = load_script("sample").main
@@ -506,7 +506,7 @@ def test_a_folder_keeps_the_precision_chosen_by_auto(trained, tmp_path, monkeypa
         sample([*words, "--output", str(tmp_path / "auto"), "--num_images", "9", "--mixed_precision", second])
 
 
-def test_auto_chooses_before_the_network_is_compiled(trained, tmp_path, monkeypatch):
+def test_auto_chooses_before_network_is_compiled(trained, tmp_path, monkeypatch):
     order = []
     choices = choose(monkeypatch, "no")
     monkeypatch.setattr("hf_ddpm.sampling.generate.compile_for_sampling", lambda unet: order.append(len(choices)))
@@ -545,7 +545,7 @@ def test_weights_are_cast_once_for_all_images(pipe, tmp_path, monkeypatch, compi
     assert pipe.unet is own
 
 
-def test_generate_images_uses_the_precision_chosen_by_auto(pipe, monkeypatch):
+def test_generate_images_uses_precision_chosen_by_auto(pipe, monkeypatch):
     choices = choose(monkeypatch, "bf16")
     actual, expected = (
         [image for _, image in generate_images(pipe, range(4), Sampling(0, 2, mixed_precision=name), batch_size=4)]

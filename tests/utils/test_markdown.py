@@ -33,7 +33,7 @@ def cells(text):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_name_is_rendered_unchanged_everywhere(name):
+def test_name_is_rendered_unchanged_everywhere(name):
     (_, row) = cells(f"| a | b | c |\n| --- | --- | --- |\n| {escape(name)} | {code(name)} | x, {escape(name)} |")
     assert row == [plain(name), plain(name), f"x, {plain(name)}"]
     opening, inline, closing, *more = parse(f"# x {escape(name)} y")

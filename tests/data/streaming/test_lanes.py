@@ -42,12 +42,12 @@ def test_each_epoch_has_another_order_of_groups():
     assert groups[0] != groups[1] != groups[2] != groups[0]
 
 
-def test_row_order_depends_on_the_seed():
+def test_row_order_depends_on_seed():
     first, second = (rows_of(Lanes(seed, 32, [10] * 20, lanes=8, window_rows=40), 3, slice(0, 32)) for seed in (0, 1))
     assert first != second
 
 
-def test_a_process_reads_only_the_groups_of_its_lanes():
+def test_process_reads_only_groups_of_its_lanes():
     lanes = Lanes(0, 64, [10] * 640, lanes=8, window_rows=40)
     steps = len(lanes) // 64
     read = [set(), set()]
@@ -59,7 +59,7 @@ def test_a_process_reads_only_the_groups_of_its_lanes():
     assert len(read[0] & read[1]) <= 1  # the group at the border between the lanes of both processes
 
 
-def test_windows_have_the_minimum_number_of_rows():
+def test_windows_have_minimum_number_of_rows():
     lanes = Lanes(0, 8, [10] * 100, lanes=2, window_rows=64)
     windows = {window for step in range(len(lanes) // 8) for window, *_ in lanes.slices(step, slice(0, 8))}
     sizes = sorted(window.rows for window in windows)
@@ -67,7 +67,7 @@ def test_windows_have_the_minimum_number_of_rows():
     assert sum(sizes) == 1000
 
 
-def test_the_window_after_the_last_one_is_in_the_next_epoch():
+def test_window_after_last_one_is_in_next_epoch():
     lanes = Lanes(0, 8, [10] * 12, lanes=2, window_rows=20)
     window = lanes.slices(0, slice(0, 4))[0].window
     followed = []
