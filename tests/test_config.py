@@ -51,7 +51,7 @@ def test_later_length_of_run_replaces_earlier_length(tmp_path):
     assert length("--config", str(file)) == (800_000, None)
     for words in (["--num_train_epochs", "3", "--max_train_steps", "7"], ["--config", str(file)]):
         file.write_text("num_train_epochs: 3\nmax_train_steps: 7\n")
-        with pytest.raises(ValueError, match="--num_train_epochs 3: expected no epochs with --max_train_steps 7"):
+        with pytest.raises(ValueError, match="--num_train_epochs 3: not supported with --max_train_steps 7"):
             length(*words)
 
 
@@ -203,18 +203,18 @@ def test_saved_options_load_as_same_config(tmp_path, more):
         ("--lerning_rate 1", "unknown option --lerning_rate: did you mean --learning_rate?"),
         ("--nonsense 1", "unknown option --nonsense: see --help"),
         ("--preset cats", "--preset cats: expected one of celebahq-256, cifar10, digits, lsun-bedroom"),
-        ("--config none.yaml", "--config none.yaml: file cannot be read"),
-        ("--max_train_steps many", "argument --max_train_steps: invalid int or auto value: 'many'"),
+        ("--config none.yaml", "--config none.yaml: cannot be read"),
+        ("--max_train_steps many", "^--max_train_steps many: expected an integer or auto$"),
         ("--max_train_steps 0", "--max_train_steps 0: expected at least 1"),
-        ("--learning_rate -1", "--learning_rate -1.0: expected more than 0"),
+        ("--learning_rate -1", "--learning_rate -1.0: expected a value above 0"),
         ("--num_train_epochs 0", "--num_train_epochs 0: expected at least 1"),
         ("--weight_decay -1", "--weight_decay -1.0: expected at least 0"),
         ("--adam_beta1 1", r"--adam_beta1 1.0: expected a value in \[0, 1\)"),
-        ("--lr_power 0", "--lr_power 0.0: expected more than 0"),
+        ("--lr_power 0", "--lr_power 0.0: expected a value above 0"),
         ("--dropout 1", r"--dropout 1.0: expected a value in \[0, 1\)"),
         ("--ema_decay 1", r"--ema_decay 1.0: expected a value in \[0, 1\)"),
-        ("--beta_schedule cosine", "argument --beta_schedule: invalid choice: 'cosine'"),
-        ("--variance_type learnt", "argument --variance_type: invalid choice: 'learnt'"),
+        ("--beta_schedule cosine", "^--beta_schedule cosine: expected one of linear, scaled_linear, "),
+        ("--variance_type learnt", "^--variance_type learnt: expected one of fixed_small, fixed_large, "),
         ("--channels 0", "--channels 0: expected at least 1"),
         ("--levels 70000", "--levels 70000: expected 2 to 65536"),
         ("--value_range 1", r"--value_range 1.0: expected two finite numbers LOW HIGH"),
@@ -222,14 +222,17 @@ def test_saved_options_load_as_same_config(tmp_path, more):
         ("--background x", "--background x: expected an opaque color such as white, #336699 or rgb"),
         ("--background #00ff0080", "--background #00ff0080: expected an opaque color such as"),
         ("--background rgb(256,0,0)", r"--background rgb\(256,0,0\): expected an opaque color such as"),
-        ("--resolution 9", r"--resolution 9: expected multiples of 2, for the U-Net's 1 halvings"),
+        (
+            "--resolution 9",
+            "^--resolution 9: the U-Net with 2 resolutions needs multiples of 2; expected for example 8$",
+        ),
         ("--attention_resolutions 3", r"--attention_resolutions 3: expected any of \[8, 4\], or 0 for none"),
         ("--attention_head_dim 999", "--attention_head_dim 999: expected at most 64, the channels of the narrowest"),
         ("--num_train_timesteps 1", "--num_train_timesteps 1: expected at least 2"),
         ("--block_out_channels 2 2 --norm_num_groups 1", "at least 4 at the highest resolution"),
         ("--norm_num_groups 0", "--norm_num_groups 0: expected at least 1"),
-        ("--learning_rate inf", "argument --learning_rate: 'inf' is not a finite number"),
-        ("--mixed_precision a/--b", "invalid choice: 'a/--b'"),
+        ("--learning_rate inf", "^--learning_rate inf: expected a finite number$"),
+        ("--mixed_precision a/--b", "^--mixed_precision a/--b: expected one of auto, no, bf16, fp16$"),
         ("--train_batch_size 1000000000", "--train_batch_size 1000000000: needs 238 GiB of memory; expected at most"),
         ("--resolution 10000000", "--resolution .*: needs 372,529 GiB of memory; expected at most"),
         ("--norm_num_groups 5", "--block_out_channels 32 64: expected multiples of --norm_num_groups 5"),

@@ -47,7 +47,9 @@ def open_archives(
     }
     images, others = split_by_suffix(members, image_suffixes())
     if not images:
-        raise ValueError(f"archive {str(root / next(iter(files)))!r} contains no images")
+        raise ValueError(
+            f"archive {str(root / next(iter(files)))!r}: contains no images; expected at least one image file"
+        )
     layout = find_layout(images)
     # Folders outside the archives, and the two that `_unpacked_path` adds per archive, are not classes.
     label, classes = layout.classes(lambda name: members[name][0].count("/") + 2)
@@ -135,7 +137,7 @@ def _members(path: Path) -> list[str]:
         with tarfile.open(path) as archive:
             return [member.name for member in archive if member.isfile()]
     except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"archive {str(path)!r} cannot be read: {one_line(error)}") from error
+        raise ValueError(f"archive {str(path)!r}: cannot be read: {one_line(error)}") from error
 
 
 def _read(path: Path, members: Container[str]) -> Iterator[tuple[str, bytes]]:

@@ -69,7 +69,7 @@ class ShuffledImages:
         store: The images.
         seed: Seed of the run.
         batch_size: Images per global batch.
-        ahead: If true, a thread prefetches the next batch; default: true if the images do not fit into the GPU's memory.
+        ahead: If true, a thread prefetches the next batch; by default if the images do not fit into a GPU's memory.
     """
 
     def __init__(self, store: ImageStore, *, seed: int, batch_size: int, ahead: bool | None = None):

@@ -144,7 +144,7 @@ def _read_metadata(root: Path, names: Sequence[str], images: Sequence[str]) -> _
         try:
             table = METADATA_READERS[posixpath.basename(name)](str(root / name))
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{str(root / name)!r} cannot be read: {one_line(error)}") from error
+            raise ValueError(f"{str(root / name)!r}: cannot be read: {one_line(error)}") from error
         keys = {key: _column(key) for key in table.column_names if key == "file_name" or key.endswith("_file_name")}
         if not keys:
             metadata.unused_files.append(UnusedFile(name, f"{posixpath.basename(name)} without a file_name column"))

@@ -51,12 +51,13 @@ def edit_images(config: EditConfig, options: InpaintConfig | VaryConfig | Invert
         The output folder.
 
     Raises:
-        ValueError: If the model, an image or a mask cannot be used, or an option is invalid.
+        ValueError: If the model, an image or a mask is unusable, or an option is invalid.
         OSError: If a file cannot be written.
     """
     files = find_images("images", Path(config.images))
     is_free_name = all(file.stem != "grid" for file in files)
-    require_value("images", config.images, is_free_name, "no image named grid, whose result would replace grid.png")
+    reason = "the result of the image named grid would replace grid.png; expected another name"
+    require_value("images", config.images, is_free_name, reason)
     if isinstance(options, InpaintConfig):
         find_images("masks", Path(options.masks))  # check the masks before anything slow
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -129,8 +130,8 @@ def edit_batches(
                 "guidance_scale": config.guidance_scale,
             }
             edited, noise = edit(rows, to_signed(pixels[rows]), call)
-            for i, (row, picture) in enumerate(zip(rows, to_pil(to_bytes(edited).cpu()), strict=True)):
-                save_picture(picture, output / f"{files[row].stem}.png")
+            for i, (row, image) in enumerate(zip(rows, to_pil(to_bytes(edited).cpu()), strict=True)):
+                save_picture(image, output / f"{files[row].stem}.png")
                 if noise is not None:
                     save_array(noise[i].cpu().numpy(), output / f"{files[row].stem}.npy")
             bar.update(len(rows))
@@ -211,7 +212,7 @@ def read_images(files: Sequence[Path], shape: tuple[int, int, int], background: 
     for file in files:
         pixels = attempt(_row(file), ImageFormat(height, width, channels, background=background))
         if isinstance(pixels, str):
-            raise ValueError(f"{file}: image cannot be used: {pixels}")
+            raise ValueError(f"{file}: image is unusable: {pixels}")
         images.append(torch.tensor(pixels))
     return torch.stack(images)
 
@@ -232,18 +233,18 @@ def read_mask_files(path: Path, files: Sequence[Path], size: tuple[int, int]) ->
     existing = {file.stem: file for file in find_images("masks", path)}
     chosen = [path] if path.is_file() else [existing.get(file.stem) for file in files]
     masks = []
-    for file, picture in zip(chosen, files, strict=False):
+    for file, image in zip(chosen, files, strict=False):
         if file is None:
-            raise ValueError(f"--masks {path}: mask for {picture} is missing; expected {picture.stem}.png")
+            raise ValueError(f"--masks {path}: mask for {image} is missing; expected {image.stem}.png")
         try:
             mask = open_image(_row(file))
-            own_size, masked = (mask.height, mask.width), files if path.is_file() else [picture]
+            own_size, masked = (mask.height, mask.width), files if path.is_file() else [image]
             if own_size != size and all(open_image(_row(one)).size == mask.size for one in masked):
                 read_masks(mask, 1, own_size)  # raises an error for an invalid mask
                 mask = Image.fromarray(fit(_row(file), ImageFormat(*size, 1))[0])
             masks.append(read_masks(mask, 1, size))
         except Exception as error:  # decoders raise anything
-            raise ValueError(f"{file}: mask cannot be used: {one_line(error)}") from error
+            raise ValueError(f"{file}: mask is unusable: {one_line(error)}") from error
     return torch.cat(masks).expand(len(files), 1, *size)
 
 

@@ -218,7 +218,7 @@ class ImageFolder:
         except OSError as error:
             raise ValueError(f"{file}: not an image: {one_line(error)}") from error
         except ValueError as error:
-            raise ValueError(f"{file}: image cannot be used: {error}") from error
+            raise ValueError(f"{file}: image is unusable: {error}") from error
 
 
 class SampleFile:
@@ -281,8 +281,8 @@ def open_samples(path: Path, background: str = "white") -> Samples:
 def _shows(file: Path, image: np.ndarray) -> bool:
     """Return whether a file is readable and contains this image, shape `(C, H, W)`."""
     try:
-        with Image.open(file) as picture:
-            return picture.mode == MODES[len(image)] and np.array_equal(from_pil(picture, len(image)), image)
+        with Image.open(file) as stored:
+            return stored.mode == MODES[len(image)] and np.array_equal(from_pil(stored, len(image)), image)
     except Exception:  # decoders raise anything
         return False
 

@@ -68,7 +68,7 @@ def resolve_precision(config: Config, state: PartialState) -> Config:
         The options with the precision; unchanged if it was not `auto`.
 
     Raises:
-        ValueError: If `init_from` cannot be used, or the options of the diffusion process are invalid.
+        ValueError: If the model of `init_from` is unusable, or the options of the diffusion process are invalid.
     """
     training = config.training
     if training.mixed_precision != "auto":

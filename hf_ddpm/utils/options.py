@@ -221,7 +221,7 @@ def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]
         # The base loader keeps all values as text; the command-line parser converts `no` and `1e-4`.
         options = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: file cannot be read: {one_line(error)}") from error
+        raise ValueError(f"--config {path}: cannot be read: {one_line(error)}") from error
     if not isinstance(options, dict):
         raise ValueError(f"--config {path}: file contains no options; expected lines of the form `name: value`")
     kinds = {field.name: str(field.type) for part in parts for field in dataclasses.fields(part)}

@@ -319,7 +319,7 @@ def test_stages_halve_down_to_requested_steps():
         ({"prediction_type": "epsilon"}, "prediction_type='epsilon': expected one of 'v_prediction'"),
         ({"output_dir": "x"}, "--output_dir: not an option of distill; use --output"),
         ({"push_to_hub": True}, "--push_to_hub: not an option of distill; use hf-ddpm push after"),
-        ({"eval_metrics": "fd,nll"}, "--eval_metrics fd,nll: expected no nll for a student"),
+        ({"eval_metrics": "fd,nll"}, "--eval_metrics fd,nll: nll is not supported for a distilled model"),
         ({"learning_rat": 1}, r"unknown option --learning_rat: did you mean --learning_rate\?"),
         ({"guidance_scale": 2.0}, "--guidance_scale 2.0: expected 1, because the model was not trained"),
         ({"dataset": "nothing/there/at/all"}, "--dataset nothing/there/at/all: does not exist"),

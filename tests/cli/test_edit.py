@@ -81,7 +81,7 @@ def test_masks_of_size_of_images_are_cropped_and_resized_like_them(tmp_path):
     Image.new("L", (16, 32)).save(other)
     assert np.array_equal(edits.read_mask_files(mask, [picture], (8, 8))[0, 0], pattern > 0)
     for files in ([other], [picture, other]):
-        with pytest.raises(ValueError, match="mask.png: mask cannot be used: masks of shape .16, 32.: expected"):
+        with pytest.raises(ValueError, match="mask.png: mask is unusable: masks of shape .16, 32.: expected"):
             edits.read_mask_files(mask, files, (8, 8))
 
 
@@ -153,27 +153,27 @@ def test_run_does_not_write_to_folder_of_another_run(main, trained, folder, tmp_
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "the following arguments are required: command"),
+        ("", "^command is missing; expected one of inpaint, vary, invert; see --help$"),
         ("inpant --model m", "unknown command 'inpant': did you mean inpaint?"),
-        ("vary --model m", "the following arguments are required: --images, --output"),
-        ("inpaint --model m --images pictures --output o", "the following arguments are required: --masks"),
+        ("vary --model m", "^--images, --output are missing; see --help$"),
+        ("inpaint --model m --images pictures --output o", "^--masks is missing; expected one mask file for all images, or folder of masks"),
         ("vary --model m --images nowhere --output o", "--images nowhere: expected an existing file"),
         ("vary --model m --images pictures --output masks", "--output masks: folder is not empty"),
         ("vary --model m --images pictures --output o --strength 0", r"--strength 0.0: expected a number in \(0, 1\]"),
         ("vary --model m --images pictures --output o --masks masks", "unknown option --masks"),
         ("inpaint --model m --images pictures --output o --masks no", "--masks no: expected an existing"),
         ("inpaint --model MODEL --images pictures --output o --masks large.png",
-         r"large.png: mask cannot be used: masks of shape \(9, 9\): expected"),
+         r"large.png: mask is unusable: masks of shape \(9, 9\): expected"),
         ("inpaint --model MODEL --images pictures --output o --masks few",
          "mask for pictures/b.png is missing; expected b.png"),
         ("inpaint --model MODEL --images pictures --output o --masks text.png",
-         "text.png: mask cannot be used: not an im"),
+         "text.png: mask is unusable: not an im"),
         ("inpaint --model MODEL --images text.png --output o --masks masks",
-         "text.png: image cannot be used: not an image"),
+         "text.png: image is unusable: not an image"),
         ("vary --model MODEL --images empty --output o", "--images empty: folder contains no images"),
         ("vary --model MODEL --images twice --output o", "a.jpg and a.png have the same name"),
-        ("vary --model m --images grid.png --output o", "expected no image named grid, whose result would"),
-        ("vary --model m --images grids --output o", "expected no image named grid, whose result would"),
+        ("vary --model m --images grid.png --output o", "the result of the image named grid would replace grid.png"),
+        ("vary --model m --images grids --output o", "the result of the image named grid would replace grid.png"),
         ("vary --model MODEL --images pictures --output o --strength 0.01 --num_inference_steps 11",
          "--num_inference_steps 11: expected at most the 10 steps of --strength 0.01"),
         ("invert --model MODEL --images pictures --output o --num_inference_steps 1001",

@@ -29,9 +29,9 @@ def test_default_dataset_is_dataset_of_run(main, trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "the following arguments are required: command"),
+        ("", "^command is missing; expected one of progressive, "),
         ("step --model m", "unknown command 'step': did you mean steps?"),
-        ("steps", "the following arguments are required: --model"),
+        ("steps", "^--model is missing; expected "),
         ("steps --model no/such/model", "model 'no/such/model' cannot be loaded"),
         ("steps --model m --seed -1", "--seed -1: expected at least 0"),
         ("steps --model m --batch_size 0", "--batch_size 0: expected at least 1"),

@@ -203,7 +203,7 @@ def test_unusable_metadata_files_are_reported(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"text": "x"}\n')
     assert opened(tmp_path)[1] == {("metadata.jsonl", "metadata.jsonl without a file_name column")}
     (tmp_path / "metadata.jsonl").write_text('{"file_name": ')
-    with pytest.raises(ValueError, match=r"metadata\.jsonl' cannot be read: ") as caught:
+    with pytest.raises(ValueError, match=r"metadata\.jsonl': cannot be read: ") as caught:
         opened(tmp_path)
     assert "\n" not in str(caught.value)
 

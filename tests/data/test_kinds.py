@@ -84,7 +84,7 @@ def test_archives_are_read_like_folders(tmp_path, suffix, is_file):
     grays = images[torch.arange(2)][:, 0, 0, 0].tolist()
     assert grays[0] == 1 and abs(grays[1] - 200) <= 2
     assert values(name, "validation") == [3]
-    assert "2 images in train, 1 images in validation; unused files: " in lines[0]
+    assert "2 images in train, 1 image in validation; unused files: " in lines[0]
     assert "hidden: 1" in lines[0] and "unknown format .md: 1" in lines[0]
     # A changed archive is read again; folders at its top are also classes.
     pack(file, {"x/0.png": image(9), "y/1.png": image(10)})
@@ -127,7 +127,7 @@ def test_errors_for_damaged_archives_and_members_name_them(tmp_path):
     file = pack(tmp_path / "a.zip", {"0.png": image(1), "1.png": image(2)})
     whole = file.read_bytes()
     file.write_bytes(whole[:-30])
-    with pytest.raises(ValueError, match=r"archive '.*a\.zip' cannot be read: "):
+    with pytest.raises(ValueError, match=r"archive '.*a\.zip': cannot be read: "):
         values(file)
     at = whole.index(b"IDAT") + 6
     file.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
@@ -135,10 +135,10 @@ def test_errors_for_damaged_archives_and_members_name_them(tmp_path):
         values(file)
     assert values(file, skip_bad_images=True) == [2]
     (tmp_path / "b.tar").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=r"archive '.*b\.tar' cannot be read: "):
+    with pytest.raises(ValueError, match=r"archive '.*b\.tar': cannot be read: "):
         values(tmp_path / "b.tar")
     pack(tmp_path / "c.zip", {"a.txt": b""})
-    with pytest.raises(ValueError, match=r"archive '.*c\.zip' contains no images"):
+    with pytest.raises(ValueError, match=r"archive '.*c\.zip': contains no images"):
         values(tmp_path / "c.zip")
 
 

@@ -325,7 +325,9 @@ def test_fewer_steps_use_fixed_small_unless_variance_is_learned(pipe):
     assert pipe.scheduler.variance_type == "fixed_small"  # the pipeline's own scheduler is unchanged
     with pytest.raises(ValueError, match="--variance fixed_small: the network learns its variance"):
         used("learned", 19, variance="fixed_small")
-    with pytest.raises(ValueError, match="--variance model: expected no variance with --scheduler ddim"):
+    with pytest.raises(
+        ValueError, match="--variance model: not supported with --scheduler ddim; expected --scheduler ddpm"
+    ):
         Sampling(scheduler="ddim", variance="model")
     pipe.scheduler = SCHEDULERS["ddim"][0].from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="the model's scheduler is a DDIMScheduler; expected model"):
@@ -403,7 +405,7 @@ def test_png_files_of_other_modes_are_converted_or_rejected(tmp_path):
     (palette,) = images(open_samples(tmp_path, "#0102ff"))
     assert palette[:, 0, 0].tolist() == [1, 2, 255]
     Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / "0.png")
-    with pytest.raises(ValueError, match=r"0\.png: image cannot be used: image has more than 8 bits per"):
+    with pytest.raises(ValueError, match=r"0\.png: image is unusable: image has more than 8 bits per"):
         ImageFolder(tmp_path)
 
 

@@ -51,12 +51,12 @@ def test_command_is_parsed_with_its_own_options():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "the following arguments are required: command"),
+        ("", "^command is missing; expected one of draw-all, count; see --help$"),
         ("--size 3 draw-all", "unknown command '--size': expected one of draw-all, count"),
         ("drawall", "unknown command 'drawall': did you mean draw-all?"),
         ("draw-all --upto 3", "unknown option --upto: see --help"),
         ("draw-all --sice 3", "unknown option --sice: did you mean --size?"),
-        ("count", "the following arguments are required: --upto"),
+        ("count", "^--upto is missing; expected "),
     ],
 )
 def test_invalid_command_is_one_line(words, message):
@@ -78,16 +78,16 @@ def test_floats_of_every_option_are_finite(part):
     floats = [f.name for f in fields(part) if "float" in str(f.type)]
     for name in floats:
         for text in ("nan", "inf", "-inf", "1e999"):
-            with pytest.raises(ValueError, match=f"--{name}: '{text}' is not a finite number"):
+            with pytest.raises(ValueError, match=f"^--{name} {text}: expected a finite number$"):
                 parse_options([*required, f"--{name}={text}"], part)
 
 
 @pytest.mark.parametrize("text", ["", " "])
 def test_empty_text_is_rejected_unless_it_is_default(text):
     for words in (["--output", text, "--model", "m"], ["--model", text, "--output", "o"]):
-        with pytest.raises(ValueError, match=f"argument {words[0]}: '{text}': expected a text that is not empty"):
+        with pytest.raises(ValueError, match=f"^{words[0]} '{text}': expected a text that is not empty$"):
             parse_options(words, FigureOptions)
-    with pytest.raises(ValueError, match="argument --eval_split: "):
+    with pytest.raises(ValueError, match="^--eval_split '"):
         parse_options(["--eval_split", text], EvaluationConfig)
     assert parse_options(["--eval_metrics", ""], EvaluationConfig)[0].eval_metrics == ""
 
@@ -95,7 +95,7 @@ def test_empty_text_is_rejected_unless_it_is_default(text):
 def test_number_beyond_63_bits_is_rejected():
     assert parse_options(["--size", str(2**63 - 1)], Draw) == [Draw(2**63 - 1)]
     for value in (2**63, -(2**63)):
-        with pytest.raises(ValueError, match=f"--size: '{value}' is too large"):
+        with pytest.raises(ValueError, match=f"^--size {value}: expected an integer of at most 63 bits$"):
             parse_options([f"--size={value}"], Draw)
 
 
@@ -132,3 +132,11 @@ def test_types_of_options_given_in_python_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
     assert SampleConfig(Path("m"), Path("o")).model == "m"
+
+
+def test_option_without_value_is_rejected():
+    for argv in (["--size"], ["--size", "--size", "1"]):
+        with pytest.raises(ValueError, match="^--size: expected a value$"):
+            parse_options(argv, Draw)
+    with pytest.raises(ValueError, match="^--value_range: expected a value$"):
+        parse_config(["--preset", "digits", "--value_range"])

@@ -47,7 +47,7 @@ class RowGroup:
                 return file.read_row_group(self.number, columns=columns, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             reason = one_line(error)
-            raise ValueError(f"row group {self.number} of {self.path!r} cannot be read: {reason}") from error
+            raise ValueError(f"row group {self.number} of {self.path!r}: cannot be read: {reason}") from error
 
 
 class Shards:
@@ -79,7 +79,7 @@ class Shards:
                     self.groups.append(RowGroup(path, number, first_row, rows, footer))
                 first_row += rows
         if not self.groups:
-            raise ValueError(f"{paths[0]!r} is empty: it contains no images")
+            raise ValueError(f"{paths[0]!r}: contains no images")
         self.features = Features.from_arrow_schema(schema)
 
     def some(self, max_rows: int | None, seed: int) -> list[RowGroup]:
@@ -103,7 +103,7 @@ def _footer(path: str) -> pq.FileMetaData:
         with _open(path) as file:
             return file.metadata
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path!r} cannot be read as parquet: {one_line(error)}") from error
+        raise ValueError(f"{path!r}: cannot be read as parquet: {one_line(error)}") from error
 
 
 def _open(path: str, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
