@@ -79,7 +79,7 @@ class Contender:
         return self.setting.precision(batch, training) if option == "same" else option
 
     def passes(self, batch: int) -> AbstractContextManager[Any]:
-        """Return the context for passes without gradients, in the precision of this contender."""
+        """Return the context for forward passes without gradients, in the precision of this contender."""
         return autocast(self.setting.device, self.precision(batch))
 
     def memory(self, task: str) -> dict[str, Any]:
@@ -127,15 +127,15 @@ class Contender:
         return self.pipeline.unet
 
     def network_of(self, batch: int) -> Any:
-        """Return the network for passes of this batch size."""
+        """Return the network for forward passes of this batch size."""
         return self.network
 
     def sampler(self, batch: int) -> Any:
         """Return the pipeline for the reverse process of this batch size."""
         return self.pipeline
 
-    def times(self, t: Tensor) -> Tensor:
-        """Return the first of the times, shape `(B,)`, in the form that the reverse process passes to the network."""
+    def timesteps(self, t: Tensor) -> Tensor:
+        """Return the first of the timesteps `t`, shape `(B,)`, in the form that the reverse process passes to the network."""
         return t[0].cpu()
 
     @cached_property
@@ -159,18 +159,18 @@ class Contender:
         return sum(parameter.numel() for parameter in self.plain_network().parameters())
 
     def forward(self) -> list[Workload]:
-        """A pass of the network without gradients, with one time for all images, as in sampling."""
+        """A forward pass of the network without gradients, with one timestep for all images, as in sampling."""
         batch = self.setting.batch
         predict = self.predictor()
         return [self.work(predict, batch, self.flops[0], unit="pass", precision=self.precision(batch))]
 
     def predictor(self) -> Callable[[], Tensor]:
-        """Return a function that runs a pass of a batch in the way it is timed."""
+        """Return a function that runs a forward pass of a batch in the way it is timed."""
         batch = self.setting.batch
         network = self.network_of(batch).eval()
         with self.passes(batch):  # create the inputs in the same context as a reverse process
             x, t = self.setting.inputs(batch)
-            x, t = x.to(next(network.parameters()).dtype), self.times(t)
+            x, t = x.to(next(network.parameters()).dtype), self.timesteps(t)
 
         def run() -> Tensor:
             with torch.no_grad(), self.passes(batch):

@@ -60,12 +60,12 @@ class DenoisingDiffusion(Contender):
 
     @contextmanager
     def passes(self, batch: int) -> Iterator[None]:
-        """The context for passes without gradients, in inference mode as in its reverse process."""
+        """The context for forward passes without gradients, in inference mode as in its reverse process."""
         with torch.inference_mode(), super().passes(batch):
             yield
 
-    def times(self, t: Tensor) -> Tensor:
-        """Return the first time for all images, as its reverse process passes it to the network."""
+    def timesteps(self, t: Tensor) -> Tensor:
+        """Return the first timestep for all images, as its reverse process passes it to the network."""
         return t[:1].expand(len(t)).contiguous()
 
     def train_step(self) -> list[Workload]:

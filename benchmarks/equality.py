@@ -15,7 +15,7 @@ from benchmarks.stock import Stock
 Check = dict[str, Any]
 
 # Largest differences: of outputs relative to the largest entry; of images in [0, 1] after a few steps, absolute. The
-# tables of diffusers have float32 errors of about 1e-4 in the last steps.
+# tables of diffusers schedulers have float32 errors of about 1e-4 in the last steps.
 TOLERANCES = {"network": 1e-4, "gradients": 1e-4, "images": 1e-3}
 FEW_STEPS = 10
 

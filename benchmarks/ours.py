@@ -49,7 +49,7 @@ class Ours(Contender):
         return load_pipeline(str(self.setting.model), self.setting.device)
 
     def network_of(self, batch: int) -> Any:
-        """Return the network for passes of this batch size."""
+        """Return the network for forward passes of this batch size."""
         return self.sampler(batch).unet
 
     def sampler(self, batch: int) -> Any:
@@ -69,8 +69,8 @@ class Ours(Contender):
     def _samplers(self) -> dict[str, Any]:
         return {"no": self.pipeline}
 
-    def times(self, t: Tensor) -> Tensor:
-        """Return the first time, as the reverse process passes it to the network."""
+    def timesteps(self, t: Tensor) -> Tensor:
+        """Return the first timestep, as the reverse process passes it to the network."""
         return t[:1]
 
     def train_step(self) -> list[Workload]:

@@ -1,7 +1,7 @@
 """Convert images between bytes, [-1, 1], [0, 1] and PIL; draw grids and animations.
 
 Terms: *bytes* are NCHW uint8, or uint16 for 16-bit images; *signed* images are NCHW floats in [-1, 1], the range of the
-diffusion process; *unit* images are NCHW floats in [0, 1], the output of the pipelines of diffusers.
+diffusion process; *unit* images are NCHW floats in [0, 1], the output of diffusers pipelines.
 """
 
 import math

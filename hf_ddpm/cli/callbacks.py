@@ -96,7 +96,7 @@ class SampleGrid(Callback):
 
 
 class Export(Callback):
-    """Write the pipeline of the averaged weights in the format of diffusers; further averages go to subfolders."""
+    """Write the pipeline of the averaged weights in the diffusers format; further averages go to subfolders."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -49,7 +49,7 @@ FIXED_OPTIONS = {
 class DistillConfig:
     """Distillation: the model, its new number of steps, the images."""
 
-    model: str = option("folder or Hub id of the DDPM pipeline to distill, of hf_ddpm or of diffusers")
+    model: str = option("folder or Hub id of the DDPM pipeline (hf_ddpm or diffusers) to distill")
     steps: int = option("sampling steps of the distilled model; a divisor of the model's number of diffusion steps")
     output: str = option("folder of the distilled model; its stages are in subfolders")
     start_steps: int | None = option(

@@ -3,7 +3,7 @@
     hf-ddpm export runs/digits
     hf-ddpm export runs/digits --step 5000 --average 0.999 --output models/digits-5000
 
-The pipeline has averaged weights and the format of diffusers. Without --output, the newest checkpoint is exported into
+The pipeline has averaged weights and the diffusers format. Without --output, the newest checkpoint is exported into
 the folder of its run. --output is required for older checkpoints and while the run is training.
 """
 

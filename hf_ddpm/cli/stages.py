@@ -55,13 +55,13 @@ def distill(model: Path | str, steps: int, output: Path | str, **options: Any) -
     The same call resumes. With a launcher, every process must call it.
 
     Args:
-        model: Folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers.
+        model: Folder or Hub id of a DDPM pipeline (hf_ddpm or diffusers).
         steps: Sampling steps of the distilled model; a divisor of the model's number of diffusion steps.
         output: Folder of the distilled model; its stages are in subfolders.
         options: Further options by their command-line names, such as `max_train_steps=2000`.
 
     Returns:
-        The folder, for `DDPMPipeline.from_pretrained` of hf_ddpm or of diffusers.
+        The folder, for `DDPMPipeline.from_pretrained` of hf_ddpm or diffusers.
 
     Raises:
         ValueError: If the model, an option, the data or a checkpoint is unusable; the message is one line.

@@ -238,11 +238,11 @@ def _unused(path: Path, data_files: Mapping[Any, Sequence[str]]) -> list[UnusedF
 
 
 def _reason(name: str, config: str | None, error: Exception) -> str:
-    is_local = Path(name).exists()
+    is_local, expected = Path(name).exists(), "expected a folder, a file, a Hub id or digits"
     if isinstance(error, ConnectionError):
-        return "does not exist as a local folder, and the Hub cannot be reached; expected a folder, a file, a Hub id or digits"
+        return f"does not exist as a local folder, and the Hub cannot be reached; {expected}"
     if isinstance(error, FileNotFoundError) and not is_local:
-        return "does not exist; expected a folder, a file, a Hub id or digits"
+        return f"does not exist; {expected}"
     inner = (error.__cause__ or error) if isinstance(error, DatasetGenerationError) else error
     return _config_reason(name, config) or f"cannot be read: {one_line(inner)}"
 

@@ -145,7 +145,7 @@ def sample_images(
     this function.
 
     Args:
-        model: Folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers.
+        model: Folder or Hub id of a DDPM pipeline (hf_ddpm or diffusers).
         output: Output folder for `00000.png`, ... or `samples.npz`, and `grid.png` with the first 64 images.
         num_images: Number of images, at least 1.
         sampling: Seed, steps, sampler and classes; by default seed 0 and all steps of the model's own sampler.

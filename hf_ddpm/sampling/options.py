@@ -15,7 +15,7 @@ SHARD_SIZE = 256
 class SampleConfig:
     """Model, number of images and output."""
 
-    model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
+    model: str = option("folder or Hub id of a DDPM pipeline (hf_ddpm or diffusers)")
     output: str = option("output folder")
     num_images: int = option("number of images", 64)
     format: Literal["png", "npz"] = option(
@@ -95,7 +95,7 @@ class Sampling:
 class EditConfig:
     """Model, input images and output of an edit."""
 
-    model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
+    model: str = option("folder or Hub id of a DDPM pipeline (hf_ddpm or diffusers)")
     images: str = option("image file, or folder of images; other sizes are resized and cropped")
     output: str = option("output folder, new or empty")
     seed: int = option("random seed; image i of a folder, sorted by name, gets the noise of sample i", 0)

@@ -156,7 +156,7 @@ def test_run_does_not_write_to_folder_of_another_run(main, trained, folder, tmp_
         ("", "^command is missing; expected one of inpaint, vary, invert; see --help$"),
         ("inpant --model m", "unknown command 'inpant': did you mean inpaint?"),
         ("vary --model m", "^--images, --output are missing; see --help$"),
-        ("inpaint --model m --images pictures --output o", "^--masks is missing; expected one mask file for all images, or folder of masks"),
+        ("inpaint --model m --images pictures --output o", "^--masks is missing; expected one mask file for all im"),
         ("vary --model m --images nowhere --output o", "--images nowhere: expected an existing file"),
         ("vary --model m --images pictures --output masks", "--output masks: folder is not empty"),
         ("vary --model m --images pictures --output o --strength 0", r"--strength 0.0: expected a number in \(0, 1\]"),
