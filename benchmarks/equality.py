@@ -142,7 +142,7 @@ def _pass_in_float32(contender: Contender) -> Tensor:
     x, t = contender.setting.inputs(contender.setting.batch)
     network = contender.plain_network().eval()
     network.load_state_dict(contender.network.state_dict())  # not all contenders have our weights
-    output = network(x, contender.times(t))
+    output = network(x, contender.timesteps(t))
     return getattr(output, "sample", output)
 
 
