@@ -135,7 +135,7 @@ class Contender:
         return self.pipeline
 
     def timesteps(self, t: Tensor) -> Tensor:
-        """Return the first timestep of `t`, shape `(B,)`, in the form that the reverse process passes to the network."""
+        """Return the first timestep of `t`, shape `(B,)`, in the form in which sampling passes it to the network."""
         return t[0].cpu()
 
     @cached_property

@@ -355,7 +355,7 @@ def test_sample_grids_are_written_at_checkpoints(run_training, tmp_path, monkeyp
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == kept
     with Image.open(tmp_path / "samples.gif") as animation:
         assert animation.n_frames == 2
-    # Images 0 to 3 of the seed, with classes in turn and the average of that step, enlarged 8 times.
+    # Images 0 to 3 of the seed, with classes in turn and the average of that step, upscaled 8 times.
     pipe = DDPMPipeline.from_pretrained(tmp_path)
     sampling = Sampling(0, 2, class_labels=["0", "1", "2", "3"])
     for step, (_, grid) in zip((2, 2, 4, 4), grids, strict=True):
