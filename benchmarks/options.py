@@ -62,10 +62,10 @@ class BenchmarkConfig:
         """Check the values."""
         require_at_least(self, 1, "rounds", "steps_per_turn", "threads")
         for name, known in (("against", (*OTHERS, "none")), ("tasks", tuple(TASKS))):
-            chosen = _words(getattr(self, name))
+            chosen = _names(getattr(self, name))
             require(self, name, set(chosen) <= set(known), f"any of {', '.join(known)}")
             require(self, name, len(set(chosen)) == len(chosen), "each name only once")
-        require(self, "tasks", bool(_words(self.tasks)), f"any of {', '.join(TASKS)}")
+        require(self, "tasks", bool(_names(self.tasks)), f"any of {', '.join(TASKS)}")
         in_step = self.growth != "processes" or set(self.chosen) <= set(STEPS)
         require(self, "tasks", in_step, f"{' or '.join(STEPS)} with --growth processes")
         require(self, "growth_values", all(value >= 1 for value in self.growth_values), "at least 1")
@@ -76,17 +76,22 @@ class BenchmarkConfig:
         require(self, "json", self.json.endswith(".json") and not Path(self.json).is_dir(), "a file that ends in .json")
         traced = self.profile is None or self.profile.endswith((".json", ".json.gz"))
         require(self, "profile", traced, "a file that ends in .json or .json.gz")
-        require(self, "profile", self.profile is None or self.growth == "none", "no profile with --growth")
+        require(
+            self,
+            "profile",
+            self.profile is None or self.growth == "none",
+            "not supported with --growth; expected only one of them",
+        )
 
     @property
     def chosen(self) -> list[str]:
         """The tasks that are timed."""
-        return [task for name in _words(self.tasks) for task in TASKS[name]]
+        return [task for name in _names(self.tasks) for task in TASKS[name]]
 
     @property
     def others(self) -> list[str]:
         """The other contenders."""
-        return [] if self.against == "none" else _words(self.against)
+        return [] if self.against == "none" else _names(self.against)
 
 
 def parse_benchmark(argv: list[str], doc: str | None = None) -> tuple[BenchmarkConfig, Config]:
@@ -155,5 +160,5 @@ def _comparable(config: Config, given: set[str]) -> Config:
     )
 
 
-def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]

@@ -213,7 +213,7 @@ class TrainingConfig:
     ema_warmup: bool = option("start with smaller decays: min(decay, (1 + step) / (10 + step))", True)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = option(
         "precision of the network's forward and backward passes; auto: bf16 if the device supports it and is faster "
-        "with it, else no (float32) (default: as set by accelerate launch, else auto)",
+        "with it, else no, which is float32 (default: as set by accelerate launch, else auto)",
         None,
     )
     tf32: bool = option("use TF32 on NVIDIA GPUs: factors of float32 products are rounded to 10 bits", True)

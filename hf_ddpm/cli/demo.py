@@ -28,7 +28,8 @@ class DemoConfig:
     )
     background: str = option("color behind transparent pixels of uploaded images", "white")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "precision of the network; auto: bf16 if the device supports it and is faster with it, else no (float32)",
+        "precision of the network; auto: bf16 if the device supports it and is faster with it, else no, which is "
+        "float32",
         "auto",
     )
 

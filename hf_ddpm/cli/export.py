@@ -27,7 +27,7 @@ class ExportConfig:
     average: str | None = option("decay of the averaged weights to export (default: the run's first one)", None)
     output: str | None = option("folder for the pipeline (default: the folder of the run)", None)
     dtype: Literal["float32", "float16"] = option(
-        "type of the exported weights; float16 halves the file size and rounds the weights (needs --output)", "float32"
+        "type of the exported weights; float16 halves the file size and rounds the weights; needs --output", "float32"
     )
 
     def __post_init__(self) -> None:

@@ -44,8 +44,8 @@ class Sampling:
     class_labels: list[str] = option("names or numbers of classes, assigned to the images in turn", factory=list)
     guidance_scale: float = option("scale of classifier-free guidance; 1 for none", 1.0)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "precision of the network; auto: bf16 if the device supports it and is faster with it, else no (float32); "
-        "for nll, auto is no",
+        "precision of the network; auto: bf16 if the device supports it and is faster with it, else no, which is "
+        "float32; for nll, auto is no",
         "auto",
     )
     variance: Literal["model", "fixed_small", "fixed_large"] | None = option(
@@ -102,7 +102,8 @@ class EditConfig:
     class_labels: list[str] = option("names or numbers of classes, assigned to the images in turn", factory=list)
     guidance_scale: float = option("scale of classifier-free guidance; 1 for none", 1.0)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "precision of the network; auto: bf16 if the device supports it and is faster with it, else no (float32)",
+        "precision of the network; auto: bf16 if the device supports it and is faster with it, else no, which is "
+        "float32",
         "auto",
     )
     background: str = option("background color of transparent pixels, unless the model has 4 channels", "white")
