@@ -456,9 +456,11 @@ class Config:
         if self.start_from is None:
             self._check_architecture()
         self._check_distillation()
-        streams = self.data.streaming and self.evaluation.eval_metrics
-        require(self.evaluation, "eval_metrics", not streams, "not supported with --streaming true; evaluate after "
-                "training with hf-ddpm evaluate")  # fmt: skip
+        if self.data.streaming and self.evaluation.eval_metrics:
+            raise ValueError(
+                f"--eval_metrics {self.evaluation.eval_metrics}: not supported with --streaming true; evaluate after "
+                "training with hf-ddpm evaluate"
+            )
         between, every = self.training.checkpointing_steps, self.evaluation.eval_steps
         # A checkpoint before each evaluation: a kill during the evaluation loses no steps.
         fits = (every or 0) % between == 0

@@ -178,13 +178,13 @@ def test_floats_are_resized_before_they_are_rounded():
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("levels", [256, 65536])
-def test_float_images_with_value_range_are_gray_images(channels, levels):
+def test_float_images_with_value_range_are_grayscale_images(channels, levels):
     white = 65535 if levels > 256 else 255
     values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     with pytest.raises(ValueError, match="image has floats .dtype float32.; use --value_range LOW HIGH"):
         fit(tiff(values), image_format(8, channels, levels=levels))
     pixels = fit(tiff(values), image_format(8, channels, levels=levels, value_range=(0, 1)))
-    message = "gray image does not have --channels 5; expected an array of 5 channels, or a TIFF of 5 pages"
+    message = "grayscale image does not have --channels 5; expected an array of 5 channels, or a TIFF of 5 pages"
     with pytest.raises(ValueError, match=message):
         fit(tiff(values), image_format(channels=5, levels=levels, value_range=(0, 1)))
     gray = np.rint(values.astype(float) * white)

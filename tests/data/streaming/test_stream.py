@@ -150,7 +150,7 @@ def test_bad_images_are_reported_and_replaced_in_same_way_on_all_processes(tmp_p
 
 def test_stream_of_only_bad_images_is_rejected(tmp_path):
     folder = str(shards(tmp_path / "data", with_bad_images([None] * 24, set(range(24)))))
-    message = r"all \d+ images read together are unusable; row \d+ of '.*parquet'"
+    message = r"all images read together are unusable \(\d+\); row \d+ of '.*parquet'"
     with stream(folder, skip_bad_images=True) as source, pytest.raises(ValueError, match=message):
         source.batch(0, ALL)
 
