@@ -22,7 +22,7 @@ from hf_ddpm.utils.launch import end_quietly, run_script, use_own_cores
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line and returns the exit code."""
+    """Run the command line and return the exit code."""
     options, config = parse_benchmark(argv, __doc__)
     for name, file in (("json", options.json), ("profile", options.profile)):
         if file is not None:

@@ -37,14 +37,14 @@ class Contender:
 
     Args:
         setting: Settings that all contenders share.
-        compiled: Whether the network may be compiled, with the option `compile`.
+        compiled: True if the network may be compiled, with the option `compile`.
 
     Attributes:
         name: Name of the contender.
         statement: Python statement that imports its pipeline.
         network_class: Its network class, which accepts our options and weights.
         pipeline_class: Its pipeline class, which loads our files.
-        refusal: Reason if its networks are not compared; None otherwise.
+        exclusion: Reason if its networks are not compared; None otherwise.
         spent: Seconds spent on first passes (mainly compiling) before timing, keyed by whether they are training.
     """
 
@@ -52,7 +52,7 @@ class Contender:
     statement: str
     network_class: type[nn.Module]
     pipeline_class: Any
-    refusal: str | None = None
+    exclusion: str | None = None
 
     def __init__(self, setting: Setting, compiled: bool = True):
         self.setting, self.is_second, self.spent = setting, not compiled, dict[bool, float]()
@@ -61,29 +61,29 @@ class Contender:
             self.name += ", not compiled"
 
     def workloads(self, task: str) -> list[Workload]:
-        """Returns the workloads of a task: one with an error if the task fails, none if it does not apply."""
+        """Return the workloads of a task: one with an error if the task fails, none if it does not apply."""
         is_network_task = task in NETWORK_TASKS
         is_repeated = self.is_second and not is_network_task
         if getattr(self, task, None) is None or is_repeated:
             return []
-        if is_network_task and self.refusal:
-            return [Workload(self.name, error=self.refusal)]
+        if is_network_task and self.exclusion:
+            return [Workload(self.name, error=self.exclusion)]
         try:
             return getattr(self, task)()
         except Exception as error:  # other libraries may raise anything
             return [Workload(self.name, error=reason(error))]
 
     def precision(self, batch: int, training: bool = False) -> str:
-        """Returns the precision of the network: `no`, `bf16` or `fp16`."""
+        """Return the precision of the network: `no`, `bf16` or `fp16`."""
         option = self.setting.options.others_precision
         return self.setting.precision(batch, training) if option == "same" else option
 
     def passes(self, batch: int) -> AbstractContextManager[Any]:
-        """Returns the context for passes without gradients, in the precision of this contender."""
+        """Return the context for forward passes without gradients, in the precision of this contender."""
         return autocast(self.setting.device, self.precision(batch))
 
     def memory(self, task: str) -> dict[str, Any]:
-        """Returns the row entries for the peak memory of a short run of a task, not compiled.
+        """Return the row entries for the peak memory of a short run of a task, not compiled.
 
         On a CPU the task runs in a new process, to separate its memory from memory used before.
         """
@@ -103,13 +103,13 @@ class Contender:
             return {"memory_error": reason(error)}
 
     def plain_network(self) -> Any:
-        """Returns a new network, on the device, not compiled."""
+        """Return a new network, on the device, not compiled."""
         network = self.network_class(**self.setting.config.unet())
         network.load_state_dict(self.setting.weights)
         return network.to(self.setting.device)
 
     def plain_pipeline(self) -> Any:
-        """Returns a new pipeline, not compiled."""
+        """Return a new pipeline, not compiled."""
         return self.pipeline_class.from_pretrained(self.setting.model).to(self.setting.device)
 
     @cached_property
@@ -127,15 +127,15 @@ class Contender:
         return self.pipeline.unet
 
     def network_of(self, batch: int) -> Any:
-        """Returns the network for passes of this batch size."""
+        """Return the network for forward passes of this batch size."""
         return self.network
 
     def sampler(self, batch: int) -> Any:
-        """Returns the pipeline for the reverse process of this batch size."""
+        """Return the pipeline for the reverse process of this batch size."""
         return self.pipeline
 
-    def times(self, t: Tensor) -> Tensor:
-        """Returns the first of the times, shape `(B,)`, in the form that the reverse process passes to the network."""
+    def timesteps(self, t: Tensor) -> Tensor:
+        """Return the first timestep of `t`, shape `(B,)`, in the form in which sampling passes it to the network."""
         return t[0].cpu()
 
     @cached_property
@@ -143,7 +143,7 @@ class Contender:
         return new_accelerator(self.precision(self.setting.batch, training=True), self.setting.device)
 
     def accelerator(self) -> Accelerator:
-        """Returns the accelerator of all tasks with gradients, without the optimizer of an earlier task."""
+        """Return the accelerator of all tasks with gradients, without the optimizer of an earlier task."""
         self._accelerator.free_memory()
         return self._accelerator
 
@@ -159,18 +159,18 @@ class Contender:
         return sum(parameter.numel() for parameter in self.plain_network().parameters())
 
     def forward(self) -> list[Workload]:
-        """A pass of the network without gradients, with one time for all images, as in sampling."""
+        """A forward pass of the network without gradients, with one timestep for all images, as in sampling."""
         batch = self.setting.batch
         predict = self.predictor()
         return [self.work(predict, batch, self.flops[0], unit="pass", precision=self.precision(batch))]
 
     def predictor(self) -> Callable[[], Tensor]:
-        """Returns a function that runs a pass of a batch in the way it is timed."""
+        """Return a function that runs a forward pass of a batch in the way it is timed."""
         batch = self.setting.batch
         network = self.network_of(batch).eval()
         with self.passes(batch):  # create the inputs in the same context as a reverse process
             x, t = self.setting.inputs(batch)
-            x, t = x.to(next(network.parameters()).dtype), self.times(t)
+            x, t = x.to(next(network.parameters()).dtype), self.timesteps(t)
 
         def run() -> Tensor:
             with torch.no_grad(), self.passes(batch):
@@ -188,7 +188,7 @@ class Contender:
         return [self.chain(1)]
 
     def chain(self, batch: int) -> Workload:
-        """Returns the whole reverse process of a batch."""
+        """Return the whole reverse process of a batch."""
         pipe, source = self.sampler(batch), torch.Generator(self.setting.device).manual_seed(SEED)
 
         def run(steps: int) -> None:
@@ -198,7 +198,7 @@ class Contender:
         return self.chain_work(run, batch)
 
     def chain_work(self, run: Callable[[int], object], batch: int, **more: Any) -> Workload:
-        """Returns the workload of a reverse process; `run` takes its number of steps."""
+        """Return the workload of a reverse process; `run` takes its number of steps."""
         steps = self.setting.steps
         few = min(steps, PROFILED_STEPS)
         more |= {"unit": "chain", "at_once": True, "precision": self.precision(batch)}
@@ -215,13 +215,13 @@ class Contender:
         return [self._python(f"{self.statement}; {name}.from_pretrained({str(self.setting.model)!r})")]
 
     def work(self, run: Callable[[], object], images: int, flops: float | None = None, **more: Any) -> Workload:
-        """Returns a workload; `flops` are operations per image, None without a network."""
+        """Return a workload; `flops` are operations per image, None without a network."""
         if flops is not None:
             more |= {"flops": flops * images, "parameters": self.parameters}
         return Workload(self.name, run, images, **more)
 
     def steps(self, run: Callable[[], object], **more: Any) -> Workload:
-        """Returns a workload of training; `run` takes all steps of a turn."""
+        """Return a workload of training; `run` takes all steps of a turn."""
         more |= {"unit": "step", "count": self.setting.options.steps_per_turn, "at_once": True}
         more["precision"] = self.precision(self.setting.batch, training=True)
         return self.work(run, self.setting.global_batch, self.flops[1], **more)
@@ -236,7 +236,7 @@ class Contender:
 
 
 def for_worker_counts(batches: Callable[[int], Workload]) -> list[Workload]:
-    """Returns a workload that loads images in this process and, with several threads, one with as many processes."""
+    """Return a workload that loads images in this process and, with several threads, one with as many processes."""
     threads = min(torch.get_num_threads(), MOST_WORKERS)
     works = [batches(0)]
     if threads > 1:
@@ -246,7 +246,7 @@ def for_worker_counts(batches: Callable[[int], Workload]) -> list[Workload]:
 
 
 def endless(loader: Any) -> Iterator[Any]:
-    """Yields the batches of a data loader, repeated endlessly."""
+    """Yield the batches of a data loader, repeated endlessly."""
     while True:
         yield from loader
 

@@ -39,7 +39,7 @@ class DenoisingDiffusion(Contender):
             return import_module(MODULE)
 
     def plain_network(self) -> Any:
-        """Returns its network, with about as many parameters as ours."""
+        """Return its network, with about as many parameters as ours."""
         return self.module.Unet(**self._options).to(self.setting.device)
 
     @cached_property
@@ -60,12 +60,12 @@ class DenoisingDiffusion(Contender):
 
     @contextmanager
     def passes(self, batch: int) -> Iterator[None]:
-        """The context for passes without gradients, in inference mode as in its reverse process."""
+        """The context for forward passes without gradients, in inference mode as in its reverse process."""
         with torch.inference_mode(), super().passes(batch):
             yield
 
-    def times(self, t: Tensor) -> Tensor:
-        """Returns the first time for all images, as its reverse process passes it to the network."""
+    def timesteps(self, t: Tensor) -> Tensor:
+        """Return the first timestep for all images, as its reverse process passes it to the network."""
         return t[:1].expand(len(t)).contiguous()
 
     def train_step(self) -> list[Workload]:
@@ -84,7 +84,7 @@ class DenoisingDiffusion(Contender):
         return [self._training(self._trainer(self.setting.png_folder), "its data loader uses one process per core")]
 
     def chain(self, batch: int) -> Workload:
-        """Returns the whole reverse process of a batch."""
+        """Return the whole reverse process of a batch."""
         diffusion = self._diffusion(self.network).eval()
 
         def run(steps: int) -> None:
@@ -97,7 +97,7 @@ class DenoisingDiffusion(Contender):
         return self.chain_work(run, batch, notes=notes)
 
     def work(self, *args: Any, **more: Any) -> Workload:
-        """Returns a workload, as in `Contender`."""
+        """Return a workload, as in `Contender`."""
         work = super().work(*args, **more)
         return replace(work, notes=("its own network of similar size", *work.notes)) if work.parameters else work
 

@@ -15,7 +15,7 @@ from benchmarks.stock import Stock
 Check = dict[str, Any]
 
 # Largest differences: of outputs relative to the largest entry; of images in [0, 1] after a few steps, absolute. The
-# tables of diffusers have float32 errors of about 1e-4 in the last steps.
+# tables of diffusers schedulers have float32 errors of about 1e-4 in the last steps.
 TOLERANCES = {"network": 1e-4, "gradients": 1e-4, "images": 1e-3}
 FEW_STEPS = 10
 
@@ -30,7 +30,7 @@ SCALE = 2.0**16
 
 
 def compare(contenders: Sequence[Contender], tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """Compares outputs, and excludes contenders whose outputs are wrong by setting their `refusal`.
+    """Compare outputs, and exclude contenders whose outputs are wrong by setting their `exclusion`.
 
     Args:
         contenders: The contenders; the first is this package.
@@ -47,21 +47,21 @@ def compare(contenders: Sequence[Contender], tasks: Sequence[str]) -> list[dict[
             if isinstance(contender, Stock):
                 alike = alike or check_equal(contenders[0], contender)  # the same if it is not compiled
                 outputs |= alike
-            if refusal_of(outputs) is None:
+            if exclusion_reason(outputs) is None:
                 outputs |= check_as_timed(contender, tasks)
         except ModuleNotFoundError:
             continue  # reported in its rows
         except Exception as error:  # other libraries may raise anything
-            contender.refusal = f"not compared: {reason(error)}"
+            contender.exclusion = f"not compared: {reason(error)}"
         else:
-            contender.refusal = refusal_of(outputs)
+            contender.exclusion = exclusion_reason(outputs)
         if outputs:
             checks.append({"subject": contender.name, "outputs": outputs})
     return checks
 
 
 def check_equal(ours: Contender, theirs: Contender) -> dict[str, Check]:
-    """Compares outputs and gradients for the same input, and images of the same seed after a few steps.
+    """Compare outputs and gradients for the same input, and images of the same seed after a few steps.
 
     All are computed in float32 and not compiled.
 
@@ -81,12 +81,12 @@ def check_equal(ours: Contender, theirs: Contender) -> dict[str, Check]:
 
 
 def check_as_timed(contender: Contender, tasks: Sequence[str]) -> dict[str, Check]:
-    """Compares half-precision or compiled passes, and compiled gradients, with the same network in float32.
+    """Compare half-precision or compiled passes, and compiled gradients, with the same network in float32.
 
     Compiled gradients of this package are not compared here: `compile_network` checks them.
 
     Returns:
-        As of `check_equal`, for `passes as timed` and `gradients as timed`, if the tasks need them.
+        Checks like the result of `check_equal`, for `passes as timed` and `gradients as timed`, if the tasks need them.
     """
     checks, passes = {}, set(tasks) & set(NETWORK_TASKS) - set(STEPS)
     precision = contender.precision(contender.setting.batch)
@@ -104,8 +104,8 @@ def check_as_timed(contender: Contender, tasks: Sequence[str]) -> dict[str, Chec
     return checks
 
 
-def refusal_of(checks: dict[str, Check]) -> str | None:
-    """Returns an error message if outputs differ, or None."""
+def exclusion_reason(checks: dict[str, Check]) -> str | None:
+    """Return an error message if outputs differ, or None."""
     for name, check in checks.items():
         if not check["equal"]:
             limit = f"expected at most {check['tolerance']:g}"
@@ -114,7 +114,7 @@ def refusal_of(checks: dict[str, Check]) -> str | None:
 
 
 def _first(contender: Contender, training: bool, compute: Callable[[], Tensor]) -> Tensor:
-    """Returns the result of `compute`, and records its time, which is mostly compilation."""
+    """Return the result of `compute`, and record its time, which is mostly compilation."""
     clock = clock_of(contender.setting.device)
     start = clock()
     result = compute()
@@ -142,7 +142,7 @@ def _pass_in_float32(contender: Contender) -> Tensor:
     x, t = contender.setting.inputs(contender.setting.batch)
     network = contender.plain_network().eval()
     network.load_state_dict(contender.network.state_dict())  # not all contenders have our weights
-    output = network(x, contender.times(t))
+    output = network(x, contender.timesteps(t))
     return getattr(output, "sample", output)
 
 
@@ -152,7 +152,7 @@ def _gradients(contender: Contender, batch: int = 2) -> Tensor:
 
 
 def _compiled_gradients(contender: Stock) -> Tensor:
-    """Returns gradients of the timed network; with dropout, whose masks differ, in evaluation mode."""
+    """Return gradients of the timed network; with dropout, whose masks differ, in evaluation mode."""
     setting, network = contender.setting, contender.trained
     x, t = setting.inputs(setting.batch)
     network.train(setting.config.model.dropout == 0)
@@ -160,7 +160,7 @@ def _compiled_gradients(contender: Stock) -> Tensor:
 
 
 def _flat(network: torch.nn.Module, output: Tensor) -> Tensor:
-    """Returns the gradients of a loss as one vector, with zeros for gradients that a compiler has dropped."""
+    """Return the gradients of a loss as one vector, with zeros for gradients that a compiler has dropped."""
     (output.float().square().mean() * SCALE).backward()
     weights = [parameter for _, parameter in sorted(network.named_parameters())]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]

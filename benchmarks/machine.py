@@ -18,12 +18,12 @@ GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clo
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Returns the CPU and, for a GPU, its driver, clocks and power limit, if nvidia-smi is installed."""
+    """Return the CPU and, for a GPU, its driver, clocks and power limit, if nvidia-smi is installed."""
     return {"cpu": _cpu()} | ({"gpu": _gpu(device)} if device.type == "cuda" else {})
 
 
 def busy_others() -> Callable[[], float]:
-    """Returns a function that returns the average number of cores kept busy by other processes since this call.
+    """Return a function that returns the average number of cores kept busy by other processes since this call.
 
     Only cores that this process may use are counted. Processes of this launch do not count as other processes.
     """
@@ -39,7 +39,7 @@ def _others_seconds() -> float:
 
 
 def _own_seconds() -> float:
-    """Returns the CPU time of this process and its descendants, or of all processes of the launch."""
+    """Return the CPU time of this process and its descendants, or of all processes of the launch."""
     root = psutil.Process()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         root = root.parent() or root

@@ -40,7 +40,7 @@ class Workload:
         flops: Operations of matrix products and convolutions per unit, if there is a network.
         parameters: Number of parameters of the network.
         notes: Notes for the report.
-        at_once: Whether a turn is a single run; otherwise short runs are repeated.
+        at_once: If true, a turn is a single run; otherwise short runs are repeated.
         lead: Used instead of `run` for a loop that takes all turns in one call; it calls its argument before the first
             turn and after each turn.
         close: Function that ends background work.
@@ -73,7 +73,7 @@ class Workload:
     profile: dict[str, Any] | None = None
 
     def attempt(self, run: Callable[[], object], times: int = 1) -> None:
-        """Runs a function; after an error, which is stored, the workload takes no further turns."""
+        """Run a function; after an error, which is stored, the workload takes no further turns."""
         try:
             for _ in range(0 if self.error else times):
                 run()
@@ -82,7 +82,7 @@ class Workload:
 
 
 def clock_of(device: torch.device) -> Clock:
-    """Returns a clock, in seconds, that waits for the device."""
+    """Return a clock, in seconds, that waits for the device."""
 
     def now() -> float:
         if device.type == "cuda":
@@ -93,7 +93,7 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def reason(error: Exception) -> str:
-    """Returns an error in one line."""
+    """Return an error in one line."""
     if isinstance(error, ModuleNotFoundError):
         return f"not installed: {error}"
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -106,7 +106,7 @@ def time_in_turns(
     log: Callable[[str], object],
     profiled: Callable[[Workload], AbstractContextManager[None] | None] = lambda work: None,
 ) -> None:
-    """Times workloads A and B in the order A B A B ..., so that a slow machine affects all of them equally.
+    """Time workloads A and B in the order A B A B ..., so that a slow machine affects all of them equally.
 
     The first round is a warm-up and does not count. A workload that fails takes no further turns.
 
@@ -124,7 +124,7 @@ def time_in_turns(
     turns, starts = _turns(rounds + 1, clock, works, profiled), [clock()]
 
     def others() -> None:
-        """Runs the turns of the other workloads until it is the leader's turn."""
+        """Run the turns of the other workloads until it is the leader's turn."""
         if leader is not None and starts:
             works[leader].first += clock() - starts.pop()
         for i in turns:
@@ -147,14 +147,14 @@ def time_in_turns(
 
 @contextmanager
 def hidden_output() -> Iterator[None]:
-    """Hides the output of all contenders; progress bars are still drawn, at their usual cost."""
+    """Hide the output of all contenders; progress bars are still drawn, at their usual cost."""
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
         yield
 
 
 @torch.no_grad()
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Returns the operations per second of a large matrix product and of a large 3x3 convolution, each on its own."""
+    """Return the operations per second of a large matrix product and of a large 3x3 convolution, each on its own."""
     large, clock = device.type == "cuda", clock_of(device)
     side = 8192 if large else 1024
     batch, channels, size = (256, 256, 32) if large else (16, 128, 32)
@@ -184,7 +184,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yields a function that returns the peak memory since the start of the block, above the initial memory, in bytes.
+    """Yield a function that returns the peak memory since the start of the block, above the initial memory, in bytes.
 
     On a GPU, memory allocated by torch; otherwise, resident memory of the process.
     """
@@ -202,7 +202,7 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
 
 
 def _resident(name: str) -> int:
-    """Returns an entry of Linux's status of this process, in bytes."""
+    """Return an entry of Linux's status of this process, in bytes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
 
@@ -213,7 +213,7 @@ def _turns(
     works: Sequence[Workload],
     profiled: Callable[[Workload], AbstractContextManager[None] | None],
 ) -> Iterator[int]:
-    """Yields the index of each turn's workload, and records the seconds until the next turn is requested."""
+    """Yield the index of each turn's workload, and record the seconds until the next turn is requested."""
     for _ in range(rounds):
         for i, work in enumerate(works):
             start = clock()
@@ -227,7 +227,7 @@ def _turns(
 
 
 def _repeats(work: Workload, clock: Clock) -> int:
-    """Returns the number of runs per turn."""
+    """Return the number of runs per turn."""
     start = clock()
     work.attempt(work.run)
     work.first += clock() - start

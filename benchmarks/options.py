@@ -59,13 +59,13 @@ class BenchmarkConfig:
     )
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_at_least(self, 1, "rounds", "steps_per_turn", "threads")
         for name, known in (("against", (*OTHERS, "none")), ("tasks", tuple(TASKS))):
-            chosen = _words(getattr(self, name))
+            chosen = _names(getattr(self, name))
             require(self, name, set(chosen) <= set(known), f"any of {', '.join(known)}")
             require(self, name, len(set(chosen)) == len(chosen), "each name only once")
-        require(self, "tasks", bool(_words(self.tasks)), f"any of {', '.join(TASKS)}")
+        require(self, "tasks", bool(_names(self.tasks)), f"any of {', '.join(TASKS)}")
         in_step = self.growth != "processes" or set(self.chosen) <= set(STEPS)
         require(self, "tasks", in_step, f"{' or '.join(STEPS)} with --growth processes")
         require(self, "growth_values", all(value >= 1 for value in self.growth_values), "at least 1")
@@ -76,21 +76,26 @@ class BenchmarkConfig:
         require(self, "json", self.json.endswith(".json") and not Path(self.json).is_dir(), "a file that ends in .json")
         traced = self.profile is None or self.profile.endswith((".json", ".json.gz"))
         require(self, "profile", traced, "a file that ends in .json or .json.gz")
-        require(self, "profile", self.profile is None or self.growth == "none", "no profile with --growth")
+        require(
+            self,
+            "profile",
+            self.profile is None or self.growth == "none",
+            "not supported with --growth; expected only one of them",
+        )
 
     @property
     def chosen(self) -> list[str]:
         """The tasks that are timed."""
-        return [task for name in _words(self.tasks) for task in TASKS[name]]
+        return [task for name in _names(self.tasks) for task in TASKS[name]]
 
     @property
     def others(self) -> list[str]:
         """The other contenders."""
-        return [] if self.against == "none" else _words(self.against)
+        return [] if self.against == "none" else _names(self.against)
 
 
 def parse_benchmark(argv: list[str], doc: str | None = None) -> tuple[BenchmarkConfig, Config]:
-    """Parses the options of `BenchmarkConfig` and of a run; the default preset is digits, and `--help` prints `doc`.
+    """Parse the options of `BenchmarkConfig` and of a run; the default preset is digits, and `--help` prints `doc`.
 
     Raises:
         ValueError: If an option is unknown or its value is invalid; one line.
@@ -104,7 +109,7 @@ def parse_benchmark(argv: list[str], doc: str | None = None) -> tuple[BenchmarkC
 
 
 def grown(config: Config, over: str, value: int) -> Config:
-    """Returns the options of a run with `value` as batch size, resolution or number of diffusion steps."""
+    """Return the options of a run with `value` as batch size, resolution or number of diffusion steps."""
     data, model, training = config.data, config.model, config.training
     if over == "batch":
         return replace(config, training=replace(training, train_batch_size=value))
@@ -123,7 +128,7 @@ def grown(config: Config, over: str, value: int) -> Config:
 
 
 def growth_values(options: BenchmarkConfig, config: Config) -> list[int]:
-    """Returns the values of `--growth`, [0] without it."""
+    """Return the values of `--growth`, [0] without it."""
     if options.growth == "none":
         return [0]
     shorter = min(config.data.size)
@@ -141,7 +146,7 @@ _SPACING = {"fixed_large": {"timestep_spacing": "leading"}}
 
 
 def _comparable(config: Config, given: set[str]) -> Config:
-    """Returns the options restricted to features of all contenders; precision is float32 unless it is given."""
+    """Return the options restricted to features of all contenders; precision is float32 unless it is given."""
     require(config.data, "channels", config.data.channels in (1, 3, 4), "1, 3 or 4, which all contenders read")
     shared: dict[str, Any] = {"gradient_accumulation_steps": 1, "tracker": "none", "num_samples": 1}
     if config.training.mixed_precision == "auto" and "mixed_precision" not in given:
@@ -155,5 +160,5 @@ def _comparable(config: Config, given: set[str]) -> Config:
     )
 
 
-def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]

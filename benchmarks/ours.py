@@ -41,19 +41,19 @@ class Ours(Contender):
     _last: Run | None = None  # run of the previous task
 
     def precision(self, batch: int, training: bool = False) -> str:
-        """Returns the precision of the network; `auto` is replaced by the package's choice."""
+        """Return the precision of the network; `auto` is replaced by the package's choice."""
         return self.setting.precision(batch, training)
 
     def plain_pipeline(self) -> Any:
-        """Returns a new pipeline, loaded as the commands do."""
+        """Return a new pipeline, loaded as the commands do."""
         return load_pipeline(str(self.setting.model), self.setting.device)
 
     def network_of(self, batch: int) -> Any:
-        """Returns the network for passes of this batch size."""
+        """Return the network for forward passes of this batch size."""
         return self.sampler(batch).unet
 
     def sampler(self, batch: int) -> Any:
-        """Returns the pipeline for the reverse process of this batch size; weights are cast once, as in sampling."""
+        """Return the pipeline for the reverse process of this batch size; weights are cast once, as in sampling."""
         precision = self.precision(batch)
         if precision not in self._samplers:
             self._samplers[precision] = pipe = self.plain_pipeline()
@@ -62,15 +62,15 @@ class Ours(Contender):
         return self._samplers[precision]
 
     def passes(self, batch: int) -> AbstractContextManager[Any]:
-        """Returns an empty context, as the weights already have the precision of the passes."""
+        """Return an empty context, as the weights already have the precision of the passes."""
         return nullcontext()
 
     @cached_property
     def _samplers(self) -> dict[str, Any]:
         return {"no": self.pipeline}
 
-    def times(self, t: Tensor) -> Tensor:
-        """Returns the first time, as the reverse process passes it to the network."""
+    def timesteps(self, t: Tensor) -> Tensor:
+        """Return the first timestep, as the reverse process passes it to the network."""
         return t[:1]
 
     def train_step(self) -> list[Workload]:
@@ -148,7 +148,7 @@ class Ours(Contender):
         return self.steps(lambda: lead(lambda: None), lead=lead, close=images.close)
 
     def _run(self, config: Config, images: BatchSource) -> Run:
-        """Returns a run at step 0; in one process it reuses the network of the previous task, which is compiled."""
+        """Return a run at step 0; in one process it reuses the network of the previous task, which is compiled."""
         accelerator = self.accelerator()
         if self._last is None or self.setting.processes > 1:
             self._last = build_run(config, accelerator, DDPMScheduler(**config.scheduler()), None, images)
@@ -166,7 +166,7 @@ class Ours(Contender):
 
 
 class _Turns(Callback):
-    """Runs the other contenders' turns before the first step, after each of our turns, and after the last step."""
+    """Run the other contenders' turns before the first step, after each of our turns, and after the last step."""
 
     def __init__(self, steps: int, others: Callable[[], None]):
         self.steps, self.others = steps, others

@@ -20,7 +20,7 @@ LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaun
 
 @contextmanager
 def profiled(work: Workload, file: Path, device: torch.device) -> Iterator[None]:
-    """Profiles the block; writes the trace to a file, and the summary to `work.profile`."""
+    """Profile the block; write the trace to a file, and the summary to `work.profile`."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as record:
         yield
@@ -34,13 +34,13 @@ def profiled(work: Workload, file: Path, device: torch.device) -> Iterator[None]
 
 
 def trace_of(file: str, task: str) -> Path:
-    """Returns the file of a task's trace."""
+    """Return the file of a task's trace."""
     path = Path(file)
     return path.with_name(path.name.replace(".json", f"_{task}.json", 1))
 
 
 def _per_step(events: Sequence[Any], on_gpu: bool, steps: int) -> dict[str, float]:
-    """Returns counts per step: launches and kernels on a GPU, outermost operators on a CPU."""
+    """Return counts per step: launches and kernels on a GPU, outermost operators on a CPU."""
     if on_gpu:
         kernels = [event for event in events if _is_on_gpu(event) and not event.name.startswith(("Memcpy", "Memset"))]
         launches = [event for event in events if event.name in LAUNCHES]
@@ -62,7 +62,7 @@ def _is_outermost(event: Any) -> bool:
 
 
 def _longest(averages: Sequence[Any], on_gpu: bool) -> list[dict[str, Any]]:
-    """Returns the slowest kernels, or operators on a CPU; `share` is the fraction of the total time."""
+    """Return the slowest kernels, or operators on a CPU; `share` is the fraction of the total time."""
     if on_gpu:
         averages = [entry for entry in averages if _is_on_gpu(entry)]
     times = [entry.self_device_time_total if on_gpu else entry.self_cpu_time_total for entry in averages]

@@ -29,7 +29,7 @@ HEAD = (
 
 
 def to_row(task: str, work: Workload, ours: Workload | None, rates: Rates) -> Row:
-    """Returns the row of a workload.
+    """Return the row of a workload.
 
     Args:
         task: The task.
@@ -72,7 +72,7 @@ def to_row(task: str, work: Workload, ours: Workload | None, rates: Rates) -> Ro
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Returns the rows of a task in one line."""
+    """Return the rows of a task in one line."""
     parts = (
         f"{row['subject']} {_duration(row['seconds']['median'])} ({_known(row['beside_ours'], '{:.2f}') or 'alone'})"
         if row["error"] is None
@@ -83,14 +83,14 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def made_by(device: torch.device) -> dict[str, Any]:
-    """Returns versions, revision, device, date and number of threads."""
+    """Return versions, revision, device, date and number of threads."""
     made = provenance(device)
     made["versions"] |= {name: _version(name) for name in PACKAGES}
     return made | {"threads": torch.get_num_threads()}
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> str:
-    """Writes a report as JSON and as a Markdown table, and with `--growth` a curve per task; returns the table."""
+    """Write a report as JSON and as a Markdown table, and with `--growth` a curve per task; return the table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = markdown(report)
     for file, content in ((path, to_json(report, indent=2) + "\n"), (path.with_suffix(".md"), text)):
@@ -107,7 +107,7 @@ def write_report(path: Path, report: Mapping[str, Any]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Returns a report as a Markdown table with notes."""
+    """Return a report as a Markdown table with notes."""
     made, rows, growth = report["made_by"], report["rows"], report["options"]["growth"]
     versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in made["versions"].items())
     left_out = {"precision"} if len({row.get("precision") for row in rows} - {None}) < 2 else set()
@@ -136,7 +136,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def _hardware(made: Mapping[str, Any]) -> str:
-    """Returns a sentence about the CPU, the GPU's driver and its clocks."""
+    """Return a sentence about the CPU, the GPU's driver and its clocks."""
     cpu, gpu = made.get("cpu", {}), made.get("gpu", {})
     parts = [f"CPU {cpu['name']} ({', '.join(cpu['flags'])})"] if cpu.get("name") else []
     parts += [", ".join(f"{name} {value}" for name, value in gpu.items())] if gpu else []
@@ -144,7 +144,7 @@ def _hardware(made: Mapping[str, Any]) -> str:
 
 
 def _precisions(report: Mapping[str, Any]) -> str:
-    """Returns a sentence about the precision of each contender, and the choice of `auto`."""
+    """Return a sentence about the precision of each contender, and the choice of `auto`."""
     used: dict[str, dict[str, None]] = {}
     for row in report["rows"]:
         if row.get("precision"):
@@ -157,7 +157,7 @@ def _precisions(report: Mapping[str, Any]) -> str:
 
 
 def _alone(report: Mapping[str, Any]) -> str:
-    """Returns a sentence about the rates of the device."""
+    """Return a sentence about the rates of the device."""
     parts = "; ".join(
         f"{rates['matmul'] / 1e9:.4g} GFLOP/s and {rates['convolution'] / 1e9:.4g} in {PRECISION_NAMES[name]}"
         for name, rates in report["rates"].items()
@@ -166,7 +166,7 @@ def _alone(report: Mapping[str, Any]) -> str:
 
 
 def _profiles(rows: Sequence[Row]) -> Iterator[str]:
-    """Yields the tables of the profiles."""
+    """Yield the tables of the profiles."""
     for row in rows:
         profile = row.get("profile")
         if profile is None:
@@ -200,7 +200,7 @@ def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _differences(check: Mapping[str, Any]) -> Iterator[str]:
-    """Yields notes about the differences of outputs measured before timing."""
+    """Yield notes about the differences of outputs measured before timing."""
     plain = [f"{name} by {entry['difference']:.2g}" for name, entry in check["outputs"].items() if "timed" not in name]
     timed = [f"{name} by {entry['difference']:.2g}" for name, entry in check["outputs"].items() if "timed" in name]
     if plain:
@@ -216,7 +216,7 @@ def _differences(check: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _disturbances(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yields notes if the machine was not idle: load of other processes, or rounds that differ."""
+    """Yield notes if the machine was not idle: load of other processes, or rounds that differ."""
     busy = [(row["busy_others"], row["task"]) for row in report["rows"] if row.get("busy_others") is not None]
     most, task = max(busy, default=(0, None))
     if most > IDLE_OTHERS:
@@ -252,7 +252,7 @@ def _cells(row: Row, growth: str, columns: Sequence[str]) -> list[str]:
 
 
 def _ratio(row: Row) -> str:
-    """Returns the time divided by ours, with the minimum and maximum of the rounds; 1 for ours."""
+    """Return the time divided by ours, with the minimum and maximum of the rounds; 1 for ours."""
     if row["beside_ours"] is None or row["beside_ours_least"] == row["beside_ours_most"]:
         return _known(row["beside_ours"], "{:.2f}")
     return f"{row['beside_ours']:.2f} ({row['beside_ours_least']:.2f} to {row['beside_ours_most']:.2f})"

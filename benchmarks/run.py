@@ -41,7 +41,7 @@ PROGRAM = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 
 
 def run_benchmark(options: BenchmarkConfig, config: Config, bar: tqdm) -> dict[str, Any]:
-    """Times all tasks on the processes of this launch, and returns the report."""
+    """Time all tasks on the processes of this launch, and return the report."""
     rates: dict[str, Rates] = {}
     equality, rows, machine, load = [], [], {}, round(os.getloadavg()[0], 2)
     for value in growth_values(options, config):
@@ -76,7 +76,7 @@ def run_benchmark(options: BenchmarkConfig, config: Config, bar: tqdm) -> dict[s
 
 
 def run_task(task: str, contenders: list[Contender], rates: dict[str, Rates], bar: tqdm) -> list[Row]:
-    """Times a task, and returns its rows.
+    """Time a task, and return its rows.
 
     Args:
         task: The task.
@@ -89,7 +89,7 @@ def run_task(task: str, contenders: list[Contender], rates: dict[str, Rates], ba
     memory, works, clock = {}, [], clock_of(setting.device)
     if setting.options.memory and task in MEMORY_TASKS and setting.processes == 1:
         for contender in contenders:
-            if not contender.refusal:
+            if not contender.exclusion:
                 bar.set_postfix_str(f"{task}: memory of {contender.name}")
                 memory[contender.name] = contender.memory(task)
     for contender in contenders:
@@ -125,7 +125,7 @@ def run_task(task: str, contenders: list[Contender], rates: dict[str, Rates], ba
 
 
 def run_processes(argv: list[str], options: BenchmarkConfig, counts: list[int], bar: tqdm) -> dict[str, Any]:
-    """Launches the benchmark once per number of processes.
+    """Launch the benchmark once per number of processes.
 
     Returns:
         The report of the first successful launch, with the rows of all launches.
@@ -158,7 +158,7 @@ def run_processes(argv: list[str], options: BenchmarkConfig, counts: list[int], 
 
 
 def _finish(task: list[Row], bar: tqdm) -> None:
-    """Prints a task's rows at once, in case the benchmark is interrupted later."""
+    """Print a task's rows at once, in case the benchmark is interrupted later."""
     if not bar.disable:
         bar.write(summary(task), file=bar.fp)
     bar.update()

@@ -59,11 +59,11 @@ class Setting:
         self.weights = UNet2DModel(**config.unet()).state_dict()
 
     def allow_tf32(self, allowed: bool) -> None:
-        """Allows or forbids TF32 in float32 products and convolutions on a GPU."""
+        """Allow or forbid TF32 in float32 products and convolutions on a GPU."""
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
     def precision(self, batch: int, training: bool) -> str:
-        """Returns the precision of this package; `auto` is replaced by the package's measured choice."""
+        """Return the precision of this package; `auto` is replaced by the package's measured choice."""
         option = self.config.training.mixed_precision
         if option != "auto":
             return str(option)
@@ -78,7 +78,7 @@ class Setting:
         return self.choices[batch, training].precision
 
     def inputs(self, count: int) -> tuple[Tensor, Tensor]:
-        """Returns noise, shape `(count, C, H, W)`, and timesteps, int64, shape `(count,)`."""
+        """Return noise, shape `(count, C, H, W)`, and timesteps, int64, shape `(count,)`."""
         source = torch.Generator().manual_seed(SEED)
         x = torch.randn(count, *self.shape, generator=source)
         t = torch.randint(self.config.diffusion.num_train_timesteps, (count,), generator=source)
@@ -93,7 +93,7 @@ class Setting:
         return self.folder / "model"
 
     def images(self) -> BatchSource:
-        """Opens the training images."""
+        """Open the training images."""
         return open_images(
             self.config.data,
             seed=SEED,
@@ -103,7 +103,7 @@ class Setting:
         )
 
     def dataset(self) -> Dataset:
-        """Returns the same images as a dataset with the column `image`, without an incomplete last global batch."""
+        """Return the same images as a dataset with the column `image`, without an incomplete last global batch."""
         data = self.config.data
         dataset, _ = open_split(data)
         column = find_image_column(dataset.features, data.image_column)
@@ -150,7 +150,7 @@ class Setting:
 
 
 def new_accelerator(precision: str, device: torch.device) -> Accelerator:
-    """Returns an accelerator in any precision, independent of earlier accelerators."""
+    """Return an accelerator in any precision, independent of earlier accelerators."""
     with own_precision():
         accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     keep_state(accelerator)
@@ -159,7 +159,7 @@ def new_accelerator(precision: str, device: torch.device) -> Accelerator:
 
 @contextmanager
 def own_precision() -> Iterator[None]:
-    """Allows a new accelerator in another precision than earlier ones, see `keep_state`."""
+    """Allow a new accelerator in another precision than earlier ones, see `keep_state`."""
     before = dict(AcceleratorState._shared_state)
     AcceleratorState._reset_state()
     try:
@@ -170,7 +170,7 @@ def own_precision() -> Iterator[None]:
 
 
 def keep_state(accelerator: Accelerator) -> None:
-    """Gives an accelerator its own state, which accelerate otherwise shares within a process."""
+    """Give an accelerator its own state, which accelerate otherwise shares within a process."""
     accelerator.state.__dict__ = dict(accelerator.state.__dict__)
 
 
@@ -186,16 +186,16 @@ class RandomImages:
         self._images = torch.randint(256, (count, *self.shape), dtype=torch.uint8, generator=source).to(self.device)
 
     def __len__(self) -> int:
-        """Returns the number of images."""
+        """Return the number of images."""
         return len(self._images)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        """Returns images by their indices."""
+        """Return images by their indices."""
         return self._images[indices.to(self.device)]
 
     def batch(self, step: int, rows: slice) -> Batch:
-        """Returns rows of the batch."""
+        """Return rows of the batch."""
         return Batch(self._images[rows], None)
 
     def close(self) -> None:
-        """Does nothing."""
+        """Do nothing."""

@@ -102,7 +102,7 @@ class Stock(Contender):
 
 
 def script_loop(accelerator: Accelerator, model: Any, batches: Any, scheduler: Path) -> Iterator[None]:
-    """Runs the loop of diffusers' `train_unconditional.py` with its defaults; yields after each step.
+    """Run the loop of diffusers' `train_unconditional.py` with its defaults; yield after each step.
 
     The accelerator must have prepared the model.
     """
@@ -151,7 +151,7 @@ def script_loop(accelerator: Accelerator, model: Any, batches: Any, scheduler: P
 
 @contextmanager
 def importable_torchvision() -> Iterator[None]:
-    """Makes torchvision's transforms importable if torchvision is missing, as the same steps in numpy and PIL."""
+    """Make torchvision's transforms importable if torchvision is missing, as the same steps in numpy and PIL."""
     if find_spec("torchvision") is not None:
         yield
         return
@@ -163,7 +163,7 @@ def importable_torchvision() -> Iterator[None]:
 
 
 def _resize(size: int | tuple[int, int], image: Image.Image) -> Image.Image:
-    """Resizes the shorter side to `size`, or the image to (height, width)."""
+    """Resize the shorter side to `size`, or the image to (height, width)."""
     if isinstance(size, int):
         size = round(image.height * size / min(image.size)), round(image.width * size / min(image.size))
     return image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.BILINEAR)
@@ -176,7 +176,7 @@ def _center_crop(size: int | tuple[int, int], image: Image.Image) -> Image.Image
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:
-    """Converts uint8 to floats in [0, 1], shape `(C, H, W)`."""
+    """Convert uint8 to floats in [0, 1], shape `(C, H, W)`."""
     pixels = torch.from_numpy(np.array(image, np.uint8)).view(image.height, image.width, len(image.getbands()))
     return pixels.permute(2, 0, 1).contiguous().float().div(255)
 

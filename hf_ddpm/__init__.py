@@ -1,7 +1,7 @@
 """Denoising Diffusion Probabilistic Models (Ho et al. 2020) as a Hugging Face package.
 
-The functions `train`, `sample_images`, `evaluate` and `push_to_hub` are the commands of `hf-ddpm`; `Config`, `Sampling`
-and `EvaluateConfig` hold their options. The public interface is `__all__`; everything else may change.
+The functions `train`, `distill`, `sample_images`, `evaluate` and `push_to_hub` are the commands of `hf-ddpm`; `Config`,
+`Sampling` and `EvaluateConfig` hold their options. The public interface is `__all__`; everything else may change.
 
 Each public name loads its module on first use. So `import hf_ddpm` is fast, and `GaussianDiffusion` does not import
 diffusers.

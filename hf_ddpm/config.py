@@ -1,7 +1,7 @@
 """Options of a training run, from a preset, a YAML file and the command line.
 
-The defaults are those of the paper's CIFAR-10 model. The options of a preset and of a YAML file are inserted before the
-words of the command line: one parser checks all three, and the command line wins.
+The defaults are the options of the paper's CIFAR-10 model. The options of a preset and of a YAML file are inserted
+before the command-line arguments: one parser checks all three, and the command line wins.
 """
 
 import copy
@@ -15,7 +15,7 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from hf_ddpm.presets import Given, Words, choose_preset, fit_preset, preset_names, preset_path
+from hf_ddpm.presets import Arguments, Given, choose_preset, fit_preset, preset_names, preset_path
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.options import (
     Auto,
@@ -42,18 +42,20 @@ DATASETS = "digits; a folder of images, arrays, archives or parquet files; one s
 
 @dataclass
 class ImageOptions:
-    """Data set options that training and evaluation share."""
+    """Dataset options that training and evaluation share."""
 
     dataset: str | None = option(DATASETS, None)
-    dataset_config: str | None = option("configuration of the data set, if it has several", None)
-    image_column: str | None = option("column of the images; guessed by default", None)
+    dataset_config: str | None = option("configuration of the dataset, if it has several", None)
+    image_column: str | None = option("column of the images (default: guessed)", None)
     class_column: str | None = option(
-        "column of the classes to condition on; auto: guess the column; unconditional by default", None
+        "class column, for class-conditional training; auto: detect it (default: unconditional)", None
     )
     enlarge: bool = option("upscale images that are smaller than the resolution instead of stopping", False)
-    levels: int | None = option("number of evenly spaced pixel values; 17 for digits, else 256 by default", None)
-    value_range: list[float] | None = option("pixel values of black and white, for images of floats", None)
-    background: str | None = option("color behind transparent pixels; unused with 4 channels; white by default", None)
+    levels: int | None = option("number of evenly spaced pixel values (default: 17 for digits, else 256)", None)
+    value_range: list[float] | None = option(
+        "values of black and white in floating-point images", None, metavar="LOW HIGH"
+    )
+    background: str | None = option("color behind transparent pixels; unused with 4 channels (default: white)", None)
     skip_bad_images: bool = option("skip unusable images instead of stopping", False)
 
     def __post_init__(self) -> None:
@@ -82,13 +84,13 @@ class DataConfig(ImageOptions):
         "image channels: 1 (gray), 3 (RGB) or 4 (RGBA); any number with arrays (.npy, .npz, TIFF pages)", 3
     )
     horizontal_flip: bool = option("flip images horizontally with probability 0.5", False)
-    max_train_samples: int | None = option("number of images to use, drawn at random; all by default", None)
-    streaming: bool = option("read and decode images on demand, for data sets larger than the disk", False)
+    max_train_samples: int | None = option("number of images to use, drawn at random (default: all)", None)
+    streaming: bool = option("read and decode images on demand, for datasets larger than the disk", False)
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        require(self, "dataset", bool(self.dataset), "a data set, such as a folder of images, or --preset NAME")
+        require(self, "dataset", bool(self.dataset), "a dataset, such as a folder of images, or --preset NAME")
         sides = self.resolution
         require(self, "resolution", len(sides) in (1, 2) and min(sides) >= 1, "one number or two, at least 1")
         require_at_least(self, 1, "channels", "max_train_samples")
@@ -105,14 +107,16 @@ class ModelConfig:
     """Model: the U-Net."""
 
     init_from: str | None = option(
-        "folder or Hub id of a DDPM pipeline to fine-tune; its network and process replace the options of both", None
+        "folder or Hub id of a DDPM pipeline to fine-tune; its network and noise schedule override the model and "
+        "process options",
+        None,
     )
     block_out_channels: list[int] = option("channels per resolution", factory=lambda: [128, 256, 256, 256])
     layers_per_block: int = option("residual blocks per resolution", 2)
     attention_resolutions: list[int] = option(
         "resolutions with self-attention, in addition to the middle block; 0 for none", factory=lambda: [16]
     )
-    attention_head_dim: int | None = option("channels per attention head; one head by default", None)
+    attention_head_dim: int | None = option("channels per attention head (default: one head)", None)
     norm_num_groups: int = option("number of groups in group normalization", 32)
     dropout: float = option("dropout probability", 0.1)
 
@@ -135,8 +139,8 @@ class DiffusionConfig:
     beta_schedule: Literal["linear", "scaled_linear", "quad", "const", "squaredcos_cap_v2", "sigmoid"] = option(
         "schedule of the variances of the forward process", "linear"
     )
-    beta_start: float | None = option("first variance; 0.1 / num_train_timesteps by default, at most 0.999", None)
-    beta_end: float | None = option("last variance; 20 / num_train_timesteps by default, at most 0.999", None)
+    beta_start: float | None = option("first variance (default: 0.1 / num_train_timesteps, at most 0.999)", None)
+    beta_end: float | None = option("last variance (default: 20 / num_train_timesteps, at most 0.999)", None)
     allow_terminal_signal: bool = option(
         "train even if x_T keeps more than 0.1% of the variance of the images; samples then lack contrast", False
     )
@@ -178,11 +182,11 @@ class TrainingConfig:
     seed: int = option("random seed", 0)
     max_train_steps: int | None = option(
         f"optimizer steps; auto: {AUTO_EPOCHS} epochs, but at least {AUTO_STEPS[0]:,} and at most "
-        f"{AUTO_STEPS[1]:,} steps; 800,000 by default, as in the paper",
+        f"{AUTO_STEPS[1]:,} steps (default: 800,000, like the paper)",
         None,
         auto=True,
     )
-    num_train_epochs: int | None = option("epochs (passes over the images), instead of max_train_steps", None)
+    num_train_epochs: int | None = option("number of epochs, instead of max_train_steps", None)
     train_batch_size: int = option(
         "batch size per process and forward pass; auto: the preset's batch size, split into the fewest accumulation "
         "steps that fit into memory",
@@ -209,7 +213,7 @@ class TrainingConfig:
     ema_warmup: bool = option("start with smaller decays: min(decay, (1 + step) / (10 + step))", True)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = option(
         "precision of the network's forward and backward passes; auto: bf16 if the device supports it and is faster "
-        "with it, else no (float32); by default the setting of accelerate launch, else auto",
+        "with it, else no, which is float32 (default: as set by accelerate launch, else auto)",
         None,
     )
     tf32: bool = option("use TF32 on NVIDIA GPUs: factors of float32 products are rounded to 10 bits", True)
@@ -217,21 +221,21 @@ class TrainingConfig:
     gradient_checkpointing: bool = option("recompute activations in the backward pass to save memory", False)
     check_memory: bool = option("stop before training if a step needs more memory than is free", True)
     compile: bool | None = option(
-        "compile the network with torch.compile and check its gradients; by default the setting of accelerate launch, "
-        "else false",
+        "compile the network with torch.compile and check its gradients (default: as set by accelerate launch, else "
+        "false)",
         None,
     )
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = option(
         "experiment tracker, in addition to metrics.jsonl", "none"
     )
-    world_size: int | None = option("required number of processes; any by default", None)
+    world_size: int | None = option("required number of processes (default: any)", None)
     log_steps: int = option("steps between lines of metrics.jsonl", 50)
     checkpointing_steps: int = option("steps between checkpoints", 5000)
     keep_checkpoints: int = option("number of checkpoints to keep", 2)
     resume: str = option("checkpoint to resume from: latest, never, or its folder", "latest")
     sample_at_checkpoints: bool = option("write samples.png at every checkpoint, not only at the end", False)
     num_samples: int = option("images in samples.png; channels are side by side unless there are 1, 3 or 4", 64)
-    num_inference_steps: int | None = option("sampling steps for samples.png; all by default", None)
+    num_inference_steps: int | None = option("sampling steps for samples.png (default: all)", None)
     dry_run: bool = option("print the estimated cost of the run and exit", False)
 
     def __post_init__(self) -> None:
@@ -247,13 +251,18 @@ class TrainingConfig:
             self.max_train_steps = Auto(AUTO_STEPS[0])  # replaced when the number of images is known
         either = None in (self.max_train_steps, self.num_train_epochs)
         length = "auto" if isinstance(self.max_train_steps, Auto) else self.max_train_steps
-        require(self, "num_train_epochs", either, f"no epochs with --max_train_steps {length}")
+        require(
+            self,
+            "num_train_epochs",
+            either,
+            f"not supported with --max_train_steps {length}; expected only one of the two options",
+        )
         counts = ("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps")
         kept = ("log_steps", "checkpointing_steps", "keep_checkpoints", "num_samples", "num_inference_steps")
         require_at_least(self, 1, *counts, *kept, "world_size")
         require_at_least(self, 0, "warmup_steps", "seed")
         for name in ("learning_rate", "lr_power", "max_grad_norm"):
-            require(self, name, 0 < getattr(self, name) < float("inf"), "more than 0")
+            require(self, name, 0 < getattr(self, name) < float("inf"), "a value above 0")
         for name in ("output_dir", "resume"):
             require(self, name, bool(getattr(self, name)), "a path")
         require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "at least 0")
@@ -282,24 +291,24 @@ class TrainingConfig:
 class EvaluationConfig:
     """Evaluation: metrics during training and at its end.
 
-    The options are those of `hf-ddpm evaluate`, prefixed with `eval_`.
+    The options have the names of the options of `hf-ddpm evaluate`, prefixed with `eval_`.
     """
 
-    eval_metrics: str = option("metrics, separated by commas: fd, kid, is, pr, nll; none by default", "")
+    eval_metrics: str = option("metrics, separated by commas: fd, kid, is, pr, nll (default: none)", "")
     eval_steps: int | None = option(
         "steps between evaluations during training; best/ then holds the best model by the first metric", None
     )
     eval_split: str = option("held-out split, used by nll and --eval_floor", "test")
     eval_floor: bool = option("also evaluate the same number of held-out real images: the best value to expect", True)
     eval_extractor: str | None = option(
-        "feature extractor: digits, inception (needs hf_ddpm[inception]), or a folder or Hub id of an image model; by "
-        "default digits for data set digits, else inception",
+        "feature extractor: digits; inception, after pip install -c constraints.txt -e '.[inception]'; or a folder or "
+        "Hub id of an image model (default: digits for dataset digits, else inception)",
         None,
     )
-    eval_num_images: int | None = option("number of images to evaluate on; by default all of the held-out split", None)
-    eval_inference_steps: int | None = option("sampling steps; all by default", None)
+    eval_num_images: int | None = option("number of images to evaluate on (default: the whole held-out split)", None)
+    eval_inference_steps: int | None = option("sampling steps (default: all)", None)
     eval_steps_per_image: int | None = option(
-        "nll: number of steps evaluated per image, for an estimate; all by default", None
+        "nll: number of timesteps evaluated per image, for an estimate (default: all)", None
     )
 
     def __post_init__(self) -> None:
@@ -344,7 +353,7 @@ class HubConfig:
     push_to_hub: bool = option("push the model at every checkpoint (in the background) and at the end", False)
     hub_model_id: str | None = option("repository, as namespace/name; created if missing", None)
     hub_private_repo: bool | None = option(
-        "make the repository private; by default unchanged, or the account's default for a new one", None
+        "make a new repository private; error if an existing one is public (default: the account's setting)", None
     )
     license: str | None = option("license of the model, for its card, such as apache-2.0", None)
 
@@ -353,7 +362,12 @@ class HubConfig:
         require_types(self)
         name = self.hub_model_id
         require(self, "hub_model_id", name is None or name.count("/") == 1, "namespace/name")
-        require(self, "push_to_hub", not self.push_to_hub or name is not None, "--hub_model_id NAMESPACE/NAME, too")
+        require(
+            self,
+            "push_to_hub",
+            not self.push_to_hub or name is not None,
+            "--hub_model_id NAMESPACE/NAME is missing; expected a repository to push to",
+        )
 
 
 # Both set the length of a run: the one given last wins.
@@ -384,7 +398,7 @@ FORMER_DEFAULTS: dict[str, Any] = {
     "timestep_spacing": "leading",
 }
 
-# Parts that describe a data set, not a model: in a preset they are for its own data set only.
+# Parts that describe a dataset, not a model; a preset's values are for its own dataset only.
 OF_DATA = (DataConfig, EvaluationConfig, HubConfig)
 
 PARTS = (
@@ -398,7 +412,7 @@ class Config:
     """All options of a training run.
 
     Attributes:
-        defaulted: Values of options that were not given: those of `FORMER_DEFAULTS` and of an automatic preset.
+        defaulted: Values of options that were not given: the values of `FORMER_DEFAULTS` and of an automatic preset.
         notes: Lines that report the choice of a preset.
     """
 
@@ -431,7 +445,7 @@ class Config:
         """
         if "help" in options:
             raise ValueError("unknown option help: hf-ddpm train --help lists the options")
-        return parse_config(words_of(options))
+        return parse_config(arguments_of(options))
 
     def __post_init__(self) -> None:
         """Check options of different parts against each other."""
@@ -442,9 +456,11 @@ class Config:
         if self.start_from is None:
             self._check_architecture()
         self._check_distillation()
-        streams = self.data.streaming and self.evaluation.eval_metrics
-        require(self.evaluation, "eval_metrics", not streams, "no metrics with --streaming true; run hf-ddpm evaluate"
-                " after training")  # fmt: skip
+        if self.data.streaming and self.evaluation.eval_metrics:
+            raise ValueError(
+                f"--eval_metrics {self.evaluation.eval_metrics}: not supported with --streaming true; evaluate after "
+                "training with hf-ddpm evaluate"
+            )
         between, every = self.training.checkpointing_steps, self.evaluation.eval_steps
         # A checkpoint before each evaluation: a kill during the evaluation loses no steps.
         fits = (every or 0) % between == 0
@@ -458,7 +474,12 @@ class Config:
         require(self.diffusion, "prediction_type", predicts, "v_prediction or sample for a student")
         metrics = self.evaluation.eval_metrics
         has_nll = "nll" in metrics.split(",")
-        require(self.evaluation, "eval_metrics", not has_nll, "no nll for a student, which has no bound on it")
+        require(
+            self.evaluation,
+            "eval_metrics",
+            not has_nll,
+            "nll is not supported for a distilled model, which has no variational bound; expected other metrics",
+        )
 
     @property
     def start_from(self) -> str | None:
@@ -468,13 +489,14 @@ class Config:
     def _check_architecture(self) -> None:
         multiple = 2 ** (len(self.model.block_out_channels) - 1)
         fits = all(side % multiple == 0 for side in self.data.size)
-        require(self.data, "resolution", fits, f"multiples of {multiple}, for the U-Net's {multiple.bit_length() - 1}"
-                 " halvings (block_out_channels)")  # fmt: skip
+        example = " ".join(str(max(1, round(side / multiple)) * multiple) for side in self.data.resolution)
+        require(self.data, "resolution", fits, f"the U-Net with {len(self.model.block_out_channels)} resolutions needs "
+                f"multiples of {multiple}; expected for example {example}")  # fmt: skip
         reached, channels = self.resolutions, self.model.block_out_channels
         is_reached = all(size in (0, *reached) for size in self.model.attention_resolutions)
         require(self.model, "attention_resolutions", is_reached, f"any of {reached}, or 0 for none")
         attended = [width for width, attends in zip(channels, self.attends, strict=True) if attends]
-        narrowest = min([*attended, channels[-1]])  # the middle block has attention, too
+        narrowest = min([*attended, channels[-1]])  # the middle block also has attention
         head_dim = self.model.attention_head_dim or 1
         require(
             self.model,
@@ -490,7 +512,7 @@ class Config:
 
     @property
     def attends(self) -> list[bool]:
-        """Whether each of `resolutions` has self-attention."""
+        """For each of `resolutions`, True if it has self-attention."""
         return [resolution in self.model.attention_resolutions for resolution in self.resolutions]
 
     def to_dict(self) -> dict[str, Any]:
@@ -523,7 +545,7 @@ class Config:
         return classes + (self.data.class_dropout > 0) if classes else None
 
     def unet(self, classes: int = 0) -> dict[str, Any]:
-        """Return the options of the `UNet2DModel`; the fixed ones are those of the paper's code."""
+        """Return the options of the `UNet2DModel`; the fixed ones have the values of the paper's code."""
         height, width = self.data.size
         return {
             "sample_size": height if height == width else (height, width),
@@ -562,8 +584,8 @@ class Sources:
     """Sources: a preset and a file of options; the command line overrides both."""
 
     preset: str | None = option(
-        f"one of {', '.join(preset_names())} (see `hf-ddpm presets`); by default a small one, unless "
-        "block_out_channels is given",
+        f"one of {', '.join(preset_names())} (see `hf-ddpm presets`) (default: a small one, "
+        "unless block_out_channels is given)",
         None,
     )
     config: str | None = option("YAML file of options, such as the config.yaml of a run", None)
@@ -588,8 +610,8 @@ def with_past_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {**default_options(), **FORMER_DEFAULTS, **stored}
 
 
-def words_of(options: Mapping[str, Any]) -> list[str]:
-    """Return options as command-line words; options set to None are omitted."""
+def arguments_of(options: Mapping[str, Any]) -> list[str]:
+    """Return options as command-line arguments; options set to None are omitted."""
     argv = []
     for name, value in options.items():
         if isinstance(value, list | tuple):
@@ -618,19 +640,19 @@ def parse_config(argv: list[str], doc: str | None = None) -> Config:
         file = {name: value for name, value in file.items() if value is not None}
     preset, chosen, notes = _preset(sources.preset, file, argv)
     options = _merged(_merged(preset, file), dict.fromkeys(LENGTHS & given_options(argv, PARTS)))
-    words = _command_line(options)
-    _, *parts = parse_options(words + argv, Sources, *PARTS, doc=doc)
+    arguments = _command_line(options)
+    _, *parts = parse_options(arguments + argv, Sources, *PARTS, doc=doc)
     config = Config(*parts)
     given = {*file, *given_options(argv, PARTS)}
     chosen |= {"gradient_accumulation_steps"} if "train_batch_size" in chosen else set()  # they change together
     chosen -= given | LENGTHS if given & LENGTHS else given
-    chosen |= FORMER_DEFAULTS.keys() - given_options(words + argv, PARTS)
+    chosen |= FORMER_DEFAULTS.keys() - given_options(arguments + argv, PARTS)
     config.defaulted = {name: value for name, value in config.to_dict().items() if name in chosen}
     config.notes = [line for line in notes if line]
     return config
 
 
-def _preset(name: str | None, file: Words, argv: list[str]) -> tuple[Words, set[str], list[str]]:
+def _preset(name: str | None, file: Arguments, argv: list[str]) -> tuple[Arguments, set[str], list[str]]:
     """Return the options of the given or automatic preset, the names of automatic options, and lines on the choice."""
     names = {entry.name for entry in dataclasses.fields(Given)}
     given, _ = parse_first(_command_line({key: value for key, value in file.items() if key in names}) + argv, Given)
@@ -643,17 +665,17 @@ def _preset(name: str | None, file: Words, argv: list[str]) -> tuple[Words, set[
     return fitted, chosen, [line, unused]
 
 
-def _command_line(options: Words) -> list[str]:
-    """Return options as command-line words."""
-    return [word for name, value in options.items() if value is not None for word in _words(name, value)]
+def _command_line(options: Arguments) -> list[str]:
+    """Return options as command-line arguments."""
+    return [word for name, value in options.items() if value is not None for word in _as_arguments(name, value)]
 
 
-def _words(name: str, values: list[str]) -> list[str]:
-    """Return the words of an option; with `=`, a single value that starts with `-` is not read as an option."""
+def _as_arguments(name: str, values: list[str]) -> list[str]:
+    """Return an option as command-line arguments; `=` marks a value that starts with `-` as a value."""
     return [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
 
 
-def _merged(earlier: Words, later: Words) -> Words:
+def _merged(earlier: Arguments, later: Arguments) -> Arguments:
     """Merge options of two sources; a run length in the later source replaces any in the earlier one."""
     replaced = LENGTHS if LENGTHS & later.keys() else set()
     kept = {name: value for name, value in earlier.items() if name not in replaced}

@@ -1,7 +1,7 @@
 """Convert images between bytes, [-1, 1], [0, 1] and PIL; draw grids and animations.
 
 Terms: *bytes* are NCHW uint8, or uint16 for 16-bit images; *signed* images are NCHW floats in [-1, 1], the range of the
-diffusion process; *unit* images are NCHW floats in [0, 1], the output of the pipelines of diffusers.
+diffusion process; *unit* images are NCHW floats in [0, 1], the output of diffusers pipelines.
 """
 
 import math
@@ -31,7 +31,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "numpy")
 
 
 def to_signed(pixels: Tensor, levels: int = 256) -> Tensor:
-    """Converts bytes to signed images: 0 becomes -1, and 255 (65535 for uint16) becomes 1.
+    """Convert bytes to signed images: 0 becomes -1, and 255 (65535 for uint16) becomes 1.
 
     Images with fewer evenly spaced values, such as the 17 of the digits, were rounded when stored as bytes. Each pixel
     is set to the nearest of `levels` values.
@@ -45,35 +45,35 @@ def to_signed(pixels: Tensor, levels: int = 256) -> Tensor:
 
 
 def to_unit(signed: Tensor) -> Tensor:
-    """Converts signed images to unit images, clipped."""
+    """Convert signed images to unit images, clipped."""
     return (signed / 2 + 0.5).clamp(0, 1)
 
 
 def to_bytes(unit: Tensor) -> Tensor:
-    """Converts unit images to bytes, rounded to the nearest of 256 values."""
+    """Convert unit images to bytes, rounded to the nearest of 256 values."""
     return (unit * 255).round().to(torch.uint8)
 
 
 def bytes_to_unit(pixels: Tensor) -> Tensor:
-    """Converts bytes to unit images: 0 becomes 0, and 255 becomes 1."""
+    """Convert bytes to unit images: 0 becomes 0, and 255 becomes 1."""
     return pixels / 255
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """Converts bytes with 1, 3 or 4 channels to PIL images; other numbers of channels raise a `ValueError`."""
+    """Convert bytes with 1, 3 or 4 channels to PIL images; other numbers of channels raise a `ValueError`."""
     check_picture(pixels.shape[1], "use arrays or tensors")
     arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
 
 
 def check_picture(channels: int, instead: str) -> None:
-    """Raises a `ValueError` unless PIL images can have this number of channels; `instead` is the remedy."""
+    """Raise a `ValueError` unless PIL images can have this number of channels; `instead` is the remedy."""
     if channels not in MODES:
         raise ValueError(f"PIL images cannot have {channels} channels: expected 1, 3 or 4; {instead}")
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """Converts bytes with any number of channels to PIL images for display.
+    """Convert bytes with any number of channels to PIL images for display.
 
     Args:
         pixels: Bytes, shape `(N, C, H, W)`.
@@ -87,20 +87,20 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
 
 
 def from_pil(image: Image.Image, channels: int) -> np.ndarray:
-    """Converts a PIL image to a CHW uint8 array with 1, 3 or 4 channels."""
+    """Convert a PIL image to a CHW uint8 array with 1, 3 or 4 channels."""
     array = np.asarray(image if image.mode == MODES[channels] else image.convert(MODES[channels]))
     return array.reshape(*array.shape[:2], channels).transpose(2, 0, 1)
 
 
 def as_output(unit: Tensor, output_type: str) -> Any:
-    """Returns unit images as PIL images (`pil`), as an NHWC array (`np`, `numpy`) or unchanged (`pt`)."""
+    """Return unit images as PIL images (`pil`), as an NHWC array (`np`, `numpy`) or unchanged (`pt`)."""
     if output_type == "pil":
         return to_pil(to_bytes(unit))
     return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def read_signed(images: Any, shape: tuple[int, ...]) -> Tensor:
-    """Converts PIL images, arrays or tensors to signed images.
+    """Convert PIL images, arrays or tensors to signed images.
 
     Args:
         images: One image or batch, or a list of them: PIL images; arrays, HWC or NHWC, of uint8 or of floats in [0, 1];
@@ -150,7 +150,7 @@ def _in_range(images: Tensor, kind: str, lowest: int) -> Tensor:
 
 
 def read_masks(masks: Any, count: int, size: tuple[int, int]) -> Tensor:
-    """Converts PIL images, arrays or tensors to boolean masks: true at white pixels, or 1.
+    """Convert PIL images, arrays or tensors to boolean masks: true at white pixels, or 1.
 
     Args:
         masks: One mask or batch, or a list of them: opaque PIL images, converted to gray; arrays or tensors of
@@ -211,7 +211,7 @@ def grid(
     row_labels: Sequence[str] = (),
     title: str = "",
 ) -> Image.Image:
-    """Draws images of one size as a grid, row by row, on light gray.
+    """Draw images of one size as a grid, row by row, on light gray.
 
     Args:
         images: At least one image.
@@ -251,7 +251,7 @@ def grid(
 
 
 def sample_grid(pixels: Tensor, class_names: Sequence[str] = (), title: str = "") -> Image.Image:
-    """Draws generated images as a grid.
+    """Draw generated images as a grid.
 
     Args:
         pixels: Bytes, shape `(N, C, H, W)`.
@@ -266,13 +266,13 @@ def sample_grid(pixels: Tensor, class_names: Sequence[str] = (), title: str = ""
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG file atomically."""
+    """Write a PNG file atomically."""
     with atomic_write(path) as partial:
         picture.save(partial, format="PNG")
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, milliseconds: int) -> None:
-    """Writes PIL images of one size as a GIF or WebP (by the suffix of `path`); the last frame is shown longer."""
+    """Write PIL images of one size as a GIF or WebP (by the suffix of `path`); the last frame is shown longer."""
     times = [milliseconds] * (len(frames) - 1) + [LAST_MILLISECONDS]
     with atomic_write(path) as partial:
         frames[0].save(partial, format=path.suffix[1:], save_all=True, append_images=frames[1:], duration=times, loop=0)

@@ -16,7 +16,7 @@ import hf_ddpm
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Returns the versions, revision, device and date of a result that is computed now."""
+    """Return the versions, revision, device and date of a result that is computed now."""
     return {
         "versions": {
             "hf_ddpm": hf_ddpm.__version__,
@@ -31,8 +31,8 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def revision(file: Path) -> str | None:
-    """Returns the git revision of a file, with `-dirty` if its checkout has changes; None if git does not track it."""
-    # `ls-files` excludes untracked files inside a checkout, such as those of a virtual environment.
+    """Return the git revision of a file, with `-dirty` if its checkout has changes; None if git does not track it."""
+    # `ls-files` excludes untracked files inside a checkout, such as the files of a virtual environment.
     for words in (["ls-files", "--error-unmatch", file.name], ["describe", "--always", "--dirty", "--abbrev=40"]):
         try:
             result = subprocess.run(["git", *words], cwd=file.parent, capture_output=True, text=True, timeout=10)
@@ -44,14 +44,14 @@ def revision(file: Path) -> str | None:
 
 
 def hardware(device: torch.device) -> str:
-    """Returns the name of a device."""
+    """Return the name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, threads: {torch.get_num_threads()})"
 
 
 def weights_checksum(network: nn.Module) -> str:
-    """Returns the SHA-256 of the names and values of all weights of a network, in hex."""
+    """Return the SHA-256 of the names and values of all weights of a network, in hex."""
     digest = hashlib.sha256()
     for key, value in sorted(network.state_dict().items()):
         digest.update(key.encode())
@@ -60,7 +60,7 @@ def weights_checksum(network: nn.Module) -> str:
 
 
 def model_checksum(pipe: Any) -> str:
-    """Returns the SHA-256 of a pipeline's weights, network config and scheduler config, in hex."""
+    """Return the SHA-256 of a pipeline's weights, network config and scheduler config, in hex."""
     parts = [weights_checksum(pipe.unet)]
     for component in (pipe.unet, pipe.scheduler):
         config = {key: value for key, value in component.config.items() if not key.startswith("_")}

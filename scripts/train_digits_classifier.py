@@ -44,7 +44,7 @@ class ClassifierConfig:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     (config,) = parse_options(argv, ClassifierConfig)
     torch.set_num_threads(1)
     network = train(*load("train"))
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 
 def load(split: str) -> tuple[Tensor, Tensor]:
-    """Returns the images and the labels of a split of the digits."""
+    """Return the images and the labels of a split of the digits."""
     data = DataConfig("digits", split=split, resolution=[SIZE], channels=1)
     images = load_images(data)
     labels = torch.tensor(open_split(data)[0]["label"][:])
@@ -67,7 +67,7 @@ def load(split: str) -> tuple[Tensor, Tensor]:
 
 
 def train(pixels: Tensor, labels: Tensor) -> DigitsClassifier:
-    """Returns a classifier trained on digits, in eval mode."""
+    """Return a classifier trained on digits, in eval mode."""
     torch.manual_seed(SEED)
     network = DigitsClassifier()
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)

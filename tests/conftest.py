@@ -45,7 +45,7 @@ TINY_RUN = [
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """Restores the signal handlers after each test; a test that ignores signals could make the next one hang."""
+    """Restore the signal handlers after each test; a test that ignores signals could make the next one hang."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -71,7 +71,7 @@ def tiny_pipeline(tiny_unet):
 
 
 def load_file(path):
-    """Imports a file that is not part of a package, and returns the module."""
+    """Import a file that is not part of a package, and return the module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -79,7 +79,7 @@ def load_file(path):
 
 
 def load_script(name):
-    """Returns the module of a script."""
+    """Return the module of a script."""
     name = name.removeprefix("space/")
     if name == "benchmark":
         return importlib.import_module("benchmarks.__main__")

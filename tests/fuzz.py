@@ -2,7 +2,7 @@
 
     python -m tests.fuzz
 
-Outcomes: `fine` (the same result as without the damage), `warned`, `refused` (a one-line error that names the file or
+Outcomes: `fine` (the same result as without the damage), `warned`, `rejected` (a one-line error that names the file or
 the option), `unclear` (an error of several lines or without such a name), `traceback`, or `silent` (exit code 0 and
 another result, without a warning).
 """
@@ -31,7 +31,7 @@ from PIL import Image
 
 from tests.conftest import TINY_RUN, load_script
 
-OUTCOMES = ("fine", "warned", "refused", "unclear", "traceback", "silent")
+OUTCOMES = ("fine", "warned", "rejected", "unclear", "traceback", "silent")
 LIMIT = 20  # seconds per command
 CHECKPOINT = "checkpoints/step-000000004"
 VALUES = (None, [], {}, "x", "", -1, 0, 1, 2.5, True, [1, "x"], 10**30, float("nan"), float("inf"), "\0")
@@ -48,7 +48,7 @@ class Mutation:
         name: Description of the change.
         damage: Changes the files of a copy of the run.
         command: A name in `COMMANDS`.
-        expect: `same` (the same result, a warning or an error), `refused` (an error), or `any` (exit code 0 is also
+        expect: `same` (the same result, a warning or an error), `rejected` (an error), or `any` (exit code 0 is also
             fine).
         words: Further words of the command line.
         names: An error must contain one of these.
@@ -67,7 +67,7 @@ class Mutation:
 
 
 def sample(run: Path, words: tuple[str, ...]) -> str:
-    """Samples two images with the model of the run."""
+    """Sample two images with the model of the run."""
     out = run / "out"
     steps = ("--num_images", "2", "--num_inference_steps", "2", "--output", str(out))
     _main("sample", "--model", str(run), *steps, *words)
@@ -75,7 +75,7 @@ def sample(run: Path, words: tuple[str, ...]) -> str:
 
 
 def evaluate(run: Path, words: tuple[str, ...]) -> str:
-    """Estimates the bound on two images."""
+    """Estimate the bound on two images."""
     out = run / "results.json"
     few = ("--metrics", "nll", "--num_images", "2", "--steps_per_image", "2")
     _main("evaluate", "--model", str(run), "--dataset", "digits", *few, "--output", str(out), *words)
@@ -83,7 +83,7 @@ def evaluate(run: Path, words: tuple[str, ...]) -> str:
 
 
 def compare(run: Path, words: tuple[str, ...]) -> str:
-    """Compares a folder of samples with the digits."""
+    """Compare a folder of samples with the digits."""
     out = run / "fd.json"
     few = ("--metrics", "fd", "--dataset", "digits", "--max_train_samples", "16")
     _main("evaluate", "--samples", str(run / "images"), *few[:4], "--output", str(out), *words)
@@ -91,32 +91,32 @@ def compare(run: Path, words: tuple[str, ...]) -> str:
 
 
 def resume(run: Path, words: tuple[str, ...]) -> str:
-    """Resumes the run for one step."""
+    """Resume the run for one step."""
     _main("train", *TINY_RUN, "--output_dir", str(run), "--max_train_steps", "5", *words)
     return json.loads((run / "export.json").read_text())["checksum"]
 
 
 def train(run: Path, words: tuple[str, ...]) -> str:
-    """Trains a new run for one step."""
+    """Train a new run for one step."""
     out = run / "new"
     _main("train", *TINY_RUN, "--output_dir", str(out), "--max_train_steps", "1", *words)
     return json.loads((out / "export.json").read_text())["checksum"]
 
 
 def train_images(run: Path, words: tuple[str, ...]) -> str:
-    """Trains a new run for one step on the folder `images`."""
+    """Train a new run for one step on the folder `images`."""
     return train(run, ("--dataset", str(run / "images"), "--channels", "1", "--levels", "17", *words))
 
 
 def train_config(run: Path, words: tuple[str, ...]) -> str:
-    """Trains a new run for one step with only the options of `config.yaml`."""
+    """Train a new run for one step with only the options of `config.yaml`."""
     out = run / "new"
     _main("train", "--config", str(run / "config.yaml"), "--output_dir", str(out), "--max_train_steps", "1", *words)
     return json.loads((out / "export.json").read_text())["checksum"]
 
 
 def train_preset(run: Path, words: tuple[str, ...]) -> str:
-    """Trains a new run for one step with `config.yaml` as a preset."""
+    """Train a new run for one step with `config.yaml` as a preset."""
     from hf_ddpm import presets
 
     original, presets.PRESETS = presets.PRESETS, run / "presets"
@@ -131,7 +131,7 @@ def train_preset(run: Path, words: tuple[str, ...]) -> str:
 
 
 def card(run: Path, words: tuple[str, ...]) -> str:
-    """Writes the model card; the result lists words such as "nan" that it must not contain."""
+    """Write the model card; the result lists words such as "nan" that it must not contain."""
     from hf_ddpm.hub.card import write_card
 
     (run / "README.md").unlink(missing_ok=True)
@@ -140,7 +140,7 @@ def card(run: Path, words: tuple[str, ...]) -> str:
 
 
 def convert(run: Path, words: tuple[str, ...]) -> str:
-    """Converts the run as a stock pipeline."""
+    """Convert the run as a stock pipeline."""
     out = run / "converted"
     _main("convert", "--from", "stock", "--input", str(run), "--output", str(out), *words)
     return _digest(*sorted(out.glob("unet/*")), out / "scheduler/scheduler_config.json")
@@ -170,7 +170,7 @@ def _digest(*files: Path) -> str:
 
 
 def mutations() -> Iterator[Mutation]:
-    """Yields all mutations, always the same ones."""
+    """Yield all mutations, always the same ones."""
     rng = random.Random(0)
     yield from _json(rng)
     yield from _jsonl(rng)
@@ -234,16 +234,16 @@ def _checkpoints(rng: random.Random) -> Iterator[Mutation]:
             )
     for name in ("unet.safetensors", "optimizer.safetensors", "state.json"):
         yield Mutation(
-            "checkpoint", f"{name} bit", _flip(f"{CHECKPOINT}/{name}", 900), "resume", "refused", names=(name,)
+            "checkpoint", f"{name} bit", _flip(f"{CHECKPOINT}/{name}", 900), "resume", "rejected", names=(name,)
         )
         yield Mutation(
-            "checkpoint", f"{name} gone", _remove(f"{CHECKPOINT}/{name}"), "resume", "refused", names=(name,)
+            "checkpoint", f"{name} gone", _remove(f"{CHECKPOINT}/{name}"), "resume", "rejected", names=(name,)
         )
     # Damage with a matching manifest, as an older version or a manual edit may leave it.
     file = f"{CHECKPOINT}/state.json"
     for content in DAMAGED_JSON:
         name = f"sealed state.json = {content[:12]!r}"
-        yield Mutation("checkpoint", name, _sealed(_write(file, content)), "resume", "refused", names=("state.json",))
+        yield Mutation("checkpoint", name, _sealed(_write(file, content)), "resume", "rejected", names=("state.json",))
     for key in ("step", "global_batch_size", "scaler", "config", "data", "hub_ids", "unet", "scheduler"):
         for value in rng.sample((*VALUES, _GONE), 3):
             damage = _sealed(_edit(file, (key,), value))
@@ -283,7 +283,7 @@ def _yaml(rng: random.Random) -> Iterator[Mutation]:
     ):  # fmt: skip
         for command in rng.sample(("train_config", "train_preset"), 1):
             name = f"{command} {key}: {wrong}"
-            yield Mutation("yaml", name, _replace_line(file, key, wrong), command, "refused", names=(key, file))
+            yield Mutation("yaml", name, _replace_line(file, key, wrong), command, "rejected", names=(key, file))
     for key in ("dataset", "seed", "license", "class_dropout", "max_train_steps", "learning_rate", "resolution"):
         for value in rng.sample(VALUES, 2):
             yield Mutation("yaml", f"card {key} = {value!r}", _edit_yaml(file, key, value), "card", names=(file, key))
@@ -298,9 +298,9 @@ def _weights(rng: random.Random) -> Iterator[Mutation]:
             yield Mutation("safetensors", f"{command}: {kind}", _tensors(file, change), command, expect, names=names)
         for offset in (0, 3, 7, 9, 40, 200, 100_000):
             yield Mutation("safetensors", f"{command}: bit at {offset}", _flip(file, offset), command, names=names)
-        yield Mutation("safetensors", f"{command}: truncated", _truncate(file), command, "refused", names=names)
-        yield Mutation("safetensors", f"{command}: empty", _write(file, b""), command, "refused", names=names)
-        yield Mutation("safetensors", f"{command}: gone", _remove(file), command, "refused", names=names)
+        yield Mutation("safetensors", f"{command}: truncated", _truncate(file), command, "rejected", names=names)
+        yield Mutation("safetensors", f"{command}: empty", _write(file, b""), command, "rejected", names=names)
+        yield Mutation("safetensors", f"{command}: gone", _remove(file), command, "rejected", names=names)
     del rng
 
 
@@ -313,7 +313,7 @@ def _images(rng: random.Random) -> Iterator[Mutation]:
             ("zeros", _write(file, bytes(300))),
         ):  # fmt: skip
             command = rng.choice(("train_images", "compare")) if kind in ("png", "npz") else "train_images"
-            expect = "any" if name == "truncated" and kind in ("npz", "gif") else "refused"
+            expect = "any" if name == "truncated" and kind in ("npz", "gif") else "rejected"
             yield Mutation(
                 "images",
                 f"{command} {kind} {name}",
@@ -330,9 +330,9 @@ def _images(rng: random.Random) -> Iterator[Mutation]:
         other = rng.choice([k for k in kinds[:5] if k != kind])
         damage = _then(_folder(kind), _copy(f"images/3.{kind}", f"images/9.{other}"))
         yield Mutation("images", f"{kind} named .{other}", damage, "train_images", "any", names=(f"9.{other}",))
-    yield Mutation("images", "no folder", lambda run: None, "train_images", "refused", names=("images",))
+    yield Mutation("images", "no folder", lambda run: None, "train_images", "rejected", names=("images",))
     yield Mutation(
-        "images", "empty folder", lambda run: (run / "images").mkdir(), "train_images", "refused", names=("images",)
+        "images", "empty folder", lambda run: (run / "images").mkdir(), "train_images", "rejected", names=("images",)
     )
 
 
@@ -345,7 +345,7 @@ def _parquet(rng: random.Random) -> Iterator[Mutation]:
         ("no images", _table(label=[1, 2])), ("no rows", _table(image=[])), ("bytes", _table(image=[b"x", b"y"])),
     ):  # fmt: skip
         yield Mutation(
-            "parquet", name, _then(_rows, damage), "train_images", "refused", names=("images", "image_column")
+            "parquet", name, _then(_rows, damage), "train_images", "rejected", names=("images", "image_column")
         )
     for offset in (5, 200, 1200, -60, -200, -8, -2, -6):
         yield Mutation(
@@ -373,7 +373,7 @@ def _options(rng: random.Random) -> Iterator[Mutation]:
                 # These are numbers, which may be valid; all others are not numbers.
                 is_number = text in ("-1", "1e400", str(10**30)) or (not text and name == "max_train_samples")
                 is_list = text in ("", "None") and name in ("attention_resolutions", "max_train_samples")
-                expect = "any" if is_number or is_list else "refused"
+                expect = "any" if is_number or is_list else "rejected"
                 words = (f"--{name}={text}",)
                 yield Mutation(
                     "options",
@@ -405,7 +405,7 @@ def _options(rng: random.Random) -> Iterator[Mutation]:
         ("train", ("--value_range=1", "0"), "value_range"), ("train", ("--value_range=nan", "1"), "value_range"),
         ("train", ("--background=nocolor",), "background"), ("evaluate", ("--background=a\0b",), "background"),
     ):  # fmt: skip
-        yield Mutation("options", f"{command} {' '.join(words)!r}", _nothing, command, "refused", words, tuple(names))
+        yield Mutation("options", f"{command} {' '.join(words)!r}", _nothing, command, "rejected", words, tuple(names))
 
 
 # The damages: functions that return a function of the folder.
@@ -425,7 +425,7 @@ def _parts(file: str) -> tuple[str, ...]:
 
 
 def _keys(file: str) -> list[tuple[str, ...]]:
-    """Returns the paths of the keys of a JSON file, up to a depth of three, without details of the provenance."""
+    """Return the paths of the keys of a JSON file, up to a depth of three, without details of the provenance."""
 
     def walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         for key, item in value.items() if isinstance(value, dict) else ():
@@ -548,7 +548,7 @@ def _image(index: int) -> np.ndarray:
 
 
 def _folder(kind: str) -> Callable[[Path], object]:
-    """Returns a function that writes a folder of eight images."""
+    """Return a function that writes a folder of eight images."""
 
     def make(run: Path) -> None:
         folder = run / "images"
@@ -566,7 +566,7 @@ def _folder(kind: str) -> Callable[[Path], object]:
 
 
 def _rows(run: Path) -> None:
-    """Writes a table of eight images."""
+    """Write a table of eight images."""
     contents = []
     for index in range(8):
         Image.fromarray(_image(index)).save(buffer := io.BytesIO(), "png")
@@ -593,7 +593,7 @@ class _OutOfTime(BaseException):
 
 
 def prepare(folder: Path) -> Path:
-    """Trains and evaluates the run to damage, with a checkpoint at step 4; returns its folder."""
+    """Train and evaluate the run to damage, with a checkpoint at step 4; return its folder."""
     run = folder / "run"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         _main("train", *TINY_RUN, "--output_dir", str(run), "--max_train_steps", "4")
@@ -605,7 +605,7 @@ def prepare(folder: Path) -> Path:
 
 
 def attempt(mutation: Mutation, run: Path, folder: Path) -> tuple[str, str]:
-    """Returns the state of a command (`ok`, `warned`, `refused` or `traceback`), and its result or its error."""
+    """Return the state of a command (`ok`, `warned`, `rejected` or `traceback`), and its result or its error."""
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(run, work)
@@ -624,7 +624,7 @@ def attempt(mutation: Mutation, run: Path, folder: Path) -> tuple[str, str]:
                 warnings.simplefilter("ignore")
                 result = COMMANDS[mutation.command](work, mutation.words)
     except (ValueError, OSError, FloatingPointError) as error:
-        return "refused", str(error)
+        return "rejected", str(error)
     except (Exception, SystemExit, _OutOfTime):
         return "traceback", traceback.format_exc(limit=-2)
     finally:
@@ -641,12 +641,12 @@ def _end(number: int, frame: Any) -> None:
 
 
 def judge(mutation: Mutation, state: str, result: str, undamaged: str) -> str:
-    """Returns the outcome of an attempt, one of `OUTCOMES`."""
+    """Return the outcome of an attempt, one of `OUTCOMES`."""
     if state == "traceback":
         return state
-    if state == "refused":
+    if state == "rejected":
         is_clear = "\n" not in result and result and any(name in result for name in mutation.names or ("",))
-        return "refused" if is_clear else "unclear"
+        return "rejected" if is_clear else "unclear"
     if state == "warned":
         return "warned"
     is_same = mutation.expect == "any" or (mutation.expect == "same" and result == undamaged)
@@ -663,7 +663,7 @@ def _undamaged(mutation: Mutation) -> Mutation:
 
 
 def fuzz(folder: Path, report: Callable[[str], object] | None = None) -> Counter[tuple[str, str]]:
-    """Tries all mutations.
+    """Try all mutations.
 
     Args:
         folder: Working folder.
@@ -695,7 +695,7 @@ def fuzz(folder: Path, report: Callable[[str], object] | None = None) -> Counter
 
 
 def table(counts: Counter[tuple[str, str]]) -> str:
-    """Returns the counts as text: the number of mutations and the outcomes, per group and in total."""
+    """Return the counts as text: the number of mutations and the outcomes, per group and in total."""
     groups = list(dict.fromkeys(group for group, _ in counts))
     lines = [f"{'':16}{'tried':>10}" + "".join(f"{name:>10}" for name in OUTCOMES)]
     for group in [*groups, "all"]:

@@ -115,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # saves 40 ms per request
 
     def log_message(self, *words):
-        """Disables the log of the base class."""
+        """Disable the log of the base class."""
 
     def do_GET(self):
         url = urlsplit(self.path)
@@ -139,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
 
     def fault(self, line):
-        """Applies faults.json to a request; returns whether to stall."""
+        """Apply faults.json to a request; return whether to stall."""
         file = self.store.folder / "faults.json"
         for fault in json.loads(file.read_text()) if file.exists() else []:
             if line.startswith(fault["match"]):
@@ -180,14 +180,14 @@ class Handler(BaseHTTPRequestHandler):
         return f"http://{host}:{self.server.server_port}{path}"
 
     def who(self):
-        """Returns user, role and namespaces of the token; without a token, None, None and no namespaces."""
+        """Return user, role and namespaces of the token; without a token, None, None and no namespaces."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in TOKENS:
             raise Refused(401, "Invalid credentials in Authorization header")
         return TOKENS.get(token, (None, None, ()))
 
     def repo(self, kind, id, write=False):
-        """Returns a repository if the token may read it, or write to it if `write`."""
+        """Return a repository if the token may read it, or write to it if `write`."""
         user, role, namespaces = self.who()
         repo = self.store.repos.get(f"{kind}/{id}")
         is_mine = id.split("/")[0] in namespaces
@@ -227,7 +227,7 @@ class Handler(BaseHTTPRequestHandler):
     # Repositories
 
     def named(self):
-        """Returns kind and id of the repository named in the body, and the body."""
+        """Return kind and id of the repository named in the body, and the body."""
         body = json.loads(self.body)
         user, role, namespaces = self.who()
         namespace = body.get("organization") or user

@@ -25,7 +25,7 @@ def test_picture_and_pages_are_up_to_date(architecture):
     assert page == architecture.write_page(page), REMEDY
 
 
-def test_picture_shows_the_imports():
+def test_picture_shows_imports():
     """Read the imports from text, unlike the script, which reads syntax trees."""
     imported = {}
     for file in (ROOT / "hf_ddpm").rglob("*.py"):

@@ -13,7 +13,7 @@ from hf_ddpm.utils.options import Auto
 PAPERS = sorted({*preset_names()} - {"digits", "small-32", "small-64"})
 
 
-def test_the_command_line_overrides_the_file_and_the_file_overrides_the_preset(tmp_path):
+def test_command_line_overrides_file_and_file_overrides_preset(tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text("learning_rate: 1e-4\nseed: 3\nhorizontal_flip: true\nblock_out_channels: [32, 64]\n")
     config = parse_config(["--preset", "digits", "--config", str(file), "--seed", "7"])
@@ -34,7 +34,7 @@ def test_yaml_values_are_parsed_like_command_line_values(tmp_path):
     assert config.training.num_samples == 64
 
 
-def test_a_later_length_of_the_run_replaces_an_earlier_one(tmp_path):
+def test_later_length_of_run_replaces_earlier_length(tmp_path):
     def length(*words):
         training = parse_config(["--preset", "digits", *words]).training
         return training.max_train_steps, training.num_train_epochs
@@ -51,11 +51,11 @@ def test_a_later_length_of_the_run_replaces_an_earlier_one(tmp_path):
     assert length("--config", str(file)) == (800_000, None)
     for words in (["--num_train_epochs", "3", "--max_train_steps", "7"], ["--config", str(file)]):
         file.write_text("num_train_epochs: 3\nmax_train_steps: 7\n")
-        with pytest.raises(ValueError, match="--num_train_epochs 3: expected no epochs with --max_train_steps 7"):
+        with pytest.raises(ValueError, match="--num_train_epochs 3: not supported with --max_train_steps 7"):
             length(*words)
 
 
-def test_resumed_runs_keep_the_defaults_they_started_with():
+def test_resumed_runs_keep_defaults_they_started_with():
     stored = {name: value for name, value in parse_config(["--preset", "digits"]).to_dict().items()
               if name not in ("timestep_spacing", "ema_warmup", "beta_end")}  # fmt: skip
     words = ["--preset", "digits", "--no-ema-warmup", "--beta_end", "0.5"]
@@ -81,7 +81,7 @@ def test_resumed_runs_keep_the_defaults_they_started_with():
         ("lerning_rate: 1", "unknown option lerning_rate: did you mean learning_rate?"),
     ],
 )
-def test_invalid_yaml_options_are_errors(tmp_path, line, message):
+def test_invalid_yaml_options_are_rejected(tmp_path, line, message):
     (tmp_path / "x.yaml").write_text(line)
     with pytest.raises(ValueError, match=message):
         parse_config(["--preset", "digits", "--config", str(tmp_path / "x.yaml")])
@@ -110,7 +110,7 @@ def test_presets_contain_only_valid_options(name):
         ("lsun-church-256", 114, 1_200_000),
     ],
 )
-def test_presets_of_the_paper_have_its_parameters_and_steps(name, parameters, steps):
+def test_presets_of_paper_have_its_parameters_and_steps(name, parameters, steps):
     config = parse_config(["--preset", name])
     with torch.device("meta"):
         unet = UNet2DModel(**config.unet())
@@ -141,7 +141,7 @@ LATER_UNET = {
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_presets_of_the_paper_equal_the_published_models(name):
+def test_presets_of_paper_equal_published_models(name):
     # All options that affect the output are compared: another epsilon or padding would have weights of the same shapes.
     config = parse_config(["--preset", name])
     multiples = (1, 2, 2, 2) if name == "cifar10" else (1, 1, 2, 2, 4, 4)
@@ -170,7 +170,7 @@ def test_presets_of_the_paper_equal_the_published_models(name):
     assert (training.lr_schedule, training.max_grad_norm, config.data.levels) == ("constant", 1.0, 256)
 
 
-def test_the_defaults_are_the_options_of_the_paper():
+def test_defaults_are_options_of_paper():
     # Section 4 and Appendix B, for CIFAR-10.
     paper = parse_config(["--preset", "cifar10"])
     assert (paper.model, paper.diffusion) == (ModelConfig(), DiffusionConfig())
@@ -191,7 +191,7 @@ def test_public_option_names_exist():
 
 
 @pytest.mark.parametrize("more", [[], ["--value_range", "-1", "2.5", "--channels", "6", "--levels", "65536"]])
-def test_saved_options_load_as_the_same_config(tmp_path, more):
+def test_saved_options_load_as_same_config(tmp_path, more):
     config = parse_config(["--preset", "digits", "--seed", "5", "--attention_head_dim", "8", *more])
     config.save(tmp_path / "config.yaml")
     assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
@@ -203,18 +203,18 @@ def test_saved_options_load_as_the_same_config(tmp_path, more):
         ("--lerning_rate 1", "unknown option --lerning_rate: did you mean --learning_rate?"),
         ("--nonsense 1", "unknown option --nonsense: see --help"),
         ("--preset cats", "--preset cats: expected one of celebahq-256, cifar10, digits, lsun-bedroom"),
-        ("--config none.yaml", "--config none.yaml: file cannot be read"),
-        ("--max_train_steps many", "argument --max_train_steps: invalid int or auto value: 'many'"),
+        ("--config none.yaml", "--config none.yaml: cannot be read"),
+        ("--max_train_steps many", "^--max_train_steps many: expected an integer or auto$"),
         ("--max_train_steps 0", "--max_train_steps 0: expected at least 1"),
-        ("--learning_rate -1", "--learning_rate -1.0: expected more than 0"),
+        ("--learning_rate -1", "--learning_rate -1.0: expected a value above 0"),
         ("--num_train_epochs 0", "--num_train_epochs 0: expected at least 1"),
         ("--weight_decay -1", "--weight_decay -1.0: expected at least 0"),
         ("--adam_beta1 1", r"--adam_beta1 1.0: expected a value in \[0, 1\)"),
-        ("--lr_power 0", "--lr_power 0.0: expected more than 0"),
+        ("--lr_power 0", "--lr_power 0.0: expected a value above 0"),
         ("--dropout 1", r"--dropout 1.0: expected a value in \[0, 1\)"),
         ("--ema_decay 1", r"--ema_decay 1.0: expected a value in \[0, 1\)"),
-        ("--beta_schedule cosine", "argument --beta_schedule: invalid choice: 'cosine'"),
-        ("--variance_type learnt", "argument --variance_type: invalid choice: 'learnt'"),
+        ("--beta_schedule cosine", "^--beta_schedule cosine: expected one of linear, scaled_linear, "),
+        ("--variance_type learnt", "^--variance_type learnt: expected one of fixed_small, fixed_large, "),
         ("--channels 0", "--channels 0: expected at least 1"),
         ("--levels 70000", "--levels 70000: expected 2 to 65536"),
         ("--value_range 1", r"--value_range 1.0: expected two finite numbers LOW HIGH"),
@@ -222,14 +222,17 @@ def test_saved_options_load_as_the_same_config(tmp_path, more):
         ("--background x", "--background x: expected an opaque color such as white, #336699 or rgb"),
         ("--background #00ff0080", "--background #00ff0080: expected an opaque color such as"),
         ("--background rgb(256,0,0)", r"--background rgb\(256,0,0\): expected an opaque color such as"),
-        ("--resolution 9", r"--resolution 9: expected multiples of 2, for the U-Net's 1 halvings"),
+        (
+            "--resolution 9",
+            "^--resolution 9: the U-Net with 2 resolutions needs multiples of 2; expected for example 8$",
+        ),
         ("--attention_resolutions 3", r"--attention_resolutions 3: expected any of \[8, 4\], or 0 for none"),
         ("--attention_head_dim 999", "--attention_head_dim 999: expected at most 64, the channels of the narrowest"),
         ("--num_train_timesteps 1", "--num_train_timesteps 1: expected at least 2"),
         ("--block_out_channels 2 2 --norm_num_groups 1", "at least 4 at the highest resolution"),
         ("--norm_num_groups 0", "--norm_num_groups 0: expected at least 1"),
-        ("--learning_rate inf", "argument --learning_rate: 'inf' is not a finite number"),
-        ("--mixed_precision a/--b", "invalid choice: 'a/--b'"),
+        ("--learning_rate inf", "^--learning_rate inf: expected a finite number$"),
+        ("--mixed_precision a/--b", "^--mixed_precision a/--b: expected one of auto, no, bf16, fp16$"),
         ("--train_batch_size 1000000000", "--train_batch_size 1000000000: needs 238 GiB of memory; expected at most"),
         ("--resolution 10000000", "--resolution .*: needs 372,529 GiB of memory; expected at most"),
         ("--norm_num_groups 5", "--block_out_channels 32 64: expected multiples of --norm_num_groups 5"),
@@ -241,14 +244,14 @@ def test_errors_for_invalid_options_are_one_line(words, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_data_set_is_required():
-    with pytest.raises(ValueError, match="--dataset '': expected a data set, such as"):
+def test_dataset_is_required():
+    with pytest.raises(ValueError, match="--dataset '': expected a dataset, such as"):
         parse_config([])
     with pytest.raises(ValueError, match="--dataset ''"):
         DataConfig()
 
 
-def test_files_without_options_are_errors(tmp_path):
+def test_files_without_options_are_rejected(tmp_path):
     for content, message in [
         ("- a\n- b\n", "contains no options"),
         ("a: [", "cannot be read"),
@@ -269,7 +272,7 @@ def test_blocks_have_attention_at_attention_resolutions():
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "quad", "const", "squaredcos_cap_v2", "sigmoid"])
 @pytest.mark.parametrize("total", [10, 50, 200, 4000])
-def test_the_process_ends_in_noise_for_any_number_of_steps(total, schedule):
+def test_process_ends_in_noise_for_any_number_of_steps(total, schedule):
     # The paper's 1e-4 to 0.02 are for T = 1000: with T = 50, 60% of the variance of x_T would be signal.
     words = ["--dataset", "digits", "--num_train_timesteps", str(total), "--beta_schedule", schedule]
     scheduler = DDPMScheduler(**parse_config(words).scheduler())
@@ -278,7 +281,7 @@ def test_the_process_ends_in_noise_for_any_number_of_steps(total, schedule):
         assert parse_config(words).diffusion.beta_end == pytest.approx(0.005)
 
 
-def test_presets_have_the_betas_of_the_paper():
+def test_presets_have_betas_of_paper():
     for name in preset_names():
         process = preset_config(name).scheduler()
         assert (process["num_train_timesteps"], process["beta_start"], process["beta_end"]) == (1000, 1e-4, 0.02)

@@ -20,7 +20,7 @@ FOLDERS = ("hf_ddpm", "tests", "benchmarks", "docs", "scripts", "model_cards", "
 
 
 def run(words, folder, path=None):
-    """Runs a command in a folder, with only `path` in PYTHONPATH; returns its output."""
+    """Run a command in a folder, with only `path` in PYTHONPATH; return its output."""
     home = {"HF_HOME": str(folder / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
     environment = {**os.environ, **home, "PYTHONPATH": "" if path is None else str(path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(word) for word in words], cwd=folder, env=environment, capture_output=True, text=True)
@@ -59,7 +59,7 @@ def wheel(sdist, tmp_path_factory):
     return file
 
 
-def test_the_sdist_contains_all_files_of_its_tests(sdist):
+def test_sdist_contains_all_files_of_its_tests(sdist):
     for name in FOLDERS:
         files = {str(file.relative_to(ROOT)) for file in (ROOT / name).rglob("*") if file.is_file()}
         missing = {name for name in files if "__pycache__" not in name and not (sdist / name).exists()}
@@ -72,7 +72,7 @@ def test_the_sdist_contains_all_files_of_its_tests(sdist):
     run([sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests], sdist, sdist)
 
 
-def test_the_wheel_contains_only_the_package(wheel):
+def test_wheel_contains_only_package(wheel):
     names = ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"hf_ddpm", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
     files = {str(file.relative_to(ROOT)) for file in (ROOT / "hf_ddpm").rglob("*") if file.is_file()}
@@ -80,7 +80,7 @@ def test_the_wheel_contains_only_the_package(wheel):
     assert "hf_ddpm/py.typed" in names
 
 
-def test_the_wheel_trains_samples_and_evaluates_without_a_clone(wheel, tmp_path):
+def test_wheel_trains_samples_and_evaluates_without_clone(wheel, tmp_path):
     site = tmp_path / "site"
     pip("install", "--target", site, wheel, folder=tmp_path)
     where = run([sys.executable, "-c", "import hf_ddpm; print(hf_ddpm.__file__)"], tmp_path, site)

@@ -18,7 +18,7 @@ def test_examples_are_correct(file):
 
 
 def documented(file):
-    """Yields the name, the Args section and the arguments of each function and class whose docstring has Args."""
+    """Yield the name, the Args section and the arguments of each function and class whose docstring has Args."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and "Args:\n" in (ast.get_docstring(node) or ""):
             functions = [part for part in getattr(node, "body", []) if getattr(part, "name", None) == "__init__"]

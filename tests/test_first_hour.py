@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def write_images(folder, count):
-    """Writes PNG files of many sizes: a colored disc, box or triangle on a transparent background."""
+    """Write PNG files of many sizes: a colored disc, box or triangle on a transparent background."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for i in range(count):
@@ -44,7 +44,7 @@ def write_images(folder, count):
 
 
 class Shell:
-    """Runs commands in a folder; `hf-ddpm` runs the module of this checkout."""
+    """Run commands in a folder; `hf-ddpm` runs the module of this checkout."""
 
     def __init__(self, folder, environment):
         self.folder = folder
@@ -65,7 +65,7 @@ class Shell:
 
 
 def stop_in_training(process):
-    """Sends Ctrl-C after two steps; returns the exit code and the output."""
+    """Send Ctrl-C after two steps; return the exit code and the output."""
     errors = ""
     while not re.search(r"\b2/10000", errors):
         character = process.stderr.read(1)
@@ -76,7 +76,7 @@ def stop_in_training(process):
     return process.returncode, output
 
 
-def test_own_images_become_a_shared_model(tmp_path):
+def test_own_images_become_shared_model(tmp_path):
     write_images(tmp_path / "pictures", 300)
     hub = Hub(tmp_path / "hub-server")
     hub.folder.mkdir()
@@ -123,7 +123,7 @@ def test_own_images_become_a_shared_model(tmp_path):
 
 
 def show(shell, line):
-    """Returns the page of a demo."""
+    """Return the page of a demo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -6,7 +6,7 @@ from tests.fuzz import fuzz
 
 
 @pytest.mark.slow
-def test_damage_causes_an_error_or_a_warning(tmp_path):
+def test_damage_causes_error_or_warning(tmp_path):
     lines = []
     counts = fuzz(tmp_path, lines.append)
     bad = {key: count for key, count in counts.items() if key[1] in ("unclear", "traceback", "silent")}

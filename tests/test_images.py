@@ -18,14 +18,14 @@ from hf_ddpm.images import (
 )
 
 
-def test_bytes_are_unchanged_by_a_round_trip():
+def test_bytes_are_unchanged_by_round_trip():
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     signed = to_signed(pixels)
     assert signed.min() == -1 and signed.max() == 1
     assert torch.equal(to_bytes(to_unit(signed)), pixels)
 
 
-def test_signed_values_outside_the_range_are_clipped():
+def test_signed_values_outside_range_are_clipped():
     # Values inside the range are unchanged: the image is not rescaled.
     signed = torch.tensor([-7.0, -1.0, -0.5, 0.0, 0.5, 1.0, 7.0]).view(1, 1, 1, 7)
     assert to_bytes(to_unit(signed)).flatten().tolist() == [0, 0, 64, 128, 191, 255, 255]
@@ -58,7 +58,7 @@ def test_images_for_display_show_each_channel():
     np.testing.assert_array_equal(to_pictures(rgb)[0], to_pil(rgb)[0])
 
 
-def test_a_grid_has_each_image_at_its_position(tmp_path):
+def test_grid_has_each_image_at_its_position(tmp_path):
     tiles = [Image.new("L", (2, 3), color) for color in (10, 20, 30)]
     sheet = np.asarray(grid(tiles, columns=2, scale=2, gap=1))
     assert sheet.shape == (2 * 7 + 1, 2 * 5 + 1)
@@ -72,7 +72,7 @@ def test_a_grid_has_each_image_at_its_position(tmp_path):
 
 
 @pytest.mark.parametrize(("side", "scale"), [(8, 8), (28, 3), (32, 2), (48, 2), (64, 1), (256, 1)])
-def test_grids_enlarge_small_images_by_an_integer(side, scale):
+def test_grids_upscale_small_images_by_integers(side, scale):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
     sheet = np.asarray(grid([image]))
     gap = (len(sheet) - scale * side) // 2
@@ -82,7 +82,7 @@ def test_grids_enlarge_small_images_by_an_integer(side, scale):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-def test_labels_do_not_cover_the_images(mode):
+def test_labels_do_not_cover_images(mode):
     tiles, more = [Image.new(mode, (64, 64), "white")] * 6, {"columns": 3}
     bare = np.asarray(grid(tiles, **more).convert("L")).astype(int)
     labels = {"column_labels": ["a", "b", "a label wider than its image"], "row_labels": ["first", "second"]}
@@ -114,7 +114,7 @@ def test_each_label_is_at_its_row_or_column(kind, position):
     assert [bool((part < 100).any()) for part in parts] == [position == 0, position == 1]
 
 
-def test_a_title_is_above_the_grid_and_not_cut():
+def test_title_is_above_grid_and_not_cut():
     tile = [Image.new("L", (64, 64), "white")]
     bare, short, long = (np.asarray(grid(tile, title=title)) for title in ("", "t = 1", "a title wider than the image"))
     assert short.shape[1] == bare.shape[1] < long.shape[1] and short.shape[0] == long.shape[0] > bare.shape[0]
@@ -136,7 +136,7 @@ def test_few_classes_have_labeled_columns():
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp"])
-def test_an_animation_shows_each_frame_and_the_last_one_longer(tmp_path, kind):
+def test_animation_shows_each_frame_and_last_one_longer(tmp_path, kind):
     frames = [Image.new("L", (8, 6), color) for color in (0, 100, 200)]
     save_animation(frames, tmp_path / f"a.{kind}", 50)
     with Image.open(tmp_path / f"a.{kind}") as animation:
@@ -152,7 +152,7 @@ def test_an_animation_shows_each_frame_and_the_last_one_longer(tmp_path, kind):
     assert [path.name for path in tmp_path.iterdir()] == [f"a.{kind}"]
 
 
-def test_pil_images_and_arrays_of_other_types_are_errors():
+def test_pil_images_and_arrays_of_other_types_are_rejected():
     with pytest.raises(ValueError, match="PIL image of mode L: expected an array or tensor with 2 channels"):
         read_signed(Image.new("L", (4, 4)), (2, 4, 4))
     with pytest.raises(ValueError, match=r"array of uint16 with values from 0 to 0: expected floats in \[0, 1\]"):

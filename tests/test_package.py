@@ -14,7 +14,7 @@ SIGNATURES = {
     "sample_images": "(model: Path | str, output: Path | str, num_images: int = 64, sampling: Sampling | None = None, "
     "*, format: str = png, batch_size: int = 64, compile: bool = False) -> Path",
     "evaluate": "(config: EvaluateConfig, sampling: Sampling | None = None, *, pipe: DDPMPipeline | None = None, "
-    "images: SampleFolder | PictureFolder | SampleFile | None = None, reference: Reference | None = None, "
+    "images: SampleFolder | ImageFolder | SampleFile | None = None, reference: Reference | None = None, "
     "output: Path | None = None, on_figures: Callable[[dict[str, dict[str, Any]]], object] | None = None, "
     "log: Callable[[str], object] | None = None) -> dict[str, dict[str, Any]]",
     "find_scheduler": "(pipe: DiffusionPipeline, name: str, num_inference_steps: int, "
@@ -36,7 +36,7 @@ def test_public_names_are_frozen():
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_public_functions_have_a_frozen_signature_and_document_all_arguments(name):
+def test_public_functions_have_frozen_signature_and_document_all_arguments(name):
     function = getattr(hf_ddpm, name)
     signature = inspect.signature(function)
     assert re.sub(r"(\w+\.)+|\'", "", str(signature)) == SIGNATURES[name]
@@ -44,7 +44,7 @@ def test_public_functions_have_a_frozen_signature_and_document_all_arguments(nam
     assert "Raises:" in function.__doc__ and "Returns:" in function.__doc__
 
 
-def test_importing_the_package_is_fast():
+def test_importing_package_is_fast():
     code = "import hf_ddpm, sys; print([m for m in ('torch', 'diffusers', 'datasets') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 

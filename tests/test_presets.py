@@ -23,7 +23,7 @@ def choice(*words):
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_comments_of_presets_state_the_counted_parameters_and_memory(name):
+def test_comments_of_presets_state_counted_parameters_and_memory(name):
     text, config = preset_path(name).read_text(), preset_config(name)
     with torch.device("meta"):
         count = UNet2DModel(**config.unet()).num_parameters()
@@ -41,7 +41,7 @@ def test_comments_of_presets_state_the_counted_parameters_and_memory(name):
 @pytest.mark.parametrize(
     ("resolution", "name"), [([], "small-32"), (["28"], "small-32"), (["48"], "small-64"), (["64", "96"], "small-64")]
 )
-def test_the_automatic_preset_depends_on_the_resolution(resolution, name):
+def test_automatic_preset_depends_on_resolution(resolution, name):
     words = ["--resolution", *resolution] if resolution else []
     config, other = choice(*words), "" if resolution else "--resolution 64 (small-64), "
     assert config == choice("--preset", name, *words)
@@ -51,13 +51,13 @@ def test_the_automatic_preset_depends_on_the_resolution(resolution, name):
     assert choice("--preset", name, *words).notes == []
 
 
-def test_init_from_is_reported_with_the_automatic_preset():
+def test_init_from_is_reported_with_automatic_preset():
     assert choice("--init_from", "a/b").notes == [
         "--preset small-32 (default at this resolution), with the network of --init_from"
     ]
 
 
-def test_null_values_of_a_file_count_as_not_given(tmp_path):
+def test_null_values_of_file_count_as_not_given(tmp_path):
     names = ("resolution", "block_out_channels", "train_batch_size", "max_train_steps")
     (tmp_path / "a.yaml").write_text("dataset: mine\n" + "".join(f"{name}: null\n" for name in names))
     assert parse_config(["--config", str(tmp_path / "a.yaml")]) == choice()
@@ -67,7 +67,7 @@ def test_digits_use_their_preset():
     assert parse_config(["--dataset", "digits"]) == parse_config(["--preset", "digits"])
 
 
-def test_given_options_override_the_automatic_preset(tmp_path):
+def test_given_options_override_automatic_preset(tmp_path):
     config = choice("--resolution", "64", "--attention_resolutions", "32", "--dropout", "0", "--max_train_steps", "7")
     assert config.model.attention_resolutions == [32] and config.model.dropout == 0
     assert (config.training.max_train_steps, config.training.train_batch_size) == (7, 32)
@@ -80,7 +80,7 @@ def test_given_options_override_the_automatic_preset(tmp_path):
     assert stored.model == config.model and stored.notes == []  # the file sets the network, so no preset is chosen
 
 
-def test_a_given_network_uses_the_defaults_of_the_paper():
+def test_given_network_uses_defaults_of_paper():
     config = choice("--block_out_channels", "32", "64")
     assert config.notes == [] and config.training == TrainingConfig()
     assert config.model == ModelConfig(block_out_channels=[32, 64])
@@ -90,14 +90,14 @@ def test_a_given_network_uses_the_defaults_of_the_paper():
     ("preset", "side", "attended"),
     [("small-32", 28, 7), ("small-32", 24, 6), ("small-32", 16, 8), ("small-64", 72, 9), ("digits", 32, 16)],
 )
-def test_attention_moves_to_a_resolution_that_the_network_reaches(preset, side, attended):
+def test_attention_moves_to_resolution_that_network_reaches(preset, side, attended):
     # The preset's 8, 16 (small-64) or 4 (digits) if the network reaches it, or else the next lower one, or the lowest.
     config = choice("--preset", preset, "--resolution", str(side))
     assert config.model.attention_resolutions == [attended] and attended in config.resolutions
 
 
 @pytest.mark.parametrize("side", [16, 24, 28, 36, 40, *range(48, 264, 8)])
-def test_each_resolution_has_a_small_network(side):
+def test_each_resolution_has_small_network(side):
     config = choice("--resolution", str(side))
     with torch.device("meta"):
         assert UNet2DModel(**config.unet()).num_parameters() < 10e6
@@ -113,13 +113,13 @@ def test_auto_max_train_steps_is_100_epochs_within_bounds(images, steps):
 
 
 @pytest.mark.parametrize("name", sorted({*preset_names()} - {*SMALL}))
-def test_data_options_of_a_preset_are_not_used_for_other_data_sets(name):
+def test_data_options_of_preset_are_not_used_for_other_datasets(name):
     own = yaml.safe_load(preset_path(name).read_text())
     config = choice("--preset", name)
     assert (config.data.channels, config.data.levels, config.data.streaming) == (3, 256, False)
     assert config.data.horizontal_flip is False and config.data.class_column is None
     assert (config.evaluation, config.hub) == (EvaluationConfig(), HubConfig())
-    # Network, resolution, process and training options are those of the preset.
+    # Network, resolution, process and training options come from the preset.
     assert config.data.resolution == own["resolution"] and config.model.dropout == own["dropout"]
     assert config.model.block_out_channels == own["block_out_channels"]
     assert config.training.learning_rate == float(own["learning_rate"])
@@ -139,27 +139,27 @@ def test_given_data_options_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("words", [[], ["--resolution", "64"], ["--attention_resolutions", "8"], ["--dropout", "0"]])
-def test_old_runs_without_a_preset_resume_with_the_defaults_of_the_paper(words):
+def test_old_runs_without_preset_resume_with_defaults_of_paper(words):
     now = choice(*words)
     given = {name: now.to_dict()[name] for name in (word[2:] for word in words if word.startswith("--"))}
     past = PAST | given
     assert now.resumed(past).to_dict() == past
 
 
-def test_old_runs_of_a_preset_with_other_images_resume_with_their_options():
+def test_old_runs_of_preset_with_other_images_resume_with_their_options():
     past = parse_config(["--preset", "digits"]).to_dict() | {"dataset": "mine"}
     assert choice("--preset", "digits").resumed(past).to_dict() == past
 
 
-def test_runs_of_an_automatic_preset_resume_to_the_length_of_the_preset():
+def test_runs_of_automatic_preset_resume_to_length_of_preset():
     past = choice().to_dict() | {"max_train_steps": 438}  # the run was ended here
     assert isinstance(choice().resumed(past).training.max_train_steps, Auto)
     assert choice("--max_train_steps", "20000").resumed(past).training.max_train_steps == 20_000
     assert choice("--num_train_epochs", "2").resumed(past).training.num_train_epochs == 2
 
 
-def test_a_divided_batch_stays_divided_on_resuming():
+def test_divided_batch_stays_divided_on_resuming():
     past = choice("--train_batch_size", "8", "--gradient_accumulation_steps", "4").to_dict() | {"max_train_steps": 52}
     training = choice("--num_samples", "3").resumed(past).training
     assert (training.train_batch_size, training.gradient_accumulation_steps) == (8, 4)
-    assert isinstance(training.max_train_steps, Auto)  # without a given length, that of the preset
+    assert isinstance(training.max_train_steps, Auto)  # without a given length, the preset's

@@ -10,7 +10,7 @@ def git(folder, *words):
     subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)
 
 
-def test_the_revision_is_that_of_the_checkout_of_the_file(tmp_path, monkeypatch):
+def test_revision_is_read_from_checkout_of_file(tmp_path, monkeypatch):
     file = tmp_path / "package" / "__init__.py"
     file.parent.mkdir()
     file.write_text("")

@@ -36,7 +36,7 @@ SIZES = {
     "cpu": Size([32, 64, 128, 256], [1, 2, 2, 1], 10, 256),
     "test": Size([16, 32, 64], [2, 2, 2], 2, 64, 256),
 }
-# Images are enlarged, as the network starts by halving their size twice.
+# Images are upscaled, as the network starts by halving their size twice.
 SIDE, MEAN, STD = 48, 0.5, 0.25
 
 
@@ -46,7 +46,7 @@ def shown(pixels: Tensor) -> Tensor:
 
 
 def learn(network: torch.nn.Module, train: ImageStore, epochs: int, batch: int) -> None:
-    """Train on randomly mirrored and shifted images, in bfloat16."""
+    """Train on randomly flipped and shifted images, in bfloat16."""
     device, per_epoch = train.device, len(train) // batch
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=epochs * per_epoch, pct_start=0.2)

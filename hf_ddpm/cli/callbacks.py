@@ -33,7 +33,7 @@ MILLISECONDS, MOST_FRAMES = 500, 60
 
 
 class SampleGrid(Callback):
-    """Writes `samples.png`: images of a fixed seed, sampled with the averaged weights.
+    """Write `samples.png`: images of a fixed seed, sampled with the averaged weights.
 
     With `sample_at_checkpoints`, it also writes `samples/step-N.png` at each checkpoint, and `samples.gif` of these at
     the end.
@@ -43,19 +43,19 @@ class SampleGrid(Callback):
         self.path, self.folder = path, path.with_suffix("")
 
     def on_start(self, run: Run) -> None:
-        """Deletes grids of later steps, which will be written again."""
+        """Delete grids of later steps, which will be written again."""
         if run.accelerator.is_main_process:
             for step, file in self._grids():
                 if step > run.step or run.step == 0:
                     file.unlink()
 
     def on_pause(self, run: Run) -> None:
-        """Writes a grid with `sample_at_checkpoints`."""
+        """Write a grid with `sample_at_checkpoints`."""
         if run.config.training.sample_at_checkpoints:
             self.write(run)
 
     def on_end(self, run: Run) -> None:
-        """Writes the last grid, and the animation of all grids."""
+        """Write the last grid, and the animation of all grids."""
         self.write(run)
         if run.config.training.sample_at_checkpoints and run.accelerator.is_main_process:
             files = [file for _, file in self._grids()]
@@ -66,7 +66,7 @@ class SampleGrid(Callback):
             save_animation(frames, self.path.with_suffix(".gif"), MILLISECONDS)
 
     def write(self, run: Run) -> None:
-        """Samples images and writes the grid; each process samples its share."""
+        """Sample images and write the grid; each process samples its share."""
         training, accelerator = run.config.training, run.accelerator
         pipe = run.pipeline()
         pipe.set_progress_bar_config(desc="Sampling", leave=False, disable=not accelerator.is_main_process)
@@ -90,13 +90,13 @@ class SampleGrid(Callback):
                 save_picture(titled, self.folder / f"step-{run.step:09d}.png")
 
     def _grids(self) -> list[tuple[int, Path]]:
-        """Returns the steps and files of the existing grids, by step."""
+        """Return the steps and files of the existing grids, by step."""
         files = sorted(self.folder.glob("step-" + "[0-9]" * 9 + ".png"))
         return [(int(file.stem.removeprefix("step-")), file) for file in files]
 
 
 class Export(Callback):
-    """Write the pipeline of the averaged weights in the format of diffusers; further averages go to subfolders."""
+    """Write the pipeline of the averaged weights in the diffusers format; further averages go to subfolders."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -109,7 +109,7 @@ class Export(Callback):
 
 
 class Evaluations(Callback):
-    """Evaluates the averaged model.
+    """Evaluate the averaged model.
 
     The evaluation at the end goes to `results.json`, those during training to `evaluations.jsonl` and `best/`.
 
@@ -117,7 +117,7 @@ class Evaluations(Callback):
         config: The options of the run.
         accelerator: Its processes.
         log: Called with a line per evaluation.
-        data_log: Called with lines about unused files of the data set and about damaged caches.
+        data_log: Called with lines about unused files of the dataset and about damaged caches.
 
     Raises:
         ValueError: If an evaluation option is invalid; raised before training starts.
@@ -142,12 +142,10 @@ class Evaluations(Callback):
         self.reference.count()
 
     def on_start(self, run: Run) -> None:
-        """Repeats an evaluation that was interrupted."""
+        """Repeat an evaluation that was interrupted."""
         count, classes = self.reference.count(), len(run.class_names)
         if self.request.compared and count < classes:
-            raise ValueError(
-                f"--eval_num_images {count}: fewer images than classes; expected at least {classes}, one per class"
-            )
+            raise ValueError(f"--eval_num_images {count}: the model has {classes} classes; expected at least {classes}")
         is_done = True
         if run.accelerator.is_main_process:
             cut_lines(self.lines, run.step)
@@ -157,7 +155,7 @@ class Evaluations(Callback):
             self.on_pause(run)
 
     def on_pause(self, run: Run) -> None:
-        """Evaluates every `eval_steps` steps."""
+        """Evaluate every `eval_steps` steps."""
         if self.every is not None and run.step % self.every == 0:
             work = self.folder / ".evaluation"  # its samples are deleted below
             self._note(run, self._evaluate(run, work / "results.json"), work / "results.json")
@@ -166,7 +164,7 @@ class Evaluations(Callback):
             run.accelerator.wait_for_everyone()
 
     def on_end(self, run: Run) -> None:
-        """Evaluates the final model; `results.json` and its samples are kept."""
+        """Evaluate the final model; `results.json` and its samples are kept."""
         metrics = self._evaluate(run, self.folder / "results.json")
         if self.every is not None and run.step % self.every == 0:
             self._note(run, metrics, self.folder / "results.json")
@@ -179,7 +177,7 @@ class Evaluations(Callback):
         return metrics
 
     def _note(self, run: Run, metrics: Metrics, results: Path) -> None:
-        """Logs metrics to `evaluations.jsonl` and the trackers; saves the model if it is the best so far."""
+        """Log metrics to `evaluations.jsonl` and the trackers; save the model if it is the best so far."""
         if run.accelerator.is_main_process:
             # Metrics are comparable only if these options are the same.
             options = asdict(self.request) | asdict(self._sampling(run))
@@ -212,7 +210,7 @@ class Evaluations(Callback):
         return bool(low[key] <= high[key])
 
     def _save_best(self, run: Run, results: Path) -> None:
-        """Writes the model and its results to `best/`."""
+        """Write the model and its results to `best/`."""
         export(run, self.folder / "best")
         shutil.copy(results, self.folder / "best" / "results.json")
 
@@ -233,7 +231,7 @@ class Card(Callback):
 
 
 class Push(Callback):
-    """Pushes the model to the Hub: at checkpoints in the background, and at the end.
+    """Push the model to the Hub: at checkpoints in the background, and at the end.
 
     Args:
         config: The options of the run.
@@ -250,7 +248,7 @@ class Push(Callback):
         self.background = BackgroundPush(self.folder, self.model_id, config.hub.hub_private_repo, log)
 
     def on_pause(self, run: Run) -> None:
-        """Exports the current model and starts to push it."""
+        """Export the current model and start to push it."""
         try:
             export(run, self.folder)
             if not run.config.training.sample_at_checkpoints:
@@ -260,7 +258,7 @@ class Push(Callback):
             self.log(f"step {run.step}: push to {self.model_id} failed: {error}")
 
     def on_end(self, run: Run) -> None:
-        """Pushes the files of the previous callbacks, and waits until the push is done."""
+        """Push the files of the previous callbacks, and wait until the push is done."""
         self._start(run)
         if self.background.finish():
             self.log(f"pushed the model to {self.model_id}")
@@ -269,7 +267,7 @@ class Push(Callback):
             self.log(f"push to {self.model_id} failed; to retry: {command}")
 
     def close(self) -> None:
-        """Cancels a running push."""
+        """Cancel a running push."""
         self.background.close()
 
     def _start(self, run: Run) -> None:

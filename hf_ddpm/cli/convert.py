@@ -1,4 +1,4 @@
-r"""Convert checkpoints of other packages to the format of diffusers.
+r"""Convert checkpoints of other packages to the diffusers format.
 
     hf-ddpm convert --from ho2020 --input diffusion_cifar10.npz --output cifar10
     hf-ddpm convert --from improved-diffusion --input cifar10_uncond_50M_500K.pt --output cifar10 \

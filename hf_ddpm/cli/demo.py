@@ -19,16 +19,17 @@ class DemoConfig:
     """Demo."""
 
     model: str | None = option(
-        "folder of a model, a run or a checkpoint, or a Hub id; by default the environment variable MODEL_ID", None
+        "folder of a model, a run or a checkpoint, or a Hub id (default: the environment variable MODEL_ID)", None
     )
     distilled: str | None = option(
-        "folder or Hub id of a model distilled from --model, to compare both; by default the environment variable "
-        "DISTILLED_MODEL_ID",
+        "folder or Hub id of a model distilled from --model, to compare both (default: the environment variable "
+        "DISTILLED_MODEL_ID)",
         None,
     )
     background: str = option("color behind transparent pixels of uploaded images", "white")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "precision of the network; auto: bf16 if the device supports it and is faster with it, else no (float32)",
+        "precision of the network; auto: bf16 if the device supports it and is faster with it, else no, which is "
+        "float32",
         "auto",
     )
 

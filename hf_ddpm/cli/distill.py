@@ -6,13 +6,14 @@
 
 Each stage is a training run in its own folder: 128-steps/ trains a model that predicts the noise to predict v instead,
 on the images; 64-steps/, 32-steps/, ... each halve the number of steps. The same command resumes. Options of hf-ddpm
-train apply to each stage. By default, the data, batch size and learning rate are those of the model's own run; the
+train apply to each stage. By default, the data, batch size and learning rate come from the model's own run; the
 first stage trains for twice the steps of that run (or of 100,000), and each halving for a quarter of them.
 """
 
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 from hf_ddpm.config import (
     PARTS,
@@ -36,7 +37,7 @@ from hf_ddpm.utils.options import (
 )
 
 # Options of a training run that a distillation sets itself, with the reason.
-DECIDED = {
+FIXED_OPTIONS = {
     **{field.name: "the model sets it" for part in (ModelConfig, DiffusionConfig) for field in fields(part)},
     **{field.name: "each stage sets it" for field in fields(DistillationConfig)},
     **{"output_dir": "use --output", "push_to_hub": "use hf-ddpm push after the distillation"},
@@ -48,20 +49,22 @@ DECIDED = {
 class DistillConfig:
     """Distillation: the model, its new number of steps, the images."""
 
-    model: str = option("folder or Hub id of the DDPM pipeline to distill, of hf_ddpm or of diffusers")
+    model: str = option("folder or Hub id of the DDPM pipeline (hf_ddpm or diffusers) to distill")
     steps: int = option("sampling steps of the distilled model; a divisor of the model's number of diffusion steps")
     output: str = option("folder of the distilled model; its stages are in subfolders")
     start_steps: int | None = option(
-        "sampling steps of the first stage, --steps times a power of two; by default the largest up to 64", None
+        "sampling steps after the first halving: --steps times a power of two (default: the largest such number up to "
+        "64)",
+        None,
     )
     prediction_type: Literal["v_prediction", "sample"] = option("what the distilled model predicts", "v_prediction")
     convert: bool | None = option(
-        "start with a stage that trains the new prediction type on the images; by default for models that predict the "
-        "noise or the mean",
+        "start with a stage that trains the new prediction type on the images (default: true for models that "
+        "predict the noise or the mean)",
         None,
     )
     guidance_scale: float = option("scale of classifier-free guidance to distill into the model; 1 for none", 1.0)
-    data_free: bool = option("train on samples of the model instead of a data set", False)
+    data_free: bool = option("train on samples of the model instead of a dataset", False)
     free_images: int = option("number of samples to train on with --data_free", 4096)
 
     def __post_init__(self) -> None:
@@ -72,32 +75,44 @@ class DistillConfig:
 
 
 def parse_distill(argv: list[str], doc: str | None = None) -> tuple[DistillConfig, list[str]]:
-    """Parse the options of a distillation; also return the remaining words, which are options of its training runs.
+    """Parse the options of a distillation; also return the remaining arguments, which are options of its training runs.
 
     Raises:
         ValueError: If an option is unknown or its value is invalid; the message is one line.
     """
     if {"-h", "--help"} & set(argv):
-        parse_options(argv, DistillConfig, DataConfig, TrainingConfig, EvaluationConfig, doc=doc)
-    options, words = parse_first(argv, DistillConfig)
-    check_words(words)
-    return options, words
+        shown = [_without_defaults(part) for part in (DataConfig, TrainingConfig, EvaluationConfig)]
+        parse_options(argv, DistillConfig, *shown, doc=doc)
+    options, arguments = parse_first(argv, DistillConfig)
+    check_arguments(arguments)
+    return options, arguments
 
 
-def check_words(words: list[str]) -> None:
+def _without_defaults(part: type) -> type:
+    """Return a part for `--help`, without fixed options, and without defaults, as the model's run has others."""
+    hints, entries = get_type_hints(part), []
+    for entry in fields(part):
+        if entry.name not in FIXED_OPTIONS:
+            text = re.sub(r" \(default: .*\)$", "", entry.metadata["help"])
+            settings = {key: value for key, value in entry.metadata.items() if key != "help"}
+            entries.append((entry.name, hints[entry.name], option(text, None, **settings)))
+    return make_dataclass(part.__name__, entries, namespace={"__doc__": part.__doc__})
+
+
+def check_arguments(arguments: list[str]) -> None:
     """Raise a `ValueError` if an option of a stage is unknown, set by the distillation, or invalid."""
-    for name in sorted(given_options(words, (*PARTS, Sources)) & DECIDED.keys() - {"dropout"}):
-        raise ValueError(f"--{name}: not an option of distill; {DECIDED[name]}")
-    parse_options(["--dataset=that_of_the_run", *words], *PARTS)
+    for name in sorted(given_options(arguments, (*PARTS, Sources)) & FIXED_OPTIONS.keys() - {"dropout"}):
+        raise ValueError(f"--{name}: not an option of distill; {FIXED_OPTIONS[name]}")
+    parse_options(["--dataset=dataset_of_the_run", *arguments], *PARTS)
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit code."""
-    options, words = parse_distill(argv, doc=__doc__)
+    options, arguments = parse_distill(argv, doc=__doc__)
     from hf_ddpm.cli.stages import run_stages  # slow import
 
     try:
-        run_stages(options, words)
+        run_stages(options, arguments)
     except Interrupted as interrupted:
         return 128 + interrupted.number
     return 0

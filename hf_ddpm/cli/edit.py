@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit code."""
     _, (config, options) = parse_command(argv, COMMANDS, doc=__doc__)
-    from hf_ddpm.sampling.edits import edit_pictures  # slow import
+    from hf_ddpm.sampling.edits import edit_images  # slow import
 
-    edit_pictures(config, options)
+    edit_images(config, options)
     return 0

@@ -3,7 +3,7 @@
     hf-ddpm export runs/digits
     hf-ddpm export runs/digits --step 5000 --average 0.999 --output models/digits-5000
 
-The pipeline has averaged weights and the format of diffusers. Without --output, the newest checkpoint is exported into
+The pipeline has averaged weights and the diffusers format. Without --output, the newest checkpoint is exported into
 the folder of its run. --output is required for older checkpoints and while the run is training.
 """
 
@@ -15,17 +15,19 @@ from typing import Any, Literal
 from hf_ddpm.utils.launch import exclusive
 from hf_ddpm.utils.options import option, parse_options, require, require_at_least
 
+NO_CHECKPOINT = "the run has no checkpoint yet; expected a run with one; train until its first checkpoint"
+
 
 @dataclass
 class ExportConfig:
     """Export: the run, the checkpoint, the average, the folder."""
 
     run: str = option("folder of a run or of one of its checkpoints", is_first=True)
-    step: int | None = option("step of the checkpoint; the newest by default", None)
-    average: str | None = option("decay of the averaged weights to export; the run's first one by default", None)
-    output: str | None = option("folder for the pipeline; the folder of the run by default", None)
+    step: int | None = option("step of the checkpoint (default: the newest)", None)
+    average: str | None = option("decay of the averaged weights to export (default: the run's first one)", None)
+    output: str | None = option("folder for the pipeline (default: the folder of the run)", None)
     dtype: Literal["float32", "float16"] = option(
-        "type of the exported weights; float16 halves the file size and rounds the weights (needs --output)", "float32"
+        "type of the exported weights; float16 halves the file size and rounds the weights; needs --output", "float32"
     )
 
     def __post_init__(self) -> None:
@@ -35,7 +37,7 @@ class ExportConfig:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     (config,) = parse_options(argv, ExportConfig, doc=__doc__)
     folder, step = export_model(**vars(config))
     print(f"exported step {step:,} to {folder}; load it with DDPMPipeline.from_pretrained({str(folder)!r})")
@@ -53,8 +55,8 @@ def export_model(
 
     Args:
         run: Folder of a run or of one of its checkpoints.
-        step: Step of the checkpoint; the newest undamaged one by default.
-        average: Decay of the averaged weights to export; the first one of the run by default.
+        step: Step of the checkpoint; by default the newest intact one.
+        average: Decay of the averaged weights to export; by default the first one of the run.
         output: Folder for the pipeline; by default the folder of the run, or a subfolder for further averages.
         dtype: Type of the exported weights, `float32` or `float16`; `float16` needs `output`.
 
@@ -111,14 +113,14 @@ def _checkpoint(config: ExportConfig) -> Path:
     if config.step is not None:
         steps = {step_of(path): path for path in kept}
         available = ", ".join(map(str, steps))
-        allowed = f"a step with a checkpoint ({available})" if steps else "no --step: the run has no checkpoints"
+        allowed = f"a step with a checkpoint ({available})" if steps else NO_CHECKPOINT
         require(config, "step", config.step in steps, allowed)
         folder = steps[config.step]
     elif not (folder / "state.json").exists():
         newest, _ = find_checkpoint(folder / "checkpoints", "latest")  # verifies the checkpoint
         if newest is not None:
             return newest
-        require(config, "run", False, "a folder with a checkpoint")
+        require(config, "run", False, NO_CHECKPOINT)
     damage = verify_checkpoint(folder)
     if damage is not None:
         raise ValueError(f"checkpoint {str(folder)!r}: {damage}")

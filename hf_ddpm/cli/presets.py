@@ -18,7 +18,7 @@ from hf_ddpm.presets import preset_names, preset_path
 from hf_ddpm.utils.options import Auto, option, parse_options
 
 ROW = "{:24}{:>11}{:>12}{:>12}{:>10}  {}"
-# Number of pixels in a measured pass: 8 images at 32x32.
+# Number of pixels in a measured forward pass: 8 images at 32x32.
 MEASURED_PIXELS = 8 * 32 * 32
 
 
@@ -46,13 +46,13 @@ def main(argv: list[str]) -> int:
 
 
 def preset_config(name: str) -> Config:
-    """Return the options of a preset; a preset without a data set gets the name of one that does not exist."""
+    """Return the options of a preset; a preset without a dataset gets the name of one that does not exist."""
     has_data = re.search("^dataset:", preset_path(name).read_text(encoding="utf-8"), re.MULTILINE)
     return parse_config(["--preset", name, *([] if has_data else ["--dataset", "images"])])
 
 
 def seconds_per_step(config: Config) -> float:
-    """Return the time of a training step on this machine, in seconds, extrapolated from a pass of a few images."""
+    """Return the seconds per training step on this machine, extrapolated from a step with few images."""
     import torch
 
     from hf_ddpm.models.unet_2d import UNet2DModel

@@ -27,10 +27,10 @@ class PushConfig:
     model: str = option("folder of a model, from hf-ddpm train or save_pretrained, or of a checkpoint")
     hub_model_id: str = option("repository, as namespace/name; created if missing")
     private: bool | None = option(
-        "make the repository private; by default unchanged, or the account's default for a new one", None
+        "make a new repository private; error if an existing one is public (default: the account's setting)", None
     )
     revision_message: str = option("first line of the commit", "Upload the model")
-    license: str | None = option("license of the model, for its card; that of the run by default", None)
+    license: str | None = option("license of the model, for its card (default: the license of the run)", None)
     space: str | None = option("Space for a demo of the model, as namespace/name; created if missing", None)
 
     def __post_init__(self) -> None:
@@ -67,9 +67,10 @@ def push_to_hub(
     Args:
         model: Folder of a model, from `hf_ddpm.train` or `save_pretrained`.
         hub_model_id: The repository, `namespace/name`; created if missing.
-        private: Whether to make the repository private; by default unchanged, or the account's default for a new one.
+        private: If true, make a new repository private; an existing public repository is an error. None stands for
+            the account's setting.
         revision_message: First line of the commit.
-        license: License of the model, for its card; that of the run by default.
+        license: License of the model, for its card; by default the license of the run.
         space: Space for a demo of the model, `namespace/name`; created if missing.
 
     Returns:

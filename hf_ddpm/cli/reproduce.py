@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     if name == "ablation":
         from hf_ddpm.paper.ablation import ablation  # slow import
 
-        ablation(parts[0], lambda command, words: run(parts[0].launcher, command, words))
+        ablation(parts[0], lambda command, arguments: run(parts[0].launcher, command, arguments))
         print((Path(parts[0].output) / "ablation.md").read_text(encoding="utf-8"))
         return 0
     import torch  # slow imports
@@ -56,9 +56,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run(launcher: str, command: str, words: list[str]) -> int:
+def run(launcher: str, command: str, arguments: list[str]) -> int:
     """Run another command and return its exit code; on an interruption, end it with a signal so that it can save."""
-    line = [*(shlex.split(launcher) or [sys.executable]), "-m", "hf_ddpm", command, *words]
+    line = [*(shlex.split(launcher) or [sys.executable]), "-m", "hf_ddpm", command, *arguments]
     with subprocess.Popen(line) as process:
         try:
             return process.wait()

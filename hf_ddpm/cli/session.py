@@ -22,7 +22,7 @@ from hf_ddpm.training.build import (
     build_run,
     check_same_step,
     join_processes,
-    settle_precision,
+    resolve_precision,
     start_accelerator,
 )
 from hf_ddpm.training.checkpoints import Checkpoints, archive_after, load_checkpoint
@@ -31,7 +31,7 @@ from hf_ddpm.training.loop import Callback, Run
 from hf_ddpm.training.memory import MemoryPlan, fit_memory, out_of_memory_explained
 from hf_ddpm.training.optim import describe_length
 from hf_ddpm.training.progress import Progress, StatusFile, check_tracker, start_tracker
-from hf_ddpm.utils.files import make_folder
+from hf_ddpm.utils.files import count_of, make_folder
 from hf_ddpm.utils.launch import Interrupted, exclusive, signals
 from hf_ddpm.utils.runs import find_checkpoint, lengths_of, read_state, stored_options
 
@@ -53,7 +53,7 @@ def train(config: Config | None = None, **options: Any) -> Path:
         The folder of the run, for `hf_ddpm.DDPMPipeline.from_pretrained`. With `dry_run` it is not created.
 
     Raises:
-        ValueError: If an option, the data or a checkpoint is not usable; the message is one line.
+        ValueError: If an option, the data or a checkpoint is unusable; the message is one line.
         OSError: If a file cannot be written.
         FloatingPointError: If the run diverges.
         KeyboardInterrupt: If SIGTERM or Ctrl-C stops the run; a checkpoint is written first.
@@ -66,7 +66,7 @@ def train(config: Config | None = None, **options: Any) -> Path:
         raise ValueError(f"config={config!r}: expected a hf_ddpm.Config, such as Config.of(config='file.yaml')")
     if config.training.dry_run:
         check_tracker(config.training.tracker)
-        config = settle_precision(config, join_processes(config))
+        config = resolve_precision(config, join_processes(config))
         accelerator = start_accelerator(config)
         print_cost(config, accelerator)
         accelerator.end_training()
@@ -96,10 +96,10 @@ def train_session(config: Config) -> Run:
             config = config.resumed(stored_options(checkpoint))
         elif state.is_main_process:
             print(*config.notes, sep="\n", end="\n" if config.notes else "")
-        config = settle_precision(config, state)
+        config = resolve_precision(config, state)
         accelerator = start_accelerator(config)
         config = fit_memory(config, accelerator, checkpoint)
-        log = cache(accelerator.print)  # describes a data set once, even if it is opened twice
+        log = cache(accelerator.print)  # describes a dataset once, even if it is opened twice
         evaluations, pushes = evaluations_and_pushes(config, accelerator, log)
         run, images = open_run(config, accelerator, checkpoint, log)
         with closing(images):
@@ -120,9 +120,9 @@ def print_cost(config: Config, accelerator: Accelerator) -> None:
     accelerator.print(*config.notes, sep="\n", end="\n" if config.notes else "")
     plan = MemoryPlan(config, accelerator)
     show(plan.describe())
-    refusal = plan.refusal()
-    if refusal is not None:
-        show({"not measured": refusal})
+    rejection = plan.rejection()
+    if rejection is not None:
+        show({"not measured": rejection})
         return
     try:
         with out_of_memory_explained(plan.config):
@@ -159,7 +159,7 @@ def open_run(config: Config, accelerator: Accelerator, checkpoint: Path | None, 
 def start(
     config: Config, accelerator: Accelerator, log: Log, checkpoint: Path | None = None, report: Path | None = None
 ) -> tuple[Run, BatchSource]:
-    """Return a run at step 0 and its images; it will resume from `checkpoint`, and lists bad images in `report`."""
+    """Return a run at step 0 and its images; it will resume from `checkpoint`, and list bad images in `report`."""
     scheduler, source = build_process(config, checkpoint)  # reports errors before images are decoded for hours
     images = open_images(
         config.data,
@@ -213,8 +213,9 @@ def print_start(run: Run, images: int, checkpoint: Path | None, warnings: list[s
     accelerator, origin = run.accelerator, "from the start" if checkpoint is None else f"from {checkpoint}"
     accelerator.print(*warnings, sep="\n", end="\n" if warnings else "")
     accelerator.print(
-        f"{images:,} images, {run.unet.num_parameters():,} parameters, {run.global_batch_size} images per step, "
-        f"{accelerator.num_processes} x {accelerator.device}, {torch.get_num_threads()} threads, {origin}"
+        f"{count_of(images, 'image')}, {run.unet.num_parameters():,} parameters, "
+        f"{count_of(run.global_batch_size, 'image')} per step, {accelerator.num_processes} x {accelerator.device}, "
+        f"{count_of(torch.get_num_threads(), 'thread')}, {origin}"
     )
     share = run.emas[0].initial_share(run.config.training.max_train_steps)
     if share > 0.5:
@@ -237,7 +238,7 @@ def print_end(run: Run) -> None:
     log, folder, listed = run.accelerator.print, Path(run.config.training.output_dir), bad_images(run.config)
     skipped = read_report(listed)
     if skipped:
-        log(f"{len(skipped):,} images or other files were not used; see {listed}")
+        log(f"unused images and other files: {len(skipped):,}; see {listed}")
     if run.stopped_by is not None:
         log(f"stopped at step {run.step}", *commands_of(run), sep="\n")
     else:

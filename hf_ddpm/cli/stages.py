@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Features, Image
 
-from hf_ddpm.cli.distill import DistillConfig, check_words
+from hf_ddpm.cli.distill import DistillConfig, check_arguments
 from hf_ddpm.cli.export import write_model
 from hf_ddpm.cli.session import print_cost, print_end, train_session
 from hf_ddpm.config import (
@@ -23,15 +23,15 @@ from hf_ddpm.config import (
     DiffusionConfig,
     ModelConfig,
     Sources,
+    arguments_of,
     parse_config,
-    words_of,
 )
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.pipelines.runs import average_name
 from hf_ddpm.sampling.generate import fill_folder
 from hf_ddpm.sampling.options import Sampling
-from hf_ddpm.training.build import join_processes, settle_precision, start_accelerator
-from hf_ddpm.utils.files import atomic_write, make_folder
+from hf_ddpm.training.build import join_processes, resolve_precision, start_accelerator
+from hf_ddpm.utils.files import atomic_write, count_of, make_folder
 from hf_ddpm.utils.launch import Interrupted, exclusive
 from hf_ddpm.utils.options import given_options, require, require_value
 from hf_ddpm.utils.runs import find_checkpoint, read_state, run_folder
@@ -40,7 +40,7 @@ from hf_ddpm.utils.runs import find_checkpoint, read_state, run_folder
 FIRST_STAGE = 64
 # Length of a stage by its target, as a multiple of the length of the model's run or, at most, of `RUN_LENGTH` steps.
 LENGTHS, RUN_LENGTH = {"images": 2, "teacher": 1 / 4}, 100_000
-# Options of the model's run that are defaults of its distillation, in addition to those of the data.
+# Options of the model's run that are defaults of its distillation, in addition to the data options.
 INHERITED = (
     *("seed", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1", "adam_beta2"),
     *("max_grad_norm", "ema_decay", "tf32", "deterministic", "gradient_checkpointing", "keep_checkpoints"),
@@ -55,36 +55,36 @@ def distill(model: Path | str, steps: int, output: Path | str, **options: Any) -
     The same call resumes. With a launcher, every process must call it.
 
     Args:
-        model: Folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers.
+        model: Folder or Hub id of a DDPM pipeline (hf_ddpm or diffusers).
         steps: Sampling steps of the distilled model; a divisor of the model's number of diffusion steps.
         output: Folder of the distilled model; its stages are in subfolders.
         options: Further options by their command-line names, such as `max_train_steps=2000`.
 
     Returns:
-        The folder, for `DDPMPipeline.from_pretrained` of hf_ddpm or of diffusers.
+        The folder, for `DDPMPipeline.from_pretrained` of hf_ddpm or diffusers.
 
     Raises:
-        ValueError: If the model, an option, the data or a checkpoint is not usable; the message is one line.
+        ValueError: If the model, an option, the data or a checkpoint is unusable; the message is one line.
         OSError: If a file cannot be written.
         FloatingPointError: If a stage diverges.
         KeyboardInterrupt: If SIGTERM or Ctrl-C stops a stage; a checkpoint is written first.
     """
     own = {field.name for field in fields(DistillConfig)}
     config = DistillConfig(str(model), steps, str(output), **{k: v for k, v in options.items() if k in own})
-    return run_stages(config, words_of({name: value for name, value in options.items() if name not in own}))
+    return run_stages(config, arguments_of({name: value for name, value in options.items() if name not in own}))
 
 
-def run_stages(options: DistillConfig, words: list[str]) -> Path:
+def run_stages(options: DistillConfig, arguments: list[str]) -> Path:
     """Run the remaining stages, and export the last one; see `distill`.
 
     Args:
         options: Model, steps and folder.
-        words: Options of the training runs, as command-line words.
+        arguments: Options of the training runs, as command-line arguments.
     """
-    check_words(words)
+    check_arguments(arguments)
     pipe = load_pipeline(options.model, "cpu")
     stages = plan_stages(options, pipe)
-    configs = [stage_config(options, words, pipe, stages, number) for number in range(len(stages))]
+    configs = [stage_config(options, arguments, pipe, stages, number) for number in range(len(stages))]
     folder, state = Path(options.output), join_processes(configs[0])
     if configs[0].training.dry_run:
         print_costs(options, configs, state)
@@ -94,8 +94,8 @@ def run_stages(options: DistillConfig, words: list[str]) -> Path:
         if options.data_free:
             draw_images(options, pipe, configs, state)
         for number, config in enumerate(configs, start=1):
-            teacher = config.distillation.teacher
-            state.print(f"stage {number} of {len(configs)}: {config.distillation.student_steps} steps, from {teacher}")
+            teacher, steps = config.distillation.teacher, count_of(config.distillation.student_steps or 1, "step")
+            state.print(f"stage {number} of {len(configs)}: {steps}, from {teacher}")
             run = train_session(config)
             print_end(run)
             if run.stopped_by is not None:
@@ -119,7 +119,7 @@ def print_costs(options: DistillConfig, configs: list[Config], state: PartialSta
     for number, config in enumerate(configs, start=1):
         state.print(f"stage {number} of {len(configs)}: {config.distillation.student_steps} steps")
         config = replace(config, distillation=replace(config.distillation, teacher=options.model))
-        accelerator = start_accelerator(settle_precision(config, state))
+        accelerator = start_accelerator(resolve_precision(config, state))
         print_cost(config, accelerator)
     accelerator.end_training()
 
@@ -128,7 +128,8 @@ def plan_stages(options: DistillConfig, pipe: DDPMPipeline) -> list[tuple[int, s
     """Return the steps and the target of each stage, descending to the steps of the distilled model.
 
     Raises:
-        ValueError: If a number of steps is too large or does not divide, or the guidance does not fit the model.
+        ValueError: If a number of steps is too large or is not a divisor of the model's steps, or the guidance does not
+            fit the model.
     """
     total = int(pipe.scheduler.config.num_train_timesteps)
     # A distilled model samples well only with the number of steps that it was trained for.
@@ -154,14 +155,14 @@ def plan_stages(options: DistillConfig, pipe: DDPMPipeline) -> list[tuple[int, s
 
 
 def stage_config(
-    options: DistillConfig, words: list[str], pipe: DDPMPipeline, stages: list[tuple[int, str]], number: int
+    options: DistillConfig, arguments: list[str], pipe: DDPMPipeline, stages: list[tuple[int, str]], number: int
 ) -> Config:
     """Return the options of the training run of a stage, counted from 0.
 
     Raises:
-        ValueError: If the data set is not given, or the value of an option is invalid.
+        ValueError: If the dataset is not given, or the value of an option is invalid.
     """
-    given = given_options(words, (*PARTS, Sources))
+    given = given_options(arguments, (*PARTS, Sources))
     base = base_options(options, pipe)
     folder, (steps, target) = Path(options.output), stages[number]
     base["max_train_steps"] = max(1, int(LENGTHS[target] * base["max_train_steps"]))
@@ -181,14 +182,14 @@ def stage_config(
         decided |= names | ({"class_column": "label"} if pipe.unet.config.num_class_embeds else {})
     elif not base["dataset"] and "dataset" not in given:
         raise ValueError(
-            f"--dataset is missing: --model {options.model} is not the folder of a run with a data set; expected "
+            f"--dataset is missing: --model {options.model} is not the folder of a run with a dataset; expected "
             "--dataset NAME or --data_free true"
         )
-    return parse_config([*words_of(base), *words, *words_of(decided)])
+    return parse_config([*arguments_of(base), *arguments, *arguments_of(decided)])
 
 
 def base_options(options: DistillConfig, pipe: DDPMPipeline) -> dict[str, Any]:
-    """Return the default options of a stage: those of the model's run, if there is one."""
+    """Return the default options of a stage: the options of the model's run, if there is one."""
     channels, height, width = pipe.image_shape
     unet = pipe.unet.config
     base: dict[str, Any] = {
@@ -227,7 +228,7 @@ def length_of(folder: Path) -> int:
 
 
 def draw_images(options: DistillConfig, pipe: DDPMPipeline, configs: list[Config], state: PartialState) -> None:
-    """Sample images with the model and save them, with their classes, as a data set; reuse existing samples."""
+    """Sample images with the model and save them, with their classes, as a dataset; reuse existing samples."""
     folder, count = Path(options.output), options.free_images
     classes: list[str] = pipe.class_names or [str(i) for i in range(pipe.unet.config.num_class_embeds or 0)]
     halvings = [config.distillation for config in configs if config.distillation.student_target == "teacher"]

@@ -34,7 +34,7 @@ class StatusConfig:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     (config,) = parse_options(argv, StatusConfig, doc=__doc__)
     for name, value in describe(Path(config.run)).items():
         print(f"{name + ':':13}{value}")

@@ -23,7 +23,7 @@ def open_images(
     report: Path | None = None,
     log: Callable[[str], object] = lambda line: None,
 ) -> "BatchSource":
-    """Opens the images of a run, decoded in advance or as a stream.
+    """Open the images of a run, decoded in advance or as a stream.
 
     Args:
         data: Options of the images.
@@ -39,7 +39,7 @@ def open_images(
         The source of images; the caller closes it.
 
     Raises:
-        ValueError: If the data set, a column or an image is not usable; the message names it and the reason.
+        ValueError: If the dataset, a column or an image is unusable; the message names it and the reason.
     """
     from hf_ddpm.data.batches import ShuffledImages
     from hf_ddpm.data.store import load_images

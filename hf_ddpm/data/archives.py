@@ -27,14 +27,14 @@ SIDECARS = (".cls", ".txt")
 
 
 def is_archive(name: str) -> bool:
-    """Returns whether a file is a supported archive, by its suffix."""
+    """Return whether a file is a supported archive, by its suffix."""
     return name.lower().endswith(SUFFIXES)
 
 
 def open_archives(
     root: Path, files: Mapping[str, Stamp], unused_files: Sequence[UnusedFile], log: Callable[[str], object]
 ) -> Opened:
-    """Opens archives of images, given by their paths relative to a folder.
+    """Open archives of images, given by their paths relative to a folder.
 
     Splits and classes are found as if each archive was unpacked into a folder of its name. The columns are `image`,
     `label` if folders are classes, and `cls` and `txt` if there are text files with these suffixes next to the images.
@@ -47,7 +47,9 @@ def open_archives(
     }
     images, others = split_by_suffix(members, image_suffixes())
     if not images:
-        raise ValueError(f"archive {str(root / next(iter(files)))!r} contains no images")
+        raise ValueError(
+            f"archive {str(root / next(iter(files)))!r}: contains no images; expected at least one image file"
+        )
     layout = find_layout(images)
     # Folders outside the archives, and the two that `_unpacked_path` adds per archive, are not classes.
     label, classes = layout.classes(lambda name: members[name][0].count("/") + 2)
@@ -74,7 +76,7 @@ def open_archives(
 
 
 def _rows(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a split; the entry `stamps` of the options is only part of the cache key."""
+    """Yield the rows of a split; the entry `stamps` of the options is only part of the cache key."""
     for archive, images in options["plan"].items():
         path = Path(options["root"]) / archive
         text_files = {member for _, texts in images.values() for member in texts.values()}
@@ -90,7 +92,7 @@ def _rows(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _sidecars(images: Sequence[str], members: Container[str]) -> dict[str, dict[str, str]]:
-    """Returns the text files of each image, by suffix; raises a `ValueError` if two images share one."""
+    """Return the text files of each image, by suffix; raise a `ValueError` if two images share one."""
     texts: dict[str, dict[str, str]] = {}
     image_of: dict[str, str] = {}
     for name in images:
@@ -108,7 +110,7 @@ def _sidecars(images: Sequence[str], members: Container[str]) -> dict[str, dict[
 
 
 def _are_numbers(root: Path, members: Sequence[tuple[str, str]]) -> bool:
-    """Returns whether all of these text files contain only a number."""
+    """Return whether all of these text files contain only a number."""
     for archive in dict(members):
         text_files = {member for name, member in members if name == archive}
         if not all(_text(data).isdigit() for _, data in _read(root / archive, text_files)):
@@ -121,7 +123,7 @@ def _text(data: bytes) -> str:
 
 
 def _unpacked_path(archive: str, member: str) -> str:
-    """Returns the path of a file if its archive was unpacked into a folder of its name without the shard number."""
+    """Return the path of a file if its archive was unpacked into a folder of its name without the shard number."""
     folder, name = posixpath.split(archive)
     stem = re.sub(r"([-_.]\d+(-of-\d+)?)?(\.tar)?\.[a-z0-9]+$", "", name.lower())
     return posixpath.join(folder, stem, name, posixpath.normpath(member).lstrip("/"))
@@ -135,11 +137,11 @@ def _members(path: Path) -> list[str]:
         with tarfile.open(path) as archive:
             return [member.name for member in archive if member.isfile()]
     except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"archive {str(path)!r} cannot be read: {one_line(error)}") from error
+        raise ValueError(f"archive {str(path)!r}: cannot be read: {one_line(error)}") from error
 
 
 def _read(path: Path, members: Container[str]) -> Iterator[tuple[str, bytes]]:
-    """Yields some files of an archive, in archive order; damaged files of a zip archive are empty."""
+    """Yield some files of an archive, in archive order; damaged files of a zip archive are empty."""
     if not path.name.lower().endswith(".zip"):
         with tarfile.open(path) as archive:
             for member in archive:

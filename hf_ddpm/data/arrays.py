@@ -19,7 +19,7 @@ Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
 
 
 def read_array(row: dict[str, Any]) -> np.ndarray | None:
-    """Returns the array of an image; None if the image is not an array file, by its first bytes or its suffix.
+    """Return the array of an image; None if the image is not an array file, by its first bytes or its suffix.
 
     Raises:
         ValueError: If the file cannot be read, or does not contain exactly one image.
@@ -42,7 +42,7 @@ def read_array(row: dict[str, Any]) -> np.ndarray | None:
 
 
 def open_stack(path: Path) -> np.ndarray:
-    """Opens a file of many images, memory-mapped unless it is compressed.
+    """Open a file of many images, memory-mapped unless it is compressed.
 
     Args:
         path: A `.npy` file with 4 dimensions; or a `.npz` file with one array of 4 dimensions, or several, of which
@@ -74,7 +74,7 @@ def open_stack(path: Path) -> np.ndarray:
 
 
 def is_stack(path: Path) -> bool:
-    """Returns whether a file contains many images; an unreadable file counts as one image and is reported later."""
+    """Return whether a file contains many images; an unreadable file counts as one image and is reported later."""
     try:
         return any(len(shape) == 4 for shape, *_ in _headers(path).values())
     except Exception:  # zipfile and numpy raise many types
@@ -82,7 +82,7 @@ def is_stack(path: Path) -> bool:
 
 
 def _headers(file: Path | BinaryIO) -> dict[str, Header]:
-    """Returns the shape, memory order and dtype of each array in a file, by name, without reading the arrays."""
+    """Return the shape, memory order and dtype of each array in a file, by name, without reading the arrays."""
     if isinstance(file, Path) and file.suffix.lower() == ".npy":
         with file.open("rb") as content:
             return {"": _header(content)}
@@ -102,7 +102,7 @@ def _header(file: Any) -> Header:
 
 
 def _image_of(headers: dict[str, Header]) -> str:
-    """Returns the name of the only array of 2 or 3 dimensions."""
+    """Return the name of the only array of 2 or 3 dimensions."""
     names = [name for name, (shape, *_) in headers.items() if len(shape) in (2, 3)]
     if len(names) != 1:
         listed = ", ".join(f"{name} {shape}" for name, (shape, *_) in headers.items()) or "none"
@@ -111,7 +111,7 @@ def _image_of(headers: dict[str, Header]) -> str:
 
 
 def _stack_of(headers: dict[str, Header]) -> str:
-    """Returns the name of the array with 4 dimensions; `arr_0` if there are several."""
+    """Return the name of the array with 4 dimensions; `arr_0` if there are several."""
     names = [name for name, (shape, *_) in headers.items() if len(shape) == 4]
     if not names:
         raise ValueError("no array has 4 dimensions; expected (N, H, W, C)")
@@ -121,7 +121,7 @@ def _stack_of(headers: dict[str, Header]) -> str:
 
 
 def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
-    """Memory-maps an array that is stored in a zip archive without compression."""
+    """Memory-map an array that is stored in a zip archive without compression."""
     with path.open("rb") as file:
         file.seek(info.header_offset + 26)  # the lengths of name and extra field, which follow the 30-byte header
         start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))

@@ -45,21 +45,21 @@ class BatchSource(Protocol):
         """The number of unusable images so far."""
 
     def __len__(self) -> int:
-        """Returns the number of images per epoch."""
+        """Return the number of images per epoch."""
 
     def batch(self, step: int, rows: slice) -> Batch:
-        """Returns images of the global batch of a step.
+        """Return images of the global batch of a step.
 
         Args:
             step: Optimizer step, from 0.
-            rows: Rows of the global batch, such as those of this process: a slice with start and stop.
+            rows: Rows of the global batch, such as the rows of this process: a slice with start and stop.
 
         Returns:
             The images, on the device; the same for every call and every number of processes.
         """
 
     def close(self) -> None:
-        """Ends threads and processes."""
+        """End threads and processes."""
 
 
 class ShuffledImages:
@@ -69,7 +69,7 @@ class ShuffledImages:
         store: The images.
         seed: Seed of the run.
         batch_size: Images per global batch.
-        ahead: Whether a thread prefetches the next batch; by default for a GPU whose memory does not hold all images.
+        ahead: If true, a thread prefetches the next batch; by default if the images do not fit into a GPU's memory.
     """
 
     def __init__(self, store: ImageStore, *, seed: int, batch_size: int, ahead: bool | None = None):
@@ -80,7 +80,7 @@ class ShuffledImages:
         self.shape, self.class_names, self.skipped = store.shape, store.class_names, store.skipped
 
     def __len__(self) -> int:
-        """Returns the number of images per epoch."""
+        """Return the number of images per epoch."""
         return len(self.store)
 
     def batch(self, step: int, rows: slice) -> Batch:
@@ -113,7 +113,7 @@ def batch_indices(seed: int, step: int, batch: int, size: int, device: torch.dev
         seed: Seed of the run.
         step: Optimizer step, from 0.
         batch: Images per global batch.
-        size: Images in the data set.
+        size: Images in the dataset.
         device: Device of the indices; the order of an epoch is copied to it once.
 
     Returns:
@@ -128,7 +128,7 @@ def batch_indices(seed: int, step: int, batch: int, size: int, device: torch.dev
 
 
 def crop_positions(seed: int, step: int, batch: int) -> Tensor:
-    """Draws the crop positions of a global batch, uniform in [0, 1), shape `(batch, 2)`; see `crop_at`."""
+    """Draw the crop positions of a global batch, uniform in [0, 1), shape `(batch, 2)`; see `crop_at`."""
     return torch.rand(batch, 2, generator=generator(seed, CROP, step))
 
 

@@ -17,7 +17,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def load_or_repair(load: Callable[[], T], log: Callable[[str], object]) -> T:
-    """Returns the result of `load`; damaged caches are logged, removed and rebuilt.
+    """Return the result of `load`; damaged caches are logged, removed and rebuilt.
 
     Raises:
         OSError: If the disk of the cache is full; the message names the folder.
@@ -36,7 +36,7 @@ def load_or_repair(load: Callable[[], T], log: Callable[[str], object]) -> T:
 
 
 def remove_damaged(log: Callable[[str], object]) -> bool:
-    """Removes cached data sets with truncated files; returns whether there were any."""
+    """Remove cached datasets with truncated files; return whether there were any."""
     cached = [path for path in cache_folder().rglob("dataset_info.json") if not _is_of_user(path.parent)]
     damaged = [path.parent for path in cached if not _is_intact(path)]
     for folder in damaged:
@@ -46,7 +46,7 @@ def remove_damaged(log: Callable[[str], object]) -> bool:
 
 
 def read_decoded(path: Path, rows: int, log: Callable[[str], object]) -> Dataset | None:
-    """Returns a cached table with `rows` rows; None if it does not exist, or was damaged and is now removed."""
+    """Return a cached table with `rows` rows; None if it does not exist, or was damaged and is now removed."""
     if not path.exists():
         return None
     try:
@@ -62,7 +62,7 @@ def read_decoded(path: Path, rows: int, log: Callable[[str], object]) -> Dataset
 
 @contextmanager
 def explain_full_disk() -> Iterator[None]:
-    """Replaces a full-disk error by one that names the cache folder and how to choose another."""
+    """Replace a full-disk error by one that names the cache folder and how to choose another."""
     try:
         yield
     except Exception as error:
@@ -73,7 +73,7 @@ def explain_full_disk() -> Iterator[None]:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Returns whether an error or one of its causes is a full disk."""
+    """Return whether an error or one of its causes is a full disk."""
     while error is not None:
         if isinstance(error, OSError) and (error.errno in FULL or "Not enough disk space" in str(error)):
             return True
@@ -82,7 +82,7 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def cache_folder() -> Path:
-    """Returns the cache folder of `datasets`."""
+    """Return the cache folder of `datasets`."""
     return Path(config.HF_DATASETS_CACHE)
 
 
@@ -93,12 +93,12 @@ def _is_complete(loaded: Dataset | DatasetDict) -> bool:
 
 
 def _is_of_user(folder: Path) -> bool:
-    """Returns whether a folder was saved by a user and is not a cache."""
+    """Return whether a folder was saved by a user and is not a cache."""
     return (folder / "state.json").exists() or any(folder.glob("*.parquet"))
 
 
 def _is_intact(info: Path) -> bool:
-    """Returns whether a cached data set is readable and has as many rows as its description."""
+    """Return whether a cached dataset is readable and has as many rows as its description."""
     try:
         splits = json.loads(info.read_text(encoding="utf-8"))["splits"]
         rows = sum(_rows(path) for path in info.parent.glob("*.arrow") if not path.name.startswith("cache-"))

@@ -1,4 +1,4 @@
-"""Find the image column and the class column of a data set; encode classes as indices."""
+"""Find the image column and the class column of a dataset; encode classes as indices."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ GUESS = "auto"
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a data set.
+    """The classes of a dataset.
 
     Attributes:
         column: The class column.
@@ -30,7 +30,7 @@ class Classes:
     indices: dict[Hashable, int]
 
     def encode(self, values: Sequence[Any], rows: Sequence[int]) -> Tensor:
-        """Returns the class indices of values, int64, shape `(N,)`.
+        """Return the class indices of values, int64, shape `(N,)`.
 
         Args:
             values: Values of the class column.
@@ -50,7 +50,7 @@ class Classes:
 
 
 def find_image_column(features: Features, name: str | None = None) -> str:
-    """Returns the name of the image column, which may also hold image files as bytes; guessed if no name is given.
+    """Return the name of the image column, which may also hold image files as bytes; guessed if no name is given.
 
     Raises:
         ValueError: If the column does not exist or has no images, or if none or several columns look like it.
@@ -70,7 +70,7 @@ def find_image_column(features: Features, name: str | None = None) -> str:
 
 
 def find_class_column(features: Features, name: str) -> str:
-    """Returns the name of the class column, of class labels, integers or strings; guessed if `name` is `auto`.
+    """Return the name of the class column, of class labels, integers or strings; guessed if `name` is `auto`.
 
     Raises:
         ValueError: If the column does not exist or has no classes, or if no column looks like it.
@@ -90,7 +90,7 @@ def find_class_column(features: Features, name: str) -> str:
 
 
 def find_classes(features: Features, column: str, values: Iterable[Any]) -> Classes:
-    """Returns the classes of a column: its class names if it is a `ClassLabel`, otherwise its sorted values.
+    """Return the classes of a column: its class names if it is a `ClassLabel`, otherwise its sorted values.
 
     Only the second case reads `values`. The indices may then differ for another split or other data.
     """
@@ -102,7 +102,7 @@ def find_classes(features: Features, column: str, values: Iterable[Any]) -> Clas
 
 
 def read_classes(dataset: Dataset, name: str, rows: Sequence[int]) -> tuple[Classes, Tensor]:
-    """Returns the classes of a data set and the class index of each row, int64, shape `(N,)`.
+    """Return the classes of a dataset and the class index of each row, int64, shape `(N,)`.
 
     Raises:
         ValueError: If the class column does not exist, or a row has no class.
@@ -114,7 +114,7 @@ def read_classes(dataset: Dataset, name: str, rows: Sequence[int]) -> tuple[Clas
 
 
 def _has_files(kind: Any) -> bool:
-    """Returns whether a column has images, or image files as bytes with or without a path."""
+    """Return whether a column has images, or image files as bytes with or without a path."""
     if isinstance(kind, Value):
         return kind.dtype in ("binary", "large_binary")
     return isinstance(kind, Image) or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})

@@ -1,4 +1,4 @@
-"""Decode all images of a data set once, into a cached table of raw CHW pixels."""
+"""Decode all images of a dataset once, into a cached table of raw CHW pixels."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from datasets.fingerprint import Hasher
 
 from hf_ddpm.data.caching import cache_folder, explain_full_disk, read_decoded
 from hf_ddpm.data.transforms import ImageFormat, fit
-from hf_ddpm.utils.files import one_line, write_text
+from hf_ddpm.utils.files import count_of, one_line, write_text
 from hf_ddpm.utils.jsonl import as_lines, read_lines
 from hf_ddpm.utils.launch import own_cores
 
@@ -38,7 +38,7 @@ class BadImage:
 
     Attributes:
         file: The image file, or the file with its row; None if unknown.
-        row: The row in that file or in the data set; None if it has none.
+        row: The row in that file or in the dataset; None if it has none.
         reason: Why it is unusable.
     """
 
@@ -47,11 +47,11 @@ class BadImage:
     reason: str
 
     def text(self, column: str) -> str:
-        """Returns the location of the image and the reason."""
+        """Return the location of the image and the reason."""
         return f"row {self.row} ({self.file or f'column {column!r}'}): {self.reason}"
 
     def error(self, column: str) -> ValueError:
-        """Returns the error for the image, with the options that avoid it."""
+        """Return the error for the image, with the options that avoid it."""
         larger = (
             "--enlarge true to upscale small images, or " if "is smaller than the resolution" in self.reason else ""
         )
@@ -67,18 +67,18 @@ def decode(
     skip_bad_images: bool = False,
     log: Callable[[str], object] = lambda line: None,
 ) -> tuple[Dataset, Sequence[int], list[BadImage]]:
-    """Decodes all images of a split into raw pixels; a second call with the same arguments reads the cache.
+    """Decode all images of a split into raw pixels; a second call with the same arguments reads the cache.
 
     Args:
         dataset: An opened split, or a part of one.
         column: The image column.
         image_format: Format of the decoded images.
         rows: The row numbers of `dataset` in the split, for messages about bad images.
-        skip_bad_images: Whether to skip unusable images.
+        skip_bad_images: If true, skip unusable images.
         log: Called with a line if the cache was damaged, and with lines about lost information, such as bit depth.
 
     Returns:
-        A data set in the same order with `pixels`, the bytes of CHW arrays of `image_format.dtype`, and their `height`
+        A dataset in the same order with `pixels`, the bytes of CHW arrays of `image_format.dtype`, and their `height`
         and `width`; the indices of its images in `dataset`; and the skipped images.
 
     Raises:
@@ -107,7 +107,7 @@ def decode(
             )
     for note, count in Counter(decoded.select_columns(["note"])["note"]).items():
         if note is not None:
-            log(f"{note}: {count:,} images")
+            log(f"{note}: {count_of(count, 'image')}")
     reasons = decoded.select_columns(["reason"]).with_format("arrow")[:]["reason"]
     if reasons.null_count == len(reasons):
         return decoded, range(len(reasons)), []
@@ -115,12 +115,12 @@ def decode(
     usable = [index for index, reason in enumerate(reasons) if reason is None]
     bad = [BadImage(_path(encoded[i][column]), rows[i], reason) for i, reason in enumerate(reasons) if reason]
     if not usable:
-        raise ValueError(f"all {len(bad)} images are unusable, the first one in {bad[0].text(column)}")
+        raise ValueError(f"all images are unusable ({len(bad):,}), the first one in {bad[0].text(column)}")
     return decoded.select(usable), usable, bad
 
 
 def attempt(row: dict[str, Any] | None, image_format: ImageFormat, notes: list[str] | None = None) -> np.ndarray | str:
-    """Returns the decoded image, or the reason why it is unusable in one line."""
+    """Return the decoded image, or the reason why it is unusable in one line."""
     try:
         return fit(row, image_format, notes)
     except Exception as error:  # decoders raise many types
@@ -128,19 +128,19 @@ def attempt(row: dict[str, Any] | None, image_format: ImageFormat, notes: list[s
 
 
 def write_report(bad: Sequence[BadImage], path: Path) -> None:
-    """Writes skipped images as JSON Lines, atomically."""
+    """Write skipped images as JSON Lines, atomically."""
     write_text(path, as_lines(map(asdict, bad)))
 
 
 def read_report(path: Path) -> set[tuple[Any, Any]]:
-    """Returns the file and row of each image in a report; an empty set if the report does not exist."""
+    """Return the file and row of each image in a report; an empty set if the report does not exist."""
     return {(image.get("file"), image.get("row")) for image in read_lines(path)}
 
 
 def _decode_rows(
     batch: dict[str, list[Any]], indices: list[int], image_format: ImageFormat, strict_rows: Sequence[int] | None
 ) -> dict[str, list[Any]]:
-    """Decodes encoded images; raises an error for a bad image if `strict_rows`, the row numbers, is given."""
+    """Decode encoded images; raise an error for a bad image if `strict_rows`, the row numbers, is given."""
     ((column, encoded),), cores = batch.items(), own_cores()
     notes: list[list[str]] = [[] for _ in encoded]
     # Each thread gets many images at once: for small images, one task per image would be slower.
@@ -163,7 +163,7 @@ def _decode_rows(
 
 
 def _cache_key(encoded: Dataset, options: dict[str, Any]) -> str:
-    """Returns the hash of everything that decoded images depend on: the data set, its files, and the options."""
+    """Return the hash of everything that decoded images depend on: the dataset, its files, and the options."""
     files = [Path(file["filename"]) for file in encoded.cache_files]
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return Hasher.hash([encoded._fingerprint, stamps, options])

@@ -31,7 +31,7 @@ METADATA_READERS: dict[str, Callable[[str], pa.Table]] = {
 
 @dataclass(frozen=True)
 class Opened:
-    """An opened data set.
+    """An opened dataset.
 
     Attributes:
         splits: Its splits; images are not decoded yet.
@@ -62,9 +62,9 @@ class _Metadata:
 def open_folder(
     root: Path, files: Mapping[str, Stamp], unused_files: Sequence[UnusedFile], class_column: str | None
 ) -> Opened:
-    """Opens a folder of images, given by their relative paths.
+    """Open a folder of images, given by their relative paths.
 
-    The columns are `image`, `label` if folders are classes, and those of metadata files. If `class_column` is a
+    The columns are `image`, `label` if folders are classes, and the columns of metadata files. If `class_column` is a
     metadata column, images without metadata are not used.
 
     Raises:
@@ -98,7 +98,7 @@ def open_folder(
 def open_arrays(
     root: Path, files: Mapping[str, Stamp], unused_files: Sequence[UnusedFile], log: Callable[[str], object]
 ) -> Opened:
-    """Opens array files, given by their relative paths: one image per file, or all images of a file with 4 dimensions.
+    """Open array files, given by their relative paths: one image per file, or all images of a file with 4 dimensions.
 
     The columns are `image`, and `label` if folders are classes.
     """
@@ -124,7 +124,7 @@ def open_arrays(
 
 
 def _array_rows(files: Sequence[tuple[str, int, int, int | None]]) -> Iterator[dict[str, Any]]:
-    """Yields the images of files, given by path, size, time and class; size and time are only part of the cache key."""
+    """Yield the images of files, given by path, size, time and class; size and time are only part of the cache key."""
     for file, _, _, class_index in files:
         path, name = Path(file), printable(file)
         label = {} if class_index is None else {"label": class_index}
@@ -138,13 +138,13 @@ def _array_rows(files: Sequence[tuple[str, int, int, int | None]]) -> Iterator[d
 
 
 def _read_metadata(root: Path, names: Sequence[str], images: Sequence[str]) -> _Metadata:
-    """Reads the metadata files of a folder; a file in a subfolder overrides those above."""
+    """Read the metadata files of a folder; a file in a subfolder overrides those above."""
     metadata, existing = _Metadata(), set(images)
     for name in sorted(names, key=lambda name: name.count("/")):
         try:
             table = METADATA_READERS[posixpath.basename(name)](str(root / name))
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{str(root / name)!r} cannot be read: {one_line(error)}") from error
+            raise ValueError(f"{str(root / name)!r}: cannot be read: {one_line(error)}") from error
         keys = {key: _column(key) for key in table.column_names if key == "file_name" or key.endswith("_file_name")}
         if not keys:
             metadata.unused_files.append(UnusedFile(name, f"{posixpath.basename(name)} without a file_name column"))
@@ -183,7 +183,7 @@ def _column(key: str) -> str:
 
 
 def _listed(images: list[str], metadata: _Metadata, class_column: str | None) -> tuple[list[str], list[UnusedFile]]:
-    """Returns the images to use and the others: images without metadata are used unless their metadata is needed."""
+    """Return the images to use and the others: images without metadata are used unless their metadata is needed."""
     usual = set(CLASS_COLUMNS) if class_column == GUESS else {class_column}
     if not metadata.image_columns and not usual & set(metadata.columns):
         return images, []
@@ -197,7 +197,7 @@ def _listed(images: list[str], metadata: _Metadata, class_column: str | None) ->
 
 
 def _metadata_column(root: Path, names: Sequence[str], metadata: _Metadata, column: str) -> tuple[pa.Array, Any]:
-    """Returns a metadata column for some images, and its feature."""
+    """Return a metadata column for some images, and its feature."""
     values = [metadata.rows.get(name, {}).get(column) for name in names]
     if column in metadata.image_columns:
         return _paths(root, values), Image()
@@ -209,6 +209,6 @@ def _metadata_column(root: Path, names: Sequence[str], metadata: _Metadata, colu
 
 
 def _paths(root: Path, names: Iterable[str | None]) -> pa.Array:
-    """Returns images as `datasets` stores them, as paths without bytes."""
+    """Return images as `datasets` stores them, as paths without bytes."""
     paths = pa.array([None if name is None else printable(str(root / name)) for name in names], pa.string())
     return pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])

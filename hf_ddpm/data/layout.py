@@ -32,7 +32,7 @@ class Layout:
     level: int | None = None
 
     def classes(self, outer: Callable[[str], int] = lambda name: 0) -> tuple[Features, dict[str, int]]:
-        """Finds the classes of files by folder, ignoring split folders and the first `outer(name)` folders.
+        """Find the classes of files by folder, ignoring split folders and the first `outer(name)` folders.
 
         Returns:
             The feature `label`, whose classes are the sorted innermost folders, and the class index of each file; both
@@ -51,11 +51,11 @@ class Layout:
 
 
 def find_layout(names: Sequence[str]) -> Layout:
-    """Finds the splits of files by folder.
+    """Find the splits of files by folder.
 
     If folders of two splits are at the same depth, such as train/ and val/, they are the splits at any depth, and files
     outside them are not used, so held-out images never become training images. A single train/, validation/ or test/ at
-    the top is a split if no other folder there has images; a validation/ or test/ next to other folders is one, too. A
+    the top is a split if no other folder there has images; a validation/ or test/ next to other folders is also one. A
     train/ next to folders with images at the same depth is a class, such as railway trains. In all other cases the only
     split is train.
 
@@ -77,7 +77,7 @@ def find_layout(names: Sequence[str]) -> Layout:
 
 
 def _split_of(folder: str) -> str | None:
-    """Returns the split of a folder by its name, such as train for Train or train2017; None for other names."""
+    """Return the split of a folder by its name, such as train for Train or train2017; None for other names."""
     return SPLIT_OF.get(re.sub(r"[-_ ]?\d{4}$", "", folder.casefold()))
 
 

@@ -35,8 +35,8 @@ TIFF_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 28
              324, 325, 330, 332, 334, 338, 339, 340, 341, 347, *range(512, 522), 529, 530, 531, 532}  # fmt: skip
 
 
-def open_picture(row: dict[str, Any]) -> Image.Image:
-    """Loads an image upright, without other conversions. Ignores damaged metadata.
+def open_image(row: dict[str, Any]) -> Image.Image:
+    """Load an image upright, without other conversions. Ignores damaged metadata.
 
     Raises:
         Exception: If the pixels cannot be read (PIL raises many types), or are too many (`DecompressionBombError`).
@@ -61,13 +61,13 @@ def open_picture(row: dict[str, Any]) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def picture_array(image: Image.Image, channels: int, deep: bool, background: str = "white") -> np.ndarray | None:
-    """Reads an image as an array if PIL's conversions would lose information.
+def image_array(image: Image.Image, channels: int, deep: bool, background: str = "white") -> np.ndarray | None:
+    """Read an image as an array if PIL's conversions would lose information.
 
     Args:
         image: The loaded image.
         channels: Number of channels of the result.
-        deep: Whether to return 16-bit pixels.
+        deep: If true, return 16-bit pixels.
         background: Color behind transparent pixels, converted to gray.
 
     Returns:
@@ -94,7 +94,7 @@ def picture_array(image: Image.Image, channels: int, deep: bool, background: str
 
 
 def _load(source: Any) -> Image.Image:
-    """Loads an image; sets `info["depth_lost"]` if PIL has reduced 16 bits per channel to 8."""
+    """Load an image; set `info["depth_lost"]` if PIL has reduced 16 bits per channel to 8."""
     image = Image.open(source)
     tiles = list(getattr(image, "tile", []))
     image.load()
@@ -104,7 +104,7 @@ def _load(source: Any) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Returns the orientation of an image from its EXIF or XMP data: 1 to 8, by default 1, upright."""
+    """Return the orientation of an image from its EXIF or XMP data: 1 to 8, by default 1, upright."""
     try:
         value = image.getexif().get(ORIENTATION)
     except Exception:  # damaged EXIF data raises many types
@@ -118,7 +118,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _pages(image: Image.Image) -> list[np.ndarray] | None:
-    """Returns the gray pages of a TIFF; None if there is only one page, or if pages differ in size or mode."""
+    """Return the gray pages of a TIFF; None if there is only one page, or if pages differ in size or mode."""
     count = getattr(image, "n_frames", 1)
     if image.format != "TIFF" or count == 1 or image.mode not in GRAY_MODES:
         return None
@@ -133,7 +133,7 @@ def _pages(image: Image.Image) -> list[np.ndarray] | None:
 
 
 def _unsigned(values: np.ndarray) -> np.ndarray:
-    """Returns pixels of 32-bit integers (mode I) as uint16, others unchanged."""
+    """Return pixels of 32-bit integers (mode I) as uint16, others unchanged."""
     if values.dtype.kind != "i":
         return values
     if values.min() < 0 or values.max() > 65535:
@@ -142,14 +142,14 @@ def _unsigned(values: np.ndarray) -> np.ndarray:
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """Returns a PNG or TIFF file without metadata; other files unchanged."""
+    """Return a PNG or TIFF file without metadata; other files unchanged."""
     if data.startswith(PNG):
         return _plain_png(data)
     return _plain_tiff(data) if data.startswith(TIFF) else data
 
 
 def _plain_png(data: bytes) -> bytes:
-    """Returns a PNG file with only the chunks of pixels and of undamaged orientation data."""
+    """Return a PNG file with only the chunks of pixels and of intact orientation data."""
     kept, start = [PNG], len(PNG)
     while start + 12 <= len(data):
         size = int.from_bytes(data[start : start + 4], "big")
@@ -164,7 +164,7 @@ def _plain_png(data: bytes) -> bytes:
 
 
 def _plain_tiff(data: bytes) -> bytes:
-    """Returns a TIFF file whose first directory has only the tags that pixels depend on."""
+    """Return a TIFF file whose first directory has only the tags that pixels depend on."""
     order = "<" if data.startswith(b"II") else ">"
     (start,) = struct.unpack_from(f"{order}L", data, 4)
     if start + 2 > len(data):

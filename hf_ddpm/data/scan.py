@@ -11,6 +11,8 @@ from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
+from hf_ddpm.utils.files import count_of
+
 # Formats that Pillow recognizes but cannot decode.
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
@@ -56,7 +58,7 @@ class Stamp:
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Returns the lower-case suffixes of all supported image formats, such as `.png`; add new formats here."""
+    """Return the lower-case suffixes of all supported image formats, such as `.png`; add new formats here."""
     register_plugins()
     kinds = Image.registered_extensions().items()
     return frozenset(suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in NOT_DECODED)
@@ -64,7 +66,7 @@ def image_suffixes() -> frozenset[str]:
 
 @cache
 def register_plugins() -> None:
-    """Registers the formats of installed Pillow plugins: HEIC with pillow-heif."""
+    """Register the formats of installed Pillow plugins: HEIC with pillow-heif."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -73,7 +75,7 @@ def register_plugins() -> None:
 
 
 def list_files(root: Path) -> tuple[dict[str, Stamp], list[UnusedFile]]:
-    """Lists the files of a folder and its subfolders; links are followed, except in cycles.
+    """List the files of a folder and its subfolders; links are followed, except in cycles.
 
     Returns:
         The regular files, sorted by their path relative to the folder, with `/`; and entries that cannot be read.
@@ -85,7 +87,7 @@ def list_files(root: Path) -> tuple[dict[str, Stamp], list[UnusedFile]]:
 
 
 def split_by_suffix(names: Iterable[str], suffixes: Iterable[str]) -> tuple[list[str], list[UnusedFile]]:
-    """Divides files into those with one of the lower-case suffixes, and all others with the reason.
+    """Divide files into those with one of the lower-case suffixes, and all others with the reason.
 
     Hidden files, and files in folders such as `__MACOSX` that start with `__`, are never used, as in `datasets`.
     """
@@ -107,8 +109,8 @@ def split_by_suffix(names: Iterable[str], suffixes: Iterable[str]) -> tuple[list
 
 
 def summary(name: str, counts: Mapping[str, int] | None, unused_files: Iterable[UnusedFile]) -> str:
-    """Returns one line about a data set: the images per split, if known, and the unused files per reason."""
-    images = ", ".join(f"{count:,} images in {split}" for split, count in (counts or {}).items())
+    """Return one line about a dataset: the images per split, if known, and the unused files per reason."""
+    images = ", ".join(f"{count_of(count, 'image')} in {split}" for split, count in (counts or {}).items())
     kinds = Counter((file.kind, file.remedy) for file in unused_files)
     most = kinds.most_common(NAMED_KINDS)
     lines = [
@@ -121,12 +123,12 @@ def summary(name: str, counts: Mapping[str, int] | None, unused_files: Iterable[
 
 
 def with_full_paths(root: Path, files: Iterable[UnusedFile]) -> list[UnusedFile]:
-    """Returns files of a folder with their full paths."""
+    """Return files of a folder with their full paths."""
     return [replace(file, file=printable(str(root / file.file))) for file in files]
 
 
 def printable(path: str) -> str:
-    """Returns a path as printable text; a path that is not valid UTF-8 becomes a `file:` URL."""
+    """Return a path as printable text; a path that is not valid UTF-8 becomes a `file:` URL."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -135,12 +137,12 @@ def printable(path: str) -> str:
 
 
 def as_path(name: str) -> str:
-    """Returns the path of a name made by `printable`."""
+    """Return the path of a name made by `printable`."""
     return os.fsdecode(unquote_to_bytes(name.removeprefix("file://"))) if name.startswith("file:///") else name
 
 
 def printable_name(name: str) -> str:
-    """Returns a name, such as that of a class, with bytes that are not valid UTF-8 escaped."""
+    """Return a name, such as the name of a class, with bytes that are not valid UTF-8 escaped."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 

@@ -1,4 +1,4 @@
-"""Open a data set by name: the embedded digits, a folder, a file or a Hub id."""
+"""Open a dataset by name: the embedded digits, a folder, a file or a Hub id."""
 
 import glob
 import os
@@ -27,12 +27,12 @@ from hf_ddpm.utils.seeds import SUBSET, generator
 Log = Callable[[str], object]
 
 
-class _Refused(ValueError):
-    """A data set cannot be opened; the message is complete and contains its name."""
+class DatasetError(ValueError):
+    """Error while opening a dataset; the message contains its name."""
 
 
 class MissingSplit(ValueError):
-    """A data set does not have the requested split; `splits` are the existing ones."""
+    """Error for a split that a dataset does not have; `splits` are the existing ones."""
 
     def __init__(self, message: str, splits: Sequence[str]):
         super().__init__(message)
@@ -40,7 +40,7 @@ class MissingSplit(ValueError):
 
 
 def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset, list[UnusedFile]]:
-    """Opens a split of a data set.
+    """Open a split of a dataset.
 
     Args:
         data: Options of the images: `dataset` is `digits` (embedded); a folder of images, arrays (`.npy`, `.npz`),
@@ -53,7 +53,7 @@ def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset,
 
     Raises:
         MissingSplit: If the split does not exist.
-        ValueError: If the data set or its configuration does not exist, or it contains no images.
+        ValueError: If the dataset or its configuration does not exist, or it contains no images.
         OSError: If the disk of the cache is full.
     """
     name, split, opened = data.dataset, data.split, _open_splits(data, log)
@@ -71,7 +71,7 @@ def open_split(data: DataConfig, log: Log = lambda line: None) -> tuple[Dataset,
 
 
 def find_shards(data: DataConfig, log: Log = lambda line: None) -> tuple[list[str], list[UnusedFile]]:
-    """Finds the parquet files of a split, without reading or downloading them.
+    """Find the parquet files of a split, without reading or downloading them.
 
     Args:
         data: Options of the images: `dataset` is `digits`, a folder of parquet files, a parquet file, a Hub id, or a
@@ -83,7 +83,7 @@ def find_shards(data: DataConfig, log: Log = lambda line: None) -> tuple[list[st
         Paths and URLs, in order, and the unused files of a folder.
 
     Raises:
-        ValueError: If the data set or split does not exist, or its files are not parquet.
+        ValueError: If the dataset or split does not exist, or its files are not parquet.
     """
     name, split, path = data.dataset, data.split, Path(data.dataset)
     _check_config(data, path.is_file() or "://" in name or name == "digits")
@@ -102,7 +102,7 @@ def find_shards(data: DataConfig, log: Log = lambda line: None) -> tuple[list[st
 
 
 def choose(size: int, max_samples: int | None, seed: int) -> Sequence[int]:
-    """Returns the indices of all of `size` items, or of `max_samples` items drawn at random, in order.
+    """Return the indices of all of `size` items, or of `max_samples` items drawn at random, in order.
 
     Raises:
         ValueError: If `max_samples` is less than 1.
@@ -122,7 +122,7 @@ def _check_config(data: DataConfig, has_no_configs: bool) -> None:
 
 
 def _open_splits(data: DataConfig, log: Log) -> Opened:
-    """Opens all splits of a data set."""
+    """Open all splits of a dataset."""
     name, config, path = data.dataset, data.dataset_config, Path(data.dataset)
     _check_config(data, name == "digits" or path.is_file())
     if name == "digits":
@@ -133,7 +133,7 @@ def _open_splits(data: DataConfig, log: Log) -> Opened:
         if not path.exists():
             return Opened(load_or_repair(lambda: load_dataset(name, config), log))
         opened = _open_file(path, log) if path.is_file() else _open_folder(path, config, data.class_column, log)
-    except _Refused:
+    except DatasetError:
         raise
     except (DatasetGenerationError, OSError, ValueError) as error:
         if is_full(error) or isinstance(error, PermissionError):
@@ -153,18 +153,20 @@ def _open_file(path: Path, log: Log) -> Opened:
         return open_archives(path.parent, files, [], log)
     if path.suffix.lower() in ARRAY_SUFFIXES:
         return open_arrays(path.parent, files, [], log)
-    raise _Refused(f"--dataset {path}: unknown format; expected a parquet, .npy or .npz file, or an archive (zip, tar)")
+    raise DatasetError(
+        f"--dataset {path}: unknown format; expected a parquet, .npy or .npz file, or an archive (zip, tar)"
+    )
 
 
 def _open_folder(path: Path, config: str | None, class_column: str | None, log: Log) -> Opened:
-    """Opens a folder by the formats of its files.
+    """Open a folder by the formats of its files.
 
     `datasets` reads only folders with tables: it would mistake class folders such as testing_cats/ for splits.
     """
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         if config is not None:
-            reason = "a data set saved by save_to_disk has no configurations; remove --dataset_config"
-            raise _Refused(f"--dataset_config {config}: {reason}")
+            reason = "a dataset saved by save_to_disk has no configurations; remove --dataset_config"
+            raise DatasetError(f"--dataset_config {config}: {reason}")
         return Opened(_saved(path))
     files, unused_files = list_files(path)
     images, others = split_by_suffix(files, image_suffixes())
@@ -186,15 +188,15 @@ def _open_folder(path: Path, config: str | None, class_column: str | None, log: 
         return open_archives(path, archives, unused_files + [file for file in others if file.file not in archives], log)
     unused = summary(str(path), None, unused_files + others).removeprefix(f"dataset {str(path)!r}: ")
     detail = f" ({unused})" if unused_files or others else ""
-    raise _Refused(f"--dataset {path}: folder contains no images{detail}")
+    raise DatasetError(f"--dataset {path}: folder contains no images{detail}")
 
 
 def _saved(path: Path) -> Mapping[str, Dataset]:
-    """Returns the splits of a data set written by `save_to_disk`."""
+    """Return the splits of a dataset written by `save_to_disk`."""
     try:
         saved = load_from_disk(str(path))
     except IndexError as error:  # raised by datasets if a split has no rows
-        raise _Refused(f"--dataset {path}: a split contains no images") from error
+        raise DatasetError(f"--dataset {path}: a split contains no images") from error
     if isinstance(saved, Dataset):
         # The split name may include the saved part, such as train[:100].
         return {re.split(r"\W", str(saved.split or "train"))[0]: saved}
@@ -207,7 +209,7 @@ def _digits_files() -> dict[str, str]:
 
 
 def _data_files(data: DataConfig) -> dict[str, list[str]]:
-    """Returns the files of all splits, as found by `datasets`, without reading them."""
+    """Return the files of all splits, as found by `datasets`, without reading them."""
     name = data.dataset
     if name == "digits":
         return {split: [path] for split, path in _digits_files().items()}
@@ -221,7 +223,7 @@ def _data_files(data: DataConfig) -> dict[str, list[str]]:
 
 
 def _unused(path: Path, data_files: Mapping[Any, Sequence[str]]) -> list[UnusedFile]:
-    """Returns the files of a folder that `datasets` does not read, each with the reason."""
+    """Return the files of a folder that `datasets` does not read, each with the reason."""
     used = {os.path.relpath(file, path.absolute()) for files in data_files.values() for file in files}
     files, unused_files = list_files(path)
     names = [name for name in files if name not in used and name != "README.md"]
@@ -236,20 +238,20 @@ def _unused(path: Path, data_files: Mapping[Any, Sequence[str]]) -> list[UnusedF
 
 
 def _reason(name: str, config: str | None, error: Exception) -> str:
-    is_local = Path(name).exists()
+    is_local, expected = Path(name).exists(), "expected a folder, a file, a Hub id or digits"
     if isinstance(error, ConnectionError):
-        return "not a local folder, and the Hub cannot be reached"
+        return f"does not exist as a local folder, and the Hub cannot be reached; {expected}"
     if isinstance(error, FileNotFoundError) and not is_local:
-        return "does not exist as a local folder or on the Hub"
+        return f"does not exist; {expected}"
     inner = (error.__cause__ or error) if isinstance(error, DatasetGenerationError) else error
     return _config_reason(name, config) or f"cannot be read: {one_line(inner)}"
 
 
 def _config_reason(name: str, config: str | None) -> str | None:
-    """Returns the error in the configuration; None if no error is known."""
+    """Return the error in the configuration; None if no error is known."""
     try:
         names = get_dataset_config_names(name)
-    except Exception:  # the data set does not exist or cannot be read
+    except Exception:  # the dataset does not exist or cannot be read
         return None
     listed = ", ".join(names)
     if config is not None and config not in names:

@@ -14,7 +14,7 @@ from hf_ddpm.data.decoding import BadImage, decode, write_report
 from hf_ddpm.data.sources import choose, open_split
 from hf_ddpm.data.transforms import ImageFormat, crop_at
 
-# Data sets up to this size, or up to this share of the free memory of a GPU, are loaded into the memory of the device;
+# Datasets up to this size, or up to this share of the free memory of a GPU, are loaded into the memory of the device;
 # larger ones stay memory-mapped.
 RESIDENT_BYTES, RESIDENT_SHARE = 2 * 1024**3, 0.25
 
@@ -31,7 +31,7 @@ class ImageStore:
         skipped: Number of skipped images.
 
     Attributes:
-        is_resident: Whether all images are in the memory of the device.
+        is_resident: True if all images are in the memory of the device.
         index_device: Device of the indices and labels, chosen so that no step waits for a copy.
     """
 
@@ -59,11 +59,11 @@ class ImageStore:
             self._images = (self._images.view(torch.int16) if image_format.deep else self._images).to(self.device)
 
     def __len__(self) -> int:
-        """Returns the number of images."""
+        """Return the number of images."""
         return len(self._table)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        """Returns the images at `indices`, int64, shape `(B,)`, as pixels, shape `(B, C, H, W)`, on the device.
+        """Return the images at `indices`, int64, shape `(B,)`, as pixels, shape `(B, C, H, W)`, on the device.
 
         With random crops, images are cropped at the center here.
         """
@@ -75,7 +75,7 @@ class ImageStore:
         return self._moved(self._read(indices.tolist()))
 
     def cropped(self, indices: Tensor, positions: Tensor) -> Tensor:
-        """Returns images that were decoded for random crops.
+        """Return images that were decoded for random crops.
 
         Args:
             indices: Indices of the images, int64, shape `(B,)`.
@@ -103,7 +103,7 @@ class ImageStore:
 
 
 def _resident_bytes(device: torch.device) -> float:
-    """Return the largest size of a data set that is loaded into the memory of a device."""
+    """Return the largest size of a dataset that is loaded into the memory of a device."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     return max(RESIDENT_BYTES, RESIDENT_SHARE * free)
 
@@ -116,7 +116,7 @@ def load_images(
     device: torch.device | str = "cpu",
     log: Callable[[str], object] = lambda line: None,
 ) -> ImageStore:
-    """Opens a data set, decodes its images (once, into a cache) and stores them for batches.
+    """Open a dataset, decode its images (once, into a cache) and store them for batches.
 
     Args:
         data: Options of the images.
@@ -129,7 +129,7 @@ def load_images(
         The images.
 
     Raises:
-        ValueError: If the data set, a column or an image is not usable; the message names it and the reason.
+        ValueError: If the dataset, a column or an image is unusable; the message names it and the reason.
         OSError: If the disk of the cache is full.
     """
     image_format = ImageFormat.of(data)

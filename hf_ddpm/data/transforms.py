@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from hf_ddpm.config import DataConfig
 from hf_ddpm.data.arrays import read_array
-from hf_ddpm.data.pictures import open_picture, picture_array
+from hf_ddpm.data.pictures import image_array, open_image
 from hf_ddpm.images import MODES, from_pil
 
 # Modes with more than 8 bits per channel, which PIL's conversions clip to 255.
@@ -26,8 +26,8 @@ class ImageFormat:
         channels: 1, 3 or 4; any other number for arrays with exactly that many channels.
         crop: Crop of images of another aspect ratio, after resizing: at the `center`, or at a new `random` position
             each time the image is used.
-        deep: Whether pixels have 16 bits. With several channels this needs arrays, because PIL reads color with 8 bits.
-        enlarge: Whether to upscale smaller images instead of raising an error.
+        deep: If true, pixels have 16 bits. Several channels then need arrays, because PIL reads color with 8 bits.
+        enlarge: If true, upscale smaller images instead of raising an error.
         value_range: The values of black and white in arrays and image files of floats.
         background: Color behind transparent pixels of image files; unused with 4 channels.
     """
@@ -43,7 +43,7 @@ class ImageFormat:
 
     @classmethod
     def of(cls, data: DataConfig) -> "ImageFormat":
-        """Returns the format given by the options of a data set."""
+        """Return the format given by the options of a dataset."""
         value_range = None if data.value_range is None else tuple(map(float, data.value_range))
         deep = data.levels > 256
         return cls(*data.size, data.channels, data.crop, deep, data.enlarge, value_range, data.background)
@@ -65,7 +65,7 @@ class ImageFormat:
 
 
 def fit(row: dict[str, Any] | None, image_format: ImageFormat, notes: list[str] | None = None) -> np.ndarray:
-    """Decodes an image, turns it upright, puts it on the background (unless there are 4 channels) and resizes it.
+    """Decode an image, turn it upright, put it on the background (unless there are 4 channels) and resize it.
 
     Args:
         row: The image as stored by `datasets`: `bytes`, or the `path` of a file.
@@ -83,11 +83,11 @@ def fit(row: dict[str, Any] | None, image_format: ImageFormat, notes: list[str] 
     array = read_array(row)
     if array is not None:
         return _fit_array(_channels_last(array, image_format.channels), image_format)
-    return _fit_picture(open_picture(row), image_format, [] if notes is None else notes)
+    return _fit_image(open_image(row), image_format, [] if notes is None else notes)
 
 
 def crop_at(pixels: np.ndarray, image_format: ImageFormat, position: Sequence[float]) -> np.ndarray:
-    """Crops an image.
+    """Crop an image.
 
     Args:
         pixels: Shape `(C, H, W)`, at least as large as `image_format`.
@@ -104,7 +104,7 @@ def crop_at(pixels: np.ndarray, image_format: ImageFormat, position: Sequence[fl
 
 
 def as_bytes(image: Image.Image, channels: int, background: str = "white") -> Image.Image:
-    """Returns an image with 1, 3 or 4 channels of 8 bits, on a background of one color unless there are 4 channels.
+    """Return an image with 1, 3 or 4 channels of 8 bits, on a background of one color unless there are 4 channels.
 
     Raises:
         ValueError: If the image has more bits per channel, or `channels` is another number.
@@ -128,14 +128,14 @@ def as_bytes(image: Image.Image, channels: int, background: str = "white") -> Im
     return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 
-def _fit_picture(image: Image.Image, image_format: ImageFormat, notes: list[str]) -> np.ndarray:
+def _fit_image(image: Image.Image, image_format: ImageFormat, notes: list[str]) -> np.ndarray:
     channels, deep, background = image_format.channels, image_format.deep, image_format.background
     _check_size(image.width, image.height, image_format)
     if image.info["depth_lost"]:
         if deep:
             raise ValueError("image has 16-bit color or transparency, which PIL reads with 8 bits; expected an array")
         notes.append("16 bits per channel are read as 8")
-    array = picture_array(image, channels, deep, background)
+    array = image_array(image, channels, deep, background)
     if array is not None:
         return _fit_array(array, image_format)
     if getattr(image, "n_frames", 1) > 1:
@@ -150,7 +150,7 @@ def _fit_picture(image: Image.Image, image_format: ImageFormat, notes: list[str]
 
 
 def _fit_array(array: np.ndarray, image_format: ImageFormat) -> np.ndarray:
-    """Resizes an array of shape `(H, W, C)`, or `(H, W, 1)` of a gray image, and converts it to the format."""
+    """Resize an array of shape `(H, W, C)`, or `(H, W, 1)` of a grayscale image, and convert it to the format."""
     _check_size(array.shape[1], array.shape[0], image_format)
     values = _as_values(array, image_format)
     planes = [Image.fromarray(np.ascontiguousarray(values[..., channel])) for channel in range(values.shape[2])]
@@ -163,7 +163,7 @@ def _fit_array(array: np.ndarray, image_format: ImageFormat) -> np.ndarray:
 
 
 def _channels_last(array: np.ndarray, channels: int) -> np.ndarray:
-    """Returns an image of shape `(H, W, C)`, `(C, H, W)` or (with one channel) `(H, W)` as `(H, W, C)`."""
+    """Return an image of shape `(H, W, C)`, `(C, H, W)` or (with one channel) `(H, W)` as `(H, W, C)`."""
     if array.ndim == 2 and channels == 1:
         return array[..., np.newaxis]
     if array.ndim == 3 and array.shape[2] == channels:
@@ -177,7 +177,7 @@ def _channels_last(array: np.ndarray, channels: int) -> np.ndarray:
 
 
 def _as_values(array: np.ndarray, image_format: ImageFormat) -> np.ndarray:
-    """Returns an array as uint8 if 8 bits suffice, otherwise as float32 in [0, white]."""
+    """Return an array as uint8 if 8 bits suffice, otherwise as float32 in [0, white]."""
     deep, dtype = image_format.deep, array.dtype
     if dtype.kind == "b":
         array = array.astype(np.uint8) * np.uint8(255)
@@ -193,7 +193,7 @@ def _as_values(array: np.ndarray, image_format: ImageFormat) -> np.ndarray:
 
 
 def _in_unit_range(array: np.ndarray, value_range: Sequence[float] | None) -> np.ndarray:
-    """Maps floats from a range to [0, 1]."""
+    """Map floats from a range to [0, 1]."""
     if value_range is None:
         raise ValueError(
             f"image has floats (dtype {array.dtype}); use --value_range LOW HIGH to set the values of black and white"
@@ -208,18 +208,18 @@ def _in_unit_range(array: np.ndarray, value_range: Sequence[float] | None) -> np
 
 
 def _in_color(gray: Image.Image, image_format: ImageFormat) -> list[Image.Image]:
-    """Returns a gray plane as 3 color planes; with 4 channels, an opaque alpha plane is added."""
+    """Return a gray plane as 3 color planes; with 4 channels, an opaque alpha plane is added."""
     channels = image_format.channels
     if channels not in (3, 4):
         raise ValueError(
-            f"gray image does not have --channels {channels}; expected an array of {channels} channels, or a TIFF of "
-            f"{channels} pages"
+            f"grayscale image does not have --channels {channels}; expected an array of {channels} channels, or a TIFF "
+            f"of {channels} pages"
         )
     return [gray, gray, gray, *[Image.new(gray.mode, gray.size, image_format.white)] * (channels - 3)]
 
 
 def _check_size(width: int, height: int, image_format: ImageFormat) -> None:
-    """Raises a `ValueError` if an image is too small, unless small images are enlarged."""
+    """Raise a `ValueError` if an image is too small, unless small images are upscaled."""
     _, rows, columns = image_format.shape
     if not image_format.enlarge and (width < columns or height < rows):
         raise ValueError(f"size {height}x{width} is smaller than the resolution {rows}x{columns} (height x width)")

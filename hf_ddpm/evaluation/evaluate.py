@@ -25,7 +25,7 @@ from hf_ddpm.images import save_picture
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.provenance import model_checksum, provenance
 from hf_ddpm.sampling.folder import SampleFolder, Samples, open_samples
-from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder, folder_name, settle_precision
+from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder, folder_name, resolve_precision
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.public import hub_ids, strip_local_path
@@ -81,7 +81,7 @@ def evaluate(
     if pipe is not None and images is None and config.compared:
         folder_of = partial(_samples_folder, pipe, output, state.device)
         batch_size, compiled = min(config.batch_size, count), loaded is not None and config.compile
-        sampling = settle_precision(pipe, sampling, batch_size, folder_of, log, compiled)
+        sampling = resolve_precision(pipe, sampling, batch_size, folder_of, log, compiled)
     if loaded is not None and config.compile:
         compile_for_sampling(loaded.unet)
     made_by = {"seed": sampling.seed, "metric_seed": METRIC_SEED, **provenance(state.device)}

@@ -20,7 +20,7 @@ from hf_ddpm.paper.options import FigureOptions
 from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
 from hf_ddpm.provenance import model_checksum, provenance
 from hf_ddpm.sampling.folder import SampleFolder
-from hf_ddpm.sampling.generate import fill_folder, folder_name, settle_precision
+from hf_ddpm.sampling.generate import fill_folder, folder_name, resolve_precision
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.jsonl import to_json
@@ -74,7 +74,7 @@ class FigureContext:
     def samples(self, count: int, sampling: Sampling) -> SampleFolder:
         """Return generated images, stored in a folder below `samples/`; existing ones are reused."""
         batch_size = min(self.options.batch_size, count)
-        sampling = settle_precision(self.pipe, sampling, batch_size, self._samples_folder, self.log)
+        sampling = resolve_precision(self.pipe, sampling, batch_size, self._samples_folder, self.log)
         return fill_folder(
             self.pipe,
             self._samples_folder(sampling),

@@ -8,7 +8,7 @@ from typing import Any
 from hf_ddpm.utils.options import option, require_value
 
 PRESETS = resources.files("hf_ddpm.presets")
-Words = dict[str, list[str] | None]  # command-line words by option name; None stands for the default
+Arguments = dict[str, list[str] | None]  # command-line arguments by option name; None stands for the default
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,11 @@ class Given:
     """Given options that affect the choice and adjustment of a preset.
 
     Attributes:
-        dataset: Name of the data set.
+        dataset: Name of the dataset.
         resolution: Height and width, or one number for both.
         block_out_channels: Channels per resolution; if given, no preset is chosen.
         attention_resolutions: Resolutions with self-attention.
-        init_from: A model whose network and process replace those of the preset.
+        init_from: A model whose network and process replace the preset's.
     """
 
     dataset: str | None = option("", None)
@@ -47,7 +47,7 @@ def choose_preset(given: Given) -> tuple[str | None, str]:
         return None, ""
     network = ", with the network of --init_from" if given.init_from else ""
     if given.dataset == "digits":
-        return "digits", f"--preset digits (default for this data set){network}"
+        return "digits", f"--preset digits (default for this dataset){network}"
     name, sides = "small-32", given.resolution or [32]
     if min(sides) >= 48:
         name = "small-64"
@@ -57,10 +57,10 @@ def choose_preset(given: Given) -> tuple[str | None, str]:
     return name, f"--preset {name} (default at this resolution). Others: {other}--preset cifar10 (the paper's)"
 
 
-def fit_preset(name: str, preset: Words, given: Given, of_data: Mapping[str, Any]) -> tuple[Words, str]:
+def fit_preset(name: str, preset: Arguments, given: Given, of_data: Mapping[str, Any]) -> tuple[Arguments, str]:
     """Adjust the options of a preset to other images.
 
-    For another data set, options about the preset's own data set, metrics and license are removed. If the network does
+    For another dataset, options about the preset's own dataset, metrics and license are removed. If the network does
     not reach a resolution with self-attention, the next lower resolution that it reaches, or else its lowest one, gets
     self-attention instead.
 
@@ -68,7 +68,7 @@ def fit_preset(name: str, preset: Words, given: Given, of_data: Mapping[str, Any
         name: The name of the preset.
         preset: Its options.
         given: The given options.
-        of_data: Defaults of the options that describe a data set.
+        of_data: Defaults of the options that describe a dataset.
 
     Returns:
         The options, and a line about removed options, empty if no option is removed.
@@ -90,9 +90,9 @@ def fit_preset(name: str, preset: Words, given: Given, of_data: Mapping[str, Any
     return preset, line
 
 
-def _differs(words: list[str] | None, default: Any) -> bool:
-    return words is not None and words not in ([str(default)], [str(default).lower()])
+def _differs(arguments: list[str] | None, default: Any) -> bool:
+    return arguments is not None and arguments not in ([str(default)], [str(default).lower()])
 
 
-def _integers(words: list[str] | None) -> list[int]:
-    return [int(word) for word in words or ()]
+def _integers(arguments: list[str] | None) -> list[int]:
+    return [int(word) for word in arguments or ()]

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ddpm.data.decoding import attempt
-from hf_ddpm.data.pictures import open_picture
+from hf_ddpm.data.pictures import open_image
 from hf_ddpm.data.scan import image_suffixes, split_by_suffix
 from hf_ddpm.data.transforms import ImageFormat, fit
 from hf_ddpm.images import check_picture, grid, read_masks, save_picture, to_bytes, to_pil, to_signed, to_unit
@@ -40,8 +40,8 @@ GRAY = 128
 Edit = Callable[[list[int], Tensor, dict[str, Any]], tuple[Tensor, Tensor | None]]
 
 
-def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | InvertConfig) -> Path:
-    """Edits images into a folder, as `hf-ddpm edit` does. Every process of a launcher must call this function.
+def edit_images(config: EditConfig, options: InpaintConfig | VaryConfig | InvertConfig) -> Path:
+    """Edit images into a folder, as `hf-ddpm edit` does. Every process of a launcher must call this function.
 
     Args:
         config: Model, input images and output folder.
@@ -51,21 +51,22 @@ def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | Inve
         The output folder.
 
     Raises:
-        ValueError: If the model, an image or a mask cannot be used, or an option is invalid.
+        ValueError: If the model, an image or a mask is unusable, or an option is invalid.
         OSError: If a file cannot be written.
     """
-    files = find_pictures("images", Path(config.images))
+    files = find_images("images", Path(config.images))
     is_free_name = all(file.stem != "grid" for file in files)
-    require_value("images", config.images, is_free_name, "no image named grid, whose result would replace grid.png")
+    reason = "the result of the image named grid would replace grid.png; expected another name"
+    require_value("images", config.images, is_free_name, reason)
     if isinstance(options, InpaintConfig):
-        find_pictures("masks", Path(options.masks))  # check the masks before anything slow
+        find_images("masks", Path(options.masks))  # check the masks before anything slow
     state = PartialState(cpu=not torch.cuda.is_available())
     use_own_cores()
     pipe = load_pipeline(config.model, state.device)
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
     channels, *size = pipe.image_shape
     check_picture(channels, "edit them in Python, with the methods of the pipeline")
-    pixels = read_pictures(files, pipe.image_shape, config.background)
+    pixels = read_images(files, pipe.image_shape, config.background)
     masks = None
     if isinstance(options, InpaintConfig):
         masks = read_mask_files(Path(options.masks), files, (size[0], size[1]))
@@ -96,14 +97,14 @@ def edit_pictures(config: EditConfig, options: InpaintConfig | VaryConfig | Inve
 
 
 def draw_grid(output: Path, files: Sequence[Path], pixels: Tensor, masks: Tensor | None, is_inverted: bool) -> None:
-    """Writes `grid.png`, the first images before and after; prints the reconstruction error of inverted images."""
+    """Write `grid.png`, the first images before and after; print the reconstruction error of inverted images."""
     rows = {"image": pixels}
     if masks is not None:
         rows["masked"] = torch.where(masks, GRAY, pixels)
     if is_inverted:
         noise = np.stack([np.load(output / f"{file.stem}.npy") for file in files[:SHOWN]])
         rows["noise"] = to_bytes(to_unit(torch.from_numpy(noise)))
-    rows["result"] = read_pictures([output / f"{file.stem}.png" for file in files], tuple(pixels.shape[1:]))
+    rows["result"] = read_images([output / f"{file.stem}.png" for file in files], tuple(pixels.shape[1:]))
     save_picture(before_and_after(rows), output / "grid.png")
     if is_inverted:
         error = (rows["result"].float() - pixels.float()).square().mean().sqrt().item()
@@ -118,7 +119,7 @@ def edit_batches(
     labels: Sequence[int | str],
     state: PartialState,
 ) -> None:
-    """Edits this process's share of the images (uint8) and writes the results; returns when all processes are done."""
+    """Edit this process's share of the images (uint8) and write the results; return when all processes are done."""
     output, mine = Path(config.output), list(range(len(files)))[state.process_index :: state.num_processes]
     with tqdm(total=len(mine), desc="Images", unit="image", disable=not state.is_main_process) as bar:
         for start in range(0, len(mine), config.batch_size):
@@ -129,8 +130,8 @@ def edit_batches(
                 "guidance_scale": config.guidance_scale,
             }
             edited, noise = edit(rows, to_signed(pixels[rows]), call)
-            for i, (row, picture) in enumerate(zip(rows, to_pil(to_bytes(edited).cpu()), strict=True)):
-                save_picture(picture, output / f"{files[row].stem}.png")
+            for i, (row, image) in enumerate(zip(rows, to_pil(to_bytes(edited).cpu()), strict=True)):
+                save_picture(image, output / f"{files[row].stem}.png")
                 if noise is not None:
                     save_array(noise[i].cpu().numpy(), output / f"{files[row].stem}.npy")
             bar.update(len(rows))
@@ -138,7 +139,7 @@ def edit_batches(
 
 
 def prepared(pipe: DDPMPipeline, options: InpaintConfig | VaryConfig | InvertConfig, masks: Tensor | None) -> Edit:
-    """Returns the function of an edit, and sets the pipeline's scheduler for it.
+    """Return the function of an edit, and set the pipeline's scheduler for it.
 
     Raises:
         ValueError: If the number of steps is invalid for the model.
@@ -176,8 +177,8 @@ def prepared(pipe: DDPMPipeline, options: InpaintConfig | VaryConfig | InvertCon
     )
 
 
-def find_pictures(option: str, path: Path) -> list[Path]:
-    """Returns an image file, or the image files of a folder sorted by name, without `grid.png`.
+def find_images(option: str, path: Path) -> list[Path]:
+    """Return an image file, or the image files of a folder sorted by name, without `grid.png`.
 
     Args:
         option: Name of the option, for error messages.
@@ -204,20 +205,20 @@ def find_pictures(option: str, path: Path) -> list[Path]:
     return files
 
 
-def read_pictures(files: Sequence[Path], shape: tuple[int, int, int], background: str = "white") -> Tensor:
-    """Returns image files resized and cropped to a shape, as uint8; a `ValueError` names the file and the reason."""
+def read_images(files: Sequence[Path], shape: tuple[int, int, int], background: str = "white") -> Tensor:
+    """Return image files resized and cropped to a shape, as uint8; a `ValueError` names the file and the reason."""
     channels, height, width = shape
     images = []
     for file in files:
         pixels = attempt(_row(file), ImageFormat(height, width, channels, background=background))
         if isinstance(pixels, str):
-            raise ValueError(f"{file}: image cannot be used: {pixels}")
+            raise ValueError(f"{file}: image is unusable: {pixels}")
         images.append(torch.tensor(pixels))
     return torch.stack(images)
 
 
 def read_mask_files(path: Path, files: Sequence[Path], size: tuple[int, int]) -> Tensor:
-    """Returns the masks of images, bool, shape `(len(files), 1, H, W)`.
+    """Return the masks of images, bool, shape `(len(files), 1, H, W)`.
 
     A mask with the size of its image is resized and cropped like the image.
 
@@ -229,21 +230,21 @@ def read_mask_files(path: Path, files: Sequence[Path], size: tuple[int, int]) ->
     Raises:
         ValueError: If a mask is missing, cannot be read, or has neither this size nor its image's; it names the file.
     """
-    existing = {file.stem: file for file in find_pictures("masks", path)}
+    existing = {file.stem: file for file in find_images("masks", path)}
     chosen = [path] if path.is_file() else [existing.get(file.stem) for file in files]
     masks = []
-    for file, picture in zip(chosen, files, strict=False):
+    for file, image in zip(chosen, files, strict=False):
         if file is None:
-            raise ValueError(f"--masks {path}: mask for {picture} is missing; expected {picture.stem}.png")
+            raise ValueError(f"--masks {path}: mask for {image} is missing; expected {image.stem}.png")
         try:
-            mask = open_picture(_row(file))
-            own_size, masked = (mask.height, mask.width), files if path.is_file() else [picture]
-            if own_size != size and all(open_picture(_row(one)).size == mask.size for one in masked):
+            mask = open_image(_row(file))
+            own_size, masked = (mask.height, mask.width), files if path.is_file() else [image]
+            if own_size != size and all(open_image(_row(one)).size == mask.size for one in masked):
                 read_masks(mask, 1, own_size)  # raises an error for an invalid mask
                 mask = Image.fromarray(fit(_row(file), ImageFormat(*size, 1))[0])
             masks.append(read_masks(mask, 1, size))
         except Exception as error:  # decoders raise anything
-            raise ValueError(f"{file}: mask cannot be used: {one_line(error)}") from error
+            raise ValueError(f"{file}: mask is unusable: {one_line(error)}") from error
     return torch.cat(masks).expand(len(files), 1, *size)
 
 
@@ -252,12 +253,12 @@ def _row(file: Path) -> dict[str, Any]:
 
 
 def save_array(array: np.ndarray, path: Path) -> None:
-    """Writes an array to a `.npy` file, atomically."""
+    """Write an array to a `.npy` file, atomically."""
     with atomic_write(path) as partial, partial.open("wb") as file:
         np.save(file, array)
 
 
 def before_and_after(rows: dict[str, Tensor]) -> Image.Image:
-    """Draws the first images of several batches (uint8) as labeled rows of a grid."""
+    """Draw the first images of several batches (uint8) as labeled rows of a grid."""
     shown = torch.cat([images[:SHOWN] for images in rows.values()])
     return grid(to_pil(shown), len(shown) // len(rows), row_labels=list(rows))

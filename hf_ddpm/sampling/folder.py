@@ -42,7 +42,7 @@ class SampleFolder:
 
     @classmethod
     def read(cls, path: Path) -> "SampleFolder":
-        """Opens a folder for reading; raises a `ValueError` if its settings are missing or its shard size differs."""
+        """Open a folder for reading; raise a `ValueError` if its settings are missing or its shard size differs."""
         settings = _read_settings(path)
         if settings is None or settings["shard_size"] != SHARD_SIZE:
             raise ValueError(
@@ -57,7 +57,7 @@ class SampleFolder:
         return None if stored is None else stored.get("mixed_precision", "no")
 
     def check(self, ignored: Sequence[str] = ()) -> None:
-        """Raises a `ValueError` that lists the differences if the folder contains images of other settings.
+        """Raise a `ValueError` that lists the differences if the folder contains images sampled with other settings.
 
         Args:
             ignored: Settings that may differ.
@@ -65,7 +65,9 @@ class SampleFolder:
         stored = _read_settings(self.path)
         if not any(self.path.glob("shards/*.npy")):
             if any(re.fullmatch(r"\d{5,}\.png", path.name) for path in self.path.glob("*.png")):
-                raise ValueError(f"{self.path}: folder contains images of unknown settings; choose another folder")
+                raise ValueError(
+                    f"{self.path}: folder contains images sampled with unknown settings; choose another folder"
+                )
             return
         if stored is None:
             raise ValueError(f"{self.path}: sampling.json is missing or damaged; choose another folder")
@@ -76,18 +78,17 @@ class SampleFolder:
             if key not in ignored and now.get(key) != stored.get(key)
         ]
         if changed:
-            raise ValueError(
-                f"{self.path}: folder contains images of other settings: {', '.join(changed)}; choose another folder"
-            )
+            reason = f"folder contains images sampled with other settings: {', '.join(changed)}"
+            raise ValueError(f"{self.path}: {reason}; choose another folder")
 
     def bind(self) -> None:
-        """Writes `sampling.json`, unless the folder already contains a shard."""
+        """Write `sampling.json`, unless the folder already contains a shard."""
         (self.path / "shards").mkdir(parents=True, exist_ok=True)
         if not any(self.path.glob("shards/*.npy")):
             write_text(self.path / "sampling.json", json.dumps(self.settings, indent=2) + "\n")
 
     def missing(self, num_images: int) -> list[range]:
-        """Returns the indices of missing images, as one range per incomplete shard."""
+        """Return the indices of missing images, as one range per incomplete shard."""
         parts = []
         for start in range(0, num_images, SHARD_SIZE):
             end = min(start + SHARD_SIZE, num_images)
@@ -97,7 +98,7 @@ class SampleFolder:
         return parts
 
     def add(self, indices: range, images: Tensor) -> None:
-        """Appends images to a shard and flushes it to disk.
+        """Append images to a shard and flush it to disk.
 
         Args:
             indices: Indices of the images, a range returned by `missing`.
@@ -108,7 +109,7 @@ class SampleFolder:
         if shard * SHARD_SIZE + len(before) != indices.start:
             expected = indices.start - shard * SHARD_SIZE
             reason = f"file contains {len(before)} images; expected {expected}"
-            raise OSError(f"{self._file(shard)}: {reason}; has another run changed it?")
+            raise OSError(f"{self._file(shard)}: {reason}; another process may have changed it")
         with atomic_write(self._file(shard)) as partial, partial.open("wb") as file:
             np.save(file, np.concatenate([before, images.numpy()]))
             file.flush()
@@ -116,18 +117,18 @@ class SampleFolder:
         self._open.pop(shard, None)
 
     def __len__(self) -> int:
-        """Returns the number of images before the first missing one."""
+        """Return the number of images before the first missing one."""
         shard = 0
         while len(self._read(shard)) == SHARD_SIZE:
             shard += 1
         return shard * SHARD_SIZE + len(self._read(shard))
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        """Returns images by index, int64, shape `(B,)`, as uint8, shape `(B, C, H, W)`, on the CPU."""
+        """Return images by index, int64, shape `(B,)`, as uint8, shape `(B, C, H, W)`, on the CPU."""
         return torch.from_numpy(np.stack([self._image(index) for index in indices.tolist()]))
 
-    def write_pictures(self, indices: Sequence[int]) -> None:
-        """Writes images as `00000.png`, ..., unless a file already contains the image."""
+    def write_images(self, indices: Sequence[int]) -> None:
+        """Write images as `00000.png`, ..., unless a file already contains the image."""
         existing = set(os.listdir(self.path))
         for index in indices:
             file, image = self.path / f"{index:05d}.png", self._image(index)
@@ -135,12 +136,12 @@ class SampleFolder:
                 save_picture(to_pil(torch.from_numpy(image[np.newaxis].copy()))[0], file)
 
     def write_grid(self, num_images: int) -> None:
-        """Writes `grid.png` with the first 64 images."""
+        """Write `grid.png` with the first 64 images."""
         first = self[torch.arange(min(num_images, GRID_IMAGES))]
         save_picture(sample_grid(first, self.settings.get("class_labels", ())), self.path / "grid.png")
 
     def write_npz(self, num_images: int) -> None:
-        """Writes `samples.npz`: `arr_0`, uint8, shape `(N, H, W, C)`, as common evaluation code expects it."""
+        """Write `samples.npz`: `arr_0`, uint8, shape `(N, H, W, C)`, as common evaluation code expects it."""
         channels, height, width = self.shape
         # Image by image, as all images together may not fit into memory.
         with (
@@ -165,7 +166,7 @@ class SampleFolder:
         return self._open[shard][row]
 
     def _read(self, shard: int) -> np.ndarray:
-        """Returns a memory-mapped shard; an empty array if it is missing, damaged or of another image shape."""
+        """Return a memory-mapped shard; an empty array if it is missing, damaged or of another image shape."""
         nothing = np.empty((0, *self.shape), np.uint8)
         try:
             images = np.load(self._file(shard), mmap_mode="r")  # raises a ValueError for a truncated file
@@ -175,7 +176,7 @@ class SampleFolder:
         return images if is_valid and len(images) <= SHARD_SIZE else nothing
 
 
-class PictureFolder:
+class ImageFolder:
     """Folder of PNG files, sorted by name, all of one size and mode; `grid.png` is ignored.
 
     Args:
@@ -196,11 +197,11 @@ class PictureFolder:
         self.shape = self._load(self.files[0]).shape
 
     def __len__(self) -> int:
-        """Returns the number of images."""
+        """Return the number of images."""
         return len(self.files)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        """Returns images as uint8, shape `(B, C, H, W)`; raises a `ValueError` if a shape differs from the first."""
+        """Return images as uint8, shape `(B, C, H, W)`; raise a `ValueError` if a shape differs from the first."""
         images = []
         for index in indices.tolist():
             images.append(self._load(self.files[index]))
@@ -217,7 +218,7 @@ class PictureFolder:
         except OSError as error:
             raise ValueError(f"{file}: not an image: {one_line(error)}") from error
         except ValueError as error:
-            raise ValueError(f"{file}: image cannot be used: {error}") from error
+            raise ValueError(f"{file}: image is unusable: {error}") from error
 
 
 class SampleFile:
@@ -241,20 +242,20 @@ class SampleFile:
         self.shape = channels, height, width
 
     def __len__(self) -> int:
-        """Returns the number of images."""
+        """Return the number of images."""
         return len(self._images)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        """Returns images by index, int64, shape `(B,)`, as uint8, shape `(B, C, H, W)`."""
+        """Return images by index, int64, shape `(B,)`, as uint8, shape `(B, C, H, W)`."""
         # A copy, so that the strides are as in other batches and features are identical to the last bit.
         return torch.from_numpy(self._images[indices.numpy()].transpose(0, 3, 1, 2).copy())
 
 
-Samples = SampleFolder | PictureFolder | SampleFile
+Samples = SampleFolder | ImageFolder | SampleFile
 
 
 def open_samples(path: Path, background: str = "white") -> Samples:
-    """Opens generated images.
+    """Open generated images.
 
     Args:
         path: A folder written by `hf-ddpm sample`, a folder of PNG files, a folder with `samples.npz` or one other
@@ -271,17 +272,17 @@ def open_samples(path: Path, background: str = "white") -> Samples:
         return SampleFile(path)
     has_shards = any(path.glob("shards/*.npy"))
     files = [path / "samples.npz"] if (path / "samples.npz").exists() else list(path.glob("*.npz"))
-    has_pictures = any(file.name != "grid.png" for file in path.glob("*.png"))
-    if len(files) == 1 and not has_shards and not has_pictures:
+    has_images = any(file.name != "grid.png" for file in path.glob("*.png"))
+    if len(files) == 1 and not has_shards and not has_images:
         return SampleFile(files[0])
-    return SampleFolder.read(path) if (path / "sampling.json").exists() else PictureFolder(path, background)
+    return SampleFolder.read(path) if (path / "sampling.json").exists() else ImageFolder(path, background)
 
 
 def _shows(file: Path, image: np.ndarray) -> bool:
-    """Returns whether a file is readable and contains this image, shape `(C, H, W)`."""
+    """Return whether a file is readable and contains this image, shape `(C, H, W)`."""
     try:
-        with Image.open(file) as picture:
-            return picture.mode == MODES[len(image)] and np.array_equal(from_pil(picture, len(image)), image)
+        with Image.open(file) as stored:
+            return stored.mode == MODES[len(image)] and np.array_equal(from_pil(stored, len(image)), image)
     except Exception:  # decoders raise anything
         return False
 

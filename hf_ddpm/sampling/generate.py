@@ -71,7 +71,7 @@ def is_compiled(unet: nn.Module) -> bool:
 
 
 def sampling_settings(pipe: DDPMPipeline, sampling: Sampling, model: str, device: torch.device) -> dict[str, Any]:
-    """Returns the settings that determine the images of a pipeline, for a `SampleFolder`."""
+    """Return the settings that determine the images of a pipeline, for a `SampleFolder`."""
     replaced = replaced_variance(pipe, sampling)
     return {
         "model": model,
@@ -85,7 +85,7 @@ def sampling_settings(pipe: DDPMPipeline, sampling: Sampling, model: str, device
     }
 
 
-def settle_precision(
+def resolve_precision(
     pipe: DDPMPipeline,
     sampling: Sampling,
     batch_size: int,
@@ -102,7 +102,7 @@ def settle_precision(
         folder_of: Function that returns the output folder for sampling options. If a folder already contains images,
             their precision is chosen.
         log: Called with a line about the choice.
-        compile: Whether the network will be compiled.
+        compile: If true, the network will be compiled.
 
     Returns:
         The sampling options with the precision.
@@ -115,7 +115,7 @@ def settle_precision(
     def choose() -> Choice:
         for precision, path in paths.items():
             if SampleFolder(path, {"shape": shape}).stored_precision == precision:
-                return Choice(precision, f"precision {PRECISION_NAMES[precision]}, as of the existing images in {path}")
+                return Choice(precision, f"precision {PRECISION_NAMES[precision]}, like the existing images in {path}")
         return choose_precision(pipe.unet, shape, batch_size, compiled=compile)
 
     choice = on_main_process(choose)
@@ -124,7 +124,7 @@ def settle_precision(
 
 
 def folder_name(pipe: DDPMPipeline, sampling: Sampling, device: torch.device) -> str:
-    """Returns a folder name that is unique for the settings of the images."""
+    """Return a folder name that is unique for the settings of the images."""
     settings = json.dumps(sampling_settings(pipe, sampling, "", device), sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
@@ -139,19 +139,19 @@ def sample_images(
     batch_size: int = 64,
     compile: bool = False,
 ) -> Path:
-    """Samples images of a model into a folder, like the command `hf-ddpm sample`.
+    """Sample images of a model into a folder, like the command `hf-ddpm sample`.
 
     The same call resumes after an interruption, also with a larger `num_images`. Every process of a launcher must call
     this function.
 
     Args:
-        model: Folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers.
+        model: Folder or Hub id of a DDPM pipeline (hf_ddpm or diffusers).
         output: Output folder for `00000.png`, ... or `samples.npz`, and `grid.png` with the first 64 images.
         num_images: Number of images, at least 1.
         sampling: Seed, steps, sampler and classes; by default seed 0 and all steps of the model's own sampler.
         format: `png` for one file per image, `npz` for one array of all images.
         batch_size: Batch size per process; values above 256 act like 256.
-        compile: Whether to compile the network first, which is faster for many images.
+        compile: If true, compile the network first, which is faster for many images.
 
     Returns:
         The output folder.
@@ -171,7 +171,7 @@ def sample_images(
     if config.format == "png":
         check_picture(pipe.image_shape[0], "use --format npz to write them as an array")
     path = Path(config.output)
-    sampling = settle_precision(
+    sampling = resolve_precision(
         pipe, sampling or Sampling(), config.batch_size, lambda _: path, state.print, config.compile
     )
     if config.compile:
@@ -187,7 +187,7 @@ def sample_images(
         state=state,
     )
     if config.format == "png":
-        folder.write_pictures(range(config.num_images)[state.process_index :: state.num_processes])
+        folder.write_images(range(config.num_images)[state.process_index :: state.num_processes])
     if state.is_main_process:
         if config.format == "npz":
             folder.write_npz(config.num_images)
@@ -205,7 +205,7 @@ def generate_images(
     device: torch.device | str = "cpu",
     **call: Any,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Generates images by index; the scheduler of the pipeline is restored afterwards.
+    """Generate images by index; the scheduler of the pipeline is restored afterwards.
 
     Args:
         pipe: The pipeline, on `device`.
@@ -266,7 +266,7 @@ def fill_folder(
     batch_size: int,
     state: PartialState | Accelerator,
 ) -> SampleFolder:
-    """Generates the missing images of a folder. Every process must call this function.
+    """Generate the missing images of a folder. Every process must call this function.
 
     Args:
         pipe: The pipeline, on the device of this process.
@@ -281,12 +281,12 @@ def fill_folder(
         The folder with all images.
 
     Raises:
-        ValueError: If the folder contains images of other settings or is in use, or an argument is invalid.
+        ValueError: If the folder contains images sampled with other settings or is in use, or an argument is invalid.
         OSError: If images of other processes are missing because the folder is not shared.
     """
     # Raises errors before the folder is changed.
     find_scheduler(pipe, sampling.scheduler, sampling.steps(pipe), sampling.variance)
-    sampling = settle_precision(pipe, sampling, batch_size, lambda _: path)
+    sampling = resolve_precision(pipe, sampling, batch_size, lambda _: path)
     _check_space(path, num_images, math.prod(pipe.image_shape))
     folder = SampleFolder(path, sampling_settings(pipe, sampling, model, state.device))
     folder.check(ignored=["model"])
@@ -310,7 +310,7 @@ def fill_folder(
 
 
 def _check_space(path: Path, num_images: int, image_bytes: int) -> None:
-    """Raises a `ValueError` if the images are larger than the disk of the folder."""
+    """Raise a `ValueError` if the images are larger than the disk of the folder."""
     parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     size, total = num_images * image_bytes, shutil.disk_usage(parent).total
     sizes = f"{size / 2**30:,.0f} GiB", f"{total / 2**30:,.0f} GiB"
@@ -328,7 +328,7 @@ def make_parts(
     device: torch.device | str = "cpu",
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Generates some missing parts of a folder, and saves each part when it is complete."""
+    """Generate some missing parts of a folder, and save each part when it is complete."""
     with in_precision(pipe, sampling.mixed_precision):
         for indices in parts:
             images = []

@@ -15,7 +15,7 @@ SHARD_SIZE = 256
 class SampleConfig:
     """Model, number of images and output."""
 
-    model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
+    model: str = option("folder or Hub id of a DDPM pipeline (hf_ddpm or diffusers)")
     output: str = option("output folder")
     num_images: int = option("number of images", 64)
     format: Literal["png", "npz"] = option(
@@ -25,7 +25,7 @@ class SampleConfig:
     compile: bool = option("compile the network first; faster for many images", False)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_types(self)
         require_at_least(self, 1, "num_images", "batch_size")
         require(self, "output", not Path(self.output).is_file(), "a folder, not a file")
@@ -40,22 +40,22 @@ class Sampling:
     scheduler: Literal["ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "unipc", "pndm", "euler"] = option(
         "sampler; ddpm is the model's own", "ddpm"
     )
-    eta: float = option("noise of ddim: 0 is deterministic, 1 is as in ddpm", 0.0)
+    eta: float = option("noise of ddim: 0 is deterministic, 1 is like ddpm", 0.0)
     class_labels: list[str] = option("names or numbers of classes, assigned to the images in turn", factory=list)
     guidance_scale: float = option("scale of classifier-free guidance; 1 for none", 1.0)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "precision of the network; auto: bf16 if the device supports it and is faster with it, else no (float32); "
-        "for nll, auto is no",
+        "precision of the network; auto: bf16 if the device supports it and is faster with it, else no, which is "
+        "float32; for nll, auto is no",
         "auto",
     )
     variance: Literal["model", "fixed_small", "fixed_large"] | None = option(
-        "variance of the steps of ddpm (default: the model's; but with fewer than all steps, fixed_small replaces "
-        "fixed_large, which leaves noise in the images)",
+        "variance of ddpm steps (default: the model's, except that fixed_small replaces fixed_large when sampling in "
+        "fewer than all steps, to avoid grain)",
         None,
     )
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_types(self)
         require_at_least(self, 1, "num_inference_steps")
         require(self, "eta", 0 <= self.eta <= 1, "a number in [0, 1]")
@@ -63,14 +63,19 @@ class Sampling:
             raise ValueError(f"--eta {self.eta}: expected 0 with --scheduler {self.scheduler}; or use --scheduler ddim")
         require_at_least(self, 0, "seed")
         if self.variance is not None:
-            require(self, "variance", self.scheduler == "ddpm", f"no variance with --scheduler {self.scheduler}")
+            require(
+                self,
+                "variance",
+                self.scheduler == "ddpm",
+                f"not supported with --scheduler {self.scheduler}; expected --scheduler ddpm",
+            )
 
     def steps(self, pipe: Any) -> int:
-        """Returns the number of sampling steps for a pipeline."""
+        """Return the number of sampling steps for a pipeline."""
         return self.num_inference_steps or int(pipe.default_steps)
 
     def replaced_variance(self, own: str, total: int) -> str | None:
-        """Returns the variance type that replaces the model's `own` for a process of `total` steps; None to keep it."""
+        """Return the variance type that replaces the model's `own` for a process of `total` steps; None to keep it."""
         if self.scheduler != "ddpm" or self.variance == "model":
             return None
         own = own.removesuffix("_log")
@@ -79,7 +84,7 @@ class Sampling:
         return None if chosen == own else chosen
 
     def labels(self, pipe: Any) -> list[int | str]:
-        """Returns the classes in the form that a pipeline accepts: names, or indices as integers.
+        """Return the classes in the form that a pipeline accepts: names, or indices as integers.
 
         If the classes have names, "2" is a name, never an index, so that its meaning is unambiguous.
         """
@@ -90,21 +95,22 @@ class Sampling:
 class EditConfig:
     """Model, input images and output of an edit."""
 
-    model: str = option("folder or Hub id of a DDPM pipeline, of hf_ddpm or of diffusers")
+    model: str = option("folder or Hub id of a DDPM pipeline (hf_ddpm or diffusers)")
     images: str = option("image file, or folder of images; other sizes are resized and cropped")
     output: str = option("output folder, new or empty")
     seed: int = option("random seed; image i of a folder, sorted by name, gets the noise of sample i", 0)
     class_labels: list[str] = option("names or numbers of classes, assigned to the images in turn", factory=list)
     guidance_scale: float = option("scale of classifier-free guidance; 1 for none", 1.0)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "precision of the network; auto: bf16 if the device supports it and is faster with it, else no (float32)",
+        "precision of the network; auto: bf16 if the device supports it and is faster with it, else no, which is "
+        "float32",
         "auto",
     )
     background: str = option("background color of transparent pixels, unless the model has 4 channels", "white")
     batch_size: int = option("batch size per process", 64)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_types(self)
         require_at_least(self, 0, "seed")
         require_at_least(self, 1, "batch_size")
@@ -117,15 +123,15 @@ class InpaintConfig:
     """Inpaint images: fill the masked pixels and keep the others unchanged (RePaint)."""
 
     masks: str = option(
-        "one mask file for all images, or folder of masks with the same names as the images; white where to fill; in "
-        "the size of the model or of the images"
+        "one mask file for all images, or folder of masks with the same names as the images; white marks the pixels to "
+        "fill; same size as the model or the images"
     )
     num_inference_steps: int | None = option("steps of the reverse process (default: 250, or all if fewer)", None)
     jump_length: int = option("number of steps that RePaint jumps back", 10)
-    jump_n_sample: int = option("times that each part of jump_length steps is sampled; 1 for no jumps", 10)
+    jump_n_sample: int = option("passes over each block of jump_length steps; 1 disables jumps", 10)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_types(self)
         require_at_least(self, 1, "num_inference_steps", "jump_length", "jump_n_sample")
 
@@ -138,7 +144,7 @@ class VaryConfig:
     num_inference_steps: int | None = option("steps of the reverse process (default: all steps up to strength)", None)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_types(self)
         require(self, "strength", 0 < self.strength <= 1, "a number in (0, 1]")
         require_at_least(self, 1, "num_inference_steps")
@@ -152,6 +158,6 @@ class InvertConfig:
     num_iterations: int = option("evaluations of the network per inversion step", 3)
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         require_types(self)
         require_at_least(self, 1, "num_inference_steps", "num_iterations")

@@ -35,7 +35,7 @@ VERSION = 2
 
 
 def find_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int, variance: str | None = None) -> Any:
-    """Returns a scheduler for a pipeline's model, with settings that give correct samples.
+    """Return a scheduler for a pipeline's model, with settings that give correct samples.
 
     Args:
         pipe: The pipeline.
@@ -79,7 +79,7 @@ def find_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int,
 
 
 def replaced_variance(pipe: Any, sampling: Sampling) -> str | None:
-    """Returns the variance type that replaces the one of a pipeline's own scheduler; None to keep it.
+    """Return the variance type that replaces the one of a pipeline's own scheduler; None to keep it.
 
     Raises:
         ValueError: If a variance is chosen, but the scheduler has no variance type, or the variance is learned.
@@ -99,7 +99,7 @@ def replaced_variance(pipe: Any, sampling: Sampling) -> str | None:
 
 
 def is_changed(pipe: Any, sampling: Sampling) -> bool:
-    """Returns whether older package versions sampled other images with these options; a folder must not mix them."""
+    """Return whether older package versions sampled other images with these options; a folder must not mix them."""
     if sampling.mixed_precision in ("bf16", "fp16"):
         return True
     if sampling.scheduler != "ddpm" or pipe.scheduler.config.prediction_type == "mean":

@@ -59,7 +59,7 @@ def choose_kernels(training: TrainingConfig) -> None:
     use_own_cores()
 
 
-def settle_precision(config: Config, state: PartialState) -> Config:
+def resolve_precision(config: Config, state: PartialState) -> Config:
     """Replace the precision `auto` by a measured choice, and print it. Every process must call this function.
 
     The main process times a network with the run's options; all processes use its choice.
@@ -68,7 +68,7 @@ def settle_precision(config: Config, state: PartialState) -> Config:
         The options with the precision; unchanged if it was not `auto`.
 
     Raises:
-        ValueError: If `init_from` cannot be used, or the options of the diffusion process are invalid.
+        ValueError: If the model of `init_from` is unusable, or the options of the diffusion process are invalid.
     """
     training = config.training
     if training.mixed_precision != "auto":
@@ -123,7 +123,7 @@ def start_accelerator(config: Config) -> Accelerator:
 
 
 def build_process(config: Config, checkpoint: Path | None = None) -> tuple[Any, DDPMPipeline | None]:
-    """Returns the scheduler of the run and the pipeline that the run starts from, if any.
+    """Return the scheduler of the run and the pipeline that the run starts from, if any.
 
     Args:
         config: The options.
@@ -175,7 +175,7 @@ def build_run(
     source: DDPMPipeline | None,
     images: BatchSource,
 ) -> Run:
-    """Returns a run at step 0; its initial weights depend only on the seed, or are copied from `source`."""
+    """Return a run at step 0; its initial weights depend only on the seed, or are copied from `source`."""
     config = replace(config, training=config.training.counted(len(images), accelerator.num_processes))
     if source is None:
         with torch.random.fork_rng(devices=[]):
@@ -224,7 +224,7 @@ def _objective(config: Config, scheduler: DDPMScheduler) -> Objective:
 
 
 def _check_terminal_signal(config: Config, scheduler: DDPMScheduler) -> None:
-    """Raises a `ValueError` if x_T still contains signal, unless `allow_terminal_signal` is set."""
+    """Raise a `ValueError` if x_T still contains signal, unless `allow_terminal_signal` is set."""
     options, signal = config.diffusion, scheduler.diffusion.alphas_cumprod[-1].item()
     if signal > NOISE_SIGNAL and not options.allow_terminal_signal:
         prior_bits = -0.5 * math.log2(1 - signal)
@@ -243,7 +243,7 @@ def _start(config: Config) -> tuple[str, str | None]:
 
 
 def _check_source(source: DDPMPipeline, config: Config) -> None:
-    """Raises a `ValueError` unless the pipeline to start from fits the image size and channels of the run."""
+    """Raise a `ValueError` unless the pipeline to start from fits the image size and channels of the run."""
     option, name = _start(config)
     if type(source.unet) is not UNet2DModel:
         kind = type(source.unet).__name__
@@ -257,7 +257,7 @@ def _check_source(source: DDPMPipeline, config: Config) -> None:
 
 
 def _check_classes(source: DDPMPipeline, config: Config, class_names: tuple[str, ...]) -> None:
-    """Raises a `ValueError` unless the class embeddings of the pipeline fit the classes of the run."""
+    """Raise a `ValueError` unless the class embeddings of the pipeline fit the classes of the run."""
     (option, name), has = _start(config), source.unet.config.num_class_embeds
     needs = config.num_class_embeds(len(class_names))
     if has != needs:
@@ -272,7 +272,7 @@ def _check_classes(source: DDPMPipeline, config: Config, class_names: tuple[str,
 
 
 def check_same_step(run: Run) -> None:
-    """Raises a `ValueError` on all processes unless all have loaded the checkpoint of the same step."""
+    """Raise a `ValueError` on all processes unless all have loaded the checkpoint of the same step."""
     steps = run.accelerator.gather(torch.tensor([run.step], device=run.accelerator.device)).tolist()
     if len(set(steps)) > 1:
         raise ValueError(

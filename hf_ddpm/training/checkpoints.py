@@ -36,14 +36,14 @@ FREE_OPTIONS = {
 
 
 class Checkpoints(Callback):
-    """Saves the run's checkpoints to `folder`, and keeps the newest `keep`."""
+    """Save the run's checkpoints to `folder`, and keep the newest `keep`."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder
         self.keep = keep
 
     def on_checkpoint(self, run: Run) -> None:
-        """Saves a checkpoint, then removes the oldest ones."""
+        """Save a checkpoint, then remove the oldest ones."""
         if run.accelerator.is_main_process:
             save_checkpoint(run, self.folder)
             for old in checkpoints(self.folder)[: -self.keep]:
@@ -105,7 +105,7 @@ def _of_student(run: Run) -> dict[str, Any]:
 
 
 def load_checkpoint(run: Run, path: Path) -> None:
-    """Loads a checkpoint's weights, averages, optimizer and step into a run.
+    """Load a checkpoint's weights, averages, optimizer and step into a run.
 
     If `max_train_steps` is less than the steps already done, it is raised to them, and the run ends at once.
 
@@ -130,7 +130,7 @@ def load_checkpoint(run: Run, path: Path) -> None:
 
 
 def archive_after(folder: Path, step: int) -> None:
-    """Prepares a checkpoint folder for a run that resumes from `step`.
+    """Prepare a checkpoint folder for a run that resumes from `step`.
 
     Checkpoints of later steps (damaged, or skipped because the user resumed from an earlier one) are renamed to
     `undone-*`: they must neither be resumed from nor count towards `keep_checkpoints`. Folders that a killed process
@@ -209,7 +209,7 @@ def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _load_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Reads tensors from a file; raises a `ValueError` unless they are finite and match `like` (name, shape, type)."""
+    """Read tensors from a file; raise a `ValueError` unless they are finite and match `like` (name, shape, type)."""
     tensors = load_file(path)
     odd = sorted(tensors.keys() ^ like.keys())
     if odd:

@@ -23,7 +23,7 @@ def compile_network(unet: UNet2DModel, accelerator: Accelerator, batch: int, sha
         shape: Shape of an image, `(C, H, W)`.
 
     Raises:
-        FloatingPointError: If the gradients of the compiled network differ from those of the original one.
+        FloatingPointError: If the gradients of the compiled network differ from the original network's.
     """
     kept = [parameter.detach().clone() for parameter in unet.parameters()]
     with torch.no_grad():
@@ -41,7 +41,7 @@ def compile_network(unet: UNet2DModel, accelerator: Accelerator, batch: int, sha
     wrong = [
         name
         for (name, _), expected, actual in zip(unet.named_parameters(), eager, compiled, strict=True)
-        # Gradients that are zero but for rounding, such as those of the keys' biases, have no useful relative error.
+        # Gradients that are zero but for rounding, such as of the keys' biases, have no useful relative error.
         if not (actual - expected).norm() <= tolerance * expected.norm() + 1e-5 * largest
     ]
     if wrong:

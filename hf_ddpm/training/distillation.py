@@ -76,9 +76,9 @@ def open_teacher(config: Config, accelerator: Accelerator) -> tuple[GaussianDiff
 
 
 def student_scheduler(scheduler: DDPMScheduler, config: Config) -> Any:
-    """Return the DDIM sampler of a student with `S` steps, of diffusers if possible.
+    """Return the DDIM sampler of a student with `S` steps, a diffusers scheduler if possible.
 
-    DDIM steps of diffusers lead from $t$ to $t - T / S$. If `S` does not divide `T`, the result is this
+    DDIM steps of the diffusers scheduler lead from $t$ to $t - T / S$. If `S` does not divide `T`, the result is this
     package's `DDIMScheduler`, which diffusers cannot load.
 
     Args:

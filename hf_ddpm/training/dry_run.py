@@ -12,13 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_ddpm.config import EvaluationConfig
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.training.loop import Callback, Run, train
+from hf_ddpm.utils.files import count_of
 from hf_ddpm.utils.launch import Interrupted
 
 WARM_UP, MEASURED = 2, 5
 
 
 class _Clock(Callback):
-    """Records the time at the end of each step."""
+    """Record the time at the end of each step."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -30,7 +31,7 @@ class _Clock(Callback):
 
 
 def measure_cost(run: Run, images: BatchSource) -> dict[str, str]:
-    """Takes a few trial steps and returns the lines to print, by name. The run must not be used afterwards."""
+    """Take a few trial steps and return the lines to print, by name. The run must not be used afterwards."""
     training = run.config.training
     x = torch.zeros(1, *images.shape, device=run.accelerator.device)
     classes = torch.zeros(1, dtype=torch.int64, device=x.device) if run.class_names else None
@@ -56,14 +57,14 @@ def measure_cost(run: Run, images: BatchSource) -> dict[str, str]:
 
     return {
         "images": f"{len(images):,} of {' x '.join(map(str, images.shape))}",
-        "training": f"{training.max_train_steps:,} steps of {run.global_batch_size} images, {seconds:.3g} s per step: "
-        f"{_duration(seconds * training.max_train_steps)}",
+        "training": f"{count_of(training.max_train_steps, 'step')} of {count_of(run.global_batch_size, 'image')}, "
+        f"{seconds:.3g} s per step: {_duration(seconds * training.max_train_steps)}",
         "samples.png": _duration(grid) if grids == 1 else f"{grids} times {_duration(grid)}: {_duration(grids * grid)}",
     }
 
 
 def count_flops(network: nn.Module, x: Tensor, *inputs: Tensor | int | None) -> tuple[float, float]:
-    """Counts the floating-point operations of a network's matrix products and convolutions.
+    """Count the floating-point operations of a network's matrix products and convolutions.
 
     Args:
         network: The network; its gradients are cleared.

@@ -86,7 +86,7 @@ class Run:
 
     @property
     def logs_now(self) -> bool:
-        """Whether a line of `metrics.jsonl` is written after this step."""
+        """True if a line of `metrics.jsonl` is written after this step."""
         training = self.config.training
         is_last = self.step >= training.max_train_steps or self.stopped_by is not None
         return is_last or self.step % training.log_steps == 0
@@ -140,7 +140,7 @@ class Callback:
 
 
 def train(run: Run, images: BatchSource, callbacks: Sequence[Callback] = ()) -> None:
-    r"""Trains a network (Algorithm 1) from the run's current step to `max_train_steps`.
+    r"""Train a network (Algorithm 1) from the run's current step to `max_train_steps`.
 
     The loss is the run's objective, by default $\| \epsilon - \epsilon_\theta(x_t, t) \|^2$.
 

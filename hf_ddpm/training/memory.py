@@ -32,7 +32,7 @@ MARGIN = 0.1
 # glibc allocates blocks below 32 MiB from a heap and loses memory to fragmentation: 36 to 60% of these blocks measured,
 # almost nothing for larger blocks.
 HEAP_BLOCK, HEAP_LOSS = 32 * 2**20, 0.5
-# Floats per pixel of the process's share of a global batch: x_0, its mirror image, the noise twice, x_t.
+# Floats per pixel of the process's share of a global batch: x_0, its flipped image, the noise twice, x_t.
 INPUTS = 5
 # Options that save memory, in addition to smaller batches.
 LESS_MEMORY: dict[str, Any] = {"gradient_checkpointing": True, "mixed_precision": "bf16"}
@@ -40,7 +40,7 @@ MEMINFO, CGROUPS, OWN_CGROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), P
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryUse:
     """Bytes that a training step needs in each process.
 
     Attributes:
@@ -83,7 +83,7 @@ class MemoryPlan:
         if isinstance(config.training.train_batch_size, Auto):
             self.config = replace(config, training=self._divided(config.training))
 
-    def count(self, training: TrainingConfig | None = None) -> Need:
+    def count(self, training: TrainingConfig | None = None) -> MemoryUse:
         """Return the memory of a step, by default with the training options of the run."""
         training = training or self.config.training
         precision = "no" if training.mixed_precision == "auto" else training.mixed_precision  # float32 needs most
@@ -102,7 +102,7 @@ class MemoryPlan:
         size = sum(weight.numel() * weight.element_size() for weight in unet.parameters())
         pixels = data.channels * math.prod(data.size)
         lost = round(HEAP_LOSS * small) if self.device.type == "cpu" else 0
-        return Need(copies * size, kept, most, INPUTS * 4 * pixels * batch * passes, lost)
+        return MemoryUse(copies * size, kept, most, INPUTS * 4 * pixels * batch * passes, lost)
 
     def describe(self) -> dict[str, str]:
         """Return the lines to print, by name: parameters, FLOPs and memory."""
@@ -139,7 +139,7 @@ class MemoryPlan:
         share = training.global_batch_size(processes=1)
         return self.largest(training) or replace(training, train_batch_size=1, gradient_accumulation_steps=share)
 
-    def refusal(self) -> str | None:
+    def rejection(self) -> str | None:
         """Return an error message if the run does not fit, with options that fit; None if it fits or is not checked."""
         training = self.config.training
         if not training.check_memory or self.free is None or (need := self.count().total) <= self.free:
@@ -180,9 +180,9 @@ def fit_memory(config: Config, accelerator: Accelerator, checkpoint: Path | None
     if not (training.check_memory or isinstance(training.train_batch_size, Auto)):
         return config
     plan = MemoryPlan(config, accelerator, checkpoint)
-    refusal = plan.refusal()
-    if refusal is not None:
-        raise ValueError(refusal)
+    rejection = plan.rejection()
+    if rejection is not None:
+        raise ValueError(rejection)
     return plan.config
 
 
@@ -196,7 +196,7 @@ def count_pass(
         x: Images, shape `(B, C, H, W)`.
         t: Timesteps, shape `(B,)`.
         mixed_precision: `no`, `bf16` or `fp16`.
-        keeps_gradients: Whether gradients are accumulated over passes; the buffers are then not counted here.
+        keeps_gradients: If true, gradients are accumulated over several forward passes; their buffers are not counted.
 
     Returns:
         The bytes kept between the passes, the peak, and the peak of blocks below `HEAP_BLOCK`.

@@ -55,7 +55,7 @@ class EMA:
     Args:
         model: The trained network, on its final device.
         decay: $d$ in [0, 1).
-        warmup: Whether the decay after `n` steps is at most $(1 + n) / (10 + n)$, for short runs.
+        warmup: If true, the decay after `n` steps is at most $(1 + n) / (10 + n)$, for short runs.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
@@ -67,7 +67,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Updates the average after optimizer step `step`, counted from 0."""
+        """Update the average after optimizer step `step`, counted from 0."""
         torch._foreach_lerp_(self._averages, self._weights, 1 - self._decay(step))
 
     def initial_share(self, steps: int) -> float:

@@ -24,7 +24,7 @@ PROJECT = "hf_ddpm"
 
 
 class Progress(Callback):
-    """Shows a progress bar and appends a line to `metrics.jsonl` every `log_steps` steps.
+    """Show a progress bar and append a line to `metrics.jsonl` every `log_steps` steps.
 
     Losses stay on the device until a line is written, so that no other step waits for the device.
 
@@ -37,7 +37,7 @@ class Progress(Callback):
         self._is_paused = True  # the time before the first step does not count
 
     def on_start(self, run: Run) -> None:
-        """Removes lines of later steps from the file, and opens the progress bar."""
+        """Remove lines of later steps from the file, and open the progress bar."""
         steps, is_main = run.config.training.max_train_steps, run.accelerator.is_main_process
         if is_main:
             cut_lines(self.path, run.step)
@@ -45,7 +45,7 @@ class Progress(Callback):
         self._restart()
 
     def on_step(self, run: Run) -> None:
-        """Advances the progress bar, and writes a line every `log_steps` steps."""
+        """Advance the progress bar, and write a line every `log_steps` steps."""
         self._bar.update()
         if self._is_paused:  # the time since the last step contains other work, such as an evaluation
             self._since, self._timed, self._is_paused = time.perf_counter(), 0, False
@@ -67,16 +67,16 @@ class Progress(Callback):
         self._restart()
 
     def on_pause(self, run: Run) -> None:
-        """Excludes the time of other callbacks, such as an evaluation, from the measured speed."""
+        """Exclude the time of other callbacks, such as an evaluation, from the measured speed."""
         self._measure(run)
         self._is_paused = True
 
     def on_end(self, run: Run) -> None:
-        """Closes the progress bar before other callbacks show theirs."""
+        """Close the progress bar before other callbacks show theirs."""
         self.close()
 
     def close(self) -> None:
-        """Closes the progress bar."""
+        """Close the progress bar."""
         self._bar.close()
 
     def _line(self, run: Run) -> dict[str, float | None]:
@@ -166,7 +166,7 @@ def check_tracker(name: str) -> None:
 
 
 def start_tracker(run: Run) -> None:
-    """Starts the run's experiment tracker, if it has one; resumed sessions log to the same project, run or group."""
+    """Start the run's experiment tracker, if it has one; resumed sessions log to the same project, run or group."""
     tracker, folder = run.config.training.tracker, Path(run.config.training.output_dir)
     options = {
         "tensorboard": {"purge_step": run.step + 1},
@@ -178,7 +178,7 @@ def start_tracker(run: Run) -> None:
 
 
 def track_picture(run: Run, name: str, picture: Image) -> None:
-    """Logs an image to the experiment tracker."""
+    """Log an image to the experiment tracker."""
     for tracker in run.accelerator.trackers:
         if tracker.name == "tensorboard":
             pixels = np.asarray(picture.convert("RGB"))[None]

@@ -25,7 +25,7 @@ class Draws:
     Attributes:
         t: Timesteps, uniform in [0, T), int64, shape `(B,)`.
         noise: $\epsilon$, standard normal, shape `(B, C, H, W)`.
-        flip: Whether to mirror each image, bool, shape `(B,)`.
+        flip: True for each image to flip, bool, shape `(B,)`.
         hide: Uniform in [0, 1), shape `(B,)`; the class of an image is dropped where this is less than `class_dropout`.
     """
 

@@ -16,7 +16,7 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 
 @contextmanager
 def atomic_write(path: Path, writer: str = "", durable: bool = True) -> Iterator[Path]:
-    """Yields a temporary path to write to. On success it replaces `path`; on an error it is removed.
+    """Yield a temporary path to write to. On success it replaces `path`; on an error it is removed.
 
     With `durable`, the contents are flushed to disk before the rename, and the rename before this function returns: a
     crash of the machine leaves the old file or the new one.
@@ -24,7 +24,7 @@ def atomic_write(path: Path, writer: str = "", durable: bool = True) -> Iterator
     Args:
         path: The file; or a folder, which must be new or empty.
         writer: Suffix of the temporary name, different for each process that may write the file at the same time.
-        durable: Whether to flush to disk; otherwise a crash of the machine (not of the process) may lose the file.
+        durable: If false, do not flush to disk; a crash of the machine (not of the process) may then lose the file.
 
     Raises:
         OSError: If the file cannot be written; the message names `path`.
@@ -47,14 +47,14 @@ def atomic_write(path: Path, writer: str = "", durable: bool = True) -> Iterator
 
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:
-    """Writes text as UTF-8, atomically; see `atomic_write`."""
+    """Write text as UTF-8, atomically; see `atomic_write`."""
     with atomic_write(path, durable=durable) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Converts errors of writing, which often name no file, to an `OSError` that names `path`."""
+    """Convert errors of writing, which often name no file, to an `OSError` that names `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -66,7 +66,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def flush(path: Path) -> None:
-    """Flushes a file, or a folder with all its contents, to disk."""
+    """Flush a file, or a folder with all its contents, to disk."""
     if path.is_dir():
         for child in path.iterdir():
             flush(child)
@@ -74,7 +74,7 @@ def flush(path: Path) -> None:
 
 
 def flush_entry(path: Path) -> None:
-    """Flushes one file, or the directory entries of a folder, to disk."""
+    """Flush one file, or the directory entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,7 +86,7 @@ def flush_entry(path: Path) -> None:
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Creates a folder and checks that files can be written to it.
+    """Create a folder and check that files can be written to it.
 
     Args:
         folder: The folder.
@@ -104,12 +104,17 @@ def make_folder(folder: Path, option: str) -> None:
 
 
 def check_free(folder: Path) -> None:
-    """Raises a `ValueError` unless the folder of `--output` is new or empty; a lock file does not count."""
+    """Raise a `ValueError` unless the folder of `--output` is new or empty; a lock file does not count."""
     if folder.is_file() or (folder.is_dir() and any(file.name != ".lock" for file in folder.iterdir())):
         reason = "is a file" if folder.is_file() else "folder is not empty"
         raise ValueError(f"--output {folder}: {reason}; expected a new or empty folder")
 
 
 def one_line(error: object) -> str:
-    """Returns the message of an error without line breaks."""
+    """Return the message of an error without line breaks."""
     return " ".join(str(error).split())
+
+
+def count_of(number: int, thing: str) -> str:
+    """Return a number with its noun: "1 image", "1,000 images"."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")

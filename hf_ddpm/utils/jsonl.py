@@ -11,7 +11,7 @@ from hf_ddpm.utils.files import naming, write_text
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Returns a value as JSON.
+    """Return a value as JSON.
 
     Raises:
         FloatingPointError: If a number is not finite, which JSON cannot represent.
@@ -22,7 +22,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Appends an entry to a file, which is created if missing."""
+    """Append an entry to a file, which is created if missing."""
     line = as_lines([entry]).encode()
     with naming(path), path.open("ab+") as file:
         is_torn = False
@@ -33,17 +33,17 @@ def append_line(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def as_lines(entries: Iterable[Mapping[str, Any]]) -> str:
-    """Returns entries as the text of a JSON Lines file."""
+    """Return entries as the text of a JSON Lines file."""
     return "".join(to_json(entry) + "\n" for entry in entries)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the entries of a file, or an empty list if it is missing; lines that are not JSON objects are skipped."""
+    """Return the entries of a file, or an empty list if it is missing; lines that are not JSON objects are skipped."""
     entries = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             entry = json.loads(line)
-        except (ValueError, RecursionError):  # bytes that are not UTF-8 raise a ValueError, too
+        except (ValueError, RecursionError):  # bytes that are not UTF-8 also raise a ValueError
             continue
         if isinstance(entry, dict) and not any(_not_finite(entry, "")):
             entries.append(entry)
@@ -51,14 +51,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_lines(path: Path, step: int) -> None:
-    """Removes the entries of a file whose step is later than `step` or missing."""
+    """Remove the entries of a file whose step is later than `step` or missing."""
     if path.exists():
         kept = [entry for entry in read_lines(path) if isinstance(entry.get("step"), int) and entry["step"] <= step]
         write_text(path, as_lines(kept))
 
 
 def _not_finite(value: Any, name: str) -> Iterator[tuple[str, float]]:
-    """Yields the numbers in a value that are not finite, each with its path, such as `fd.value` or `terms[3]`."""
+    """Yield the numbers in a value that are not finite, each with its path, such as `fd.value` or `terms[3]`."""
     if isinstance(value, float) and not math.isfinite(value):
         yield name, value
     elif isinstance(value, Mapping):

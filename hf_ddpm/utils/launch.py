@@ -52,7 +52,7 @@ class Signals:
         """Handle signals, and restore the previous handlers at the end; outside the main thread, do nothing.
 
         Args:
-            deferred: Whether a signal only sets the flag. A second SIGINT still raises `Interrupted`.
+            deferred: If true, a signal only sets the flag. A second SIGINT still raises `Interrupted`.
         """
         before = self._is_deferred
         handlers: dict[int, Any] = dict.fromkeys(SIGNALS, self._receive)

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -36,6 +37,7 @@ def option(
     flag: str | None = None,
     is_first: bool = False,
     auto: bool = False,
+    metavar: str | None = None,
 ) -> Any:
     """Declare an option.
 
@@ -44,11 +46,13 @@ def option(
         default: The default; without a default the option is required.
         factory: Function that returns the default.
         flag: The name on the command line, if it differs from the field's.
-        is_first: Whether the first argument of the command line may be the value, without the option's name.
-        auto: Whether the value may also be the word `auto`, for an integer option.
+        is_first: If true, the first argument of the command line may be the value, without the option's name.
+        auto: If true, the value may also be the word `auto`, for an integer option.
+        metavar: The placeholder of the value in `--help`; by default from the type.
     """
     more: dict[str, Any] = {} if flag is None else {"flag": flag}
     more |= {"is_first": True} if is_first else {}
+    more |= {} if metavar is None else {"metavar": metavar}
     return field(default=default, default_factory=factory, metadata={"help": help, "auto": auto, **more})
 
 
@@ -60,7 +64,7 @@ def require(config: Any, name: str, holds: bool, allowed: str) -> None:
 def require_types(config: Any) -> None:
     """Raise a `ValueError` unless all options have the types of their fields; paths are converted to text.
 
-    This checks options given in Python; the parser already converts those of the command line and of YAML files.
+    This checks options given in Python; the parser already converts options of the command line and of YAML files.
     """
     for entry in dataclasses.fields(config):
         if isinstance(getattr(config, entry.name), os.PathLike):
@@ -75,11 +79,11 @@ def require_value(name: str, value: object, holds: bool, allowed: str) -> None:
     Args:
         name: Name of the option, without dashes.
         value: Value of the option.
-        holds: Whether the value is valid.
+        holds: If false, the error is raised.
         allowed: The valid values, such as "at least 1"; or a reason and the valid values, "REASON; expected VALUES".
     """
     if not holds:
-        given = f"--{name} {'' if value is None else _words(value)}".rstrip()
+        given = f"--{name} {'' if value is None else _typed(value)}".rstrip()
         raise ValueError(f"{given}: {allowed if 'expected' in allowed else f'expected {allowed}'}")
 
 
@@ -132,13 +136,13 @@ def parse_options(argv: list[str], *parts: type, program: str | None = None, doc
     Raises:
         ValueError: If an option is unknown or its value is invalid; one line.
     """
-    words, names = _normalized(argv, parts), option_names(parts)
-    unknown = [name for word in words if (name := _option_name(word)) and name not in (*names, "help")]
+    arguments, names = _normalized(argv, parts), option_names(parts)
+    unknown = [name for word in arguments if (name := _option_name(word)) and name not in (*names, "help")]
     if unknown and not {"-h", "--help"} & set(argv):  # first, as a missing option may just be misspelled
         raise ValueError(f"unknown option --{unknown[0]}: {_hint(unknown[0], names, '--')}")
-    values, rest = _parser(parts, program, doc).parse_known_args(words)
+    values, rest = _parser(parts, program, doc).parse_known_args(arguments)
     if rest:
-        before = words[: words.index(rest[0])][-1:]
+        before = arguments[: arguments.index(rest[0])][-1:]
         place = f" after {before[0]}" if before else ""
         raise ValueError(f"unexpected argument {rest[0]!r}{place}: expected --OPTION VALUE; see --help")
     return _instances(parts, values)
@@ -164,7 +168,7 @@ def parse_command(
     lines = {name: _first_line(parts[-1]) for name, parts in commands.items()}
     program = Path(sys.argv[0]).name
     if not argv:
-        raise ValueError("the following arguments are required: command; see --help")
+        raise ValueError(f"command is missing; expected one of {', '.join(commands)}; see --help")
     if argv[0] in ("-h", "--help"):
         summary, _, rest = (doc or "").strip("\n").partition("\n\n")
         listed = "\n".join(f"  {name:22}{line}" for name, line in lines.items())
@@ -217,11 +221,11 @@ def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]
         # The base loader keeps all values as text; the command-line parser converts `no` and `1e-4`.
         options = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: file cannot be read: {one_line(error)}") from error
+        raise ValueError(f"--config {path}: cannot be read: {one_line(error)}") from error
     if not isinstance(options, dict):
         raise ValueError(f"--config {path}: file contains no options; expected lines of the form `name: value`")
     kinds = {field.name: str(field.type) for part in parts for field in dataclasses.fields(part)}
-    words: dict[str, list[str] | None] = {}
+    arguments: dict[str, list[str] | None] = {}
     for name, value in options.items():
         if name not in kinds:
             raise ValueError(f"--config {path}: unknown option {name}: {_hint(name, kinds)}")
@@ -229,8 +233,8 @@ def read_yaml(path: Any, parts: tuple[type, ...]) -> dict[str, list[str] | None]
         if isinstance(value, dict) or value == [] or (isinstance(value, list) and not is_list):
             expected = "a list with at least one entry" if is_list else "one value"
             raise ValueError(f"--config {path}: {name}: {value!r}; expected {expected}")
-        words[name] = None if value in ("", "~", "null") else value if isinstance(value, list) else [value]
-    return words
+        arguments[name] = None if value in ("", "~", "null") else value if isinstance(value, list) else [value]
+    return arguments
 
 
 class _Parser(argparse.ArgumentParser):
@@ -241,7 +245,40 @@ class _Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        """Raise a `ValueError` in our form, such as "--seed abc: expected an integer", for a message of argparse."""
+        flag, _, reason = message.removeprefix("argument ").partition(": ")
+        if flag == "the following arguments are required":
+            raise ValueError(self._missing(reason.split(", ")))
+        if re.fullmatch("expected (one|at least one) argument", reason):
+            raise ValueError(f"{flag}: expected a value")
+        raise ValueError(f"{flag} {reason}" if message.startswith("argument ") else message)
+
+    def _missing(self, flags: list[str]) -> str:
+        """Return the message about missing required options."""
+        actions = [self._option_string_actions[flag] for flag in flags]
+        names = [
+            str(action.metavar) if _is_first(action) else flag for action, flag in zip(actions, flags, strict=True)
+        ]
+        if len(flags) > 1:
+            return f"{', '.join(names)} are missing; see --help"
+        choices, meaning = actions[0].choices, (actions[0].help or "").replace("%%", "%").partition(";")[0]
+        return f"{names[0]} is missing; expected {'one of ' + ', '.join(choices) if choices else meaning}"
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Formatter of `--help` that shows an option without its name if it may be the first argument."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return str(action.metavar) if _is_first(action) else super()._format_action_invocation(action)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        has_spaces = isinstance(action.metavar, str) and " " in action.metavar  # LOW HIGH, not LOW HIGH [LOW HIGH ...]
+        return str(action.metavar) if has_spaces else super()._format_args(action, default_metavar)
+
+
+def _is_first(action: argparse.Action) -> bool:
+    """Return whether an option may be the first argument: its placeholder is then its name."""
+    return action.metavar == action.dest.upper()
 
 
 class _KeepForAuto(argparse.Action):
@@ -261,7 +298,7 @@ def _parser(
         prog=program or Path(sys.argv[0]).name,
         description=summary,
         epilog=f"examples:\n\n{rest}" if rest else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
         add_help=add_help,
     )
@@ -281,7 +318,7 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     """Return the keyword arguments of `add_argument` for an option, from its type, its default and its help."""
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     shown = default not in (dataclasses.MISSING, None, "", [])
-    text = field.metadata["help"].replace("%", "%%") + (f" (default: {_words(default)})" if shown else "")
+    text = field.metadata["help"].replace("%", "%%") + (f" (default: {_typed(default)})" if shown else "")
     is_required = default is dataclasses.MISSING
     settings: dict[str, Any] = {"help": text, "required": is_required, "default": None if is_required else default}
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]
@@ -291,13 +328,14 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
         (hint,) = get_args(hint)
         settings["nargs"] = "+"
     if get_origin(hint) is Literal:
-        return settings | {"choices": get_args(hint)}
+        return settings | {"choices": get_args(hint), "type": partial(_choice, get_args(hint))}
     if hint is bool:
         settings |= {"nargs": "?", "const": True}
     reader, metavar = _READERS[hint]
     if field.metadata["auto"]:
         settings["action"] = _KeepForAuto
         reader, metavar = _whole_or_auto, f"{metavar}|auto"
+    metavar = field.name.upper() if field.metadata.get("is_first") else field.metadata.get("metavar", metavar)
     may_be_empty = hint is str and default == ""
     return settings | {"type": str if may_be_empty else reader, "metavar": metavar}
 
@@ -306,18 +344,18 @@ def _normalized(argv: Iterable[str], parts: Iterable[type]) -> list[str]:
     """Return a command line with normalized options: `--a-b` becomes `--a_b`, `--no_x` becomes `--x=false`."""
     fields, argv = {field.name: field for part in parts for field in dataclasses.fields(part)}, list(argv)
     first = [name for name, field in fields.items() if field.metadata.get("is_first")]
-    words = [f"--{name}" for name in first if argv and not argv[0].startswith("-")]
+    arguments = [f"--{name}" for name in first if argv and not argv[0].startswith("-")]
     for word in argv:
         name, value = _option_name(word), word.partition("=")[1:]
         if name is None or word == "--":
-            words.append(word)
+            arguments.append(word)
         elif name.startswith("no_") and isinstance(getattr(fields.get(name[3:]), "default", None), bool):
             if value[0]:
                 raise ValueError(f"{word}: expected --{name} without a value, or --{name[3:]} true or false")
-            words.append(f"--{name[3:]}=false")
+            arguments.append(f"--{name[3:]}=false")
         else:
-            words.append("".join([f"--{_flag(fields[name]) if name in fields else name}", *value]))
-    return words
+            arguments.append("".join([f"--{_flag(fields[name]) if name in fields else name}", *value]))
+    return arguments
 
 
 def _option_name(word: str) -> str | None:
@@ -337,32 +375,49 @@ def _first_line(part: type) -> str:
     return (part.__doc__ or "").partition("\n")[0]
 
 
-def _words(value: object) -> str:
+def _typed(value: object) -> str:
     """Return a value as typed on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return " ".join(map(_words, value))
+        return " ".join(map(_typed, value))
     text = str(value)
     return text if text and text.isprintable() and " " not in text else repr(text)
 
 
+def _invalid(text: str, expected: str) -> argparse.ArgumentTypeError:
+    """Return the error of a value; `_Parser` puts the option before it."""
+    return argparse.ArgumentTypeError(f"{_typed(text)}: expected {expected}")
+
+
 def _finite(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        raise _invalid(text, "a finite number")
     return value
 
 
-def _whole(text: str) -> int:
-    value = int(text)
+def _whole(text: str, expected: str = "an integer") -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise _invalid(text, expected) from None
     if abs(value) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is too large; expected at most 63 bits")
+        raise _invalid(text, f"{expected} of at most 63 bits")
     return value
 
 
 def _whole_or_auto(text: str) -> int | str:
-    return text if text == "auto" else _whole(text)
+    return text if text == "auto" else _whole(text, "an integer or auto")
+
+
+def _choice(choices: tuple[str, ...], text: str) -> str:
+    if text not in choices:
+        raise _invalid(text, f"one of {', '.join(choices)}")
+    return text
 
 
 def _is_opaque_color(text: str) -> bool:
@@ -377,14 +432,14 @@ def _is_opaque_color(text: str) -> bool:
 
 def _filled(text: str) -> str:
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a text that is not empty")
+        raise _invalid(text, "a text that is not empty")
     return text
 
 
 def _truth(text: str) -> bool:
     word = text.lower()
     if word not in ("true", "yes", "t", "y", "1", "false", "no", "f", "n", "0"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
+        raise _invalid(text, "true or false")
     return word in ("true", "yes", "t", "y", "1")
 
 
@@ -395,8 +450,6 @@ _READERS: dict[Any, tuple[Any, str]] = {
     str: (_filled, "TEXT"),
     bool: (_truth, "true|false"),
 }
-# Names of the types in argparse's error messages.
-_finite.__name__, _whole.__name__, _whole_or_auto.__name__ = "float", "int", "int or auto"
 
 
 def _hint(name: str, names: Iterable[str], prefix: str = "") -> str:

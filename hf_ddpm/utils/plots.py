@@ -28,16 +28,16 @@ def save_curves(
     markers: bool = False,
     levels: Mapping[str, float] | None = None,
 ) -> None:
-    """Plots curves over common axes into a PNG file. A logarithmic y axis omits outliers.
+    """Plot curves over common axes into a PNG file. A logarithmic y axis omits outliers.
 
     Args:
         path: The file.
         curves: x and y of each curve by name; a single curve gets no legend.
         x_label: Label of the x axis, with the unit.
         y_label: Label of the y axis, with the unit.
-        log_x: Whether the x axis is logarithmic.
-        log_y: Whether the y axis is logarithmic.
-        markers: Whether to mark each point, for curves of few points.
+        log_x: If true, the x axis is logarithmic.
+        log_y: If true, the y axis is logarithmic.
+        markers: If true, mark each point, for curves of few points.
         levels: y of dashed horizontal reference lines by name.
     """
     from matplotlib.figure import Figure  # slow to import; not pyplot, which keeps state and may need a display

@@ -17,12 +17,12 @@ KEPT = ("hub_model_id", "hub_ids", "class_labels", "classes", "device", "hardwar
 
 
 def hub_ids(*names: str | None) -> list[str]:
-    """Returns the names that are Hub ids: of the form `namespace/name`, and not existing local paths."""
+    """Return the names that are Hub ids: of the form `namespace/name`, and not existing local paths."""
     return sorted({name for name in names if name and HUB_ID.fullmatch(name) and not os.path.exists(name)})
 
 
 def strip_local_path(name: str, known_ids: Collection[str] = ()) -> str:
-    """Returns a name without local paths and hosts.
+    """Return a name without local paths and hosts.
 
     Args:
         name: A name, a path, a Hub id or a URL.
@@ -45,7 +45,7 @@ def strip_local_path(name: str, known_ids: Collection[str] = ()) -> str:
 
 
 def public_values(value: Any, known_ids: Collection[str] = ()) -> Any:
-    """Returns options or results with `strip_local_path` applied to every text that contains a path or a URL."""
+    """Return options or results with `strip_local_path` applied to every text that contains a path or a URL."""
     if isinstance(value, dict):
         return {key: item if key in KEPT else public_values(item, known_ids) for key, item in value.items()}
     if isinstance(value, list | tuple):

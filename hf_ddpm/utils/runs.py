@@ -30,7 +30,7 @@ def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
 
     Args:
         folder: Folder of the run's checkpoints.
-        resume: `latest` for the newest undamaged checkpoint, `never`, or the path of a checkpoint.
+        resume: `latest` for the newest intact checkpoint, `never`, or the path of a checkpoint.
 
     Returns:
         The path, or None to start at step 0; and a warning for each newer, damaged checkpoint.
@@ -90,12 +90,12 @@ def checkpoint_of(model: str | Path, log: Callable[[str], object]) -> Path | Non
     """Return the checkpoint to load for a model; None if a pipeline is to be loaded.
 
     Args:
-        model: Folder of a checkpoint, or of a run, whose newest undamaged checkpoint is used unless the run's export
+        model: Folder of a checkpoint, or of a run, whose newest intact checkpoint is used unless the run's export
             is of the same step or a later one. Anything else is the folder or Hub id of a pipeline.
         log: Called with a line about the choice.
 
     Raises:
-        ValueError: If the checkpoint is damaged, or the run has neither an export nor an undamaged checkpoint.
+        ValueError: If the checkpoint is damaged, or the run has neither an export nor an intact checkpoint.
     """
     folder = Path(model)
     if folder.name == "checkpoints" and checkpoints(folder):

@@ -17,7 +17,7 @@ class CheckedConfig:
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads a configuration as diffusers does, and checks it.
+        """Load a configuration as diffusers does, and check it.
 
         Raises:
             ValueError: If it is invalid; one line that names file, key and value.
@@ -35,17 +35,17 @@ class CheckedConfig:
 
     @classmethod
     def check_config(cls, config: Mapping[str, Any]) -> None:
-        """Raises a `ValueError` that names a key and its value, unless all types and values are valid."""
+        """Raise a `ValueError` that names a key and its value, unless all types and values are valid."""
         check_types(config, {"_class_name": str, "_diffusers_version": str, **parameter_types(cls.__init__)})
         cls.check_values({**_defaults(cls.__init__), **config})
 
     @classmethod
     def check_values(cls, config: Mapping[str, Any]) -> None:
-        """Raises a `ValueError` unless the values are valid; their types have been checked. Override this method."""
+        """Raise a `ValueError` unless the values are valid; their types have been checked. Override this method."""
 
 
 def check_range(values: Mapping[str, Any], least: float, most: float, *names: str) -> None:
-    """Raises a `ValueError` that names a value outside [least, most]; values of None are not checked."""
+    """Raise a `ValueError` that names a value outside [least, most]; values of None are not checked."""
     for name in names:
         value = values[name]
         for number in value if isinstance(value, list | tuple) else (value,):
@@ -54,7 +54,7 @@ def check_range(values: Mapping[str, Any], least: float, most: float, *names: st
 
 
 def check_types(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """Raises a `ValueError` that names a value and the type it should have, unless all have the annotated types.
+    """Raise a `ValueError` that names a value and the type it should have, unless all have the annotated types.
 
     Args:
         values: Values by name; names without an annotation are not checked.
@@ -67,7 +67,7 @@ def check_types(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
 
 
 def parameter_types(function: Any) -> dict[str, Any]:
-    """Returns the annotations of a function's parameters by name."""
+    """Return the annotations of a function's parameters by name."""
     hints = typing.get_type_hints(inspect.unwrap(function))
     return {name: hint for name, hint in hints.items() if name != "return"}
 
@@ -78,7 +78,7 @@ def _defaults(function: Any) -> dict[str, Any]:
 
 
 def conforms(value: Any, hint: Any) -> bool:
-    """Returns whether a value matches a type annotation; see `check_types`."""
+    """Return whether a value matches a type annotation; see `check_types`."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(conforms(value, part) for part in parts)
@@ -104,7 +104,7 @@ def conforms(value: Any, hint: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """Returns a description of a type annotation for error messages."""
+    """Return a description of a type annotation for error messages."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(describe, parts))

@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def derived_seed(seed: int, purpose: int, *place: int) -> int:
-    """Mixes the user's seed, a purpose and indices, such as of a step or an image, into a seed in [0, 2**63)."""
+    """Mix the user's seed, a purpose and indices, such as of a step or an image, into a seed in [0, 2**63)."""
     sequence = np.random.SeedSequence(seed, spawn_key=(purpose, *place))
     return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
 def generator(seed: int, purpose: int, *place: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Returns a new generator, seeded with the `derived_seed`."""
+    """Return a new generator, seeded with the `derived_seed`."""
     return torch.Generator(device).manual_seed(derived_seed(seed, purpose, *place))
 
 

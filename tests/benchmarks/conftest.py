@@ -21,7 +21,7 @@ def setting(tmp_path):
 
 @pytest.fixture
 def benchmark(tmp_path, capsys, monkeypatch):
-    """Runs the program on a tiny network; returns its report and what it printed."""
+    """Run the program on a tiny network; return its report and what it printed."""
     monkeypatch.setattr("benchmarks.measure.TRIALS", 1)
     monkeypatch.setattr("benchmarks.measure.LEAST_SECONDS", 0.01)
     monkeypatch.setattr("benchmarks.setting.JPEGS", 32)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from benchmarks import run as benchmark_run
 from benchmarks import stock
 from benchmarks.__main__ import main
-from benchmarks.equality import check_equal, refusal_of
+from benchmarks.equality import check_equal, exclusion_reason
 from benchmarks.measure import Workload, measure_rates, peak_memory
 from benchmarks.options import grown, growth_values, parse_benchmark
 from benchmarks.ours import Ours
@@ -32,7 +32,7 @@ def test_sampling_in_few_steps_is_compared(benchmark, variance):
     assert rows_by(report)["sampling", "diffusers"]["error"] is None
 
 
-def test_a_report_contains_rows_checks_and_versions(benchmark):
+def test_report_contains_rows_checks_and_versions(benchmark):
     report, printed = benchmark("--tasks", "forward,train_step,training,sampling,data,nll", "--against", "diffusers")
     rows = rows_by(report)
     both = ("forward", "train_step", "training", "sampling", "sampling_1", "data_memory", "data_jpeg")
@@ -58,7 +58,7 @@ def test_a_report_contains_rows_checks_and_versions(benchmark):
     assert "nll: hf_ddpm " in printed and "(1.00), hf_ddpm, forward alone " in printed  # printed after each task
 
 
-def test_a_missing_library_is_reported_in_its_row(benchmark, monkeypatch):
+def test_missing_library_is_reported_in_its_row(benchmark, monkeypatch):
     monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", None)
     report, printed = benchmark("--tasks", "forward,data", "--against", "denoising-diffusion-pytorch")
     absent = [row for row in report["rows"] if row["subject"] == "denoising-diffusion-pytorch"]
@@ -83,7 +83,7 @@ def test_others_are_also_timed_without_compilation(benchmark, monkeypatch):
     assert set(compiled) == {Ours.network_class, Stock.network_class}
 
 
-def test_a_failing_contender_is_reported_in_its_row(benchmark, monkeypatch):
+def test_failing_contender_is_reported_in_its_row(benchmark, monkeypatch):
     def fails(self):
         raise RuntimeError("no\nway")
 
@@ -103,12 +103,12 @@ def test_a_failing_contender_is_reported_in_its_row(benchmark, monkeypatch):
 
 def test_contenders_with_other_outputs_are_not_compared(setting, tmp_path, benchmark, monkeypatch):
     alike = check_equal(Ours(setting), Stock(setting))
-    assert refusal_of(alike) is None and alike["network"]["difference"] < 1e-5
+    assert exclusion_reason(alike) is None and alike["network"]["difference"] < 1e-5
     other = Setting(setting.options, setting.config, tmp_path / "other")
     other.weights["conv_out.bias"] += 0.01
     different = check_equal(Ours(setting), Stock(other))
     assert not any(check["equal"] for check in different.values())
-    assert refusal_of(different).startswith("not compared: network: difference ")
+    assert exclusion_reason(different).startswith("not compared: network: difference ")
 
     class Lossy(Stock):
         def plain_network(self):
@@ -131,7 +131,7 @@ def test_contenders_with_other_outputs_are_not_compared(setting, tmp_path, bench
     assert rows["forward", "hf_ddpm"]["error"] is rows["data_memory", "diffusers"]["error"] is None
 
 
-def test_growth_adds_a_row_per_value_and_a_curve(benchmark, tmp_path):
+def test_growth_adds_row_per_value_and_curve(benchmark, tmp_path):
     words = ("--tasks", "forward", "--against", "none", "--growth", "batch", "--growth_values", "2", "3")
     report, printed = benchmark(*words)
     assert [(row["at"], row["images"]) for row in report["rows"]] == [(2, 2), (3, 3)]
@@ -139,7 +139,7 @@ def test_growth_adds_a_row_per_value_and_a_curve(benchmark, tmp_path):
     assert (tmp_path / "new" / "report_forward.png").exists()
 
 
-def test_growth_changes_the_options():
+def test_growth_changes_options():
     options, config = parse_benchmark([*WORDS, "--growth", "resolution"])
     assert growth_values(options, config) == [8, 16, 32]
     larger = grown(config, "resolution", 32)
@@ -151,7 +151,7 @@ def test_growth_changes_the_options():
     assert tall.data.size == (32, 16)
 
 
-def test_growth_over_processes_joins_the_reports_of_the_launches(tmp_path, monkeypatch, capsys):
+def test_growth_over_processes_joins_reports_of_launches(tmp_path, monkeypatch, capsys):
     script = tmp_path / "script.py"
     monkeypatch.setattr(benchmark_run, "PROGRAM", script)
     script.write_text(
@@ -185,13 +185,13 @@ def test_growth_over_processes_joins_the_reports_of_the_launches(tmp_path, monke
         (["--round", "3"], "unknown option --round"),
     ],
 )
-def test_an_invalid_option_is_one_line(words, message):
+def test_invalid_option_is_one_line(words, message):
     with pytest.raises(ValueError, match="expected|unknown") as error:
         parse_benchmark(words)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_default_preset_is_digits():
+def test_default_preset_is_digits():
     options, config = parse_benchmark([])
     assert config.data.dataset == "digits" and options.others == ["diffusers", "denoising-diffusion-pytorch"]
     assert parse_benchmark(["--preset", "cifar10", "--class_column", "auto"])[1].data.class_column is None
@@ -231,7 +231,7 @@ def test_help_imports_no_slow_packages():
     assert "--growth" in output and output.splitlines()[-1] == "[]"
 
 
-def test_the_script_runs_from_any_folder(tmp_path):
+def test_script_runs_from_any_folder(tmp_path):
     script = benchmark_run.PROGRAM
     words, elsewhere = ["--round", "3"], {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, env=elsewhere, capture_output=True, text=True)
@@ -240,7 +240,7 @@ def test_the_script_runs_from_any_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_growth_over_processes_launches_the_script(benchmark):
+def test_growth_over_processes_launches_script(benchmark):
     words = ("--tasks", "train_step", "--against", "none", "--growth", "processes", "--growth_values", "2")
     (row,) = benchmark(*words)[0]["rows"]
     assert (row["at"], row["images"], row["error"]) == (2, 16, None)
@@ -248,7 +248,7 @@ def test_growth_over_processes_launches_the_script(benchmark):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hf_ddpm", "diffusers"])
-def test_the_memory_of_a_task_is_measured_in_its_own_process(name, setting):
+def test_memory_of_task_is_measured_in_its_own_process(name, setting):
     entry = benchmark_run.CONTENDERS[name](setting).memory("train_step")
     assert entry.keys() == {"memory_bytes"} and 2**20 < entry["memory_bytes"] < 2**30
 
@@ -262,7 +262,7 @@ def test_imports_are_timed_in_new_processes(benchmark, monkeypatch):
     assert loaded["task"] == "load_time" and "has no attribute 'from_pretrained'" in loaded["error"]
 
 
-def test_the_stand_in_matches_torchvision():
+def test_stand_in_matches_torchvision():
     transforms = stock.STAND_IN
     pixels = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3)
     image = Image.fromarray(pixels)
@@ -290,13 +290,13 @@ def test_torchvision_is_replaced_only_if_missing(monkeypatch):
         assert sys.modules.get("torchvision") is before
 
 
-def test_without_a_check_nothing_is_compared(benchmark, monkeypatch):
+def test_without_check_nothing_is_compared(benchmark, monkeypatch):
     monkeypatch.setattr("benchmarks.run.compare", lambda contenders, tasks: 1 / 0)
     report, _ = benchmark("--tasks", "forward", "--against", "diffusers", "--check", "false")
     assert report["equality"] == [] and rows_by(report)["forward", "diffusers"]["error"] is None
 
 
-def test_images_of_a_folder_need_no_internet(benchmark, tmp_path):
+def test_images_of_folder_need_no_internet(benchmark, tmp_path):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     for i in range(8):
         Image.new("L", (8, 8), 30 * i).save(tmp_path / f"{i}.png")

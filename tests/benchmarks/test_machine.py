@@ -20,7 +20,7 @@ Times = namedtuple("Times", "user nice system idle iowait irq softirq steal gues
 Own = namedtuple("Own", "user system children_user children_system iowait")
 
 
-def test_the_load_of_other_processes_excludes_this_launch(monkeypatch):
+def test_load_of_other_processes_excludes_this_launch(monkeypatch):
     now = SimpleNamespace(seconds=0.0, cores=[Times(*[0] * 10)] * 3, own=[Own(0, 0, 0, 0, 0)] * 2)
 
     class Process:
@@ -51,7 +51,7 @@ def test_the_load_of_other_processes_excludes_this_launch(monkeypatch):
     assert busy() == pytest.approx((9 + 5 - 11) / 10)
 
 
-def test_a_report_notes_if_the_machine_was_not_idle():
+def test_report_notes_if_machine_was_not_idle():
     def row(task, *seconds, busy=0.05):
         times = {"least": min(seconds), "most": max(seconds)}
         return {"task": task, "subject": "hf_ddpm", "error": None, "seconds": times, "busy_others": busy}
@@ -66,7 +66,7 @@ def test_a_report_notes_if_the_machine_was_not_idle():
     ]
 
 
-def test_a_report_names_the_hardware(benchmark, monkeypatch):
+def test_report_names_hardware(benchmark, monkeypatch):
     cpu = machine.describe(CPU)["cpu"]
     info = Path("/proc/cpuinfo").read_text()
     assert cpu["name"] in info and all(f" {flag}" in info for flag in cpu["flags"]) and cpu["cores"] >= 1
@@ -76,7 +76,7 @@ def test_a_report_names_the_hardware(benchmark, monkeypatch):
     assert row["busy_others"] >= 0 and row["first_run_seconds"] > 0
 
 
-def test_clocks_and_driver_of_a_gpu(monkeypatch):
+def test_clocks_and_driver_of_gpu(monkeypatch):
     def run(words, **more):
         assert words[:2] == ["nvidia-smi", "--id=GPU-1234"] and "clocks.sm,clocks.mem" in words[2]
         return SimpleNamespace(stdout="580.95, 1755 MHz, 2619 MHz, 1980 MHz, 2619 MHz, 700.00 W\n")
@@ -94,7 +94,7 @@ def test_clocks_and_driver_of_a_gpu(monkeypatch):
     monkeypatch.setattr(machine.subprocess, "run", lambda words, **more: subprocess.run(["false"], check=True))
 
 
-def test_a_profile_counts_operators_per_step(tmp_path):
+def test_profile_counts_operators_per_step(tmp_path):
     a, work = torch.randn(300, 300), Workload("hf_ddpm", brief_steps=2)
     file = trace_of(str(tmp_path / "new" / "profile.json.gz"), "forward")
     with profiled(work, file, CPU):
@@ -112,7 +112,7 @@ def test_a_profile_counts_operators_per_step(tmp_path):
     assert names.count("aten::mm") == 6
 
 
-def test_a_profile_of_a_gpu_counts_launches_and_kernels():
+def test_profile_of_gpu_counts_launches_and_kernels():
     def event(name, device=DeviceType.CPU, time=0, note=False):
         return SimpleNamespace(
             name=name, key=name, device_type=device, is_user_annotation=note, self_device_time_total=time, count=1

@@ -3,7 +3,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks.equality import check_as_timed, refusal_of
+from benchmarks.equality import check_as_timed, exclusion_reason
 from benchmarks.options import parse_benchmark
 from benchmarks.ours import Ours
 from benchmarks.setting import Setting, new_accelerator, own_precision
@@ -60,7 +60,7 @@ def test_all_contenders_use_one_precision_by_default(benchmark, passes):
     assert {row["precision"] for row in report["rows"]} == {"bf16"} and report["rates"].keys() == {"bf16"}
 
 
-def test_auto_uses_the_choice_of_the_package(benchmark, monkeypatch):
+def test_auto_uses_choice_of_package(benchmark, monkeypatch):
     def choose(network, shape, batch, training, compiled):
         assert type(network) is UNet2DModel and shape == (1, 8, 8) and not compiled
         bf16 = training or batch == 1
@@ -100,12 +100,12 @@ def test_passes_in_half_precision_are_compared_with_float32(benchmark, tmp_path,
 
     setting = Setting(*parse_benchmark([*WORDS, *words]), tmp_path)
     checks = check_as_timed(Unlike(setting), ["forward"])
-    assert refusal_of(checks) is None and checks["passes as timed"]["difference"] == pytest.approx(
+    assert exclusion_reason(checks) is None and checks["passes as timed"]["difference"] == pytest.approx(
         timed["difference"], rel=0.1
     )
     checks = check_as_timed(Wrong(setting), ["forward"])
     assert checks["passes as timed"]["difference"] == pytest.approx(0.06, abs=0.02)
-    assert refusal_of(checks).startswith("not compared: passes as timed: difference 0.0")
+    assert exclusion_reason(checks).startswith("not compared: passes as timed: difference 0.0")
 
 
 def test_accelerators_keep_their_precision():
@@ -119,7 +119,7 @@ def test_accelerators_keep_their_precision():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", ["0", "0.1"])
-def test_a_contender_is_compiled_once_for_all_tasks(dropout, benchmark, monkeypatch):
+def test_contender_is_compiled_once_for_all_tasks(dropout, benchmark, monkeypatch):
     compiled, original = [], torch.nn.Module.compile
     backends = {}
 

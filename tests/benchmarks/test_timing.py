@@ -44,7 +44,7 @@ def time_all(stage, works, rounds, **more):
     return [work.seconds for work in works]
 
 
-def test_workloads_take_turns_and_the_first_round_does_not_count():
+def test_workloads_take_turns_and_first_round_does_not_count():
     stage = Stage()
     works = [stage.work("a", [99, 3, 1, 2]), stage.work("b", [77, 6, 8, 4], count=2)]
     assert time_all(stage, works, 3) == [[3, 1, 2], [3, 4, 2]]  # b has two units per run
@@ -52,7 +52,7 @@ def test_workloads_take_turns_and_the_first_round_does_not_count():
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_leading_loop_gives_turns_to_the_others_in_any_order(at):
+def test_leading_loop_gives_turns_to_others_in_any_order(at):
     stage = Stage()
     works = [stage.work("a", [99, 3, 1]), stage.work("b", [88, 5, 5])]
     works.insert(at, stage.leader("l", [77, 10, 20], count=10))
@@ -70,7 +70,7 @@ def test_short_workloads_are_repeated():
 
 
 @pytest.mark.parametrize("lasts", [0, 1, 2])
-def test_a_failed_workload_takes_no_further_turns(lasts):
+def test_failed_workload_takes_no_further_turns(lasts):
     stage = Stage()
     works = [stage.work("a", [1] * lasts), stage.work("b", [7, 2, 3])]
     assert time_all(stage, works, 2) == [[], [2, 3]]
@@ -78,13 +78,13 @@ def test_a_failed_workload_takes_no_further_turns(lasts):
     assert [work.error for work in works] == ["StopIteration:", None]
 
 
-def test_a_workload_that_failed_before_gets_no_turn():
+def test_workload_that_failed_before_gets_no_turn():
     stage = Stage()
     assert time_all(stage, [stage.work("a", [1], error="no"), stage.work("b", [7, 2])], 1) == [[], [2]]
     assert stage.order == ["b", "b"]
 
 
-def test_the_others_take_their_turns_after_a_leader_fails():
+def test_others_take_their_turns_after_leader_fails():
     stage = Stage()
 
     def lead(others):
@@ -96,7 +96,7 @@ def test_the_others_take_their_turns_after_a_leader_fails():
     assert [work.error for work in works] == [None, "MemoryError: out of memory"]
 
 
-def test_the_first_run_includes_building_the_workload():
+def test_first_run_includes_building_workload():
     stage = Stage()
     works = [stage.work("a", [99, 3]), stage.leader("l", [77, 10]), stage.work("b", [88, 5])]
     for work in works:
@@ -114,7 +114,7 @@ def test_the_first_run_includes_building_the_workload():
 
 
 @pytest.mark.parametrize("at", [0, 1])
-def test_profiled_workloads_have_an_untimed_last_turn(at):
+def test_profiled_workloads_have_untimed_last_turn(at):
     stage, inside = Stage(), []
 
     @contextmanager
@@ -138,7 +138,7 @@ def test_profiled_workloads_have_an_untimed_last_turn(at):
     assert inside == ["l"] and stage.order[-1] == "l"
 
 
-def test_a_row_contains_medians_and_shares():
+def test_row_contains_medians_and_shares():
     ours = Workload("hf_ddpm", images=8, unit="pass", seconds=[1.0, 2.0, 6.0])
     theirs = Workload("other", images=4, unit="pass", flops=60.0, seconds=[3.0, 2.0, 8.0])
     row = to_row("forward", theirs, ours, {"matmul": 100.0, "convolution": 40.0})

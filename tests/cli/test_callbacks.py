@@ -32,7 +32,7 @@ def without_provenance(results):
     return {name: {k: v for k, v in results[name].items() if k != "made_by"} for name in ("fd", "nll")}
 
 
-def test_evaluations_of_a_run_equal_those_of_evaluate(evaluated, tmp_path):
+def test_evaluations_in_training_equal_evaluate(evaluated, tmp_path):
     words = ["--model", str(evaluated), "--dataset", "digits", "--metrics", "fd,nll", "--num_images", "20"]
     words += ["--num_inference_steps", "2", "--steps_per_image", "2", "--batch_size", "7"]
     load_script("evaluate").main([*words, "--output", str(tmp_path / "results.json")])
@@ -43,9 +43,7 @@ def test_evaluations_of_a_run_equal_those_of_evaluate(evaluated, tmp_path):
     assert lines(evaluated)[-1]["fd"]["value"] == separate["fd"]["value"]
 
 
-def test_evaluations_of_a_run_sample_in_its_precision_and_compute_the_bound_in_float32(
-    run_training, evaluated, tmp_path
-):
+def test_evaluations_of_run_sample_in_its_precision_and_compute_bound_in_float32(run_training, evaluated, tmp_path):
     run_training(tmp_path, "--max_train_steps", "4", *EVALUATED, "--mixed_precision", "bf16")
     for folder, precision in ((evaluated, "no"), (tmp_path, "bf16")):
         results = json.loads((folder / "results.json").read_text())
@@ -58,7 +56,7 @@ def test_evaluations_of_a_run_sample_in_its_precision_and_compute_the_bound_in_f
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_the_best_model_is_saved_with_its_results(evaluated):
+def test_best_model_is_saved_with_its_results(evaluated):
     first, second = lines(evaluated)
     assert [first["step"], second["step"]] == [2, 4]
     best = min(first, second, key=lambda line: line["fd"]["value"])
@@ -72,7 +70,7 @@ def test_the_best_model_is_saved_with_its_results(evaluated):
 @pytest.mark.parametrize(
     ("metric", "scores", "best"), [("fd", [3, 1, 2], 4), ("fd", [1, 3, 2], 2), ("is", [1, 3, 2], 4)]
 )
-def test_the_best_model_has_the_lowest_distance_or_the_highest_inception_score(
+def test_best_model_has_lowest_distance_or_highest_inception_score(
     run_training, tmp_path, monkeypatch, metric, scores, best
 ):
     values = iter([*scores, 0])
@@ -90,7 +88,7 @@ def test_the_best_model_has_the_lowest_distance_or_the_highest_inception_score(
     assert all((kept[name] == average[name]).all() for name in average)
 
 
-def test_an_interrupted_evaluation_is_repeated(run_training, tmp_path, monkeypatch):
+def test_interrupted_evaluation_is_repeated(run_training, tmp_path, monkeypatch):
     evaluate = callbacks.evaluate
 
     def killed(*args, **options):
@@ -123,7 +121,7 @@ def test_only_figures_of_equal_options_are_compared(run_training, evaluated, tmp
     assert json.loads((folder / "best" / "results.json").read_text())["kid"]["num_images"] == 10
 
 
-def test_a_run_stopped_during_an_evaluation_resumes(run_training, tmp_path, monkeypatch):
+def test_run_stopped_during_evaluation_resumes(run_training, tmp_path, monkeypatch):
     evaluate = callbacks.evaluate
 
     def stopped(*args, **options):
@@ -139,7 +137,7 @@ def test_a_run_stopped_during_an_evaluation_resumes(run_training, tmp_path, monk
 
 
 @pytest.mark.parametrize("content", ["mine", '{"model": "resnet"}', '{"accuracy": 0.93}', "[1]"])
-def test_a_results_file_of_another_format_is_an_error_before_training(run_training, tmp_path, content):
+def test_results_file_of_another_format_is_rejected_before_training(run_training, tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(ValueError, match="results.json: not a results file.*; move it, or choose another path"):
         run_training(tmp_path, "--max_train_steps", "4", *EVALUATED)
@@ -155,7 +153,10 @@ def test_a_results_file_of_another_format_is_an_error_before_training(run_traini
             "--eval_metrics fd --eval_split train",
             "--eval_split train: equals the reference split, .*--eval_floor false",
         ),
-        ("--eval_metrics fd --streaming true", "--eval_metrics fd: expected no metrics with --streaming true"),
+        (
+            "--eval_metrics fd --streaming true",
+            "--eval_metrics fd: not supported with --streaming true; evaluate after training with hf-ddpm evaluate",
+        ),
         ("--eval_metrics fd,speed", "--eval_metrics speed: expected any of fd, kid, is, pr, nll"),
         (
             "--eval_metrics nll --eval_steps 2",

@@ -21,7 +21,7 @@ HEAVY = {"torch", "transformers", "diffusers", "accelerate", "datasets", "gradio
 
 
 def end(*words):
-    """Returns the exit code, output, errors and heavy imports of a process that ends before its work starts."""
+    """Return the exit code, output, errors and heavy imports of a process that ends before its work starts."""
     code = (
         "import atexit, sys; from hf_ddpm.cli import main\n"
         f"atexit.register(lambda: print('\\nimported', *({HEAVY!r} & set(sys.modules))))\n"
@@ -43,10 +43,13 @@ def test_help_is_printed_without_slow_imports(command):
     [
         ("train --num_epochs 3", "hf-ddpm train: error: unknown option --num_epochs: did you mean --num_train_epochs?"),
         ("train --dataset digits --dropout 1", "hf-ddpm train: error: --dropout 1.0: expected a value in [0, 1)"),
-        ("sample --model m", "hf-ddpm sample: error: the following arguments are required: --output"),
-        ("evaluate --batch_size x", "hf-ddpm evaluate: error: argument --batch_size: invalid int value: 'x'"),
+        ("sample --model m", "hf-ddpm sample: error: --output is missing; expected output folder"),
+        ("evaluate --batch_size x", "hf-ddpm evaluate: error: --batch_size x: expected an integer"),
         ("push --model nowhere --hub_model_id a/b", "--model nowhere: expected an existing folder"),
-        ("convert --from what", "hf-ddpm convert: error: argument --from: invalid choice: 'what'"),
+        (
+            "convert --from what",
+            "hf-ddpm convert: error: --from what: expected one of ho2020, improved-diffusion, stock",
+        ),
         ("reproduce step", "hf-ddpm reproduce: error: unknown command 'step': did you mean steps?"),
         ("reproduce steps --modle m", "hf-ddpm reproduce: error: unknown option --modle: did you mean --model?"),
         ("trian", "hf-ddpm: error: unknown command 'trian': did you mean train?"),
@@ -90,7 +93,7 @@ def test_presets_are_listed_with_one_line_each(capsys):
     assert rows["small-32"] == ["32x32", "2.7M", "32", "0.5", "GiB", "auto"]
 
 
-def test_presets_measures_the_time_per_step_with_measure(capsys, monkeypatch):
+def test_presets_measures_time_per_step_with_measure(capsys, monkeypatch):
     presets = importlib.import_module("hf_ddpm.cli.presets")
     monkeypatch.setattr(presets, "preset_names", lambda: ["digits"])
     assert presets.main(["--measure", "true"]) == 0
@@ -104,7 +107,7 @@ def help_of(command, capsys, *words):
     return capsys.readouterr().out
 
 
-def test_the_help_of_training_has_groups_defaults_presets_and_examples(capsys):
+def test_help_of_training_has_groups_defaults_presets_and_examples(capsys):
     text = help_of("train", capsys)
     titles = re.findall(r"^(\w+): ", text, re.M)[1:]
     assert titles == ["Sources", "Data", "Model", "Process", "Training", "Evaluation", "Hub", "Distillation"]
@@ -114,8 +117,8 @@ def test_the_help_of_training_has_groups_defaults_presets_and_examples(capsys):
         assert options == [field.name for field in dataclasses.fields(part)]
     words = " ".join(text.split())
     for line in (
-        "--max_train_steps N|auto optimizer steps; auto: 100 epochs, but at least 10,000 and at most 100,000 steps; "
-        "800,000 by default, as in the paper --num",
+        "--max_train_steps N|auto optimizer steps; auto: 100 epochs, but at least 10,000 and at most 100,000 steps "
+        "(default: 800,000, like the paper) --num",
         "--adam_beta1 X decay of Adam's first moment (default: 0.9)",
         "(default: 128 256 256 256)",
         "--ema_warmup [true|false] start with smaller decays: min(decay, (1 + step) / (10 + step)) (default: true)",
@@ -126,7 +129,7 @@ def test_the_help_of_training_has_groups_defaults_presets_and_examples(capsys):
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_the_help_of_each_command_has_each_option_once_and_examples(command, capsys):
+def test_help_of_each_command_has_each_option_once_and_examples(command, capsys):
     text = help_of(command, capsys, *(["steps"] if command == "reproduce" else []))
     options = re.findall(r"^  (--\w+)", text, re.M)
     assert len(set(options)) == len(options)
@@ -135,14 +138,35 @@ def test_the_help_of_each_command_has_each_option_once_and_examples(command, cap
     assert re.search(rf"examples:\n\n    (hf-ddpm {command}|accelerate launch -m hf_ddpm {command})", whole)
 
 
-def test_required_options_are_in_the_usage_without_a_default(capsys):
+def test_required_options_are_in_usage_without_default(capsys):
     text = help_of("sample", capsys)
     assert text.startswith("usage: ") and "--model ... --output ... [--OPTION VALUE ...]\n" in text.splitlines(True)[0]
     assert "default" not in re.search(r"--model TEXT.*?--num_images", text, re.S)[0]
 
 
+@pytest.mark.parametrize("command", ["status", "export"])
+def test_first_argument_has_the_same_name_in_usage_options_and_errors(command, capsys):
+    text = help_of(command, capsys)
+    assert " RUN [--OPTION VALUE ...]\n" in text.splitlines(True)[0] and "--run" not in text
+    assert re.search(r"^  RUN +folder of a run", text, re.M)
+    with pytest.raises(ValueError, match="^RUN is missing; expected folder of a run"):
+        importlib.import_module(f"hf_ddpm.cli.{command}").main([])
+
+
+def test_help_of_distill_shows_neither_options_of_stages_that_are_fixed_nor_their_defaults(capsys):
+    text = " ".join(help_of("distill", capsys).split())
+    assert "--output_dir" not in text and "--prediction_type" in text and "--max_train_steps" in text
+    own, _, stages = text.partition(" Data: ")
+    assert "(default: " in own and "(default: " not in stages
+    assert "--lr_schedule {constant,cosine,linear,polynomial}" in stages and "--value_range LOW HIGH " in stages
+
+
+def test_help_of_training_limits_defaults_to_given_networks(capsys):
+    assert "Defaults shown here apply only if --block_out_channels is given." in help_of("train", capsys)
+
+
 @pytest.mark.slow
-def test_all_launchers_start_the_same_run(tmp_path):
+def test_all_launchers_start_same_run(tmp_path):
     accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     starts = {
         "script": [*accelerate, str(ROOT / "scripts" / "train.py")],

@@ -53,7 +53,7 @@ def scheduler(folder):
     return json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
 
 
-def test_each_stage_is_a_run_whose_teacher_is_the_previous_stage(distilled, trained):
+def test_teacher_of_each_stage_is_previous_stage(distilled, trained):
     statuses = [json.loads((distilled / name / "status.json").read_text()) for name in STAGES]
     assert [(status["status"], status["step"]) for status in statuses] == [("finished", 4)] * 3
     options = [hf_ddpm.Config.of(config=distilled / name / "config.yaml") for name in STAGES]
@@ -82,7 +82,7 @@ def test_dry_run_prints_the_cost_of_each_stage_and_writes_nothing(trained, tmp_p
         distill.main([*words, "--data_free", "true"])
 
 
-def test_a_student_starts_from_the_weights_of_its_teacher(distilled):
+def test_student_starts_from_weights_of_its_teacher(distilled):
     # An Adam step changes a weight by at most the learning rate of 1e-3, so four steps change it by less than 4e-3.
     for teacher, student in zip(STAGES, STAGES[1:], strict=False):
         before = weights(distilled / teacher)
@@ -91,7 +91,7 @@ def test_a_student_starts_from_the_weights_of_its_teacher(distilled):
         assert any(not torch.equal(after[name], before[name]) for name in before)
 
 
-def test_the_folder_has_the_last_stage_and_a_card_of_all_stages(distilled):
+def test_folder_has_last_stage_and_card_of_all_stages(distilled):
     assert all(torch.equal(value, weights(distilled / "4-steps")[name]) for name, value in weights(distilled).items())
     card = (distilled / "README.md").read_text()
     distances = [json.loads((distilled / name / "results.json").read_text())["fd"]["value"] for name in STAGES]
@@ -103,7 +103,7 @@ def test_the_folder_has_the_last_stage_and_a_card_of_all_stages(distilled):
 
 
 @pytest.mark.parametrize("pipeline", [diffusers.DDPMPipeline, diffusers.DDIMPipeline])
-def test_diffusers_samples_the_same_images_from_the_student(distilled, pipeline):
+def test_diffusers_samples_same_images_from_student(distilled, pipeline):
     options = {"batch_size": 3, "output_type": "np"}
     stock, ours = pipeline.from_pretrained(distilled), DDPMPipeline.from_pretrained(distilled)
     assert type(stock.scheduler) is diffusers.DDIMScheduler and type(stock.unet) is diffusers.UNet2DModel
@@ -114,7 +114,7 @@ def test_diffusers_samples_the_same_images_from_the_student(distilled, pipeline)
     np.testing.assert_allclose(images, expected, atol=1e-5)
 
 
-def test_samples_and_checkpoints_have_the_steps_of_the_student(distilled, tmp_path):
+def test_samples_and_checkpoints_have_steps_of_student(distilled, tmp_path):
     sample_images(distilled, tmp_path / "out", 4)
     assert json.loads((tmp_path / "out" / "sampling.json").read_text())["num_inference_steps"] == 4
     pipe = DDPMPipeline.from_pretrained(newest(distilled / "4-steps"))
@@ -135,14 +135,14 @@ def test_stages_that_diffusers_would_sample_differently_do_not_load_in_diffusers
 
 
 class Killed(BaseException):
-    """Ends a run like a kill, without cleaning up."""
+    """End a run like a kill, without cleaning up."""
 
 
 EVERY = [(steps, step) for steps in (16, 8, 4) for step in (2, 4)]
 
 
 @pytest.mark.parametrize("places", [[(8, 2)], pytest.param(EVERY, marks=pytest.mark.slow)], ids=["one", "all"])
-def test_a_distillation_interrupted_at_checkpoints_equals_an_uninterrupted_one(
+def test_distillation_interrupted_at_checkpoints_equals_uninterrupted_run(
     trained, distilled, tmp_path, monkeypatch, places
 ):
     save, left = Checkpoints.on_checkpoint, list(places)
@@ -177,7 +177,7 @@ def start(*words, launcher=(), **environment):
 
 
 @pytest.mark.slow
-def test_a_distillation_killed_at_any_step_equals_an_uninterrupted_one(trained, tmp_path):
+def test_distillation_killed_at_any_step_equals_uninterrupted_run(trained, tmp_path):
     words = ["--model", str(trained), "--steps", "4", "--start_steps", "8", "--max_train_steps", "60"]
     words += ["--checkpointing_steps", "20", "--log_steps", "1", "--num_samples", "4"]
     process = start(*words, "--output", str(tmp_path / "whole"))
@@ -196,7 +196,7 @@ def test_a_distillation_killed_at_any_step_equals_an_uninterrupted_one(trained, 
 
 
 @pytest.mark.slow
-def test_two_processes_distill_the_same_model_as_one(trained, tmp_path):
+def test_two_processes_distill_same_model_as_one(trained, tmp_path):
     words = ["--model", str(trained), "--steps", "4", *WORDS, "--max_grad_norm", "1e6", "--train_batch_size"]
     one = start(*words, "8", "--output", str(tmp_path / "one"))
     two = start(*words, "4", "--output", str(tmp_path / "two"), launcher=LAUNCH, ACCELERATE_USE_CPU="true")
@@ -212,7 +212,7 @@ def test_two_processes_distill_the_same_model_as_one(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_stops_a_stage_with_a_checkpoint_and_the_same_command_resumes(trained, tmp_path, monkeypatch, capsys):
+def test_signal_stops_stage_with_checkpoint_and_same_command_resumes(trained, tmp_path, monkeypatch, capsys):
     def stop(self, run):
         run.stopped_by = signal.SIGTERM if run.step == 3 and not stopped else None
         stopped.append(run.stopped_by) if run.stopped_by else None
@@ -226,7 +226,7 @@ def test_a_signal_stops_a_stage_with_a_checkpoint_and_the_same_command_resumes(t
     assert distill.main(words) == 0 and DDPMPipeline.from_pretrained(tmp_path / "model").default_steps == 4
 
 
-def test_a_distilled_model_can_be_distilled_further(distilled, tmp_path):
+def test_distilled_model_can_be_distilled_further(distilled, tmp_path):
     options = {**FEW, "start_steps": None, "prediction_type": "sample"}
     folder = hf_ddpm.distill(distilled, 1, tmp_path / "one", dataset="digits", **options)
     assert sorted(path.name for path in folder.glob("*-steps")) == ["1-steps", "2-steps"]
@@ -236,7 +236,7 @@ def test_a_distilled_model_can_be_distilled_further(distilled, tmp_path):
     np.testing.assert_allclose(images, expected, atol=1e-5)
 
 
-def test_resuming_with_another_teacher_is_an_error(trained, distilled, tmp_path):
+def test_resuming_with_another_teacher_is_rejected(trained, distilled, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(distilled, folder)
     other = tmp_path / "other"
@@ -248,7 +248,7 @@ def test_resuming_with_another_teacher_is_an_error(trained, distilled, tmp_path)
     assert all(torch.equal(value, weights(distilled)[name]) for name, value in weights(folder).items())
 
 
-def test_data_free_distillation_trains_on_samples_of_the_model(trained, tmp_path):
+def test_data_free_distillation_trains_on_samples_of_model(trained, tmp_path):
     folder = hf_ddpm.distill(trained, 4, tmp_path / "free", data_free=True, free_images=12, **FEW)
     images = load_from_disk(str(folder / "teacher-images"))
     expected = np.load(folder / "teacher-samples" / "shards" / "000000.npy")
@@ -273,7 +273,7 @@ def test_guidance_is_distilled_once_for_models_with_classes(conditional, tmp_pat
 
 
 @pytest.mark.slow
-def test_data_free_samples_of_a_conditional_model_have_classes(conditional, tmp_path):
+def test_data_free_samples_of_conditional_model_have_classes(conditional, tmp_path):
     free = hf_ddpm.distill(conditional, 8, tmp_path / "free", guidance_scale=3.0, data_free=True, free_images=12, **FEW)
     images = load_from_disk(str(free / "teacher-images"))
     assert images["label"] == [*range(10), 0, 1] and images.features["label"].names == [
@@ -282,7 +282,7 @@ def test_data_free_samples_of_a_conditional_model_have_classes(conditional, tmp_
 
 
 @pytest.mark.parametrize(("words", "length"), [(["--max_train_steps", "5"], 5), (["--num_train_epochs", "2"], 4)])
-def test_a_halving_has_a_quarter_of_the_steps_of_the_run(run_training, tmp_path, words, length):
+def test_halving_has_quarter_of_steps_of_run(run_training, tmp_path, words, length):
     run_training(tmp_path / "run", *words, "--max_train_samples", "16")
     pipe = DDPMPipeline.from_pretrained(tmp_path / "run")
     options = distill.DistillConfig(str(tmp_path / "run"), 4, str(tmp_path / "model"))
@@ -304,7 +304,7 @@ def plan(scheduler=None, steps=4, default_steps=1000, **options):
     return plan_stages(distill.DistillConfig("m", steps, "o", **options), pipe)
 
 
-def test_stages_halve_down_to_the_requested_steps():
+def test_stages_halve_down_to_requested_steps():
     halvings = [(64, "teacher"), (32, "teacher"), (16, "teacher"), (8, "teacher"), (4, "teacher")]
     assert plan() == [(128, "images"), *halvings]
     predicts_v = DDPMScheduler(prediction_type="v_prediction")
@@ -331,20 +331,20 @@ def test_stages_halve_down_to_the_requested_steps():
         ({"prediction_type": "epsilon"}, "prediction_type='epsilon': expected one of 'v_prediction'"),
         ({"output_dir": "x"}, "--output_dir: not an option of distill; use --output"),
         ({"push_to_hub": True}, "--push_to_hub: not an option of distill; use hf-ddpm push after"),
-        ({"eval_metrics": "fd,nll"}, "--eval_metrics fd,nll: expected no nll for a student"),
+        ({"eval_metrics": "fd,nll"}, "--eval_metrics fd,nll: nll is not supported for a distilled model"),
         ({"learning_rat": 1}, r"unknown option --learning_rat: did you mean --learning_rate\?"),
         ({"guidance_scale": 2.0}, "--guidance_scale 2.0: expected 1, because the model was not trained"),
         ({"dataset": "nothing/there/at/all"}, "--dataset nothing/there/at/all: does not exist"),
     ],
 )
-def test_errors_are_one_line(trained, tmp_path, options, message):
+def test_invalid_distill_options_are_one_line(trained, tmp_path, options, message):
     given = {"model": trained, "steps": 4, "output": tmp_path / "model", **FEW, **options}
     with pytest.raises(ValueError, match=message) as caught:
         hf_ddpm.distill(**given)
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_without_a_run_needs_a_data_set(trained, tmp_path):
+def test_distilling_model_without_run_needs_dataset(trained, tmp_path):
     DDPMPipeline.from_pretrained(trained).save_pretrained(tmp_path / "stock")
     with pytest.raises(ValueError, match=r"--dataset is missing: .*expected --dataset NAME or --data_free true"):
         hf_ddpm.distill(tmp_path / "stock", 4, tmp_path / "model", **FEW)
@@ -353,7 +353,7 @@ def test_a_model_without_a_run_needs_a_data_set(trained, tmp_path):
     assert DDPMPipeline.from_pretrained(tmp_path / "model").default_steps == 4
 
 
-def test_an_output_that_is_a_file_is_an_error(trained, tmp_path):
+def test_file_as_output_is_rejected(trained, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--output .*: expected a folder, not a file"):
         hf_ddpm.distill(trained, 4, tmp_path / "file", **FEW)

@@ -37,7 +37,7 @@ def loaded(folder, names="abc"):
     return np.stack([np.asarray(Image.open(folder / f"{name}.png")) for name in names])
 
 
-def test_inpaint_fills_white_pixels_of_the_masks(main, trained, folder, tmp_path):
+def test_inpaint_fills_white_pixels_of_masks(main, trained, folder, tmp_path):
     words = ["inpaint", "--model", str(trained), "--images", str(folder / "pictures"), "--seed", "3", *SHORT]
     assert main([*words, "--masks", str(folder / "masks"), "--output", str(tmp_path / "all")]) == 0
     filled, pixels, is_filled = loaded(tmp_path / "all"), loaded(folder / "pictures"), loaded(folder / "masks") > 0
@@ -70,7 +70,7 @@ def test_one_mask_may_be_used_for_all_images_and_one_image_needs_no_folder(main,
     assert np.array_equal(loaded(tmp_path / "one", "a"), filled[:1])
 
 
-def test_masks_of_the_size_of_the_images_are_cropped_and_resized_like_them(tmp_path):
+def test_masks_of_size_of_images_are_cropped_and_resized_like_them(tmp_path):
     """An image of 32x16 pixels becomes 8x8: its central square at half the size."""
     pattern = np.random.default_rng(0).integers(0, 2, (8, 8)).astype(np.uint8) * 255
     wide = np.full((16, 32), 255, np.uint8)
@@ -81,11 +81,11 @@ def test_masks_of_the_size_of_the_images_are_cropped_and_resized_like_them(tmp_p
     Image.new("L", (16, 32)).save(other)
     assert np.array_equal(edits.read_mask_files(mask, [picture], (8, 8))[0, 0], pattern > 0)
     for files in ([other], [picture, other]):
-        with pytest.raises(ValueError, match="mask.png: mask cannot be used: masks of shape .16, 32.: expected"):
+        with pytest.raises(ValueError, match="mask.png: mask is unusable: masks of shape .16, 32.: expected"):
             edits.read_mask_files(mask, files, (8, 8))
 
 
-def test_a_mask_may_have_any_name(folder, tmp_path):
+def test_mask_may_have_any_name(folder, tmp_path):
     mask = tmp_path / "grid.png"
     Image.open(folder / "masks" / "a.png").save(mask)
     masks = edits.read_mask_files(mask, [folder / "pictures" / f"{name}.png" for name in "abc"], (8, 8))
@@ -98,10 +98,10 @@ def test_errors_for_unreadable_folders_are_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(edits.Path, "iterdir", iterdir)
     with pytest.raises(ValueError, match="^--masks .*: cannot be read: Permission denied$"):
-        edits.find_pictures("masks", tmp_path)
+        edits.find_images("masks", tmp_path)
 
 
-def test_variations_equal_those_of_the_pipeline(main, trained, folder, tmp_path):
+def test_variations_equal_pipeline_variations(main, trained, folder, tmp_path):
     words = ["--model", str(trained), "--images", str(folder / "pictures"), "--output", str(tmp_path / "out")]
     main(["vary", *words, "--strength", "0.01", "--num_inference_steps", "4"])
     pipe = DDPMPipeline.from_pretrained(trained)
@@ -112,7 +112,7 @@ def test_variations_equal_those_of_the_pipeline(main, trained, folder, tmp_path)
     assert np.array_equal(loaded(tmp_path / "out"), np.stack([np.asarray(picture) for picture in expected]))
 
 
-def test_sampling_from_the_inverted_noise_reproduces_the_image(main, trained, folder, tmp_path, capsys):
+def test_sampling_from_inverted_noise_reproduces_image(main, trained, folder, tmp_path, capsys):
     words = ["--model", str(trained), "--images", str(folder / "pictures"), "--output", str(tmp_path / "out")]
     main(["invert", *words, "--num_inference_steps", "5", "--num_iterations", "1"])
     pipe = DDPMPipeline.from_pretrained(trained)
@@ -130,7 +130,7 @@ def test_sampling_from_the_inverted_noise_reproduces_the_image(main, trained, fo
     assert f"reconstructions: {error:.3g}, for pixel values in [0, 255]" in capsys.readouterr().out
 
 
-def test_a_run_does_not_write_to_the_folder_of_another_run(main, trained, folder, tmp_path, monkeypatch):
+def test_run_does_not_write_to_folder_of_another_run(main, trained, folder, tmp_path, monkeypatch):
     words = ["vary", "--model", str(trained), "--images", str(folder / "pictures"), "--output", str(tmp_path)]
     short = ["--strength", "0.01", "--num_inference_steps", "1"]
     with exclusive(tmp_path), pytest.raises(ValueError, match="--output .*: folder is in use by another run"):
@@ -153,34 +153,34 @@ def test_a_run_does_not_write_to_the_folder_of_another_run(main, trained, folder
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "the following arguments are required: command"),
+        ("", "^command is missing; expected one of inpaint, vary, invert; see --help$"),
         ("inpant --model m", "unknown command 'inpant': did you mean inpaint?"),
-        ("vary --model m", "the following arguments are required: --images, --output"),
-        ("inpaint --model m --images pictures --output o", "the following arguments are required: --masks"),
+        ("vary --model m", "^--images, --output are missing; see --help$"),
+        ("inpaint --model m --images pictures --output o", "^--masks is missing; expected one mask file for all im"),
         ("vary --model m --images nowhere --output o", "--images nowhere: expected an existing file"),
         ("vary --model m --images pictures --output masks", "--output masks: folder is not empty"),
         ("vary --model m --images pictures --output o --strength 0", r"--strength 0.0: expected a number in \(0, 1\]"),
         ("vary --model m --images pictures --output o --masks masks", "unknown option --masks"),
         ("inpaint --model m --images pictures --output o --masks no", "--masks no: expected an existing"),
         ("inpaint --model MODEL --images pictures --output o --masks large.png",
-         r"large.png: mask cannot be used: masks of shape \(9, 9\): expected"),
+         r"large.png: mask is unusable: masks of shape \(9, 9\): expected"),
         ("inpaint --model MODEL --images pictures --output o --masks few",
          "mask for pictures/b.png is missing; expected b.png"),
         ("inpaint --model MODEL --images pictures --output o --masks text.png",
-         "text.png: mask cannot be used: not an im"),
+         "text.png: mask is unusable: not an im"),
         ("inpaint --model MODEL --images text.png --output o --masks masks",
-         "text.png: image cannot be used: not an image"),
+         "text.png: image is unusable: not an image"),
         ("vary --model MODEL --images empty --output o", "--images empty: folder contains no images"),
         ("vary --model MODEL --images twice --output o", "a.jpg and a.png have the same name"),
-        ("vary --model m --images grid.png --output o", "expected no image named grid, whose result would"),
-        ("vary --model m --images grids --output o", "expected no image named grid, whose result would"),
+        ("vary --model m --images grid.png --output o", "the result of the image named grid would replace grid.png"),
+        ("vary --model m --images grids --output o", "the result of the image named grid would replace grid.png"),
         ("vary --model MODEL --images pictures --output o --strength 0.01 --num_inference_steps 11",
          "--num_inference_steps 11: expected at most the 10 steps of --strength 0.01"),
         ("invert --model MODEL --images pictures --output o --num_inference_steps 1001",
          "num_inference_steps=1001: expected 1 to 1000"),
     ],
 )  # fmt: skip
-def test_errors_are_one_line(main, trained, folder, tmp_path, monkeypatch, words, message):
+def test_invalid_edit_options_are_one_line(main, trained, folder, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     for name in ("pictures", "masks"):
         (tmp_path / name).symlink_to(folder / name)

@@ -61,7 +61,7 @@ def evaluated(main, words, tmp_path_factory):
     return folder
 
 
-def test_each_metric_is_saved_as_soon_as_it_is_computed(main, words, tmp_path, monkeypatch):
+def test_each_metric_is_saved_when_computed(main, words, tmp_path, monkeypatch):
     def breaks(metric, *sets, compute=hf_ddpm.evaluation.evaluate.compute_metric):
         if metric == "kid":
             raise OSError("no space left")
@@ -74,7 +74,7 @@ def test_each_metric_is_saved_as_soon_as_it_is_computed(main, words, tmp_path, m
     assert set(json.loads(output.read_text())) == {"model", "fd"}
 
 
-def test_a_model_is_evaluated_end_to_end(evaluated, trained):
+def test_saved_results_match_direct_computation(evaluated, trained):
     results = json.loads((evaluated / "results.json").read_text())
     (samples,) = (evaluated / "results_samples").iterdir()
     images = SampleFolder.read(samples)[torch.arange(40)]
@@ -96,18 +96,18 @@ def test_a_model_is_evaluated_end_to_end(evaluated, trained):
         assert picture.size == (4 * 70 + 6, 20 + 8 * 70 + 6)  # with a line of labels and gaps of 6 pixels
 
 
-def test_the_floor_compares_held_out_images_with_the_reference(evaluated):
+def test_floor_compares_held_out_and_reference_images(evaluated):
     train = load_images(DataConfig("digits", split="train", resolution=[8], channels=1))[torch.arange(898)]
     test = load_images(DataConfig("digits", split="test", resolution=[8], channels=1))[torch.arange(899)]
     extractor = load_extractor("digits")
     reference = Moments.of(extractor(train).features)
-    drawn = torch.tensor(choose(899, 40, 0))  # drawn at random, because data sets may be sorted
+    drawn = torch.tensor(choose(899, 40, 0))  # drawn at random, because datasets may be sorted
     expected = frechet_distance(Moments.of(extractor(test[drawn]).features), reference)
     floor = json.loads((evaluated / "results.json").read_text())["fd"]["floor"]
     assert floor == pytest.approx(expected, rel=1e-5)
 
 
-def test_results_do_not_depend_on_the_batch_size_or_an_interruption(main, words, evaluated, tmp_path):
+def test_results_do_not_depend_on_batch_size_or_interruptions(main, words, evaluated, tmp_path):
     output = tmp_path / "results.json"
     results = run(main, output, *words, "--metrics", ALL, "--num_images", "40", "--batch_size", "7")
     expected = metrics_of(json.loads((evaluated / "results.json").read_text()))
@@ -118,7 +118,7 @@ def test_results_do_not_depend_on_the_batch_size_or_an_interruption(main, words,
     assert metrics_of(run(main, output, *words, "--metrics", ALL, "--num_images", "40")) == expected
 
 
-def test_existing_metrics_are_kept_unless_the_model_differs(main, words, evaluated, trained, tmp_path, capsys):
+def test_existing_metrics_are_kept_for_the_same_model(main, words, evaluated, trained, tmp_path, capsys):
     output = tmp_path / "results.json"
     shutil.copytree(evaluated / "results_samples", tmp_path / "results_samples")
     first = run(main, output, *words, "--metrics", "is", "--num_images", "40")
@@ -136,7 +136,7 @@ def test_existing_metrics_are_kept_unless_the_model_differs(main, words, evaluat
     )
 
 
-def test_existing_images_are_evaluated(main, words, evaluated, trained, tmp_path):
+def test_existing_samples_are_evaluated(main, words, evaluated, trained, tmp_path):
     expected = metrics_of(json.loads((evaluated / "results.json").read_text()))
     load_script("sample").main([*words[:2], *words[4:], "--num_images", "45", "--output", str(tmp_path / "out")])
     common = ["--dataset", "digits", "--metrics", ALL, "--num_images", "40"]
@@ -152,7 +152,7 @@ def test_existing_images_are_evaluated(main, words, evaluated, trained, tmp_path
     assert every["fd"]["num_images"] == 45
 
 
-def test_arrays_of_samples_have_the_same_results_as_their_folder(main, words, evaluated, tmp_path):
+def test_sample_arrays_and_folders_give_equal_metrics(main, words, evaluated, tmp_path):
     expected = metrics_of(json.loads((evaluated / "results.json").read_text()))
     out = tmp_path / "out"
     load_script("sample").main([*words[:2], *words[4:], "--num_images", "40", "--format", "npz", "--output", str(out)])
@@ -167,7 +167,7 @@ def test_arrays_of_samples_have_the_same_results_as_their_folder(main, words, ev
         assert metrics_of(run(main, tmp_path / f"{samples.name}.json", *common, str(samples))) == expected
 
 
-def test_arrays_that_are_not_samples_are_errors(main, tmp_path):
+def test_arrays_of_other_types_or_shapes_are_rejected_as_samples(main, tmp_path):
     common = ["--dataset", "digits", "--metrics", "fd", "--output", str(tmp_path / "r.json"), "--samples"]
     np.savez(tmp_path / "a.npz", np.zeros((4, 8, 8, 1), np.float32))
     with pytest.raises(ValueError, match=r"a\.npz: float32 of shape \(4, 8, 8, 1\); expected uint8"):
@@ -209,7 +209,7 @@ def test_saved_statistics_replace_the_reference_split(main, words, evaluated, tm
     assert combined["value"] == pytest.approx(expected["value"], rel=1e-9)
 
 
-def test_invalid_statistics_are_errors(main, words, evaluated, tmp_path):
+def test_invalid_reference_statistics_are_rejected(main, words, evaluated, tmp_path):
     (samples,) = (evaluated / "results_samples").iterdir()
     path, output = tmp_path / "s.npz", ["--output", str(tmp_path / "r.json")]
     common = ["--samples", str(samples), "--extractor", "digits", "--reference_stats", str(path), *output, "--metrics"]
@@ -247,7 +247,7 @@ def test_copies_of_training_images_are_detected(main, tmp_path):
     np.testing.assert_array_equal(sheet[26:, 6:70], sheet[26:, 76:140])
 
 
-def test_without_a_floor_any_number_of_images_is_allowed(main, words, tmp_path):
+def test_any_number_of_images_is_allowed_without_floor(main, words, tmp_path):
     results = run(
         main, tmp_path / "r.json", *words, "--metrics", "fd", "--num_images", "901", "--floor", "false",
         "--num_inference_steps", "1", "--batch_size", "256",
@@ -267,7 +267,7 @@ def dinov2(tmp_path_factory):
     return str(folder)
 
 
-def test_any_image_model_can_be_the_extractor(main, words, dinov2, tmp_path):
+def test_any_image_model_can_extract_features(main, words, dinov2, tmp_path):
     results = run(main, tmp_path / "r.json", *words, "--metrics", "fd,pr", "--num_images", "8", "--extractor", dinov2)
     assert results["fd"]["made_by"]["extractor"]["name"] == dinov2 and results["fd"]["value"] > 0
     with pytest.raises(
@@ -302,7 +302,7 @@ def test_any_image_model_can_be_the_extractor(main, words, dinov2, tmp_path):
         ("--output .", "output.*: is a folder; expected a file"),
     ],
 )
-def test_errors_are_one_line(main, words, tmp_path, monkeypatch, wrong, message):
+def test_invalid_evaluate_options_are_one_line(main, words, tmp_path, monkeypatch, wrong, message):
     monkeypatch.chdir(tmp_path)
     output = ["--metrics", "fd", "--num_images", "4", "--output", "results.json"]
     with pytest.raises(ValueError, match=message) as caught:
@@ -311,7 +311,7 @@ def test_errors_are_one_line(main, words, tmp_path, monkeypatch, wrong, message)
     assert not (tmp_path / "results.json").exists()
 
 
-def test_samples_of_another_format_or_model_are_errors(main, words, trained, evaluated, tmp_path):
+def test_samples_of_another_format_or_model_are_rejected(main, words, trained, evaluated, tmp_path):
     output = ["--output", str(tmp_path / "r.json")]
     common = ["--dataset", "digits", "--metrics", "fd", "--samples", str(tmp_path), *output]
     with pytest.raises(ValueError, match="^--model is missing: expected --model or --samples"):
@@ -350,7 +350,7 @@ def test_samples_of_another_format_or_model_are_errors(main, words, trained, eva
     assert not (tmp_path / "r.json").exists()
 
 
-def test_an_output_of_another_format_is_kept(main, words, tmp_path):
+def test_output_file_of_another_format_is_rejected_and_kept(main, words, tmp_path):
     (tmp_path / "r.json").write_text("precious")
     with pytest.raises(ValueError, match="r.json: not a results file"):
         main([*words, "--metrics", "fd", "--output", str(tmp_path / "r.json")])
@@ -375,8 +375,8 @@ def test_two_processes_compute_the_same_metrics(main, words, evaluated, tmp_path
     assert measured == metrics_of(json.loads((evaluated / "results.json").read_text()))
 
 
-def test_a_run_is_evaluated_on_its_own_data(trained, tmp_path):
-    """Data set, levels, splits and extractor are those of its config.yaml unless they are given."""
+def test_data_options_default_to_run_of_model(trained, tmp_path):
+    """Dataset, levels, splits and extractor come from its config.yaml unless they are given."""
     config = EvaluateConfig(model=str(trained), metrics="fd")
     assert (config.dataset, config.levels, config.extractor) == ("digits", 17, "digits")
     assert (config.split, config.reference_split, config.floor) == ("test", "train", True)

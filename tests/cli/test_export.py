@@ -30,7 +30,7 @@ def run(run_training, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("words", "name"), [((), "ema-0.995"), (("--average", "0.5"), "ema-0.5")])
-def test_diffusers_loads_the_export_of_any_step_and_average(run, tmp_path, words, name):
+def test_diffusers_loads_export_of_any_step_and_average(run, tmp_path, words, name):
     assert export.main([str(run), "--step", "2", *words, "--output", str(tmp_path / "model")]) == 0
     weights = diffusers.DDPMPipeline.from_pretrained(tmp_path / "model").unet.state_dict()
     stored = load_file(run / "checkpoints" / "step-000000002" / f"{name}.safetensors")
@@ -40,7 +40,7 @@ def test_diffusers_loads_the_export_of_any_step_and_average(run, tmp_path, words
     assert record["step"] == 4  # the run is unchanged
 
 
-def test_an_export_in_float16_loads_in_float32_with_rounded_weights(run, tmp_path):
+def test_export_in_float16_loads_in_float32_with_rounded_weights(run, tmp_path):
     folder, _ = export.export_model(run, output=tmp_path / "half", dtype="float16")
     stored = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     kept = load_file(run / "checkpoints" / "step-000000004" / "ema-0.995.safetensors")
@@ -54,7 +54,7 @@ def test_an_export_in_float16_loads_in_float32_with_rounded_weights(run, tmp_pat
         export.export_model(run, dtype="float16")
 
 
-def test_without_output_the_export_is_in_the_folder_of_the_run(run, tmp_path):
+def test_without_output_export_is_in_folder_of_run(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     grid = (folder / "samples.png").read_bytes()
     assert export.export_model(folder) == (folder, 4) and (folder / "samples.png").read_bytes() == grid
@@ -69,7 +69,7 @@ def test_without_output_the_export_is_in_the_folder_of_the_run(run, tmp_path):
             export.export_model(folder, **same)
 
 
-def test_an_export_overwrites_only_an_earlier_export(run, tmp_path):
+def test_export_overwrites_only_earlier_export(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").touch()
@@ -84,7 +84,7 @@ def test_an_export_overwrites_only_an_earlier_export(run, tmp_path):
         assert (tmp_path / "model" / "samples.png").exists() is (step == 4)
 
 
-def test_an_export_has_the_results_of_its_weights_and_a_card_written_by_hand(run, tmp_path):
+def test_export_has_results_of_its_weights_and_card_written_by_hand(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     record = json.loads((folder / "export.json").read_text())
     (folder / "results.json").write_text(json.dumps({"model": {"name": "x", "checksum": record["checksum"]}}))
@@ -99,7 +99,7 @@ def test_an_export_has_the_results_of_its_weights_and_a_card_written_by_hand(run
     assert (model / "samples.png").read_bytes() == b"grid"
 
 
-def test_the_status_of_a_folder_without_a_run_is_an_error(run, tmp_path):
+def test_status_of_folder_without_run_is_rejected(run, tmp_path):
     export.export_model(run, output=tmp_path / "model")
     with pytest.raises(ValueError, match="expected the folder of a run"):
         status.main([str(tmp_path / "model")])
@@ -113,13 +113,13 @@ def test_the_status_of_a_folder_without_a_run_is_an_error(run, tmp_path):
         (("--average", "0.9"), "average='0.9': expected an average of the run: ema-0.995, ema-0.5"),
     ],
 )
-def test_missing_steps_and_averages_are_errors(run, tmp_path, words, message):
+def test_missing_steps_and_averages_are_rejected(run, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         export.main([str(run), *words, "--output", str(tmp_path / "model")])
     assert not (tmp_path / "model").exists()
 
 
-def test_a_killed_run_has_a_status_and_can_be_exported(tmp_path):
+def test_killed_run_has_status_and_can_be_exported(tmp_path):
     folder = tmp_path / "run"
     words = [*TINY_RUN, "--max_train_steps", "1000000", "--checkpointing_steps", "5", "--output_dir", str(folder)]
     process = subprocess.Popen(
@@ -145,14 +145,14 @@ def test_a_killed_run_has_a_status_and_can_be_exported(tmp_path):
     assert export.export_model(folder)[1] >= 5
 
 
-def test_the_status_of_a_finished_run(run, capsys):
+def test_status_of_finished_run(run, capsys):
     assert status.main(["--run", str(run)]) == 0
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["status"].strip() == "finished" and lines["step"].strip() == "4 of 4 (100%)"
     assert lines["checkpoints"].strip() == "2, 4" and "(step 4)" in lines["last losses"]
 
 
-def test_the_error_for_a_damaged_status_is_one_line(tmp_path):
+def test_error_for_damaged_status_is_one_line(tmp_path):
     (tmp_path / "status.json").write_text("[]")
     (tmp_path / ".lock").touch()
     with pytest.raises(ValueError, match="status.json: cannot be read: status or step is missing"):

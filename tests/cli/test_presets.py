@@ -13,8 +13,8 @@ from tests.conftest import load_script
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*preset_names()} - {"digits"}))
-def test_each_preset_trains_and_samples_at_a_small_size(name, tmp_path):
-    # At 32x32 with a quarter of the channels; all other options, such as streaming, are those of the preset.
+def test_each_preset_trains_and_samples_at_small_size(name, tmp_path):
+    # At 32x32 with a quarter of the channels; all other options, such as streaming, come from the preset.
     pixels = np.random.default_rng(0).integers(0, 256, (4, 40, 36, 3), dtype=np.uint8)
     data = Dataset.from_dict({"image": [Image.fromarray(image) for image in pixels]})
     (tmp_path / "data").mkdir()

@@ -18,7 +18,7 @@ def main():
     return load_script("reproduce").main
 
 
-def test_the_default_data_set_is_that_of_the_run(main, trained, tmp_path, capsys):
+def test_default_dataset_is_dataset_of_run(main, trained, tmp_path, capsys):
     words = ["--model", str(trained), "--output", str(tmp_path), "--num_images", "2", "--samplers", "ddim"]
     assert main(["steps", *words, "--steps", "2"]) == 0
     figures = json.loads((tmp_path / "steps.json").read_text())
@@ -29,9 +29,9 @@ def test_the_default_data_set_is_that_of_the_run(main, trained, tmp_path, capsys
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "the following arguments are required: command"),
+        ("", "^command is missing; expected one of progressive, "),
         ("step --model m", "unknown command 'step': did you mean steps?"),
-        ("steps", "the following arguments are required: --model"),
+        ("steps", "^--model is missing; expected "),
         ("steps --model no/such/model", "model 'no/such/model' cannot be loaded"),
         ("steps --model m --seed -1", "--seed -1: expected at least 0"),
         ("steps --model m --batch_size 0", "--batch_size 0: expected at least 1"),
@@ -41,13 +41,13 @@ def test_the_default_data_set_is_that_of_the_run(main, trained, tmp_path, capsys
         ("ablation --rows x", r"--rows x: expected any of mean-learned"),
     ],
 )
-def test_errors_are_one_line(main, words, message):
+def test_invalid_reproduce_options_are_one_line(main, words, message):
     with pytest.raises(ValueError, match=message) as caught:
         main(words.split())
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_without_a_run_needs_a_data_set(main, trained, tmp_path):
+def test_reproducing_with_model_without_run_needs_dataset(main, trained, tmp_path):
     from hf_ddpm import DDPMPipeline
 
     DDPMPipeline.from_pretrained(trained).save_pretrained(tmp_path / "model")
@@ -58,7 +58,7 @@ def test_a_model_without_a_run_needs_a_data_set(main, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_ablation_stops_its_run_and_resumes(tmp_path):
+def test_interrupted_ablation_stops_its_run_and_resumes(tmp_path):
     options = "block_out_channels: [8, 16]\nnorm_num_groups: 4\nlayers_per_block: 1\nnum_samples: 4\nwarmup_steps: 1\n"
     file = tmp_path / "tiny.yaml"
     file.write_text(options + "num_inference_steps: 2\ntrain_batch_size: 8\n")

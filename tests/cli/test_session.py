@@ -25,15 +25,15 @@ def config(tmp_path):
     return parse_config([*TINY_RUN, "--max_train_steps", "2", "--output_dir", str(tmp_path / "run")])
 
 
-def test_train_in_python_equals_the_command(config, trained, run_training, tmp_path):
+def test_train_in_python_equals_command(config, trained, run_training, tmp_path):
     assert hf_ddpm.train(config) == tmp_path / "run"
     run_training(tmp_path / "other", "--max_train_steps", "2")
     for name in ("unet/diffusion_pytorch_model.safetensors", "samples.png", "scheduler/scheduler_config.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
-def test_train_in_python_resumes_and_does_not_change_the_config(config, tmp_path):
-    # Attributes set after the creation of the config are used, too.
+def test_train_in_python_resumes_and_does_not_change_config(config, tmp_path):
+    # Attributes set after the creation of the config are also used.
     config.training.max_train_steps, config.training.num_train_epochs = None, 1
     config.data.max_train_samples = 16
     before = config.to_dict()
@@ -42,18 +42,18 @@ def test_train_in_python_resumes_and_does_not_change_the_config(config, tmp_path
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000000002"]
 
 
-def test_a_config_with_further_options_is_an_error(config):
+def test_config_with_further_options_is_rejected(config):
     with pytest.raises(ValueError, match="options seed, preset: not used with config; expected either config or"):
         hf_ddpm.train(config, seed=3, preset="digits")
 
 
-def test_a_dry_run_creates_no_folder(config, capsys):
+def test_dry_run_creates_no_folder(config, capsys):
     config.training.dry_run = True
     folder = hf_ddpm.train(config)
     assert "training:       2 steps of 8 images" in capsys.readouterr().out and not Path(folder).exists()
 
 
-def test_a_stopped_run_raises_in_python_and_sets_the_exit_code_of_the_command(config, monkeypatch, tmp_path):
+def test_stopped_run_raises_in_python_and_sets_exit_code_of_command(config, monkeypatch, tmp_path):
     def stop(run, images, callbacks):
         run.stopped_by = signal.SIGTERM
 
@@ -64,7 +64,7 @@ def test_a_stopped_run_raises_in_python_and_sets_the_exit_code_of_the_command(co
     assert load_script("train").main(words) == 128 + signal.SIGTERM
 
 
-def test_precisions_may_differ_between_runs_of_a_process(tmp_path):
+def test_precisions_may_differ_between_runs_of_process(tmp_path):
     few = {"block_out_channels": [8, 16], "norm_num_groups": 4, "max_train_steps": 1, "eval_metrics": ""}
     few |= {"num_samples": 1, "num_inference_steps": 1}
     state = torch.get_rng_state()
@@ -83,7 +83,7 @@ BF16, FLOAT32 = Choice("bf16", "precision bf16: chosen"), Choice("no", "precisio
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Sets the precision chosen for `auto`; returns a list to which the arguments of each call are added."""
+    """Set the precision chosen for `auto`; return a list to which the arguments of each call are added."""
 
     def set_choice(choice):
         calls = []
@@ -100,7 +100,7 @@ def stored_precision(folder):
     return yaml.safe_load((folder / "config.yaml").read_text())["mixed_precision"]
 
 
-def test_a_run_stores_the_precision_of_auto_and_keeps_it(run_training, choose, tmp_path, capsys):
+def test_run_stores_precision_of_auto_and_keeps_it(run_training, choose, tmp_path, capsys):
     calls, state = choose(BF16), torch.get_rng_state()
     run_training(tmp_path / "run", "--max_train_steps", "2", "--dropout", "0.1")
     assert torch.equal(torch.get_rng_state(), state)
@@ -121,7 +121,7 @@ def test_a_run_stores_the_precision_of_auto_and_keeps_it(run_training, choose, t
     assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "given" / weights).read_bytes()
 
 
-def test_auto_in_float32_gives_the_same_run_as_no(run_training, choose, trained, tmp_path):
+def test_auto_in_float32_gives_same_run_as_no(run_training, choose, trained, tmp_path):
     choose(FLOAT32)
     run_training(tmp_path, "--max_train_steps", "4", "--mixed_precision", "auto")
     assert stored_precision(tmp_path) == stored_precision(trained) == "no"
@@ -129,7 +129,7 @@ def test_auto_in_float32_gives_the_same_run_as_no(run_training, choose, trained,
     assert (tmp_path / weights).read_bytes() == (trained / weights).read_bytes()
 
 
-def test_samples_of_a_run_use_its_precision(run_training, choose, tmp_path, monkeypatch):
+def test_samples_of_run_use_its_precision(run_training, choose, tmp_path, monkeypatch):
     precisions = []
     monkeypatch.setattr("hf_ddpm.cli.callbacks.generate_images", lambda pipe, ids, sampling, **options: (
         precisions.append(sampling.mixed_precision), generate_images(pipe, ids, sampling, **options))[1])  # fmt: skip
@@ -139,7 +139,7 @@ def test_samples_of_a_run_use_its_precision(run_training, choose, tmp_path, monk
     assert precisions == ["bf16", "no"]
 
 
-def test_memory_is_estimated_for_the_precision_of_auto(run_training, choose, tmp_path, capsys):
+def test_memory_is_estimated_for_precision_of_auto(run_training, choose, tmp_path, capsys):
     lines = {}
     for choice in (BF16, FLOAT32):
         choose(choice)
@@ -150,7 +150,7 @@ def test_memory_is_estimated_for_the_precision_of_auto(run_training, choose, tmp
 
 
 @pytest.mark.parametrize("config", ["runs/a/config.yaml", {"preset": "digits"}])
-def test_a_config_of_another_type_is_an_error(config):
+def test_config_of_another_type_is_rejected(config):
     with pytest.raises(ValueError, match="expected a hf_ddpm.Config"):
         train(config)
     with pytest.raises(ValueError, match="unknown option help"):
@@ -170,7 +170,7 @@ def test_gpu_kernels_are_fast_or_deterministic(monkeypatch, deterministic):
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_a_launcher_that_shards_weights_is_an_error(monkeypatch, kind):
+def test_launcher_that_shards_weights_is_rejected(monkeypatch, kind):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
     with pytest.raises(ValueError, match=f"distributed_type {kind} of the launcher: .*; expected MULTI_GPU"):
         start_accelerator(Config.of(preset="digits", mixed_precision="no"))

@@ -1,4 +1,4 @@
-"""Helpers that write and open small data sets."""
+"""Helpers that write and open small datasets."""
 
 import io
 
@@ -17,7 +17,7 @@ ARGUMENTS = ("seed", "batch_size", "report", "device", "workers", "log")
 
 
 def data(dataset, resolution=8, channels=1, **options):
-    """Options of a data set, by default for gray images of 8x8 pixels."""
+    """Options of a dataset, by default for gray images of 8x8 pixels."""
     sides = [resolution] if isinstance(resolution, int) else list(resolution)
     return DataConfig(str(dataset), resolution=sides, channels=channels, **options)
 
@@ -70,7 +70,7 @@ def numbered(index, size=8, format="PNG"):
 
 
 def shards(folder, images, files=4, group=5):
-    """Writes images to parquet files, in order; the class of an image is its index modulo 3."""
+    """Write images to parquet files, in order; the class of an image is its index modulo 3."""
     folder.mkdir(exist_ok=True)
     features = Features({"image": Image(), "label": ClassLabel(names=["a", "b", "c"])})
     data = Dataset.from_dict({"image": images, "label": [i % 3 for i in range(len(images))]}, features)

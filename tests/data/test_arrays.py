@@ -50,7 +50,7 @@ def test_gray_arrays_need_no_channel_axis(tmp_path):
         images_of(tmp_path, 8)
 
 
-def test_channels_are_the_last_axis_if_ambiguous():
+def test_channels_are_last_axis_if_ambiguous():
     array = noise(6, 7, 6)
     np.testing.assert_array_equal(fit(npy(array), image_format((6, 7), 6)), array.transpose(2, 0, 1))
 
@@ -66,7 +66,7 @@ def test_files_with_four_dimensions_contain_many_images(tmp_path):
     np.testing.assert_array_equal(images_of(tmp_path / "c.npy", 5), expected[5:])
 
 
-def test_a_changed_file_is_read_again(tmp_path):
+def test_changed_file_is_read_again(tmp_path):
     for seed in range(2):
         arrays = noise(3, 8, 8, 2, seed=seed)
         np.save(tmp_path / "a.npy", arrays[0])
@@ -74,7 +74,7 @@ def test_a_changed_file_is_read_again(tmp_path):
         np.testing.assert_array_equal(images_of(tmp_path, 2), arrays.transpose(0, 3, 1, 2))
 
 
-def test_array_folders_have_the_same_splits_and_classes_as_image_folders(tmp_path):
+def test_array_folders_have_same_splits_and_classes_as_image_folders(tmp_path):
     for split, first in [("train", 0), ("test", 100)]:
         for label, name in enumerate(("cat", "dog")):
             folder = tmp_path / split / name
@@ -133,7 +133,7 @@ def test_arrays_are_resized_and_cropped_as_image_files_are(size, crop):
 @pytest.mark.parametrize("crop", ["center", "random"])
 @pytest.mark.parametrize("levels", [256, 65536])
 @pytest.mark.parametrize("encode", [npy, png])
-def test_a_checkerboard_at_half_size_is_gray(crop, levels, encode):
+def test_checkerboard_at_half_size_is_gray(crop, levels, encode):
     dtype = np.uint16 if levels > 256 else np.uint8
     white = np.iinfo(dtype).max
     board = (np.indices((64, 64)).sum(axis=0) % 2 * white).astype(dtype)
@@ -178,13 +178,13 @@ def test_floats_are_resized_before_they_are_rounded():
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("levels", [256, 65536])
-def test_float_images_with_a_value_range_are_gray_images(channels, levels):
+def test_float_images_with_value_range_are_grayscale_images(channels, levels):
     white = 65535 if levels > 256 else 255
     values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     with pytest.raises(ValueError, match="image has floats .dtype float32.; use --value_range LOW HIGH"):
         fit(tiff(values), image_format(8, channels, levels=levels))
     pixels = fit(tiff(values), image_format(8, channels, levels=levels, value_range=(0, 1)))
-    message = "gray image does not have --channels 5; expected an array of 5 channels, or a TIFF of 5 pages"
+    message = "grayscale image does not have --channels 5; expected an array of 5 channels, or a TIFF of 5 pages"
     with pytest.raises(ValueError, match=message):
         fit(tiff(values), image_format(channels=5, levels=levels, value_range=(0, 1)))
     gray = np.rint(values.astype(float) * white)
@@ -201,7 +201,7 @@ def test_true_becomes_white(tmp_path):
 @pytest.mark.parametrize(
     "page", [noise(8, 9), noise(8, 9, dtype=np.uint16), noise(8, 9).astype(np.float32), noise(8, 9) > 99]
 )
-def test_gray_pages_of_a_tiff_are_channels(page):  # fmt: skip
+def test_gray_pages_of_tiff_are_channels(page):  # fmt: skip
     pages = [page, page[::-1], page[:, ::-1], page, page]
     target = image_format((8, 9), 5, levels=65536, value_range=(0, 255))
     np.testing.assert_array_equal(fit(tiff(*pages), target), fit(npy(np.stack(pages, axis=2)), target))
@@ -235,7 +235,7 @@ def test_pages_of_another_size_or_in_color_are_not_channels():
      (png(noise(8, 8, 3)), {"channels": 6}, "mode RGB does not have --channels 6; expected an array"),
      (png(noise(8, 8)), {"channels": 2}, "mode L does not have --channels 2; expected an array")],
 )  # fmt: skip
-def test_images_that_do_not_match_the_format_are_errors(row, options, message):
+def test_images_that_do_not_match_format_are_rejected(row, options, message):
     with pytest.raises(ValueError, match=message):
         fit(row, image_format(8, **options))
 
@@ -263,7 +263,7 @@ def test_damaged_files_are_reported_as_bad_images(tmp_path):
     assert "arr_0 (8, 8, 2), arr_1 (8, 8, 2); expected one" in lines[1]
 
 
-def test_a_flipped_bit_in_a_file_of_many_images_is_detected(tmp_path):
+def test_flipped_bit_in_file_of_many_images_is_detected(tmp_path):
     np.savez(tmp_path / "a.npz", noise(3, 64, 64, 2))
     content = bytearray((tmp_path / "a.npz").read_bytes())
     content[len(content) // 2] ^= 1
@@ -289,7 +289,7 @@ def test_array_folders_cannot_be_streamed(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_several_stacks_in_a_file_are_an_error_unless_one_is_arr_0(tmp_path):
+def test_several_stacks_in_file_are_rejected_unless_one_is_arr_0(tmp_path):
     stacks = {"x_test": np.zeros((3, 8, 8, 1), np.uint8), "x_train": np.zeros((9, 8, 8, 1), np.uint8)}
     np.savez(tmp_path / "two.npz", **stacks)
     message = r"several arrays have 4 dimensions \(x_test, x_train\); expected one, or the name arr_0"

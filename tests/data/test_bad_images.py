@@ -21,12 +21,12 @@ def folder_with_bad_images(tmp_path):
     return folder
 
 
-def test_the_error_for_the_first_bad_image_is_one_line(folder_with_bad_images):
+def test_error_for_first_bad_image_is_one_line(folder_with_bad_images):
     with pytest.raises(ValueError, match=r"^row 4 \(.*cut\.jpg\): .*truncated.*use --skip_bad_images true"):
         load(folder_with_bad_images, channels=3)
 
 
-def test_the_error_for_a_bad_image_names_its_row_in_the_data_set(folder_with_bad_images):
+def test_error_for_bad_image_names_its_row_in_dataset(folder_with_bad_images):
     rows = {"cut.jpg": 4, "text.png": 5, "void.png": 6}
     for seed in range(3):
         with pytest.raises(ValueError, match="skip unusable images") as caught:
@@ -59,7 +59,7 @@ def test_labels_match_their_images_after_skipping(tmp_path):
     store = load(file, class_column="label", skip_bad_images=True, report=report, max_train_samples=9, seed=1)
     values = store[torch.arange(len(store))][:, 0, 0, 0].tolist()
     assert [int(store.class_names[label]) for label in store.labels] == values
-    # Row numbers refer to the data set, not to the random sample.
+    # Row numbers refer to the dataset, not to the random sample.
     unused_files = [json.loads(line)["row"] for line in report.read_text().splitlines()]
     assert unused_files == [2, 7] and min(set(range(10)) - {*unused_files, *values}) < 7
     assert len(values) + store.skipped == 9
@@ -69,10 +69,10 @@ def test_labels_match_their_images_after_skipping(tmp_path):
         assert [int(store.class_names[label]) for label in batch.labels] == batch.images[:, 0, 0, 0].tolist()
 
 
-def test_a_data_set_of_only_bad_images_is_an_error(tmp_path):
+def test_dataset_of_only_bad_images_is_rejected(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_text("nothing")
-    with pytest.raises(ValueError, match=r"all 3 images are unusable, the first one in row 0 \(.*0\.png\): "):
+    with pytest.raises(ValueError, match=r"all images are unusable \(3\), the first one in row 0 \(.*0\.png\): "):
         load(tmp_path, channels=3, skip_bad_images=True)
 
 

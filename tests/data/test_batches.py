@@ -66,7 +66,7 @@ def test_crops_are_at_crop_places(wide):
         np.testing.assert_array_equal(image[0].numpy(), crop_at(whole, wide.image_format, position)[0])
 
 
-def test_indexing_crops_at_the_center(wide):
+def test_indexing_crops_at_center(wide):
     (image,) = wide[torch.tensor([1])]
     assert image[0, 0].tolist() == [2, 3, 4, 5] or image[0, 0].tolist() == [3, 4, 5, 6]
 
@@ -98,14 +98,14 @@ def test_each_epoch_is_another_permutation():
     assert not torch.equal(stream[:8], batch_indices(1, 0, 8, 50))
 
 
-def test_the_order_does_not_depend_on_the_batch_size():
+def test_order_does_not_depend_on_batch_size():
     small = torch.cat([batch_indices(3, step, 4, 30) for step in range(30)])
     large = torch.cat([batch_indices(3, step, 40, 30) for step in range(3)])
     assert torch.equal(small, large)
 
 
 @pytest.mark.parametrize("classes", [None, "label"])
-def test_no_batch_waits_for_a_copy_to_the_device(classes, monkeypatch):
+def test_no_batch_waits_for_copy_to_device(classes, monkeypatch):
     # The meta device stands for a GPU. The order of an epoch is copied once.
     store = load("digits", resolution=[8], channels=1, class_column=classes, device="meta")
     source, copies, to = ShuffledImages(store, seed=0, batch_size=64), [], torch.Tensor.to
@@ -123,7 +123,7 @@ def test_no_batch_waits_for_a_copy_to_the_device(classes, monkeypatch):
     assert [batch.labels is None for batch in batches] == [classes is None] * 15
 
 
-def test_prefetched_batches_are_the_same(wide):
+def test_prefetched_batches_are_identical(wide):
     plain = ShuffledImages(wide, seed=0, batch_size=8)
     ahead, calls = ShuffledImages(wide, seed=0, batch_size=8, ahead=True), []
     read = ahead._batch

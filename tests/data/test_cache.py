@@ -18,7 +18,7 @@ from tests.data.files import load, numbered, parquet, write_images
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Returns a function that returns the number of images decoded since its last call."""
+    """Return a function that returns the number of images decoded since its last call."""
     counts = [0]
     real = decoding._decode_rows
 
@@ -52,7 +52,7 @@ def test_images_are_decoded_once_per_format(tmp_path, decoded):
     assert decoded() == 0
 
 
-def test_a_changed_file_is_decoded_again(tmp_path, decoded):
+def test_changed_file_is_decoded_again(tmp_path, decoded):
     folder = write_images(tmp_path / "images", count=3)
     load(folder)
     PILImage.new("L", (8, 8), 77).save(folder / "1.png")
@@ -63,7 +63,7 @@ def test_a_changed_file_is_decoded_again(tmp_path, decoded):
 
 
 def start(file, **environment):
-    """Starts a process that decodes the images of a file and prints a checksum."""
+    """Start a process that decodes the images of a file and prints a checksum."""
     code = f"""
 import hashlib, torch
 from hf_ddpm.config import DataConfig
@@ -91,7 +91,7 @@ def whole(many, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_kill_while_decoding_leaves_no_partial_cache(many, whole, tmp_path):
+def test_kill_while_decoding_leaves_no_partial_cache(many, whole, tmp_path):
     home = tmp_path / "home"
     process = start(many, HF_HOME=str(home))
     deadline = time.monotonic() + LIMIT
@@ -107,7 +107,7 @@ def test_a_kill_while_decoding_leaves_no_partial_cache(many, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_concurrent_processes_get_the_same_images(many, whole, tmp_path):
+def test_two_concurrent_processes_get_same_images(many, whole, tmp_path):
     both = [start(many, HF_HOME=str(tmp_path)) for _ in range(2)]
     for process in both:
         out, error = process.communicate()

@@ -26,7 +26,7 @@ def test_class_indices_start_at_zero(kind, values, names, indices):
 @pytest.mark.parametrize(
     ("kind", "values", "row"), [(ClassLabel(names=["a", "b"]), [1, 0, -1], 2), (Value("string"), ["a", None], 1)]
 )
-def test_the_error_for_an_image_without_a_class_names_its_row(kind, values, row):
+def test_error_for_image_without_class_names_its_row(kind, values, row):
     message = f"--class_column label: {values[row]!r} in row {row} is not a class; expected one of the"
     with pytest.raises(ValueError, match=message):
         read_classes(table(kind, values), "label", range(len(values)))

@@ -31,7 +31,7 @@ def values(name, lines):
 
 
 def last_batch(path):
-    """Returns the offset of the last record batch of an arrow file; a file truncated there reads without an error."""
+    """Return the offset of the last record batch of an arrow file; a file truncated there reads without an error."""
     with pa.memory_map(str(path)) as file:
         reader = pa.ipc.open_stream(file)
         at = file.tell()
@@ -70,7 +70,7 @@ def test_truncated_caches_are_logged_and_rebuilt(tmp_path, cache, kind, which, c
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
-def test_a_damaged_description_of_a_cache_is_rebuilt(tmp_path, cache, text):
+def test_damaged_description_of_cache_is_rebuilt(tmp_path, cache, text):
     name = parquet(tmp_path / "a.parquet", image=[numbered(number) for number in (1, 2)])
     assert values(name, []) == [1, 2]
     (info,) = cache.rglob("dataset_info.json")
@@ -94,7 +94,7 @@ def test_only_caches_are_removed(tmp_path, cache):
     assert values(name, []) == [1, 2] and data.exists()
 
 
-def test_a_damaged_source_is_not_a_damaged_cache(tmp_path, cache):
+def test_damaged_source_does_not_count_as_damaged_cache(tmp_path, cache):
     name = parquet(tmp_path / "a.parquet", image=[numbered(1)])
     Path(name).write_bytes(Path(name).read_bytes()[:100])
     lines = []
@@ -104,7 +104,7 @@ def test_a_damaged_source_is_not_a_damaged_cache(tmp_path, cache):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_the_error_for_a_full_disk_names_the_folder_and_the_remedy(cache, number):
+def test_error_for_full_disk_names_folder_and_remedy(cache, number):
     for cause in (OSError(number, os.strerror(number)), OSError("Not enough disk space. Needed: 3 GB")):
         with (
             pytest.raises(OSError, match=r"^cache .*: the disk is full; .*HF_DATASETS_CACHE or HF_HOME") as caught,
@@ -119,7 +119,7 @@ def test_the_error_for_a_full_disk_names_the_folder_and_the_remedy(cache, number
 
 
 @pytest.mark.slow
-def test_the_error_for_a_full_disk_is_one_line(tmp_path):
+def test_error_for_full_disk_is_one_line(tmp_path):
     name = parquet(tmp_path / "a.parquet", image=[numbered(number % 256, size=64) for number in range(300)])
     code = f"""
 from hf_ddpm.config import DataConfig

@@ -19,7 +19,7 @@ def gray(path, value):
 
 
 def opened(folder, split="train", **options):
-    """Returns the gray values of the images of a split, the unused files with their reasons, and the log line."""
+    """Return the gray values of the images of a split, the unused files with their reasons, and the log line."""
     lines = []
     images = load(folder, split=split, log=lines.append, **options)
     _, unused_files = open_data(folder, split=split, class_column=options.get("class_column"))
@@ -121,7 +121,7 @@ def test_split_folders_are_splits_and_held_out_images_are_not_used_for_training(
     assert not any(name.split("/")[0].casefold() in held_out for name in layout.splits.get("train", []))
 
 
-def test_validation_images_are_not_in_the_training_split(tmp_path):
+def test_validation_images_are_not_in_training_split(tmp_path):
     gray(tmp_path / "both" / "train" / "0.png", 1)
     gray(tmp_path / "both" / "validation" / "1.png", 2)
     assert opened(tmp_path / "both")[0] == [1]
@@ -135,14 +135,14 @@ def test_validation_images_are_not_in_the_training_split(tmp_path):
         opened(tmp_path / "alone")
 
 
-def test_a_train_folder_next_to_class_folders_is_a_class(tmp_path):
+def test_train_folder_next_to_class_folders_is_treated_as_class(tmp_path):
     for number, name in enumerate(("bicycle", "bus", "train")):
         gray(tmp_path / name / "a.png", number)
     images = load(tmp_path, class_column="label")
     assert images.class_names == ("bicycle", "bus", "train") and images.labels.tolist() == [0, 1, 2]
 
 
-def test_classes_are_the_same_in_all_splits_and_split_folders_are_not_classes(tmp_path):
+def test_classes_are_same_in_all_splits_and_split_folders_are_not_classes(tmp_path):
     for name in ("train/dog", "train/cat", "val/cat", "val/ant"):
         gray(tmp_path / name / "a.png", 1)
     for split, labels in (("train", [1, 2]), ("validation", [0, 1])):
@@ -155,7 +155,7 @@ def test_classes_are_the_same_in_all_splits_and_split_folders_are_not_classes(tm
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_images_without_metadata_are_used_unless_the_metadata_has_the_classes(tmp_path, kind):
+def test_images_without_metadata_are_used_unless_metadata_has_classes(tmp_path, kind):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -203,7 +203,7 @@ def test_unusable_metadata_files_are_reported(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"text": "x"}\n')
     assert opened(tmp_path)[1] == {("metadata.jsonl", "metadata.jsonl without a file_name column")}
     (tmp_path / "metadata.jsonl").write_text('{"file_name": ')
-    with pytest.raises(ValueError, match=r"metadata\.jsonl' cannot be read: ") as caught:
+    with pytest.raises(ValueError, match=r"metadata\.jsonl': cannot be read: ") as caught:
         opened(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -224,7 +224,7 @@ def test_file_names_that_are_not_utf_8_are_supported(tmp_path):
     assert images.class_names == ("caf\\xe9", "tea")
 
 
-def test_the_error_for_a_folder_without_images_lists_its_files(tmp_path):
+def test_error_for_folder_without_images_lists_its_files(tmp_path):
     for number in range(2):
         (tmp_path / f"{number}.heic").write_bytes(b"")
     with pytest.raises(ValueError, match=r"contains no images \(unused files: unknown format \.heic: 2 \(install"):
@@ -241,14 +241,14 @@ def test_the_error_for_a_folder_without_images_lists_its_files(tmp_path):
         ),
     ],
 )
-def test_invalid_metadata_is_an_error(tmp_path, lines, message):
+def test_invalid_metadata_is_rejected(tmp_path, lines, message):
     write_images(tmp_path, count=2)
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(ValueError, match=message):
         opened(tmp_path)
 
 
-def test_metadata_files_with_different_types_of_a_column_are_an_error(tmp_path):
+def test_metadata_files_with_different_types_of_column_are_rejected(tmp_path):
     for name, value in (("a", 1), ("b", "x")):
         write_images(tmp_path / name, count=1)
         (tmp_path / name / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "size": value}))
@@ -256,7 +256,7 @@ def test_metadata_files_with_different_types_of_a_column_are_an_error(tmp_path):
         opened(tmp_path)
 
 
-def test_a_metadata_column_named_image_is_ignored(tmp_path):
+def test_metadata_column_named_image_is_ignored(tmp_path):
     write_images(tmp_path, count=2)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "image": "x"}))
     assert len(opened(tmp_path)[0]) == 2

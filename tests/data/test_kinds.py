@@ -1,4 +1,4 @@
-"""Saved data sets, archives, configurations, and tables written by other tools."""
+"""Saved datasets, archives, configurations, and tables written by other tools."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from tests.data.files import load, numbered, opened, parquet, stream
 
 
 def values(name, split="train", **options):
-    """Returns the gray values of the images of a split, sorted."""
+    """Return the gray values of the images of a split, sorted."""
     images = load(name, split=split, **options)
     return sorted(images[torch.arange(len(images))][:, 0, 0, 0].tolist())
 
@@ -27,7 +27,7 @@ def saved(grays):
     return Dataset.from_dict(rows, features)
 
 
-def test_data_sets_saved_to_disk(tmp_path):
+def test_datasets_saved_to_disk(tmp_path):
     saved([1, 2, 3]).save_to_disk(tmp_path / "one")
     assert values(tmp_path / "one") == [1, 2, 3]
     images = load(tmp_path / "one", class_column="auto")
@@ -36,7 +36,7 @@ def test_data_sets_saved_to_disk(tmp_path):
     assert values(tmp_path / "two") == [1, 2] and values(tmp_path / "two", "test") == [3]
     with pytest.raises(ValueError, match="no split 'validation'; expected one of train, test"):
         values(tmp_path / "two", "validation")
-    message = "--dataset_config x: a data set saved by save_to_disk has no configurations; remove --dataset_config"
+    message = "--dataset_config x: a dataset saved by save_to_disk has no configurations; remove --dataset_config"
     with pytest.raises(ValueError, match=message):
         values(tmp_path / "one", dataset_config="x")
     saved([]).save_to_disk(tmp_path / "empty")
@@ -50,7 +50,7 @@ def test_data_sets_saved_to_disk(tmp_path):
 
 
 def pack(path, files):
-    """Writes files, given as bytes by name, to an archive."""
+    """Write files, given as bytes by name, to an archive."""
     if path.name.endswith(".zip"):
         with zipfile.ZipFile(path, "w") as archive:
             for name, data in files.items():
@@ -84,16 +84,16 @@ def test_archives_are_read_like_folders(tmp_path, suffix, is_file):
     grays = images[torch.arange(2)][:, 0, 0, 0].tolist()
     assert grays[0] == 1 and abs(grays[1] - 200) <= 2
     assert values(name, "validation") == [3]
-    assert "2 images in train, 1 images in validation; unused files: " in lines[0]
+    assert "2 images in train, 1 image in validation; unused files: " in lines[0]
     assert "hidden: 1" in lines[0] and "unknown format .md: 1" in lines[0]
-    # A changed archive is read again; folders at its top are classes, too.
+    # A changed archive is read again; folders at its top are also classes.
     pack(file, {"x/0.png": image(9), "y/1.png": image(10)})
     assert values(name) == [9, 10]
     images = load(name, class_column="label")
     assert images.class_names == ("x", "y") and images.labels.tolist() == [0, 1]
 
 
-def test_web_data_sets_have_classes_and_splits_by_shard_name(tmp_path):
+def test_web_datasets_have_classes_and_splits_by_shard_name(tmp_path):
     for name, numbers in (("train-000000", [1, 2]), ("train-000001", [3]), ("val-000000", [4])):
         files = {}
         for number in numbers:
@@ -107,7 +107,7 @@ def test_web_data_sets_have_classes_and_splits_by_shard_name(tmp_path):
     assert [file.kind for file in unused_files] == ["unknown format .json"] * 4
 
 
-def test_web_data_sets_may_have_text_classes_and_dots_in_names(tmp_path):
+def test_web_datasets_may_have_text_classes_and_dots_in_names(tmp_path):
     files = {}
     for number, name in enumerate(("cat", "dog", "cat")):
         files |= {f"{number:05d}.rgb.png": image(number), f"{number:05d}.cls": name.encode()}
@@ -127,7 +127,7 @@ def test_errors_for_damaged_archives_and_members_name_them(tmp_path):
     file = pack(tmp_path / "a.zip", {"0.png": image(1), "1.png": image(2)})
     whole = file.read_bytes()
     file.write_bytes(whole[:-30])
-    with pytest.raises(ValueError, match=r"archive '.*a\.zip' cannot be read: "):
+    with pytest.raises(ValueError, match=r"archive '.*a\.zip': cannot be read: "):
         values(file)
     at = whole.index(b"IDAT") + 6
     file.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
@@ -135,10 +135,10 @@ def test_errors_for_damaged_archives_and_members_name_them(tmp_path):
         values(file)
     assert values(file, skip_bad_images=True) == [2]
     (tmp_path / "b.tar").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=r"archive '.*b\.tar' cannot be read: "):
+    with pytest.raises(ValueError, match=r"archive '.*b\.tar': cannot be read: "):
         values(tmp_path / "b.tar")
     pack(tmp_path / "c.zip", {"a.txt": b""})
-    with pytest.raises(ValueError, match=r"archive '.*c\.zip' contains no images"):
+    with pytest.raises(ValueError, match=r"archive '.*c\.zip': contains no images"):
         values(tmp_path / "c.zip")
 
 
@@ -151,7 +151,7 @@ def configured(path):
     return str(path)
 
 
-def test_dataset_config_selects_a_configuration(tmp_path):
+def test_dataset_config_selects_configuration(tmp_path):
     name = configured(tmp_path / "data")
     assert values(name, dataset_config="small") == [1, 2] and values(name, dataset_config="big") == [3, 4, 5]
     several = "--dataset .*data: has several configurations; expected --dataset_config with one of small, big$"
@@ -208,7 +208,7 @@ def test_images_in_tables_of_other_tools_are_read(tmp_path, kind):
     assert [(value - 5) % 2 for value in batch.images[:, 0, 0, 0].tolist()] == batch.labels.tolist()
 
 
-def test_an_image_column_is_preferred_to_a_binary_column(tmp_path):
+def test_image_column_is_preferred_to_binary_column(tmp_path):
     features = Features({"scan": Image()})
     data = Dataset.from_dict({"scan": [numbered(3)]}, features).add_column("image", [b"no image"])
     data.to_parquet(str(tmp_path / "a.parquet"))
@@ -219,7 +219,7 @@ def test_an_image_column_is_preferred_to_a_binary_column(tmp_path):
     assert values(tmp_path / "b.parquet", image_column="y") == [2]
 
 
-def test_bytes_that_are_not_images_are_errors(tmp_path):
+def test_bytes_that_are_not_images_are_rejected(tmp_path):
     pq.write_table(pa.table({"image": [image(1), b"text", None]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"^row 1 \(.*\): not an image of a known format"):
         values(tmp_path / "a.parquet")

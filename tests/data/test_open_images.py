@@ -19,7 +19,7 @@ def first(entered):
     yield
 
 
-def test_decoded_images_are_decoded_by_the_main_process_first_and_shuffled_by_the_seed(tmp_path):
+def test_decoded_images_are_decoded_by_main_process_first_and_shuffled_by_seed(tmp_path):
     folder, entered = shards(tmp_path / "data", [numbered(i) for i in range(40)]), []
     options = {"class_column": "label", "max_train_samples": 20}
     images = open_images(data(folder, **options), seed=3, batch_size=6, device="cpu", main_process_first=first(entered))
@@ -30,7 +30,7 @@ def test_decoded_images_are_decoded_by_the_main_process_first_and_shuffled_by_th
         assert torch.equal(batch.images, other.images) and torch.equal(batch.labels, other.labels)
 
 
-def test_streams_are_not_decoded_in_advance_and_use_the_options(tmp_path):
+def test_streams_are_not_decoded_in_advance_and_use_options(tmp_path):
     folder, entered = shards(tmp_path / "data", [numbered(i) for i in range(40)]), []
     options = {"class_column": "label", "max_train_samples": 20, "streaming": True}
     images = open_images(data(folder, **options), seed=3, batch_size=6, device="cpu", main_process_first=first(entered))
@@ -44,7 +44,7 @@ def test_streams_are_not_decoded_in_advance_and_use_the_options(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_report_is_written_only_if_bad_images_are_skipped(tmp_path, streaming):
+def test_report_is_written_only_if_bad_images_are_skipped(tmp_path, streaming):
     folder, report = shards(tmp_path / "data", [numbered(i) for i in range(8)]), tmp_path / "report.jsonl"
     (folder / "notes.md").write_text("not an image")
     for skip in (False, True):

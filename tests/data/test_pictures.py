@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from PIL import PngImagePlugin
 
 from hf_ddpm.data.decoding import decode
-from hf_ddpm.data.pictures import open_picture
+from hf_ddpm.data.pictures import open_image
 from hf_ddpm.data.transforms import fit
 from tests.data.files import image_format, load, parquet, write_images
 
@@ -37,8 +37,8 @@ def xmp(orientation):
 
 
 def upright(data):
-    """Returns the pixels of an image file, turned upright."""
-    return np.asarray(open_picture({"bytes": data, "path": None}))
+    """Return the pixels of an image file, turned upright."""
+    return np.asarray(open_image({"bytes": data, "path": None}))
 
 
 @pytest.mark.parametrize("orientation", TURNED)
@@ -53,7 +53,7 @@ def test_xmp_orientations_are_applied(orientation):
     info.add_itxt("XML:com.adobe.xmp", xmp(orientation))
     np.testing.assert_array_equal(upright(encoded("PNG", pnginfo=info)), TURNED[orientation])
     np.testing.assert_array_equal(upright(encoded("WEBP", xmp=xmp(orientation).encode())), TURNED[orientation])
-    # With damaged EXIF data, too.
+    # Also with damaged EXIF data.
     np.testing.assert_array_equal(
         upright(encoded("WEBP", xmp=xmp(orientation).encode(), exif=b"Exif\0\0nothing")), TURNED[orientation]
     )
@@ -65,7 +65,7 @@ def test_invalid_orientations_are_ignored(value):
 
 
 def with_chunk(kind, content, checksum=None):
-    """Returns a PNG with orientation 6 and another chunk before its pixels."""
+    """Return a PNG with orientation 6 and another chunk before its pixels."""
     data = encoded("PNG", exif=exif(6))
     checksum = zlib.crc32(kind + content) if checksum is None else checksum
     chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
@@ -91,16 +91,16 @@ CHUNKS = {
 
 
 @pytest.mark.parametrize("chunk", CHUNKS.values(), ids=CHUNKS)
-def test_a_png_with_damaged_metadata_chunks_is_loaded(chunk):
+def test_png_with_damaged_metadata_chunks_is_loaded(chunk):
     np.testing.assert_array_equal(upright(with_chunk(*chunk)), TURNED[6])
 
 
-def test_a_png_with_more_text_than_pillow_allows_is_loaded(monkeypatch):
+def test_png_with_more_text_than_pillow_allows_is_loaded(monkeypatch):
     monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 10)
     np.testing.assert_array_equal(upright(with_chunk(b"tEXt", b"key\0" + bytes(100))), TURNED[6])
 
 
-def test_damaged_pixels_are_an_error():
+def test_damaged_pixels_are_rejected():
     data = bytearray(with_chunk(*CHUNKS["a text bomb"]))
     data[data.index(b"IDAT") + 8] ^= 255
     with pytest.raises(Exception, match="."):
@@ -111,7 +111,7 @@ def test_damaged_pixels_are_an_error():
 
 @pytest.mark.parametrize("kind", [0, 1, 2, 3, 4, 5, 7, 10, 12, 99])
 @pytest.mark.parametrize("tag", [271, 282, 283, 296, 305, 315, 34665, 34853])
-def test_a_tiff_with_tags_of_wrong_types_is_loaded(tag, kind):
+def test_tiff_with_tags_of_wrong_types_is_loaded(tag, kind):
     exif = PILImage.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"
     exif[0x8769], exif[0x8825] = {0x829A: 0.5}, {1: "N"}
@@ -128,7 +128,7 @@ def test_a_tiff_with_tags_of_wrong_types_is_loaded(tag, kind):
 
 @pytest.mark.parametrize("kind", [1, 2, 3, 4, 5, 7, 11, 12])
 @pytest.mark.parametrize("tag", [259, 271, 282, 296, 305])
-def test_a_jpeg_with_exif_tags_of_wrong_types_is_loaded(tag, kind):
+def test_jpeg_with_exif_tags_of_wrong_types_is_loaded(tag, kind):
     entry = struct.pack("<HHLL", tag, kind, 1, 7)
     turned = struct.pack("<HHLHH", 0x0112, 3, 1, 6, 0)
     entries = sorted([entry, turned], key=lambda entry: struct.unpack("<H", entry[:2]))
@@ -152,7 +152,7 @@ def test_images_with_changed_metadata_bytes_are_loaded(format):
         assert upright(bytes(changed)).size == PIXELS.size
 
 
-def test_decompression_bombs_are_errors(monkeypatch):
+def test_decompression_bombs_are_rejected(monkeypatch):
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 20)
     with pytest.raises(PILImage.DecompressionBombError):
         upright(encoded("PNG"))
@@ -161,7 +161,7 @@ def test_decompression_bombs_are_errors(monkeypatch):
 
 
 def png16(array, color):
-    """Returns a PNG of 16 bits per channel: `color` is 2 for RGB, 4 for gray with alpha, 6 for RGBA."""
+    """Return a PNG of 16 bits per channel: `color` is 2 for RGB, 4 for gray with alpha, 6 for RGBA."""
     height, width, _ = array.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)), (b"IDAT", zlib.compress(rows))]
@@ -171,7 +171,7 @@ def png16(array, color):
 
 
 @pytest.mark.parametrize(("color", "channels"), [(2, 3), (4, 2), (6, 4)])
-def test_lost_16_bit_depth_is_an_error_with_16_bit_levels_and_logged_otherwise(tmp_path, color, channels):
+def test_lost_16_bit_depth_is_rejected_with_16_bit_levels_and_logged_otherwise(tmp_path, color, channels):
     row = png16(np.full((8, 8, channels), 65535, np.uint16) - 255, color)
     with pytest.raises(ValueError, match="16-bit color or transparency, which PIL reads with 8 bits"):
         fit(row, image_format(8, 1, levels=65536))
@@ -189,7 +189,7 @@ def test_lost_16_bit_depth_is_an_error_with_16_bit_levels_and_logged_otherwise(t
 @pytest.mark.parametrize(
     ("options", "gray"), [({}, 65535), ({"background": "black"}, 0), ({"background": "#808080"}, 128 * 257),
                           ({"background": "blue"}, 29 * 257)])  # fmt: skip
-def test_transparent_16_bit_gray_shows_the_background_in_gray(options, gray):
+def test_transparent_16_bit_gray_shows_background_in_gray(options, gray):
     levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     file = io.BytesIO()
     PILImage.fromarray(levels).save(file, "PNG", transparency=5000)
@@ -209,5 +209,5 @@ def test_small_images_are_enlarged_only_with_enlarge(tmp_path):
         assert pixels.shape == ((3, 12, 12) if crop == "center" else (3, 12, 18))
     means = [fit(flat, image_format((6, 9), 3)).mean(), fit(flat, image_format((12, 18), 3, enlarge=True)).mean()]
     assert means[0] == pytest.approx(means[1], abs=2)  # the same image, twice as large
-    # With only one side too small, too.
+    # Also with only one side too small.
     assert fit(flat, image_format((7, 4), 3, enlarge=True)).shape == (3, 7, 4)

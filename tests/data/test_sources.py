@@ -20,7 +20,7 @@ def test_digits_equal_those_of_scikit_learn():
 
 
 @pytest.mark.parametrize("resident", [True, False])
-def test_batches_contain_the_requested_images(monkeypatch, resident):
+def test_batches_contain_requested_images(monkeypatch, resident):
     if not resident:
         monkeypatch.setattr(store, "RESIDENT_BYTES", 0)
     images = load("digits")
@@ -31,7 +31,7 @@ def test_batches_contain_the_requested_images(monkeypatch, resident):
         np.testing.assert_array_equal(row[0].numpy(), np.asarray(pictures[index]))
 
 
-def test_image_folders_and_parquet_files_load_the_same_images(tmp_path):
+def test_image_folders_and_parquet_files_load_same_images(tmp_path):
     folder = write_images(tmp_path / "images", count=4)
     from_folder = load(folder, channels=3)
     arrays = [np.asarray(PILImage.open(folder / f"{i}.png")) for i in range(4)]
@@ -85,7 +85,7 @@ def test_images_are_cropped_resized_and_converted(tmp_path):
     assert rgba.shape == (1, 4, 16, 16) and bool((rgba[0, 3] == 255).all())
 
 
-def test_the_exif_orientation_is_applied(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     picture = PILImage.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4)
     exif = PILImage.Exif()
     exif[0x0112] = 3  # upside down
@@ -112,13 +112,16 @@ def test_image_columns_are_guessed_or_given(tmp_path):
     assert find_image_column(columns("usual.parquet", mask=[pixel], img=[pixel])) == "img"
 
 
-def test_errors_for_missing_and_empty_data_sets_name_them(tmp_path):
+def test_errors_for_missing_and_empty_datasets_name_them(tmp_path):
     (tmp_path / "note.txt").write_text("no image")
     for name, message in [
         ("./nowhere", "--dataset ./nowhere: does not exist; expected a folder, a file, a Hub id or digits"),
         ("a/b/c", "--dataset a/b/c: does not exist"),
         (str(tmp_path / "nowhere"), "does not exist"),
-        ("somebody/something", "--dataset somebody/something: (does not exist as|not) a local folder"),
+        (
+            "somebody/something",
+            "--dataset somebody/something: does not exist.*; expected a folder, a file, a Hub id or digits",
+        ),
         (str(tmp_path / "note.txt"), "unknown format; expected a parquet, .npy or .npz file, or an archive"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -149,7 +152,7 @@ def test_errors_for_unusable_images_name_row_file_and_reason(tmp_path, spoil, re
         load(folder, channels=3)
 
 
-def test_the_error_for_a_missing_image_names_its_row(tmp_path):
+def test_error_for_missing_image_names_its_row(tmp_path):
     features = Features({"image": Image()})
     data = Dataset.from_dict({"image": [png(np.zeros((8, 8), np.uint8)), None]}, features)
     data.to_parquet(str(tmp_path / "a.parquet"))

@@ -32,7 +32,7 @@ def test_each_mode_is_converted_to_each_number_of_channels(mode, format, channel
 
 
 def over(front, alpha, back):
-    """Returns the color of a pixel with opacity `alpha` / 255 over an opaque color."""
+    """Return the color of a pixel with opacity `alpha` / 255 over an opaque color."""
     return [alpha / 255 * f + (1 - alpha / 255) * b for f, b in zip(front, back, strict=True)]
 
 
@@ -41,7 +41,7 @@ def luma(rgb):
 
 
 def transparent(kind):
-    """Returns an image of one color and opacity, with its color and its alpha."""
+    """Return an image of one color and opacity, with its color and its alpha."""
     if kind == "palette":
         picture = PILImage.new("P", (8, 8))
         picture.putpalette([255, 0, 0])
@@ -65,7 +65,7 @@ def transparent(kind):
 @pytest.mark.parametrize(
     ("background", "color"), [("blue", (0, 0, 255)), ("#336699", (51, 102, 153)), (None, (255, 255, 255))]
 )
-def test_transparent_pixels_show_the_background(kind, background, color):
+def test_transparent_pixels_show_background(kind, background, color):
     row, front, alpha = transparent(kind)
     options = {} if background is None else {"background": background}
     expected = over(front, alpha, color)
@@ -76,7 +76,7 @@ def test_transparent_pixels_show_the_background(kind, background, color):
     assert (pixels[3] == alpha).all() and (alpha == 0 or (pixels[:3, 0, 0] == front).all())  # unchanged
 
 
-def test_the_background_is_added_before_resizing():
+def test_background_is_added_before_resizing():
     picture = PILImage.new("RGBA", (16, 16), (255, 255, 255, 0))  # transparent white, which must not be visible
     picture.paste((0, 0, 0, 255), (0, 0, 16, 8))
     pixels = fit(encoded(picture), image_format(8, 3, background="black"))
@@ -110,7 +110,7 @@ def test_16_bit_gray_is_resized_without_losing_depth():
     np.testing.assert_array_equal(np.diff(middle), 2)
 
 
-def test_losing_bit_depth_is_an_error():
+def test_losing_bit_depth_is_rejected():
     deep = encoded(PILImage.fromarray(np.full((8, 8), 300, np.uint16)))
     with pytest.raises(
         ValueError, match=r"more than 8 bits per channel.*use --levels 65536 with --channels 1 to keep them"
@@ -132,7 +132,7 @@ def test_losing_bit_depth_is_an_error():
      ({"resolution": 8, "channels": 3, "crop": "left"}, "crop='left': expected one of 'center', 'random'"),
      ({"resolution": 8, "channels": 3, "levels": 1}, "--levels 1: ")],
 )  # fmt: skip
-def test_invalid_formats_are_errors(options, message):
+def test_invalid_formats_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         image_format(**options)
 
@@ -145,7 +145,7 @@ def test_height_comes_before_width():
         fit(encoded(picture), image_format((20, 12), 1))
 
 
-def test_the_orientation_is_applied_before_the_size_check():
+def test_orientation_is_applied_before_size_check():
     exif = PILImage.Exif()
     exif[0x0112] = 6  # a quarter to the right
     upright = np.zeros((16, 8), np.uint8)
@@ -155,7 +155,7 @@ def test_the_orientation_is_applied_before_the_size_check():
     np.testing.assert_array_equal(pixels[0], upright)
 
 
-def test_one_pixel_is_an_image():
+def test_images_of_one_pixel_are_supported():
     assert fit(encoded(PILImage.new("RGB", (1, 1), (1, 2, 3))), image_format(1, 3)).flatten().tolist() == [1, 2, 3]
     with pytest.raises(ValueError, match="size 1x1 is smaller than the resolution 8x8"):
         fit(encoded(PILImage.new("RGB", (1, 1))), image_format(8, 3))
@@ -174,7 +174,7 @@ def test_random_crops_reach_every_position():
     assert half.shape == (1, 4, 10)  # the smaller side is resized to the target size
 
 
-def test_center_and_random_crops_have_the_same_scale():
+def test_center_and_random_crops_have_same_scale():
     gradient = PILImage.fromarray(np.tile(np.arange(0, 240, 4, dtype=np.uint8), (30, 1)))  # 60 x 30
     center = fit(encoded(gradient), image_format(10, 1))
     target = image_format(10, 1, crop="random")

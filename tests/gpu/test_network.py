@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 
 
 def passed(network, x, t, precision=None):
-    """Returns the output and gradients of a pass, as float64 on the CPU; with a float64 network, the reference."""
+    """Return the output and gradients of a pass, as float64 on the CPU; with a float64 network, the reference."""
     network.seed_dropout(torch.arange(len(x), dtype=torch.int32, device=x.device))
     with torch.autocast(x.device.type, precision or torch.bfloat16, enabled=precision is not None):
         output = network(x, t).sample
@@ -33,7 +33,7 @@ def test_output_and_gradients_match_float64(device, without_tf32, precision, tol
         assert (mine - right).norm() <= tolerance * right.norm()
 
 
-def test_dropout_masks_match_the_cpu(device):
+def test_dropout_masks_match_cpu(device):
     from hf_ddpm.models.dropout import hashed_mask
 
     keys, x = torch.arange(16, dtype=torch.int32), torch.empty(16, 8, 8, 8)

@@ -29,7 +29,7 @@ def images_of(pipe, device, ids, batch_size=8, **options):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_an_image_does_not_depend_on_its_batch(pipe, device, without_tf32, precision):
+def test_image_does_not_depend_on_its_batch(pipe, device, without_tf32, precision):
     together = images_of(pipe, device, range(8), mixed_precision=precision).int()
     alone = torch.cat([images_of(pipe, device, [i], mixed_precision=precision) for i in range(8)]).int()
     assert (together - alone).abs().max() <= (1 if precision == "no" else 16)
@@ -63,7 +63,7 @@ def test_images_match_diffusers(pipe, device, without_tf32):
     assert abs(mine - theirs).max() < 1e-3
 
 
-def test_a_pipeline_works_in_half_precision_and_offloaded(cuda, pipe):
+def test_pipeline_works_in_half_precision_and_offloaded(cuda, pipe):
     full = images_of(pipe, cuda, range(4)).int()
     pipe.to(torch.bfloat16)
     assert (images_of(pipe, cuda, range(4)).int() - full).abs().float().mean() < 8
@@ -72,7 +72,7 @@ def test_a_pipeline_works_in_half_precision_and_offloaded(cuda, pipe):
     assert (images_of(pipe, cuda, range(4)).int() - full).abs().max() <= 2
 
 
-def test_the_likelihood_bound_matches_the_cpu(pipe, device, without_tf32):
+def test_likelihood_bound_matches_cpu(pipe, device, without_tf32):
     reports = []
     for place in ("cpu", device):
         images = load_images(DataConfig("digits", resolution=[8], channels=1, levels=17), device=place)

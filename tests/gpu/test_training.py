@@ -40,7 +40,7 @@ def start(device, **options):
 
 
 class Waits(loop.Callback):
-    """Makes waiting for the GPU an error from the third step on; the first steps choose kernels and copy the order."""
+    """Make waiting for the GPU an error from the third step on; the first steps choose kernels and copy the order."""
 
     def on_step(self, run):
         if run.step == 2:
@@ -50,7 +50,7 @@ class Waits(loop.Callback):
 
 
 @pytest.mark.parametrize("class_column", [None, "label"])
-def test_steps_do_not_wait_for_the_gpu(cuda, class_column):
+def test_steps_do_not_wait_for_gpu(cuda, class_column):
     run, images = start(cuda, max_train_steps=8, class_column=class_column, dropout=0.1, mixed_precision="bf16")
     try:
         loop.train(run, images, [Waits()])
@@ -60,7 +60,7 @@ def test_steps_do_not_wait_for_the_gpu(cuda, class_column):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_a_run_learns_and_resumes(device, run_training, tmp_path, precision):
+def test_run_learns_and_resumes(device, run_training, tmp_path, precision):
     if precision == "fp16" and device.type == "cpu":
         pytest.skip("accelerate has no fp16 on a CPU")
     words = ["--mixed_precision", precision, "--checkpointing_steps", "20", "--max_train_steps"]
@@ -71,7 +71,7 @@ def test_a_run_learns_and_resumes(device, run_training, tmp_path, precision):
     assert whole[-1] < 0.7 * whole[0] and halves == pytest.approx(whole, rel=0.05)
 
 
-def test_a_deterministic_run_resumes_bit_for_bit(device, run_training, tmp_path):
+def test_deterministic_run_resumes_bit_for_bit(device, run_training, tmp_path):
     words = ["--deterministic", "--checkpointing_steps", "10", "--max_train_steps"]
     try:
         run_training(tmp_path / "whole", *words, "20")
@@ -84,7 +84,7 @@ def test_a_deterministic_run_resumes_bit_for_bit(device, run_training, tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_a_compiled_run_matches_an_eager_one(cuda, run_training, tmp_path, precision):
+def test_compiled_run_matches_eager_run_on_gpu(cuda, run_training, tmp_path, precision):
     torch._dynamo.utils.counters.clear()
     torch.compiler.reset()
     words = ["--mixed_precision", precision, "--max_train_steps", "20"]
@@ -95,7 +95,7 @@ def test_a_compiled_run_matches_an_eager_one(cuda, run_training, tmp_path, preci
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=0.05)
 
 
-def test_an_nccl_process_trains(cuda, tmp_path):
+def test_nccl_process_trains(cuda, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "-m", "hf_ddpm"]
     words = ["train", *SMALL_RUN, "--max_train_steps", "4", "--output_dir", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -105,7 +105,7 @@ def test_an_nccl_process_trains(cuda, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_peak_memory_matches_the_count(cuda, precision):
+def test_peak_memory_matches_count(cuda, precision):
     options = {"resolution": [64], "dataset": "digits", "enlarge": True, "block_out_channels": [64, 128, 128]}
     options |= {"attention_resolutions": [16], "norm_num_groups": 32, "train_batch_size": 32, "max_train_steps": 3}
     run, images = start(cuda, mixed_precision=precision, **options)

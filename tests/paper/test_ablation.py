@@ -188,7 +188,7 @@ def test_invalid_options_are_reported_before_training(tmp_path):
         ({"num_inference_steps": 1001}, "--num_inference_steps 1001: expected at most 1000, the number of diff"),
         ({"num_images": 1}, "--num_images 1: expected at least 2"),
         ({"preset": "cats"}, "--preset cats: expected one of"),
-        ({"config": "none.yaml"}, "--config none.yaml: file cannot be read"),
+        ({"config": "none.yaml"}, "--config none.yaml: cannot be read"),
         ({"max_train_steps": None, "more": "num_train_epochs: 2"}, "--num_train_epochs 2: .* use --max_train_steps N"),
         ({"more": "eval_split: train"}, "split.*train.*: equals the reference split, .*expected another split"),
     ]:

@@ -24,7 +24,7 @@ from tests.data.files import numbered, shards
 from tests.training.test_checkpoints import assert_same_run, end, losses, newest, start, wait_for_step
 
 
-def test_a_streamed_run_resumes_with_identical_results(run_training, tmp_path):
+def test_streamed_run_resumes_with_identical_results(run_training, tmp_path):
     data = shards(tmp_path / "data", [numbered(i) for i in range(45)])
     words = ["--dataset", str(data), "--streaming", "--levels", "256", "--log_steps", "1", "--checkpointing_steps", "4"]
     run_training(tmp_path / "whole", *words, "--max_train_steps", "12")  # more than two epochs
@@ -40,7 +40,7 @@ def test_bad_images_are_counted_listed_and_skipped(run_training, tmp_path, capsy
     (tmp_path / "images" / "bad.png").write_bytes(b"no picture")
     run_training(tmp_path / "run", "--dataset", str(tmp_path / "images"), "--max_train_steps", "2", "--skip_bad_images")
     output = capsys.readouterr().out
-    assert "9 images, " in output and "1 images or other files were not used" in output
+    assert "9 images, " in output and "unused images and other files: 1; see" in output
     (line,) = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
     assert json.loads(line)["file"].endswith("bad.png")
 
@@ -74,7 +74,7 @@ def conditional(run_training, tmp_path_factory):
     return folder
 
 
-def test_class_dropout_replaces_labels_by_the_null_class(run_training, tmp_path, monkeypatch):
+def test_class_dropout_replaces_labels_by_null_class(run_training, tmp_path, monkeypatch):
     seen = []
     forward = UNet2DModel.forward
 
@@ -95,7 +95,7 @@ def test_class_dropout_replaces_labels_by_the_null_class(run_training, tmp_path,
     assert np.abs(actual.numpy() - share).max() < 5 * (0.1 * 0.9 / 240) ** 0.5
 
 
-def test_a_conditional_model_is_sampled_by_class_name(conditional, tmp_path):
+def test_conditional_model_is_sampled_by_class_name(conditional, tmp_path):
     pipe = DDPMPipeline.from_pretrained(conditional)
     assert pipe.class_names == [str(digit) for digit in range(10)] and pipe.null_class == 10
     assert type(diffusers.DDPMPipeline.from_pretrained(conditional).unet) is diffusers.UNet2DModel
@@ -113,7 +113,7 @@ def test_a_conditional_model_is_sampled_by_class_name(conditional, tmp_path):
         sample([*common, "--output", str(tmp_path / "x"), "--class_labels", "cat"])
 
 
-def test_the_likelihood_bound_of_a_conditional_model_uses_the_classes(conditional, tmp_path, monkeypatch):
+def test_likelihood_bound_of_conditional_model_uses_classes(conditional, tmp_path, monkeypatch):
     seen, forward = [], UNet2DModel.forward
 
     def note(self, sample, timestep, class_labels=None, return_dict=True):
@@ -143,7 +143,7 @@ def test_the_likelihood_bound_of_a_conditional_model_uses_the_classes(conditiona
     assert bounds["classes"] != bounds["none"] and all(np.isfinite(value) for value in bounds.values())
 
 
-def test_guidance_needs_a_network_with_a_null_class(run_training, tmp_path):
+def test_guidance_needs_network_with_null_class(run_training, tmp_path):
     run_training(tmp_path, "--class_column", "label", "--class_dropout", "0", "--max_train_steps", "2")
     pipe = DDPMPipeline.from_pretrained(tmp_path)
     assert pipe.null_class is None and pipe.unet.config.num_class_embeds == 10
@@ -164,7 +164,7 @@ def learned(run_training, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["ours", "stock"])
-def test_fine_tuning_starts_from_the_loss_of_the_model(run_training, learned, tmp_path, kind):
+def test_fine_tuning_starts_from_loss_of_model(run_training, learned, tmp_path, kind):
     words = ["--max_train_steps", "2", "--log_steps", "1", "--warmup_steps", "0", "--dropout", "0"]
     run_training(tmp_path / "new", *words, "--prediction_type", "v_prediction")
     run_training(tmp_path / "tuned", *words, "--init_from", str(learned / kind))
@@ -190,7 +190,7 @@ def test_fine_tuning_starts_from_the_loss_of_the_model(run_training, learned, tm
         ("--objective hybrid", "objective='hybrid': not supported with variance_type='fixed_small'"),
     ],
 )
-def test_init_from_rejects_a_model_that_does_not_fit(run_training, learned, tmp_path, words, message):
+def test_init_from_rejects_model_that_does_not_fit(run_training, learned, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         run_training(tmp_path, "--init_from", str(learned / "ours"), *words.split())
     with pytest.raises(ValueError, match="model 'nowhere' cannot be loaded"):
@@ -208,7 +208,7 @@ def twelve_classes(folder, names, shuffle):
     return str(folder)
 
 
-def test_a_class_keeps_its_index_in_data_samples_and_likelihood_bound(run_training, tmp_path, monkeypatch):
+def test_class_keeps_its_index_in_data_samples_and_likelihood_bound(run_training, tmp_path, monkeypatch):
     # Twelve classes: as text, 10 comes before 2. The evaluated split lacks the first classes, so its indices differ.
     names = [f"c{number:02d}" for number in range(12)]
     words = ["--class_column", "label", "--levels", "256", "--max_train_steps", "2"]
@@ -239,7 +239,7 @@ def test_a_class_keeps_its_index_in_data_samples_and_likelihood_bound(run_traini
                                       "--class_column", "label", "--output", str(tmp_path / "x.json")])  # fmt: skip
 
 
-def test_a_run_does_not_resume_with_other_data(run_training, tmp_path):
+def test_run_does_not_resume_with_other_data(run_training, tmp_path):
     data = twelve_classes(tmp_path / "data", ["a", "b", "c"], 0)
     words = ["--dataset", data, "--class_column", "label", "--levels", "256"]
     run_training(tmp_path / "run", *words, "--max_train_steps", "2")
@@ -252,7 +252,7 @@ def test_a_run_does_not_resume_with_other_data(run_training, tmp_path):
         run_training(tmp_path / "run", *words, "--max_train_steps", "4")
 
 
-def test_a_fine_tuned_run_resumes_without_its_source(run_training, learned, tmp_path):
+def test_fine_tuned_run_resumes_without_its_source(run_training, learned, tmp_path):
     source = tmp_path / "source"
     DDPMPipeline.from_pretrained(learned / "ours").save_pretrained(source)
     words = ["--init_from", str(source), "--checkpointing_steps", "2", "--dropout", "0.3"]
@@ -273,7 +273,7 @@ def test_too_many_sampling_steps_are_rejected_before_training(run_training, lear
 
 
 @pytest.mark.slow
-def test_a_streamed_run_handles_a_signal_to_its_process_group(tmp_path):
+def test_streamed_run_handles_signal_to_its_process_group(tmp_path):
     # `timeout` and batch systems signal the whole process group, including the decoding processes.
     data = shards(tmp_path / "data", [numbered(i) for i in range(45)])
     words = ["--dataset", str(data), "--streaming", "--levels", "256", "--max_train_steps", "100000"]

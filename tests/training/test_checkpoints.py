@@ -55,7 +55,7 @@ def uninterrupted(run_training, tmp_path_factory):
     return folder
 
 
-def test_the_newest_checkpoints_are_kept(uninterrupted):
+def test_newest_checkpoints_are_kept(uninterrupted):
     assert [path.name for path in sorted((uninterrupted / "checkpoints").iterdir())] == [
         "step-000000008",
         "step-000000012",
@@ -63,13 +63,13 @@ def test_the_newest_checkpoints_are_kept(uninterrupted):
     assert all(verify_checkpoint(path) is None for path in (uninterrupted / "checkpoints").iterdir())
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(run_training, uninterrupted, tmp_path):
+def test_resumed_run_equals_uninterrupted_run(run_training, uninterrupted, tmp_path):
     run_training(tmp_path, "--max_train_steps", "8", "--checkpointing_steps", "4")
     run_training(tmp_path, "--max_train_steps", "12", "--checkpointing_steps", "4")
     assert_same_run(uninterrupted, tmp_path)
 
 
-def test_a_damaged_checkpoint_is_skipped_with_a_warning(run_training, uninterrupted, tmp_path, capsys):
+def test_damaged_checkpoint_is_skipped_with_warning(run_training, uninterrupted, tmp_path, capsys):
     run_training(tmp_path, "--max_train_steps", "8", "--checkpointing_steps", "4")
     weights = newest(tmp_path) / "unet.safetensors"
     content = bytearray(weights.read_bytes())
@@ -90,7 +90,7 @@ def names(folder):
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def test_new_checkpoints_are_kept_after_resuming_before_a_damaged_one(run_training, tmp_path):
+def test_new_checkpoints_are_kept_after_resuming_before_damaged_checkpoint(run_training, tmp_path):
     # Without renaming, the damaged checkpoint would remain the newest one by step.
     words = ["--checkpointing_steps", "2", "--keep_checkpoints", "2"]
     run_training(tmp_path, "--max_train_steps", "8", *words)
@@ -100,7 +100,7 @@ def test_new_checkpoints_are_kept_after_resuming_before_a_damaged_one(run_traini
     assert verify_checkpoint(newest(tmp_path)) is None
 
 
-def test_resuming_from_an_older_checkpoint_renames_later_ones(run_training, tmp_path):
+def test_resuming_from_older_checkpoint_renames_later_ones(run_training, tmp_path):
     run_training(tmp_path, "--max_train_steps", "6", "--checkpointing_steps", "2", "--keep_checkpoints", "3")
     (tmp_path / "checkpoints" / "step-best").mkdir()  # a folder of the user
     (tmp_path / "checkpoints" / ".step-000000009.partial").mkdir()  # left by a kill
@@ -114,7 +114,7 @@ def test_resuming_from_an_older_checkpoint_renames_later_ones(run_training, tmp_
     ]
 
 
-def test_a_folder_is_locked_for_one_run(run_training, trained, tmp_path):
+def test_folder_is_locked_for_one_run(run_training, trained, tmp_path):
     with exclusive(tmp_path), pytest.raises(ValueError, match="--output_dir .*: folder is in use by another run"):
         run_training(tmp_path)
     for _ in range(2):
@@ -122,7 +122,7 @@ def test_a_folder_is_locked_for_one_run(run_training, trained, tmp_path):
             pass
 
 
-def test_fewer_max_train_steps_than_done_end_the_run_at_once(run_training, tmp_path, capsys):
+def test_fewer_max_train_steps_than_done_end_run_at_once(run_training, tmp_path, capsys):
     words = ["--lr_schedule", "cosine", "--warmup_steps", "0", "--checkpointing_steps", "4", "--log_steps", "1"]
     run_training(tmp_path, *words, "--max_train_steps", "8")
     shutil.rmtree(newest(tmp_path))  # as if killed after step 4, without an export
@@ -138,7 +138,7 @@ def test_fewer_max_train_steps_than_done_end_the_run_at_once(run_training, tmp_p
     assert "scheduled for 8 steps, ended at step 4 |" in (tmp_path / "README.md").read_text()
 
 
-def test_a_longer_cosine_run_resumes_on_the_new_schedule(run_training, tmp_path, capsys):
+def test_longer_cosine_run_resumes_on_new_schedule(run_training, tmp_path, capsys):
     words = ["--lr_schedule", "cosine", "--warmup_steps", "0", "--log_steps", "1", "--max_train_steps"]
     run_training(tmp_path, *words, "4")
     run_training(tmp_path, *words, "8")
@@ -177,7 +177,7 @@ def test_resume_never_rejects_existing_checkpoints(run_training, trained):
         ("--lr_schedule cosine", r"lr_schedule='cosine' \(was 'constant'\)"),
     ],
 )
-def test_a_run_does_not_resume_with_other_options(run_training, trained, words, message):
+def test_run_does_not_resume_with_other_options(run_training, trained, words, message):
     with pytest.raises(ValueError, match=message):
         run_training(trained, "--max_train_steps", "6", *words.split())
 
@@ -200,14 +200,14 @@ def assert_same_gradients(one, other):
 
 
 @pytest.mark.parametrize(("batch", "passes"), [(4, 2), (2, 4)])
-def test_gradient_accumulation_gives_the_same_run(run_training, tmp_path, batch, passes):
+def test_gradient_accumulation_gives_same_run(run_training, tmp_path, batch, passes):
     run_training(tmp_path / "one", *UNCLIPPED, "--train_batch_size", "8")
     divided = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(passes)]
     run_training(tmp_path / "two", *UNCLIPPED, *divided)
     assert_same_gradients(tmp_path / "one", tmp_path / "two")
 
 
-def test_gradient_accumulation_in_bf16_gives_the_same_run_up_to_rounding(run_in, tmp_path):
+def test_gradient_accumulation_in_bf16_gives_same_run_up_to_rounding(run_in, tmp_path):
     words = [*UNCLIPPED, "--train_batch_size"]
     run_in("bf16", tmp_path / "one", *words, "8")
     run_in("bf16", tmp_path / "two", *words, "4", "--gradient_accumulation_steps", "2")
@@ -218,7 +218,7 @@ def test_gradient_accumulation_in_bf16_gives_the_same_run_up_to_rounding(run_in,
 
 
 def note_inputs(monkeypatch):
-    """Returns a list of the inputs of all training passes, and a set of the dtypes of the first convolution."""
+    """Return a list of the inputs of all training passes, and a set of the dtypes of the first convolution."""
     inputs, types, forward = [], set(), UNet2DModel.forward
 
     def note(self, sample, *args, **kwargs):
@@ -237,7 +237,7 @@ def note_inputs(monkeypatch):
 
 @pytest.fixture
 def run_in(run_training):
-    """Trains in a given precision, after resetting accelerate, which allows one precision per process."""
+    """Train in a given precision, after resetting accelerate, which allows one precision per process."""
 
     def run(precision, folder, *words):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -268,7 +268,7 @@ def test_only_network_passes_use_low_precision(run_in, tmp_path, monkeypatch):
     assert next(DDPMPipeline.from_pretrained(tmp_path / "bf16").unet.parameters()).dtype == torch.float32
 
 
-def test_a_run_in_low_precision_resumes_bit_for_bit(run_in, tmp_path):
+def test_run_in_low_precision_resumes_bit_for_bit(run_in, tmp_path):
     words = ["--dropout", "0.1", "--log_steps", "1", "--max_train_steps"]
     run_in("bf16", tmp_path / "whole", *words, "6")
     run_in("bf16", tmp_path / "parts", *words, "3")
@@ -293,7 +293,7 @@ def scaler(folder):
     return json.loads((newest(folder) / "state.json").read_text())["scaler"]
 
 
-def test_the_loss_scale_is_part_of_a_checkpoint(run_training, tmp_path, monkeypatch):
+def test_loss_scale_is_part_of_checkpoint(run_training, tmp_path, monkeypatch):
     # A loss scale as in float16, which doubles every second step: after resuming at step 3, at step 4 and not at 5.
     def with_scaler(*args, **kwargs):
         accelerator = Accelerator(*args, **kwargs)
@@ -312,7 +312,7 @@ def test_the_loss_scale_is_part_of_a_checkpoint(run_training, tmp_path, monkeypa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_float16_run_resumes_bit_for_bit_with_its_loss_scale(run_in, tmp_path, monkeypatch, request):
+def test_float16_run_resumes_bit_for_bit_with_its_loss_scale(run_in, tmp_path, monkeypatch, request):
     request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -334,7 +334,7 @@ def test_a_float16_run_resumes_bit_for_bit_with_its_loss_scale(run_in, tmp_path,
     assert scaler(tmp_path / "parts")["scale"] == 4096
 
 
-def test_a_failed_run_writes_its_status(run_training, tmp_path):
+def test_failed_run_writes_its_status(run_training, tmp_path):
     with pytest.raises(FloatingPointError, match="the run has diverged: loss (nan|inf) and gradient norm .* at step"):
         run_training(tmp_path, "--learning_rate", "1e30", "--max_train_steps", "20", "--warmup_steps", "0")
     status = json.loads((tmp_path / "status.json").read_text())
@@ -349,7 +349,7 @@ def test_weights_that_are_not_finite_are_never_saved(run_training, tmp_path):
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "unet").exists()
 
 
-def test_a_full_disk_keeps_earlier_checkpoints(run_training, tmp_path, monkeypatch):
+def test_full_disk_keeps_earlier_checkpoints(run_training, tmp_path, monkeypatch):
     def flush(path):
         if "step-000000004" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -373,7 +373,7 @@ def start(folder, *words, launcher=(), **environment):
 
 
 def wait_until(is_so, process):
-    """Waits until a condition is true; fails if the process ends first, or after `LIMIT` seconds."""
+    """Wait until a condition is true; fail if the process ends first, or after `LIMIT` seconds."""
     end = time.monotonic() + LIMIT
     while not is_so():
         assert process.poll() is None, process.stdout.read()
@@ -392,7 +392,7 @@ def wait_for_step(folder, step, process):
 
 
 def wait_for_output(text, process):
-    """Waits until a process has printed a text."""
+    """Wait until a process has printed a text."""
     output, guard = "", threading.Timer(LIMIT, process.kill)
     guard.daemon = True
     guard.start()
@@ -404,7 +404,7 @@ def wait_for_output(text, process):
 
 
 def end(process):
-    """Waits for the end of a process, and returns its output."""
+    """Wait for the end of a process, and return its output."""
     output, _ = process.communicate(timeout=LIMIT)
     return output
 
@@ -430,7 +430,7 @@ def test_runs_resume_after_signals_and_kills(run_training, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_interrupts_the_final_sampling(run_training, tmp_path, number):
+def test_signal_interrupts_final_sampling(run_training, tmp_path, number):
     words = ["--max_train_steps", "2", "--num_samples", "64"]
     process = start(tmp_path, *words, "--num_inference_steps", "1000")
     wait_for_output("Sampling", process)  # on its progress bar
@@ -457,7 +457,7 @@ def losses(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_or_machines_give_the_same_run(run_training, tmp_path):
+def test_two_processes_or_machines_give_same_run(run_training, tmp_path):
     run_training(tmp_path / "one", *UNCLIPPED)
 
     local = [*LAUNCH, "--num_machines", "1", "--main_process_port", "0"]
@@ -493,7 +493,7 @@ importlib.import_module("hf_ddpm.cli." + sys.argv[1]).main(sys.argv[2:])
 
 
 @pytest.mark.slow
-def test_all_processes_use_the_precision_of_the_main_process(tmp_path):
+def test_all_processes_use_precision_of_main_process(tmp_path):
     program = tmp_path / "choosing.py"
     program.write_text(CHOOSING)
     launcher = [*LAUNCH, "--num_machines", "1", "--main_process_port", "0"]
@@ -511,7 +511,7 @@ def test_all_processes_use_the_precision_of_the_main_process(tmp_path):
     assert settings["mixed_precision"] == "bf16"
 
 
-def test_a_signal_during_a_checkpoint_skips_the_following_callbacks(run_training, tmp_path, monkeypatch):
+def test_signal_during_checkpoint_skips_following_callbacks(run_training, tmp_path, monkeypatch):
     drawn, save = [], Checkpoints.on_checkpoint
 
     def on_checkpoint(self, run):
@@ -530,7 +530,7 @@ def test_a_signal_during_a_checkpoint_skips_the_following_callbacks(run_training
     assert run_training(tmp_path, *words) == 0 and drawn == [4]
 
 
-def test_a_checkpoint_is_flushed_before_its_rename_and_old_ones_are_removed_after(run_training, tmp_path, monkeypatch):
+def test_checkpoint_is_flushed_before_its_rename_and_old_ones_are_removed_after(run_training, tmp_path, monkeypatch):
     calls, fsync, rename = [], os.fsync, Path.rename
     monkeypatch.setattr(
         os, "fsync", lambda fd: (calls.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
@@ -554,7 +554,7 @@ def test_a_checkpoint_is_flushed_before_its_rename_and_old_ones_are_removed_afte
 @pytest.mark.parametrize(
     "spoil", ["{}", "[]", "null", '{"state.json": {}}', '{"state.json": 3}', "no unet", "no bytes"]
 )
-def test_an_incomplete_manifest_counts_as_damage(trained, tmp_path, spoil):
+def test_incomplete_manifest_counts_as_damage(trained, tmp_path, spoil):
     path = tmp_path / "step-000000004"
     shutil.copytree(newest(trained), path)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -568,7 +568,7 @@ def test_an_incomplete_manifest_counts_as_damage(trained, tmp_path, spoil):
 
 
 def rewrite_state(folder, change):
-    """Changes `state.json` of the newest checkpoint and its manifest, as if written by another version."""
+    """Change `state.json` of the newest checkpoint and its manifest, as if written by another version."""
     path = newest(folder)
     state = json.loads((path / "state.json").read_text())
     change(state)
@@ -594,7 +594,7 @@ def rewrite_state(folder, change):
         "background",
     ],
 )
-def test_a_run_of_an_older_version_resumes_with_missing_options(run_training, trained, tmp_path, option):
+def test_run_of_older_version_resumes_with_missing_options(run_training, trained, tmp_path, option):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
 
@@ -614,7 +614,7 @@ def test_a_run_of_an_older_version_resumes_with_missing_options(run_training, tr
     assert run_training(folder, "--max_train_steps", "5", *words) == 0
 
 
-def test_a_resumed_run_keeps_the_old_default_of_an_option(run_training, tmp_path, monkeypatch):
+def test_resumed_run_keeps_old_default_of_option(run_training, tmp_path, monkeypatch):
     words = ["--max_train_steps", "1"]
     assert run_training(tmp_path, *words) == 0
     stored = json.loads((newest(tmp_path) / "state.json").read_text())["config"]["learning_rate"]

@@ -10,7 +10,7 @@ from hf_ddpm.training import compiling
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_run_compiles_a_single_graph_once(run_training, tmp_path, monkeypatch, precision):
+def test_run_compiles_single_graph_once(run_training, tmp_path, monkeypatch, precision):
     graphs = []
 
     def backend(graph, inputs):
@@ -29,7 +29,7 @@ def test_a_run_compiles_a_single_graph_once(run_training, tmp_path, monkeypatch,
 
 
 class RoundedGradient(torch.autograd.Function):
-    """Rounds gradients to fp16, at the scale of a loss that is a mean over 4,096 times as many images."""
+    """Round gradients to fp16, at the scale of a loss that is a mean over 4,096 times as many images."""
 
     @staticmethod
     def forward(ctx, x):
@@ -41,7 +41,7 @@ class RoundedGradient(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("scale", [compiling.SCALE, 1.0])
-def test_the_gradient_check_tolerates_fp16_underflow(monkeypatch, tiny_unet, scale):
+def test_gradient_check_tolerates_fp16_underflow(monkeypatch, tiny_unet, scale):
     """Eager passes round between layers, compiled ones less; without a loss scale their gradients differ widely."""
     convolutions = [module for module in tiny_unet.modules() if isinstance(module, torch.nn.Conv2d)]
     hooks = [module.register_forward_hook(lambda _, x, y: RoundedGradient.apply(y)) for module in convolutions]

@@ -22,7 +22,7 @@ STEPS, BATCH, LR, COUNT = 3, 8, 1e-3, 8
 
 
 def teacher_of(scheduler, guidance_scale=1.0, **options):
-    """Returns a pipeline of a tiny network, and the process and objective of a student with `COUNT` steps."""
+    """Return a pipeline of a tiny network, and the process and objective of a student with `COUNT` steps."""
     torch.manual_seed(0)
     AcceleratorState._reset_state()  # an earlier test may have set a precision
     unet = UNet2DModel(**TINY_UNET | {"dropout": 0.5, **options})
@@ -38,7 +38,7 @@ def teacher_of(scheduler, guidance_scale=1.0, **options):
     ("kind", "variance"),
     [("epsilon", "fixed_small"), ("v_prediction", "fixed_large"), ("sample", "learned"), ("mean", "learned_range")],
 )
-def test_the_teacher_takes_two_steps_of_its_own_sampler(kind, variance, schedule):
+def test_teacher_takes_two_steps_of_its_own_sampler(kind, variance, schedule):
     learned = {"out_channels": 2} if "learned" in variance else {}
     scheduler = DDPMScheduler(beta_schedule=schedule, prediction_type=kind, variance_type=variance)
     pipe, student, objective = teacher_of(scheduler, **learned)
@@ -59,7 +59,7 @@ def test_the_teacher_takes_two_steps_of_its_own_sampler(kind, variance, schedule
         assert clipped or index < COUNT - 1 or kind != "epsilon"  # with little signal, everything is clipped
 
 
-def test_the_teacher_is_guided_and_its_variance_is_ignored():
+def test_teacher_is_guided_and_its_variance_is_ignored():
     scheduler = DDPMScheduler(variance_type="learned_range", clip_sample=False)
     pipe, student, objective = teacher_of(scheduler, 3.0, out_channels=2, num_class_embeds=3)
     x_t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -80,7 +80,7 @@ def student_of(steps, target="teacher"):
 
 @pytest.mark.parametrize("schedule", ["linear", "quad", "sigmoid", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("rescaled", [False, True])
-def test_the_sampler_of_a_student_has_the_process_of_its_teacher(schedule, rescaled):
+def test_sampler_of_student_has_process_of_its_teacher(schedule, rescaled):
     kind = {"prediction_type": "v_prediction", "clip_sample": False, "clip_sample_range": 2.0}
     teacher = DDPMScheduler(beta_schedule=schedule, rescale_betas_zero_snr=rescaled, **kind)
     for steps, expected in ((8, diffusers.DDIMScheduler), (16, DDIMScheduler)):
@@ -97,7 +97,7 @@ def test_the_sampler_of_a_student_has_the_process_of_its_teacher(schedule, resca
 
 
 def alphas_and_sigmas(times):
-    """Returns alpha and sigma of the digits preset's schedule at 0-based times, float64; 1 and 0 at -1."""
+    """Return alpha and sigma of the digits preset's schedule at 0-based times, float64; 1 and 0 at -1."""
     u = (torch.arange(1001, dtype=torch.float64) / 1000 + 0.008) / 1.008 * torch.pi / 2
     bars = (torch.cos(u[1:]) ** 2 / torch.cos(u[:-1]) ** 2).clamp(min=0.001).cumprod(0)
     bars = torch.cat([bars, torch.ones(1, dtype=torch.float64)])[times].view(-1, 1, 1, 1)
@@ -136,7 +136,7 @@ def train_by_hand(folder):
     return student.state_dict(), lines
 
 
-def test_a_stage_matches_algorithm_2(run_training, trained, tmp_path):
+def test_stage_matches_algorithm_2(run_training, trained, tmp_path):
     words = ["--teacher", str(trained), "--student_steps", str(COUNT), "--prediction_type", "v_prediction"]
     words += ["--max_train_steps", str(STEPS), "--log_steps", "1", "--levels", "256", "--max_grad_norm", "1e9"]
     run_training(tmp_path, *words, "--warmup_steps", "0", "--learning_rate", str(LR), "--dropout", "0")

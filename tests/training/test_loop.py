@@ -26,7 +26,7 @@ WORDS = [
 
 
 def initial_network():
-    """Returns diffusers' network with the initial weights of the run."""
+    """Return diffusers' network with the initial weights of the run."""
     from hf_ddpm import UNet2DModel
     from hf_ddpm.models.blocks import initialize_like_paper
 
@@ -113,7 +113,7 @@ def train_by_hand(prediction_type):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_loop_matches_algorithm_1(run_training, tmp_path, prediction_type):
+def test_loop_matches_algorithm_1(run_training, tmp_path, prediction_type):
     run_training(tmp_path, *WORDS, "--prediction_type", prediction_type)
     weights, averages, lines = train_by_hand(prediction_type)
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -49,7 +49,7 @@ def kept_by_autograd(unet, x, t, precision):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_bytes_kept_by_a_pass_are_counted_exactly(precision, checkpointing):
+def test_bytes_kept_by_pass_are_counted_exactly(precision, checkpointing):
     torch.manual_seed(0)
     unet = UNet2DModel(**TINY_UNET).train()
     if checkpointing:
@@ -68,7 +68,7 @@ def test_bytes_kept_by_a_pass_are_counted_exactly(precision, checkpointing):
     assert kept - counted == fewer and most > counted
 
 
-def test_a_convolution_keeps_its_input():
+def test_convolution_keeps_its_input():
     # y = conv(2 x): 2 x is kept until the backward pass; x and the weights are counted elsewhere.
     network = torch.nn.Conv2d(4, 4, 3, padding=1)
     kept, most, small = count_pass(lambda_network(network), torch.ones(4, 4, 8, 8), torch.zeros(4))
@@ -100,12 +100,12 @@ def test_only_runs_that_do_not_fit_are_rejected(monkeypatch):
     config.training.check_memory = False
     assert fit_memory(config, Accelerator(cpu=True)) is config
     set_free(monkeypatch, None)
-    assert plan().refusal() is None
+    assert plan().rejection() is None
     set_free(monkeypatch, 1000)
-    assert "expected a smaller network or resolution" in plan().refusal()
+    assert "expected a smaller network or resolution" in plan().rejection()
 
 
-def test_auto_divides_the_global_batch_so_that_it_fits(monkeypatch):
+def test_auto_divides_global_batch_so_that_it_fits(monkeypatch):
     words = ["--gradient_accumulation_steps", "3", "--train_batch_size", "auto"]  # of 8 x 3 images
     by_hand = ["--train_batch_size", "6", "--gradient_accumulation_steps", "4"]
     set_free(monkeypatch, None)
@@ -122,7 +122,7 @@ def test_auto_divides_the_global_batch_so_that_it_fits(monkeypatch):
     [("--preset cifar10", 128), ("", 64), ("--preset digits --train_batch_size 16", 16), ("--config FILE", 64),
      ("--preset cifar10 --config FILE", 128)],
 )  # fmt: skip
-def test_auto_starts_from_the_batch_size_given_before(words, batch, tmp_path):
+def test_auto_starts_from_batch_size_given_before(words, batch, tmp_path):
     (tmp_path / "auto.yaml").write_text("dataset: digits\ntrain_batch_size: auto\n")
     argv = words.replace("FILE", str(tmp_path / "auto.yaml")).split()
     argv += [] if "--config" in words else ["--dataset", "digits", "--train_batch_size=auto"]
@@ -131,7 +131,7 @@ def test_auto_starts_from_the_batch_size_given_before(words, batch, tmp_path):
     assert not isinstance(parse_config([*argv, "--train_batch_size", "5"]).training.train_batch_size, Auto)
 
 
-def test_a_run_records_and_resumes_the_batch_size_of_auto(run_training, monkeypatch, tmp_path):
+def test_run_records_and_resumes_batch_size_of_auto(run_training, monkeypatch, tmp_path):
     words = ["--train_batch_size", "auto", "--max_train_steps"]
     set_free(monkeypatch, plan("--train_batch_size", "4", "--gradient_accumulation_steps", "2").count().total)
     run_training(tmp_path, *words, "2")
@@ -142,19 +142,19 @@ def test_a_run_records_and_resumes_the_batch_size_of_auto(run_training, monkeypa
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["train_batch_size"] == 8
 
 
-def test_an_unresolved_auto_is_saved_as_its_number(tmp_path):
+def test_unresolved_auto_is_saved_as_its_number(tmp_path):
     Config.of(preset="digits", train_batch_size="auto").save(tmp_path / "config.yaml")
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["train_batch_size"] == 64
 
 
-def test_a_dry_run_that_does_not_fit_prints_the_count(run_training, monkeypatch, tmp_path, capsys):
+def test_dry_run_that_does_not_fit_prints_count(run_training, monkeypatch, tmp_path, capsys):
     set_free(monkeypatch, 1000)
     assert run_training(tmp_path / "run", "--dry_run") == 0
     output = capsys.readouterr().out
     assert "parameters:" in output and "memory:" in output and "not measured:   --train_batch_size 8" in output
 
 
-def test_an_out_of_memory_error_in_training_is_one_line(monkeypatch, capsys):
+def test_out_of_memory_error_in_training_is_one_line(monkeypatch, capsys):
     def fail(argv):
         with out_of_memory_explained(parse_config(TINY_RUN)):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes.\n")
@@ -176,7 +176,7 @@ def test_an_out_of_memory_error_in_training_is_one_line(monkeypatch, capsys):
                                      "memory.stat": "total_inactive_file 100\n"}),
     ],
 )  # fmt: skip
-def test_free_memory_of_the_machine_or_the_control_group(monkeypatch, tmp_path, groups, folder, files):
+def test_free_memory_of_machine_or_control_group(monkeypatch, tmp_path, groups, folder, files):
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       1 kB\n")
     (tmp_path / "own").write_text(f"{groups}\n2:cpu:/x\n")
     for name, path in (("MEMINFO", "meminfo"), ("OWN_CGROUPS", "own"), ("CGROUPS", "")):
@@ -193,7 +193,7 @@ def test_free_memory_of_the_machine_or_the_control_group(monkeypatch, tmp_path, 
     assert free_memory(cpu) is None
 
 
-def test_processes_use_the_smallest_free_memory(monkeypatch):
+def test_processes_use_smallest_free_memory(monkeypatch):
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), num_processes=2, gather=lambda mine: torch.stack([mine, torch.tensor(70)])
     )

@@ -46,7 +46,7 @@ def test_dropout_keys_depend_only_on_seed_step_and_position():
     assert len(torch.cat(everywhere).unique()) == 8000 and whole.dtype == torch.int32
 
 
-def test_draws_have_the_distributions_of_algorithm_1():
+def test_draws_have_distributions_of_algorithm_1():
     draws = draw(0, 0, range(20_000), (1, 4, 4), 10, "cpu")
     counts = torch.bincount(draws.t, minlength=10)
     # Within five standard deviations: 2000 +- 5 sqrt(20000 x 0.09), and 0.5 +- 5 x 0.5 / sqrt(20000).
@@ -55,7 +55,7 @@ def test_draws_have_the_distributions_of_algorithm_1():
     assert abs(draws.noise.mean()) < 5 / math.sqrt(320_000) and abs(draws.noise.var() - 1) < 5 * math.sqrt(2 / 320_000)
 
 
-def test_the_learning_rate_warms_up_then_stays_or_decays_to_zero():
+def test_learning_rate_warms_up_then_stays_or_decays_to_zero():
     words = ["--preset", "digits", "--learning_rate", "1e-3", "--warmup_steps", "10", "--max_train_steps", "110"]
     constant = parse_config([*words, "--lr_schedule", "constant"]).training
     assert [learning_rate(constant, step) for step in (0, 4, 9, 10, 109)] == pytest.approx(
@@ -95,7 +95,7 @@ def test_adam_matches_its_formula_with_and_without_decoupled_weight_decay():
             torch.testing.assert_close(model.weight.detach().double(), weight, rtol=1e-6, atol=1e-7)
 
 
-def test_the_default_optimizer_equals_adam_of_torch():
+def test_default_optimizer_equals_adam_of_torch():
     weights = []
     for make in (
         lambda model: adam(model, parse_config(["--preset", "cifar10"]).training),
@@ -132,7 +132,7 @@ def test_epochs_are_converted_to_steps(epochs, images, batch, accumulation, proc
 
 
 @pytest.mark.parametrize("words", [[], ["--streaming", "true"]], ids=["decoded", "streamed"])
-def test_a_run_with_epochs_trains_and_resumes(run_training, tmp_path, words):
+def test_run_with_epochs_trains_and_resumes(run_training, tmp_path, words):
     # 20 images, 4 x 2 per step: 2 epochs are 5 steps, 3 epochs are 8.
     folder = tmp_path / "digits"
     folder.mkdir()
@@ -155,7 +155,7 @@ def test_a_run_with_epochs_trains_and_resumes(run_training, tmp_path, words):
     assert json.loads((run / "status.json").read_text())["step"] == 9
 
 
-def test_the_average_matches_its_formula():
+def test_average_matches_its_formula():
     model = torch.nn.Linear(2, 2)
     ema, expected = EMA(model, 0.9), model.weight.detach().clone()
     for step in range(5):
@@ -167,7 +167,7 @@ def test_the_average_matches_its_formula():
     assert not ema.model.weight.requires_grad
 
 
-def test_the_average_warms_up():
+def test_average_warms_up():
     model = torch.nn.Linear(1, 1, bias=False)
     ema = EMA(model, 0.9999, warmup=True)
     torch.nn.init.zeros_(ema.model.weight)
@@ -183,7 +183,7 @@ def metrics(folder):
 
 
 @pytest.mark.parametrize(("decay", "warmup"), [(0.99, False), (0.9999, True)])
-def test_initial_share_matches_the_average(decay, warmup):
+def test_initial_share_matches_average(decay, warmup):
     # The initial weights are 0 and all later ones 1: the difference of the average from 1 is the initial share.
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
@@ -194,14 +194,14 @@ def test_initial_share_matches_the_average(decay, warmup):
         ema.update(step)
 
 
-def test_an_average_of_mostly_initial_weights_prints_a_warning(run_training, tmp_path, capsys):
+def test_average_of_mostly_initial_weights_prints_warning(run_training, tmp_path, capsys):
     run_training(tmp_path / "warm", "--max_train_steps", "2", "--ema_decay", "0.9999")
     assert "initial weights" not in capsys.readouterr().out
     run_training(tmp_path / "cold", "--max_train_steps", "2", "--ema_decay", "0.9999", "--ema_warmup", "false")
     assert "--ema_decay 0.9999: 100% of the exported average will be initial weights" in capsys.readouterr().out
 
 
-def test_a_process_that_does_not_end_in_noise_needs_an_option(run_training, tmp_path):
+def test_process_that_does_not_end_in_noise_needs_option(run_training, tmp_path):
     words = ["--max_train_steps", "1", "--num_train_timesteps", "50", "--beta_schedule", "linear"]
     literal = ["--beta_start", "0.0001", "--beta_end", "0.02"]
     with pytest.raises(ValueError, match=r"x_T keeps 60.3% of the variance of the images \(L_T up to 0.67 bits/dim\)"):
@@ -221,7 +221,7 @@ def test_digits_are_learned(run_training, tmp_path):
     assert (status["status"], status["step"], status["images"]) == ("finished", 100, 898)
 
 
-def test_a_dry_run_prints_the_cost_and_writes_nothing(run_training, tmp_path, capsys):
+def test_dry_run_prints_cost_and_writes_nothing(run_training, tmp_path, capsys):
     later = ["--eval_metrics", "fd", "--eval_steps", "100", "--checkpointing_steps", "100"]
     run_training(tmp_path / "run", "--max_train_steps", "1000", *later, "--dry_run")
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
@@ -234,7 +234,7 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(run_training, tmp_path, ca
     assert not any(tmp_path.iterdir())
 
 
-def test_speed_excludes_the_time_between_steps(tmp_path, monkeypatch):
+def test_speed_excludes_time_between_steps(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("hf_ddpm.training.progress.time.perf_counter", lambda: now[0])
     training = SimpleNamespace(max_train_steps=8, log_steps=4)
@@ -256,7 +256,7 @@ def test_speed_excludes_the_time_between_steps(tmp_path, monkeypatch):
     assert [line["images_per_second"] for line in metrics(tmp_path)] == [4, 4]
 
 
-def test_metrics_are_logged_to_the_tracker(run_training, tmp_path):
+def test_metrics_are_logged_to_tracker(run_training, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run_training(tmp_path, "--max_train_steps", "4", "--tracker", "tensorboard")
@@ -269,13 +269,13 @@ def test_metrics_are_logged_to_the_tracker(run_training, tmp_path):
     assert [event.step for event in events.Images("samples")] == [4, 6]
 
 
-def test_a_missing_tracker_package_is_an_error(monkeypatch):
+def test_missing_tracker_package_is_rejected(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--tracker wandb: package is not installed; run `pip install wandb`"):
         check_tracker("wandb")
 
 
-def test_gradient_checkpointing_gives_the_same_run(run_training, tmp_path):
+def test_gradient_checkpointing_gives_same_run(run_training, tmp_path):
     # Dropout masks are recomputed identically.
     words = ["--max_train_steps", "3", "--dropout", "0.2", "--log_steps", "1"]
     run_training(tmp_path / "kept", *words)
@@ -285,7 +285,7 @@ def test_gradient_checkpointing_gives_the_same_run(run_training, tmp_path):
 
 
 @pytest.mark.parametrize("defect", [False, True])
-def test_a_compiled_network_is_checked(run_training, tmp_path, monkeypatch, defect):
+def test_compiled_network_is_checked(run_training, tmp_path, monkeypatch, defect):
     def compile(unet):
         if defect:  # simulates a compiler that drops a branch of the backward pass
             block = unet.down_blocks[0].resnets[0]
@@ -309,7 +309,7 @@ def test_a_compiled_network_is_checked(run_training, tmp_path, monkeypatch, defe
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="nothing compiles here")
-def test_a_compiled_run_matches_an_eager_one(run_training, tmp_path):
+def test_compiled_run_matches_eager_run(run_training, tmp_path):
     # One resolution, with attention in the middle block: larger networks take minutes to compile.
     small = ["--block_out_channels", "8", "--attention_resolutions", "0", "--dropout", "0.2"]
     words = ["--max_train_steps", "4", "--log_steps", "1", "--max_grad_norm", "1e6", *small]
@@ -337,7 +337,7 @@ def test_another_number_of_processes_than_world_size_is_rejected(run_training, t
     assert not any(tmp_path.iterdir())
 
 
-def test_options_override_the_launchers_precision_and_compiling(monkeypatch):
+def test_options_override_launchers_precision_and_compiling(monkeypatch):
     words = ["--preset", "digits"]
     assert chosen(words) == ("auto", False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -382,7 +382,7 @@ def test_unsupported_launcher_settings_are_one_line(monkeypatch, name, value, me
         parse_config(["--preset", "digits"])
 
 
-def test_a_run_keeps_the_launchers_precision_when_resumed(run_training, tmp_path, monkeypatch):
+def test_run_keeps_launchers_precision_when_resumed(run_training, tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     run_training(tmp_path, "--max_train_steps", "2")

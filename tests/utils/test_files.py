@@ -13,7 +13,7 @@ from hf_ddpm.utils.files import atomic_write, make_folder, write_text
 from hf_ddpm.utils.jsonl import append_line, cut_lines, read_lines, to_json
 
 
-def test_a_file_is_written_completely_or_not_at_all(tmp_path):
+def test_file_is_written_completely_or_not_at_all(tmp_path):
     file = tmp_path / "file.txt"
     write_text(file, "before")
     with pytest.raises(KeyboardInterrupt), atomic_write(file) as partial:
@@ -68,7 +68,7 @@ def test_numbers_that_are_not_finite_are_rejected(tmp_path, value):
 
 @pytest.fixture
 def trace(monkeypatch):
-    """Records flushes and renames in order."""
+    """Record flushes and renames in order."""
     calls, fsync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(
         os, "fsync", lambda fd: (calls.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
@@ -77,7 +77,7 @@ def trace(monkeypatch):
     return calls
 
 
-def test_contents_are_flushed_before_the_rename_and_the_rename_before_the_end(tmp_path, trace):
+def test_contents_are_flushed_before_rename_and_rename_before_end(tmp_path, trace):
     save_picture(Image.new("L", (2, 2)), tmp_path / "a.png")
     partial = str(tmp_path / ".a.png.partial")
     assert trace == [("fsync", partial), ("rename", str(tmp_path / "a.png")), ("fsync", str(tmp_path))]
@@ -90,7 +90,7 @@ def test_contents_are_flushed_before_the_rename_and_the_rename_before_the_end(tm
     assert trace[-1] == ("fsync", str(tmp_path))
 
 
-def test_errors_of_a_full_disk_name_the_file(tmp_path):
+def test_errors_of_full_disk_name_file(tmp_path):
     full = Path("/dev/full")
     for write in (
         lambda path: path.symlink_to(full) or path.write_text("x" * 100_000),
@@ -106,7 +106,7 @@ def test_errors_of_a_full_disk_name_the_file(tmp_path):
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_a_folder_that_is_not_writable_is_an_error_of_its_option(tmp_path):
+def test_error_for_unwritable_folder_names_its_option(tmp_path):
     make_folder(tmp_path / "a" / "b", "output")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").touch()

@@ -81,7 +81,7 @@ def wrapped_in_another_error(number):
         wrapped_in_another_error,
     ],
 )
-def test_a_signal_prints_one_line_even_if_its_exception_is_lost(capsys, number, main):
+def test_signal_prints_one_line_even_if_its_exception_is_lost(capsys, number, main):
     assert exit_code_of(lambda argv: main(number)) == 128 + number
     assert capsys.readouterr().err == f"sample.py: stopped by {signal.Signals(number).name}\n"
 
@@ -106,7 +106,7 @@ def test_cleanup_is_not_interrupted(monkeypatch):
     assert exit_code_of(main) == 128 + signal.SIGTERM and cleaned == [True]
 
 
-def test_signals_are_deferred_except_a_second_ctrl_c():
+def test_signals_are_deferred_except_second_ctrl_c():
     with signals.handled(deferred=True):
         signal.raise_signal(signal.SIGTERM)
         assert signals.number == signal.SIGTERM
@@ -122,14 +122,14 @@ def test_signals_are_deferred_except_a_second_ctrl_c():
         signals.settle()
 
 
-def test_a_signal_of_an_earlier_call_does_not_stop_the_next():
+def test_signal_of_earlier_call_does_not_stop_next_call():
     with signals.handled(deferred=True):
         signal.raise_signal(signal.SIGTERM)
     with signals.handled(deferred=True):
         assert signals.number == 0
 
 
-def test_training_restores_the_signal_handlers(run_training, tmp_path):
+def test_training_restores_signal_handlers(run_training, tmp_path):
     before = [signal.getsignal(number) for number in HANDLED]
     assert run_training(tmp_path, "--max_train_steps", "1") == 0
     assert [signal.getsignal(number) for number in HANDLED] == before
@@ -171,7 +171,7 @@ def is_import(line):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("script", ["train", "sample"])
-def test_a_signal_at_any_time_during_startup_prints_one_line(trained, tmp_path, script, number):
+def test_signal_at_any_time_during_startup_prints_one_line(trained, tmp_path, script, number):
     whole = start(script, command(script, tmp_path / "whole", trained))
     lines = [line for line in whole.stderr if is_import(line)]
     first = next(i for i, line in enumerate(lines) if line.split("|")[-1].strip() == "hf_ddpm.cli") + 1
@@ -191,7 +191,7 @@ def test_a_signal_at_any_time_during_startup_prints_one_line(trained, tmp_path, 
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
-def test_a_reader_that_closes_the_output_ends_the_program_quietly(lines):
+def test_reader_that_closes_output_ends_program_quietly(lines):
     program = (
         f"from hf_ddpm.utils.launch import run_script\nrun_script(lambda _: [print(i) for i in range({lines})] and 0)"
     )

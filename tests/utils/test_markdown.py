@@ -15,13 +15,13 @@ HOSTILE = [
 
 
 def parse(text):
-    """Returns the tokens of Markdown as GitHub and the Hub parse it."""
+    """Return the tokens of Markdown as GitHub and the Hub parse it."""
     markdown_it = pytest.importorskip("markdown_it")
     return markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
 
 
 def cells(text):
-    """Returns the rows of the tables in a text, each cell as its visible text; other content fails."""
+    """Return the rows of the tables in a text, each cell as its visible text; other content fails."""
     rows = []
     for before, token in pairwise(parse(text)):
         if before.type == "tr_open":
@@ -33,7 +33,7 @@ def cells(text):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_name_is_rendered_unchanged_everywhere(name):
+def test_name_is_rendered_unchanged_everywhere(name):
     (_, row) = cells(f"| a | b | c |\n| --- | --- | --- |\n| {escape(name)} | {code(name)} | x, {escape(name)} |")
     assert row == [plain(name), plain(name), f"x, {plain(name)}"]
     opening, inline, closing, *more = parse(f"# x {escape(name)} y")

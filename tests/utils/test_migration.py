@@ -13,7 +13,7 @@ OPTIONS = option_names([*PARTS, Sources])
 
 
 @pytest.mark.parametrize(("title", "table"), [("diffusers", DIFFUSERS), ("denoising-diffusion-pytorch", LUCIDRAINS)])
-def test_the_docs_page_matches_the_table_in_the_code(title, table):
+def test_docs_page_matches_table_in_code(title, table):
     section = re.search(rf"\n## {title}\n(.*?)(?=\n## |\Z)", PAGE.read_text(), re.DOTALL)[1]
     rows = [[cell.strip(" `") for cell in line.split(" | ")] for line in section.splitlines() if line.startswith("| `")]
     written = {name.strip("| `").removeprefix("--"): entry.strip("| ").replace("`", "") for name, entry in rows}
@@ -21,7 +21,7 @@ def test_the_docs_page_matches_the_table_in_the_code(title, table):
 
 
 @pytest.mark.parametrize(("name", "entry"), MIGRATION.items())
-def test_an_option_of_another_package_suggests_its_replacement(name, entry):
+def test_option_of_another_package_suggests_its_replacement(name, entry):
     assert name not in OPTIONS  # otherwise there would be no error
     assert set(re.findall(r"--(\w+)", entry)) <= set(OPTIONS)
     with pytest.raises(ValueError, match=f"^unknown option --{name}: ") as caught:
@@ -36,7 +36,7 @@ def test_suggested_values_are_valid():
             Config.of(preset="digits", **{name: value})
 
 
-def test_options_of_other_packages_in_a_yaml_file_get_a_suggestion(tmp_path):
+def test_options_of_other_packages_in_yaml_file_get_suggestion(tmp_path):
     (tmp_path / "x.yaml").write_text("random_flip: true")
     with pytest.raises(ValueError, match=r"unknown option random_flip: did you mean horizontal_flip\?"):
         Config.of(preset="digits", config=tmp_path / "x.yaml")

@@ -37,13 +37,13 @@ class Count:
 COMMANDS = {"draw-all": (Common, Draw), "count": (Common, Count)}
 
 
-def test_an_args_file_next_to_the_script_is_not_read(tmp_path, monkeypatch):
+def test_args_file_next_to_script_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "draw.args").write_text("--size 7")
     monkeypatch.setattr("sys.argv", [str(tmp_path / "draw.py")])
     assert parse_options([], Draw) == [Draw(1)] and parse_first([], Draw)[0] == Draw(1)
 
 
-def test_a_command_is_parsed_with_its_own_options():
+def test_command_is_parsed_with_its_own_options():
     assert parse_command(["draw-all", "--size", "3"], COMMANDS) == ("draw-all", [Common(0), Draw(3)])
     assert parse_command(["count", "--upto", "3", "--seed", "1"], COMMANDS) == ("count", [Common(1), Count(3)])
 
@@ -51,15 +51,15 @@ def test_a_command_is_parsed_with_its_own_options():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "the following arguments are required: command"),
+        ("", "^command is missing; expected one of draw-all, count; see --help$"),
         ("--size 3 draw-all", "unknown command '--size': expected one of draw-all, count"),
         ("drawall", "unknown command 'drawall': did you mean draw-all?"),
         ("draw-all --upto 3", "unknown option --upto: see --help"),
         ("draw-all --sice 3", "unknown option --sice: did you mean --size?"),
-        ("count", "the following arguments are required: --upto"),
+        ("count", "^--upto is missing; expected "),
     ],
 )
-def test_an_invalid_command_is_one_line(words, message):
+def test_invalid_command_is_one_line(words, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse_command(words.split(), COMMANDS)
     assert "\n" not in str(caught.value)
@@ -78,29 +78,29 @@ def test_floats_of_every_option_are_finite(part):
     floats = [f.name for f in fields(part) if "float" in str(f.type)]
     for name in floats:
         for text in ("nan", "inf", "-inf", "1e999"):
-            with pytest.raises(ValueError, match=f"--{name}: '{text}' is not a finite number"):
+            with pytest.raises(ValueError, match=f"^--{name} {text}: expected a finite number$"):
                 parse_options([*required, f"--{name}={text}"], part)
 
 
 @pytest.mark.parametrize("text", ["", " "])
-def test_an_empty_text_is_rejected_unless_it_is_the_default(text):
+def test_empty_text_is_rejected_unless_it_is_default(text):
     for words in (["--output", text, "--model", "m"], ["--model", text, "--output", "o"]):
-        with pytest.raises(ValueError, match=f"argument {words[0]}: '{text}': expected a text that is not empty"):
+        with pytest.raises(ValueError, match=f"^{words[0]} '{text}': expected a text that is not empty$"):
             parse_options(words, FigureOptions)
-    with pytest.raises(ValueError, match="argument --eval_split: "):
+    with pytest.raises(ValueError, match="^--eval_split '"):
         parse_options(["--eval_split", text], EvaluationConfig)
     assert parse_options(["--eval_metrics", ""], EvaluationConfig)[0].eval_metrics == ""
 
 
-def test_a_number_beyond_63_bits_is_rejected():
+def test_number_beyond_63_bits_is_rejected():
     assert parse_options(["--size", str(2**63 - 1)], Draw) == [Draw(2**63 - 1)]
     for value in (2**63, -(2**63)):
-        with pytest.raises(ValueError, match=f"--size: '{value}' is too large"):
+        with pytest.raises(ValueError, match=f"^--size {value}: expected an integer of at most 63 bits$"):
             parse_options([f"--size={value}"], Draw)
 
 
 @pytest.mark.parametrize("words", [["--no-ema_warmup=false"], ["--no-ema_warmup=true"], ["--no_eval_floor=x"]])
-def test_a_no_option_takes_no_value(words):
+def test_no_prefix_takes_no_value(words):
     with pytest.raises(ValueError, match=rf"^{words[0]}: expected --no_\w+ without a value"):
         parse_config(["--preset", "digits", *words])
 
@@ -110,7 +110,7 @@ def test_negative_numbers_in_scientific_notation_are_values():
     assert Config.of(preset="digits", value_range=[-1e-05, 1]).data.value_range == [-1e-05, 1]
 
 
-def test_no_prefix_switches_an_option_off_and_unexpected_arguments_are_errors():
+def test_no_prefix_switches_option_off_and_unexpected_arguments_are_rejected():
     assert not parse_config(["--preset", "digits", "--no-streaming"]).data.streaming
     with pytest.raises(ValueError, match="unexpected argument 'x': expected"):
         parse_config(["x"])
@@ -132,3 +132,11 @@ def test_types_of_options_given_in_python_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
     assert SampleConfig(Path("m"), Path("o")).model == "m"
+
+
+def test_option_without_value_is_rejected():
+    for argv in (["--size"], ["--size", "--size", "1"]):
+        with pytest.raises(ValueError, match="^--size: expected a value$"):
+            parse_options(argv, Draw)
+    with pytest.raises(ValueError, match="^--value_range: expected a value$"):
+        parse_config(["--preset", "digits", "--value_range"])

@@ -8,7 +8,7 @@ from hf_ddpm.utils.plots import log_limits, save_curves
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Records the saved figures."""
+    """Record the saved figures."""
     figures, save = [], Figure.savefig
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))
@@ -27,7 +27,7 @@ def test_curves_labels_and_scales_are_drawn(figures, tmp_path):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "10", "20", "100"]
 
 
-def test_a_level_is_a_dashed_line_in_the_legend(figures, tmp_path):
+def test_level_is_dashed_line_in_legend(figures, tmp_path):
     curves = {"": ([1, 2], [3.0, 2.0])}
     save_curves(tmp_path / "curve.png", curves, x_label="x", y_label="y", levels={"held out": 9.0})
     (axes,) = figures[0].axes
@@ -36,7 +36,7 @@ def test_a_level_is_a_dashed_line_in_the_legend(figures, tmp_path):
     assert axes.get_ylim()[1] > 9 and axes.get_legend() is not None
 
 
-def test_the_legend_of_many_curves_is_outside_the_axes(figures, tmp_path):
+def test_legend_of_many_curves_is_outside_axes(figures, tmp_path):
     curves = {str(number): ([1, 2], [number, 2.0]) for number in range(5)}
     save_curves(tmp_path / "curve.png", curves, x_label="x", y_label="y")
     (axes,), (legend,) = figures[0].axes, figures[0].legends
@@ -50,7 +50,7 @@ def test_zeros_are_omitted_from_logarithmic_axes(figures, tmp_path):
         assert not np.isfinite(figures[0].axes[0].yaxis.get_transform().transform([0.0])).any()
 
 
-def test_a_logarithmic_axis_omits_only_outliers(figures, tmp_path):
+def test_logarithmic_axis_omits_only_outliers(figures, tmp_path):
     x, y = np.arange(1, 1001), np.geomspace(1, 1e-3, 1000)
     for lone, shown in (({}, None), ({0: 0.0}, None), ({999: 1e-9}, 1e-3), ({0: 1e-9, 5: 1e9}, 1e-3)):
         values = y.copy()

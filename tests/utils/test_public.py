@@ -3,7 +3,7 @@ import pytest
 from hf_ddpm.utils.public import hub_ids, public_values, strip_local_path
 
 
-def test_an_existing_path_is_not_a_hub_id(tmp_path, monkeypatch):
+def test_existing_path_is_not_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "acme-confidential").mkdir(parents=True)
     names = [
@@ -50,7 +50,7 @@ def test_an_existing_path_is_not_a_hub_id(tmp_path, monkeypatch):
         ("/", "/"),
     ],
 )
-def test_only_the_last_part_of_a_path_or_url_is_public(name, expected):
+def test_only_last_part_of_path_or_url_is_public(name, expected):
     assert strip_local_path(name, ["org/name"]) == expected
 
 

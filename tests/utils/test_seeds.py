@@ -18,7 +18,7 @@ def test_generators_are_reproducible():
     assert torch.equal(*draws)
 
 
-def test_hashed_keys_are_distinct_and_match_the_hash_by_hand():
+def test_hashed_keys_are_distinct_and_match_hash_by_hand():
     images, steps = torch.arange(300, dtype=torch.int32).repeat(40), torch.arange(40, dtype=torch.int32)
     keys = hashed_keys(derived_seed(0, 1), images, steps.repeat_interleave(300))
     assert len(keys.unique()) == 12_000 and keys.dtype == torch.int32
@@ -50,6 +50,6 @@ def test_noise_is_standard_normal_and_independent():
     torch.testing.assert_close(quantiles, torch.tensor([-1.8808, 0, 1.8808]).double(), rtol=0, atol=0.02)
 
 
-def test_noise_of_a_key_does_not_depend_on_the_batch():
+def test_noise_of_key_does_not_depend_on_batch():
     keys = torch.tensor([5, -6, 7], dtype=torch.int32)
     assert torch.equal(normal_noise(keys, (1, 8, 8))[1:2], normal_noise(keys[1:2], (1, 8, 8)))

@@ -1,1 +1,1 @@
-"""Streams of image data sets larger than memory and disk."""
+"""Streams of image datasets larger than memory and disk."""

@@ -1,6 +1,6 @@
-r"""Row order of a stream as a pure function of (seed, step), without shuffling the whole data set.
+r"""Row order of a stream as a pure function of (seed, step), without shuffling the whole dataset.
 
-The data set consists of row groups, each read as a whole. Each epoch concatenates the groups in a random order and
+The dataset consists of row groups, each read as a whole. Each epoch concatenates the groups in a random order and
 divides the resulting sequence of rows into lanes. Each lane fills a fixed range of rows of the global batch. A lane is
 read in windows of a few groups, and the rows of a window are shuffled. The rows of a process belong to few lanes, so it
 reads little that it does not use. Resuming at any step needs no replay.
@@ -56,11 +56,11 @@ class Window:
         return sum(piece.stop - piece.start for piece in self.pieces)
 
     def order(self, seed: int) -> Tensor:
-        """Returns the shuffled order: the row at each position, int64, shape `(rows,)`."""
+        """Return the shuffled order: the row at each position, int64, shape `(rows,)`."""
         return torch.randperm(self.rows, generator=generator(seed, ORDER, self.epoch, self.lane, self.number))
 
 
-class Stretch(NamedTuple):
+class WindowSlice(NamedTuple):
     """Positions in a shuffled window, from `start` to `stop`, exclusive."""
 
     window: Window
@@ -88,11 +88,11 @@ class Lanes:
         self._windows = lru_cache(maxsize=2)(self._divide)
 
     def __len__(self) -> int:
-        """Returns the number of rows of all groups."""
+        """Return the number of rows of all groups."""
         return self.size
 
-    def stretches(self, step: int, rows: slice) -> list[Stretch]:
-        """Returns the positions in windows of some rows of a global batch, in order.
+    def slices(self, step: int, rows: slice) -> list[WindowSlice]:
+        """Return the positions in windows of some rows of a global batch, in order.
 
         Args:
             step: Optimizer step, from 0.
@@ -101,43 +101,43 @@ class Lanes:
         Returns:
             Positions in windows, one per row.
         """
-        stretches: list[Stretch] = []
+        slices: list[WindowSlice] = []
         for lane, (first, last) in enumerate(pairwise(self._edges)):
             start, stop = (step * self.batch_size + min(max(row, first), last) for row in (rows.start, rows.stop))
             while start < stop:
                 epoch = start // self.size
                 end = min(stop, (epoch + 1) * self.size)
                 position = self._before(lane, start) - self._before(lane, epoch * self.size)
-                stretches += self._cut(epoch, lane, position, position + end - start)
+                slices += self._cut(epoch, lane, position, position + end - start)
                 start = end
-        return stretches
+        return slices
 
     def after(self, window: Window) -> Window:
-        """Returns the next window of the lane, which may be in a later epoch."""
+        """Return the next window of the lane, which may be in a later epoch."""
         epoch, number = window.epoch, window.number + 1
         while number >= len(self._windows(epoch)[window.lane]):
             epoch, number = epoch + 1, 0
         return self._windows(epoch)[window.lane][number]
 
     def _before(self, lane: int, position: int) -> int:
-        """Returns the number of positions of a lane before `position` of the stream."""
+        """Return the number of positions of a lane before `position` of the stream."""
         first, last = self._edges[lane], self._edges[lane + 1]
         batches, row = divmod(position, self.batch_size)
         return batches * (last - first) + min(max(row, first), last) - first
 
-    def _cut(self, epoch: int, lane: int, start: int, stop: int) -> list[Stretch]:
+    def _cut(self, epoch: int, lane: int, start: int, stop: int) -> list[WindowSlice]:
         windows = self._windows(epoch)[lane]
         number = int(np.searchsorted([window.start for window in windows], start, side="right")) - 1
-        stretches = []
+        slices = []
         while start < stop:
             window = windows[number]
             end = min(stop, window.start + window.rows)
-            stretches.append(Stretch(window, start - window.start, end - window.start))
+            slices.append(WindowSlice(window, start - window.start, end - window.start))
             start, number = end, number + 1
-        return stretches
+        return slices
 
     def _divide(self, epoch: int) -> list[list[Window]]:
-        """Returns the windows of all lanes in an epoch."""
+        """Return the windows of all lanes in an epoch."""
         order = torch.randperm(len(self.groups), generator=generator(self.seed, ORDER, epoch)).numpy()
         ends = self.groups[order].cumsum()
         lanes, taken = [], 0
@@ -161,7 +161,7 @@ class Lanes:
 
 
 def _pieces(order: np.ndarray, sizes: np.ndarray, ends: np.ndarray, start: int, stop: int) -> list[Piece]:
-    """Returns rows `start` to `stop` of the groups concatenated in this order."""
+    """Return rows `start` to `stop` of the groups concatenated in this order."""
     pieces = []
     number = int(np.searchsorted(ends, start, side="right"))
     while start < stop:

@@ -37,7 +37,7 @@ class RowGroup:
     footer: pq.FileMetaData = field(repr=False, compare=False)
 
     def read(self, columns: list[str]) -> pa.Table:
-        """Returns the rows.
+        """Return the rows.
 
         Raises:
             ValueError: If they cannot be read; the message names file and group.
@@ -47,7 +47,7 @@ class RowGroup:
                 return file.read_row_group(self.number, columns=columns, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             reason = one_line(error)
-            raise ValueError(f"row group {self.number} of {self.path!r} cannot be read: {reason}") from error
+            raise ValueError(f"row group {self.number} of {self.path!r}: cannot be read: {reason}") from error
 
 
 class Shards:
@@ -61,7 +61,7 @@ class Shards:
         features: The columns.
 
     Raises:
-        ValueError: If a file cannot be read, the columns differ from those of the first file, or there are no rows.
+        ValueError: If a file cannot be read, the columns differ from the first file's, or there are no rows.
     """
 
     def __init__(self, paths: Sequence[str]):
@@ -71,7 +71,7 @@ class Shards:
         self.groups = []
         for path, footer in zip(paths, footers, strict=True):
             if footer.schema.to_arrow_schema().names != schema.names:
-                raise ValueError(f"{path!r}: columns differ from those of {paths[0]!r}")
+                raise ValueError(f"{path!r}: columns differ from the columns of {paths[0]!r}")
             first_row = 0
             for number in range(footer.num_row_groups):
                 rows = footer.row_group(number).num_rows
@@ -79,11 +79,11 @@ class Shards:
                     self.groups.append(RowGroup(path, number, first_row, rows, footer))
                 first_row += rows
         if not self.groups:
-            raise ValueError(f"{paths[0]!r} is empty: it contains no images")
+            raise ValueError(f"{paths[0]!r}: contains no images")
         self.features = Features.from_arrow_schema(schema)
 
     def some(self, max_rows: int | None, seed: int) -> list[RowGroup]:
-        """Returns the groups to use, in order: all, or random groups of `max_rows` rows; the last one may be cut."""
+        """Return the groups to use, in order: all, or random groups of `max_rows` rows; the last one may be cut."""
         left = sum(group.rows for group in self.groups) if max_rows is None else max_rows
         chosen: dict[int, RowGroup] = {}
         for number in torch.randperm(len(self.groups), generator=generator(seed, SUBSET)).tolist():
@@ -93,7 +93,7 @@ class Shards:
         return [chosen[number] for number in sorted(chosen)]
 
     def values(self, column: str) -> Iterator[Any]:
-        """Yields all values of a column, read lazily."""
+        """Yield all values of a column, read lazily."""
         for group in self.groups:
             yield from group.read([column])[column].to_pylist()
 
@@ -103,7 +103,7 @@ def _footer(path: str) -> pq.FileMetaData:
         with _open(path) as file:
             return file.metadata
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path!r} cannot be read as parquet: {one_line(error)}") from error
+        raise ValueError(f"{path!r}: cannot be read as parquet: {one_line(error)}") from error
 
 
 def _open(path: str, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:

@@ -51,14 +51,14 @@ class ImageStream:
         reader: Reads the windows of the lanes.
         image_format: Format of the decoded images.
         device: Device of the batches.
-        skip_bad_images: Whether to skip unusable images.
+        skip_bad_images: If true, skip unusable images.
         report: JSON Lines file to which unusable images are added; each process adds the ones it finds.
         workers: Number of decoding processes; 0 to decode in this process on request. By default one per core, up to 8.
 
     Attributes:
         shape: Shape `(C, H, W)` of an image.
         class_names: Names of the classes; empty without a class column.
-        skipped: The number of unusable images so far: those of the report, and those found by this process.
+        skipped: The number of unusable images so far: in the report, and found by this process.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class ImageStream:
         self._decoded: Iterator[Any] | None = None
 
     def __len__(self) -> int:
-        """Returns the number of images per epoch, including unusable ones."""
+        """Return the number of images per epoch, including unusable ones."""
         return len(self.reader.lanes)
 
     @property
@@ -101,10 +101,10 @@ class ImageStream:
         return len(self._known_bad)
 
     def batch(self, step: int, rows: slice) -> Batch:
-        """Returns images of the global batch of a step; see `BatchSource`.
+        """Return images of the global batch of a step; see `BatchSource`.
 
         Raises:
-            ValueError: If an image or a file is not usable; the message names it and the reason.
+            ValueError: If an image or a file is unusable; the message names it and the reason.
             OSError: If a decoding process has died.
         """
         rows = slice(*rows.indices(self.reader.lanes.batch_size)[:2])
@@ -128,7 +128,7 @@ class ImageStream:
         return Batch(self._moved(torch.from_numpy(images)), labels)
 
     def close(self) -> None:
-        """Ends the processes and threads."""
+        """End the processes and threads."""
         self._decoded = self._next = self._loader = None  # the processes end with the loader
         self._jobs.pending.clear()
         self.reader.close()
@@ -139,7 +139,7 @@ class ImageStream:
         return tensor.to(self.device)
 
     def _replacement(self, pick: Pick, reason: str, position: Position) -> tuple[Pick, np.ndarray]:
-        """Returns the next usable image of the window of a bad image; raises an error unless bad images are skipped."""
+        """Return the next usable image of the window of a bad image; raise an error unless bad images are skipped."""
         window = pick.window
         self._report(BadImage(*window.origins[pick.row], reason))
         for further in range(1, len(window.images)):
@@ -149,7 +149,9 @@ class ImageStream:
                 return Pick(window, row), crop_at(image, self.image_format, position)
             self._report(BadImage(*window.origins[row], image))
         path, row = window.origins[pick.row]
-        raise ValueError(f"all {len(window.images)} images read together are unusable; row {row} of {path!r}: {reason}")
+        raise ValueError(
+            f"all images read together are unusable ({len(window.images)}); row {row} of {path!r}: {reason}"
+        )
 
     def _report(self, bad: BadImage) -> None:
         if not self.skip_bad_images:
@@ -171,10 +173,10 @@ def open_stream(
     workers: int | None = None,
     log: Callable[[str], object] = lambda line: None,
 ) -> ImageStream:
-    """Opens a data set of parquet files as a stream; only the footers of the files are read.
+    """Open a dataset of parquet files as a stream; only the footers of the files are read.
 
     Args:
-        data: Options of the images; see `find_shards` for data sets. With `max_train_samples`, random row groups are
+        data: Options of the images; see `find_shards` for datasets. With `max_train_samples`, random row groups are
             used, and of the last one only the first rows. A `class_column` without class names is read completely.
         seed: Seed of the run.
         batch_size: Images per global batch, over all processes.
@@ -187,7 +189,7 @@ def open_stream(
         The source of images; the caller closes it.
 
     Raises:
-        ValueError: If the data set or a column is not usable; the message names it and the reason.
+        ValueError: If the dataset or a column is unusable; the message names it and the reason.
     """
     paths, unused_files = find_shards(data, log)
     shards = Shards(paths)
@@ -221,12 +223,12 @@ class _Jobs:
         self.start(0, slice(0, 0))
 
     def start(self, step: int, rows: slice) -> None:
-        """Sets the first step and the rows of the next iteration."""
+        """Set the first step and the rows of the next iteration."""
         self.step, self.rows = step, rows
         self.pending.clear()
 
     def __iter__(self) -> Iterator[tuple[list[dict[str, Any] | None], list[Position]]]:
-        """Yields encoded images and crop positions; waits until they are read."""
+        """Yield encoded images and crop positions; wait until they are read."""
         step = self.step
         while True:
             try:
@@ -249,7 +251,7 @@ class _Jobs:
 
 
 class _Decoder(Dataset[Any]):
-    """Decodes a job of `_Jobs`, given as an index, to its images and the rows and reasons of bad images."""
+    """Decode a job of `_Jobs`, given as an index, to its images and the rows and reasons of bad images."""
 
     def __init__(self, image_format: ImageFormat):
         self.image_format = image_format
@@ -273,7 +275,7 @@ def _as_it_is(decoded: Any) -> Any:
 
 
 def _serve_parent(worker: int) -> None:
-    """Ignores signals (the parent handles them) and exits when the parent dies."""
+    """Ignore signals (the parent handles them) and exit when the parent dies."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole process group, but the parent needs its last batch
     parent = os.getppid()

@@ -36,7 +36,7 @@ class Pick(NamedTuple):
 
 
 class WindowReader:
-    """Reads and caches windows, and prefetches the next one of each lane.
+    """Read and cache windows, and prefetch the next one of each lane.
 
     Args:
         groups: The row groups.
@@ -52,27 +52,27 @@ class WindowReader:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="windows")
 
     def picks(self, step: int, rows: slice) -> list[Pick]:
-        """Returns some rows of the global batch of a step; waits until they are read.
+        """Return some rows of the global batch of a step; wait until they are read.
 
         Raises:
             ValueError: If a file cannot be read, or a row has no class.
         """
-        stretches = self.lanes.stretches(step, rows)
-        requests = [self._request(stretch.window) for stretch in stretches]  # start all reads before waiting
+        slices = self.lanes.slices(step, rows)
+        requests = [self._request(part.window) for part in slices]  # start all reads before waiting
         windows = [request.result() for request in requests]
         return [
             Pick(window, row)
-            for window, stretch in zip(windows, stretches, strict=True)
-            for row in range(stretch.start, stretch.stop)
+            for window, part in zip(windows, slices, strict=True)
+            for row in range(part.start, part.stop)
         ]
 
     def close(self) -> None:
-        """Stops reading; waits for running reads."""
+        """Stop reading; wait for running reads."""
         self._readers.shutdown(cancel_futures=True)
         self._held.clear()
 
     def _request(self, window: Window) -> "Future[LoadedWindow]":
-        """Returns the future of a window, and starts to read the next window of its lane, too."""
+        """Return the future of a window, and start to read the next window of its lane."""
         held = self._held.setdefault(window.lane, {})
         for each in (window, self.lanes.after(window)):
             # Reinserted at the end, so that the least recently used window is dropped first.

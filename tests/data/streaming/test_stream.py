@@ -62,7 +62,7 @@ def test_each_epoch_has_every_image_once_in_another_order(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_do_not_depend_on_the_number_of_processes_or_on_resuming(folder, workers):
+def test_batches_do_not_depend_on_number_of_processes_or_on_resuming(folder, workers):
     with stream(folder, class_column="auto") as alone:
         expected = [digest(alone.batch(step, ALL)) for step in range(20)]
     with (
@@ -89,7 +89,7 @@ def test_labels_match_their_images(folder):
             assert batch.labels.tolist() == [value % 3 for value in values(batch)]
 
 
-def test_classes_without_names_are_the_values_of_the_column(tmp_path):
+def test_classes_without_names_are_values_of_column(tmp_path):
     features = Features({"image": Image(), "kind": Value("string")})
     data = Dataset.from_dict({"image": [numbered(i) for i in range(9)], "kind": list("zyxzyxzyx")}, features)
     data.to_parquet(str(tmp_path / "a.parquet"))
@@ -99,7 +99,7 @@ def test_classes_without_names_are_the_values_of_the_column(tmp_path):
         assert batch.labels.tolist() == [2 - value % 3 for value in values(batch)]
 
 
-def test_random_crops_depend_only_on_seed_step_and_row(tmp_path):
+def test_crops_of_streams_depend_only_on_seed_step_and_row(tmp_path):
     wide = np.tile(np.arange(20, dtype=np.uint8), (8, 1))
     folder = str(shards(tmp_path / "wide", [png(wide)] * 24))
     with stream(folder, crop="random") as source, stream(folder, crop="random", workers=1) as other:
@@ -113,7 +113,7 @@ def with_bad_images(images, bad):
     return [{"bytes": b"nothing", "path": f"{i}.png"} if i in bad else image for i, image in enumerate(images)]
 
 
-def test_the_error_for_a_bad_image_names_file_and_row(tmp_path):
+def test_error_for_bad_image_names_file_and_row(tmp_path):
     folder = str(shards(tmp_path / "data", with_bad_images([numbered(i) for i in range(24)], {13})))
     with stream(folder) as source, pytest.raises(ValueError) as caught:
         for step in range(2):
@@ -124,7 +124,7 @@ def test_the_error_for_a_bad_image_names_file_and_row(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_images_are_reported_and_replaced_in_the_same_way_on_all_processes(tmp_path, workers):
+def test_bad_images_are_reported_and_replaced_in_same_way_on_all_processes(tmp_path, workers):
     folder = str(shards(tmp_path / "data", with_bad_images([numbered(i) for i in range(48)], {13, 22, 40})))
     report = tmp_path / "report.jsonl"
     options = {"skip_bad_images": True, "class_column": "label"}
@@ -148,27 +148,27 @@ def test_bad_images_are_reported_and_replaced_in_the_same_way_on_all_processes(t
             assert torch.equal(second.batch(step, slice(7, 12)).images, batch.images[7:])
 
 
-def test_a_data_set_of_only_bad_images_is_an_error(tmp_path):
+def test_stream_of_only_bad_images_is_rejected(tmp_path):
     folder = str(shards(tmp_path / "data", with_bad_images([None] * 24, set(range(24)))))
-    message = r"all \d+ images read together are unusable; row \d+ of '.*parquet'"
+    message = r"all images read together are unusable \(\d+\); row \d+ of '.*parquet'"
     with stream(folder, skip_bad_images=True) as source, pytest.raises(ValueError, match=message):
         source.batch(0, ALL)
 
 
-def test_the_error_for_a_damaged_file_names_it(tmp_path):
+def test_error_for_damaged_file_names_it(tmp_path):
     folder = shards(tmp_path / "data", [numbered(i) for i in range(24)])
     torn = folder / "train-00002-of-00004.parquet"
     content = torn.read_bytes()
     torn.write_bytes(content[:4] + b"\xff" * 200 + content[204:])  # damages the rows, not the footer
-    with stream(str(folder)) as source, pytest.raises(ValueError, match="row group 0 of .*00002-of-.* cannot be read"):
+    with stream(str(folder)) as source, pytest.raises(ValueError, match="row group 0 of .*00002-of-.*: cannot be read"):
         for step in range(2):
             source.batch(step, ALL)
     torn.write_bytes(content[:-20])
-    with pytest.raises(ValueError, match="00002-of-00004.parquet' cannot be read as parquet"):
+    with pytest.raises(ValueError, match="00002-of-00004.parquet': cannot be read as parquet"):
         open_stream(folder, **OPTIONS)
 
 
-def test_the_error_for_data_that_cannot_be_streamed_names_it(tmp_path, folder):
+def test_error_for_data_that_cannot_be_streamed_names_it(tmp_path, folder):
     PILImage.new("L", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="a.png' cannot be streamed; expected parquet files"):
         open_stream(tmp_path, **OPTIONS)
@@ -180,18 +180,18 @@ def test_the_error_for_data_that_cannot_be_streamed_names_it(tmp_path, folder):
         open_stream(folder, image_column="picture", **OPTIONS)
 
 
-def test_files_with_other_columns_or_without_rows_are_errors(tmp_path):
+def test_files_with_other_columns_or_without_rows_are_rejected(tmp_path):
     folder = shards(tmp_path / "data", [numbered(i) for i in range(8)], files=2)
     parquet(folder / "train-00002-of-00003.parquet", image=[numbered(8)])
-    message = "00002-of-00003.parquet': columns differ from those of '.*00000-of-00002.parquet'"
+    message = "00002-of-00003.parquet': columns differ from the columns of '.*00000-of-00002.parquet'"
     with pytest.raises(ValueError, match=message):
         open_stream(folder, **OPTIONS)
     Dataset.from_dict({"image": []}, Features({"image": Image()})).to_parquet(str(tmp_path / "empty.parquet"))
-    with pytest.raises(ValueError, match="empty.parquet' is empty: it contains no images"):
+    with pytest.raises(ValueError, match="empty.parquet': contains no images"):
         open_stream(tmp_path / "empty.parquet", **OPTIONS)
 
 
-def test_a_limited_stream_uses_random_groups(folder):
+def test_limited_stream_uses_random_groups(folder):
     with stream(folder, max_train_samples=23) as source:
         assert len(source) == 23
         seen = [value for step in range(4) for value in values(source.batch(step, ALL))]
@@ -199,7 +199,7 @@ def test_a_limited_stream_uses_random_groups(folder):
 
 
 class Ranges(SimpleHTTPRequestHandler):
-    """Serves byte ranges of files."""
+    """Serve byte ranges of files."""
 
     def do_GET(self):
         content = Path(self.translate_path(self.path)).read_bytes()
@@ -242,7 +242,7 @@ def test_closing_ends_all_processes_and_threads(folder):
     assert not multiprocessing.active_children() and threading.active_count() <= before
 
 
-def test_a_stream_does_not_change_the_global_generator(folder):
+def test_stream_does_not_change_global_generator(folder):
     state = torch.get_rng_state()
     with stream(folder) as source:
         source.batch(0, ALL)
@@ -250,7 +250,7 @@ def test_a_stream_does_not_change_the_global_generator(folder):
 
 
 def test_memory_use_is_bounded(tmp_path, monkeypatch):
-    """Counts the encoded rows in memory, which is less noisy than the memory use of the process."""
+    """Count the encoded rows in memory, which is less noisy than the memory use of the process."""
     alive = []
     held = []
 
@@ -276,7 +276,7 @@ def test_memory_use_is_bounded(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc to find processes")
-def test_workers_exit_when_the_parent_is_killed(tmp_path):
+def test_workers_exit_when_parent_is_killed(tmp_path):
     # With large images, a worker is usually killed in the middle of sending a message.
     data = shards(tmp_path / "data", [numbered(i, size=256) for i in range(64)])
     code = f"""
