@@ -189,7 +189,7 @@ def test_automatic_precision_is_used_for_images_but_not_for_bound(request_of, tm
     del types[:]
     again = evaluate(request_of(metrics="fd", output=str(tmp_path / "r.json")), FEW, log=lines.append)
     assert types == [] and len(choices) == 1 and again["fd"]["value"] == results["fd"]["value"]
-    assert lines[1].startswith("precision bf16, as of the existing images in ")
+    assert lines[1].startswith("precision bf16, like the existing images in ")
 
 
 def test_explicit_precision_is_also_used_for_bound(request_of, tmp_path, monkeypatch):

@@ -269,7 +269,7 @@ def test_push_script(hub, folder):
         ("--hub_model_id x", "--hub_model_id x: expected namespace/name"),
         ("--model nowhere", "--model nowhere: expected an existing folder"),
         ("--space demo", "--space demo: expected namespace/name"),
-        ("--private maybe", "argument --private: 'maybe': expected true or false"),
+        ("--private maybe", "--private maybe: expected true or false"),
     ],
 )
 def test_wrong_options_raise_one_line_errors(tmp_path, options, message):

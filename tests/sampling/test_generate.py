@@ -500,7 +500,7 @@ def test_folder_keeps_precision_chosen_by_auto(trained, tmp_path, monkeypatch, c
     choices = choose(monkeypatch, second)
     sample([*words, "--output", str(tmp_path / "auto"), "--num_images", "9"])
     assert choices == [] and stored(tmp_path / "auto") == first
-    line = f"precision {first.replace('no', 'float32')}, as of the existing images in {tmp_path / 'auto'}\n"
+    line = f"precision {first.replace('no', 'float32')}, like the existing images in {tmp_path / 'auto'}\n"
     assert capsys.readouterr().out.startswith(f"{line}9 images: ")
     sample([*words, "--output", str(tmp_path / "given"), "--num_images", "9", "--mixed_precision", first])
     actual, expected = (images(SampleFolder.read(tmp_path / name)) for name in ("auto", "given"))
