@@ -93,7 +93,7 @@ def test_own_images_become_shared_model(tmp_path):
         shell.run(f"{commands['sample']} --num_images 2 --num_inference_steps 2")
         run = tmp_path / "runs" / "ddpm"
         assert Image.open(run / "images" / "00001.png").size == (32, 32)
-        assert "preempted" in shell.run("hf-ddpm status runs/ddpm")
+        assert "stopped by a signal; repeat the command to resume" in shell.run("hf-ddpm status runs/ddpm")
 
         # It resumes and ends early, with samples; the export has the final weights.
         step = json.loads((run / "status.json").read_text())["step"]

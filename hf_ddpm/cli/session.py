@@ -211,6 +211,8 @@ def take_steps(run: Run, images: BatchSource, callbacks: list[Callback]) -> None
 def print_start(run: Run, images: int, checkpoint: Path | None, warnings: list[str]) -> None:
     """Print the number of images, parameters and processes, and the checkpoint."""
     accelerator, origin = run.accelerator, "from the start" if checkpoint is None else f"from {checkpoint}"
+    if run.step == run.config.training.max_train_steps:
+        origin += ", all steps are done (a larger --max_train_steps extends the run)"
     accelerator.print(*warnings, sep="\n", end="\n" if warnings else "")
     accelerator.print(
         f"{count_of(images, 'image')}, {run.unet.num_parameters():,} parameters, "

@@ -68,6 +68,8 @@ def describe_state(status: dict[str, Any], is_running: bool) -> str:
         return state if state == "running" else "running (restarted)"
     if state == "running":
         return "killed: the process ended before the run; repeat the command to resume"
+    if state == "preempted":
+        return "stopped by a signal; repeat the command to resume"
     return f"failed: {one_line(status['error'])}" if "error" in status else state
 
 

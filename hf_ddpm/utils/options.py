@@ -139,7 +139,8 @@ def parse_options(argv: list[str], *parts: type, program: str | None = None, doc
     arguments, names = _normalized(argv, parts), option_names(parts)
     unknown = [name for word in arguments if (name := _option_name(word)) and name not in (*names, "help")]
     if unknown and not {"-h", "--help"} & set(argv):  # first, as a missing option may just be misspelled
-        raise ValueError(f"unknown option --{unknown[0]}: {_hint(unknown[0], names, '--')}")
+        hints = [f"--{name}: {_hint(name, names, '--')}" for name in dict.fromkeys(unknown)]
+        raise ValueError(f"unknown option{'s' * (len(hints) > 1)} {'; '.join(hints)}")
     values, rest = _parser(parts, program, doc).parse_known_args(arguments)
     if rest:
         before = arguments[: arguments.index(rest[0])][-1:]
@@ -457,5 +458,7 @@ def _hint(name: str, names: Iterable[str], prefix: str = "") -> str:
     entry = MIGRATION.get(name, "")
     if entry and set(re.findall(r"--(\w+)", entry)) <= set(names):
         return f"did you mean {entry.replace('--', prefix)}?" if entry.startswith("--") else entry
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    initials = [known for known in names if "_" in known and name == "".join(part[0] for part in known.split("_"))]
+    endings = [known for known in names if known.endswith(f"_{name}")]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.75) or initials or (endings if len(endings) == 1 else [])
     return f"did you mean {prefix}{close[0]}?" if close else "see --help"

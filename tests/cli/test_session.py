@@ -32,12 +32,15 @@ def test_train_in_python_equals_command(config, trained, run_training, tmp_path)
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
-def test_train_in_python_resumes_and_does_not_change_config(config, tmp_path):
+def test_train_in_python_resumes_and_does_not_change_config(config, tmp_path, capsys):
     # Attributes set after the creation of the config are also used.
     config.training.max_train_steps, config.training.num_train_epochs = None, 1
     config.data.max_train_samples = 16
     before = config.to_dict()
-    assert hf_ddpm.train(config) == hf_ddpm.train(config) == tmp_path / "run"
+    assert hf_ddpm.train(config) == tmp_path / "run"
+    assert "all steps are done" not in capsys.readouterr().out
+    assert hf_ddpm.train(config) == tmp_path / "run"
+    assert "step-000000002, all steps are done (a larger --max_train_steps extends" in capsys.readouterr().out
     assert config.to_dict() == before
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000000002"]
 
