@@ -203,7 +203,10 @@ def test_saved_options_load_as_same_config(tmp_path, more):
         ("--lerning_rate 1", "unknown option --lerning_rate: did you mean --learning_rate?"),
         ("--nonsense 1", "unknown option --nonsense: see --help"),
         ("--lr 1e-4", r"unknown option --lr: did you mean --learning_rate\?"),
-        ("--schedule linear --lr 1", r"unknown options --schedule: did you mean --lr_schedule\?; --lr: did you mean --learning_rate\?"),
+        (
+            "--schedule linear --lr 1",
+            r"unknown options --schedule: did you mean --lr_schedule\?; --lr: did you mean --learning_rate\?",
+        ),
         ("--preset cats", "--preset cats: expected one of celebahq-256, cifar10, digits, lsun-bedroom"),
         ("--config none.yaml", "--config none.yaml: cannot be read"),
         ("--max_train_steps many", "^--max_train_steps many: expected an integer or auto$"),

@@ -498,7 +498,10 @@ def read_pipeline(model: str) -> DDPMPipeline:
     except Exception as error:  # diffusers raises errors of many types on damaged files
         # Prefer the Hub's error: the diffusers error is about its cache.
         cause = (isinstance(error, OSError) and error.__cause__) or error
-        raise ValueError(f"model {model!r} cannot be loaded: {one_line(cause) or type(cause).__name__}") from error
+        tried = "" if Path(model).exists() else "there is no such folder, and as a Hub id: "
+        raise ValueError(
+            f"model {model!r} cannot be loaded: {tried}{one_line(cause) or type(cause).__name__}"
+        ) from error
 
 
 def compare_with_export(pipe: DDPMPipeline) -> None:

@@ -460,5 +460,7 @@ def _hint(name: str, names: Iterable[str], prefix: str = "") -> str:
         return f"did you mean {entry.replace('--', prefix)}?" if entry.startswith("--") else entry
     initials = [known for known in names if "_" in known and name == "".join(part[0] for part in known.split("_"))]
     endings = [known for known in names if known.endswith(f"_{name}")]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.75) or initials or (endings if len(endings) == 1 else [])
+    close = (
+        difflib.get_close_matches(name, names, n=1, cutoff=0.75) or initials or (endings if len(endings) == 1 else [])
+    )
     return f"did you mean {prefix}{close[0]}?" if close else "see --help"
