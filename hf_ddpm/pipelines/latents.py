@@ -371,7 +371,7 @@ def steps_from(t: int, count: int | None) -> list[int]:
 
 
 def check_generators(generator: Generators, batch_size: int) -> None:
-    """Raise a `ValueError` unless `generator` is None, a generator, or a list with one generator per image."""
+    """Raise a `ValueError` unless `generator` is a generator, a list with one per image, or not given."""
     for one in generator if isinstance(generator, list) else [generator]:
         if not (one is None or isinstance(one, torch.Generator)):
             raise ValueError(
