@@ -1,6 +1,6 @@
 """Shared parts of all figures: model, data and output folder; tables, image sheets, and output files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,27 @@ class FigureContext:
     def reference(self, metrics: str, num_images: int | None = None) -> Reference:
         """Return the real images for metrics of this model; raise a `ValueError` if images are missing or too few."""
         options = asdict(self.options)
-        del options["output"], options["seed"]
+        for name in ("output", "seed", "class_labels", "guidance_scale"):
+            del options[name]
         if options["dataset"] is None:
             raise ValueError(f"--dataset is missing: --model {options['model']} contains no config.yaml of a run")
         config = EvaluateConfig(metrics=metrics, num_images=num_images, **options)
         reference = Reference(config, self.pipe.image_shape, self.accelerator, self.log)
         reference.count()
         return reference
+
+    def sampling(self, steps: int, sampler: str = "ddpm", variance: str | None = None) -> Sampling:
+        """Return the settings of samples with the figure's seed, classes and guidance."""
+        classes, scale = self.options.class_labels, self.options.guidance_scale
+        return Sampling(
+            self.options.seed, steps, sampler, class_labels=classes, guidance_scale=scale, variance=variance
+        )  # type: ignore[arg-type]
+
+    def conditions(self, indices: Iterable[int]) -> dict[str, Any]:
+        """Return the arguments `class_labels` and `guidance_scale` of a pipeline's methods for images with indices."""
+        labels = self.sampling(1).labels(self.pipe)
+        classes = {"class_labels": [labels[i % len(labels)] for i in indices]} if labels else {}
+        return classes | {"guidance_scale": self.options.guidance_scale}
 
     def samples(self, count: int, sampling: Sampling) -> SampleFolder:
         """Return generated images, stored in a folder below `samples/`; existing ones are reused."""

@@ -38,14 +38,14 @@ def distillation(context: FigureContext, options: DistillationOptions) -> None:
         for number in sorted({*chosen}):
             if sampler == "ddim" and number == total > max(folders):
                 continue
-            images, point = measure(context, real, Sampling(context.options.seed, number, sampler))
+            images, point = measure(context, real, context.sampling(number, sampler))
             samples[sampler, number] = images
             points.append(point)
         rows.append({"model": f"teacher, {sampler}", "points": points})
     points = []
     for number, folder in sorted(folders.items()):
         student = FigureContext(replace(context.options, model=str(folder)), context.accelerator, context.log)
-        images, point = measure(student, real, Sampling(context.options.seed, number))
+        images, point = measure(student, real, student.sampling(number))
         samples["student", number] = images
         points.append(point)
     rows.append({"model": "distilled", "points": points})

@@ -73,7 +73,9 @@ def inpaint(
         for batch in torch.arange(len(repeated)).split(context.options.batch_size):
             sources = [generator(seed, FIGURES, i, device=device) for i in batch.tolist()]
             jumps = {"jump_length": options.jump_length, "jump_n_sample": jump_n_sample}
-            parts.append(pipe.inpaint(repeated[batch], mask, sources, steps, **jumps, output_type="pt").images.cpu())
+            options_of_batch = {**jumps, **context.conditions((batch // options.fills).tolist())}
+            filled = pipe.inpaint(repeated[batch], mask, sources, steps, output_type="pt", **options_of_batch)
+            parts.append(filled.images.cpu())
     finally:
         pipe.scheduler = own
     return torch.cat(parts).view(len(x_start), options.fills, *x_start.shape[1:])

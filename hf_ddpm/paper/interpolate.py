@@ -24,7 +24,9 @@ def interpolate(context: FigureContext, options: InterpolateOptions) -> None:
     rows, errors = [], []
     for steps in context.visible(options.diffused):
         source = generator(context.options.seed, FIGURES, device=context.accelerator.device)  # same noise in all rows
-        mixed = context.pipe.interpolate(*pair, steps - 1, [0, 1, *options.weights], source, "pt").cpu()
+        weights = [0, 1, *options.weights]
+        conditions = context.conditions([0] * len(weights))
+        mixed = context.pipe.interpolate(*pair, steps - 1, weights, source, "pt", **conditions).cpu()
         (first, second), between = mixed[:2], mixed[2:]
         rows.append((f"t = {steps}", torch.cat([originals[0], between, originals[1]])))
         errors.append({"diffused": steps, "first": rmse(first, originals[0][0])})

@@ -52,5 +52,7 @@ def reconstruct(context: FigureContext, x_start: Tensor, t: int) -> tuple[Tensor
     """Return estimates and samples from the same latents at `t`, as unit images on the CPU."""
     source = generator(context.options.seed, FIGURES, t, device=context.accelerator.device)
     x_t = context.pipe.encode(x_start, t, source)
-    estimates = context.pipe(len(x_t), source, output_type="pt", latents=x_t, timesteps=[t]).images  # one step to x_0
-    return estimates.cpu(), context.pipe.decode(x_t, t, source, "pt").cpu()
+    conditions = context.conditions(range(len(x_t)))
+    one_step = {"latents": x_t, "timesteps": [t]}  # to x_0
+    estimates = context.pipe(len(x_t), source, output_type="pt", **one_step, **conditions).images
+    return estimates.cpu(), context.pipe.decode(x_t, t, source, "pt", **conditions).cpu()

@@ -13,7 +13,6 @@ from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.paper.context import FigureContext, captioned, table
 from hf_ddpm.paper.options import NearestNeighborsOptions
-from hf_ddpm.sampling.options import Sampling
 
 # Images are compared at this size at most: all pixels of a large dataset would not fit into memory.
 MOST_PIXELS = 32
@@ -26,7 +25,7 @@ def nearest_neighbors(context: FigureContext, options: NearestNeighborsOptions) 
     real = reference.features()
     training, held_out, indices = reference.images, reference.held_out, range(real.count)
     assert training is not None
-    samples = context.samples(real.count, Sampling(context.options.seed, len(context.pipe.scheduler)))
+    samples = context.samples(real.count, context.sampling(len(context.pipe.scheduler)))
     pixels = [as_points(training, range(len(training)))]
     if held_out is not None:
         pixels.append(as_points(held_out, choose(len(held_out), real.count, METRIC_SEED)))

@@ -22,6 +22,8 @@ class FigureOptions(ReferenceOptions):
     model: str = option("folder or Hub id of a DDPM pipeline, from hf_ddpm or diffusers")
     output: str = option("output folder of the figures", "figures")
     seed: int = option("random seed", 0)
+    class_labels: list[str] = option("names or indices of classes, used in turn for the images", factory=list)
+    guidance_scale: float = option("scale of classifier-free guidance; 1 for none", 1.0)
 
     def __post_init__(self) -> None:
         """Check the values, and take the data options from the model's run."""

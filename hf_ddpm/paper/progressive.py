@@ -85,7 +85,9 @@ def estimates(context: FigureContext, count: int, frames: int) -> tuple[list[int
     for start in range(0, count, size):
         indices = range(start, min(start + size, count))
         sources = [generator(seed, SAMPLES, index, device=context.accelerator.device) for index in indices]
-        images, timesteps = context.pipe.progressive(len(indices), sources, total, shown, "pt")
+        images, timesteps = context.pipe.progressive(
+            len(indices), sources, total, shown, "pt", **context.conditions(indices)
+        )
         parts.append([to_bytes(frame).cpu() for frame in images])
     return timesteps, [torch.cat(frame) for frame in zip(*parts, strict=True)]
 

@@ -17,11 +17,12 @@ def shared_latent(context: FigureContext, options: SharedLatentOptions) -> None:
     pipe, seed, device = context.pipe, context.options.seed, context.accelerator.device
     timesteps = context.diffused(options.diffused)[::-1]
     sources = [generator(seed, SAMPLES, index, device=device) for index in range(options.latents)]
-    latents, _ = pipe.trace([t - 1 for t in timesteps], options.latents, sources, "pt")
+    conditions = context.conditions(range(options.latents))
+    latents, _ = pipe.trace([t - 1 for t in timesteps], options.latents, sources, "pt", **conditions)
     rows, differences = {}, []
     for t in timesteps:
         x_t, source = latents[t - 1], generator(seed, FIGURES, t, device=device)
-        images = pipe.share_latent(t - 1, options.num_images, source, "pt", x_t).cpu()
+        images = pipe.share_latent(t - 1, options.num_images, source, "pt", x_t, **conditions).cpu()
         groups = images.view(options.latents, options.num_images, *pipe.image_shape)
         differences.append({"t": t, "rmse_between_images": rmse_within(groups)})
         for latent in range(min(SHOWN, options.latents)):

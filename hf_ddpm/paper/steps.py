@@ -13,7 +13,6 @@ from hf_ddpm.diffusion.gaussian import LEARNED
 from hf_ddpm.evaluation.results import RealFeatures
 from hf_ddpm.paper.context import FigureContext, captioned, describe_distance, table, with_error
 from hf_ddpm.paper.options import StepsOptions
-from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import find_scheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.options import require
@@ -72,7 +71,7 @@ def sampler_variants(scheduler: Any, others: Sequence[str]) -> list[SamplerVaria
 def measure(context: FigureContext, real: RealFeatures, variant: SamplerVariant, number: int) -> dict[str, Any]:
     """Return the distance of samples with a number of steps, or the error if the sampler does not support it."""
     variance = "model" if variant.sampler == "ddpm" else None
-    sampling = Sampling(context.options.seed, number, variant.sampler, variance=variance)
+    sampling = context.sampling(number, variant.sampler, variance)
     try:
         find_scheduler(context.pipe, sampling.scheduler, sampling.steps(context.pipe))
     except ValueError as error:

@@ -6,15 +6,16 @@ import re
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
-from hf_ddpm import DDPMScheduler
+from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hf_ddpm.data.sources import choose
 from hf_ddpm.evaluation.precision_recall import nearest
 from hf_ddpm.evaluation.results import METRIC_SEED
 from hf_ddpm.images import to_signed
 from hf_ddpm.paper import everything
-from hf_ddpm.paper.context import sheet
+from hf_ddpm.paper.context import FigureContext, sheet
 from hf_ddpm.paper.inpainting import inpainting, masks
 from hf_ddpm.paper.interpolate import interpolate, least_similar
 from hf_ddpm.paper.lossy_reconstruct import lossy_reconstruct
@@ -22,6 +23,7 @@ from hf_ddpm.paper.nearest_neighbors import as_points, nearest_neighbors
 from hf_ddpm.paper.options import (
     FIGURES,
     AllOptions,
+    FigureOptions,
     InpaintingOptions,
     InterpolateOptions,
     LossyReconstructOptions,
@@ -41,7 +43,7 @@ from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.utils.plots import save_curves
 from hf_ddpm.utils.seeds import FIGURES as FIGURE_NOISE
 from hf_ddpm.utils.seeds import SAMPLES, generator
-from tests.conftest import load_script
+from tests.conftest import TINY_UNET, load_script
 from tests.paper.conftest import T
 
 
@@ -401,3 +403,32 @@ def test_unsupported_schedulers_are_rejected(context):
                           (rate_distortion, RateDistortionOptions()), (schedules, SchedulesOptions())]:  # fmt: skip
         with pytest.raises(ValueError, match="DDIMScheduler.*DDPMScheduler|DDPMScheduler.*DDIMScheduler"):
             make(context, options)
+
+
+def test_figures_use_given_classes_and_guidance(tmp_path, monkeypatch):
+    names = {"0": "zero", "1": "one", "2": "two"}
+    scheduler = DDPMScheduler(num_train_timesteps=T, beta_start=5e-3, beta_end=0.5)
+    pipe = DDPMPipeline(UNet2DModel(**TINY_UNET, num_class_embeds=4), scheduler, names)  # class 3 is "no class"
+    pipe.save_pretrained(tmp_path / "model")
+    options = {"class_labels": ["two", "one"], "guidance_scale": 2.0, "dataset": "digits"}
+    shared = FigureOptions(model=str(tmp_path / "model"), output=str(tmp_path / "figures"), **options)
+    context = FigureContext(shared, Accelerator(cpu=True))
+    seen, forward = set(), UNet2DModel.forward
+
+    def record(self, sample, timestep, class_labels=None, return_dict=True):
+        seen.update(class_labels.tolist())
+        return forward(self, sample, timestep, class_labels, return_dict)
+
+    monkeypatch.setattr(UNet2DModel, "forward", record)
+    for figure, own in [
+        (progressive, ProgressiveOptions(shown=3, columns=3, frames=3, num_images=0)),
+        (shared_latent, SharedLatentOptions(latents=2, num_images=2, diffused=[5])),
+        (inpainting, InpaintingOptions(num_images=2, fills=2, num_inference_steps=3, jump_n_sample=1)),
+        (nearest_neighbors, NearestNeighborsOptions(num_images=4)),
+    ]:
+        figure(context, own)
+        assert seen == {1, 2, 3}, figure
+        seen.clear()
+    interpolate(context, InterpolateOptions(rows=[0, 1], diffused=[5]))
+    assert seen == {2, 3}  # one class for both images
+    assert context.conditions(range(3)) == {"class_labels": ["two", "one", "two"], "guidance_scale": 2.0}
