@@ -117,7 +117,7 @@ def print_costs(options: DistillConfig, configs: list[Config], state: PartialSta
     """Print the estimated cost of each stage, measured with the model as the teacher of all; write no files."""
     require(options, "data_free", not options.data_free, "false with --dry_run, which samples no images")
     for number, config in enumerate(configs, start=1):
-        state.print(f"stage {number} of {len(configs)}: {config.distillation.student_steps} steps")
+        state.print(f"stage {number} of {len(configs)}: {count_of(config.distillation.student_steps or 1, 'step')}")
         config = replace(config, distillation=replace(config.distillation, teacher=options.model))
         accelerator = start_accelerator(resolve_precision(config, state))
         print_cost(config, accelerator)

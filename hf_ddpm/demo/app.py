@@ -23,6 +23,7 @@ from hf_ddpm.models.precision import choose_precision
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import SCHEDULERS
+from hf_ddpm.utils.files import count_of
 from hf_ddpm.utils.markdown import plain
 from hf_ddpm.utils.public import hub_ids, strip_local_path
 from hf_ddpm.utils.runs import run_folder
@@ -52,8 +53,7 @@ def distilled_update(preview: PreviewFrame | None, sampling: Sampling) -> Any:
     """Return the update that shows the images of a distilled model with their steps and time; skip it without one."""
     if preview is None:
         return gr.skip()
-    steps = "1 step" if preview.steps == 1 else f"{preview.steps} steps"
-    label = f"Distilled: {steps}, {preview.seconds:.1f} s"
+    label = f"Distilled: {count_of(preview.steps, 'step')}, {preview.seconds:.1f} s"
     return gr.update(value=sheet(preview.images, sampling.class_labels), label=label)
 
 
