@@ -141,7 +141,8 @@ def test_code_in_repository_is_not_executed(hub, tiny_pipeline, tmp_path):
     assert status == 0, errors
     results = json.loads(output.splitlines()[-1])
     missing = results.pop("org/none")[1]
-    assert missing.startswith("model 'org/none' cannot be loaded: 404 Client Error. Repository Not Found for url")
+    refusal = "model 'org/none' cannot be loaded: there is no such folder, and as a Hub id: 404 Client Error."
+    assert missing.startswith(f"{refusal} Repository Not Found for url")
     assert set(results) == set(names)
     for name, (outcome, detail, ran) in results.items():
         assert not ran, name
