@@ -19,7 +19,8 @@ from hf_ddpm.data.streaming.stream import open_stream
 from hf_ddpm.evaluation.nll import variational_bound
 from hf_ddpm.images import to_signed
 from hf_ddpm.models.unet_2d import UNet2DModel
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.pipelines.loading import load_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.sampling.generate import cast_for_sampling
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.training.build import build_run

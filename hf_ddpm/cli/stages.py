@@ -26,7 +26,8 @@ from hf_ddpm.config import (
     arguments_of,
     parse_config,
 )
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.pipelines.loading import load_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.pipelines.runs import average_name
 from hf_ddpm.sampling.generate import fill_folder
 from hf_ddpm.sampling.options import Sampling

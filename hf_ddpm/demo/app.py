@@ -20,7 +20,8 @@ from hf_ddpm.demo.layout import CSS, progress_bar, row, sheet, strip
 from hf_ddpm.demo.preview import PAUSE, PreviewFrame
 from hf_ddpm.images import to_pictures
 from hf_ddpm.models.precision import choose_precision
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.pipelines.loading import load_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.sampling.samplers import SCHEDULERS
 from hf_ddpm.utils.files import count_of

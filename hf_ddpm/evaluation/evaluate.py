@@ -22,7 +22,8 @@ from hf_ddpm.evaluation.nll import variational_bound
 from hf_ddpm.evaluation.options import EvaluateConfig
 from hf_ddpm.evaluation.results import METRIC_SEED, Metrics, RealFeatures, Record, compute_metric, read_results
 from hf_ddpm.images import save_picture
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.pipelines.loading import load_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.provenance import model_checksum, provenance
 from hf_ddpm.sampling.folder import SampleFolder, Samples, open_samples
 from hf_ddpm.sampling.generate import compile_for_sampling, fill_folder, folder_name, resolve_precision

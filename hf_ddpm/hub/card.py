@@ -15,7 +15,8 @@ from hf_ddpm.hub.push import NESTED
 from hf_ddpm.hub.snippets import ADDRESS, INSTALL, is_guided, literal, obstacle, sampling_call
 from hf_ddpm.hub.stages import stages_of
 from hf_ddpm.models.precision import PRECISION_NAMES
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.pipelines.loading import load_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.utils.files import one_line, write_text
 from hf_ddpm.utils.jsonl import read_lines

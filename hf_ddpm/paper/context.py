@@ -17,7 +17,7 @@ from hf_ddpm.evaluation.options import EvaluateConfig, default_levels
 from hf_ddpm.evaluation.results import RealFeatures, compute_metric
 from hf_ddpm.images import grid, save_animation, save_picture, to_bytes, to_pictures
 from hf_ddpm.paper.options import FigureOptions
-from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
+from hf_ddpm.pipelines.loading import load_pipeline
 from hf_ddpm.provenance import model_checksum, provenance
 from hf_ddpm.sampling.folder import SampleFolder
 from hf_ddpm.sampling.generate import fill_folder, folder_name, resolve_precision

@@ -25,11 +25,9 @@ from hf_ddpm.pipelines.editing import EditingMethods, StepCallback
 from hf_ddpm.pipelines.latents import Generators, check_generators
 from hf_ddpm.pipelines.runs import stock_folder
 from hf_ddpm.pipelines.sharing import SharingMethods
-from hf_ddpm.provenance import model_checksum
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.schedulers.stock import check_stock
-from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.runs import checkpoint_of
 from hf_ddpm.utils.schema import conforms
 
@@ -445,74 +443,6 @@ def stored_class(component: Any) -> str:
     kind = type(component)
     learned = kind is DDPMScheduler and component.config.variance_type == "learned"
     return f"HF{kind.__name__}" if learned or kind is DDIMScheduler else kind.__name__
-
-
-def load_pipeline(model: str, device: torch.device | str) -> DDPMPipeline:
-    """Load the pipeline of a folder, a run, a checkpoint or a Hub id onto a device, and check its weights.
-
-    Log a warning if the folder contains the export of a run and its files have changed since (by checksum).
-
-    Args:
-        model: Folder of a pipeline, a run or a checkpoint, or a Hub id.
-        device: The device.
-
-    Returns:
-        The pipeline.
-
-    Raises:
-        ValueError: If the pipeline cannot be loaded, weights are missing, unexpected or not finite, or the number of
-            class names and of class embeddings do not match.
-    """
-    pipe = read_pipeline(model)
-    weights = dict(pipe.unet.named_parameters())
-    broken = {
-        "{} weights are missing": [name for name, value in weights.items() if value.is_meta],
-        "{} weights do not belong to its network": getattr(pipe.unet, "unexpected_keys", ()),
-        "{} weights are not finite": [
-            name for name, value in weights.items() if not value.is_meta and not bool(value.isfinite().all())
-        ],
-    }
-    for problem, names in broken.items():
-        if names:
-            raise ValueError(f"model {model!r} cannot be loaded: {problem.format(len(names))}, such as {names[0]}")
-    if pipe.class_names and pipe.unet.config.num_class_embeds not in (len(pipe.class_names), len(pipe.class_names) + 1):
-        raise ValueError(
-            f"model {model!r} cannot be loaded: id2label in model_index.json has {len(pipe.class_names)} classes, but "
-            f"unet/config.json has num_class_embeds={pipe.unet.config.num_class_embeds}"
-        )
-    compare_with_export(pipe)
-    if type(pipe.unet) is UNet2DModel:
-        pipe.unet.lay_out_kernels()
-    return pipe.to(device)
-
-
-def read_pipeline(model: str) -> DDPMPipeline:
-    """Read a pipeline for `load_pipeline`; missing weights stay on the meta device."""
-    try:
-        pipe = DDPMPipeline.from_pretrained(model)
-        if not isinstance(pipe.unet, UNet2DModel | diffusers.UNet2DModel):
-            raise ValueError(f"model_index.json: unet is a {type(pipe.unet).__name__}; expected UNet2DModel")
-        if not (isinstance(pipe.scheduler, SchedulerMixin) and hasattr(pipe.scheduler, "step")):
-            raise ValueError(f"model_index.json: scheduler is a {type(pipe.scheduler).__name__}; expected a scheduler")
-        return pipe
-    except Exception as error:  # diffusers raises errors of many types on damaged files
-        # Prefer the Hub's error: the diffusers error is about its cache.
-        cause = (isinstance(error, OSError) and error.__cause__) or error
-        tried = "" if Path(model).exists() else "there is no such folder, and as a Hub id: "
-        raise ValueError(
-            f"model {model!r} cannot be loaded: {tried}{one_line(cause) or type(cause).__name__}"
-        ) from error
-
-
-def compare_with_export(pipe: DDPMPipeline) -> None:
-    """Log a warning if the pipeline's folder contains the export of a run that has changed since."""
-    record = Path(pipe.name_or_path) / "export.json"
-    try:
-        checksum = json.loads(record.read_text(encoding="utf-8"))["checksum"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return
-    if checksum != model_checksum(pipe):
-        logger.warning(f"{record.parent}: weights or configuration have changed since the run exported them")
 
 
 def _check_index(index: Any) -> None:

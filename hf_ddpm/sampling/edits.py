@@ -19,7 +19,8 @@ from hf_ddpm.data.scan import image_suffixes, split_by_suffix
 from hf_ddpm.data.transforms import ImageFormat, fit
 from hf_ddpm.images import check_picture, grid, read_masks, save_picture, to_bytes, to_pil, to_signed, to_unit
 from hf_ddpm.models.precision import choose_precision, on_main_process
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.pipelines.loading import load_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.provenance import model_checksum, provenance
 from hf_ddpm.sampling.generate import in_precision
 from hf_ddpm.sampling.options import EditConfig, InpaintConfig, InvertConfig, Sampling, VaryConfig

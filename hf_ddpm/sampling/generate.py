@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.images import check_picture, to_bytes
 from hf_ddpm.models.precision import PRECISION_NAMES, Choice, cast_copy, choose_precision, on_main_process
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.pipelines.loading import load_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.sampling.folder import SampleFolder
 from hf_ddpm.sampling.options import SampleConfig, Sampling

@@ -18,7 +18,8 @@ from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.models.blocks import initialize_like_paper
 from hf_ddpm.models.precision import Choice, choose_precision, on_main_process
 from hf_ddpm.models.unet_2d import UNet2DModel
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.pipelines.loading import load_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.training.distillation import open_teacher, student_scheduler
 from hf_ddpm.training.loop import Run

@@ -13,7 +13,8 @@ from hf_ddpm.diffusion.gaussian import GaussianDiffusion
 from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.diffusion.outputs import split_output
 from hf_ddpm.diffusion.schedules import trailing_timesteps
-from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline, load_pipeline
+from hf_ddpm.pipelines.loading import load_pipeline
+from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler

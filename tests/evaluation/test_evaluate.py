@@ -14,7 +14,7 @@ from hf_ddpm.evaluation.evaluate import Reference, evaluate
 from hf_ddpm.evaluation.options import EvaluateConfig, training_request
 from hf_ddpm.evaluation.results import scalars
 from hf_ddpm.models.precision import PRECISIONS, Choice
-from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
+from hf_ddpm.pipelines.loading import load_pipeline
 from hf_ddpm.sampling.options import Sampling
 from tests.evaluation.pixels import Pixels
 

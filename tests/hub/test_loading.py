@@ -105,7 +105,7 @@ EVIL = [
 ]
 LOADS = """
 import json, os, sys
-from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
+from hf_ddpm.pipelines.loading import load_pipeline
 mark, results = sys.argv[1], {}
 for name in sys.argv[2:]:
     try:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
-from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
+from hf_ddpm.pipelines.loading import load_pipeline
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.utils.schema import check_types, conforms, describe
 

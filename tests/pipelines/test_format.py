@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
-from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
+from hf_ddpm.pipelines.loading import load_pipeline
 from tests.conftest import TINY_UNET
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_ddpm import DDPMPipeline
-from hf_ddpm.pipelines.pipeline_ddpm import load_pipeline
+from hf_ddpm.pipelines.loading import load_pipeline
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.utils.runs import sha256
 

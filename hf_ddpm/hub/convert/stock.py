@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_ddpm.hub.convert.conversion import Conversion, Entry, read_weights, unchanged
 from hf_ddpm.hub.convert.hints import Hints
-from hf_ddpm.pipelines.pipeline_ddpm import compare_with_export, read_pipeline
+from hf_ddpm.pipelines.loading import compare_with_export, read_pipeline
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
