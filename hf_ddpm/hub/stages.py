@@ -43,6 +43,16 @@ def stage_folders(folder: Path) -> dict[int, Path]:
     return dict(sorted(folders.items(), reverse=True))
 
 
+def built_in_guidance(folder: Path) -> dict[int, float]:
+    """Return the guidance scale that each stage of a distilled model has learned, by number of steps; 1 for none."""
+    scales, scale = {}, 1.0
+    for steps, path in stage_folders(folder).items():
+        learned = _read(path / "config.yaml").get("teacher_guidance", 1.0)
+        scale = learned if learned != 1 else scale
+        scales[steps] = scale
+    return scales
+
+
 def _is_stage(path: Path) -> bool:
     return re.fullmatch(r"\d+-steps", path.name) is not None and (path / "export.json").is_file()
 

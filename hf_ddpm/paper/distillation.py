@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.evaluation.results import RealFeatures
-from hf_ddpm.hub.stages import stage_folders
+from hf_ddpm.hub.stages import built_in_guidance, stage_folders
 from hf_ddpm.paper.context import FigureContext, captioned, describe_distance, sheet, table
 from hf_ddpm.paper.options import DistillationOptions
 from hf_ddpm.paper.steps import as_text, error_note
@@ -28,6 +28,10 @@ def distillation(context: FigureContext, options: DistillationOptions) -> None:
     """Measure the students and the samplers of their teacher; call it again after an interruption to resume."""
     folders = stage_folders(Path(options.distilled))
     require(options, "distilled", bool(folders), "an output folder of hf-ddpm distill, with folders such as 8-steps")
+    guidance = built_in_guidance(Path(options.distilled))
+    learned = guidance[min(guidance)]
+    wanted = f"{learned:g}, the scale that {options.distilled} was distilled with"
+    require(context.options, "guidance_scale", context.options.guidance_scale == learned, wanted)
     total = len(context.pipe.scheduler)
     chosen = options.steps or [*(number for number in folders if number < total), total]
     require(options, "steps", 1 <= min(chosen) <= max(chosen) <= total, f"1 to {total}, the number of diffusion steps")
@@ -44,7 +48,9 @@ def distillation(context: FigureContext, options: DistillationOptions) -> None:
         rows.append({"model": f"teacher, {sampler}", "points": points})
     points = []
     for number, folder in sorted(folders.items()):
-        student = FigureContext(replace(context.options, model=str(folder)), context.accelerator, context.log)
+        scale = learned if guidance[number] == 1 else 1.0  # a student with built-in guidance needs no more
+        own = replace(context.options, model=str(folder), guidance_scale=scale)
+        student = FigureContext(own, context.accelerator, context.log)
         images, point = measure(student, real, student.sampling(number))
         samples["student", number] = images
         points.append(point)

@@ -164,9 +164,10 @@ class StepsOptions(DistanceOptions):
     """Distance to real images against the number of steps, for each sampler."""
 
     steps: list[int] = option(
-        "numbers of steps (default: 10 20 50 100); the DDPM sampler of the paper is also measured with all steps",
+        "numbers of steps (default: 10 20 50 100)",
         factory=list,
     )
+    all_steps: bool = option("also measure the DDPM sampler of the paper with all steps, which takes longest", True)
     samplers: list[str] = option(
         f"samplers in addition to DDPM, any of {', '.join(SAMPLERS)}", factory=lambda: list(SAMPLERS)
     )

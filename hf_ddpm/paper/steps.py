@@ -17,7 +17,7 @@ from hf_ddpm.sampling.samplers import find_scheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.utils.options import require
 
-# Distances up to this multiple of the distance with all steps are considered equal to it.
+# Distances up to this multiple of the distance of DDPM with the most steps are considered equal to it.
 TOLERANCE = 1.1
 
 WHY_SMALL = (
@@ -51,7 +51,7 @@ def steps(context: FigureContext, options: StepsOptions) -> None:
     real = context.reference("fd", options.num_images).features()
     rows = []
     for variant in sampler_variants(context.pipe.scheduler, options.samplers):
-        numbers = {*chosen, total} if variant.sampler == "ddpm" else set(chosen)
+        numbers = {*chosen, total} if options.all_steps and variant.sampler == "ddpm" else set(chosen)
         points = [measure(context, real, variant, number) for number in sorted(numbers)]
         rows.append({"sampler": variant.name, "points": points, "fewest": None})
     report(context, options, rows, real.made_by)
@@ -88,12 +88,13 @@ def measure(context: FigureContext, real: RealFeatures, variant: SamplerVariant,
 
 
 def report(context: FigureContext, options: StepsOptions, rows: list[dict[str, Any]], made_by: dict[str, Any]) -> None:
-    """Write the three files; add to each row the smallest number of steps within 10% of the distance with all steps."""
+    """Write the three files; add to each row the smallest number of steps within 10% of DDPM with the most steps."""
     full = rows[0]["points"][-1]
     for row in rows:
         near = [point["steps"] for point in row["points"] if point.get("value", math.inf) <= TOLERANCE * full["value"]]
         row["fewest"] = min(near, default=None)
-    numbers = {"in_all_steps": {"sampler": rows[0]["sampler"], **full}, "rows": rows}
+    most = {"in_all_steps": {"sampler": rows[0]["sampler"], **full}} if options.all_steps else {}
+    numbers = {**most, "rows": rows}
     title = "Distance against the number of steps"
     context.write("steps", title, paragraphs(rows, made_by), numbers, options, made_by)
 
@@ -122,7 +123,7 @@ def paragraphs(rows: list[dict[str, Any]], made_by: dict[str, Any]) -> list[str]
     return [
         table(["sampler", *columns, "within 10%"], cells),
         f"{describe_distance(full, made_by)} Last column: the smallest number of steps whose distance is within 10% of "
-        f"{full['value']:.4g}, the distance of {rows[0]['sampler']} with all {full['steps']} steps. "
+        f"{full['value']:.4g}, the distance of {rows[0]['sampler']} in {full['steps']} steps. "
         f"{best['sampler']} needs the fewest: {best['fewest']}. {error_note(full)}",
         *([WHY_SMALL] if any("fixed_large" in row["sampler"] for row in rows) else []),
         *(["\n".join(notes)] if notes else []),

@@ -1,13 +1,18 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import hf_ddpm
+from hf_ddpm import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hf_ddpm.paper.context import FigureContext
 from hf_ddpm.paper.distillation import distillation
 from hf_ddpm.paper.options import DistillationOptions
 from hf_ddpm.sampling.options import Sampling
+from tests.conftest import TINY_UNET
 from tests.paper.conftest import T
 
 
@@ -53,3 +58,30 @@ def test_steps_out_of_range_are_rejected(context, distilled):
     for steps, message in (([0], "--steps 0: expected at least 1"), ([T + 1], f"--steps {T + 1}: expected 1 to {T}")):
         with pytest.raises(ValueError, match=message):
             distillation(context, DistillationOptions(distilled=str(distilled), steps=steps))
+
+
+def test_built_in_guidance_is_not_applied_again(context, tmp_path, monkeypatch):
+    scheduler = DDPMScheduler(num_train_timesteps=T, beta_start=5e-3, beta_end=0.5)
+    names = {str(digit): str(digit) for digit in range(10)}
+    unet = UNet2DModel(**TINY_UNET, num_class_embeds=11)
+    DDPMPipeline(unet, scheduler, names).save_pretrained(tmp_path / "classes")
+    few = {"max_train_steps": 1, "train_batch_size": 8, "num_samples": 2, "start_steps": 5, "levels": 17}
+    few |= {"dataset": "digits", "class_column": "label", "guidance_scale": 2.0}
+    folder = hf_ddpm.distill(tmp_path / "classes", 5, tmp_path / "distilled", **few)
+    options = DistillationOptions(num_images=2, distilled=str(folder), steps=[5], shown=2)
+
+    def guided_by(scale):
+        given = replace(context.options, model=str(tmp_path / "classes"), guidance_scale=scale, class_labels=["3"])
+        return FigureContext(given, context.accelerator)
+
+    with pytest.raises(ValueError, match="--guidance_scale 1.0: expected 2, the scale that .* was distilled with"):
+        distillation(guided_by(1.0), options)
+    used = []
+    monkeypatch.setattr(
+        FigureContext, "samples", lambda self, count, sampling: used.append(sampling) or torch.zeros(count, 1, 8, 8)
+    )
+    monkeypatch.setattr(FigureContext, "distance", lambda *args: {"value": 1.0, "num_images": 2, "reference_images": 2})
+    distillation(guided_by(2.0), options)
+    scales = [(sampling.scheduler, sampling.num_inference_steps, sampling.guidance_scale) for sampling in used]
+    # The student of 10 steps only learned v from the images; the student of 5 steps also learned the guidance.
+    assert scales == [("ddpm", 5, 2.0), ("ddim", 5, 2.0), ("ddpm", 5, 1.0), ("ddpm", 10, 2.0)]

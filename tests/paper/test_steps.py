@@ -106,6 +106,13 @@ def test_default_steps_of_short_process_are_all_steps(context):
     assert "| sampler | 10 | within 10% |" in (context.folder / "steps.md").read_text()
 
 
+def test_all_steps_can_be_left_out(context):
+    steps(context, StepsOptions(steps=[2, 5], all_steps=False, samplers=["ddim"], num_images=4))
+    figures, text = written(context), (context.folder / "steps.md").read_text()
+    assert [[point["steps"] for point in row["points"]] for row in figures["rows"]] == [[2, 5]] * 3
+    assert "in_all_steps" not in figures and "the distance of ddpm, fixed_large in 5 steps" in text
+
+
 def test_existing_samples_are_reused(context, monkeypatch):
     steps(context, OPTIONS)
     before = written(context)["rows"]
