@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.cli.callbacks import Card, Evaluations, Export, Push, SampleGrid
 from hf_ddpm.config import Config
-from hf_ddpm.data import open_images
+from hf_ddpm.data import check_exists, open_images
 from hf_ddpm.data.batches import BatchSource
 from hf_ddpm.data.decoding import read_report
 from hf_ddpm.training import loop
@@ -66,6 +66,7 @@ def train(config: Config | None = None, **options: Any) -> Path:
         raise ValueError(f"config={config!r}: expected a hf_ddpm.Config, such as Config.of(config='file.yaml')")
     if config.training.dry_run:
         check_tracker(config.training.tracker)
+        check_exists(config.data)
         config = resolve_precision(config, join_processes(config))
         accelerator = start_accelerator(config)
         print_cost(config, accelerator)
@@ -88,6 +89,7 @@ def train_session(config: Config) -> Run:
         ValueError, OSError, FloatingPointError: See `train`.
     """
     check_tracker(config.training.tracker)
+    check_exists(config.data)  # before the folder is created and the precision measured
     folder, state = Path(config.training.output_dir), join_processes(config)
     make_folder(folder, "output_dir")
     with exclusive(folder) if state.is_main_process else nullcontext():

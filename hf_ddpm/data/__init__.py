@@ -51,3 +51,15 @@ def open_images(
     with main_process_first:
         store = load_images(data, seed=seed, report=report, device=device, log=log)
     return ShuffledImages(store, seed=seed, batch_size=batch_size)
+
+
+def check_exists(data: DataConfig) -> None:
+    """Raise a `ValueError` if a dataset is a path that does not exist; Hub ids and streamed URLs are not checked.
+
+    Args:
+        data: Options of the images.
+    """
+    name, path = data.dataset, Path(data.dataset)
+    is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if is_path and not path.exists() and not (data.streaming and "://" in name):
+        raise ValueError(f"--dataset {name}: does not exist; expected a folder, a file, a Hub id or digits")

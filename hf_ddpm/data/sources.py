@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from hf_ddpm.config import DataConfig
+from hf_ddpm.data import check_exists
 from hf_ddpm.data.archives import is_archive, open_archives
 from hf_ddpm.data.arrays import SUFFIXES as ARRAY_SUFFIXES
 from hf_ddpm.data.caching import is_full, load_or_repair
@@ -127,8 +128,7 @@ def _open_splits(data: DataConfig, log: Log) -> Opened:
     _check_config(data, name == "digits" or path.is_file())
     if name == "digits":
         return Opened(load_or_repair(lambda: load_dataset("parquet", data_files=_digits_files()), log))
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ValueError(f"--dataset {name}: does not exist; expected a folder, a file, a Hub id or digits")
+    check_exists(data)
     try:
         if not path.exists():
             return Opened(load_or_repair(lambda: load_dataset(name, config), log))

@@ -56,6 +56,15 @@ def test_dry_run_creates_no_folder(config, capsys):
     assert "training:       2 steps of 8 images" in capsys.readouterr().out and not Path(folder).exists()
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_missing_dataset_is_named_before_anything_is_measured_or_written(config, monkeypatch, dry_run, tmp_path):
+    monkeypatch.setattr("hf_ddpm.cli.session.resolve_precision", lambda *args: pytest.fail("measured"))
+    config.data.dataset, config.training.dry_run = str(tmp_path / "nowhere"), dry_run
+    with pytest.raises(ValueError, match="--dataset .*nowhere: does not exist; expected a folder, a file"):
+        hf_ddpm.train(config)
+    assert not Path(config.training.output_dir).exists()
+
+
 def test_stopped_run_raises_in_python_and_sets_exit_code_of_command(config, monkeypatch, tmp_path):
     def stop(run, images, callbacks):
         run.stopped_by = signal.SIGTERM
