@@ -46,6 +46,8 @@ def distillation(context: FigureContext, options: DistillationOptions) -> None:
             samples[sampler, number] = images
             points.append(point)
         rows.append({"model": f"teacher, {sampler}", "points": points})
+    if ("ddpm", total) not in samples:  # for the picture only: all steps for all images can take hours
+        samples["ddpm", total] = context.samples(min(options.shown, real.count), context.sampling(total))
     points = []
     for number, folder in sorted(folders.items()):
         scale = learned if guidance[number] == 1 else 1.0  # a student with built-in guidance needs no more
@@ -71,7 +73,7 @@ def draw(
     samples: dict[tuple[str, int], SampleFolder],
     rows: Sequence[dict[str, Any]],
 ) -> None:
-    """Plot the distances, and draw the first samples of each student and of the teacher, one noise per column."""
+    """Plot the distances, and draw the first samples of the teacher and each student, one noise per column."""
     held_out = rows[0]["points"][0].get("floor")
     curves = {row["model"]: ([p["steps"] for p in row["points"]], [p["value"] for p in row["points"]]) for row in rows}
     levels = {} if held_out is None else {"held-out images": held_out}
@@ -79,7 +81,8 @@ def draw(
     context.plot("distillation.png", curves, x_label="steps", y_label="Frechet distance", **drawing)
 
     students = sorted((number for model, number in samples if model == "student"), reverse=True)
-    shown = [("distilled", "student", number) for number in students]
+    total = max(number for model, number in samples if model == "ddpm")
+    shown = [("teacher, DDPM", "ddpm", total), *(("distilled", "student", number) for number in students)]
     few = [number for number in students if ("ddim", number) in samples and number <= 4]
     shown = [*shown, *(("teacher, DDIM", "ddim", number) for number in few)]
     indices = torch.arange(min(options.shown, options.num_images))
@@ -88,7 +91,9 @@ def draw(
         for name, model, number in shown
     ]
     if context.accelerator.is_main_process:
-        context.draw("distillation-samples.png", sheet(pictures, [""] * len(indices)))
+        labels = context.sampling(total).labels(context.pipe)
+        columns = [str(labels[i % len(labels)]) if labels else "" for i in indices.tolist()]
+        context.draw("distillation-samples.png", sheet(pictures, columns))
 
 
 def report(
@@ -117,8 +122,9 @@ def report(
         captioned(
             "distillation-samples.png",
             "Samples from the same noise",
-            "Samples of each stage. All images of a column start from the same noise. Each stage learns to replace two "
-            "steps of the stage above by one, so its samples should look the same as the row above.",
+            "Samples of the teacher, with new noise in each step, and of each stage. All images of a column start from "
+            "the same noise. Each stage learns to replace two steps of the stage above by one, so its samples should "
+            "look like the row above.",
         ),
     ]
     numbers = {

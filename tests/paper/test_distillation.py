@@ -71,7 +71,7 @@ def test_built_in_guidance_is_not_applied_again(context, tmp_path, monkeypatch):
     options = DistillationOptions(num_images=2, distilled=str(folder), steps=[5], shown=2)
 
     def guided_by(scale):
-        given = replace(context.options, model=str(tmp_path / "classes"), guidance_scale=scale, class_labels=["3"])
+        given = replace(context.options, model=str(tmp_path / "classes"), guidance_scale=scale, class_labels=["3", "5"])
         return FigureContext(given, context.accelerator)
 
     with pytest.raises(ValueError, match="--guidance_scale 1.0: expected 2, the scale that .* was distilled with"):
@@ -83,5 +83,6 @@ def test_built_in_guidance_is_not_applied_again(context, tmp_path, monkeypatch):
     monkeypatch.setattr(FigureContext, "distance", lambda *args: {"value": 1.0, "num_images": 2, "reference_images": 2})
     distillation(guided_by(2.0), options)
     scales = [(sampling.scheduler, sampling.num_inference_steps, sampling.guidance_scale) for sampling in used]
-    # The student of 10 steps only learned v from the images; the student of 5 steps also learned the guidance.
-    assert scales == [("ddpm", 5, 2.0), ("ddim", 5, 2.0), ("ddpm", 5, 1.0), ("ddpm", 10, 2.0)]
+    # All steps of the teacher are for the picture. The student of 10 steps only learned v from the images; the student
+    # of 5 steps also learned the guidance.
+    assert scales == [("ddpm", 5, 2.0), ("ddim", 5, 2.0), ("ddpm", T, 2.0), ("ddpm", 5, 1.0), ("ddpm", 10, 2.0)]
