@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_ddpm.diffusion.gaussian import GaussianDiffusion
-from hf_ddpm.diffusion.losses import truncated_snr
+from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.diffusion.schedules import check_one_of, trailing_timesteps
 
 STUDENT_PREDICTIONS = ("v_prediction", "sample")
@@ -93,7 +93,7 @@ class Distillation:
         x_t: Tensor,
         classes: Tensor | None = None,
     ) -> Tensor:
-        """Evaluate the objective; the arguments are those of `Objective`.
+        """Evaluate the objective `truncated_snr` with the student's target in place of the images.
 
         Args:
             diffusion: The student's process.
@@ -107,10 +107,9 @@ class Distillation:
         Returns:
             The loss per image, averaged over its pixels, float32, shape `(B,)`.
         """
-        error = diffusion.predict_start(output.float(), x_t, t, self.prediction_type) - self.target(
-            diffusion, x_t, t, classes
-        )
-        return error.square().flatten(1).mean(dim=1) * truncated_snr(diffusion, t, x_t)
+        x_hat = diffusion.predict_start(output.float(), x_t, t, self.prediction_type)
+        target = self.target(diffusion, x_t, t, classes)
+        return Objective("truncated_snr", "sample")(diffusion, x_hat, target, t, noise, x_t)
 
     def target(self, diffusion: GaussianDiffusion, x_t: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
         r"""Return the student's target: the estimate $\tilde x$ with which one step equals two steps of the teacher.

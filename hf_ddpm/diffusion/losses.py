@@ -20,25 +20,6 @@ BOUND_WEIGHT = 0.001 / math.log(2)
 SNR_CAP = 5.0
 
 
-def truncated_snr(diffusion: GaussianDiffusion, t: Tensor, like: Tensor) -> Tensor:
-    r"""Return the weight $w_t$ of the squared error of $\hat x_0$ (Salimans & Ho 2022, Section 4).
-
-    $$
-    \max\Big( \frac{\bar\alpha_t}{1 - \bar\alpha_t}, 1 \Big), \quad \text{so that} \quad
-    w_t \| x_0 - \hat x_0 \|^2 = \max\big( \| x_0 - \hat x_0 \|^2, \| \epsilon - \hat\epsilon \|^2 \big)
-    $$
-
-    Args:
-        diffusion: The diffusion process.
-        t: Timesteps in [0, T), int64, shape `(B,)`.
-        like: A tensor with the dtype and the device of the result, shape `(B, ...)`.
-
-    Returns:
-        The weights, shape `(B,)`.
-    """
-    return torch.as_tensor(diffusion.snr(t, like)).flatten().clamp(min=1)
-
-
 @dataclass(frozen=True)
 class Objective:
     r"""Training objective of a diffusion model.
@@ -50,8 +31,8 @@ class Objective:
     - `hybrid`: `simple` for the mean plus, with a small weight, `vlb` for the variance only (Nichol & Dhariwal 2021,
       Eq. 16).
     - `min_snr`: the squared error of $\hat x_0$ weighted by $\min(\text{SNR}, 5)$ (Hang et al. 2023).
-    - `truncated_snr`: the larger of the squared errors of image and noise, see
-      `hf_ddpm.diffusion.losses.truncated_snr`.
+    - `truncated_snr`: the squared error of $\hat x_0$ weighted by $\max(\text{SNR}, 1)$, which is the larger of the
+      squared errors of image and noise (Salimans & Ho 2022, Section 4).
 
     Args:
         name: One of `OBJECTIVES`.
@@ -126,7 +107,7 @@ class Objective:
             if self.name == "min_snr":
                 weight, noise_weight = snr.clamp(max=SNR_CAP), (SNR_CAP / snr).clamp(max=1)
             else:
-                weight, noise_weight = truncated_snr(diffusion, t, x_start), (1 / snr).clamp(min=1)
+                weight, noise_weight = snr.clamp(min=1), (1 / snr).clamp(min=1)
             weights = {"sample": weight, "epsilon": noise_weight, "v_prediction": weight / (snr + 1)}
             return simple * weights[self.prediction_type]
         if self.name == "hybrid":

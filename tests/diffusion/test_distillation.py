@@ -8,7 +8,7 @@ import torch
 
 from hf_ddpm import GaussianDiffusion
 from hf_ddpm.diffusion.distillation import Distillation, halved
-from hf_ddpm.diffusion.losses import truncated_snr
+from hf_ddpm.diffusion.losses import Objective
 from hf_ddpm.diffusion.schedules import beta_schedule, trailing_timesteps
 
 FULL = GaussianDiffusion(beta_schedule("squaredcos_cap_v2", 1000))
@@ -160,7 +160,8 @@ def test_loss_is_larger_error_of_image_and_noise(images, kind):
 def test_weight_is_one_without_signal():
     chain = GaussianDiffusion([0.1, 0.5, 1.0])
     snr = [0.9 / 0.1, 0.45 / 0.55, 0.0]
-    weights = truncated_snr(chain, torch.arange(3), torch.zeros(3, 1))
+    x, t = torch.zeros(3, 1, 1, 1), torch.arange(3)
+    weights = Objective("truncated_snr", "sample")(chain, x + 1, x, t, x, x)
     assert weights.tolist() == pytest.approx([max(ratio, 1) for ratio in snr])
 
 
