@@ -79,7 +79,7 @@ def resolve_precision(config: Config, state: PartialState) -> Config:
 
     def choose() -> Choice:
         with torch.random.fork_rng(devices=[]):
-            unet = UNet2DModel(**options | {"dropout": config.model.dropout}).to(state.device)
+            unet = UNet2DModel(**options).to(state.device)
         unet.lay_out_kernels()
         if training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()

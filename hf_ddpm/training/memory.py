@@ -81,7 +81,8 @@ class MemoryPlan:
         self.config, self.device = config, accelerator.device
         self.processes, self.free = accelerator.num_processes, shared_free_memory(accelerator)
         if isinstance(config.training.train_batch_size, Auto):
-            self.config = replace(config, training=self._divided(config.training))
+            training = self.largest(config.training) or divisions(config.training)[-1]
+            self.config = replace(config, training=training)
 
     def count(self, training: TrainingConfig | None = None) -> MemoryUse:
         """Return the memory of a step, by default with the training options of the run."""
@@ -90,7 +91,7 @@ class MemoryPlan:
         data, passes = self.config.data, training.gradient_accumulation_steps
         batch = training.train_batch_size
         with FakeTensorMode(), torch.device(self.device):
-            unet = UNet2DModel(**{**self.network, "dropout": self.config.model.dropout}).train()
+            unet = UNet2DModel(**self.network).train()
             unet.lay_out_kernels()
             if training.gradient_checkpointing:
                 unet.enable_gradient_checkpointing()
@@ -126,18 +127,9 @@ class MemoryPlan:
 
     def largest(self, training: TrainingConfig) -> TrainingConfig | None:
         """Return the options with the largest batch size that fits and the same global batch; None if none fits."""
-        share = training.global_batch_size(processes=1)
-        divisors = [passes for passes in range(1, share + 1) if share % passes == 0]
-        divided = [
-            replace(training, train_batch_size=share // passes, gradient_accumulation_steps=passes)
-            for passes in divisors
-        ]
+        divided = divisions(training)
         first = bisect_left(divided, True, key=self.fits)
         return divided[first] if first < len(divided) else None
-
-    def _divided(self, training: TrainingConfig) -> TrainingConfig:
-        share = training.global_batch_size(processes=1)
-        return self.largest(training) or replace(training, train_batch_size=1, gradient_accumulation_steps=share)
 
     def rejection(self) -> str | None:
         """Return an error message if the run does not fit, with options that fit; None if it fits or is not checked."""
@@ -153,17 +145,12 @@ class MemoryPlan:
 
     def remedies(self) -> str:
         """Return options that fit: each alone, or all of them together if no single one is enough."""
-        training, changed = self.config.training, self.config.training
-        alone = []
-        for name, value in LESS_MEMORY.items():
-            if getattr(training, name) in (False, "no"):
-                changed = replace(changed, **{name: value})
-                alone.append((f"--{name} {str(value).lower()}", replace(training, **{name: value})))
+        training, unused = self.config.training, unused_savings(self.config.training)
         divided = self.largest(training)
         fitting = [] if divided is None else [f"{_division(divided)} (the same run)"]
-        fitting += [word for word, options in alone if self.fits(options)]
-        if not fitting and (divided := self.largest(changed)) is not None:
-            fitting = [" ".join([_division(divided), *(word for word, _ in alone)])]
+        fitting += [_saving(name) for name in unused if self.fits(replace(training, **{name: unused[name]}))]
+        if not fitting and (divided := self.largest(replace(training, **unused))) is not None:
+            fitting = [" ".join([_division(divided), *map(_saving, unused)])]
         return ", or ".join(fitting) or "a smaller network or resolution"
 
 
@@ -311,15 +298,29 @@ def _gib(size: float) -> str:
 
 def less_memory(training: TrainingConfig) -> str:
     """Return options that need less memory. All but bf16 change the results by rounding at most."""
-    batch, share = training.train_batch_size, training.global_batch_size(processes=1)
-    words = []
-    if batch > 1:
-        smaller = next(size for size in range(batch // 2, 0, -1) if share % size == 0)
-        divided = replace(training, train_batch_size=smaller, gradient_accumulation_steps=share // smaller)
-        words.append(f"{_division(divided)} (the same run)")
-    words += [f"--{name} {str(value).lower()}" for name, value in LESS_MEMORY.items()
-              if getattr(training, name) in (False, "no")]  # fmt: skip
-    return ", or ".join(words or ["a smaller network or resolution"])
+    smaller = [part for part in divisions(training) if part.train_batch_size <= training.train_batch_size // 2]
+    words = [f"{_division(smaller[0])} (the same run)"] if smaller else []
+    words += map(_saving, unused_savings(training))
+    return ", or ".join(words) or "a smaller network or resolution"
+
+
+def divisions(training: TrainingConfig) -> list[TrainingConfig]:
+    """Return the options with the same global batch in 1 pass or more, from the largest batch size down to 1."""
+    share = training.global_batch_size(processes=1)
+    return [
+        replace(training, train_batch_size=share // passes, gradient_accumulation_steps=passes)
+        for passes in range(1, share + 1)
+        if share % passes == 0
+    ]
+
+
+def unused_savings(training: TrainingConfig) -> dict[str, Any]:
+    """Return the options of `LESS_MEMORY` that are not in use."""
+    return {name: value for name, value in LESS_MEMORY.items() if getattr(training, name) in (False, "no")}
+
+
+def _saving(name: str) -> str:
+    return f"--{name} {str(LESS_MEMORY[name]).lower()}"
 
 
 def _division(training: TrainingConfig) -> str:
