@@ -25,8 +25,8 @@ KEPT = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
     *("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
 )
-# Named noise schedules that diffusers' scheduler supports.
-STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+# Named noise schedules that `diffusers.DDIMScheduler` supports.
+DDIM_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 class Teacher:
@@ -94,7 +94,7 @@ def student_scheduler(scheduler: DDPMScheduler, config: Config) -> Any:
     if config.distillation.student_target == "teacher":
         halved(scheduler.diffusion, steps)
     kept = {name: scheduler.config[name] for name in KEPT}
-    if kept["trained_betas"] is None and kept["beta_schedule"] not in STOCK_SCHEDULES:
+    if kept["trained_betas"] is None and kept["beta_schedule"] not in DDIM_SCHEDULES:
         betas = scheduler.diffusion.betas.tolist()
         kept |= {"beta_schedule": "linear", "trained_betas": betas, "rescale_betas_zero_snr": False}
     kind = DDIMScheduler if total % steps else diffusers.DDIMScheduler
