@@ -44,13 +44,16 @@ def stock_folder(checkpoint: Path, average: str | None = None) -> Iterator[str]:
     state = read_state(checkpoint)
     weights = checkpoint / f"{average_name(state, average)}.safetensors"
     unet, scheduler = components(state, checkpoint)
-    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
     sampler = state.get("sampler", "DDPMScheduler")
-    index |= {"scheduler": ["diffusers", sampler]}
-    index |= {"num_inference_steps": state["num_inference_steps"]} if "num_inference_steps" in state else {}
-    labels = labels_by_number(state["data"].get("classes") or ())
+    index = {
+        "_class_name": "DDPMPipeline",
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", sampler],
+        "num_inference_steps": state.get("num_inference_steps"),
+        "id2label": labels_by_number(state["data"].get("classes") or ()),
+    }
     contents = {
-        "model_index.json": index | ({} if labels is None else {"id2label": labels}),
+        "model_index.json": {name: value for name, value in index.items() if value is not None},
         "unet/config.json": {"_class_name": "UNet2DModel", **unet},
         "scheduler/scheduler_config.json": {"_class_name": sampler, **scheduler},
     }

@@ -106,7 +106,8 @@ def draw_grid(output: Path, files: Sequence[Path], pixels: Tensor, masks: Tensor
         noise = np.stack([np.load(output / f"{file.stem}.npy") for file in files[:SHOWN]])
         rows["noise"] = to_bytes(to_unit(torch.from_numpy(noise)))
     rows["result"] = read_images([output / f"{file.stem}.png" for file in files], tuple(pixels.shape[1:]))
-    save_picture(before_and_after(rows), output / "grid.png")
+    shown = to_pil(torch.cat([images[:SHOWN] for images in rows.values()]))
+    save_picture(grid(shown, len(shown) // len(rows), row_labels=list(rows)), output / "grid.png")
     if is_inverted:
         error = (rows["result"].float() - pixels.float()).square().mean().sqrt().item()
         print(f"RMSE between the images and their reconstructions: {error:.3g}, for pixel values in [0, 255]")
@@ -134,7 +135,8 @@ def edit_batches(
             for i, (row, image) in enumerate(zip(rows, to_pil(to_bytes(edited).cpu()), strict=True)):
                 save_picture(image, output / f"{files[row].stem}.png")
                 if noise is not None:
-                    save_array(noise[i].cpu().numpy(), output / f"{files[row].stem}.npy")
+                    with atomic_write(output / f"{files[row].stem}.npy") as partial, partial.open("wb") as file:
+                        np.save(file, noise[i].cpu().numpy())
             bar.update(len(rows))
     state.wait_for_everyone()
 
@@ -251,15 +253,3 @@ def read_mask_files(path: Path, files: Sequence[Path], size: tuple[int, int]) ->
 
 def _row(file: Path) -> dict[str, Any]:
     return {"bytes": None, "path": str(file)}
-
-
-def save_array(array: np.ndarray, path: Path) -> None:
-    """Write an array to a `.npy` file, atomically."""
-    with atomic_write(path) as partial, partial.open("wb") as file:
-        np.save(file, array)
-
-
-def before_and_after(rows: dict[str, Tensor]) -> Image.Image:
-    """Draw the first images of several batches (uint8) as labeled rows of a grid."""
-    shown = torch.cat([images[:SHOWN] for images in rows.values()])
-    return grid(to_pil(shown), len(shown) // len(rows), row_labels=list(rows))

@@ -302,8 +302,16 @@ def fill_folder(
         state.wait_for_everyone()  # all processes compute the same list before images are added
         mine = parts[state.process_index :: state.num_processes]
         total = sum(map(len, mine))
-        with tqdm(total=total, desc="Images", unit="image", disable=not (state.is_main_process and total)) as bar:
-            make_parts(pipe, folder, mine, sampling, batch_size=batch_size, device=state.device, progress=bar.update)
+        with (
+            tqdm(total=total, desc="Images", unit="image", disable=not (state.is_main_process and total)) as bar,
+            in_precision(pipe, sampling.mixed_precision),
+        ):
+            for indices in mine:
+                images = []
+                for _, image in generate_images(pipe, indices, sampling, batch_size=batch_size, device=state.device):
+                    images.append(image)
+                    bar.update()
+                folder.add(indices, torch.stack(images))
         state.wait_for_everyone()
     if folder.missing(num_images):
         raise OSError(f"{path}: images of other processes are missing; expected a folder that all machines share")
@@ -317,23 +325,3 @@ def _check_space(path: Path, num_images: int, image_bytes: int) -> None:
     sizes = f"{size / 2**30:,.0f} GiB", f"{total / 2**30:,.0f} GiB"
     allowed = f"the images need {sizes[0]}; expected at most {sizes[1]}, the size of the disk of {path}"
     require_value("num_images", num_images, size <= total, allowed)
-
-
-def make_parts(
-    pipe: DDPMPipeline,
-    folder: SampleFolder,
-    parts: Sequence[range],
-    sampling: Sampling,
-    *,
-    batch_size: int,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int], object] = lambda count: None,
-) -> None:
-    """Generate some missing parts of a folder, and save each part when it is complete."""
-    with in_precision(pipe, sampling.mixed_precision):
-        for indices in parts:
-            images = []
-            for _, image in generate_images(pipe, indices, sampling, batch_size=batch_size, device=device):
-                images.append(image)
-                progress(1)
-            folder.add(indices, torch.stack(images))
