@@ -10,12 +10,37 @@ from hf_ddpm.models.blocks import Attention, Downsample, ResnetBlock, Upsample
 
 
 class Stage(nn.Module):
-    """Base class of the stages: residual blocks, attentions, and gradient checkpointing of the residual blocks."""
+    """Base class of the stages: residual blocks, attentions, and gradient checkpointing of the residual blocks.
+
+    Args:
+        in_channels: Channels of the input of each residual block.
+        out_channels: Channels of their outputs.
+        head_dim: Channels per attention head; None for no attention.
+        attn_groups: Number of groups of the attentions' normalizations; None for no normalization.
+        eps: Epsilon of the normalizations.
+        scale: Divisor of the outputs of residual blocks and attentions.
+        **resnet: `time_dim`, `groups`, `dropout` and `scale_shift` of `ResnetBlock`.
+    """
 
     _gradient_checkpointing_func: Callable[..., Tensor]
 
-    def __init__(self, resnets: list[ResnetBlock], attentions: list[Attention]):
+    def __init__(
+        self,
+        in_channels: list[int],
+        out_channels: int,
+        *,
+        head_dim: int | None,
+        attn_groups: int | None,
+        eps: float,
+        scale: float = 1.0,
+        **resnet: Any,
+    ):
         super().__init__()
+        resnets, attentions = [], []
+        for channels in in_channels:
+            resnets.append(ResnetBlock(channels, out_channels, eps=eps, scale=scale, **resnet))
+            if head_dim is not None:
+                attentions.append(Attention(out_channels, head_dim=head_dim, groups=attn_groups, eps=eps, scale=scale))
         # Attentions are registered first, as in diffusers: see the docstring of blocks.py.
         self.attentions = nn.ModuleList(attentions)
         self.resnets = nn.ModuleList(resnets)
@@ -42,9 +67,7 @@ class DownStage(Stage):
         head_dim: Channels per attention head; None for no attention.
         downsample: `conv`, `resnet`, or None at the lowest resolution.
         padding: Padding of the downsampling convolution.
-        groups: Number of groups of the normalizations.
-        eps: Epsilon of the normalizations.
-        **resnet: `time_dim`, `dropout` and `scale_shift` of `ResnetBlock`.
+        **resnet: `time_dim`, `groups`, `eps`, `dropout` and `scale_shift` of `ResnetBlock`.
     """
 
     def __init__(
@@ -56,24 +79,15 @@ class DownStage(Stage):
         head_dim: int | None,
         downsample: str | None,
         padding: int,
-        groups: int,
-        eps: float,
         **resnet: Any,
     ):
-        resnets, attentions = [], []
-        for i in range(layers):
-            channels = in_channels if i == 0 else out_channels
-            resnets.append(ResnetBlock(channels, out_channels, groups=groups, eps=eps, **resnet))
-            if head_dim is not None:
-                attentions.append(Attention(out_channels, head_dim=head_dim, groups=groups, eps=eps))
-        super().__init__(resnets, attentions)
+        channels = [in_channels, *[out_channels] * (layers - 1)]
+        super().__init__(channels, out_channels, head_dim=head_dim, attn_groups=resnet["groups"], **resnet)
         self.downsamplers = nn.ModuleList()
         if downsample == "conv":
             self.downsamplers.append(Downsample(out_channels, padding))
         elif downsample == "resnet":
-            pool = nn.AvgPool2d(2)
-            block = ResnetBlock(out_channels, out_channels, groups=groups, eps=eps, resample=pool, **resnet)
-            self.downsamplers.append(block)
+            self.downsamplers.append(ResnetBlock(out_channels, out_channels, resample=nn.AvgPool2d(2), **resnet))
 
     def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
         """Map `(B, C, H, W)` to all feature maps of the stage, used as skips; the last one is its output."""
@@ -93,26 +107,12 @@ class MidStage(Stage):
         channels: Channels of the input and the output.
         head_dim: Channels per attention head; None for no attention.
         attn_groups: Number of groups of the attention's normalization; None for no normalization.
-        eps: Epsilon of the normalizations.
-        scale: Divisor of the outputs of residual blocks and attention.
-        **resnet: `time_dim`, `groups`, `dropout` and `scale_shift` of `ResnetBlock`.
+        **resnet: `time_dim`, `groups`, `eps`, `dropout`, `scale_shift` and `scale` of `ResnetBlock`.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        head_dim: int | None,
-        attn_groups: int | None,
-        eps: float,
-        scale: float,
-        **resnet: Any,
-    ):
-        first = ResnetBlock(channels, channels, eps=eps, scale=scale, **resnet)
-        attentions = []
-        if head_dim is not None:
-            attentions.append(Attention(channels, head_dim=head_dim, groups=attn_groups, eps=eps, scale=scale))
-        super().__init__([first, ResnetBlock(channels, channels, eps=eps, scale=scale, **resnet)], attentions)
+    def __init__(self, channels: int, *, head_dim: int | None, attn_groups: int | None, **resnet: Any):
+        super().__init__([channels], channels, head_dim=head_dim, attn_groups=attn_groups, **resnet)
+        self.resnets.append(ResnetBlock(channels, channels, **resnet))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map `(B, C, H, W)` to the same shape."""
@@ -129,9 +129,7 @@ class UpStage(Stage):
         skip_channels: Channels of the skips in the order of their use, one per residual block.
         head_dim: Channels per attention head; None for no attention.
         upsample: `conv`, `resnet`, or None at the highest resolution.
-        groups: Number of groups of the normalizations.
-        eps: Epsilon of the normalizations.
-        **resnet: `time_dim`, `dropout` and `scale_shift` of `ResnetBlock`.
+        **resnet: `time_dim`, `groups`, `eps`, `dropout` and `scale_shift` of `ResnetBlock`.
     """
 
     def __init__(
@@ -142,24 +140,17 @@ class UpStage(Stage):
         skip_channels: list[int],
         head_dim: int | None,
         upsample: str | None,
-        groups: int,
-        eps: float,
         **resnet: Any,
     ):
-        resnets, attentions = [], []
-        for i, skip in enumerate(skip_channels):
-            channels = in_channels if i == 0 else out_channels
-            resnets.append(ResnetBlock(channels + skip, out_channels, groups=groups, eps=eps, **resnet))
-            if head_dim is not None:
-                attentions.append(Attention(out_channels, head_dim=head_dim, groups=groups, eps=eps))
-        super().__init__(resnets, attentions)
+        first, *others = skip_channels
+        channels = [in_channels + first, *(out_channels + skip for skip in others)]
+        super().__init__(channels, out_channels, head_dim=head_dim, attn_groups=resnet["groups"], **resnet)
         self.upsamplers = nn.ModuleList()
         if upsample == "conv":
             self.upsamplers.append(Upsample(out_channels))
         elif upsample == "resnet":
             repeat = nn.Upsample(scale_factor=2.0, mode="nearest")
-            block = ResnetBlock(out_channels, out_channels, groups=groups, eps=eps, resample=repeat, **resnet)
-            self.upsamplers.append(block)
+            self.upsamplers.append(ResnetBlock(out_channels, out_channels, resample=repeat, **resnet))
 
     def forward(self, x: Tensor, skips: tuple[Tensor, ...], emb: Tensor) -> Tensor:
         """Map `(B, C, H, W)` to the output of the stage; use one skip per residual block, the last skip first."""
