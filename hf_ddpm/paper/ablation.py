@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from hf_ddpm.config import NOT_ABOUT_WEIGHTS, Config, default_options, parse_config
+from hf_ddpm.config import NOT_ABOUT_WEIGHTS, Config, arguments_of, default_options, parse_config
 from hf_ddpm.evaluation.options import UNRELATED_OPTIONS, EvaluateConfig, real_images
 from hf_ddpm.images import bytes_to_unit, save_picture
 from hf_ddpm.paper.context import captioned, sheet, table, with_error
@@ -107,7 +107,7 @@ def training(options: AblationOptions, row: str, seed: int) -> list[str]:
         "max_train_steps": options.max_train_steps,
         "eval_metrics": "",
     }
-    arguments = [*command_line(values), *ROWS[row].arguments]
+    arguments = [*arguments_of(values), *ROWS[row].arguments]
     is_auto = parse_config(arguments).training.mixed_precision == "auto"
     return [*arguments, "--mixed_precision", "no"] if is_auto else arguments  # the same precision for all rows
 
@@ -152,12 +152,7 @@ def evaluation(options: AblationOptions, folder: Path, config: Config) -> list[s
         "seed": config.training.seed,
         "mixed_precision": "no",
     }
-    return command_line(values)
-
-
-def command_line(values: dict[str, Any]) -> list[str]:
-    """Return options as command-line arguments; options with the value None are left out."""
-    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+    return arguments_of(values)
 
 
 def evaluated(options: AblationOptions, folder: Path, config: Config) -> dict[str, Any] | None:

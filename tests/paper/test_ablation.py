@@ -10,6 +10,7 @@ from PIL import Image
 
 from hf_ddpm.config import parse_config
 from hf_ddpm.diffusion.losses import Objective
+from hf_ddpm.evaluation.options import EvaluateConfig
 from hf_ddpm.paper import options as figure_options
 from hf_ddpm.paper.ablation import (
     RESULTS,
@@ -17,12 +18,15 @@ from hf_ddpm.paper.ablation import (
     ablation,
     agreement,
     evaluated,
+    evaluation,
     outcome,
     run_folder,
     spread,
     training,
 )
 from hf_ddpm.paper.options import AblationOptions
+from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.utils.options import parse_options
 from tests.conftest import load_script
 
 TINY = """
@@ -134,6 +138,14 @@ def test_results_of_few_steps_with_small_variance_are_reused(train, tmp_path):
     assert results is not None and results["fd"]["made_by"]["sampling"]["variance"] == "fixed_small"
 
 
+def test_runs_are_evaluated_with_their_value_range(tmp_path):
+    chosen = options(tmp_path, "value_range: [0, 4095]\n")
+    config = parse_config(training(chosen, "mean-fixed", 3))
+    arguments = evaluation(chosen, run_folder(chosen, "mean-fixed", 3), config)
+    request, _ = parse_options(arguments, EvaluateConfig, Sampling)
+    assert request.value_range == config.data.value_range == [0, 4095]
+
+
 def test_runs_with_other_options_are_rejected(finished):
     for other, change in [({"more": "learning_rate: 0.5"}, r"learning_rate=0.5 \(was 0.001\)"),
                           ({"max_train_steps": 1}, r"max_train_steps=1 \(was 2\)")]:  # fmt: skip
@@ -147,7 +159,7 @@ def test_interrupted_and_extended_runs_are_resumed(finished, train):
     status.write_text(json.dumps({**json.loads(status.read_text()), "status": "preempted"}))
     calls = []
     ablation(options(finished), lambda script, arguments: (calls.append(arguments), train(script, arguments))[1])
-    assert str(status.parent) in calls[0] and all(str(status.parent) in " ".join(arguments) for arguments in calls)
+    assert calls and all(str(status.parent) in " ".join(arguments) for arguments in calls)
     one, before = {"rows": ["mean-fixed"], "seeds": [3], "max_train_steps": 3}, written(finished)["rows"]["mean-fixed"]
     ablation(options(finished, **one), train)
     assert json.loads(status.read_text())["step"] == 3
