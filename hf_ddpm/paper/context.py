@@ -10,12 +10,13 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from hf_ddpm.data.sources import choose
 from hf_ddpm.evaluation.evaluate import Reference
 from hf_ddpm.evaluation.extraction import Images, extract
 from hf_ddpm.evaluation.frechet import Moments, standard_error
 from hf_ddpm.evaluation.options import EvaluateConfig, default_levels
-from hf_ddpm.evaluation.results import RealFeatures, compute_metric
-from hf_ddpm.images import grid, save_animation, save_picture, to_bytes, to_pictures
+from hf_ddpm.evaluation.results import METRIC_SEED, RealFeatures, compute_metric
+from hf_ddpm.images import grid, save_animation, save_picture, to_bytes, to_pictures, to_signed
 from hf_ddpm.paper.options import FigureOptions
 from hf_ddpm.pipelines.loading import load_pipeline
 from hf_ddpm.provenance import model_checksum, provenance
@@ -26,6 +27,7 @@ from hf_ddpm.utils.files import write_text
 from hf_ddpm.utils.jsonl import to_json
 from hf_ddpm.utils.options import require_value
 from hf_ddpm.utils.plots import Curve, save_curves
+from hf_ddpm.utils.seeds import generator
 
 # Time per frame of an animation.
 MILLISECONDS = 80
@@ -71,6 +73,16 @@ class FigureContext:
         reference = Reference(config, self.pipe.image_shape, self.accelerator, self.log)
         reference.count()
         return reference
+
+    def held_out(self, reference: Reference, count: int) -> Tensor:
+        """Return the first held-out images of the metrics as signed images, shape `(count, C, H, W)`."""
+        assert reference.held_out is not None
+        indices = choose(len(reference.held_out), count, METRIC_SEED)
+        return to_signed(reference.held_out[torch.tensor(indices)], self.levels)
+
+    def generator(self, *key: int) -> torch.Generator:
+        """Return a new generator for the figure's seed, a purpose and indices, see `hf_ddpm.utils.seeds`."""
+        return generator(self.options.seed, *key, device=self.accelerator.device)
 
     def sampling(self, steps: int, sampler: str = "ddpm", variance: str | None = None) -> Sampling:
         """Return the settings of samples with the figure's seed, classes and guidance."""
@@ -144,6 +156,12 @@ class FigureContext:
         """Plot curves to the output folder, on the main process only; options: see `save_curves`."""
         if self.accelerator.is_main_process:
             save_curves(self._path(name), curves, **options)
+
+    def plot_distances(self, name: str, curves: Mapping[str, Curve], x_label: str, like: Any, **options: Any) -> None:
+        """Plot Frechet distances, with that of held-out images if `like`, one of the distances, has it."""
+        levels = {"held-out images": like["floor"]} if "floor" in like else {}
+        labels = {"x_label": x_label, "y_label": "Frechet distance"}
+        self.plot(name, curves, **labels, levels=levels, log_y=True, markers=True, **options)
 
     def write(
         self,

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from hf_ddpm.evaluation.results import RealFeatures
 from hf_ddpm.hub.stages import built_in_guidance, stage_folders
+from hf_ddpm.images import bytes_to_unit
 from hf_ddpm.paper.context import FigureContext, captioned, describe_distance, sheet, table
 from hf_ddpm.paper.options import DistillationOptions
 from hf_ddpm.paper.steps import as_text, error_note
 from hf_ddpm.sampling.folder import SampleFolder
 from hf_ddpm.sampling.options import Sampling
+from hf_ddpm.utils.files import count_of
 from hf_ddpm.utils.options import require
 
 # Samplers of the teacher: its own (with fixed_small for fewer than all steps), and the distilled one.
@@ -74,11 +76,8 @@ def draw(
     rows: Sequence[dict[str, Any]],
 ) -> None:
     """Plot the distances, and draw the first samples of the teacher and each student, one noise per column."""
-    held_out = rows[0]["points"][0].get("floor")
     curves = {row["model"]: ([p["steps"] for p in row["points"]], [p["value"] for p in row["points"]]) for row in rows}
-    levels = {} if held_out is None else {"held-out images": held_out}
-    drawing = {"log_x": True, "log_y": True, "markers": True, "levels": levels}
-    context.plot("distillation.png", curves, x_label="steps", y_label="Frechet distance", **drawing)
+    context.plot_distances("distillation.png", curves, "steps", rows[0]["points"][0], log_x=True)
 
     students = sorted((number for model, number in samples if model == "student"), reverse=True)
     total = max(number for model, number in samples if model == "ddpm")
@@ -87,13 +86,12 @@ def draw(
     shown = [*shown, *(("teacher, DDIM", "ddim", number) for number in few)]
     indices = torch.arange(min(options.shown, options.num_images))
     pictures: list[tuple[str, Tensor]] = [
-        (f"{name}, {number} steps" if number > 1 else f"{name}, 1 step", samples[model, number][indices].float() / 255)
+        (f"{name}, {number} steps" if number > 1 else f"{name}, 1 step", bytes_to_unit(samples[model, number][indices]))
         for name, model, number in shown
     ]
-    if context.accelerator.is_main_process:
-        labels = context.sampling(total).labels(context.pipe)
-        columns = [str(labels[i % len(labels)]) if labels else "" for i in indices.tolist()]
-        context.draw("distillation-samples.png", sheet(pictures, columns))
+    labels = context.sampling(total).labels(context.pipe)
+    columns = [str(labels[i % len(labels)]) if labels else "" for i in indices.tolist()]
+    context.draw("distillation-samples.png", sheet(pictures, columns))
 
 
 def report(
@@ -108,7 +106,7 @@ def report(
     teacher = min((point for row in rows[:-1] for point in row["points"]), key=lambda point: point["value"])
     factors = {point["steps"]: point["value"] / teacher["value"] for point in rows[-1]["points"]}
     fewest = min((steps for steps, factor in factors.items() if factor <= options.within), default=None)
-    reached = "no number of steps" if fewest is None else f"{fewest} step{'' if fewest == 1 else 's'}"
+    reached = "no number of steps" if fewest is None else count_of(fewest, "step")
     paragraphs = [
         table(["", *columns], cells),
         f"{describe_distance(teacher, made_by)} The best distance of the teacher is {teacher['value']:.4g}, with "

@@ -3,22 +3,17 @@
 import torch
 from torch import Tensor
 
-from hf_ddpm.data.sources import choose
-from hf_ddpm.evaluation.results import METRIC_SEED
-from hf_ddpm.images import to_signed, to_unit
+from hf_ddpm.images import to_unit
 from hf_ddpm.paper.context import FigureContext, captioned, rmse, sheet, table
 from hf_ddpm.paper.options import InpaintingOptions
 from hf_ddpm.paper.shared_latent import rmse_within
 from hf_ddpm.sampling.samplers import find_scheduler
-from hf_ddpm.utils.seeds import FIGURES, generator
+from hf_ddpm.utils.seeds import FIGURES
 
 
 def inpainting(context: FigureContext, options: InpaintingOptions) -> None:
     """Draw inpainted held-out images per mask, and measure their distances to the images and to each other."""
-    reference = context.reference("nll", options.num_images)
-    assert reference.held_out is not None
-    indices = choose(len(reference.held_out), options.num_images, METRIC_SEED)
-    x_start = to_signed(reference.held_out[torch.tensor(indices)], context.levels).cpu()
+    x_start = context.held_out(context.reference("nll", options.num_images), options.num_images).cpu()
     images = to_unit(x_start)
     rows, measured = [], []
     for name, mask in masks(*x_start.shape[-2:]).items():
@@ -64,14 +59,14 @@ def inpaint(
     context: FigureContext, x_start: Tensor, mask: Tensor, options: InpaintingOptions, jump_n_sample: int
 ) -> Tensor:
     """Return inpainted signed images as unit images on the CPU, shape `(N, fills, C, H, W)`."""
-    pipe, seed, device = context.pipe, context.options.seed, context.accelerator.device
-    steps, own = min(options.num_inference_steps, len(pipe.scheduler)), pipe.scheduler
+    pipe, own = context.pipe, context.pipe.scheduler
+    steps = min(options.num_inference_steps, len(own))
     repeated = x_start.repeat_interleave(options.fills, dim=0)
     parts = []
     try:
         pipe.scheduler = find_scheduler(pipe, "ddpm", steps)
         for batch in torch.arange(len(repeated)).split(context.options.batch_size):
-            sources = [generator(seed, FIGURES, i, device=device) for i in batch.tolist()]
+            sources = [context.generator(FIGURES, i) for i in batch.tolist()]
             jumps = {"jump_length": options.jump_length, "jump_n_sample": jump_n_sample}
             options_of_batch = {**jumps, **context.conditions((batch // options.fills).tolist())}
             filled = pipe.inpaint(repeated[batch], mask, sources, steps, output_type="pt", **options_of_batch)

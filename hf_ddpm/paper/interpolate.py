@@ -11,7 +11,7 @@ from hf_ddpm.paper.context import VISIBLE_SIGNAL, FigureContext, captioned, rmse
 from hf_ddpm.paper.options import InterpolateOptions
 from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.options import require
-from hf_ddpm.utils.seeds import FIGURES, generator
+from hf_ddpm.utils.seeds import FIGURES
 
 # Number of held-out images from which the two least similar ones are chosen.
 CANDIDATES = 16
@@ -23,7 +23,7 @@ def interpolate(context: FigureContext, options: InterpolateOptions) -> None:
     originals = [to_unit(image) for image in pair]
     rows, errors = [], []
     for steps in context.visible(options.diffused):
-        source = generator(context.options.seed, FIGURES, device=context.accelerator.device)  # same noise in all rows
+        source = context.generator(FIGURES)  # same noise in all rows
         weights = [0, 1, *options.weights]
         conditions = context.conditions([0] * len(weights))
         mixed = context.pipe.interpolate(*pair, steps - 1, weights, source, "pt", **conditions).cpu()

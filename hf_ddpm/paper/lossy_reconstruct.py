@@ -3,12 +3,10 @@
 import torch
 from torch import Tensor
 
-from hf_ddpm.data.sources import choose
-from hf_ddpm.evaluation.results import METRIC_SEED
-from hf_ddpm.images import to_signed, to_unit
+from hf_ddpm.images import to_unit
 from hf_ddpm.paper.context import VISIBLE_SIGNAL, FigureContext, captioned, rmse, sheet, table
 from hf_ddpm.paper.options import LossyReconstructOptions
-from hf_ddpm.utils.seeds import FIGURES, generator
+from hf_ddpm.utils.seeds import FIGURES
 
 
 def lossy_reconstruct(context: FigureContext, options: LossyReconstructOptions) -> None:
@@ -16,9 +14,7 @@ def lossy_reconstruct(context: FigureContext, options: LossyReconstructOptions) 
     timesteps = context.visible(options.diffused)[::-1]
     reference = context.reference("nll", options.num_images)
     bound = reference.bound(context.pipe, context.options.seed)
-    assert reference.held_out is not None
-    indices = choose(len(reference.held_out), options.num_images, METRIC_SEED)  # the images of the bound
-    x_start = to_signed(reference.held_out[torch.tensor(indices)], context.levels)
+    x_start = context.held_out(reference, options.num_images)  # the images of the bound
 
     images, errors, columns = to_unit(x_start).cpu(), [], []
     for t in timesteps:
@@ -50,7 +46,7 @@ def lossy_reconstruct(context: FigureContext, options: LossyReconstructOptions) 
 
 def reconstruct(context: FigureContext, x_start: Tensor, t: int) -> tuple[Tensor, Tensor]:
     """Return estimates and samples from the same latents at `t`, as unit images on the CPU."""
-    source = generator(context.options.seed, FIGURES, t, device=context.accelerator.device)
+    source = context.generator(FIGURES, t)
     x_t = context.pipe.encode(x_start, t, source)
     conditions = context.conditions(range(len(x_t)))
     one_step = {"latents": x_t, "timesteps": [t]}  # to x_0

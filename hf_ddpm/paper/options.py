@@ -48,13 +48,6 @@ class DistanceOptions:
 
 
 @dataclass
-class DiffusedOptions:
-    """Options of figures with several timesteps."""
-
-    diffused: list[int] = option("timesteps t to show, from 1 to T (default: quarters of T)", factory=list)
-
-
-@dataclass
 class VisibleOptions:
     """Options of figures with diffused real images."""
 
@@ -82,9 +75,10 @@ class ProgressiveOptions:
 
 
 @dataclass
-class SharedLatentOptions(DiffusedOptions):
+class SharedLatentOptions:
     """Several images from the same latent, for several timesteps (Fig. 7), and their differences."""
 
+    diffused: list[int] = option("timesteps t to show, from 1 to T (default: quarters of T)", factory=list)
     latents: int = option("number of latents; the picture shows the first two", 4)
     num_images: int = option("images per latent, at least 2", 6)
 

@@ -9,7 +9,10 @@ from torch import Tensor
 from hf_ddpm.images import bytes_to_unit, to_bytes, to_unit
 from hf_ddpm.paper.context import FigureContext, captioned, describe_distance, rmse, sheet, table
 from hf_ddpm.paper.options import ProgressiveOptions
-from hf_ddpm.utils.seeds import SAMPLES, generator
+from hf_ddpm.utils.seeds import SAMPLES
+
+# Least signal sqrt(alpha-bar_t) at which estimates are shown; the linear schedule of the paper ends at 0.006.
+LEAST_SIGNAL = 0.005
 
 
 def progressive(context: FigureContext, options: ProgressiveOptions) -> None:
@@ -59,10 +62,6 @@ def progressive(context: FigureContext, options: ProgressiveOptions) -> None:
     context.write("progressive", title, paragraphs, {"moments": moments}, options, made_by)
 
 
-# Least signal sqrt(alpha-bar_t) at which estimates are shown; the linear schedule of the paper ends at 0.006.
-LEAST_SIGNAL = 0.005
-
-
 def has_signal(context: FigureContext, t: int) -> bool:
     """Return whether x_t contains enough signal for an estimate of the image; `t` is 0-based."""
     return bool(context.pipe.scheduler.alphas_cumprod[t] ** 0.5 >= LEAST_SIGNAL)
@@ -70,21 +69,20 @@ def has_signal(context: FigureContext, t: int) -> bool:
 
 def initial_noise(context: FigureContext, count: int) -> Tensor:
     """Return the noise x_T of the first images of the seed."""
-    seed, device, shape = context.options.seed, context.accelerator.device, (1, *context.pipe.image_shape)
-    sources = [generator(seed, SAMPLES, index, device=device) for index in range(count)]
+    shape, device = (1, *context.pipe.image_shape), context.accelerator.device
+    sources = [context.generator(SAMPLES, index) for index in range(count)]
     return torch.cat([torch.randn(shape, generator=source, device=device) for source in sources])
 
 
 def estimates(context: FigureContext, count: int, frames: int) -> tuple[list[int], list[Tensor]]:
     """Return 0-based timesteps and the estimates at each of them, for the first images of the seed, as bytes."""
-    seed, size = context.options.seed, context.options.batch_size
-    total = len(context.pipe.scheduler)
+    size, total = context.options.batch_size, len(context.pipe.scheduler)
     # Evenly spaced from T to 0 in the paper's t, which gives round numbers; 0 is replaced by 1.
     shown = sorted({max(round(t), 1) - 1 for t in np.linspace(total, 0, frames)}, reverse=True)
     parts, timesteps = [], []
     for start in range(0, count, size):
         indices = range(start, min(start + size, count))
-        sources = [generator(seed, SAMPLES, index, device=context.accelerator.device) for index in indices]
+        sources = [context.generator(SAMPLES, index) for index in indices]
         images, timesteps = context.pipe.progressive(
             len(indices), sources, total, shown, "pt", **context.conditions(indices)
         )
@@ -96,6 +94,4 @@ def plot_distances(context: FigureContext, moments: list[dict[str, Any]]) -> Non
     """Plot the distances against the number of network evaluations (Fig. 10)."""
     steps = [len(context.pipe.scheduler) + 1 - moment["t"] for moment in moments]
     curves = {"estimate": (steps, [moment["value"] for moment in moments])}
-    levels = {"held-out images": moments[0]["floor"]} if "floor" in moments[0] else {}
-    labels = {"x_label": "network evaluations", "y_label": "Frechet distance"}
-    context.plot("progressive_distance.png", curves, **labels, levels=levels, log_y=True, markers=True)
+    context.plot_distances("progressive_distance.png", curves, "network evaluations", moments[0])

@@ -6,7 +6,7 @@ from torch import Tensor
 from hf_ddpm.images import to_unit
 from hf_ddpm.paper.context import FigureContext, captioned, sheet, table
 from hf_ddpm.paper.options import SharedLatentOptions
-from hf_ddpm.utils.seeds import FIGURES, SAMPLES, generator
+from hf_ddpm.utils.seeds import FIGURES, SAMPLES
 
 # Number of latents in the picture; the others are only measured.
 SHOWN = 2
@@ -14,14 +14,13 @@ SHOWN = 2
 
 def shared_latent(context: FigureContext, options: SharedLatentOptions) -> None:
     """Draw images from the same latents at several timesteps, and measure their differences."""
-    pipe, seed, device = context.pipe, context.options.seed, context.accelerator.device
-    timesteps = context.diffused(options.diffused)[::-1]
-    sources = [generator(seed, SAMPLES, index, device=device) for index in range(options.latents)]
+    pipe, timesteps = context.pipe, context.diffused(options.diffused)[::-1]
+    sources = [context.generator(SAMPLES, index) for index in range(options.latents)]
     conditions = context.conditions(range(options.latents))
     latents, _ = pipe.trace([t - 1 for t in timesteps], options.latents, sources, "pt", **conditions)
     rows, differences = {}, []
     for t in timesteps:
-        x_t, source = latents[t - 1], generator(seed, FIGURES, t, device=device)
+        x_t, source = latents[t - 1], context.generator(FIGURES, t)
         images = pipe.share_latent(t - 1, options.num_images, source, "pt", x_t, **conditions).cpu()
         groups = images.view(options.latents, options.num_images, *pipe.image_shape)
         differences.append({"t": t, "rmse_between_images": rmse_within(groups)})

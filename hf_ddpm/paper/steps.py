@@ -102,9 +102,7 @@ def report(context: FigureContext, options: StepsOptions, rows: list[dict[str, A
     for row in rows:
         points = [point for point in row["points"] if "value" in point]
         curves[row["sampler"]] = [point["steps"] for point in points], [point["value"] for point in points]
-    levels = {"held-out images": full["floor"]} if "floor" in full else {}
-    drawing = {"log_x": True, "log_y": True, "markers": True, "levels": levels}
-    context.plot("steps.png", curves, x_label="steps", y_label="Frechet distance", **drawing)
+    context.plot_distances("steps.png", curves, "steps", full, log_x=True)
 
 
 def paragraphs(rows: list[dict[str, Any]], made_by: dict[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_ddpm.paper.context import rmse, sheet, table
-from hf_ddpm.paper.options import DiffusedOptions, FigureOptions
+from hf_ddpm.paper.options import FigureOptions, VisibleOptions
 from hf_ddpm.paper.shared_latent import rmse_within
 
 
@@ -47,7 +47,7 @@ def test_visible_timesteps_by_default(context):
 
 
 def test_figure_files_contain_text_results_and_origin(context):
-    context.write("name", "Title", ["Text.", "More."], {"value": 1}, DiffusedOptions([2]), {"dataset": "d"})
+    context.write("name", "Title", ["Text.", "More."], {"value": 1}, VisibleOptions([2]), {"dataset": "d"})
     assert (context.folder / "name.md").read_text() == "## Title\n\nText.\n\nMore.\n"
     written = json.loads((context.folder / "name.json").read_text())
     assert written["value"] == 1 and written["made_by"]["options"] == {"diffused": [2]}
