@@ -26,16 +26,18 @@ from hf_ddpm.config import (
     arguments_of,
     parse_config,
 )
+from hf_ddpm.hub.stages import stage_folders
 from hf_ddpm.pipelines.loading import load_pipeline
 from hf_ddpm.pipelines.pipeline_ddpm import DDPMPipeline
 from hf_ddpm.pipelines.runs import average_name
 from hf_ddpm.sampling.generate import fill_folder
 from hf_ddpm.sampling.options import Sampling
 from hf_ddpm.training.build import join_processes, resolve_precision, start_accelerator
-from hf_ddpm.utils.files import atomic_write, count_of, make_folder
+from hf_ddpm.utils.files import atomic_write, count_of, make_folder, write_text
+from hf_ddpm.utils.jsonl import to_json
 from hf_ddpm.utils.launch import Interrupted, exclusive
 from hf_ddpm.utils.options import given_options, require, require_value
-from hf_ddpm.utils.runs import find_checkpoint, read_state, run_folder
+from hf_ddpm.utils.runs import checkpoints, find_checkpoint, lengths_of, read_state, run_folder
 
 # Default limit of the sampling steps of the first halving.
 FIRST_STAGE = 64
@@ -87,6 +89,8 @@ def run_stages(options: DistillConfig, arguments: list[str]) -> Path:
     stages = plan_stages(options, pipe)
     configs = [stage_config(options, arguments, pipe, stages, number) for number in range(len(stages))]
     folder, state = Path(options.output), join_processes(configs[0])
+    check_output(folder)
+    check_lengths(folder, configs, state.num_processes)
     if configs[0].training.dry_run:
         print_costs(options, configs, state)
         return folder
@@ -112,6 +116,32 @@ def run_stages(options: DistillConfig, arguments: list[str]) -> Path:
     run.accelerator.end_training()
     state.print(f"load the distilled model with DDPMPipeline.from_pretrained({str(folder)!r})")
     return folder
+
+
+def check_output(folder: Path) -> None:
+    """Raise a `ValueError` if the output folder contains another run or model, which the result would replace."""
+    is_model = (folder / "model_index.json").exists() and not stage_folders(folder)
+    is_free = not is_model and not (folder / "checkpoints").exists()
+    allowed = "folder contains another model or run; expected a new folder, or the folder of this distillation"
+    require_value("output", str(folder), is_free, allowed)
+
+
+def check_lengths(folder: Path, configs: list[Config], processes: int) -> None:
+    """Raise a `ValueError` if a stage would become longer although a later stage was trained from its result."""
+    existing = stage_folders(folder)
+    for config in configs:
+        steps, kept = (
+            config.distillation.student_steps or 1,
+            checkpoints(Path(config.training.output_dir, "checkpoints")),
+        )
+        later = [path for fewer, path in existing.items() if fewer < steps]
+        if not kept or not later:
+            continue
+        state = read_state(kept[-1])
+        most, length = lengths_of(state)[-1][1], config.training.counted(state["data"]["images"], processes)
+        reason = f"{later[0]} was trained from {steps}-steps with {count_of(most, 'training step')}; "
+        allowed = f"{reason}expected at most {most}, or another --output"
+        require_value("max_train_steps", length.max_train_steps, int(length.max_train_steps) <= most, allowed)
 
 
 def print_costs(options: DistillConfig, configs: list[Config], state: PartialState) -> None:
@@ -247,16 +277,20 @@ def draw_images(options: DistillConfig, pipe: DDPMPipeline, configs: list[Config
         state=state,
     )
     target = folder / "teacher-images"
-    if state.is_main_process and (not target.exists() or len(Dataset.load_from_disk(str(target))) != count):
+    settings = {name: value for name, value in samples.settings.items() if name != "model"}  # a path, may be relative
+    record = to_json({"num_images": count, **settings}, indent=2) + "\n"
+    file = target / "sampling.json"
+    if state.is_main_process and not (file.is_file() and file.read_bytes() == record.encode()):
         pixels = samples[torch.arange(count)].permute(0, 2, 3, 1).numpy()
         columns: dict[str, Any] = {"image": [{"bytes": _npy(image), "path": None} for image in pixels]}
         features = Features(image=Image())
         if classes:
             columns["label"] = [number % len(classes) for number in range(count)]
             features["label"] = ClassLabel(names=classes)
-        shutil.rmtree(target, ignore_errors=True)  # it has another number of images
+        shutil.rmtree(target, ignore_errors=True)  # made from other samples, or from another number of them
         with atomic_write(target) as partial:
             Dataset.from_dict(columns, features=features).save_to_disk(str(partial))
+            write_text(partial / "sampling.json", record)
     state.wait_for_everyone()
 
 
