@@ -106,6 +106,7 @@ def _is_free(folder: Path) -> bool:
 
 def _checkpoint(config: ExportConfig) -> Path:
     """Return the checkpoint to export; raise a `ValueError` if it is missing or damaged."""
+    from hf_ddpm.hub.stages import stage_folders  # slow import
     from hf_ddpm.utils.runs import checkpoints, find_checkpoint, run_folder, step_of, verify_checkpoint
 
     folder = Path(config.run)
@@ -120,6 +121,9 @@ def _checkpoint(config: ExportConfig) -> Path:
         newest, _ = find_checkpoint(folder / "checkpoints", "latest")  # verifies the checkpoint
         if newest is not None:
             return newest
+        stages = list(stage_folders(folder).values())
+        allowed = f"folder of a distillation; expected the folder of one of its stages, such as {(stages or [''])[-1]}"
+        require(config, "run", not stages, allowed)
         require(config, "run", False, NO_CHECKPOINT)
     damage = verify_checkpoint(folder)
     if damage is not None:

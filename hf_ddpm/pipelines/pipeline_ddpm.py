@@ -5,11 +5,12 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Union
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import ImagePipelineOutput, SchedulerMixin
 from diffusers.utils import logging
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from hf_ddpm.diffusion.gaussian import NOISE_SIGNAL, is_noise, start_signal
 from hf_ddpm.diffusion.outputs import split_output
-from hf_ddpm.diffusion.schedules import check_one_of
+from hf_ddpm.diffusion.schedules import check_one_of, trailing_timesteps
 from hf_ddpm.images import OUTPUT_TYPES, as_output, check_picture, to_unit
 from hf_ddpm.models.unet_2d import UNet2DModel
 from hf_ddpm.pipelines.editing import EditingMethods, StepCallback
@@ -28,10 +29,18 @@ from hf_ddpm.pipelines.sharing import SharingMethods
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
 from hf_ddpm.schedulers.scheduling_ddpm import DDPMScheduler
 from hf_ddpm.schedulers.stock import check_stock
+from hf_ddpm.utils.files import one_line
 from hf_ddpm.utils.runs import checkpoint_of
 from hf_ddpm.utils.schema import conforms
 
 logger = logging.get_logger(__name__)
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Log a warning, only once per process: images are sampled in many batches."""
+    logger.warning(text)
+
 
 # Classes of this package by their names in files. diffusers has no classes with the last two names, so it cannot
 # load them: its DDPMScheduler would treat a learned log-variance as a variance; its DDIMScheduler takes other steps.
@@ -104,6 +113,12 @@ class DDPMPipeline(EditingMethods, SharingMethods):
     def default_steps(self) -> int:
         """Default number of sampling steps."""
         return self.config.get("num_inference_steps") or int(self.scheduler.config.num_train_timesteps)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the model was distilled, so that its network is trained for `default_steps` timesteps only."""
+        steps = self.config.get("num_inference_steps")
+        return steps is not None and steps < int(self.scheduler.config.num_train_timesteps)
 
     @property
     def class_names(self) -> list[str]:
@@ -295,6 +310,7 @@ class DDPMPipeline(EditingMethods, SharingMethods):
             scheduler.set_timesteps(timesteps=timesteps)
         else:
             raise ValueError(f"timesteps: not supported by {type(scheduler).__name__}; use num_inference_steps instead")
+        self._check_distilled_steps()
         end = float(getattr(scheduler, "alphas_cumprod", [0.0])[-1])
         if from_noise and end > NOISE_SIGNAL:
             logger.warning(
@@ -308,6 +324,19 @@ class DDPMPipeline(EditingMethods, SharingMethods):
             first = int(scheduler.timesteps[0])
             raise ValueError(
                 f"timesteps from {first}: x_t is not yet noise there; pass latents, or start at a larger timestep"
+            )
+
+    def _check_distilled_steps(self) -> None:
+        """Log a warning if the scheduler visits timesteps that a distilled model was not trained for."""
+        if not self.is_distilled:
+            return
+        steps = self.default_steps
+        trained = trailing_timesteps(int(self.scheduler.config.num_train_timesteps), steps)
+        others = [t for t in self.scheduler.timesteps.tolist() if t not in trained]
+        if others:
+            warn_once(
+                f"timestep {others[0]:g}: the model was distilled to {steps} steps and not trained for this timestep, "
+                f"so images may be wrong; use num_inference_steps={steps}, or the model that it was distilled from"
             )
 
     def _check_process(self) -> None:
@@ -346,6 +375,11 @@ class DDPMPipeline(EditingMethods, SharingMethods):
             raise ValueError(
                 f"guidance_scale={guidance_scale}: the network was trained without class_dropout; expected 1"
             )
+        if guidance_scale != 1 and self.is_distilled:
+            warn_once(
+                f"guidance_scale={guidance_scale}: guidance is applied twice if the model was distilled with guidance; "
+                "use guidance_scale=1 for such a model"
+            )
         if count is None:
             if labels is not None:
                 raise ValueError(
@@ -356,15 +390,19 @@ class DDPMPipeline(EditingMethods, SharingMethods):
             if null is None:
                 raise ValueError(f"class_labels are missing: expected {batch_size} of {names or f'0 to {count - 1}'}")
             labels = [null] * batch_size
+        if isinstance(labels, str | int) or getattr(labels, "ndim", 1) != 1:
+            raise ValueError(f"class_labels={one_line(repr(labels))}: expected a list of {batch_size}")
         if not isinstance(labels, Tensor):
+            labels = [label.item() if isinstance(label, np.generic) else label for label in labels]
             for label in labels:
-                if label not in names and not isinstance(label, int):
+                if label not in names and type(label) is not int:
                     raise ValueError(
                         f"class_labels: unknown class {label!r}; expected one of {names or f'0 to {count - 1}'}"
                     )
             labels = torch.tensor([names.index(label) if label in names else int(label) for label in labels])
-        if len(labels) != batch_size or not bool(((labels >= 0) & (labels < count)).all()):
-            raise ValueError(f"class_labels={labels.tolist()}: expected {batch_size} numbers from 0 to {count - 1}")
+        is_index = labels.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+        if len(labels) != batch_size or not is_index or not bool(((labels >= 0) & (labels < count)).all()):
+            raise ValueError(f"class_labels={labels.tolist()}: expected {batch_size} integers from 0 to {count - 1}")
         return labels.to(self._execution_device, torch.int64)
 
     def _walk(

@@ -26,7 +26,7 @@ from hf_ddpm.sampling.generate import in_precision
 from hf_ddpm.sampling.options import EditConfig, InpaintConfig, InvertConfig, Sampling, VaryConfig
 from hf_ddpm.sampling.samplers import find_scheduler
 from hf_ddpm.schedulers.scheduling_ddim import DDIMScheduler
-from hf_ddpm.utils.files import atomic_write, check_free, make_folder, one_line, write_text
+from hf_ddpm.utils.files import atomic_write, check_free, count_of, make_folder, one_line, write_text
 from hf_ddpm.utils.jsonl import to_json
 from hf_ddpm.utils.launch import exclusive, use_own_cores
 from hf_ddpm.utils.options import require_value
@@ -65,12 +65,20 @@ def edit_images(config: EditConfig, options: InpaintConfig | VaryConfig | Invert
     use_own_cores()
     pipe = load_pipeline(config.model, state.device)
     pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not state.is_main_process)
+    steps = f"the model was distilled to {pipe.default_steps} steps; expected the model that it was distilled from"
+    require_value("model", config.model, not pipe.is_distilled, steps)
     channels, *size = pipe.image_shape
     check_picture(channels, "edit them in Python, with the methods of the pipeline")
     pixels = read_images(files, pipe.image_shape, config.background)
     masks = None
     if isinstance(options, InpaintConfig):
         masks = read_mask_files(Path(options.masks), files, (size[0], size[1]))
+        empty = [file.name for file, mask in zip(files, masks, strict=True) if not bool(mask.any())]
+        reason = f"no mask has a white pixel at {size[0]}x{size[1]}; expected white (255) where to fill"
+        require_value("masks", options.masks, len(empty) < len(files), reason)
+        if empty:
+            count = count_of(len(empty), "image")
+            state.print(f"{count} will not change, because the mask has no white pixel, such as {empty[0]}")
     edit = prepared(pipe, options, masks)
 
     output = Path(config.output)

@@ -96,7 +96,7 @@ class EditConfig:
     """Model, input images and output of an edit."""
 
     model: str = option("folder or Hub id of a DDPM pipeline (hf_ddpm or diffusers)")
-    images: str = option("image file, or folder of images; other sizes are resized and cropped")
+    images: str = option("image file, or folder of images (not its subfolders); other sizes are resized and cropped")
     output: str = option("output folder, new or empty")
     seed: int = option("random seed; image i of a folder, sorted by name, gets the noise of sample i", 0)
     class_labels: list[str] = option("names or numbers of classes, assigned to the images in turn", factory=list)

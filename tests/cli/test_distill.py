@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import hf_ddpm
 from hf_ddpm import DDIMScheduler, DDPMPipeline, DDPMScheduler
-from hf_ddpm.cli import distill
+from hf_ddpm.cli import distill, edit
+from hf_ddpm.cli.export import export_model
 from hf_ddpm.cli.stages import plan_stages, stage_config
 from hf_ddpm.data.store import load_images
+from hf_ddpm.pipelines import pipeline_ddpm
 from hf_ddpm.sampling.generate import sample_images
 from hf_ddpm.training.checkpoints import Checkpoints
 from tests.conftest import LIMIT
@@ -132,6 +135,41 @@ def test_stages_that_diffusers_would_sample_differently_do_not_load_in_diffusers
     assert type(DDPMPipeline.from_pretrained(newest(distilled / "16-steps")).scheduler) is DDIMScheduler
     with pytest.raises((AttributeError, ValueError)):
         diffusers.DDPMPipeline.from_pretrained(distilled / "16-steps")
+
+
+def test_timesteps_that_student_was_not_trained_for_are_logged(distilled, monkeypatch):
+    lines = []
+    monkeypatch.setattr(pipeline_ddpm, "warn_once", lines.append)
+    pipe = DDPMPipeline.from_pretrained(distilled / "16-steps")
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.zeros(1, 8, 8)
+    pipe(1), pipe(1, num_inference_steps=8)  # timesteps of its own
+    assert pipe.is_distilled and not lines
+    reason = "the model was distilled to 16 steps and not trained for this timestep"
+    for call in (
+        lambda: pipe(1, num_inference_steps=20),
+        lambda: pipe.vary(image, 0.002),
+        lambda: pipe.invert(image, 3),
+    ):
+        call()
+        assert reason in lines.pop() and not lines
+    assert not DDPMPipeline(pipe.unet, DDPMScheduler()).is_distilled
+
+
+@pytest.mark.parametrize("name", [".", "16-steps"])
+def test_distilled_model_is_rejected_by_edits(distilled, tmp_path, name):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "images" / "a.png")
+    words = ["--model", str(distilled / name), "--images", str(tmp_path / "images"), "--output", str(tmp_path / "out")]
+    for kind in ("vary", "invert"):
+        with pytest.raises(ValueError, match="the model was distilled to .* steps; expected the model that it was"):
+            edit.main([kind, *words])
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_of_distilled_model_names_its_last_stage(distilled, tmp_path):
+    with pytest.raises(ValueError, match="folder of a distillation; expected the folder of one .* such as .*/4-steps$"):
+        export_model(distilled, output=tmp_path / "out")
 
 
 class Killed(BaseException):
@@ -248,6 +286,24 @@ def test_resuming_with_another_teacher_is_rejected(trained, distilled, tmp_path)
     assert all(torch.equal(value, weights(distilled)[name]) for name, value in weights(folder).items())
 
 
+@pytest.mark.parametrize("with_checkpoints", [True, False])
+def test_folder_of_another_model_as_output_is_rejected(trained, tmp_path, with_checkpoints):
+    ignored = shutil.ignore_patterns() if with_checkpoints else shutil.ignore_patterns("checkpoints")
+    shutil.copytree(trained, tmp_path / "model", ignore=ignored)
+    with pytest.raises(ValueError, match="--output .*model: folder contains another model or run; expected a new"):
+        hf_ddpm.distill(tmp_path / "model", 4, tmp_path / "model", dataset="digits", **FEW)
+    assert not list((tmp_path / "model").glob("*-steps"))
+    assert all(torch.equal(value, weights(trained)[name]) for name, value in weights(tmp_path / "model").items())
+
+
+def test_longer_stage_with_trained_later_stage_is_rejected(trained, distilled, tmp_path):
+    shutil.copytree(distilled, tmp_path / "model")
+    reason = "--max_train_steps 6: .*8-steps was trained from 16-steps with 4 training steps; expected at most 4"
+    with pytest.raises(ValueError, match=reason):
+        hf_ddpm.distill(trained, 4, tmp_path / "model", **{**FEW, "max_train_steps": 6})
+    assert newest(tmp_path / "model" / "16-steps").name == "step-000000004"
+
+
 def test_data_free_distillation_trains_on_samples_of_model(trained, tmp_path):
     folder = hf_ddpm.distill(trained, 4, tmp_path / "free", data_free=True, free_images=12, **FEW)
     images = load_from_disk(str(folder / "teacher-images"))
@@ -260,12 +316,28 @@ def test_data_free_distillation_trains_on_samples_of_model(trained, tmp_path):
     store = load_images(options.data)
     assert torch.equal(store[torch.arange(12)], torch.from_numpy(expected))
 
+    # Samples of other settings replace the dataset.
+    shutil.rmtree(folder / "teacher-samples")
+    with pytest.raises(ValueError, match="seed=1 .was 0."):
+        hf_ddpm.distill(trained, 4, folder, data_free=True, free_images=12, seed=1, **FEW)
+    others = np.load(folder / "teacher-samples" / "shards" / "000000.npy")
+    assert not np.array_equal(others, expected)
+    store = load_images(options.data)
+    assert torch.equal(store[torch.arange(12)], torch.from_numpy(others))
 
-def test_guidance_is_distilled_once_for_models_with_classes(conditional, tmp_path):
+
+def test_guidance_is_distilled_once_for_models_with_classes(conditional, tmp_path, monkeypatch):
     folder = hf_ddpm.distill(conditional, 4, tmp_path / "model", guidance_scale=3.0, **FEW)
     options = [hf_ddpm.Config.of(config=folder / name / "config.yaml") for name in STAGES]
     assert [config.distillation.teacher_guidance for config in options] == [1.0, 3.0, 1.0]
     pipe = DDPMPipeline.from_pretrained(folder)
+    lines = []
+    monkeypatch.setattr(pipeline_ddpm, "warn_once", lines.append)
+    pipe(1, class_labels=["3"], guidance_scale=3.0)
+    assert lines == [
+        "guidance_scale=3.0: guidance is applied twice if the model was distilled with guidance; use guidance_scale=1 "
+        "for such a model"
+    ]
     assert pipe.class_names == [str(digit) for digit in range(10)] and pipe.null_class == 10
     assert pipe(2, class_labels=["3", "7"], output_type="pt").images.shape == (2, 1, 8, 8)
     assert "`16-steps`, guidance scale 3" in (folder / "8-steps" / "README.md").read_text()

@@ -85,6 +85,17 @@ def test_masks_of_size_of_images_are_cropped_and_resized_like_them(tmp_path):
             edits.read_mask_files(mask, files, (8, 8))
 
 
+def test_masks_without_white_pixels_are_reported(main, trained, folder, tmp_path, capsys):
+    words = ["inpaint", "--model", str(trained), "--images", str(folder / "pictures"), *SHORT]
+    main([*words, "--masks", str(folder / "masks"), "--output", str(tmp_path / "some")])
+    line = "1 image will not change, because the mask has no white pixel, such as b.png\n"
+    assert line in capsys.readouterr().out
+    Image.fromarray(np.full((8, 8), 2, np.uint8)).save(tmp_path / "labels.png")  # numbers of segments
+    with pytest.raises(ValueError, match="--masks .*labels.png: no mask has a white pixel at 8x8; expected white"):
+        main([*words, "--masks", str(tmp_path / "labels.png"), "--output", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
+
+
 def test_mask_may_have_any_name(folder, tmp_path):
     mask = tmp_path / "grid.png"
     Image.open(folder / "masks" / "a.png").save(mask)

@@ -344,6 +344,27 @@ def test_guidance_extrapolates_conditional_prediction(scale):
     assert torch.equal(images, pipe(3, seeded(), 2, output_type="pt", class_labels=[11] * 3).images)
 
 
+def test_class_labels_are_lists_or_arrays_of_integers_or_names():
+    names = {str(index): str(index + 1) for index in range(10)}
+    pipe = DDPMPipeline(UNet2DModel(**{**TINY_UNET, "num_class_embeds": 11}), DDPMScheduler(), names)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(2, seeded(), 2, output_type="pt", class_labels=["3", 7]).images
+    for labels in (np.array([2, 7]), torch.tensor([2, 7], dtype=torch.uint8), [np.int64(2), "8"]):
+        assert torch.equal(pipe(2, seeded(), 2, output_type="pt", class_labels=labels).images, expected)
+    for labels, message in [
+        ("12", "class_labels='12': expected a list of 2"),
+        (3, "class_labels=3: expected a list of 2"),
+        (torch.tensor([[2], [7]]), "class_labels=.*: expected a list of 2"),
+        (torch.tensor([2.5, 7.0]), r"class_labels=\[2.5, 7.0\]: expected 2 integers from 0 to 10"),
+        (np.array([2.5, 7.0]), "class_labels: unknown class 2.5; expected one of"),
+        ([True, False], "class_labels: unknown class True; expected one of"),
+        ([], r"class_labels=\[\]: expected 2 integers from 0 to 10"),
+        ([2, 11], r"class_labels=\[2, 11\]: expected 2 integers from 0 to 10"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pipe(2, class_labels=labels)
+
+
 def test_compiled_network_is_single_graph_for_all_steps(tiny_pipeline):
     graphs = []
 
