@@ -130,11 +130,8 @@ def check_lengths(folder: Path, configs: list[Config], processes: int) -> None:
     """Raise a `ValueError` if a stage would become longer although a later stage was trained from its result."""
     existing = stage_folders(folder)
     for config in configs:
-        steps, kept = (
-            config.distillation.student_steps or 1,
-            checkpoints(Path(config.training.output_dir, "checkpoints")),
-        )
-        later = [path for fewer, path in existing.items() if fewer < steps]
+        steps, kept = config.distillation.student_steps, checkpoints(Path(config.training.output_dir, "checkpoints"))
+        later = [path for fewer, path in existing.items() if steps is not None and fewer < steps]
         if not kept or not later:
             continue
         state = read_state(kept[-1])

@@ -35,13 +35,6 @@ from hf_ddpm.utils.schema import conforms
 
 logger = logging.get_logger(__name__)
 
-
-@cache
-def warn_once(text: str) -> None:
-    """Log a warning, only once per process: images are sampled in many batches."""
-    logger.warning(text)
-
-
 # Classes of this package by their names in files. diffusers has no classes with the last two names, so it cannot
 # load them: its DDPMScheduler would treat a learned log-variance as a variance; its DDIMScheduler takes other steps.
 OURS = {
@@ -474,6 +467,12 @@ class DDPMPipeline(EditingMethods, SharingMethods):
         if eta and "eta" not in accepted:
             raise ValueError(f"eta={eta}: not supported by {type(self.scheduler).__name__}; use a DDIMScheduler")
         return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in accepted}
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Log a warning, only once per process: images are sampled in many batches."""
+    logger.warning(text)
 
 
 def stored_class(component: Any) -> str:
