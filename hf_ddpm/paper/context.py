@@ -116,13 +116,17 @@ class FigureContext:
 
         Returns:
             A dictionary with `value` and the numbers of images; `floor`, the distance of the same number of held-out
-                images, if there are any; and `standard_error` of the value, for at least 3 images.
+                images, if there are any; and `standard_error` of the value, for at least 3 images and two of
+                each class.
         """
         generated = extract(real.extractor, images, range(real.count), self.accelerator)
         distance = compute_metric("fd", generated, real)
-        if real.count > 2:
+        turn = max(1, len(self.options.class_labels))  # each part contains all classes equally often
+        count = min(PARTS, real.count // turn)
+        if real.count > 2 and count > 1:
             assert real.reference is not None
-            parts = [generated.features[first::PARTS] for first in range(min(PARTS, real.count))]
+            part_of = torch.arange(real.count) // turn % count
+            parts = [generated.features[part_of == part] for part in range(count)]
             distance["standard_error"] = standard_error(parts, Moments.of(real.reference))
         return distance
 

@@ -117,12 +117,13 @@ def paragraphs(rows: list[dict[str, Any]], made_by: dict[str, Any]) -> list[str]
         extra = max((point.get("evaluations", 0) - number for number, point in points.items()), default=0)
         notes += [f"- {row['sampler']} needs {extra} more network evaluations than steps"] if extra > 0 else []
     full = rows[0]["points"][-1]
-    best = min((row for row in rows if row["fewest"]), key=lambda row: row["fewest"])
+    fewest = min(row["fewest"] for row in rows if row["fewest"])
+    best = ", ".join(row["sampler"] for row in rows if row["fewest"] == fewest)
     return [
         table(["sampler", *columns, "within 10%"], cells),
         f"{describe_distance(full, made_by)} Last column: the smallest number of steps whose distance is within 10% of "
         f"{full['value']:.4g}, the distance of {rows[0]['sampler']} in {full['steps']} steps. "
-        f"{best['sampler']} needs the fewest: {best['fewest']}. {error_note(full)}",
+        f"The fewest are {fewest}, with {best}. {error_note(full)}",
         *([WHY_SMALL] if any("fixed_large" in row["sampler"] for row in rows) else []),
         *(["\n".join(notes)] if notes else []),
         captioned(

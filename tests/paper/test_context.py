@@ -1,10 +1,13 @@
 import itertools
 import json
+import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from hf_ddpm.evaluation.frechet import Moments, frechet_distance
 from hf_ddpm.paper.context import rmse, sheet, table
 from hf_ddpm.paper.options import FigureOptions, VisibleOptions
 from hf_ddpm.paper.shared_latent import rmse_within
@@ -44,6 +47,31 @@ def test_visible_timesteps_by_default(context):
     eighths = [2, 5, 8, 10, 12, 15, 18, 20]
     assert context.visible([]) == [t for t in eighths if signal[t - 1] >= 0.2] == [2, 5, 8, 10, 12]
     assert context.visible([20, 3]) == [3, 20]
+
+
+@pytest.mark.parametrize("classes", [[], ["left", "right"], [str(digit) for digit in range(10)]])
+def test_standard_error_is_deviation_over_samples_with_classes_in_turn(context, monkeypatch, classes):
+    context.options.class_labels, random = classes, torch.Generator().manual_seed(0)
+    turn = max(1, len(classes))
+    centers = 3 * torch.randn(turn, 2, generator=random, dtype=torch.float64)  # classes differ more than their images
+
+    def draw(count):
+        images = torch.randn(count, 2, generator=random, dtype=torch.float64)
+        return images + centers[torch.arange(count) % turn]
+
+    real = SimpleNamespace(count=100, extractor=None, reference=draw(5000))
+    reference = Moments.of(real.reference)
+    monkeypatch.setattr("hf_ddpm.paper.context.extract", lambda *args: SimpleNamespace(features=draw(100)))
+    monkeypatch.setattr(
+        "hf_ddpm.paper.context.compute_metric",
+        lambda name, generated, real: {"value": frechet_distance(Moments.of(generated.features), reference)},
+    )
+    distances = [context.distance(real, None) for _ in range(150)]
+    deviation = statistics.stdev(distance["value"] for distance in distances)
+    mean = statistics.fmean(distance["standard_error"] for distance in distances)
+    assert 0.7 < mean / deviation < 1.4
+    real.count = 2 * turn - 1  # fewer than two images of a class
+    assert "standard_error" not in context.distance(real, None) or turn == 1
 
 
 def test_figure_files_contain_text_results_and_origin(context):
