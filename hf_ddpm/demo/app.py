@@ -139,8 +139,9 @@ class FirstView:
         while is_running:
             is_running = self.worker.is_alive()
             if (preview := self.preview) is not last and preview is not None:
-                update = distilled_update(self.distilled, self.demo.default_request)
-                yield sheet(preview.images), strip(preview), update, progress_bar(preview)
+                request = self.demo.default_request
+                images, update = sheet(preview.images, request.class_labels), distilled_update(self.distilled, request)
+                yield images, strip(preview), update, progress_bar(preview)
                 last = preview
             await asyncio.sleep(PAUSE if is_running else 0)
 
@@ -177,7 +178,9 @@ def generate_tab(demo: Demo, app: gr.Blocks) -> None:
             with gr.Row():
                 count = gr.Slider(1, demo.max_images, demo.default_images, step=1, label="Number of images")
                 seed = gr.Number(0, label="Seed")
-            options = settings(demo, f"Steps (1 to {demo.num_train_timesteps})", list(SCHEDULERS))
+            default = demo.default_request
+            chosen = default.class_labels, default.guidance_scale
+            options = settings(demo, f"Steps (1 to {demo.num_train_timesteps})", list(SCHEDULERS), *chosen)
             gr.Markdown("The first images during sampling:")
             frames = gr.HTML(elem_classes="frames")
     first_view = FirstView(demo)
@@ -203,7 +206,7 @@ def interpolate_tab(demo: Demo) -> None:
         with gr.Column(scale=2, min_width=320):
             t = gr.Slider(0, total - 1, total // 2, step=1, label="Noise added before mixing (t)")
             count = gr.Slider(2, demo.max_images, default_count, step=1, label="Number of images")
-            options = settings(demo, "Steps (at most t + 1)", list(INTERPOLATION_SAMPLERS))
+            options = settings(demo, "Steps (at most t + 1)", list(INTERPOLATION_SAMPLERS), demo.required_class)
     between.change(lambda kind: [gr.Row(visible=kind == own) for own in BETWEEN], between, [seeds, images])
     inputs = [between, t, count, *ends, *options]
     connect(controls, with_errors(interpolate, demo), inputs, [path, progress], ends[:2], [])
@@ -223,7 +226,7 @@ def inpaint_tab(demo: Demo) -> None:
                 count = gr.Slider(1, demo.max_images, min(4, demo.max_images), step=1, label="Number of images")
                 repeats = gr.Slider(1, MAX_REPEATS, 5, step=1, label="RePaint repeats (1: no resampling)")
             seed = gr.Number(0, label="Seed")
-            options = settings(demo, f"Steps (1 to {demo.num_train_timesteps})", ["ddpm"])
+            options = settings(demo, f"Steps (1 to {demo.num_train_timesteps})", ["ddpm"], demo.required_class)
     queue = {"concurrency_limit": MAX_RUNNING, "concurrency_id": "sampling", "show_progress_on": progress}
     sampled = sample.click(with_errors(sample_background, demo), [seed, *options], [drawing, progress], **queue)
     inputs = [drawing, count, repeats, seed, *options]
@@ -278,15 +281,15 @@ def editor(demo: Demo) -> gr.ImageEditor:
     return component
 
 
-def settings(demo: Demo, steps: str, schedulers: list[str]) -> list:
-    """Lay out the sampling settings."""
-    default = demo.default_request
+def settings(demo: Demo, steps: str, schedulers: list[str], classes: list[str], guidance: float = 1.0) -> list:
+    """Lay out the sampling settings, with the selected classes and guidance scale."""
+    number = demo.default_request.num_inference_steps
     with gr.Row():
-        options = [gr.Number(default.num_inference_steps, label=steps), gr.Dropdown(schedulers, label="Sampler")]
-    classes, selected = demo.classes, default.class_labels
-    options.append(gr.Dropdown(classes, value=selected, multiselect=True, label="Classes", visible=bool(classes)))
+        options = [gr.Number(number, label=steps), gr.Dropdown(schedulers, label="Sampler")]
+    names = demo.classes
+    options.append(gr.Dropdown(names, value=classes, multiselect=True, label="Classes", visible=bool(names)))
     is_guided = demo.pipe.null_class is not None
-    return [*options, gr.Slider(0, 8, 1, step=0.5, label="Guidance scale (1: off)", visible=is_guided)]
+    return [*options, gr.Slider(0, 8, guidance, step=0.5, label="Guidance scale (1: off)", visible=is_guided)]
 
 
 def upload(label: str) -> gr.Image:

@@ -29,6 +29,8 @@ from hf_ddpm.utils.seeds import FIGURES, SAMPLES, generator
 MAX_PIXELS = 64 * 64 * 64
 # Maximum number of repeats of each part of the process by RePaint.
 MAX_REPEATS = 20
+# Guidance scale of the first view, as in model cards.
+GUIDANCE = 2.0
 # Maximum number of pixels of an uploaded image: more than a camera has, and few enough to decode.
 MAX_UPLOADED_PIXELS = 50_000_000
 # Formats that PIL decodes without external programs (it runs Ghostscript for EPS).
@@ -84,9 +86,15 @@ class Demo:
 
     @property
     def default_request(self) -> Sampling:
-        """The default request: the model's default steps, at most 50, and the first class if a class is required."""
-        is_required = self.pipe.null_class is None
-        return self.read(0, min(50, self.pipe.default_steps), "ddpm", self.classes[:1] if is_required else [])
+        """The request of the first view: at most 50 steps; up to four classes in turn, with guidance if supported."""
+        is_guided = self.pipe.null_class is not None and not self.pipe.is_distilled
+        steps = min(50, self.pipe.default_steps)
+        return self.read(0, steps, "ddpm", self.classes[:4], GUIDANCE if is_guided else 1.0)
+
+    @property
+    def required_class(self) -> list[str]:
+        """The first class, if every request needs a class."""
+        return self.classes[:1] if self.pipe.null_class is None else []
 
     def describe(self) -> str:
         """Return a line of Markdown that describes the model, with a link to its page."""

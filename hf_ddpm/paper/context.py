@@ -55,7 +55,7 @@ class FigureContext:
         self.folder = Path(options.output)
         self.pipe = load_pipeline(options.model, accelerator.device)
         self.pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not accelerator.is_main_process)
-        self._checksum = model_checksum(self.pipe)
+        self._checksum, self._precision = model_checksum(self.pipe), None
 
     @property
     def levels(self) -> int:
@@ -101,6 +101,7 @@ class FigureContext:
         """Return generated images, stored in a folder below `samples/`; existing ones are reused."""
         batch_size = min(self.options.batch_size, count)
         sampling = resolve_precision(self.pipe, sampling, batch_size, self._samples_folder, self.log)
+        self._precision = sampling.mixed_precision
         return fill_folder(
             self.pipe,
             self._samples_folder(sampling),
@@ -188,7 +189,9 @@ class FigureContext:
         """
         if not self.accelerator.is_main_process:
             return
-        origin = {"seed": self.options.seed, "options": asdict(options), **provenance(self.accelerator.device)}
+        shared = {name: getattr(self.options, name) for name in ("seed", "class_labels", "guidance_scale")}
+        sampled = {} if self._precision is None else {"mixed_precision": self._precision}
+        origin = {**shared, **sampled, "options": asdict(options), **provenance(self.accelerator.device)}
         model = {"name": self.options.model, "checksum": self._checksum}
         content = to_json({"model": model, "made_by": {**origin, **made_by}, **numbers}, indent=2) + "\n"
         write_text(self._path(f"{name}.json"), content)

@@ -346,11 +346,17 @@ def test_default_number_of_images_is_at_most_quarter_of_maximum(size, expected):
 @pytest.mark.parametrize(("total", "steps"), [(1000, 50), (20, 20)])
 def test_default_request_can_be_sampled(total, steps):
     process = DDPMScheduler(num_train_timesteps=total, beta_end=20 / total)
-    for classes, names, expected in [(None, None, []), (3, None, ["0"]), (2, {"0": "cat"}, [])]:
+    for classes, names, expected, scale in [
+        (None, None, [], 1.0),
+        (5, None, ["0", "1", "2", "3"], 1.0),
+        (2, {"0": "cat"}, ["cat"], 2.0),
+    ]:
         pipe = DDPMPipeline(UNet2DModel(**TINY_UNET, num_class_embeds=classes), process, names)
         demo = Demo(pipe, "default")
-        assert (demo.default_request.num_inference_steps, demo.default_request.class_labels) == (steps, expected)
-        assert end(demo.generate(demo.default_request, 1)).shape == (1, 1, 8, 8)
+        request = demo.default_request
+        assert (request.num_inference_steps, request.class_labels, request.guidance_scale) == (steps, expected, scale)
+        assert demo.required_class == (["0"] if classes == 5 else [])
+        assert end(demo.generate(request, 1)).shape == (1, 1, 8, 8)
 
 
 def test_describe_model(demo):

@@ -167,7 +167,7 @@ def test_first_view_is_sampled_once_for_all_visitors(app, demo):
 
     *_, last = generate(demo.default_request, demo.default_images)
     for outputs in asyncio.run(visit_together()):
-        assert outputs[-1][0].tobytes() == sheet(last.images).tobytes()
+        assert outputs[-1][0].tobytes() == sheet(last.images, demo.default_request.class_labels).tobytes()
         assert outputs[-1][1] == strip(last) and "step 50 of 50, " in outputs[-1][3]
     assert started == [1]
 
@@ -207,13 +207,15 @@ def test_class_inputs_are_only_visible_for_models_with_classes(app, demo):
     def class_inputs(demo):
         blocks = [block for block in app.build(demo).blocks.values() if getattr(block, "label", None)]
         names = ("Classes", "Guidance")
-        return {block.label: block.value for block in blocks if block.visible and block.label.startswith(names)}
+        return [block.value for block in blocks if block.visible and block.label.startswith(names)]
 
-    assert class_inputs(demo) == {}
-    for embeddings, expected in ((3, [[], 1]), (2, [["cat"]])):  # guidance requires a null class, the third embedding
+    assert class_inputs(demo) == []
+    # Guidance requires a null class, the third embedding. The tabs: Generate, Interpolate, Inpaint.
+    both = ["cat", "dog"]
+    for embeddings, expected in ((3, [both, 2.0, [], 1.0, [], 1.0]), (2, [both, ["cat"], ["cat"]])):
         unet = UNet2DModel(**TINY_UNET, num_class_embeds=embeddings)
         pipe = DDPMPipeline(unet, DDPMScheduler(), {"0": "cat", "1": "dog"})
-        assert list(class_inputs(Demo(pipe, "classes")).values()) == expected
+        assert class_inputs(Demo(pipe, "classes")) == expected
 
 
 def test_model_is_selected_by_option_or_environment(app, monkeypatch, tmp_path):
