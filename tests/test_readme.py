@@ -56,6 +56,7 @@ def test_code_of_documents_runs(document, code, trained, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     shutil.copytree(trained, tmp_path / "runs" / "digits")  # some blocks write into the folder of the model
     (tmp_path / "runs" / "digits-4").symlink_to(tmp_path / "runs" / "digits")
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(document), "exec"), {})
 
@@ -81,7 +82,7 @@ def test_documents_show_every_command():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_documents_are_parsed(command, tmp_path, monkeypatch):
     program, words = find_program(command)
-    for name in ("runs/digits", "runs/digits-4", "runs/digits-1", "out"):
+    for name in ("runs/digits", "runs/digits-4", "runs/digits-1", "runs/cifar-4", "out"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
 

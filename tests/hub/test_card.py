@@ -11,12 +11,16 @@ from huggingface_hub import ModelCard
 
 from hf_ddpm import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from hf_ddpm.hub.card import FORMER_MARK, MARK, TEMPLATE, write_card
+from hf_ddpm.hub.figures import rows
+from hf_ddpm.pipelines.loading import load_pipeline
 from hf_ddpm.provenance import model_checksum
 from hf_ddpm.utils.markdown import plain
 from hf_ddpm.utils.public import strip_local_path
 from tests.conftest import TINY_UNET
 from tests.hub.conftest import ROOT
 from tests.utils.test_markdown import HOSTILE, cells, parse
+
+COMMITTED = sorted((ROOT / "model_cards" / "weights").glob("*"))
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +324,29 @@ def test_committed_card_matches_template():
     card = card.replace("(ddpm-digits/", "(")
     assert [line for line in lines if line not in card] == ["The model has not been evaluated."]
     assert len(lines) > 8
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_weights_are_those_of_their_results(folder):
+    pipe = load_pipeline(str(folder), "cpu")
+    assert pipe.unet.dtype == torch.float32 and pipe.class_names[0] == "airplane"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["model"]["checksum"] == model_checksum(pipe)
+    stock = diffusers.UNet2DModel.from_pretrained(folder / "unet")  # the stock pipeline takes no classes
+    x, t, c = torch.randn(1, 3, 32, 32, generator=torch.manual_seed(0)), torch.tensor([500]), torch.tensor([3])
+    with torch.no_grad():
+        torch.testing.assert_close(stock(x, t, c).sample, pipe.unet(x, t, c).sample, rtol=1e-4, atol=1e-5)
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 10e6
+    texts = [file.read_text() for file in files if file.suffix in {".json", ".yaml", ".jsonl"}]
+    assert not any(re.search(r"[ \"]/", text) for text in texts)  # no paths of the machine they were made on
+
+
+def test_committed_card_contains_results_of_weights():
+    folder = COMMITTED[0]
+    data = ModelCard.load(ROOT / "model_cards" / f"{folder.name}.md").data
+    measured = {row.type: row.value for row in rows(json.loads((folder / "results.json").read_text()))}
+    assert {result.metric_type: result.metric_value for result in data.eval_results} == measured
 
 
 def test_card_written_by_person_is_kept(copied):
