@@ -55,7 +55,8 @@ class FigureContext:
         self.folder = Path(options.output)
         self.pipe = load_pipeline(options.model, accelerator.device)
         self.pipe.set_progress_bar_config(desc="Steps", leave=False, disable=not accelerator.is_main_process)
-        self._checksum, self._precision = model_checksum(self.pipe), None
+        self._checksum = model_checksum(self.pipe)
+        self._precision: str | None = None  # of the samples, once there are any
 
     @property
     def levels(self) -> int:
