@@ -228,8 +228,9 @@ def grid(
     columns = columns or math.ceil(math.sqrt(len(images)))
     scale = scale or math.ceil(LEAST_TILE / max(images[0].size))
     width, height = (side * scale for side in images[0].size)
-    font = ImageFont.load_default(FONT_SIZE)
-    line = math.ceil(FONT_SIZE * 1.5)
+    font_size = max(FONT_SIZE, width // 8)  # readable when a large grid is shown in a small frame
+    font = ImageFont.load_default(font_size)
+    line = math.ceil(font_size * 1.5)
     labeled = max((math.ceil(font.getlength(label)) for label in column_labels), default=0)
     across, down = max(width, labeled) + gap, height + gap
     left = gap + max((math.ceil(font.getlength(label)) + gap for label in row_labels), default=0)
