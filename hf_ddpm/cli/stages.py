@@ -161,18 +161,18 @@ def plan_stages(options: DistillConfig, pipe: DDPMPipeline) -> list[tuple[int, s
     """
     total = int(pipe.scheduler.config.num_train_timesteps)
     # A distilled model samples well only with the number of steps that it was trained for.
-    most, is_distilled = pipe.default_steps // 2, pipe.default_steps < total
+    most = pipe.default_steps // 2
     require(options, "steps", total % options.steps == 0, f"a divisor of the {total} diffusion steps of the model")
     require(options, "steps", options.steps <= most, f"at most {most}, half of the steps of the model")
     start = options.start_steps
     if start is None:
-        start, largest = options.steps, most if is_distilled else min(most, FIRST_STAGE)
+        start, largest = options.steps, most if pipe.is_distilled else min(most, FIRST_STAGE)
         while 2 * start <= largest:
             start *= 2
     powers = [options.steps << halvings for halvings in range(most.bit_length())]
     require_value("start_steps", start, start in powers, f"--steps {options.steps} times 1, 2, 4, ...")
     allowed = f"{most}, half of the steps that the model was distilled to"
-    require_value("start_steps", start, start == most or not is_distilled, allowed)
+    require_value("start_steps", start, start == most or not pipe.is_distilled, allowed)
     require_value("start_steps", start, start <= most, f"at most {most}, half of the steps of the model")
     is_learned = options.guidance_scale == 1 or pipe.null_class is not None
     require(options, "guidance_scale", is_learned, "1, because the model was not trained for guidance")

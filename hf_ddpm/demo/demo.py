@@ -87,9 +87,8 @@ class Demo:
     @property
     def default_request(self) -> Sampling:
         """The request of the first view: at most 50 steps; up to four classes in turn, with guidance if supported."""
-        is_guided = self.pipe.null_class is not None and not self.pipe.is_distilled
         steps = min(50, self.pipe.default_steps)
-        return self.read(0, steps, "ddpm", self.classes[:4], GUIDANCE if is_guided else 1.0)
+        return self.read(0, steps, "ddpm", self.classes[:4], GUIDANCE if self.pipe.is_guided else 1.0)
 
     @property
     def required_class(self) -> list[str]:

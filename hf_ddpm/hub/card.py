@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from hf_ddpm.config import option_types, with_past_defaults
 from hf_ddpm.hub.figures import rows
 from hf_ddpm.hub.push import NESTED
-from hf_ddpm.hub.snippets import ADDRESS, INSTALL, is_guided, literal, obstacle, sampling_call
+from hf_ddpm.hub.snippets import ADDRESS, INSTALL, literal, obstacle, sampling_call
 from hf_ddpm.hub.stages import stages_of
 from hf_ddpm.models.precision import PRECISION_NAMES
 from hf_ddpm.pipelines.loading import load_pipeline
@@ -156,7 +156,7 @@ def model_card(folder: Path, sources: Sources, model_id: str, license: str | Non
         stock_call=sampling_call(pipe, stock=True),
         call=sampling_call(pipe, stock=False),
         class_names=pipe.class_names,
-        guided=is_guided(pipe),
+        guided=pipe.is_guided,
         other_weights=[f"`{name}/`" for name in others],
         other_unet=f"{others[0]}/unet" if others else None,
         model=_about_the_model(pipe),

@@ -30,11 +30,6 @@ def obstacle(pipe: Any) -> str | None:
     return None
 
 
-def is_guided(pipe: Any) -> bool:
-    """Return whether a model supports guidance at sampling time; distilled models have it built in."""
-    return pipe.null_class is not None and not pipe.config.get("num_inference_steps")
-
-
 def sampling_call(pipe: Any, stock: bool) -> str:
     """Return the arguments of a sampling call, as Python code.
 
@@ -47,7 +42,7 @@ def sampling_call(pipe: Any, stock: bool) -> str:
         real = count - (pipe.null_class is not None)
         labels: list[Any] = pipe.class_names[:2] or list(range(min(real, 2)))
         arguments = [f"batch_size={len(labels)}", f"class_labels=[{', '.join(map(literal, labels))}]"]
-        if is_guided(pipe):
+        if pipe.is_guided:
             arguments.append("guidance_scale=2.0")
     else:
         arguments = ["batch_size=4"]

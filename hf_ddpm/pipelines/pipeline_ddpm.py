@@ -110,8 +110,12 @@ class DDPMPipeline(EditingMethods, SharingMethods):
     @property
     def is_distilled(self) -> bool:
         """Whether the model was distilled, so that its network is trained for `default_steps` timesteps only."""
-        steps = self.config.get("num_inference_steps")
-        return steps is not None and steps < int(self.scheduler.config.num_train_timesteps)
+        return self.default_steps < int(self.scheduler.config.num_train_timesteps)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the model is sampled with guidance: trained for it, and not distilled, which builds guidance in."""
+        return self.null_class is not None and not self.is_distilled
 
     @property
     def class_names(self) -> list[str]:

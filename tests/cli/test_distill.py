@@ -372,7 +372,7 @@ def test_halving_has_quarter_of_steps_of_run(run_training, tmp_path, words, leng
 
 def plan(scheduler=None, steps=4, default_steps=1000, **options):
     parts = {"scheduler": scheduler or DDPMScheduler(), "default_steps": default_steps, "null_class": None}
-    pipe = type("Pipe", (), parts)
+    pipe = type("Pipe", (), {**parts, "is_distilled": DDPMPipeline.is_distilled})()
     return plan_stages(distill.DistillConfig("m", steps, "o", **options), pipe)
 
 
